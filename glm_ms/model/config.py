@@ -1,0 +1,248 @@
+"""Architecture of a ChatGLM2 / ChatGLM3 network: `GLMConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FLOAT_TYPES = ("float32", "float16", "bfloat16")
+
+# Keys of a Hugging Face config.json that say nothing about the mathematics of this package: file
+# bookkeeping, and switches of the reference code that choose between equal ways of computing.
+# `apply_query_key_layer_scaling` divides by the layer number and multiplies back; `attention_softmax_in_fp32`
+# and `fp32_residual_connection` differ only below float32.
+_HF_KEYS_WITHOUT_EFFECT = frozenset(
+    {
+        "_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype",
+        "use_cache", "original_rope", "bias_dropout_fusion", "apply_query_key_layer_scaling",
+        "attention_softmax_in_fp32", "fp32_residual_connection", "classifier_dropout", "return_dict",
+        "output_attentions", "output_hidden_states", "bos_token_id", "tokenizer_class", "pre_seq_len",
+        "prefix_projection", "quantization_bit", "vocab_size", "chunk_size_feed_forward", "problem_type",
+    }
+)  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be used; the message names file, key and remedy."""
+
+
+@dataclass
+class GLMConfig:
+    """Sizes and switches of the network. Names and defaults are those of the released ChatGLM configs.
+
+    Args:
+        num_layers: transformer blocks.
+        padded_vocab_size: rows of the embedding and of the output layer.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width of each SwiGLU half.
+        kv_channels: width of one attention head.
+        num_attention_heads: query heads.
+        seq_length: longest sequence (tokens) the rotary table is meant for.
+        multi_query_attention: queries share key/value groups; qkv rows are [q | k | v]. When false
+            every head has its own key and value and qkv rows are interleaved head by head.
+        multi_query_group_num: key/value groups when `multi_query_attention`.
+        rope_ratio: scales the rotary base, 10000 * rope_ratio (32K models: 50).
+        rmsnorm: RMSNorm when true, LayerNorm (with bias) when false.
+        apply_residual_connection_post_layernorm: the residual branch starts after the norm.
+        post_layer_norm: a final norm follows the last block.
+        add_bias_linear: dense layers carry a bias.
+        add_qkv_bias: the qkv projection carries a bias.
+        param_init_type: storage type of the parameters, one of float32, float16, bfloat16.
+        compute_dtype: type of the matrix products; norms, softmax and loss are float32 always.
+
+    Raises:
+        ConfigError: a size is not positive, or sizes do not fit each other.
+    """
+
+    num_layers: int = 28
+    padded_vocab_size: int = 65024
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    kv_channels: int = 128
+    num_attention_heads: int = 32
+    seq_length: int = 2048
+    multi_query_attention: bool = True
+    multi_query_group_num: int = 2
+    rope_ratio: float = 1.0
+    rmsnorm: bool = True
+    layernorm_epsilon: float = 1e-5
+    apply_residual_connection_post_layernorm: bool = False
+    post_layer_norm: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    param_init_type: str = "float32"
+    compute_dtype: str = "float32"
+    eos_token_id: int = 2
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        for name in _POSITIVE_SIZES:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if self.multi_query_attention and self.num_attention_heads % self.multi_query_group_num:
+            raise ConfigError(
+                f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"multi_query_group_num = {self.multi_query_group_num}"
+            )
+        if self.kv_channels % 4:
+            raise ConfigError(f"kv_channels = {self.kv_channels}: must be a multiple of 4 (rotary pairs)")
+        for name in ("param_init_type", "compute_dtype"):
+            if getattr(self, name) not in FLOAT_TYPES:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r}: must be one of {', '.join(FLOAT_TYPES)}"
+                )
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be in [0, 1)")
+        if self.layernorm_epsilon <= 0 or self.rope_ratio <= 0:
+            raise ConfigError("layernorm_epsilon and rope_ratio must be positive")
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads: the groups of multi-query attention, else one per query head."""
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the joint query-key-value projection."""
+        return self.query_size + 2 * self.num_kv_heads * self.kv_channels
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated: the first half."""
+        return self.kv_channels // 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, as plain Python values."""
+        return dataclasses.asdict(self)
+
+    def to_hf_dict(self) -> dict[str, Any]:
+        """The keys of a Hugging Face `config.json` for this architecture."""
+        fields = self.to_dict()
+        fields["torch_dtype"] = fields.pop("param_init_type")
+        del fields["compute_dtype"]
+        if fields["rope_ratio"] == 1:  # older reference code does not know the key
+            del fields["rope_ratio"]
+        return {
+            "model_type": "chatglm",
+            "architectures": ["ChatGLMModel"],
+            "tie_word_embeddings": False,
+            **fields,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> GLMConfig:
+        """Builds a config from fields of this class.
+
+        Args:
+            values: field name -> value. A `type` key, if present, must be "GLMConfig".
+            source: what to call the origin in errors.
+
+        Raises:
+            ConfigError: an unknown key or an unusable value.
+        """
+        values = dict(values)
+        kind = values.pop("type", cls.__name__)
+        if kind != cls.__name__:
+            raise ConfigError(f"{source}: type = {kind!r}: expected {cls.__name__}")
+        _reject_unknown(values, source)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> GLMConfig:
+        """Reads a Hugging Face folder or `config.json`, or a YAML of this project.
+
+        Args:
+            path: folder that holds `config.json`; a `.json` file; or a `.yaml`, whose
+                `model.model_config` section is read.
+
+        Raises:
+            ConfigError: the file is missing, broken, of another model type, or has unknown keys.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; give a folder with config.json, a .json or a .yaml")
+        if path.suffix in (".yaml", ".yml"):
+            return cls.from_dict(_yaml_model_section(path), source=str(path))
+        return cls._from_hf(path)
+
+    @classmethod
+    def _from_hf(cls, path: Path) -> GLMConfig:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object")
+        model_type = values.pop("model_type", None)
+        if model_type != "chatglm":
+            raise ConfigError(f"{path}: model_type = {model_type!r}: expected 'chatglm'")
+        if values.pop("tie_word_embeddings", False):
+            raise ConfigError(f"{path}: tie_word_embeddings = true: ChatGLM has a separate output layer")
+        if values.get("quantization_bit"):
+            raise ConfigError(
+                f"{path}: quantization_bit = {values['quantization_bit']}: quantized weights cannot be read; "
+                "use the unquantized release"
+            )
+        dtype = values.get("torch_dtype", values.get("dtype"))
+        values = {key: value for key, value in values.items() if key not in _HF_KEYS_WITHOUT_EFFECT}
+        if dtype is not None:
+            values["param_init_type"] = str(dtype).replace("torch.", "")
+        return cls.from_dict(values, source=str(path))
+
+
+_POSITIVE_SIZES = (
+    "num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels",
+    "num_attention_heads", "seq_length", "multi_query_group_num",
+)  # fmt: skip
+
+
+def _check_type(field: dataclasses.Field, value: Any) -> None:
+    """Holds a value to its annotation; an int may stand for a float, a bool never for a number."""
+    allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[str(field.type)]
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise ConfigError(f"{field.name} = {value!r}: expected {field.type}, found {type(value).__name__}")
+
+
+def _reject_unknown(values: dict[str, Any], source: str) -> None:
+    known = [field.name for field in dataclasses.fields(GLMConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+
+
+def _yaml_model_section(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    section = document
+    for key in ("model", "model_config"):
+        if not isinstance(section, dict) or key not in section:
+            raise ConfigError(f"{path}: has no section model.model_config")
+        section = section[key]
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: model.model_config must be a mapping")
+    return section
