@@ -1,0 +1,1 @@
+"""The network: configuration, layers, masks, loss, KV cache. Mathematics only."""

@@ -1,0 +1,65 @@
+"""Next-token cross entropy."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+IGNORED_LABEL = -100
+
+
+class NextTokenLoss(nn.Cell):
+    """Sum of -log p(token t+1 | tokens <= t) over the labelled tokens, and their number.
+
+    Sum and count are returned apart so that batches of unequal token counts can be averaged exactly. The labels
+    are shifted rather than the logits: shifting logits would copy [B, S, V].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.concat = ops.Concat(axis=1)
+        self.not_equal = ops.NotEqual()
+        self.log_softmax = ops.LogSoftmax(axis=-1)
+        self.gather = ops.GatherD()
+        self.multiply = ops.Mul()
+        self.sum = ops.ReduceSum()
+        self.cast = ops.Cast()
+        self.reshape = ops.Reshape()
+
+    def per_token(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """logits float32 [B, S, V], labels int32 [B, S] -> loss float32 [B, S] and weight float32 [B, S].
+
+        Entry t belongs to token t + 1; loss and weight are 0 where that token is not a label.
+        """
+        batch, length = ops.shape(labels)
+        last = ops.fill(ms.int32, (batch, 1), IGNORED_LABEL)
+        target = self.concat((labels[:, 1:], last))
+        weight = self.cast(self.not_equal(target, IGNORED_LABEL), ms.float32)
+        index = self.reshape(target * self.cast(weight, ms.int32), (batch * length, 1))
+        log_probability = self.log_softmax(self.reshape(logits, (batch * length, -1)))
+        loss = -self.reshape(self.gather(log_probability, 1, index), (batch, length))
+        return self.multiply(loss, weight), weight
+
+    def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """logits float32 [B, S, V], labels int32 [B, S] (-100 ignored) -> (sum, count), float32 scalars."""
+        loss, weight = self.per_token(logits, labels)
+        return self.sum(loss), self.sum(weight)
+
+
+class GLMWithLoss(nn.Cell):
+    """Network and loss as one cell, the thing that training differentiates.
+
+    Args:
+        network: a `GLMNetwork`.
+    """
+
+    def __init__(self, network: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+        self.loss = NextTokenLoss()
+
+    def construct(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """All int32 [B, S], slots int32 [S] -> (loss sum, number of labelled tokens), float32 scalars."""
+        return self.loss(self.network(input_ids, attention_mask, position_ids, slots), labels)

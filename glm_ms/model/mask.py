@@ -1,0 +1,45 @@
+"""Attention bias from slots and padding."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from glm_ms.ops.attention import HIDDEN_SCORE
+
+
+class AttentionBias(nn.Cell):
+    """0 where a query may look at a key, HIDDEN_SCORE elsewhere.
+
+    A key is hidden if it lies after the query or is padding. Queries that are padding themselves see every key,
+    future and padding too: the reference's way to keep their rows free of NaN.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = ops.Greater()
+        self.is_padding = ops.Equal()
+        self.is_real = ops.NotEqual()
+        self.either = ops.LogicalOr()
+        self.both = ops.LogicalAnd()
+        self.cast = ops.Cast()
+        self.multiply = ops.Mul()
+        self.expand = ops.ExpandDims()
+
+    def construct(self, query_slots: Tensor, key_slots: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
+        """Builds the bias of a whole batch.
+
+        Args:
+            query_slots: int32 [S], place of each query in the sequence (padding counts).
+            key_slots: int32 [T], place of each key.
+            query_mask: int32 [B, S], 0 where the query is padding.
+            key_mask: int32 [B, T], 0 where the key is padding or not yet written.
+
+        Returns:
+            float32 [B, 1, S, T].
+        """
+        later = self.later(self.expand(key_slots, 0), self.expand(query_slots, 1))
+        padding = self.expand(self.expand(self.is_padding(key_mask, 0), 1), 1)
+        real_query = self.expand(self.expand(self.is_real(query_mask, 0), 1), 3)
+        hidden = self.both(self.either(later, padding), real_query)
+        return self.multiply(self.cast(hidden, ms.float32), HIDDEN_SCORE)

@@ -1,0 +1,53 @@
+"""Normalisation in float32, whatever type comes in."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+
+class RMSNormalize(nn.Cell):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467.
+
+    Args:
+        eps: added to the mean square.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.square = ops.Square()
+        self.mean = ops.ReduceMean(keep_dims=True)
+        self.add = ops.Add()
+        self.rsqrt = ops.Rsqrt()
+        self.scale = ops.Mul()
+        self.weigh = ops.Mul()
+        self.cast = ops.Cast()
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., H], weight [H] -> [..., H], type of x."""
+        y = self.cast(x, ms.float32)
+        y = self.scale(y, self.rsqrt(self.add(self.mean(self.square(y), -1), self.eps)))
+        return self.cast(self.weigh(y, self.cast(weight, ms.float32)), x.dtype)
+
+
+class LayerNormalize(nn.Cell):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis.
+
+    Args:
+        eps: added to the variance.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.normalize = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+        self.cast = ops.Cast()
+
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [..., H], weight [H], bias [H] -> [..., H], type of x."""
+        y, _, _ = self.normalize(
+            self.cast(x, ms.float32), self.cast(weight, ms.float32), self.cast(bias, ms.float32)
+        )
+        return self.cast(y, x.dtype)
