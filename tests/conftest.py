@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# MindSpore reads it on import; 3 leaves errors only.
+os.environ.setdefault("GLOG_v", "3")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The genuine tokenizer and the ADGEN records may not be redistributed. They are looked for beside the
 # repository, or where GLM_MS_SHARED points; tests that need them are skipped where they are absent.

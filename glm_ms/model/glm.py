@@ -21,7 +21,11 @@ class SelfAttention(nn.Cell):
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        self.heads, self.groups, self.dim = config.num_attention_heads, config.num_kv_heads, config.kv_channels
+        self.heads, self.groups, self.dim = (
+            config.num_attention_heads,
+            config.num_kv_heads,
+            config.kv_channels,
+        )
         self.interleaved = not config.multi_query_attention
         self.query_key_value = Linear(
             config, config.hidden_size, config.qkv_size, config.add_bias_linear or config.add_qkv_bias
@@ -51,7 +55,13 @@ class SelfAttention(nn.Cell):
         return self.dense(self.attention(query, key, value, bias))
 
     def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, rows: Tensor, cache: tuple[Parameter, Parameter]
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+        rows: Tensor,
+        cache: tuple[Parameter, Parameter],
     ) -> Tensor:
         """The same with a cache: writes the new keys and values, attends over all of it.
 
@@ -68,9 +78,7 @@ class SelfAttention(nn.Cell):
         shape = (ops.shape(bias)[0], self.groups, -1, self.dim)
         keys = self.write(cache[0], rows, self.reshape(key, (-1, self.dim)))
         values = self.write(cache[1], rows, self.reshape(value, (-1, self.dim)))
-        return self.dense(
-            self.attention(query, self.reshape(keys, shape), self.reshape(values, shape), bias)
-        )
+        return self.dense(self.attention(query, self.reshape(keys, shape), self.reshape(values, shape), bias))
 
 
 class MLP(nn.Cell):
@@ -115,7 +123,13 @@ class GLMBlock(nn.Cell):
         return self.finish(x, normed, self.self_attention(normed, cos, sin, bias))
 
     def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, rows: Tensor, cache: tuple[Parameter, Parameter]
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+        rows: Tensor,
+        cache: tuple[Parameter, Parameter],
     ) -> Tensor:
         """`construct` over a cache; see `SelfAttention.cached`."""
         normed = self.input_layernorm(x)
@@ -162,7 +176,9 @@ class GLMTransformer(nn.Cell):
         sin = self.gather(self.sin_table, position_ids, 0)
         return self.expand(cos, 2), self.expand(sin, 2)
 
-    def construct(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor) -> Tensor:
+    def construct(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor
+    ) -> Tensor:
         """The hidden states that the output layer sees.
 
         Args:
@@ -194,7 +210,9 @@ class GLMNetwork(nn.Cell):
         self.config = config
         self.transformer = GLMTransformer(config)
 
-    def construct(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor) -> Tensor:
+    def construct(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor
+    ) -> Tensor:
         """As `GLMTransformer.construct`; returns logits float32 [B, S, V]."""
         hidden = self.transformer(input_ids, attention_mask, position_ids, slots)
         return ops.cast(self.transformer.output_layer(hidden), DTYPES["float32"])

@@ -26,7 +26,9 @@ class AttentionBias(nn.Cell):
         self.multiply = ops.Mul()
         self.expand = ops.ExpandDims()
 
-    def construct(self, query_slots: Tensor, key_slots: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
+    def construct(
+        self, query_slots: Tensor, key_slots: Tensor, query_mask: Tensor, key_mask: Tensor
+    ) -> Tensor:
         """Builds the bias of a whole batch.
 
         Args:

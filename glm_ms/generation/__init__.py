@@ -1,0 +1,7 @@
+"""Text generation: the model object, sampling, beam search, streaming."""
+
+from glm_ms.generation.config import GenerationConfig
+from glm_ms.generation.glm import GLMForCausalLM
+from glm_ms.generation.inputs import GenerationInputs
+
+__all__ = ["GLMForCausalLM", "GenerationConfig", "GenerationInputs"]

@@ -1,0 +1,127 @@
+"""The network as a `Decoder`: prompts in, logits of the last position out, keys and values remembered."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from glm_ms.model.cache import CachedGLM, KVCache, ReorderCache
+from glm_ms.model.glm import GLMNetwork
+
+_SMALLEST_CAPACITY = 64
+# Compiled decoders kept per network. A run alternates between few sizes; each holds a cache and its graphs.
+_DECODERS_KEPT = 2
+
+_IDS = Tensor(shape=[None, None], dtype=ms.int32)
+_VECTOR = Tensor(shape=[None], dtype=ms.int32)
+
+
+@contextmanager
+def graph_mode() -> Iterator[None]:
+    """Runs cells as compiled graphs inside the block, whatever mode the caller's program is in."""
+    mode = ms.get_context("mode")
+    if mode == ms.GRAPH_MODE:
+        yield
+        return
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=mode)
+
+
+class CachedDecoder:
+    """A KV cache of fixed size and the cells compiled for it.
+
+    Args:
+        network: weights; shared, not copied.
+        batch: number of sequences B.
+        capacity: most slots (prompt, padding and new tokens) of a sequence.
+    """
+
+    def __init__(self, network: GLMNetwork, batch: int, capacity: int) -> None:
+        self.cache = KVCache(network.config, batch, capacity)
+        self._prefill = CachedGLM(network, self.cache)
+        self._prefill.set_inputs(_IDS, _IDS, _IDS, _IDS, _VECTOR, _VECTOR)
+        self._step = CachedGLM(network, self.cache)
+        self._reorder = ReorderCache(self.cache)
+        self._key_mask = np.zeros((batch, capacity), np.int32)
+        self._used = 0
+
+    def prefill(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray
+    ) -> np.ndarray:
+        """Starts anew with left padded prompts.
+
+        Args:
+            input_ids, attention_mask, position_ids: int32 [B, S].
+
+        Returns:
+            float32 [B, V], logits of the last position.
+        """
+        self._used = 0
+        self._key_mask[:] = 0
+        return self._run(self._prefill, input_ids, attention_mask, position_ids)
+
+    def step(self, token_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
+        """Appends one token to every sequence.
+
+        Args:
+            token_ids, position_ids: int32 [B].
+
+        Returns:
+            float32 [B, V].
+        """
+        ids = token_ids.reshape(-1, 1)
+        return self._run(self._step, ids, np.ones_like(ids), position_ids.reshape(-1, 1))
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """Sequence i becomes the former sequence rows[i], int32 [B]."""
+        self._key_mask = self._key_mask[rows]
+        with graph_mode():
+            self._reorder(Tensor(rows, ms.int32))
+
+    def _run(self, cell: CachedGLM, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        start, length = self._used, ids.shape[1]
+        self._key_mask[:, start : start + length] = mask
+        self._used += length
+        arguments = (
+            ids,
+            mask,
+            self._key_mask,
+            positions,
+            np.arange(start, start + length),
+            self.cache.rows(start, length),
+        )
+        with graph_mode():
+            return cell(*(Tensor(np.ascontiguousarray(x, np.int32)) for x in arguments)).asnumpy()
+
+
+class DecoderPool:
+    """Hands out compiled decoders, so that calls of similar size do not compile again.
+
+    Args:
+        network: weights of all decoders.
+    """
+
+    def __init__(self, network: GLMNetwork) -> None:
+        self._network = network
+        self._decoders: OrderedDict[tuple[int, int], CachedDecoder] = OrderedDict()
+
+    def get(self, batch: int, length: int) -> CachedDecoder:
+        """A decoder for `batch` sequences of up to `length` slots; the capacity is the next power of two."""
+        capacity = _SMALLEST_CAPACITY
+        while capacity < length:
+            capacity *= 2
+        key = (batch, capacity)
+        if key not in self._decoders:
+            while len(self._decoders) >= _DECODERS_KEPT:
+                self._decoders.popitem(last=False)
+            self._decoders[key] = CachedDecoder(self._network, batch, capacity)
+        self._decoders.move_to_end(key)
+        return self._decoders[key]

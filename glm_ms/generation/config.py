@@ -1,0 +1,178 @@
+"""Settings of text generation: `GenerationConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_BEAM_DEFAULTS = {"length_penalty": 1.0, "early_stopping": False}
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How tokens are chosen and when a row ends. Names and meaning are those of transformers.
+
+    Three ways of decoding: greedy (the default), sampling (`do_sample`), beam search (`num_beams` > 1).
+    `repetition_penalty` acts in all three.
+
+    Args:
+        max_new_tokens: most tokens to generate per row, the prompt not counted; at least 1.
+        do_sample: draw from the filtered distribution; otherwise the best score wins.
+        num_beams: running hypotheses per prompt; above 1 it is beam search, not combined with `do_sample`.
+        num_return_sequences: sequences per prompt; above 1 only with `do_sample`, or up to `num_beams`.
+        length_penalty: beams are ranked by sum of log probabilities / generated length ** length_penalty.
+        early_stopping: a prompt ends when `num_beams` hypotheses have met an end token; when false it goes
+            on until no running beam can beat the worst of them.
+        temperature: divides the scores before sampling; above 0.
+        top_k: sample from the k best scores, 0 for all.
+        top_p: sample from the smallest set of best tokens whose probabilities reach top_p; in (0, 1].
+        repetition_penalty: above 1 discourages tokens that stand in the prompt or were generated
+            (https://arxiv.org/abs/1909.05858); above 0.
+        eos_token_id: id, or ids, that end a row; None: rows end at `max_new_tokens` only.
+        pad_token_id: stands in place of tokens of a finished row; not part of any returned sequence.
+        seed: starts the random streams of sampling; None: different at every call.
+        replace_invalid_scores: nan or inf in the scores: continue as the chat functions of the original
+            model do (see `sampling.replace_invalid_scores`) instead of raising an error.
+
+    Raises:
+        ValueError: a value of the wrong type or range, or options that exclude each other; it names them.
+
+    Warns:
+        UserWarning: an option is set that has no effect in the chosen way of decoding.
+    """
+
+    max_new_tokens: int
+    do_sample: bool = False
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int = 0
+    seed: int | None = None
+    replace_invalid_scores: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST_INT.items():
+            _check_int(name, getattr(self, name), least)
+        for name in ("do_sample", "early_stopping", "replace_invalid_scores"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected True or False")
+        for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
+            _check_float(name, getattr(self, name), positive=name != "length_penalty")
+        if self.top_p > 1:
+            raise ValueError(f"top_p = {self.top_p}: must be in (0, 1]")
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0)
+        self._check_eos()
+        self._check_combination()
+        self._warn_without_effect()
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The distinct ids that end a row, in the order given; empty if none does."""
+        if self.eos_token_id is None:
+            return ()
+        given = [self.eos_token_id] if isinstance(self.eos_token_id, Integral) else self.eos_token_id
+        return tuple(dict.fromkeys(int(token) for token in given))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "generation options") -> GenerationConfig:
+        """Builds a config from named options.
+
+        Args:
+            values: option name -> value.
+            source: what to call the origin in errors.
+
+        Raises:
+            ValueError: an unknown or missing option, or an unusable value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=3)
+                hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+                raise ValueError(f"{source}: unknown option {key!r}{hint}")
+        if "max_new_tokens" not in values:
+            raise ValueError(f"{source}: max_new_tokens is missing: say how many tokens to generate at most")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    def check_vocab_size(self, vocab_size: int) -> None:
+        """Raises ValueError if an end or padding id cannot exist in a vocabulary of `vocab_size` ids."""
+        for name, ids in (("eos_token_id", self.eos_ids), ("pad_token_id", (self.pad_token_id,))):
+            for token in ids:
+                if token >= vocab_size:
+                    raise ValueError(
+                        f"{name} = {token}: the vocabulary of this network has ids 0..{vocab_size - 1}; "
+                        "give the id of its own tokenizer"
+                    )
+
+    def _check_eos(self) -> None:
+        if self.eos_token_id is None or isinstance(self.eos_token_id, Integral):
+            given: Any = [] if self.eos_token_id is None else [self.eos_token_id]
+        elif isinstance(self.eos_token_id, (list, tuple)) and self.eos_token_id:
+            given = self.eos_token_id
+        else:
+            raise ValueError(f"eos_token_id = {self.eos_token_id!r}: expected an id, a list of ids, or None")
+        for token in given:
+            _check_int("eos_token_id", token, 0)
+
+    def _check_combination(self) -> None:
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(
+                f"do_sample = True with num_beams = {self.num_beams}: sampling among beams is not supported; "
+                "set num_beams = 1 to sample, or do_sample = False for beam search"
+            )
+        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences = {self.num_return_sequences}: at most num_beams = {self.num_beams}"
+            )
+        if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
+            raise ValueError(
+                f"num_return_sequences = {self.num_return_sequences}: greedy decoding has one result; "
+                "set do_sample = True or num_beams > 1"
+            )
+
+    def _warn_without_effect(self) -> None:
+        # A warning and not an error: configs of the field often carry `do_sample: False` beside `top_k: 3`.
+        idle = [] if self.do_sample else [(_SAMPLING_DEFAULTS, "do_sample = True")]
+        idle += [] if self.num_beams > 1 else [(_BEAM_DEFAULTS, "num_beams > 1")]
+        for defaults, condition in idle:
+            names = [name for name, default in defaults.items() if getattr(self, name) != default]
+            if names:
+                # Frames between here and the caller: __post_init__ and the generated __init__.
+                warnings.warn(f"{', '.join(names)}: no effect without {condition}", UserWarning, stacklevel=4)
+
+
+_LEAST_INT = {"max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "top_k": 0, "pad_token_id": 0}
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} = {value!r}: expected an int, found {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} = {value}: must be at least {least}")
+
+
+def _check_float(name: str, value: Any, positive: bool) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} = {value!r}: expected a number, found {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} = {value}: must be finite")
+    if positive and value <= 0:
+        hint = "; for the best token every time set do_sample = False" if name == "temperature" else ""
+        raise ValueError(f"{name} = {value}: must be above 0{hint}")

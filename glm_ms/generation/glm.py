@@ -1,0 +1,273 @@
+"""`GLMForCausalLM`: the object people hold. Logits, loss, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+from mindspore.nn.utils import no_init_parameters
+
+from glm_ms.generation.cached_decoder import DecoderPool, graph_mode
+from glm_ms.generation.config import GenerationConfig
+from glm_ms.generation.decode import generate, stream
+from glm_ms.generation.inputs import GenerationInputs
+from glm_ms.model.config import GLMConfig
+from glm_ms.model.glm import GLMNetwork
+from glm_ms.model.layers import DTYPES
+from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
+
+_IDS = Tensor(shape=[None, None], dtype=ms.int32)
+_VECTOR = Tensor(shape=[None], dtype=ms.int32)
+
+TokenIds = Any  # one prompt or a batch: (nested) lists, NumPy arrays or MindSpore tensors of integers
+
+
+class GLMForCausalLM:
+    """A ChatGLM2 / ChatGLM3 network with everything one does with it outside training.
+
+    Runs as compiled graphs; the first call of each kind compiles (about a second for a tiny network, some
+    twenty for the 6B), later calls with other shapes do not.
+
+    Args:
+        config: architecture. Weights are random; `glm_ms.load_pretrained` builds one with weights.
+
+    Attributes:
+        config: the architecture.
+        network: the MindSpore cell that holds the parameters, a `glm_ms.model.glm.GLMNetwork`.
+    """
+
+    def __init__(self, config: GLMConfig) -> None:
+        self._build(config, GLMNetwork(config))
+
+    @classmethod
+    def from_parameters(
+        cls, config: GLMConfig, parameters: Iterable[tuple[str, np.ndarray]]
+    ) -> GLMForCausalLM:
+        """Builds a model around given weights without drawing random ones first.
+
+        Args:
+            config: architecture.
+            parameters: (name, array) of every parameter, each used once and then dropped.
+
+        Raises:
+            ValueError: a name or shape does not fit, or a parameter is missing.
+        """
+        with no_init_parameters():
+            network = GLMNetwork(config)
+        model = cls.__new__(cls)
+        model._build(config, network)
+        model.load_parameters(parameters)
+        return model
+
+    def _build(self, config: GLMConfig, network: GLMNetwork) -> None:
+        self.config = config
+        self.network = network
+        network.set_train(False)
+        network.set_inputs(_IDS, _IDS, _IDS, _VECTOR)
+        self._with_loss = GLMWithLoss(network)
+        self._with_loss.set_train(False)
+        self._with_loss.set_inputs(_IDS, _IDS, _IDS, _IDS, _VECTOR)
+        self._decoders = DecoderPool(network)
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Name -> parameter of every weight."""
+        return {parameter.name: parameter for parameter in self.network.get_parameters()}
+
+    def load_parameters(self, parameters: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Overwrites all weights; see `from_parameters`."""
+        missing = self.parameters()
+        for name, value in parameters:
+            if name not in missing:
+                raise ValueError(f"parameter {name!r} is unknown or given twice")
+            parameter = missing.pop(name)
+            if tuple(value.shape) != tuple(parameter.shape):
+                raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+            parameter.set_data(Tensor(value, DTYPES[self.config.param_init_type]))
+        if missing:
+            raise ValueError(f"{len(missing)} parameters are missing: {', '.join(list(missing)[:5])} ...")
+
+    def __call__(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds | None = None,
+        position_ids: TokenIds | None = None,
+        labels: TokenIds | None = None,
+    ) -> Tensor:
+        """Logits, or the loss when labels are given.
+
+        Args:
+            input_ids: integers [B, S] (or [S], taken as a batch of one).
+            attention_mask: [B, S], 0 on padding. None: nothing is padding.
+            position_ids: [B, S]. None: 0, 1, ... over the tokens that are not padding, 0 on padding.
+            labels: [B, S], -100 where a token carries no loss; shifted inside.
+
+        Returns:
+            Without labels: logits, float32 [B, S, V]. With labels: mean loss over the labelled tokens,
+            float32 scalar.
+
+        Raises:
+            ValueError: a shape, type or id that does not fit, positions beyond `config.seq_length`, or labels
+                that are all -100.
+        """
+        ids = _matrix("input_ids", input_ids)
+        _check_range("input_ids", ids, 0, self.config.padded_vocab_size)
+        mask = np.ones_like(ids) if attention_mask is None else _like("attention_mask", attention_mask, ids)
+        _check_range("attention_mask", mask, 0, 2)
+        if position_ids is None:
+            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0) * mask
+        else:
+            positions = _like("position_ids", position_ids, ids)
+        _check_range("position_ids", positions, 0, self.config.seq_length, "config.seq_length")
+        slots = np.arange(ids.shape[1])
+        if labels is None:
+            with graph_mode():
+                return self.network(*(Tensor(x, ms.int32) for x in (ids, mask, positions, slots)))
+        labels = _like("labels", labels, ids)
+        labelled = labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]
+        if not labelled.size:
+            raise ValueError(
+                f"labels: no label besides {IGNORED_LABEL} after the first token: no loss to compute"
+            )
+        _check_range("labels", labelled, 0, self.config.padded_vocab_size)
+        with graph_mode():
+            total, count = self._with_loss(
+                *(Tensor(x, ms.int32) for x in (ids, labels, mask, positions, slots))
+            )
+            return total / count
+
+    def loss_sum(self, rows: Sequence[np.ndarray]) -> tuple[float, int]:
+        """Summed loss and number of labelled tokens of a prepared batch (perplexity).
+
+        Args:
+            rows: input_ids, labels, attention_mask, position_ids, each int32 [B, S].
+        """
+        slots = np.arange(rows[0].shape[1])
+        with graph_mode():
+            total, count = self._with_loss(*(Tensor(x, ms.int32) for x in (*rows, slots)))
+            return float(total.asnumpy()), int(count.asnumpy())
+
+    def generate(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds | None = None,
+        position_ids: TokenIds | None = None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Continues prompts by greedy decoding, sampling or beam search.
+
+        Args:
+            input_ids: one prompt or several of any lengths; see `GenerationInputs.prepare`.
+            attention_mask, position_ids: as in `__call__`, only needed for prompts that are already padded.
+            max_new_tokens: most tokens to add to each prompt.
+            eos_token_id: id or ids that end a sequence. None: `config.eos_token_id`; []: nothing does.
+            options: do_sample, num_beams, num_return_sequences, length_penalty, early_stopping, temperature,
+                top_k, top_p, repetition_penalty, seed; see `GenerationConfig`.
+
+        Returns:
+            One list of ids per sequence, prompt included, without padding; `num_return_sequences` lists for
+            each prompt, side by side.
+
+        Raises:
+            ValueError: an argument that does not fit, or prompt and new tokens exceed `config.seq_length`.
+        """
+        inputs, config = self._prepare(
+            input_ids, attention_mask, position_ids, max_new_tokens, eos_token_id, options
+        )
+        return generate(self._decoder(inputs, config), inputs, config)
+
+    def stream(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds | None = None,
+        position_ids: TokenIds | None = None,
+        *,
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> Iterator[np.ndarray]:
+        """`generate` a step at a time; not for beam search.
+
+        Yields:
+            int32 [B]: the next token of every sequence; the padding id where a sequence has ended.
+        """
+        inputs, config = self._prepare(
+            input_ids, attention_mask, position_ids, max_new_tokens, eos_token_id, options
+        )
+        return stream(self._decoder(inputs, config), inputs, config)
+
+    def _prepare(
+        self,
+        input_ids: TokenIds,
+        attention_mask: TokenIds | None,
+        position_ids: TokenIds | None,
+        max_new_tokens: int,
+        eos_token_id: int | Sequence[int] | None,
+        options: dict[str, Any],
+    ) -> tuple[GenerationInputs, GenerationConfig]:
+        if eos_token_id is None:
+            eos_token_id = self.config.eos_token_id
+        elif isinstance(eos_token_id, Sequence):
+            eos_token_id = list(eos_token_id) or None
+        values = {
+            "pad_token_id": self.config.pad_token_id,
+            **options,
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": eos_token_id,
+        }
+        config = GenerationConfig.from_dict(values)
+        inputs = GenerationInputs.prepare(
+            input_ids,
+            attention_mask,
+            position_ids,
+            vocab_size=self.config.padded_vocab_size,
+            pad_token_id=config.pad_token_id,
+        )
+        last = int(inputs.position_ids.max()) + max_new_tokens
+        if last > self.config.seq_length:
+            raise ValueError(
+                f"prompt of {int(inputs.position_ids.max()) + 1} tokens and max_new_tokens = {max_new_tokens} "
+                f"exceed config.seq_length = {self.config.seq_length}; shorten one, or raise seq_length"
+            )
+        return inputs, config
+
+    def _decoder(self, inputs: GenerationInputs, config: GenerationConfig) -> Any:
+        copies = config.num_beams if config.num_beams > 1 else config.num_return_sequences
+        batch, length = inputs.input_ids.shape
+        return self._decoders.get(batch * copies, length + config.max_new_tokens)
+
+
+def _matrix(name: str, values: Any) -> np.ndarray:
+    """Integers [B, S] as int64, from lists, NumPy arrays or tensors."""
+    try:
+        array = values.asnumpy() if hasattr(values, "asnumpy") else np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name}: rows of different lengths; pad them and give an attention_mask") from None
+    if array.dtype == object:
+        raise ValueError(f"{name}: rows of different lengths; pad them and give an attention_mask")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name}: expected integers, found {array.dtype}")
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2 or not array.size:
+        raise ValueError(f"{name}: expected [B, S] with B, S >= 1, found shape {array.shape}")
+    return array.astype(np.int64)
+
+
+def _like(name: str, values: Any, ids: np.ndarray) -> np.ndarray:
+    array = _matrix(name, values)
+    if array.shape != ids.shape:
+        raise ValueError(f"{name}: shape {array.shape}, expected that of input_ids, {ids.shape}")
+    return array
+
+
+def _check_range(name: str, array: np.ndarray, low: int, high: int, limit: str = "") -> None:
+    if array.min() < low or array.max() >= high:
+        found = int(array.min() if array.min() < low else array.max())
+        bound = f" ({limit})" if limit else ""
+        raise ValueError(f"{name}: {found} is outside [{low}, {high}){bound}")

@@ -1,0 +1,199 @@
+"""Prompts as one rectangular, left padded batch: `GenerationInputs`."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationInputs:
+    """A batch of prompts, ready for the network.
+
+    Attributes:
+        input_ids: int32 [B, S], every row ends with its last prompt token; padding stands on the left.
+        attention_mask: int32 [B, S], 1 on prompt tokens, 0 on padding.
+        position_ids: int32 [B, S], 0 on padding; prompt tokens count 0, 1, ... unless given otherwise.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    position_ids: np.ndarray
+
+    @classmethod
+    def prepare(
+        cls,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        vocab_size: int,
+        pad_token_id: int = 0,
+    ) -> GenerationInputs:
+        """Checks prompts and pads them on the left.
+
+        Where the mask hides tokens to the right of or between others, the remaining tokens move together to
+        the right end; the result is the same, since positions count the remaining tokens only.
+
+        Args:
+            input_ids: integers: one prompt (list or [S]), or several (lists of any lengths, or [B, S]), as
+                lists, NumPy arrays or tensors with `asnumpy()`.
+            attention_mask: 0 or 1 for each id, same shape; None: every id is a token of the prompt.
+            position_ids: position of each id, same shape, at least 0; None: counted from the mask.
+            vocab_size: ids run from 0 to vocab_size - 1.
+            pad_token_id: stands in the padded places.
+
+        Raises:
+            ValueError: not integers, an id outside the vocabulary, a prompt without tokens, or a mask or
+                positions of another shape; it names the row.
+
+        Warns:
+            UserWarning: a row begins or ends with `pad_token_id` and no mask says whether that is padding.
+        """
+        rows = _integer_rows(input_ids, "input_ids")
+        _check_ids(rows, vocab_size)
+        if attention_mask is None:
+            _warn_of_padding(rows, pad_token_id)
+            kept = [np.ones(row.shape, bool) for row in rows]
+        else:
+            kept = _mask_rows(attention_mask, rows)
+        if position_ids is None:
+            positions = [np.arange(keep.sum()) for keep in kept]
+        else:
+            given = _position_rows(position_ids, rows)
+            positions = [row[keep] for row, keep in zip(given, kept)]
+        rows = [row[keep] for row, keep in zip(rows, kept)]
+        for index, row in enumerate(rows):
+            if not row.size:
+                raise ValueError(f"attention_mask: row {index} hides every token: leave at least one")
+        return cls(
+            _left_pad(rows, pad_token_id),
+            _left_pad([np.ones(row.shape, bool) for row in rows], 0),
+            _left_pad(positions, 0),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows B."""
+        return self.input_ids.shape[0]
+
+    def prompts(self) -> list[list[int]]:
+        """The ids of each row without padding."""
+        return [row[mask == 1].tolist() for row, mask in zip(self.input_ids, self.attention_mask)]
+
+    def expand(self, copies: int) -> GenerationInputs:
+        """Repeats each row `copies` times in place: [B, S] becomes [B * copies, S], row i at i * copies."""
+        if copies == 1:
+            return self
+        return GenerationInputs(
+            np.repeat(self.input_ids, copies, axis=0),
+            np.repeat(self.attention_mask, copies, axis=0),
+            np.repeat(self.position_ids, copies, axis=0),
+        )
+
+
+def _rows(values: Any, name: str) -> list[np.ndarray]:
+    """Splits one or several sequences into 1-D arrays of whatever type they have."""
+    if hasattr(values, "asnumpy"):
+        values = values.asnumpy()
+    elif not isinstance(values, (list, tuple)):
+        values = np.asarray(values)
+    if isinstance(values, np.ndarray) and values.ndim not in (1, 2):
+        found = f"shape {values.shape}" if values.ndim else f"{values.dtype} without dimensions"
+        raise ValueError(
+            f"{name}: expected one sequence [S] or a batch [B, S] of integers, found {found}; "
+            "for text give the input_ids that the tokenizer returns"
+        )
+    if not len(values):
+        raise ValueError(f"{name}: empty: give at least one token")
+    if isinstance(values[0], (Number, str, np.generic)):
+        values = [values]
+    return [_row(row, index, name) for index, row in enumerate(values)]
+
+
+def _row(values: Any, index: int, name: str) -> np.ndarray:
+    if hasattr(values, "asnumpy"):
+        values = values.asnumpy()
+    try:
+        row = np.asarray(values)
+    except ValueError:  # sequences of different lengths nested too deep
+        raise ValueError(f"{name}: row {index} is not a sequence of integers") from None
+    if row.ndim != 1:
+        raise ValueError(f"{name}: row {index}: expected a sequence of integers, found shape {row.shape}")
+    if not row.size:
+        raise ValueError(f"{name}: row {index} is empty: give at least one token")
+    return row
+
+
+def _integer_rows(values: Any, name: str) -> list[np.ndarray]:
+    rows = _rows(values, name)
+    for index, row in enumerate(rows):
+        if row.dtype.kind not in "iu":
+            raise ValueError(f"{name}: row {index}: expected integers, found {row.dtype}")
+    return rows
+
+
+def _check_ids(rows: list[np.ndarray], vocab_size: int) -> None:
+    for index, row in enumerate(rows):
+        outside = np.flatnonzero((row < 0) | (row >= vocab_size))
+        if outside.size:
+            raise ValueError(
+                f"input_ids: row {index}, place {outside[0]}: id {row[outside[0]]} is outside the vocabulary "
+                f"0..{vocab_size - 1}; encode the text with the tokenizer of this network"
+            )
+
+
+def _check_lengths(given: list[np.ndarray], rows: list[np.ndarray], name: str) -> None:
+    if len(given) != len(rows):
+        raise ValueError(f"{name}: {len(given)} rows for {len(rows)} rows of input_ids")
+    for index, (one, other) in enumerate(zip(given, rows)):
+        if one.size != other.size:
+            raise ValueError(f"{name}: row {index} has length {one.size}, input_ids has {other.size}")
+
+
+def _mask_rows(attention_mask: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
+    masks = _rows(attention_mask, "attention_mask")
+    _check_lengths(masks, rows, "attention_mask")
+    for index, mask in enumerate(masks):
+        if mask.dtype.kind not in "biuf":
+            raise ValueError(f"attention_mask: row {index}: expected 0 and 1, found {mask.dtype}")
+        wrong = np.flatnonzero((mask != 0) & (mask != 1))
+        if wrong.size:
+            raise ValueError(f"attention_mask: row {index} holds {mask[wrong[0]]}: expected only 0 and 1")
+    return [mask == 1 for mask in masks]
+
+
+def _position_rows(position_ids: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
+    positions = _integer_rows(position_ids, "position_ids")
+    _check_lengths(positions, rows, "position_ids")
+    for index, row in enumerate(positions):
+        if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"position_ids: row {index} runs from {row.min()} to {row.max()}: "
+                "expected positions from 0 upwards that fit 32 bits"
+            )
+    return positions
+
+
+def _warn_of_padding(rows: list[np.ndarray], pad_token_id: int) -> None:
+    for index, row in enumerate(rows):
+        if pad_token_id in (row[0], row[-1]):
+            warnings.warn(
+                f"input_ids: row {index} begins or ends with the padding id {pad_token_id} and counts as "
+                "prompt there; give an attention_mask if it is padding",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def _left_pad(rows: list[np.ndarray], fill: int) -> np.ndarray:
+    length = max(row.size for row in rows)
+    batch = np.full((len(rows), length), fill, np.int32)
+    for target, row in zip(batch, rows):
+        target[length - row.size :] = row
+    return batch

@@ -1,0 +1,222 @@
+"""From scores to a choice: repetition penalty, temperature, top-k, top-p, and seeded draws.
+
+The rules, their order and their float32 arithmetic are those of transformers 4.41.2 (`LogitsProcessor`
+and `LogitsWarper`), so that the same scores keep the same tokens. A filter is a plain function from
+scores to scores; removed tokens get -inf.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Callable, Optional
+
+import numpy as np
+
+from glm_ms.generation.config import GenerationConfig
+
+# (scores float32 [B, V], seen bool [B, V] or None) -> scores float32 [B, V]
+ScoreFilter = Callable[[np.ndarray, Optional[np.ndarray]], np.ndarray]
+
+_FALLBACK_TOKEN, _FALLBACK_SCORE = 5, 5e4
+# How many of the best scores top-p looks at first; distributions of language models rarely need more.
+_TOP_P_FIRST_LOOK = 512
+
+
+def build_processors(config: GenerationConfig) -> list[ScoreFilter]:
+    """The filters that act in greedy decoding, sampling and beam search, in order; often none."""
+    filters: list[ScoreFilter] = []
+    if config.repetition_penalty != 1:
+        filters.append(lambda scores, seen: penalize_repetition(scores, seen, config.repetition_penalty))
+    if config.replace_invalid_scores:
+        filters.append(lambda scores, seen: replace_invalid_scores(scores))
+    return filters
+
+
+def build_warpers(config: GenerationConfig) -> list[ScoreFilter]:
+    """The filters that act in sampling only, in order, after those of `build_processors`."""
+    filters: list[ScoreFilter] = []
+    if config.temperature != 1:
+        filters.append(lambda scores, seen: scale_temperature(scores, config.temperature))
+    if config.top_k:
+        filters.append(lambda scores, seen: keep_top_k(scores, config.top_k))
+    if config.top_p < 1:
+        filters.append(lambda scores, seen: keep_top_p(scores, config.top_p))
+    return filters
+
+
+def apply_filters(
+    filters: Sequence[ScoreFilter], scores: np.ndarray, seen: np.ndarray | None = None
+) -> np.ndarray:
+    """Runs scores float32 [B, V] through `filters`; `seen` bool [B, V] as in `mark_seen`."""
+    for one in filters:
+        scores = one(scores, seen)
+    return scores
+
+
+def mark_seen(input_ids: np.ndarray, vocab_size: int, attention_mask: np.ndarray | None = None) -> np.ndarray:
+    """Which ids occur in each row, for the repetition penalty.
+
+    Args:
+        input_ids: int [B, S].
+        attention_mask: 0 or 1, [B, S]; ids under 0 do not count. None: all count. Transformers counts the
+            ids of left padding too, so that there a prompt in a batch differs from the prompt alone in the
+            score of the padding id; generation passes the mask, and the two agree.
+
+    Returns:
+        bool [B, vocab_size].
+    """
+    seen = np.zeros((input_ids.shape[0], vocab_size), bool)
+    counts = np.ones(input_ids.shape, bool) if attention_mask is None else attention_mask == 1
+    rows, columns = np.nonzero(counts)
+    seen[rows, input_ids[rows, columns]] = True
+    return seen
+
+
+def penalize_repetition(scores: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """Divides positive and multiplies negative scores of seen ids by `penalty`, once per distinct id.
+
+    Args:
+        scores: float32 [B, V].
+        seen: bool [B, V], see `mark_seen`.
+    """
+    rows, ids = np.nonzero(seen)
+    chosen = scores[rows, ids]
+    penalty32 = np.float32(penalty)
+    scores = scores.copy()
+    scores[rows, ids] = np.where(chosen < 0, chosen * penalty32, chosen / penalty32)
+    return scores
+
+
+def replace_invalid_scores(scores: np.ndarray) -> np.ndarray:
+    """The rule of the original chat functions against overflow in half precision.
+
+    If a nan or inf stands anywhere in scores float32 [B, V], all scores of the batch become 0 and that of
+    id 5 becomes 5e4; otherwise they are returned as they are.
+    """
+    if np.isfinite(scores).all():
+        return scores
+    replaced = np.zeros_like(scores)
+    replaced[:, _FALLBACK_TOKEN] = _FALLBACK_SCORE
+    return replaced
+
+
+def scale_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Scores float32 [B, V] divided by `temperature` (above 0)."""
+    return scores / np.float32(temperature)
+
+
+def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """Removes every score of float32 [B, V] below the k-th largest of its row; ties with it stay."""
+    kth = scores.shape[1] - min(k, scores.shape[1])
+    threshold = np.partition(scores, kth, axis=1)[:, kth, None]
+    return np.where(scores < threshold, np.float32(-np.inf), scores)
+
+
+def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
+    """Removes the least likely tokens of scores float32 [B, V] that together reach at most 1 - p.
+
+    The token that crosses p stays, so at least one does. Tokens tied with the last one kept stay too (the
+    original keeps some of them, which ones is left to an unstable sort).
+    """
+    threshold = np.array([_top_p_threshold(row, p) for row in scores], scores.dtype)
+    return np.where(scores < threshold[:, None], np.float32(-np.inf), scores)
+
+
+def _top_p_threshold(row: np.ndarray, p: float) -> np.floating:
+    """The smallest score of float32 [V] that top-p keeps.
+
+    Sorting a whole vocabulary is what costs time here, so only the best scores are sorted; the probability
+    of the others is summed in one piece, and more are sorted only if not all of those are removed.
+    """
+    row = row[row > -np.inf]
+    removed_mass = np.float32(1 - p)
+    look = _TOP_P_FIRST_LOOK
+    while True:
+        look = min(look, row.size)
+        parted = np.partition(row, row.size - look)
+        parted[-look:].sort()
+        probabilities = softmax(parted[None])[0]
+        tail = probabilities[:-look].sum(dtype=np.float64)
+        if look == row.size or np.float32(tail) <= removed_mass:
+            break
+        look *= 8
+    # torch accumulates a float32 cumsum in float64 and rounds each partial sum.
+    reached = (tail + np.cumsum(probabilities[-look:], dtype=np.float64)).astype(np.float32)
+    first_kept = min(np.count_nonzero(reached <= removed_mass), look - 1)
+    return parted[row.size - look + first_kept]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities float32 [B, V] of scores float32 [B, V]; -inf becomes 0."""
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Log probabilities float32 [B, V] of scores float32 [B, V]."""
+    with np.errstate(invalid="ignore"):  # an inf makes its row nan, which the caller's check answers
+        shifted = scores - scores.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def check_scores(scores: np.ndarray, step: int) -> None:
+    """Raises FloatingPointError if a row of float32 [B, V] has a nan, +inf, or nothing but -inf."""
+    broken = np.flatnonzero(~np.isfinite(scores.max(axis=1)))
+    if broken.size:
+        raise FloatingPointError(
+            f"generated token {step}: the scores of row {broken[0]} hold nan or inf; the weights are broken "
+            "or the compute type overflows: try compute_dtype float32, or replace_invalid_scores = True"
+        )
+
+
+def row_generators(
+    prompts: Sequence[Sequence[int]], num_return_sequences: int, seed: int | None
+) -> list[np.random.Generator]:
+    """One random stream per returned sequence, independent of the other prompts of the batch.
+
+    A stream is determined by the seed, the ids of the prompt and a counter: the return index of the
+    sequence, continued over copies of the same prompt in the batch. So a prompt draws what it draws alone,
+    and a batch with the same prompt twice gives two different samples.
+
+    Args:
+        prompts: ids of each prompt, without padding.
+        num_return_sequences: sequences per prompt.
+        seed: at least 0; None takes fresh entropy from the system.
+
+    Returns:
+        len(prompts) * num_return_sequences generators, those of one prompt together.
+    """
+    if seed is None:
+        seed = np.random.SeedSequence().entropy
+    copies: Counter[tuple[int, ...]] = Counter()
+    generators = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        for _ in range(num_return_sequences):
+            # The length keeps prompts apart that differ by trailing zeros only.
+            words = np.array([len(key), *key], np.uint32)
+            sequence = np.random.SeedSequence([int(seed), words], spawn_key=(copies[key],))
+            generators.append(np.random.Generator(np.random.PCG64(sequence)))
+            copies[key] += 1
+    return generators
+
+
+def draw(scores: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
+    """Draws one token per row, each with its own generator (one uniform number a draw).
+
+    Args:
+        scores: float32 [B, V], filtered; -inf is never drawn.
+        generators: B of them.
+
+    Returns:
+        int32 [B].
+    """
+    tokens = np.empty(scores.shape[0], np.int32)
+    for index, (row, generator) in enumerate(zip(scores, generators)):
+        candidates = np.flatnonzero(row > -np.inf)
+        cumulative = np.cumsum(softmax(row[None, candidates])[0], dtype=np.float64)
+        # Below the total even after rounding, so that the search always ends on a candidate with weight.
+        target = min(generator.random() * cumulative[-1], np.nextafter(cumulative[-1], 0))
+        tokens[index] = candidates[np.searchsorted(cumulative, target, side="right")]
+    return tokens
