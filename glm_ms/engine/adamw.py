@@ -1,0 +1,71 @@
+"""AdamW with decoupled decay and bias correction, on MindSpore's fused operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.nn.learning_rate_schedule import LearningRateSchedule
+
+
+class GLMAdamW(nn.Optimizer):
+    """Loshchilov & Hutter 2019 (arXiv:1711.05101), as torch.optim.AdamW computes it.
+
+    Every parameter decays, norms and biases too. MindSpore's `AdamWeightDecay` operator updates moments and
+    weight in one pass but knows no bias correction; with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t) the same
+    operator gives the corrected update when it is called with learning rate lr c2 / c1, eps c2 and decay
+    wd c1 / c2.
+
+    Args:
+        params: parameters to train.
+        learning_rate: schedule over the number of updates made so far, or a constant.
+        betas: decay rates of the moments.
+        eps: added to the root of the corrected second moment.
+        weight_decay: decoupled decay.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Parameter],
+        learning_rate: float | LearningRateSchedule,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(learning_rate, params)
+        # nn.Optimizer multiplies gradients by decay groups of its own; ours is the operator's.
+        self.decay = weight_decay
+        self.beta1, self.beta2, self.eps = float(betas[0]), float(betas[1]), float(eps)
+        self.moments1 = self.parameters.clone(prefix="adam_m", init="zeros")
+        self.moments2 = self.parameters.clone(prefix="adam_v", init="zeros")
+        self.beta1_tensor = Tensor(self.beta1, ms.float32)
+        self.beta2_tensor = Tensor(self.beta2, ms.float32)
+        self.update = ops.AdamWeightDecay()
+        self.power = ops.Pow()
+        self.sqrt = ops.Sqrt()
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Updates every parameter; returns the learning rate used, float32 scalar."""
+        rate = ops.cast(self.get_lr(), ms.float32)
+        step = ops.cast(self.global_step, ms.float32) + 1.0
+        self.assignadd(self.global_step, self.global_step_increase_tensor)
+        c1 = 1.0 - self.power(self.beta1_tensor, step)
+        c2 = self.sqrt(1.0 - self.power(self.beta2_tensor, step))
+        done = ops.reshape(rate, ())
+        scaled_rate = ops.reshape(rate * c2 / c1, ())
+        eps = ops.reshape(self.eps * c2, ())
+        decay = ops.reshape(self.decay * c1 / c2, ())
+        for i in range(len(gradients)):
+            self.update(
+                self.parameters[i],
+                self.moments1[i],
+                self.moments2[i],
+                scaled_rate,
+                self.beta1_tensor,
+                self.beta2_tensor,
+                eps,
+                decay,
+                gradients[i],
+            )
+        return done

@@ -1,0 +1,108 @@
+"""One training step: gradients, accumulation, clipping, update."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import ParameterTuple, Tensor, nn, ops
+from mindspore.communication import get_group_size
+from mindspore.nn import Optimizer
+
+# torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6.
+_CLIP_EPS = 1e-6
+
+
+class GLMTrainOneStep(nn.Cell):
+    """Sums loss and gradients over micro batches and ranks, divides by the labelled tokens, clips, updates.
+
+    Dividing once, by all tokens of the step, makes a step with N micro batches or N ranks equal to one with a
+    batch N times as large.
+
+    Args:
+        network: cell that returns (loss sum, number of labelled tokens).
+        optimizer: returns the learning rate it used.
+        max_grad_norm: largest global gradient norm, None for no clipping.
+        accumulation_steps: micro batches per update.
+        use_parallel: sum over all ranks of a data parallel run.
+    """
+
+    def __init__(
+        self,
+        network: nn.Cell,
+        optimizer: Optimizer,
+        max_grad_norm: float | None = None,
+        accumulation_steps: int = 1,
+        use_parallel: bool = False,
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+        self.network.set_grad()
+        self.optimizer = optimizer
+        self.weights: ParameterTuple = optimizer.parameters
+        self.max_grad_norm = max_grad_norm
+        self.accumulation_steps = accumulation_steps
+        self.value_and_grad = ops.value_and_grad(network, None, self.weights, has_aux=True)
+        self.square_sum = ops.ReduceSum()
+        self.all_reduce = ops.AllReduce() if use_parallel and get_group_size() > 1 else None
+        if accumulation_steps > 1:
+            self.gradient_sums = self.weights.clone(prefix="gradient_sum", init="zeros")
+            self.loss_sum = ms.Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
+            self.token_sum = ms.Parameter(Tensor(0.0, ms.float32), name="token_sum", requires_grad=False)
+            self.micro_step = ms.Parameter(Tensor(0, ms.int32), name="micro_step", requires_grad=False)
+        self.zero = Tensor(0.0, ms.float32)
+
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One micro batch.
+
+        Returns:
+            mean loss over the labelled tokens of the step, global gradient norm before clipping, learning
+            rate, number of labelled tokens; float32 scalars. Zeros while micro batches are being gathered.
+        """
+        (loss, tokens), gradients = self.value_and_grad(*inputs)
+        if self.accumulation_steps == 1:
+            return self.finish(loss, tokens, gradients)
+        for i in range(len(gradients)):
+            ops.assign_add(self.gradient_sums[i], gradients[i])
+        ops.assign_add(self.loss_sum, loss)
+        ops.assign_add(self.token_sum, tokens)
+        ops.assign_add(self.micro_step, 1)
+        if self.micro_step == self.accumulation_steps:
+            result = self.finish(self.loss_sum + 0.0, self.token_sum + 0.0, self.gradient_sums)
+            for total in self.gradient_sums:
+                ops.assign(total, ops.zeros_like(total))
+            ops.assign(self.loss_sum, self.zero)
+            ops.assign(self.token_sum, self.zero)
+            ops.assign(self.micro_step, 0)
+            return result
+        return self.zero, self.zero, self.zero, self.zero
+
+    def finish(
+        self, loss: Tensor, tokens: Tensor, gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, clip, update."""
+        if self.all_reduce is not None:
+            loss, tokens = self.all_reduce(loss), self.all_reduce(tokens)
+            gradients = self.reduced(gradients)
+        tokens = ops.maximum(tokens, 1.0)
+        squares = self.zero
+        for gradient in gradients:
+            squares = squares + self.square_sum(ops.square(ops.cast(gradient, ms.float32)))
+        norm = ops.sqrt(squares) / tokens
+        scale = 1.0 / tokens
+        if self.max_grad_norm is not None:
+            scale = scale * ops.minimum(self.max_grad_norm / (norm + _CLIP_EPS), 1.0)
+        rate = self.optimizer(self.scaled(gradients, scale))
+        return loss / tokens, norm, rate, tokens
+
+    def reduced(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients summed over the ranks."""
+        total = ()
+        for gradient in gradients:
+            total += (self.all_reduce(gradient),)
+        return total
+
+    def scaled(self, gradients: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
+        """Every gradient times a scalar."""
+        result = ()
+        for gradient in gradients:
+            result += (gradient * ops.cast(scale, gradient.dtype),)
+        return result
