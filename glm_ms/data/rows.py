@@ -1,0 +1,79 @@
+"""Training rows of one fixed length, so that a graph is compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from glm_ms.data.records import DataError
+
+IGNORED = -100  # label of a position that takes no part in the loss
+
+# input_ids, labels, attention_mask, position_ids: int32 [seq_length] each.
+Row = dict[str, np.ndarray]
+
+
+def row_length(max_source_length: int, max_target_length: int) -> int:
+    """Ids in a training row: source, target and the token that ends it."""
+    return max_source_length + max_target_length + 1
+
+
+def check_seq_length(seq_length: int, max_source_length: int, max_target_length: int) -> None:
+    """Holds the model's sequence length to that of the rows.
+
+    Raises:
+        DataError: `seq_length` is not max_source_length + max_target_length + 1.
+    """
+    check_length("max_source_length", max_source_length)
+    check_length("max_target_length", max_target_length)
+    fitting = row_length(max_source_length, max_target_length)
+    if seq_length == fitting:
+        return
+    changes = [f"model.model_config.seq_length to {fitting}"]
+    source, target = seq_length - max_target_length - 1, seq_length - max_source_length - 1
+    if source > 0:
+        changes.append(f"train_dataset.max_source_length to {source}")
+    if target > 0:
+        changes.append(f"train_dataset.max_target_length to {target}")
+    raise DataError(
+        f"model.model_config.seq_length = {seq_length} is not train_dataset.max_source_length "
+        f"({max_source_length}) + train_dataset.max_target_length ({max_target_length}) + 1 = {fitting}; "
+        f"set {', or '.join(changes)}"
+    )
+
+
+def check_length(name: str, value: int, smallest: int = 1) -> None:
+    """Raises DataError unless `value` is an integer of at least `smallest`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < smallest:
+        raise DataError(f"{name} = {value!r}: must be an integer of at least {smallest}")
+
+
+def right_padded_row(input_ids: Sequence[int], labels: Sequence[int], length: int, pad_token_id: int) -> Row:
+    """ChatGLM2 row: padded on the right, and visible, as the reference has it.
+
+    Padding labels are `pad_token_id`; positions count through the padding.
+    """
+    padding = length - len(input_ids)
+    return {
+        "input_ids": np.array([*input_ids, *[pad_token_id] * padding], np.int32),
+        "labels": np.array([*labels, *[pad_token_id] * padding], np.int32),
+        "attention_mask": np.ones(length, np.int32),
+        "position_ids": np.arange(length, dtype=np.int32),
+    }
+
+
+def left_padded_row(input_ids: Sequence[int], labels: Sequence[int], length: int, pad_token_id: int) -> Row:
+    """ChatGLM3 row: padded on the left with mask 0, position 0 and ignored labels; tokens count from 0."""
+    padding = length - len(input_ids)
+    row = {
+        "input_ids": np.full(length, pad_token_id, np.int32),
+        "labels": np.full(length, IGNORED, np.int32),
+        "attention_mask": np.zeros(length, np.int32),
+        "position_ids": np.zeros(length, np.int32),
+    }
+    row["input_ids"][padding:] = input_ids
+    row["labels"][padding:] = labels
+    row["attention_mask"][padding:] = 1
+    row["position_ids"][padding:] = np.arange(len(input_ids))
+    return row

@@ -1,0 +1,113 @@
+"""ChatGLM2: a prompt of numbered rounds in plain text, no role tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from glm_ms.tokenizer.base import SentencePieceTokenizer, replace_training_date, sequence_dict
+
+_ROUND = "[Round {}]\n\n问：{}\n\n答："
+_ROLE_TOKEN = re.compile(r"\s*<\|(system|user|assistant|observation)\|>")
+
+
+class ChatGLM2Tokenizer(SentencePieceTokenizer):
+    """Tokenizer of ChatGLM2-6B (CodeGeeX2 shares it)."""
+
+    model_generation = 2
+    special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer."""
+        return [self.eos_token_id]
+
+    def _special_piece(self, token: str) -> str:
+        return ""
+
+    def _unknown_piece(self, index: int) -> str:
+        raise IndexError(f"token id {index} is beyond the vocabulary of {self.vocab_size} ids")
+
+    def build_prompt(self, query: str, history: Sequence[Sequence[str]] | None = None) -> str:
+        """The prompt text of a conversation.
+
+        Args:
+            query: the new question.
+            history: (question, answer) pairs, oldest first.
+        """
+        rounds = [*(history or []), (query, None)]
+        return "\n\n".join(
+            _ROUND.format(number, question) + (answer or "")
+            for number, (question, answer) in enumerate(rounds, start=1)
+        )
+
+    def build_chat_input(
+        self, query: str, history: Sequence[Any] | None = None, role: str = "user"
+    ) -> dict[str, list[int]]:
+        """Ids of `build_prompt`.
+
+        Args:
+            query: the new question.
+            history: (question, answer) pairs, or messages `{"role": "user"|"assistant", "content": text}`
+                in turn.
+            role: "user", the only one this model knows.
+
+        Returns:
+            `input_ids`, `attention_mask`, `position_ids`, each a list [S] of int.
+
+        Raises:
+            ValueError: another role, or messages that are not question and answer in turn.
+        """
+        if role != "user":
+            raise ValueError(f"role = {role!r}: ChatGLM2 knows questions of the user only")
+        return sequence_dict(self.encode(self.build_prompt(query, _as_rounds(history or []))))
+
+    def build_stream_input(self, query: str, history: Sequence[Any] | None = None) -> dict[str, list[int]]:
+        """Ids that continue a conversation whose earlier rounds are in the key-value cache.
+
+        With a history these are the line breaks after the last answer and the new round, without
+        `[gMASK] sop`; positions count from 0. Without one it is `build_chat_input`.
+        """
+        if not history:
+            return self.build_chat_input(query)
+        ids = self.encode(
+            "\n\n" + _ROUND.format(len(_as_rounds(history)) + 1, query), add_special_tokens=False
+        )
+        # In the middle of a text the vocabulary adds no leading space.
+        if ids and self.sp.IdToPiece(ids[0]) == "▁":
+            ids = ids[1:]
+        return sequence_dict(ids)
+
+    def process_response(self, output: str) -> str:
+        """The answer as shown to the user."""
+        return replace_training_date(output.strip())
+
+    def _encode_template_body(self, body: str) -> list[int]:
+        if _ROLE_TOKEN.match(body):
+            raise ValueError(
+                f"{body[:40]!r}: role tokens belong to ChatGLM3; ChatGLM2 text is '[gMASK]sop[Round 1]\\n\\n问：...'"
+            )
+        return self._piece_ids(body)
+
+
+def _as_rounds(history: Sequence[Any]) -> list[tuple[str, str]]:
+    """(question, answer) pairs of pairs or of messages."""
+    if not any(isinstance(item, Mapping) for item in history):
+        return [_pair(item) for item in history]
+    rounds = []
+    for i in range(0, len(history), 2):
+        turn = history[i : i + 2]
+        roles = [item.get("role") if isinstance(item, Mapping) else None for item in turn]
+        if roles != ["user", "assistant"]:
+            raise ValueError(
+                f"history[{i}:{i + 2}] has roles {roles}: ChatGLM2 needs user and assistant in turn"
+            )
+        rounds.append((turn[0]["content"], turn[1]["content"]))
+    return rounds
+
+
+def _pair(item: Any) -> tuple[str, str]:
+    if isinstance(item, str) or len(item) != 2 or not all(isinstance(text, str) for text in item):
+        raise ValueError(f"history item {item!r}: must be a (question, answer) pair of strings")
+    return item[0], item[1]

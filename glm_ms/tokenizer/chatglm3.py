@@ -1,0 +1,160 @@
+"""ChatGLM3: messages opened by role tokens, tools and observations."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_ms.tokenizer.base import SentencePieceTokenizer, replace_training_date, sequence_dict
+from glm_ms.tokenizer.tool_call import parse_tool_call
+
+ROLES = ("system", "user", "assistant", "observation")
+_ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
+_ROLE_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in _ROLE_TOKENS) + ")")
+
+
+class ChatGLM3Tokenizer(SentencePieceTokenizer):
+    """Tokenizer of ChatGLM3-6B.
+
+    Args:
+        vocab_file: the SentencePiece model (`tokenizer.model`).
+        encode_special_tokens: role tokens spelled in a text given to `tokenize`, `encode` or a call become
+            role tokens. For text under your own control only. Chat messages are never affected.
+    """
+
+    model_generation = 3
+    special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_ROLE_TOKENS)
+
+    def __init__(self, vocab_file: str | Path, encode_special_tokens: bool = False) -> None:
+        super().__init__(vocab_file)
+        self.encode_special_tokens = encode_special_tokens
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer: </s>, or the opening of somebody else's message."""
+        return [self.eos_token_id, self.get_command("<|user|>"), self.get_command("<|observation|>")]
+
+    def _special_piece(self, token: str) -> str:
+        return token
+
+    def _unknown_piece(self, index: int) -> str:
+        return ""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Pieces of a text; with `encode_special_tokens` role tokens are pieces of their own."""
+        if not self.encode_special_tokens:
+            return super().tokenize(text)
+        pieces = []
+        for part in _ROLE_SPLIT.split(text):
+            pieces += [part] if part in _ROLE_TOKENS else super().tokenize(part)
+        return pieces
+
+    def _text_ids(self, text: str) -> list[int]:
+        if not self.encode_special_tokens:
+            return self._piece_ids(text)
+        ids = []
+        for part in _ROLE_SPLIT.split(text):
+            ids += [self.get_command(part)] if part in _ROLE_TOKENS else self._piece_ids(part)
+        return ids
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        r"""Ids of one message: `<|role|>`, then `metadata\n`, then the message.
+
+        Args:
+            role: system, user, assistant or observation.
+            metadata: "" or the name of the tool that an assistant message calls.
+
+        Raises:
+            AssertionError: unknown role (the type the reference raises).
+        """
+        if role not in ROLES:
+            raise AssertionError(f"role = {role!r}: must be one of {', '.join(ROLES)}")
+        ids = [self.get_command(f"<|{role}|>")]
+        return ids + self._piece_ids(f"{metadata}\n") + self._piece_ids(message)
+
+    def build_chat_input(
+        self, query: str, history: Sequence[Mapping[str, Any]] | None = None, role: str = "user"
+    ) -> dict[str, list[int]]:
+        """Ids of a conversation, ending with the `<|assistant|>` that opens the answer.
+
+        Args:
+            query: the new message.
+            history: messages `{"role", "content"}`, optionally with `metadata`; a system message may have
+                `tools`, which are appended to it as JSON.
+            role: role of the new message.
+
+        Returns:
+            `input_ids`, `attention_mask`, `position_ids`, each a list [S] of int.
+
+        Raises:
+            AssertionError: unknown role.
+            ValueError: a history item that is no message.
+        """
+        ids = list(self.prefix_tokens)
+        for number, item in enumerate(history or []):
+            if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
+                raise ValueError(f"history[{number}] = {item!r}: must be a mapping with role and content")
+            content = item["content"]
+            if item["role"] == "system" and "tools" in item:
+                content += "\n" + json.dumps(item["tools"], indent=4, ensure_ascii=False)
+            ids += self.build_single_message(item["role"], item.get("metadata", ""), content)
+        ids += self.build_single_message(role, "", query)
+        ids.append(self.get_command("<|assistant|>"))
+        return sequence_dict(ids)
+
+    def process_response(
+        self, output: str, history: Sequence[Mapping[str, Any]]
+    ) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
+        """Splits what the model wrote into messages.
+
+        Args:
+            output: decoded answer, without the `<|assistant|>` that opened it and without stop tokens.
+            history: messages so far, the question included. It is not changed.
+
+        Returns:
+            The answer and the history with the new messages. The answer is a text; or, where the model calls
+            a tool, `{"name", "parameters"}` (tools given in the first, system, message) or
+            `{"name", "content"}` (code to run).
+
+        Raises:
+            ToolCallError: the text of a tool call is not `tool_call(name=value, ...)` with plain values.
+        """
+        history = copy.deepcopy(list(history))
+        has_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
+        answer: str | dict[str, Any] = ""
+        for part in output.split("<|assistant|>"):
+            metadata, line_break, content = part.partition("\n")
+            if not line_break:
+                metadata, content = "", part
+            name = metadata.strip()
+            if not name:
+                content = content.strip()
+            history.append({"role": "assistant", "metadata": metadata, "content": content})
+            if not name:
+                answer = replace_training_date(content)
+            elif has_tools:
+                code = "\n".join(content.split("\n")[1:-1])  # less the ```python fence
+                answer = {"name": name, "parameters": parse_tool_call(code)}
+            else:
+                answer = {"name": name, "content": content}
+        return answer, history
+
+    def _encode_template_body(self, body: str) -> list[int]:
+        r"""Ids of `<|role|> metadata\n message` one after the other; a last role token may stand alone."""
+        opening, *parts = _ROLE_SPLIT.split(body)
+        ids = self._piece_ids(opening)
+        for i in range(0, len(parts), 2):
+            token, text = parts[i : i + 2]
+            metadata, line_break, message = text.partition("\n")
+            if line_break:
+                metadata, message = self._without_space(metadata), self._without_space(message)
+                ids += self.build_single_message(token[2:-2], metadata, message)
+            elif i + 2 == len(parts) and not text.strip(" "):
+                ids.append(self.get_command(token))
+            else:
+                raise ValueError(f"{(token + text)[:40]!r}: a message is written '{token} \\n text'")
+        return ids
