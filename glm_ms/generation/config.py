@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,14 +26,15 @@ class GenerationConfig:
         do_sample: draw from the filtered distribution; otherwise the best score wins.
         num_beams: running hypotheses per prompt; above 1 it is beam search, not combined with `do_sample`.
         num_return_sequences: sequences per prompt; above 1 only with `do_sample`, or up to `num_beams`.
-        length_penalty: beams are ranked by sum of log probabilities / generated length ** length_penalty.
+        length_penalty: beams are ranked by sum of log probabilities / generated length ** length_penalty;
+            in [-20, 20], above 0 favours long ones.
         early_stopping: a prompt ends when `num_beams` hypotheses have met an end token; when false it goes
             on until no running beam can beat the worst of them.
-        temperature: divides the scores before sampling; above 0.
+        temperature: divides the scores before sampling; in [1e-6, 1e6].
         top_k: sample from the k best scores, 0 for all.
         top_p: sample from the smallest set of best tokens whose probabilities reach top_p; in (0, 1].
         repetition_penalty: above 1 discourages tokens that stand in the prompt or were generated
-            (https://arxiv.org/abs/1909.05858); above 0.
+            (https://arxiv.org/abs/1909.05858); in [1e-6, 1e6].
         eos_token_id: id, or ids, that end a row; None: rows end at `max_new_tokens` only.
         pad_token_id: stands in place of tokens of a finished row; not part of any returned sequence.
         seed: starts the random streams of sampling; None: different at every call.
@@ -69,10 +69,12 @@ class GenerationConfig:
         for name in ("do_sample", "early_stopping", "replace_invalid_scores"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected True or False")
-        for name in ("temperature", "top_p", "repetition_penalty", "length_penalty"):
-            _check_float(name, getattr(self, name), positive=name != "length_penalty")
-        if self.top_p > 1:
-            raise ValueError(f"top_p = {self.top_p}: must be in (0, 1]")
+        for name, limits in _FLOAT_LIMITS.items():
+            # `temperature: 0` beside `do_sample: False` is a common way to say greedy.
+            used = self.do_sample or name != "temperature"
+            _check_float(name, getattr(self, name), limits if used else None)
+        if self.top_p == 0:
+            raise ValueError("top_p = 0: must be in (0, 1]; for the best token alone set top_k = 1")
         if self.seed is not None:
             _check_int("seed", self.seed, 0)
         self._check_eos()
@@ -159,6 +161,13 @@ class GenerationConfig:
 
 
 _LEAST_INT = {"max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "top_k": 0, "pad_token_id": 0}
+# Wider than any use, narrow enough that neither float32 scores nor the power of a length overflow.
+_FLOAT_LIMITS = {
+    "temperature": (1e-6, 1e6),
+    "top_p": (0, 1),
+    "repetition_penalty": (1e-6, 1e6),
+    "length_penalty": (-20, 20),
+}
 
 
 def _check_int(name: str, value: Any, least: int) -> None:
@@ -168,11 +177,9 @@ def _check_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} = {value}: must be at least {least}")
 
 
-def _check_float(name: str, value: Any, positive: bool) -> None:
+def _check_float(name: str, value: Any, limits: tuple[float, float] | None) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} = {value!r}: expected a number, found {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} = {value}: must be finite")
-    if positive and value <= 0:
+    if limits is not None and not limits[0] <= value <= limits[1]:  # false for nan, too
         hint = "; for the best token every time set do_sample = False" if name == "temperature" else ""
-        raise ValueError(f"{name} = {value}: must be above 0{hint}")
+        raise ValueError(f"{name} = {value}: must be in [{limits[0]:g}, {limits[1]:g}]{hint}")

@@ -104,10 +104,8 @@ def _rows(values: Any, name: str) -> list[np.ndarray]:
         values = np.asarray(values)
     if isinstance(values, np.ndarray) and values.ndim not in (1, 2):
         found = f"shape {values.shape}" if values.ndim else f"{values.dtype} without dimensions"
-        raise ValueError(
-            f"{name}: expected one sequence [S] or a batch [B, S] of integers, found {found}; "
-            "for text give the input_ids that the tokenizer returns"
-        )
+        hint = "; for text give the input_ids that the tokenizer returns" if name == "input_ids" else ""
+        raise ValueError(f"{name}: expected one sequence [S] or a batch [B, S], found {found}{hint}")
     if not len(values):
         raise ValueError(f"{name}: empty: give at least one token")
     if isinstance(values[0], (Number, str, np.generic)):

@@ -130,21 +130,21 @@ def _top_p_threshold(row: np.ndarray, p: float) -> np.floating:
     of the others is summed in one piece, and more are sorted only if not all of those are removed.
     """
     row = row[row > -np.inf]
+    weights = np.exp(row - row.max())
+    normalizer = weights.sum()
+    total = weights.sum(dtype=np.float64) / normalizer
     removed_mass = np.float32(1 - p)
-    look = _TOP_P_FIRST_LOOK
+    look = 0
     while True:
-        look = min(look, row.size)
-        parted = np.partition(row, row.size - look)
-        parted[-look:].sort()
-        probabilities = softmax(parted[None])[0]
-        tail = probabilities[:-look].sum(dtype=np.float64)
-        if look == row.size or np.float32(tail) <= removed_mass:
+        look = min(max(_TOP_P_FIRST_LOOK, 16 * look), row.size)
+        best = np.sort(np.partition(row, row.size - look)[row.size - look :])
+        probabilities = np.exp(best - best[-1]) / normalizer
+        tail = max(total - probabilities.sum(dtype=np.float64), 0.0) if look < row.size else 0.0
+        if np.float32(tail) <= removed_mass:
             break
-        look *= 8
     # torch accumulates a float32 cumsum in float64 and rounds each partial sum.
-    reached = (tail + np.cumsum(probabilities[-look:], dtype=np.float64)).astype(np.float32)
-    first_kept = min(np.count_nonzero(reached <= removed_mass), look - 1)
-    return parted[row.size - look + first_kept]
+    reached = (tail + np.cumsum(probabilities, dtype=np.float64)).astype(np.float32)
+    return best[min(np.count_nonzero(reached <= removed_mass), look - 1)]
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

@@ -1,0 +1,224 @@
+"""One checkpoint into another: planned and checked first, then streamed tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from glm_ms.convert.atomic import check_target
+from glm_ms.convert.errors import CheckpointError
+from glm_ms.convert.parameters import check_names_and_shapes
+from glm_ms.convert.reader import CheckpointReader, open_checkpoint
+from glm_ms.convert.writers import (
+    DEFAULT_SHARD_SIZE,
+    FILE_ENDINGS,
+    Shapes,
+    size_in_bytes,
+    write_file,
+    write_hf_folder,
+)
+from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+
+TARGETS = ("hf", "mindspore")
+# Copied into a Hugging Face folder from the folder of the input or of the config, where they exist.
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenization_chatglm.py",
+)  # fmt: skip
+_FOREIGN_ENDINGS = (".bin", ".pth", ".pt", ".json", ".yaml", ".npz")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that has passed every check that needs no weights; `run` carries it out.
+
+    Attributes:
+        reader: the input.
+        output: final path.
+        target: "hf" or "mindspore".
+        config: architecture of both.
+        dtype: element type of the output.
+        shapes: glm_ms name -> shape, in the order of the input.
+        max_shard_size: bytes of tensors in one file of a Hugging Face folder.
+        extra_files: tokenizer files to copy.
+        overwrite: replace an existing output.
+    """
+
+    reader: CheckpointReader
+    output: Path
+    target: str
+    config: GLMConfig
+    dtype: str
+    shapes: Shapes
+    max_shard_size: int
+    extra_files: tuple[Path, ...]
+    overwrite: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters in the output."""
+        return size_in_bytes(self.shapes, self.dtype)
+
+    def run(self, on_tensor: Callable[[str, int], None] | None = None) -> None:
+        """Reads, converts and writes every tensor, holding one at a time.
+
+        Args:
+            on_tensor: called with the name and the bytes in the output of each tensor that is done.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or overflows the type, or the output cannot be written;
+                nothing is left at `output` then.
+        """
+        stream = self._stream(on_tensor or (lambda name, size: None))
+        with self.reader:
+            if self.target == "hf":
+                write_hf_folder(
+                    self.output,
+                    self.config,
+                    self.shapes,
+                    self.dtype,
+                    stream,
+                    self.max_shard_size,
+                    self.extra_files,
+                    self.overwrite,
+                )
+            else:
+                write_file(self.output, self.shapes, self.dtype, stream, self.overwrite)
+
+    def _stream(self, on_tensor: Callable[[str, int], None]) -> Iterator[tuple[str, np.ndarray]]:
+        for name in self.shapes:
+            array = self.reader.read(name, self.dtype)
+            size = array.nbytes
+            yield name, array
+            del array  # or two tensors would be held while the next is read
+            on_tensor(name, size)
+
+
+def plan_conversion(
+    source: str | Path,
+    output: str | Path,
+    *,
+    config: str | Path | None = None,
+    dtype: str | None = None,
+    target: str | None = None,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Opens the input and checks all that can be checked before a weight is read.
+
+    Args:
+        source: checkpoint to read, anything `open_checkpoint` takes.
+        output: a folder (Hugging Face), a `.ckpt` or a `.safetensors` (MindSpore).
+        config: folder, config.json or YAML; by default the config.json in a `source` folder.
+        dtype: "float32", "float16" or "bfloat16"; by default the one the input has throughout.
+        target: "hf" or "mindspore"; by default by the ending of `output`.
+        max_shard_size: bytes of tensors in one file, for "hf" only; 2 GB by default.
+        overwrite: replace an existing output.
+
+    Raises:
+        CheckpointError, ConfigError: the input, the config or the output cannot be used, or do not fit.
+    """
+    source, output = Path(source), Path(output)
+    target = _target(output, target)
+    if max_shard_size is not None and (target != "hf" or max_shard_size < 1):
+        raise CheckpointError(
+            f"max_shard_size = {max_shard_size}: must be positive, and is for Hugging Face output only; "
+            f"a {' or '.join(FILE_ENDINGS)} is one file"
+        )
+    if dtype is not None and dtype not in FLOAT_TYPES:
+        raise CheckpointError(f"dtype {dtype!r}: must be one of {', '.join(FLOAT_TYPES)}")
+    check_target(output, folder=target == "hf", overwrite=overwrite)
+    reader = open_checkpoint(source)
+    _check_apart(reader, output)
+    glm_config = _config(source, config)
+    check_names_and_shapes(glm_config, reader)
+    return Conversion(
+        reader=reader,
+        output=output,
+        target=target,
+        config=glm_config,
+        dtype=dtype or _common_dtype(reader),
+        shapes={name: reader.shape(name) for name in reader.names()},
+        max_shard_size=max_shard_size or DEFAULT_SHARD_SIZE,
+        extra_files=_tokenizer_files(source, config) if target == "hf" else (),
+        overwrite=overwrite,
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "2GB", "500MB" (powers of 1000), "1GiB" (powers of 1024) or "1000000".
+
+    Raises:
+        CheckpointError: not a positive size.
+    """
+    number, unit = text.strip(), 1
+    for power, letter in enumerate("KMGT", 1):
+        for ending, base in ((f"{letter}IB", 1024), (f"{letter}B", 1000)):
+            if number.upper().endswith(ending):
+                number, unit = number[: -len(ending)].strip(), base**power
+    try:
+        size = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise CheckpointError(f"size {text!r}: expected a positive number with a unit, such as 2GB or 500MB")
+    return size
+
+
+def _target(output: Path, target: str | None) -> str:
+    """The kind of output, held to the ending of its name."""
+    if target is not None and target not in TARGETS:
+        raise CheckpointError(f"target {target!r}: must be one of {', '.join(TARGETS)}")
+    if output.suffix in _FOREIGN_ENDINGS:
+        raise CheckpointError(
+            f"{output}: {output.suffix} is not written; name a folder or end in {' or '.join(FILE_ENDINGS)}"
+        )
+    inferred = "mindspore" if output.suffix in FILE_ENDINGS else "hf"
+    if target is not None and target != inferred:
+        remedy = "name a folder" if target == "hf" else f"end the name in {' or '.join(FILE_ENDINGS)}"
+        raise CheckpointError(f"{output}: does not name an output of kind {target}; {remedy}")
+    return inferred
+
+
+def _config(source: Path, config: str | Path | None) -> GLMConfig:
+    if config is not None:
+        return GLMConfig.from_pretrained(config)
+    if not source.is_dir():
+        raise CheckpointError(
+            f"{source}: a single file says nothing of the architecture; name its config (--config): "
+            "a folder with config.json, a .json or a .yaml"
+        )
+    return GLMConfig.from_pretrained(source)
+
+
+def _common_dtype(reader: CheckpointReader) -> str:
+    found = sorted({reader.dtype(name) for name in reader.names()})
+    if len(found) != 1 or found[0] not in FLOAT_TYPES:
+        raise CheckpointError(
+            f"{reader.path}: holds {' and '.join(found)}; choose the type of the output (--dtype): "
+            f"{', '.join(FLOAT_TYPES)}"
+        )
+    return found[0]
+
+
+def _check_apart(reader: CheckpointReader, output: Path) -> None:
+    """Overwriting must not take the input away."""
+    final = output.resolve()
+    for file in reader.files():
+        if final == file.resolve() or final in file.resolve().parents:
+            raise CheckpointError(f"{output}: would replace the input {file}; choose another output")
+
+
+def _tokenizer_files(source: Path, config: str | Path | None) -> tuple[Path, ...]:
+    folders = [folder for folder in (source, Path(config) if config else source) if folder.is_dir()]
+    found = {
+        name: folder / name
+        for folder in reversed(folders)
+        for name in TOKENIZER_FILES
+        if (folder / name).is_file()
+    }
+    return tuple(found.values())

@@ -1,0 +1,121 @@
+"""Element types of stored tensors: one table of names, and conversion between the floating ones.
+
+NumPy has no bfloat16. Arrays of that type are held as the uint16 bit patterns of their elements, which
+keeps every conversion here free of further packages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from glm_ms.convert.errors import CheckpointError
+
+# Elements converted at a time: temporaries stay in the cache, whatever the size of the tensor.
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class DType:
+    """How one element type is held and called.
+
+    Attributes:
+        storage: NumPy type of its arrays, little-endian; uint16 bit patterns for bfloat16.
+        safetensors: its name in a safetensors header.
+        mindspore: its name in a MindSpore checkpoint.
+        largest: largest finite value of a floating type, 0 for others.
+    """
+
+    storage: np.dtype
+    safetensors: str
+    mindspore: str
+    largest: float = 0.0
+
+
+DTYPES: dict[str, DType] = {
+    "float64": DType(np.dtype("<f8"), "F64", "Float64", float(np.finfo("f8").max)),
+    "float32": DType(np.dtype("<f4"), "F32", "Float32", float(np.finfo("f4").max)),
+    "float16": DType(np.dtype("<f2"), "F16", "Float16", 65504.0),
+    "bfloat16": DType(np.dtype("<u2"), "BF16", "BFloat16", (2 - 2**-7) * 2.0**127),
+    "int64": DType(np.dtype("<i8"), "I64", "Int64"),
+    "int32": DType(np.dtype("<i4"), "I32", "Int32"),
+    "int16": DType(np.dtype("<i2"), "I16", "Int16"),
+    "int8": DType(np.dtype("i1"), "I8", "Int8"),
+    "uint64": DType(np.dtype("<u8"), "U64", "UInt64"),
+    "uint32": DType(np.dtype("<u4"), "U32", "UInt32"),
+    "uint16": DType(np.dtype("<u2"), "U16", "UInt16"),
+    "uint8": DType(np.dtype("u1"), "U8", "UInt8"),
+    "bool": DType(np.dtype("?"), "BOOL", "Bool"),
+}
+FROM_SAFETENSORS = {dtype.safetensors: name for name, dtype in DTYPES.items()}
+FROM_MINDSPORE = {dtype.mindspore: name for name, dtype in DTYPES.items()}
+
+
+def is_floating(dtype: str) -> bool:
+    """Whether `dtype` is one of the floating types of the table."""
+    return dtype in DTYPES and DTYPES[dtype].largest > 0
+
+
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+    """Values (float32) of bfloat16 bit patterns (uint16), exact, same shape."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bit patterns (uint16) of float32 values rounded to the nearest bfloat16, ties to even, same shape."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():  # the carry would turn some of their patterns into numbers; a quiet NaN keeps the sign
+        rounded = np.where(nan, ((bits >> 16) & 0x8000 | 0x7FC0).astype(np.uint16), rounded)
+    return rounded
+
+
+def convert_dtype(array: np.ndarray, source: str, target: str, what: str) -> np.ndarray:
+    """Converts a stored tensor from one floating type to another.
+
+    Args:
+        array: elements of type `source`, in the storage type of the table.
+        source, target: names of floating types.
+        what: file and name of the tensor, for errors.
+
+    Returns:
+        The array itself where the types are equal, else a new one of the same shape.
+
+    Raises:
+        CheckpointError: a type is not floating, or a finite value would become infinite.
+    """
+    for dtype in (source, target):
+        if not is_floating(dtype):
+            raise CheckpointError(f"{what}: type {dtype}: weights must be floating point")
+    if source == target:
+        return array
+    result = np.empty(array.shape, DTYPES[target].storage)
+    flat_in, flat_out = array.reshape(-1), result.reshape(-1)
+    for start in range(0, flat_in.size, _CHUNK):
+        chunk = flat_in[start : start + _CHUNK]
+        values = bfloat16_to_float32(chunk) if source == "bfloat16" else chunk
+        converted = _rounded(values, target)
+        infinite = ~_finite(converted, target)
+        if infinite.any() and np.isfinite(values[infinite]).any():
+            value = values[infinite & np.isfinite(values)][0]
+            raise CheckpointError(
+                f"{what}: value {value:g} overflows {target} (largest {DTYPES[target].largest:g}); "
+                "choose a type with a larger range, such as float32"
+            )
+        flat_out[start : start + _CHUNK] = converted
+    return result
+
+
+def _finite(array: np.ndarray, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":
+        return (array & 0x7F80) != 0x7F80  # the exponent of infinity and NaN
+    return np.isfinite(array)
+
+
+def _rounded(values: np.ndarray, target: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # overflow is looked for by the caller, who can name the tensor
+        if target == "bfloat16":
+            return float32_to_bfloat16(values.astype(np.float32))
+        return values.astype(DTYPES[target].storage)

@@ -1,0 +1,236 @@
+"""`open_checkpoint`: one interface to checkpoints of every supported kind."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Callable
+
+import numpy as np
+
+from glm_ms.convert.dtypes import convert_dtype
+from glm_ms.convert.errors import CheckpointError, capped
+from glm_ms.convert.mindspore_file import MindSporeFile
+from glm_ms.convert.names import INV_FREQ, is_training_state, to_glm_name
+from glm_ms.convert.safetensors_file import SafetensorsFile
+from glm_ms.convert.tensor_file import TensorFile
+from glm_ms.convert.torch_file import TorchFile
+
+_BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {
+    ".safetensors": SafetensorsFile,
+    ".ckpt": MindSporeFile,
+    ".bin": TorchFile,
+    ".pth": TorchFile,
+    ".pt": TorchFile,
+}
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What a folder may hold, best first: an index stands before the single file it would replace, and
+# safetensors before pickles.
+_FOLDER_CONTENT = (_INDEXES[0], "model.safetensors", _INDEXES[1], "pytorch_model.bin")
+
+
+class CheckpointReader:
+    """The weights of a checkpoint under glm_ms names, read one tensor at a time.
+
+    At most one file is open (one shard mapped) at a time; reading in the order of `names()` opens each once.
+
+    Args:
+        path: what the user named: a folder or a file.
+        files: the files of tensors.
+        chosen: stored name -> index into `files`, where an index file says so; else every tensor counts.
+
+    Attributes:
+        path: as given.
+        ignored: stored names of optimizer state and training counters, which are no weights.
+
+    Raises:
+        CheckpointError: two stored tensors stand for one parameter.
+    """
+
+    def __init__(self, path: Path, files: list[TensorFile], chosen: dict[str, int] | None = None) -> None:
+        self.path = path
+        self.ignored: tuple[str, ...] = ()
+        self._home: dict[str, tuple[TensorFile, str]] = {}
+        self._open: TensorFile | None = None
+        for position, file in enumerate(files):
+            for stored in file.entries:
+                if chosen is None or chosen[stored] == position:
+                    self._register(file, stored)
+
+    def names(self) -> list[str]:
+        """Names of all parameters, in the order of the files."""
+        return list(self._home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, without reading it."""
+        file, stored = self._find(name)
+        return file.entries[stored].shape
+
+    def dtype(self, name: str) -> str:
+        """Stored element type of a parameter: "float32", "float16", "bfloat16", ..."""
+        file, stored = self._find(name)
+        return file.entries[stored].dtype
+
+    def file(self, name: str) -> Path:
+        """The file that holds a parameter."""
+        return self._find(name)[0].path
+
+    def files(self) -> list[Path]:
+        """Every file that holds parameters."""
+        return list(dict.fromkeys(file.path for file, _ in self._home.values()))
+
+    def read(self, name: str, dtype: str | None = None) -> np.ndarray:
+        """Reads one parameter.
+
+        Args:
+            name: glm_ms name.
+            dtype: "float32", "float16" or "bfloat16"; as stored when None.
+
+        Returns:
+            A fresh array of shape `shape(name)`. NumPy has no bfloat16: that type is given as the uint16
+            bit patterns of its elements (`bfloat16_to_float32` turns them into values).
+
+        Raises:
+            CheckpointError: unknown name, unreadable file, or a value too large for `dtype`.
+        """
+        file, stored = self._find(name)
+        if self._open is not None and self._open is not file:
+            self._open.release()
+        self._open = file
+        array = file.read(stored)
+        if dtype is None:
+            return array
+        return convert_dtype(array, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
+
+    def close(self) -> None:
+        """Closes the file that is open; reading again opens it anew."""
+        if self._open is not None:
+            self._open.release()
+            self._open = None
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _register(self, file: TensorFile, stored: str) -> None:
+        if is_training_state(stored):
+            self.ignored += (stored,)
+            return
+        if stored == INV_FREQ:
+            return
+        name = to_glm_name(stored)
+        if name in self._home:
+            other, its_name = self._home[name]
+            raise CheckpointError(
+                f"{file.path}: {stored} is stored twice; also as {its_name} in {other.path.name}"
+            )
+        self._home[name] = (file, stored)
+
+    def _find(self, name: str) -> tuple[TensorFile, str]:
+        if name not in self._home:
+            near = difflib.get_close_matches(name, self._home, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise CheckpointError(f"{self.path}: no parameter {name!r}{hint}")
+        return self._home[name]
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader:
+    """Opens a checkpoint; reads names, shapes and types, no weights.
+
+    Args:
+        path: a Hugging Face folder (`model.safetensors`, `pytorch_model.bin`, or shards with their index),
+            a folder with one `.safetensors` or `.ckpt`, or one file: `.safetensors` (Hugging Face, glm_ms or
+            MindSpore), `.ckpt` (MindSpore), `.bin`, `.pth`, `.pt` (PyTorch).
+
+    Raises:
+        CheckpointError: the path is missing or of no known kind; a file is truncated, damaged or not what
+            its ending says; an index names a shard that is missing or lacks a tensor.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or folder")
+        return CheckpointReader(path, [_open_file(path)])
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
+
+
+def _open_file(path: Path) -> TensorFile:
+    if path.name.endswith(".index.json"):
+        raise CheckpointError(f"{path}: an index; give its folder, {path.parent}")
+    reader = _BY_ENDING.get(path.suffix)
+    if reader is None:
+        raise CheckpointError(f"{path}: unknown ending; known are {', '.join(_BY_ENDING)}, or give a folder")
+    return reader(path)
+
+
+def _open_folder(folder: Path) -> CheckpointReader:
+    name = next((name for name in _FOLDER_CONTENT if (folder / name).is_file()), None)
+    if name in _INDEXES:
+        return _open_shards(folder, folder / name)
+    if name is not None:
+        return CheckpointReader(folder, [_open_file(folder / name)])
+    found = sorted(item for item in folder.iterdir() if item.suffix in _BY_ENDING and item.is_file())
+    if not found:
+        raise CheckpointError(
+            f"{folder}: holds no weights; expected one of {', '.join(_FOLDER_CONTENT)}, "
+            f"or one file ending in {', '.join(_BY_ENDING)}"
+        )
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder}: several files could be meant ({capped([item.name for item in found])}) "
+            f"and there is no {_INDEXES[0]}; name one of them"
+        )
+    return CheckpointReader(folder, [_open_file(found[0])])
+
+
+def _open_shards(folder: Path, index: Path) -> CheckpointReader:
+    """Opens the shards of an index and holds both to one another."""
+    shard_of = _read_index(index)
+    shards = sorted(set(shard_of.values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise CheckpointError(f"{index}: {len(missing)} of {len(shards)} shards missing: {capped(missing)}")
+    files = [_open_file(folder / shard) for shard in shards]
+    position = {shard: number for number, shard in enumerate(shards)}
+    lacking = [
+        f"{name} (should be in {shard})"
+        for name, shard in shard_of.items()
+        if name not in files[position[shard]].entries
+    ]
+    if lacking:
+        raise CheckpointError(f"{index}: {len(lacking)} tensors are not in their shard: {capped(lacking)}")
+    unlisted = [
+        f"{name} (in {file.path.name})" for file in files for name in file.entries if name not in shard_of
+    ]
+    if unlisted:
+        raise CheckpointError(
+            f"{index}: {len(unlisted)} tensors of the shards are not listed: {capped(unlisted)}"
+        )
+    return CheckpointReader(folder, files, {name: position[shard] for name, shard in shard_of.items()})
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        document = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{index}: not valid JSON: {error}") from None
+    shard_of = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise CheckpointError(f"{index}: has no weight_map")
+    for name, shard in shard_of.items():
+        # A shard lies beside its index; a path that leads elsewhere is not followed.
+        if not isinstance(shard, str) or PurePath(shard).name != shard:
+            raise CheckpointError(f"{index}: {name}: {shard!r} is not a file name")
+    return shard_of

@@ -1,0 +1,155 @@
+"""The safetensors format, read and written tensor by tensor.
+
+Layout (https://github.com/huggingface/safetensors): the length of the header as a little-endian uint64, the
+header as JSON (name -> dtype, shape, data_offsets; `__metadata__` is free text), then the bytes.
+Written here and not taken from the `safetensors` package because that keeps a whole file in memory on
+writing, maps it on reading, and has no bfloat16 for NumPy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from glm_ms.convert.dtypes import DTYPES, FROM_SAFETENSORS
+from glm_ms.convert.errors import CheckpointError
+from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content, read_array
+
+_LENGTH_BYTES = 8
+_MAX_HEADER = 100_000_000  # the limit of the format's own library
+_ALIGNMENT = 8
+
+
+class SafetensorsFile(TensorFile):
+    """Reads a `.safetensors` file; only the header is held.
+
+    Raises:
+        CheckpointError: not a safetensors file, a broken header, or a truncated file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
+        self._file: BinaryIO | None = None
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            header, start = _read_header(path, file, size)
+        self._index(header, start, size)
+
+    def read(self, name: str) -> np.ndarray:
+        info = self.entries[name]
+        array = np.empty(info.shape, DTYPES[info.dtype].storage)
+        try:
+            if self._file is None:
+                self._file = self.path.open("rb")
+            read_array(self._file, self._offsets[name], array, self.path)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return array
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _index(self, header: dict[str, Any], start: int, size: int) -> None:
+        """Fills `entries` and holds the offsets to one another: no gap, no overlap, no missing end."""
+        header.pop("__metadata__", None)
+        spans = []
+        for name, value in header.items():
+            info, begin, end = _entry(self.path, name, value)
+            if end - begin != math.prod(info.shape) * DTYPES[info.dtype].storage.itemsize:
+                raise CheckpointError(f"{self.path}: {name}: size in bytes does not match shape and type")
+            spans.append((begin, end, name, info))
+        position = 0
+        for begin, end, name, info in sorted(spans, key=lambda span: span[:2]):
+            if begin != position:
+                raise CheckpointError(f"{self.path}: {name}: data offsets leave a gap or overlap")
+            position = end
+            self.entries[name] = info
+            self._offsets[name] = start + begin
+        if start + position > size:
+            raise CheckpointError(
+                f"{self.path}: truncated: the header promises {start + position} bytes, the file has {size}; "
+                "fetch it again"
+            )
+        if start + position < size:
+            raise CheckpointError(f"{self.path}: {size - start - position} bytes too many after the tensors")
+
+
+def write_safetensors(
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    arrays: Iterator[np.ndarray],
+    metadata: dict[str, str],
+) -> None:
+    """Writes one file, holding one tensor at a time.
+
+    Args:
+        path: file to write; must not exist.
+        shapes: name -> shape, in the order of `arrays`.
+        dtype: element type of all tensors, a name of `dtypes.DTYPES`.
+        arrays: gives at least one array per name, in the storage type of `dtype`.
+        metadata: free text of the header, such as {"format": "pt"}.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    kind = DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + math.prod(shape) * kind.storage.itemsize
+        header[name] = {"dtype": kind.safetensors, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for _ in shapes:  # `arrays` may go on into the next shard
+            _write_tensor(file, next(arrays))
+
+
+def _write_tensor(file: BinaryIO, array: np.ndarray) -> None:
+    file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+
+
+def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+    """The parsed header and the offset at which the bytes of the tensors begin."""
+    head = file.read(64)
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    if head[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{" or length > _MAX_HEADER:
+        raise CheckpointError(f"{path}: not a safetensors file: it is {describe_content(head)}")
+    if _LENGTH_BYTES + length > size:
+        raise CheckpointError(f"{path}: truncated inside the header; fetch it again")
+    file.seek(_LENGTH_BYTES)
+    try:
+        header = json.loads(file.read(length).decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: header is not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header is not a JSON object")
+    return header, _LENGTH_BYTES + length
+
+
+def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
+    """Checks one line of the header: information, first byte, byte after the last."""
+    numbers: list[Any] = []
+    if isinstance(value, dict) and isinstance(value.get("shape"), list):
+        numbers = [*value["shape"], *(value.get("data_offsets") or [])]
+    if len(numbers) < 2 or not all(type(number) is int and number >= 0 for number in numbers):
+        raise CheckpointError(f"{path}: {name}: broken header entry {value!r}")
+    *shape, begin, end = numbers
+    if len(shape) != len(value["shape"]) or value.get("dtype") not in FROM_SAFETENSORS:
+        raise CheckpointError(
+            f"{path}: {name}: type {value.get('dtype')!r} cannot be read; "
+            f"known: {', '.join(FROM_SAFETENSORS)}"
+        )
+    return TensorInfo(tuple(shape), FROM_SAFETENSORS[value["dtype"]]), begin, end

@@ -1,0 +1,128 @@
+"""Training rows in the order of training: a function of seed and step, so that any step can be resumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import dataset as ds
+
+from glm_ms.data import IGNORED, AdgenDataset, DataError, Row, epoch_order
+
+COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How many steps a run has and which rows each step takes.
+
+    A step is one update: `accumulation_steps` micro batches of `batch_size` rows on each of `num_ranks` ranks.
+
+    Args:
+        num_rows: rows of the data set.
+        batch_size, accumulation_steps, num_ranks: rows of a step.
+        epochs: passes over the rows.
+        max_steps: at most so many steps, None for all.
+        seed, shuffle: order of each epoch, see `epoch_order`.
+        drop_remainder: leave out the rows of an epoch that do not fill a step; otherwise the last step is
+            filled with rows that carry no loss.
+
+    Raises:
+        DataError: fewer rows than one step takes, with `drop_remainder`.
+    """
+
+    num_rows: int
+    batch_size: int
+    accumulation_steps: int
+    num_ranks: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+    shuffle: bool
+    drop_remainder: bool
+
+    def __post_init__(self) -> None:
+        if self.drop_remainder and self.num_rows < self.rows_per_step:
+            raise DataError(
+                f"{self.num_rows} records do not fill one step of {self.rows_per_step} rows (runner_config."
+                f"batch_size {self.batch_size} x gradient_accumulation_steps {self.accumulation_steps} x "
+                f"{self.num_ranks} ranks); lower one of them or set train_dataset.drop_remainder: False"
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one update, all ranks together."""
+        return self.batch_size * self.accumulation_steps * self.num_ranks
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of one pass over the rows."""
+        if self.drop_remainder:
+            return self.num_rows // self.rows_per_step
+        return -(-self.num_rows // self.rows_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        steps = self.epochs * self.steps_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """Row indices of a step (from 0), int64 [rows_per_step]; -1 stands for a row without loss."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
+        rows = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
+        return np.pad(rows, (0, self.rows_per_step - len(rows)), constant_values=-1)
+
+
+class _Rows:
+    """Random access to the rows of the remaining steps of one rank, for `GeneratorDataset`."""
+
+    def __init__(self, rows: AdgenDataset, plan: TrainingPlan, start: int, rank: int) -> None:
+        self._rows, self._plan, self._start = rows, plan, start
+        self._per_rank = plan.batch_size * plan.accumulation_steps
+        self._first = rank * self._per_rank
+        self._known: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return (self._plan.total_steps - self._start) * self._per_rank
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+        step, place = divmod(int(index), self._per_rank)
+        row = self._row(int(self._order_of(self._start + step)[self._first + place]))
+        return tuple(row[name] for name in COLUMNS)
+
+    def _order_of(self, step: int) -> np.ndarray:
+        # Several worker threads ask; a pair replaced as a whole needs no lock.
+        known_step, order = self._known
+        if known_step != step:
+            order = self._plan.rows_of(step)
+            self._known = (step, order)
+        return order
+
+    def _row(self, index: int) -> Row:
+        if index >= 0:
+            return self._rows[index]
+        filler = dict(self._rows[0])
+        filler["labels"] = np.full_like(filler["labels"], IGNORED)
+        return filler
+
+
+def training_batches(
+    rows: AdgenDataset, plan: TrainingPlan, start_step: int = 0, rank: int = 0, num_workers: int = 1
+) -> ds.Dataset:
+    """The micro batches of one rank from `start_step` to the end of the run, as a MindSpore data set.
+
+    The whole run is one pass of this data set: epochs are inside the order, so that a run can go on at any step.
+
+    Returns:
+        batches of COLUMNS, int32 [batch_size, seq_length] each.
+    """
+    data = ds.GeneratorDataset(
+        _Rows(rows, plan, start_step, rank),
+        list(COLUMNS),
+        shuffle=False,
+        num_parallel_workers=num_workers,
+        python_multiprocessing=False,
+    )
+    return data.batch(plan.batch_size, drop_remainder=True)

@@ -1,0 +1,145 @@
+"""`--run_mode eval`: scores of generated texts, perplexity."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from glm_ms.data import IGNORED, AdgenDataset, AdgenEvalDataset, DataError, Row
+from glm_ms.engine.batches import COLUMNS
+from glm_ms.engine.generate import generation_options
+from glm_ms.generation import GLMForCausalLM
+from glm_ms.metrics import ADGENMetric, PerplexityMetric
+from glm_ms.settings import Settings
+from glm_ms.tokenizer import SentencePieceTokenizer
+
+PREDICTIONS_FILE, SCORES_FILE = "eval_predictions.jsonl", "eval_scores.json"
+
+
+def evaluate(
+    settings: Settings,
+    model: GLMForCausalLM,
+    tokenizer: SentencePieceTokenizer,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measures every metric of the settings on `eval_dataset`.
+
+    Writes `eval_scores.json`, and with ADGENMetric `eval_predictions.jsonl`, into the output folder.
+
+    Returns:
+        All scores by name.
+
+    Raises:
+        DataError: no usable record.
+    """
+    scores: dict[str, Any] = {}
+    for name in settings.metric.type:
+        scores.update(_METRICS[name](settings, model, tokenizer, say))
+    path = Path(settings.output_dir) / SCORES_FILE
+    _replace(path, json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def adgen_scores(
+    settings: Settings,
+    model: GLMForCausalLM,
+    tokenizer: SentencePieceTokenizer,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """ROUGE and BLEU of the text generated for each prompt against its reference."""
+    data = settings.eval_dataset
+    records = AdgenEvalDataset(
+        data.data_loader.dataset_dir,
+        tokenizer,
+        data.data_loader.origin_columns,
+        data.max_source_length,
+        data.max_target_length,
+        data.num_samples,
+    )
+    say(records.describe())
+    options = generation_options(settings, tokenizer)
+    metric = ADGENMetric()
+    lines = []
+    with tqdm(total=len(records), desc="generating", unit="record", dynamic_ncols=True) as bar:
+        for start in range(0, len(records), data.batch_size):
+            batch = [records[i] for i in range(start, min(start + data.batch_size, len(records)))]
+            texts = _generate(model, tokenizer, batch, data.batch_size, options)
+            metric.update(texts, [record["reference"] for record in batch])
+            for record, text in zip(batch, texts):
+                lines.append(
+                    {"prompt": record["prompt"], "prediction": text, "reference": record["reference"]}
+                )
+            bar.update(len(batch))
+    path = Path(settings.output_dir) / PREDICTIONS_FILE
+    _replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    say(f"predictions beside references: {path}")
+    return metric.eval()
+
+
+def perplexity_scores(
+    settings: Settings,
+    model: GLMForCausalLM,
+    tokenizer: SentencePieceTokenizer,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """exp(mean loss) over all labelled tokens of the data set, each weighing the same."""
+    data = settings.eval_dataset
+    rows = AdgenDataset(
+        data.data_loader.dataset_dir,
+        tokenizer,
+        data.data_loader.origin_columns,
+        data.max_source_length,
+        data.max_target_length,
+        data.ignore_pad_token_for_loss,
+        data.num_samples,
+    )
+    say(rows.describe())
+    if rows.seq_length > model.config.seq_length:
+        raise DataError(
+            f"eval_dataset: max_source_length + max_target_length + 1 = {rows.seq_length} exceeds "
+            f"model.model_config.seq_length = {model.config.seq_length}; lower the former or raise the latter"
+        )
+    metric = PerplexityMetric()
+    with tqdm(total=len(rows), desc="perplexity", unit="record", dynamic_ncols=True) as bar:
+        for start in range(0, len(rows), data.batch_size):
+            batch = [rows[i] for i in range(start, min(start + data.batch_size, len(rows)))]
+            metric.update(*model.loss_sum(_stack(batch, data.batch_size)))
+            bar.update(len(batch))
+    return metric.eval()
+
+
+_METRICS = {"ADGENMetric": adgen_scores, "PerplexityMetric": perplexity_scores}
+
+
+def _generate(
+    model: GLMForCausalLM,
+    tokenizer: SentencePieceTokenizer,
+    batch: list[dict[str, Any]],
+    batch_size: int,
+    options: dict[str, Any],
+) -> list[str]:
+    """Texts for a batch. A short last batch is filled up, so that no other size is compiled for it."""
+    prompts = [record["input_ids"] for record in batch]
+    filled = prompts + [prompts[-1]] * (batch_size - len(prompts))
+    sequences = model.generate(filled, **options)
+    return [
+        tokenizer.decode(sequence[len(prompt) :]).strip() for prompt, sequence in zip(prompts, sequences)
+    ]
+
+
+def _stack(batch: list[Row], batch_size: int) -> tuple[np.ndarray, ...]:
+    filler = {**batch[0], "labels": np.full_like(batch[0]["labels"], IGNORED)}
+    rows = batch + [filler] * (batch_size - len(batch))
+    return tuple(np.stack([row[name] for row in rows]) for name in COLUMNS)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,168 @@
+"""`--run_mode predict`: answers to prompts from the command line, a file or standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_ms.data import DataError
+from glm_ms.engine.generate import generation_options
+from glm_ms.generation import GLMForCausalLM
+from glm_ms.settings import Settings
+from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
+
+RESULTS_FILE = "predict_results.jsonl"
+_PROMPT_KEYS = ("prompt", "content", "query", "text")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A prompt and its answers (several with `num_return_sequences`)."""
+
+    prompt: str
+    answers: list[str]
+
+
+def read_prompts(predict_data: str) -> list[str]:
+    """Prompts from what `--predict_data` says.
+
+    Args:
+        predict_data: `-` for standard input (a prompt a line), a path ending in .txt (a prompt a line) or
+            .jsonl (an object a line with `prompt`, `content`, `query` or `text`, or a string a line), else
+            the prompt itself.
+
+    Raises:
+        DataError: a file is missing, empty or broken; it names file and line.
+    """
+    if predict_data == "-":
+        return _non_empty(sys.stdin.read().splitlines(), "standard input")
+    suffix = Path(predict_data).suffix if "\n" not in predict_data else ""
+    if suffix not in (".txt", ".jsonl"):
+        return _non_empty([predict_data], "predict_data")
+    path = Path(predict_data)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give an existing {suffix} file, or a prompt") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    if suffix == ".jsonl":
+        lines = [_prompt_of(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    return _non_empty(lines, str(path))
+
+
+def predict(
+    settings: Settings,
+    model: GLMForCausalLM,
+    tokenizer: SentencePieceTokenizer,
+    show: Callable[[str], None],
+) -> list[Prediction]:
+    """Answers every prompt and writes `predict_results.jsonl` into the output folder.
+
+    A plain text becomes a chat prompt of its model; text in the chat template already is taken as it is. A single
+    prompt that is decoded greedily or sampled appears while it is generated.
+
+    Args:
+        settings: the run.
+        model, tokenizer: network and vocabulary.
+        show: takes pieces of text for the user, line breaks included.
+    """
+    options = generation_options(settings, tokenizer)
+    texts = read_prompts(settings.predict_data)
+    prompts = [_prompt_ids(tokenizer, text) for text in texts]
+    size = settings.predict_batch_size
+    streamed = len(texts) == 1 and options["num_beams"] == 1 and options["num_return_sequences"] == 1
+    results = []
+    for start in range(0, len(texts), size):
+        batch = slice(start, start + size)
+        if streamed:
+            answers = [[_stream(model, tokenizer, prompts[0], options, show)]]
+        else:
+            answers = _answers(model, tokenizer, prompts[batch], options)
+        for text, found in zip(texts[batch], answers):
+            results.append(Prediction(text, found))
+            if not streamed:
+                show("".join(f"{text}\n -> {answer}\n" for answer in found))
+    _write(Path(settings.output_dir) / RESULTS_FILE, results)
+    return results
+
+
+def _prompt_ids(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
+    if tokenizer.is_template(text):
+        return tokenizer.encode_template(text)
+    return tokenizer.build_chat_input(text)["input_ids"]
+
+
+def _answers(
+    model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, prompts: list[list[int]], options: dict
+) -> list[list[str]]:
+    sequences = model.generate(prompts, **options)
+    count = options["num_return_sequences"]
+    return [
+        [
+            _text(tokenizer, sequence[len(prompt) :], options)
+            for sequence in sequences[i * count : (i + 1) * count]
+        ]
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _text(tokenizer: SentencePieceTokenizer, ids: list[int], options: dict) -> str:
+    if ids and ids[-1] in options["eos_token_id"]:
+        ids = ids[:-1]
+    return tokenizer.decode(ids).strip()
+
+
+def _stream(
+    model: GLMForCausalLM,
+    tokenizer: SentencePieceTokenizer,
+    prompt: list[int],
+    options: dict,
+    show: Callable[[str], None],
+) -> str:
+    decoder = IncrementalDecoder(tokenizer)
+    text = ""
+    for tokens in model.stream(prompt, **options):
+        if int(tokens[0]) in options["eos_token_id"]:
+            break
+        piece = decoder.push(int(tokens[0]))
+        if not text:
+            piece = piece.lstrip()
+        text += piece
+        show(piece)
+    last = decoder.flush()
+    show(last + "\n")
+    return (text + last).strip()
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from None
+    if isinstance(value, dict):
+        value = next((value[key] for key in _PROMPT_KEYS if key in value), None)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: expected a string, or an object with one of {', '.join(_PROMPT_KEYS)}")
+    return value
+
+
+def _non_empty(lines: list[str], source: str) -> list[str]:
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{source}: no prompt; give a text, a .txt or .jsonl file, or - for standard input")
+    return prompts
+
+
+def _write(path: Path, results: list[Prediction]) -> None:
+    lines = [
+        json.dumps({"prompt": result.prompt, "answers": result.answers}, ensure_ascii=False)
+        for result in results
+    ]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, path)

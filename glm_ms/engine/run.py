@@ -1,0 +1,85 @@
+"""Carries out one run: device, tokenizer, model, and what `run_mode` asks for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import mindspore as ms
+from mindformers.core.context import build_context
+from mindspore.communication import get_rank
+
+from glm_ms import tokenizer as tokenizers
+from glm_ms.engine.evaluate import evaluate
+from glm_ms.engine.mf_config import mindformers_config
+from glm_ms.engine.predict import RESULTS_FILE, predict
+from glm_ms.engine.train import train
+from glm_ms.engine.weights import build_model
+from glm_ms.settings import Settings
+from glm_ms.tokenizer import SentencePieceTokenizer
+
+
+def run(settings: Settings) -> None:
+    """Runs train, finetune, eval or predict.
+
+    Args:
+        settings: a configuration whose device has been checked.
+
+    Raises:
+        ValueError: anything that is wrong with weights, data or settings, with a message for the user.
+    """
+    output_dir = Path(settings.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _set_device(settings)
+    ms.set_seed(settings.seed)
+    tokenizer = build_tokenizer(settings)
+    for note in settings.notes:
+        _say(note)
+    (output_dir / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    if settings.is_training():
+        _train(settings, tokenizer)
+        return
+    model = build_model(settings, tokenizer.vocab_size, _say)
+    if settings.run_mode == "eval":
+        for name, value in evaluate(settings, model, tokenizer, _say).items():
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    else:
+        predict(settings, model, tokenizer, _show)
+        _say(f"answers: {output_dir / RESULTS_FILE}")
+
+
+def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
+    """The tokenizer of `processor.tokenizer`."""
+    chosen = settings.processor.tokenizer
+    return getattr(tokenizers, chosen.type)(chosen.vocab_file)
+
+
+def _train(settings: Settings, tokenizer: SentencePieceTokenizer) -> None:
+    last = train(settings, tokenizer, _say)
+    if last is None:
+        _say("nothing left to do; raise runner_config.epochs for a longer run")
+        return
+    _say(f"step {last.step}: loss {last.loss:.6f}")
+    _say(f"weights and training state: {Path(settings.output_dir) / 'checkpoint'}")
+
+
+def _set_device(settings: Settings) -> None:
+    if settings.use_parallel:
+        build_context(mindformers_config(settings, total_steps=1))
+        return
+    context = settings.context
+    ms.set_context(mode=context.mode, device_target=context.device_target)
+    if context.device_target == "Ascend":
+        ms.set_context(device_id=context.device_id)
+        if context.max_device_memory:
+            ms.set_context(max_device_memory=context.max_device_memory)
+
+
+def _say(line: str) -> None:
+    # Standard output is for results; a pipe of predictions must not carry remarks.
+    if not ms.get_auto_parallel_context("parallel_mode") == "data_parallel" or get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,70 @@
+"""Perplexity over a data set, weighted by tokens."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class PerplexityMetric:
+    """exp of the mean negative log likelihood per target token.
+
+    Batches are weighted by their tokens, so the result does not depend on how records are put into
+    batches. Sums are float64.
+    """
+
+    name = "PerplexityMetric"
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all batches."""
+        self._loss_sum = 0.0
+        self._num_tokens = 0
+
+    def update(self, loss_sum: float, num_tokens: int) -> None:
+        """Adds a batch.
+
+        Args:
+            loss_sum: negative log likelihood in nats, summed (not averaged) over the target tokens.
+            num_tokens: target tokens in the batch, those whose label is not ignored; a whole number of
+                any numeric type. 0 adds nothing.
+
+        Raises:
+            ValueError: `num_tokens` is negative or not whole, or is 0 while the loss is not.
+        """
+        total, count = float(loss_sum), int(num_tokens)
+        if count < 0 or count != num_tokens:
+            raise ValueError(f"num_tokens = {num_tokens}: expected a whole number, 0 or more")
+        if count == 0 and total != 0:
+            raise ValueError(f"loss_sum = {total} over 0 tokens: a sum without tokens must be 0")
+        self._loss_sum += total
+        self._num_tokens += count
+
+    def eval(self) -> dict[str, Any]:
+        """Gives loss and perplexity over all batches.
+
+        Returns:
+            "loss": mean negative log likelihood per token in nats (float); "perplexity": exp of it
+            (float), inf with a logged warning where that is beyond float64; "num_tokens": tokens in the
+            mean (int). A loss that is not a number stays one in both, with a logged warning.
+
+        Raises:
+            ValueError: there is no token.
+        """
+        if not self._num_tokens:
+            raise ValueError(
+                "PerplexityMetric: no target tokens; the data set is empty or all its labels are ignored"
+            )
+        loss = self._loss_sum / self._num_tokens
+        try:
+            perplexity = math.exp(loss)
+        except OverflowError:
+            perplexity = math.inf
+        if not math.isfinite(perplexity):
+            logger.warning("loss %s per token: perplexity is %s", loss, perplexity)
+        return {"loss": loss, "perplexity": perplexity, "num_tokens": self._num_tokens}

@@ -1,0 +1,48 @@
+"""`load_pretrained`: a checkpoint of any kind to a model ready to run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import mindspore as ms
+
+from glm_ms.convert import CheckpointError, load_parameters, open_checkpoint
+from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.generation import GLMForCausalLM
+from glm_ms.model.config import GLMConfig
+
+
+def load_pretrained(path: str | Path, config: GLMConfig | str | Path | None = None) -> GLMForCausalLM:
+    """Loads a model.
+
+    Args:
+        path: Hugging Face folder (safetensors, or .bin shards), MindSpore `.ckpt` or `.safetensors`, or the
+            output folder of a training run (its newest checkpoint).
+        config: architecture, or the folder, `config.json` or YAML that holds it. None: `config.json` in the
+            folder.
+
+    Returns:
+        The model. On a CPU its weights are float32, the only type that is fast there; elsewhere they have
+        the types of the config.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit the config; the
+            message lists them.
+        ConfigError: the config cannot be used.
+    """
+    path = resolve_checkpoint(path)
+    if config is None:
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: no config.json here; give load_pretrained(..., config=) a GLMConfig, config.json or YAML"
+            )
+        config = path
+    if not isinstance(config, GLMConfig):
+        config = GLMConfig.from_pretrained(config)
+    if ms.get_context("device_target") == "CPU":
+        config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
+    with open_checkpoint(path) as reader:
+        # NumPy has no bfloat16: such weights pass through float32, one tensor at a time.
+        dtype = "float16" if config.param_init_type == "float16" else "float32"
+        return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))

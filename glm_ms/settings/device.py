@@ -1,0 +1,137 @@
+"""Does this machine have what the settings ask for? Answered without importing MindSpore."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from glm_ms.settings.errors import SettingsError
+from glm_ms.settings.schema import Settings
+
+_CARD = re.compile(r"davinci\d+")
+# float16 matrix products convert the weights at every call on a CPU (7 times slower), bfloat16 has none.
+_SLOW_ON_CPU = ("float16", "bfloat16")
+
+
+def ascend_cards(dev: str | Path = "/dev") -> list[str]:
+    """Ascend cards this machine or container shows, by device file: `["davinci0", ...]`."""
+    folder = Path(dev)
+    if not folder.is_dir():
+        return []
+    cards = [name for name in os.listdir(folder) if _CARD.fullmatch(name)]
+    return sorted(cards, key=lambda name: int(name[len("davinci") :]))
+
+
+def check_device(
+    settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] | None = None
+) -> None:
+    """Holds settings to the machine, and fits them to a CPU with a note for each change.
+
+    Args:
+        settings: adjusted in place when `context.device_target` is CPU: `compute_dtype` and
+            `param_init_type` become float32, `sink_mode` False.
+        dev: folder of device files.
+        environment: environment variables; None: those of this process.
+
+    Raises:
+        SettingsError: no Ascend card, a card number that is not there, a parallel mode a CPU cannot run,
+            or `use_parallel` that does not fit the way the program was started.
+    """
+    problems = device_problems(settings, dev, environment)
+    if problems:
+        raise SettingsError(problems)
+
+
+def device_problems(
+    settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """As `check_device`, but returns the problems: a message each."""
+    environment = os.environ if environment is None else environment
+    if settings.context.device_target == "Ascend":
+        problems = _ascend_problems(settings, ascend_cards(dev), environment)
+        return problems or _launch_problems(settings, environment)
+    _fit_to_cpu(settings)
+    return _cpu_problems(settings) + _launch_problems(settings, environment)
+
+
+def _ascend_problems(settings: Settings, cards: list[str], environment: Mapping[str, str]) -> list[str]:
+    if environment.get("MS_SIMULATION_LEVEL"):
+        return []  # compiles without a card
+    where = settings.where("context.device_target")
+    if not cards:
+        clue = ""
+        if environment.get("ASCEND_HOME_PATH") or shutil.which("npu-smi", path=environment.get("PATH")):
+            clue = " (the Ascend software is installed; in a container the cards must be passed in)"
+        return [
+            f"{where}: context.device_target: Ascend, but this machine shows no Ascend card: no /dev/davinci*"
+            f"{clue}. To run on the CPU add --device_target CPU --use_parallel False"
+        ]
+    # Under msrun each process gets its card from its rank.
+    if not settings.use_parallel and f"davinci{settings.context.device_id}" not in cards:
+        where = settings.where("context.device_id")
+        number, listing = settings.context.device_id, ", ".join(cards)
+        return [f"{where}: context.device_id: {number}, but the cards here are {listing}"]
+    return []
+
+
+def _cpu_problems(settings: Settings) -> list[str]:
+    if not settings.use_parallel:
+        return []
+    problems = []  # sharding strategies and ReduceScatter have no kernels on a CPU
+    if settings.parallel.parallel_mode == 1:
+        where = settings.where("parallel.parallel_mode")
+        problems.append(
+            f"{where}: parallel.parallel_mode: 1 (semi-automatic) does not run on CPU; "
+            "use --use_parallel False, or parallel.parallel_mode=0 parallel.full_batch=False"
+        )
+    if settings.parallel.enable_parallel_optimizer:
+        where = settings.where("parallel.enable_parallel_optimizer")
+        problems.append(
+            f"{where}: parallel.enable_parallel_optimizer: True does not run on CPU; "
+            "use --use_parallel False, or parallel.enable_parallel_optimizer=False"
+        )
+    return problems
+
+
+def _fit_to_cpu(settings: Settings) -> None:
+    config = settings.model.model_config
+    for name in ("param_init_type", "compute_dtype"):
+        if getattr(config, name) in _SLOW_ON_CPU:
+            settings.notes.append(
+                f"model.model_config.{name}: {getattr(config, name)} becomes float32 on CPU; "
+                "weights are converted while loading"
+            )
+            setattr(config, name, "float32")
+    if settings.runner_config.sink_mode:
+        settings.notes.append("runner_config.sink_mode: becomes False on CPU")
+        settings.runner_config.sink_mode = False
+
+
+def _launch_problems(settings: Settings, environment: Mapping[str, str]) -> list[str]:
+    """`use_parallel` against the number of processes that msrun (or a rank table) started."""
+    where = settings.where("use_parallel")
+    text = environment.get("MS_WORKER_NUM") or environment.get("RANK_SIZE") or ""
+    workers = int(text) if text.isdecimal() else 0
+    if settings.use_parallel and not workers:
+        return [
+            f"{where}: use_parallel: True, but the program was started as a single process; start it with "
+            "msrun --worker_num N --local_worker_num N run_glm.py ..., or add --use_parallel False"
+        ]
+    if not settings.use_parallel and workers > 1:
+        return [
+            f"{where}: use_parallel: False, but {workers} processes were started; they would write the same "
+            "files. Add --use_parallel True, or start with python"
+        ]
+    split = settings.parallel_config
+    ways = split.data_parallel * split.model_parallel * split.pipeline_stage
+    if settings.use_parallel and settings.parallel.parallel_mode == 1 and ways != workers:
+        where = settings.where("parallel_config.data_parallel")
+        return [
+            f"{where}: parallel_config: data_parallel x model_parallel x pipeline_stage = "
+            f"{split.data_parallel} x {split.model_parallel} x {split.pipeline_stage} = {ways}, "
+            f"but {workers} processes were started; the product must equal their number"
+        ]
+    return []

@@ -1,0 +1,171 @@
+"""YAML text -> a tree of entries that remember file and line, for errors that point at the place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from glm_ms.settings.errors import SettingsError, did_you_mean
+
+MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+@dataclass
+class Entry:
+    """A value and where it was written.
+
+    Attributes:
+        value: a scalar, a list of entries, or a dict of name -> entry.
+        where: the place, to begin an error with: `configs/x.yaml:12`.
+        key_where: place of the key that holds the value, for errors about the key.
+        text: what was typed on the command line; None for values of a file. A key that holds text takes
+            it literally, so that `#`, `:` and numbers need no quotes there.
+    """
+
+    value: Any
+    where: str
+    key_where: str = ""
+    text: str | None = None
+
+    @property
+    def is_section(self) -> bool:
+        return isinstance(self.value, dict)
+
+
+def read_document(path: str | Path) -> Entry:
+    """Reads a YAML file whose top level is a mapping.
+
+    Args:
+        path: file, UTF-8.
+
+    Returns:
+        The top level; its value is a dict of name -> Entry.
+
+    Raises:
+        SettingsError: missing or unreadable file, broken YAML, a key given twice, a key that is no text,
+            an alias that contains itself, a tag that is not plain YAML.
+    """
+    path = Path(path)
+    entry = parse(_read_text(path), str(path), lines=True)
+    if entry.value is None:
+        raise SettingsError(f"{path}: holds no settings")
+    if not entry.is_section:
+        raise SettingsError(f"{entry.where}: expected `key: value` lines at the top level")
+    return entry
+
+
+def parse(text: str, source: str, lines: bool) -> Entry:
+    """Parses one YAML document.
+
+    Args:
+        text: the document.
+        source: what to call its origin.
+        lines: errors name `source:line` instead of `source`.
+
+    Raises:
+        SettingsError: see `read_document`.
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return Entry(None, source)
+        return _Builder(loader, source, lines).entry(node)
+    except yaml.MarkedYAMLError as error:
+        place = f"{source}:{error.problem_mark.line + 1}" if lines and error.problem_mark else source
+        raise SettingsError(f"{place}: not valid YAML: {_reason(error)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise SettingsError(f"{source}: not valid YAML: {reason}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _reason(error: yaml.MarkedYAMLError) -> str:
+    return ", ".join(part for part in (error.context, error.problem) if part)
+
+
+class _Builder:
+    """Turns composed YAML nodes into entries. A node behind an alias is built once and shared."""
+
+    def __init__(self, loader: yaml.SafeLoader, source: str, lines: bool) -> None:
+        self.loader = loader
+        self.source = source
+        self.lines = lines
+        self.built: dict[int, Entry | None] = {}
+
+    def entry(self, node: yaml.Node) -> Entry:
+        known = self.built.get(id(node))
+        if known is not None:
+            return known
+        if id(node) in self.built:
+            raise SettingsError(f"{self.place(node)}: an alias contains itself")
+        self.built[id(node)] = None
+        if isinstance(node, yaml.MappingNode):
+            value: Any = self.mapping(node)
+        elif isinstance(node, yaml.SequenceNode):
+            value = [self.entry(item) for item in node.value]
+        else:
+            value = self.loader.construct_object(node)
+        entry = Entry(value, self.place(node))
+        self.built[id(node)] = entry
+        return entry
+
+    def mapping(self, node: yaml.MappingNode) -> dict[str, Entry]:
+        result: dict[str, Entry] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == MERGE_TAG:
+                for name, merged in self.merged(value_node).items():
+                    result.setdefault(name, merged)
+        own: dict[str, str] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == MERGE_TAG:
+                continue
+            name, place = self.name(key_node), self.place(key_node)
+            if name in own:
+                raise SettingsError(f"{place}: key {name} is given twice, first at {own[name]}; remove one")
+            own[name] = place
+            value = self.entry(value_node)
+            result[name] = Entry(value.value, value.where, place)
+        return result
+
+    def merged(self, node: yaml.Node) -> dict[str, Entry]:
+        """What `<<: *anchor` or `<<: [*a, *b]` brings in; of equal names the first counts."""
+        sources = self.entry(node)
+        result: dict[str, Entry] = {}
+        for source in sources.value if isinstance(sources.value, list) else [sources]:
+            if not source.is_section:
+                raise SettingsError(f"{self.place(node)}: << must name a mapping")
+            for name, entry in source.value.items():
+                result.setdefault(name, entry)
+        return result
+
+    def name(self, node: yaml.Node) -> str:
+        name = self.loader.construct_object(node) if isinstance(node, yaml.ScalarNode) else None
+        if not isinstance(name, str):
+            raise SettingsError(f"{self.place(node)}: a key must be a name, found {node.value!r}")
+        return name
+
+    def place(self, node: yaml.Node) -> str:
+        return f"{self.source}:{node.start_mark.line + 1}" if self.lines else self.source
+
+
+def _read_text(path: Path) -> str:
+    if not path.exists():
+        siblings = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise SettingsError(f"{path}: no such file{did_you_mean(path.name, siblings)}")
+    if not path.is_file():
+        raise SettingsError(f"{path}: is a folder; give a .yaml file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,145 @@
+"""The command line: flags, overrides, help, exit status."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_ms.settings import FLAGS, HelpRequested, SettingsError, load_settings, parse_args
+from glm_ms.settings.cli import keys_help, settings_from_command_line, usage
+from glm_ms.settings.schema import batch_size_key, leaf_keys
+
+# Flag -> text typed, value it must have in the settings.
+TYPED = {
+    "run_mode": ("train", "train"),
+    "load_checkpoint": ("data", "data"),
+    "train_dataset": ("data/dev.json", "data/dev.json"),
+    "eval_dataset": ("data/train.json", "data/train.json"),
+    "predict_data": ("类型#裙 # 1", "类型#裙 # 1"),
+    "device_target": ("Ascend", "Ascend"),
+    "device_id": ("3", 3),
+    "use_parallel": ("True", True),
+    "output_dir": ("elsewhere", "elsewhere"),
+    "resume_training": ("data", "data"),
+    "epochs": ("4", 4),
+    "batch_size": ("6", 6),
+    "seed": ("11", 11),
+}
+
+
+def _get(settings: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        settings = getattr(settings, name)
+    return settings
+
+
+@pytest.mark.parametrize("name", list(FLAGS))
+@pytest.mark.parametrize("form", ["--{} {}", "--{}={}"])
+def test_every_flag_sets_its_key(name: str, form: str, config: Path) -> None:
+    text, value = TYPED[name]
+    tokens = [form.format(name, text)] if "=" in form else [f"--{name}", text]
+    arguments = parse_args(["--config", str(config), *tokens])
+    assert arguments == (str(config), {name: text}, [])
+    settings = load_settings(arguments.config, arguments.overrides, arguments.flags)
+    key = FLAGS[name].key or batch_size_key(settings.run_mode)
+    assert _get(settings, key) == value
+    assert settings.where(key) == f"command line (--{name} {text})"
+
+
+def test_flags_take_text_literally(config: Path) -> None:
+    for text in ("- a", "'quoted'", "key: value", "[1", "12", "a=b"):
+        arguments = parse_args(["--config", str(config), "--predict_data", text, "--run_mode", "predict"])
+        assert load_settings(config, flags=arguments.flags).predict_data == text
+
+
+def test_overrides_in_every_form() -> None:
+    arguments = parse_args(
+        ["a.b=1", "--config=x.yaml", "--c.d=2", "--e.f", "3", "--epochs", "4", "seed=5", "--g.h", "-1"]
+    )
+    assert arguments.config == "x.yaml"
+    assert arguments.overrides == ["a.b=1", "c.d=2", "e.f=3", "seed=5", "g.h=-1"]
+    assert arguments.flags == {"epochs": "4"}
+
+
+def test_flags_that_may_stand_alone(config: Path) -> None:
+    arguments = parse_args(
+        ["--config", str(config), "--resume_training", "seed=3", "--use_parallel", "--seed=4"]
+    )
+    assert arguments.flags == {"resume_training": "True", "use_parallel": "True", "seed": "4"}
+    assert arguments.overrides == ["seed=3"]
+    assert parse_args(["--config", "x", "--use_parallel", "False"]).flags == {"use_parallel": "False"}
+    assert load_settings(config, flags={"resume_training": "False"}).resume_training is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        ([], ["--config is missing"]),
+        (["--config"], ["--config: a value must follow"]),
+        (["--config", "--epochs", "2"], ["--config: a value must follow"]),
+        (["--config", "x", "--epoch", "2"], ["--epoch: unknown flag; did you mean --epochs?"]),
+        (["--config", "x", "--run-mode=eval"], ["did you mean --run_mode?"]),
+        (["--config", "x", "--learning_rate", "1"], ["lr_schedule.learning_rate=VALUE"]),
+        (["--config", "x", "--zzz"], ["--zzz: unknown flag; see --help"]),
+        (["--config", "x", "--seed"], ["--seed: a value must follow"]),
+        (["--config", "x", "--optimizer.eps"], ["--optimizer.eps: a value must follow"]),
+        (["--config", "x", "train"], ["'train': unexpected"]),
+        (["x.yaml"], ["did you mean --config x.yaml?"]),
+        (["--config", "x", "-v"], ["'-v': unexpected"]),
+        (["--config", "x", ""], ["'': unexpected"]),
+    ],
+)
+def test_wrong_command_lines(argv: list[str], parts: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_args(argv)
+    for part in ["command line: ", *parts]:
+        assert part in str(caught.value)
+
+
+def test_several_wrong_arguments_are_reported_together() -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_args(["--epoch", "2", "--sed", "1", "oops"])
+    assert len(caught.value.problems) == 4
+
+
+def test_help_is_complete(repository: Path) -> None:
+    text = usage()
+    for name, flag in FLAGS.items():
+        assert re.search(rf"--{name} .*{re.escape(flag.doc)}", text)
+    assert all(len(line) <= 110 for line in text.splitlines())
+    for path in re.findall(r"configs/\S+\.yaml", text):
+        assert (repository / path).is_file(), path
+    for name in leaf_keys():
+        assert f"{name} = " in keys_help()
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"), [("--help", "usage:"), ("-h", "usage:"), ("--help_keys", "seed = 0")]
+)
+def test_help_exits_with_0(flag: str, part: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(HelpRequested, match=part):
+        parse_args(["--nonsense", flag])
+    with pytest.raises(SystemExit) as caught:
+        settings_from_command_line([flag])
+    assert caught.value.code == 0
+    assert part in capsys.readouterr().out
+
+
+def test_errors_exit_with_2_and_no_traceback(config: Path, capsys: pytest.CaptureFixture) -> None:
+    argv = ["--config", str(config), "runner_config.epoch=2", "--device_target", "Ascend", "--seed", "x"]
+    with pytest.raises(SystemExit) as caught:
+        settings_from_command_line(argv)
+    assert caught.value.code == 2
+    report = capsys.readouterr().err
+    assert "did you mean epochs?" in report
+    assert "--seed x" in report
+    assert "Traceback" not in report
+    assert all(line.startswith(("run_glm.py: error: ", "Try: ")) for line in report.splitlines())
+
+
+def test_good_command_line(config: Path) -> None:
+    settings = settings_from_command_line(["--config", str(config), "--epochs", "2", "seed=9"])
+    assert (settings.runner_config.epochs, settings.seed) == (2, 9)

@@ -1,0 +1,109 @@
+"""What the machine has against what the settings ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from glm_ms.settings import SettingsError, ascend_cards, check_device, load_settings
+
+MSRUN = {"MS_WORKER_NUM": "8"}
+SEMI_AUTO = ["use_parallel=True", "parallel.parallel_mode=1", "parallel_config.data_parallel=8"]
+ASCEND = "context.device_target=Ascend"
+
+
+@pytest.fixture
+def cards(tmp_path: Path) -> Path:
+    """A /dev of a machine with two cards, 0 and 1."""
+    folder = tmp_path / "dev"
+    folder.mkdir()
+    for name in ("davinci1", "davinci0", "davinci_manager", "null"):
+        (folder / name).touch()
+    return folder
+
+
+@pytest.fixture
+def no_cards(tmp_path: Path) -> Path:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+def test_cards_are_found_by_their_device_files(cards: Path, no_cards: Path) -> None:
+    assert ascend_cards(cards) == ["davinci0", "davinci1"]
+    assert ascend_cards(no_cards) == []
+    assert ascend_cards(no_cards / "absent") == []
+
+
+def test_ascend_without_a_card_names_the_way_to_a_cpu(config: Path, no_cards: Path) -> None:
+    settings = load_settings(config, flags={"device_target": "Ascend"})
+    with pytest.raises(SettingsError) as caught:
+        check_device(settings, no_cards, {})
+    for part in ("command line (--device_target Ascend)", "context.device_target", "--device_target CPU"):
+        assert part in str(caught.value)
+    with pytest.raises(SettingsError, match="software is installed"):
+        check_device(settings, no_cards, {"ASCEND_HOME_PATH": "/usr/local/Ascend"})
+    check_device(settings, no_cards, {"MS_SIMULATION_LEVEL": "0"})
+
+
+def test_ascend_with_cards_keeps_types(config: Path, cards: Path) -> None:
+    settings = load_settings(
+        config, [ASCEND, "model.model_config.compute_dtype=float16", "context.device_id=1"]
+    )
+    notes = list(settings.notes)
+    check_device(settings, cards, {})
+    assert settings.model.model_config.compute_dtype == "float16"
+    assert settings.notes == notes
+
+
+def test_card_that_is_not_there(config: Path, cards: Path) -> None:
+    settings = load_settings(config, [ASCEND, "context.device_id=5"])
+    with pytest.raises(SettingsError, match=r"device_id: 5, but the cards here are davinci0, davinci1"):
+        check_device(settings, cards, {})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_become_float32_on_a_cpu(dtype: str, config: Path, no_cards: Path) -> None:
+    overrides = [f"model.model_config.{name}={dtype}" for name in ("param_init_type", "compute_dtype")]
+    settings = load_settings(config, [*overrides, "runner_config.sink_mode=True"])
+    before = len(settings.notes)
+    check_device(settings, no_cards, {})
+    assert settings.model.model_config.param_init_type == "float32"
+    assert settings.model.model_config.compute_dtype == "float32"
+    assert settings.runner_config.sink_mode is False
+    assert len(settings.notes) == before + 3
+    assert dtype in settings.notes[before]
+
+
+@pytest.mark.parametrize("override", ["parallel.parallel_mode=1", "parallel.enable_parallel_optimizer=True"])
+def test_parallel_modes_a_cpu_cannot_run(override: str, config: Path, no_cards: Path) -> None:
+    settings = load_settings(config, ["use_parallel=True", "parallel_config.data_parallel=8", override])
+    with pytest.raises(
+        SettingsError, match=rf"{override.split('=')[0]}.*does not run on CPU.*use_parallel False"
+    ):
+        check_device(settings, no_cards, MSRUN)
+    settings.use_parallel = False
+    check_device(settings, no_cards, {})
+
+
+def test_parallel_needs_processes(config: Path, no_cards: Path) -> None:
+    settings = load_settings(config, ["use_parallel=True"])
+    with pytest.raises(SettingsError, match=r"use_parallel: True.*msrun --worker_num"):
+        check_device(settings, no_cards, {})
+    check_device(settings, no_cards, {"MS_WORKER_NUM": "2"})
+    check_device(settings, no_cards, {"RANK_SIZE": "2"})
+
+
+def test_processes_need_parallel(config: Path, no_cards: Path) -> None:
+    settings = load_settings(config)
+    with pytest.raises(SettingsError, match=r"8 processes were started.*--use_parallel True"):
+        check_device(settings, no_cards, MSRUN)
+    check_device(settings, no_cards, {"MS_WORKER_NUM": "1"})
+
+
+def test_split_must_use_every_process(config: Path, cards: Path) -> None:
+    check_device(load_settings(config, [ASCEND, *SEMI_AUTO]), cards, MSRUN)
+    settings = load_settings(config, [ASCEND, *SEMI_AUTO, "parallel_config.model_parallel=2"])
+    with pytest.raises(SettingsError, match=r"8 x 2 x 1 = 16, but 8 processes"):
+        check_device(settings, cards, MSRUN)

@@ -1,0 +1,114 @@
+"""Converts checkpoints between Hugging Face and MindSpore, one tensor at a time.
+
+    python tools/convert_weight.py --input chatglm3-6b --output glm3_6b.ckpt --dtype float16
+    python tools/convert_weight.py --input glm3_6b.ckpt --config chatglm3-6b --output chatglm3-6b-new
+
+Reads Hugging Face folders (safetensors or .bin, sharded or not), .safetensors, .ckpt and .bin files. Every
+name and shape is checked against the config first; the output appears only when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+
+from glm_ms.convert import CheckpointError, Conversion, parse_size, plan_conversion
+from glm_ms.convert.conversion import TARGETS
+from glm_ms.model.config import FLOAT_TYPES, ConfigError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; flags may not be shortened."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Example: python tools/convert_weight.py --input chatglm3-6b --output glm3_6b.ckpt",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="PATH", help="folder, .safetensors, .ckpt or .bin to read"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)",
+    )
+    parser.add_argument(
+        "--config", metavar="PATH", help="folder with config.json, a .json or .yaml; needed for a single file"
+    )
+    parser.add_argument(
+        "--dtype", choices=FLOAT_TYPES, help="storage type of the output (default: that of the input)"
+    )
+    parser.add_argument(
+        "--max_shard_size", metavar="SIZE", help="largest file of a Hugging Face folder (default: 2GB)"
+    )
+    parser.add_argument("--to", choices=TARGETS, help="kind of output (default: by the ending of --output)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one conversion; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
+    options = build_parser().parse_args(arguments)
+    start = time.monotonic()
+    try:
+        conversion = plan_conversion(
+            options.input,
+            options.output,
+            config=options.config,
+            dtype=options.dtype,
+            target=options.to,
+            max_shard_size=parse_size(options.max_shard_size) if options.max_shard_size else None,
+            overwrite=options.overwrite,
+        )
+        _run_with_bar(conversion)
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    if conversion.reader.ignored:
+        print(f"left out {len(conversion.reader.ignored)} tensors of optimizer and training state")
+    print(
+        f"{conversion.output}: {len(conversion.shapes)} tensors, {conversion.total_bytes:,} bytes "
+        f"({conversion.dtype}), {time.monotonic() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB"
+    )
+    return 0
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    try:
+        # ru_maxrss would count the parent's memory as well: Linux carries it over fork and exec.
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _run_with_bar(conversion: Conversion) -> None:
+    total = len(conversion.shapes)
+    with tqdm(total=conversion.total_bytes, unit="B", unit_scale=True, desc="converting") as bar:
+        done = 0
+
+        def advance(name: str, size: int) -> None:
+            nonlocal done
+            done += 1
+            bar.set_postfix_str(f"{done}/{total} tensors", refresh=False)
+            bar.update(size)
+
+        conversion.run(advance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
