@@ -27,6 +27,7 @@ def mindformers_config(settings: Settings, total_steps: int) -> MindFormerConfig
             "seed": settings.seed,
             "output_dir": settings.output_dir,
             "run_mode": "train",
+            "micro_batch_interleave_num": 1,
             "load_checkpoint": "",
             "resume_training": False,
             "use_legacy": True,
@@ -59,6 +60,7 @@ def mindformers_config(settings: Settings, total_steps: int) -> MindFormerConfig
             "parallel_config": whole["parallel_config"],
             "recompute_config": whole["recompute_config"],
             "moe_config": {},
+            "monitor_config": {"monitor_on": False},
         }
     )
 

@@ -66,10 +66,10 @@ def train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Any) -> St
     )
     trainer = Trainer(
         args=mindformers_config(settings, plan.total_steps),
-        model=network,
         train_dataset=training_batches(rows, plan, start, rank, workers),
     )
     task: GLMTrainer = trainer.trainer
+    task.network = network
 
     def save(step: int) -> None:
         if rank == 0:

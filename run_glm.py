@@ -1,0 +1,36 @@
+"""Trains, evaluates and asks ChatGLM2 / ChatGLM3 networks as a YAML file and flags say.
+
+    python run_glm.py --config configs/tiny/finetune_glm3_tiny.yaml --run_mode finetune
+    python run_glm.py --help
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from glm_ms.settings import SettingsError, settings_from_command_line
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status: 0, or 1 for a run that failed on its input; unusable settings exit with 2."""
+    settings = settings_from_command_line(argv)
+    # MindFormers opens its log files under this folder when it is imported.
+    os.environ.setdefault("LOCAL_DEFAULT_PATH", settings.output_dir)
+    from glm_ms.engine.run import run  # seconds of imports, only once the settings are right
+
+    try:
+        run(settings)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        if os.environ.get("GLM_MS_VERBOSE", "0") != "0":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
