@@ -67,9 +67,6 @@ class GenerationInputs:
             given = _position_rows(position_ids, rows)
             positions = [row[keep] for row, keep in zip(given, kept)]
         rows = [row[keep] for row, keep in zip(rows, kept)]
-        for index, row in enumerate(rows):
-            if not row.size:
-                raise ValueError(f"attention_mask: row {index} hides every token: leave at least one")
         return cls(
             _left_pad(rows, pad_token_id),
             _left_pad([np.ones(row.shape, bool) for row in rows], 0),
@@ -162,6 +159,8 @@ def _mask_rows(attention_mask: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
         wrong = np.flatnonzero((mask != 0) & (mask != 1))
         if wrong.size:
             raise ValueError(f"attention_mask: row {index} holds {mask[wrong[0]]}: expected only 0 and 1")
+        if not mask.any():
+            raise ValueError(f"attention_mask: row {index} hides every token: leave at least one")
     return [mask == 1 for mask in masks]
 
 

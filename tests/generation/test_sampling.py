@@ -1,0 +1,214 @@
+"""Filters against golden numbers, seeded draws, and the options."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tolerances import PROBABILITY
+
+from glm_ms.generation import sampling
+from glm_ms.generation.config import GenerationConfig
+
+
+@pytest.fixture(scope="module")
+def cases(golden):
+    return json.loads((golden / "sampling.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(cases):
+    return [(np.array([row["logits"]], np.float32), np.array([row["input_ids"]])) for row in cases["rows"]]
+
+
+def filtered(config, scores, input_ids, mask=None):
+    filters = sampling.build_processors(config) + sampling.build_warpers(config)
+    return sampling.apply_filters(filters, scores, sampling.mark_seen(input_ids, scores.shape[1], mask))
+
+
+def test_filters_keep_the_golden_tokens_with_the_golden_probabilities(cases, rows):
+    for case in cases["filters"]:
+        config = GenerationConfig(max_new_tokens=1, do_sample=True, **case["params"])
+        scores = filtered(config, *rows[case["row"]])
+        kept = np.flatnonzero(scores[0] > -np.inf)
+        want = dict(case["probs"])
+        assert kept.tolist() == sorted(want), case["params"]
+        assert len(kept) == case["num_kept"]
+        got = sampling.softmax(scores)[0]
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got[kept], [want[token] for token in kept], **PROBABILITY)
+        assert not got[np.setdiff1d(np.arange(got.size), kept)].any()
+
+
+def test_filters_of_a_batch_are_those_of_its_rows(cases, rows):
+    for case in cases["filters"]:
+        if case["row"] == 0:
+            config = GenerationConfig(max_new_tokens=1, do_sample=True, **case["params"])
+            both = filtered(config, *(np.concatenate(pair) for pair in zip(rows[0], rows[1])))
+            for index in (0, 1):
+                np.testing.assert_array_equal(both[index], filtered(config, *rows[index])[0])
+
+
+def test_invalid_score_rule(cases):
+    for case in cases["invalid_score"]:
+        scores = np.array(case["scores"], np.float32)
+        np.testing.assert_array_equal(sampling.replace_invalid_scores(scores), np.float32(case["result"]))
+
+
+def test_filters_leave_their_input_alone(rows):
+    scores, input_ids = rows[1]
+    before = scores.copy()
+    filtered(
+        GenerationConfig(1, True, temperature=0.5, top_k=9, top_p=0.5, repetition_penalty=1.3),
+        scores,
+        input_ids,
+    )
+    np.testing.assert_array_equal(scores, before)
+
+
+def test_penalty_ignores_ids_under_the_mask():
+    scores = np.array([[2.0, -2.0, 4.0]], np.float32)
+    seen = sampling.mark_seen(np.array([[0, 1, 1]]), 3, np.array([[0, 1, 1]]))
+    assert seen.tolist() == [[False, True, False]]
+    assert sampling.penalize_repetition(scores, seen, 2.0).tolist() == [[2.0, -4.0, 4.0]]
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.7, 0.95, 0.9999])
+def test_top_p_equals_sorting_everything(spread, top_p):
+    """The shortcut that sorts only the best scores, over distributions from flat to peaked."""
+    scores = np.random.default_rng(1).normal(0, spread, (3, 65024)).astype(np.float32)
+    order = np.argsort(scores, axis=1, kind="stable")
+    ascending = np.take_along_axis(sampling.softmax(scores), order, 1)
+    removed = ascending.cumsum(axis=1, dtype=np.float64).astype(np.float32) <= np.float32(1 - top_p)
+    removed[:, -1] = False
+    first = np.take_along_axis(scores, order, 1)[np.arange(3), removed.sum(axis=1)]
+    got = sampling.keep_top_p(scores, top_p) > -np.inf
+    np.testing.assert_array_equal(got, scores >= first[:, None])
+
+
+def test_top_p_keeps_ties_together_and_at_least_one():
+    scores = np.array([[1.0, 3.0, 3.0, 0.0]], np.float32)
+    assert (sampling.keep_top_p(scores, 0.1) > -np.inf).tolist() == [[False, True, True, False]]
+    assert (sampling.keep_top_p(scores[:, :2], 1e-12) > -np.inf).tolist() == [[False, True]]
+
+
+def test_top_k_above_the_vocabulary_keeps_all():
+    scores = np.array([[1.0, 3.0]], np.float32)
+    np.testing.assert_array_equal(sampling.keep_top_k(scores, 9), scores)
+
+
+def test_draws_follow_the_distribution():
+    wanted = np.array([0.1, 0.0, 0.6, 0.3])
+    with np.errstate(divide="ignore"):
+        scores = np.log(wanted, dtype=np.float32)[None]
+    generator = sampling.row_generators([[1]], 1, seed=5)
+    count = 20000
+    drawn = np.concatenate([sampling.draw(scores, generator) for _ in range(count)])
+    frequency = np.bincount(drawn, minlength=4) / count
+    assert frequency[1] == 0
+    # Four standard deviations of a binomial frequency.
+    assert (np.abs(frequency - wanted) <= 4 * np.sqrt(wanted * (1 - wanted) / count)).all()
+
+
+class _Extreme:
+    def __init__(self, value):
+        self.value = value
+
+    def random(self):
+        return self.value
+
+
+def test_draw_stays_on_candidates_at_the_ends_of_the_unit_interval():
+    scores = np.array([[-np.inf, 0.0, 1.0, -200.0, -np.inf]], np.float32)
+    assert sampling.draw(scores, [_Extreme(0.0)]).tolist() == [1]
+    assert sampling.draw(scores, [_Extreme(1 - 2.0**-53)]).tolist() == [2]
+    assert sampling.draw(scores, [_Extreme(0.5)]).dtype == np.int32
+
+
+def _first_numbers(*args):
+    return [generator.random() for generator in sampling.row_generators(*args)]
+
+
+def test_streams_depend_on_seed_prompt_and_copy_only():
+    alone = _first_numbers([[7, 8]], 2, 3)
+    assert _first_numbers([[1], [7, 8]], 2, 3)[2:] == alone
+    assert _first_numbers([[7, 8], [1]], 1, 3)[0] == alone[0]
+    assert _first_numbers([[7, 8], [7, 8]], 1, 3) == alone, "copies continue the count"
+    others = [[8, 7], [7, 8, 0], [7], [0], [0, 0]]
+    numbers = alone + _first_numbers(others, 1, 3) + _first_numbers([[7, 8]], 1, 4)
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_without_a_seed_every_call_differs():
+    assert _first_numbers([[7]], 1, None) != _first_numbers([[7]], 1, None)
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 1.0], [np.inf, 1.0], [-np.inf, -np.inf]])
+def test_broken_scores_are_reported(bad):
+    with pytest.raises(FloatingPointError, match=r"token 3: the scores of row 1 .* float32"):
+        sampling.check_scores(np.array([[0.0, 1.0], bad], np.float32), 3)
+    sampling.check_scores(np.array([[-np.inf, 1.0]], np.float32), 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens = 0: must be at least 1"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens = 2.0: expected an int, found float"),
+        ({"max_new_tokens": True}, "max_new_tokens = True: expected an int"),
+        ({"do_sample": 1}, "do_sample = 1: expected True or False"),
+        ({"early_stopping": "never"}, "early_stopping = 'never': expected True or False"),
+        ({"temperature": 0.0, "do_sample": True}, r"temperature = 0.0: must be in .*do_sample = False"),
+        ({"temperature": -1, "do_sample": True}, r"temperature = -1: must be in \[1e-06, 1e\+06\]"),
+        ({"temperature": float("nan"), "do_sample": True}, "temperature = nan: must be in"),
+        ({"temperature": None}, "temperature = None: expected a number"),
+        ({"top_p": 0.0, "do_sample": True}, r"top_p = 0: must be in \(0, 1\]"),
+        ({"top_p": 1.5, "do_sample": True}, r"top_p = 1.5: must be in \[0, 1\]"),
+        ({"top_k": -1, "do_sample": True}, "top_k = -1: must be at least 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty = 0: must be in"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty = inf: must be in"),
+        ({"length_penalty": 5000.0, "num_beams": 2}, r"length_penalty = 5000.0: must be in \[-20, 20\]"),
+        ({"length_penalty": "1"}, "length_penalty = '1': expected a number, found str"),
+        ({"num_beams": 0}, "num_beams = 0: must be at least 1"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences = 3: at most num_beams = 2"),
+        ({"num_return_sequences": 2}, "num_return_sequences = 2: greedy decoding has one result"),
+        ({"num_beams": 2, "do_sample": True}, "do_sample = True with num_beams = 2"),
+        ({"eos_token_id": []}, r"eos_token_id = \[\]: expected an id"),
+        ({"eos_token_id": "2"}, "eos_token_id = '2': expected an id"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id = -1: must be at least 0"),
+        ({"pad_token_id": None}, "pad_token_id = None: expected an int"),
+        ({"seed": -5}, "seed = -5: must be at least 0"),
+        ({"top_kk": 3}, "unknown option 'top_kk'; did you mean top_k"),
+        ({"zzz": 3}, "unknown option 'zzz'; known: max_new_tokens"),
+    ],
+)
+def test_unusable_options_are_named(options, message):
+    with pytest.raises(ValueError, match=f"^here: {message}"):
+        GenerationConfig.from_dict({"max_new_tokens": 4, **options}, source="here")
+
+
+def test_max_new_tokens_has_no_default():
+    with pytest.raises(ValueError, match="max_new_tokens is missing"):
+        GenerationConfig.from_dict({})
+
+
+def test_options_without_effect_are_a_visible_warning():
+    with pytest.warns(UserWarning, match="temperature, top_k: no effect without do_sample = True") as caught:
+        GenerationConfig(max_new_tokens=1, temperature=0.5, top_k=3)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="temperature: no effect"):
+        GenerationConfig(max_new_tokens=1, temperature=0)
+    with pytest.warns(UserWarning, match="length_penalty: no effect without num_beams > 1"):
+        GenerationConfig(max_new_tokens=1, length_penalty=2.0)
+
+
+def test_end_ids_are_distinct_and_must_exist():
+    config = GenerationConfig(max_new_tokens=1, eos_token_id=[9, np.int64(2), 9])
+    assert config.eos_ids == (9, 2)
+    assert GenerationConfig(max_new_tokens=1).eos_ids == ()
+    assert GenerationConfig(max_new_tokens=1, eos_token_id=0).eos_ids == (0,)
+    config.check_vocab_size(10)
+    with pytest.raises(ValueError, match=r"eos_token_id = 9: .* ids 0..8"):
+        config.check_vocab_size(9)

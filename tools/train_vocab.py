@@ -1,0 +1,283 @@
+"""Trains a SentencePiece vocabulary with the conventions of the ChatGLM one.
+
+    python tools/train_vocab.py --input configs/tiny/sample/train.json --columns content summary \
+        --vocab_size 1000 --output output/tokenizer.model
+
+Input is UTF-8: JSON lines when --columns names the fields to read, plain text otherwise. The model is BPE
+with byte fallback and without normalization: ids 0, 1, 2 are <unk>, <s>, </s>, ids 3 to 258 the 256 bytes.
+Line ends and tabs are never part of a piece; they are written as bytes. The special tokens of ChatGLM2 and
+ChatGLM3 are no pieces: the tokenizers number them after the vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+# As in the trainer and normalizer settings stored in the genuine tokenizer.model.
+CONVENTIONS = {
+    "model_type": "bpe",
+    "character_coverage": 0.9999,
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": True,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "max_sentencepiece_length": 16,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+}
+# The chat prompt of ChatGLM2 is written in these; as bytes it would fill half of a short prompt.
+PROMPT_CHARACTERS = "[Round0123456789]问答："
+# What sentencepiece may not see: line ends and tabs would become pieces, NUL ends a string in its C++
+# part, and it leaves out whole lines that hold U+2585, its private boundary mark.
+_SEPARATORS = re.compile("[\n\r\t\0\u2585]+")
+_NUM_FIXED_PIECES = 3 + 256
+# Blanks in a row, a line end, a tab, digits, and characters that no training text is likely to hold.
+_ROUND_TRIP = "  裙  dress 0.25\n\t问：𠮷\u2585 "
+_NUM_SAMPLES = 3
+
+
+class VocabularyError(ValueError):
+    """The vocabulary cannot be trained; the message says what to change."""
+
+
+def read_texts(path: Path, columns: Sequence[str]) -> list[str]:
+    """Reads the texts of one file.
+
+    Args:
+        path: UTF-8 file of JSON objects, one a line, or of plain text.
+        columns: fields of the JSON objects to read; none for plain text.
+
+    Returns:
+        One text per record and column, or one per line of plain text; blank lines are left out.
+
+    Raises:
+        VocabularyError: the file is missing, is not UTF-8 or not what `columns` says it is, or has no text.
+    """
+    if not path.is_file():
+        raise VocabularyError(f"{path}: no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise VocabularyError(f"{path}: not UTF-8 at byte {error.start}; convert the file first") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if columns:
+        texts = [text for number, line in numbered for text in _fields(line, columns, f"{path}:{number}")]
+    else:
+        if numbered:
+            _reject_json(path, numbered[0][1])
+        texts = [line for _, line in numbered]
+    if not any(text.strip() for text in texts):
+        raise VocabularyError(f"{path}: has no text")
+    return texts
+
+
+def _fields(line: str, columns: Sequence[str], where: str) -> list[str]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise VocabularyError(
+            f"{where}: not valid JSON ({error}); leave --columns out for plain text"
+        ) from None
+    if not isinstance(record, dict):
+        raise VocabularyError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    for column in columns:
+        if column not in record:
+            near = difflib.get_close_matches(column, record, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, record))}"
+            raise VocabularyError(f"{where}: no column {column!r}; {hint}")
+        text = record[column]
+        if not isinstance(text, str):
+            raise VocabularyError(f"{where}: column {column!r} is {type(text).__name__}, expected a string")
+        if re.search("[\ud800-\udfff]", text):  # JSON can spell them, UTF-8 cannot
+            raise VocabularyError(f"{where}: column {column!r} holds half of a surrogate pair")
+    return [record[column] for column in columns]
+
+
+def _reject_json(path: Path, line: str) -> None:
+    """Quotes and key names would become pieces without any sign of it."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return
+    if isinstance(record, dict):
+        raise VocabularyError(
+            f"{path}: holds JSON lines; name the columns to read, as --columns {' '.join(map(str, record))}"
+        )
+
+
+def train_vocabulary(
+    texts: Sequence[str],
+    vocab_size: int,
+    character_coverage: float = CONVENTIONS["character_coverage"],
+    verbose: bool = False,
+) -> bytes:
+    """Trains a vocabulary. Equal input gives equal bytes.
+
+    Args:
+        texts: training text; line ends and tabs separate sentences.
+        vocab_size: pieces, with the 3 control pieces and the 256 bytes.
+        character_coverage: share of all characters, by count, that get a piece of their own; the rarest
+            beyond it are written as bytes.
+        verbose: let sentencepiece log to stderr.
+
+    Returns:
+        A serialized SentencePiece model.
+
+    Raises:
+        VocabularyError: no text, or `vocab_size` is too small or too large for it; the message gives the
+            limit.
+    """
+    if not 0 < character_coverage <= 1:
+        raise VocabularyError(f"character_coverage = {character_coverage}: must be above 0 and at most 1")
+    sentences = [part for text in texts for part in _SEPARATORS.split(text) if part.strip()]
+    if not sentences:
+        raise VocabularyError("no text to train on")
+    if vocab_size <= _NUM_FIXED_PIECES:
+        raise VocabularyError(
+            f"vocab_size = {vocab_size}: must be above {_NUM_FIXED_PIECES}, the control pieces and the bytes"
+        )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            required_chars=PROMPT_CHARACTERS,
+            max_sentence_length=1 << 30,  # bytes; longer lines would be left out silently
+            num_threads=1,  # is stored in the model
+            minloglevel=0 if verbose else 2,
+            **{**CONVENTIONS, "character_coverage": character_coverage},
+        )
+    except RuntimeError as error:
+        raise VocabularyError(_explain(str(error), vocab_size)) from None
+    return model.getvalue()
+
+
+def _explain(message: str, vocab_size: int) -> str:
+    """Says sentencepiece's two size errors in terms of the options here."""
+    too_large = re.search(r"value <= (\d+)", message)
+    if too_large:
+        return (
+            f"vocab_size = {vocab_size}: too large for this text; the largest possible is {too_large[1]} "
+            "(or give more text)"
+        )
+    too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if too_small:
+        return (
+            f"vocab_size = {vocab_size}: too small; bytes, chat prompt and the characters of this text "
+            f"take {too_small[1]}; give at least that, or a smaller --character_coverage, which writes the "
+            "rarest characters as bytes"
+        )
+    return f"sentencepiece: {message}"
+
+
+def check_vocabulary(model: bytes, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+    """Loads a model and holds it to the conventions.
+
+    Args:
+        model: serialized SentencePiece model.
+        vocab_size: the size it must have.
+
+    Returns:
+        The loaded model.
+
+    Raises:
+        VocabularyError: size, special ids, bytes or a round trip are not as they must be.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id())
+    if processor.vocab_size() != vocab_size or ids != (0, 1, 2, -1):
+        raise VocabularyError(f"trained model has {processor.vocab_size()} pieces and special ids {ids}")
+    if not all(processor.is_byte(byte + 3) for byte in range(256)):
+        raise VocabularyError("trained model does not hold the 256 bytes at ids 3 to 258")
+    decoded = processor.decode(processor.encode(_ROUND_TRIP))
+    if decoded != _ROUND_TRIP:
+        raise VocabularyError(f"trained model turns {_ROUND_TRIP!r} into {decoded!r}")
+    return processor
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either whole or absent, whenever the process may end.
+
+    Raises:
+        VocabularyError: the place cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600, which others could not read
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # gone once it is in place
+                os.unlink(temporary)
+    except OSError as error:
+        raise VocabularyError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train a SentencePiece BPE vocabulary with the conventions of the ChatGLM one."
+    )
+    parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME",
+                        help="the files hold JSON lines; read these fields")  # fmt: skip
+    parser.add_argument("--vocab_size", type=int, required=True, metavar="N",
+                        help="pieces, with 3 control pieces and 256 bytes")  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="tokenizer.model to write")
+    parser.add_argument("--character_coverage", type=float, default=CONVENTIONS["character_coverage"],
+                        metavar="SHARE", help="of all characters in the text; rarer ones are written as "
+                        "bytes (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="show sentencepiece's own log")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = parse_arguments(arguments)
+    start = time.perf_counter()
+    try:
+        if options.output.is_dir():
+            raise VocabularyError(f"{options.output}: is a folder; give the file to write")
+        texts = [text for path in options.input for text in read_texts(path, options.columns)]
+        model = train_vocabulary(texts, options.vocab_size, options.character_coverage, options.verbose)
+        processor = check_vocabulary(model, options.vocab_size)
+        write_whole(options.output, model)
+    except VocabularyError as error:
+        print(f"train_vocab: error: {error}", file=sys.stderr)
+        return 1
+    seconds = time.perf_counter() - start
+    print(f"{options.vocab_size} pieces from {len(texts)} texts in {seconds:.1f} s")
+    for text in list(dict.fromkeys(text.strip()[:60] for text in texts if text.strip()))[:_NUM_SAMPLES]:
+        pieces = processor.encode(text, out_type=str)
+        print(f"{len(text)} characters, {len(pieces)} pieces: {' '.join(pieces)}")
+    print(f"written to {options.output.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
