@@ -37,7 +37,7 @@ def mindformers_config(settings: Settings, total_steps: int) -> MindFormerConfig
             "runner_config": {
                 "epochs": 1,
                 "batch_size": settings.runner_config.batch_size,
-                "sink_mode": settings.runner_config.sink_mode,
+                "sink_mode": False,  # one step at a time: each has its line, its checkpoint, its place to resume
                 "sink_size": -1,
                 "gradient_accumulation_steps": 1,
             },

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ProgressLog:
         if show and tensorboard:
             from tensorboardX import SummaryWriter  # 0.5 s to import, and not always wanted
 
-            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
+            self._writer = SummaryWriter(str(output_dir / TENSORBOARD), purge_step=start_step + 1)
         self._clock = time.perf_counter()
 
     def seconds(self) -> float:

@@ -64,15 +64,8 @@ def _train(settings: Settings, tokenizer: SentencePieceTokenizer) -> None:
 
 
 def _set_device(settings: Settings) -> None:
-    if settings.use_parallel:
-        build_context(mindformers_config(settings, total_steps=1))
-        return
-    context = settings.context
-    ms.set_context(mode=context.mode, device_target=context.device_target)
-    if context.device_target == "Ascend":
-        ms.set_context(device_id=context.device_id)
-        if context.max_device_memory:
-            ms.set_context(max_device_memory=context.max_device_memory)
+    # MindFormers keeps a context of its own: left to itself it would turn graph mode off when training begins.
+    build_context(mindformers_config(settings, total_steps=1))
 
 
 def _say(line: str) -> None:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import mindspore as ms
 from mindformers import Trainer
 from mindspore import Parameter
 from mindspore.communication import get_group_size, get_rank
+from mindspore.nn import Optimizer
 
-from glm_ms.convert import CheckpointError
-from glm_ms.convert.run_folder import CHECKPOINTS, list_checkpoints, resolve_checkpoint
 from glm_ms.data import AdgenDataset
 from glm_ms.engine.batches import TrainingPlan, training_batches
 from glm_ms.engine.callbacks import UpdateCallback
-from glm_ms.engine.checkpoint import read_state, restore, save_checkpoint
+from glm_ms.engine.checkpoint import restore, save_checkpoint
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.network import TrainingNetwork
 from glm_ms.engine.progress import ProgressLog, StepRecord
+from glm_ms.engine.resume import find_checkpoint, position_state, set_aside, steps_done
 from glm_ms.engine.trainer import GLMTrainer
 from glm_ms.engine.weights import build_model
+from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 
-def train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Any) -> StepRecord | None:
+def train(
+    settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None]
+) -> StepRecord | None:
     """Trains a network as the settings say, through the MindFormers Trainer.
 
     Args:
-        settings: a checked configuration with `padded_vocab_size` resolved.
+        settings: a checked configuration.
         tokenizer: of the records.
         say: takes lines for the user.
 
@@ -37,73 +39,70 @@ def train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Any) -> St
         The record of the last update; None if a resumed run had nothing left to do.
 
     Raises:
-        CheckpointError, DataError: weights or records that cannot be used.
+        CheckpointError, DataError, SettingsError: weights, records or settings that cannot be used.
     """
-    output_dir = Path(settings.output_dir)
     rank, num_ranks = (get_rank(), get_group_size()) if settings.use_parallel else (0, 1)
-    rows = _rows(settings, tokenizer)
+    checkpoint = find_checkpoint(settings)
+    rows = _training_rows(settings, tokenizer)
     say(rows.describe())
     plan = _plan(settings, len(rows), num_ranks)
-    resumed = _resume_folder(settings)
+    position = position_state(settings, plan)
     start = 0
-    if resumed is not None:
-        state = read_state(resumed)
-        _check_same_run(resumed, state, _position_state(settings, plan))
-        start = state["step"]
-        say(f"resuming from {resumed}: {start} of {plan.total_steps} steps are done")
-        if start >= plan.total_steps:
+    if checkpoint is None:
+        aside = set_aside(Path(settings.output_dir)) if rank == 0 else None
+        if aside is not None:
+            say(f"the run that was in {settings.output_dir} has been moved to {aside}")
+    else:
+        start = steps_done(checkpoint, position)
+        say(f"resuming from {checkpoint}: {start} of {plan.total_steps} steps are done")
+        if start == plan.total_steps:
             return None
-    model = build_model(settings, tokenizer.vocab_size, say, checkpoint=resumed)
-    network = TrainingNetwork(model.network, rows.seq_length)
+    model = build_model(settings, tokenizer.vocab_size, say, checkpoint)
+    log = _log(settings, plan, start, show=rank == 0)
+    try:
+        trainer = _trainer(settings, plan, model, rows, start, rank)
+        task: GLMTrainer = trainer.trainer
+        if checkpoint is not None:
+            task.when_built = lambda: restore(checkpoint, *_parameters(model, task.optimizer))
+
+        def save(step: int) -> None:
+            if rank == 0:
+                parameters = _parameters(model, task.optimizer)
+                keep = settings.checkpoint.keep_max
+                save_checkpoint(Path(settings.output_dir), step, model.config, *parameters, position, keep)
+
+        updates = UpdateCallback(plan, log, start, rows.seq_length, save, settings.checkpoint.save_steps)
+        trainer.callbacks = [updates]
+        trainer.train()
+        return updates.last
+    finally:
+        log.close()
+
+
+def _trainer(
+    settings: Settings, plan: TrainingPlan, model: GLMForCausalLM, rows: AdgenDataset, start: int, rank: int
+) -> Trainer:
+    if settings.recompute_config.recompute:
+        for layer in model.network.transformer.encoder.layers:
+            layer.recompute()
     workers = settings.train_dataset.num_parallel_workers
-    log = ProgressLog(
-        output_dir,
-        plan.total_steps,
-        start,
-        settings.logging.log_steps,
-        settings.logging.tensorboard,
-        show=rank == 0,
-    )
     trainer = Trainer(
         args=mindformers_config(settings, plan.total_steps),
         train_dataset=training_batches(rows, plan, start, rank, workers),
     )
-    task: GLMTrainer = trainer.trainer
-    task.network = network
-
-    def save(step: int) -> None:
-        if rank == 0:
-            state = {"last_loss": updates.last.loss, **_position_state(settings, plan)}
-            save_checkpoint(
-                output_dir,
-                step,
-                model.config,
-                model.network.get_parameters(),
-                optimizer_state(task.optimizer),
-                state,
-                settings.checkpoint.keep_max,
-            )
-
-    updates = UpdateCallback(plan, log, start, rows.seq_length, save, settings.checkpoint.save_steps)
-    trainer.callbacks = [updates]
-    if resumed is not None:
-        task.when_built = lambda: restore(
-            resumed, model.network.get_parameters(), optimizer_state(task.optimizer)
-        )
-    try:
-        trainer.train()
-    finally:
-        log.close()
-    return updates.last
+    # Trainer takes a PreTrainedModel only; its task trainer takes any cell.
+    trainer.trainer.network = TrainingNetwork(model.network, rows.seq_length)
+    return trainer
 
 
-def optimizer_state(optimizer: ms.nn.Optimizer) -> list[Parameter]:
-    """Moments and step counter: all an optimizer owns besides the weights."""
-    weights = {id(parameter) for parameter in optimizer.parameters}
-    return [parameter for parameter in optimizer.get_parameters() if id(parameter) not in weights]
+def _parameters(model: GLMForCausalLM, optimizer: Optimizer) -> tuple[list[Parameter], list[Parameter]]:
+    """The weights; and the moments and step counter, which are all an optimizer owns besides them."""
+    weights = list(model.network.get_parameters())
+    known = {id(parameter) for parameter in weights}
+    return weights, [parameter for parameter in optimizer.get_parameters() if id(parameter) not in known]
 
 
-def _rows(settings: Settings, tokenizer: SentencePieceTokenizer) -> AdgenDataset:
+def _training_rows(settings: Settings, tokenizer: SentencePieceTokenizer) -> AdgenDataset:
     data = settings.train_dataset
     return AdgenDataset(
         data.data_loader.dataset_dir,
@@ -131,40 +130,6 @@ def _plan(settings: Settings, num_rows: int, num_ranks: int) -> TrainingPlan:
     )
 
 
-def _resume_folder(settings: Settings) -> Path | None:
-    if settings.resume_training is False:
-        return None
-    if isinstance(settings.resume_training, str):
-        return resolve_checkpoint(settings.resume_training)
-    output_dir = Path(settings.output_dir)
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
-        raise CheckpointError(
-            f"{settings.where('resume_training')}: resume_training: {output_dir / CHECKPOINTS} holds no checkpoint; "
-            "give the output_dir of the run to go on with, or leave resume_training out to start anew"
-        )
-    return checkpoints[-1][1]
-
-
-def _position_state(settings: Settings, plan: TrainingPlan) -> dict[str, Any]:
-    """What decides which rows step n sees: equal numbers continue the same loss curve."""
-    data = settings.train_dataset
-    return {
-        "num_rows": plan.num_rows,
-        "rows_per_step": plan.rows_per_step,
-        "seed": plan.seed,
-        "shuffle": plan.shuffle,
-        "drop_remainder": plan.drop_remainder,
-        "max_source_length": data.max_source_length,
-        "max_target_length": data.max_target_length,
-        "total_steps": plan.total_steps,
-    }
-
-
-def _check_same_run(folder: Path, state: dict[str, Any], expected: dict[str, Any]) -> None:
-    changed = [f"{k}: {state.get(k)} then, {v} now" for k, v in expected.items() if state.get(k) != v]
-    if changed:
-        raise CheckpointError(
-            f"{folder}: made by a run with other settings, so its loss curve cannot be continued "
-            f"({'; '.join(changed)}); restore them, or start a new run with --load_checkpoint {folder}"
-        )
+def _log(settings: Settings, plan: TrainingPlan, start: int, show: bool) -> ProgressLog:
+    output_dir, logging = Path(settings.output_dir), settings.logging
+    return ProgressLog(output_dir, plan.total_steps, start, logging.log_steps, logging.tensorboard, show)

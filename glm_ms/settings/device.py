@@ -32,7 +32,7 @@ def check_device(
 
     Args:
         settings: adjusted in place when `context.device_target` is CPU: `compute_dtype` and
-            `param_init_type` become float32, `sink_mode` False.
+            `param_init_type` become float32.
         dev: folder of device files.
         environment: environment variables; None: those of this process.
 
@@ -105,9 +105,6 @@ def _fit_to_cpu(settings: Settings) -> None:
                 "weights are converted while loading"
             )
             setattr(config, name, "float32")
-    if settings.runner_config.sink_mode:
-        settings.notes.append("runner_config.sink_mode: becomes False on CPU")
-        settings.runner_config.sink_mode = False
 
 
 def _launch_problems(settings: Settings, environment: Mapping[str, str]) -> list[str]:

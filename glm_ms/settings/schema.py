@@ -136,7 +136,6 @@ class RunnerSettings:
     epochs: int = key(1, "passes over the training data", at_least=1)
     batch_size: int = key(8, "training rows per step and data-parallel share", at_least=1)
     max_steps: Optional[int] = key(None, "stop after this many steps; null: after `epochs`", at_least=1)
-    sink_mode: bool = key(False, "hand whole epochs to the device (Ascend only)")
     gradient_accumulation_steps: int = key(1, "steps whose gradients make one update", at_least=1)
 
 

@@ -66,13 +66,12 @@ def test_card_that_is_not_there(config: Path, cards: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_types_become_float32_on_a_cpu(dtype: str, config: Path, no_cards: Path) -> None:
     overrides = [f"model.model_config.{name}={dtype}" for name in ("param_init_type", "compute_dtype")]
-    settings = load_settings(config, [*overrides, "runner_config.sink_mode=True"])
+    settings = load_settings(config, overrides)
     before = len(settings.notes)
     check_device(settings, no_cards, {})
     assert settings.model.model_config.param_init_type == "float32"
     assert settings.model.model_config.compute_dtype == "float32"
-    assert settings.runner_config.sink_mode is False
-    assert len(settings.notes) == before + 3
+    assert len(settings.notes) == before + 2
     assert dtype in settings.notes[before]
 
 
