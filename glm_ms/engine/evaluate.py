@@ -128,9 +128,7 @@ def _generate(
     prompts = [record["input_ids"] for record in batch]
     filled = prompts + [prompts[-1]] * (batch_size - len(prompts))
     sequences = model.generate(filled, **options)
-    return [
-        tokenizer.decode(sequence[len(prompt) :]).strip() for prompt, sequence in zip(prompts, sequences)
-    ]
+    return [tokenizer.decode(sequence[len(prompt) :]).strip() for prompt, sequence in zip(prompts, sequences)]
 
 
 def _stack(batch: list[Row], batch_size: int) -> tuple[np.ndarray, ...]:

@@ -58,7 +58,12 @@ class ProgressLog:
     ) -> None:
         self._total, self._log_steps = total_steps, log_steps
         self._bar = tqdm(
-            total=total_steps, initial=start_step, desc="compiling", unit="step", disable=not show, dynamic_ncols=True
+            total=total_steps,
+            initial=start_step,
+            desc="compiling",
+            unit="step",
+            disable=not show,
+            dynamic_ncols=True,
         )
         self._file = self._writer = None
         if show:

@@ -68,7 +68,9 @@ def position_state(settings: Settings, plan: TrainingPlan) -> dict[str, Any]:
         "max_target_length": data.max_target_length,
         "optimizer": settings.to_dict()["optimizer"],
         "lr_schedule": settings.to_dict()["lr_schedule"],
-        "max_grad_norm": settings.runner_wrapper.max_grad_norm if settings.runner_wrapper.use_clip_grad else None,
+        "max_grad_norm": settings.runner_wrapper.max_grad_norm
+        if settings.runner_wrapper.use_clip_grad
+        else None,
     }
 
 
