@@ -1,7 +1,6 @@
 """Trains, evaluates and asks ChatGLM2 / ChatGLM3 networks as a YAML file and flags say.
 
-    python run_glm.py --config configs/tiny/finetune_glm3_tiny.yaml --run_mode finetune
-    python run_glm.py --help
+The flags are explained by `python run_glm.py --help`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from glm_ms.settings import SettingsError, settings_from_command_line
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0, or 1 for a run that failed on its input; unusable settings exit with 2."""
+    """Returns the exit status: 0, 1 for a run that failed on its input, 2 for unusable settings, 130 interrupted."""
     settings = settings_from_command_line(argv)
     # MindFormers opens its log files under this folder when it is imported.
     os.environ.setdefault("LOCAL_DEFAULT_PATH", settings.output_dir)
@@ -24,7 +23,10 @@ def main(argv: list[str]) -> int:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("GLM_MS_VERBOSE", "0") != "0":
             raise
         print(f"error: {error}", file=sys.stderr)

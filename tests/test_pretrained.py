@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
-from reference import CASES, FOLDER, golden_model, golden_numbers, golden_weights
+from reference import CASES, FOLDER, golden_numbers, golden_weights
 from tolerances import LOGITS
 
 from glm_ms import GLMConfig, load_pretrained

@@ -125,4 +125,4 @@ def training_batches(
         num_parallel_workers=num_workers,
         python_multiprocessing=False,
     )
-    return data.batch(plan.batch_size, drop_remainder=True)
+    return data.batch(plan.batch_size, drop_remainder=True, num_parallel_workers=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mindspore as ms
@@ -31,21 +32,22 @@ def run(settings: Settings) -> None:
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     _set_device(settings)
+    say = _say_on_rank_zero(settings)
     ms.set_seed(settings.seed)
     tokenizer = build_tokenizer(settings)
     for note in settings.notes:
-        _say(note)
+        say(note)
     (output_dir / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     if settings.is_training():
-        _train(settings, tokenizer)
+        _train(settings, tokenizer, say)
         return
-    model = build_model(settings, tokenizer.vocab_size, _say)
+    model = build_model(settings, tokenizer.vocab_size, say)
     if settings.run_mode == "eval":
-        for name, value in evaluate(settings, model, tokenizer, _say).items():
+        for name, value in evaluate(settings, model, tokenizer, say).items():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     else:
         predict(settings, model, tokenizer, _show)
-        _say(f"answers: {output_dir / RESULTS_FILE}")
+        say(f"answers: {output_dir / RESULTS_FILE}")
 
 
 def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
@@ -54,13 +56,13 @@ def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
     return getattr(tokenizers, chosen.type)(chosen.vocab_file)
 
 
-def _train(settings: Settings, tokenizer: SentencePieceTokenizer) -> None:
-    last = train(settings, tokenizer, _say)
+def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None]) -> None:
+    last = train(settings, tokenizer, say)
     if last is None:
-        _say("nothing left to do; raise runner_config.epochs for a longer run")
+        say(f"the run is finished; to train on, begin a new one with --load_checkpoint {settings.output_dir}")
         return
-    _say(f"step {last.step}: loss {last.loss:.6f}")
-    _say(f"weights and training state: {Path(settings.output_dir) / 'checkpoint'}")
+    say(f"step {last.step}: loss {last.loss:.6f}")
+    say(f"weights and training state: {Path(settings.output_dir) / 'checkpoint'}")
 
 
 def _set_device(settings: Settings) -> None:
@@ -68,10 +70,14 @@ def _set_device(settings: Settings) -> None:
     build_context(mindformers_config(settings, total_steps=1))
 
 
-def _say(line: str) -> None:
-    # Standard output is for results; a pipe of predictions must not carry remarks.
-    if not ms.get_auto_parallel_context("parallel_mode") == "data_parallel" or get_rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+def _say_on_rank_zero(settings: Settings) -> Callable[[str], None]:
+    """Writes lines to standard error: a pipe of predictions must not carry remarks."""
+
+    def say(line: str) -> None:
+        if not settings.use_parallel or get_rank() == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    return say
 
 
 def _show(text: str) -> None:
