@@ -13,6 +13,7 @@ from glm_ms.convert.atomic import check_target
 from glm_ms.convert.errors import CheckpointError
 from glm_ms.convert.parameters import check_names_and_shapes
 from glm_ms.convert.reader import CheckpointReader, open_checkpoint
+from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.convert.writers import (
     DEFAULT_SHARD_SIZE,
     FILE_ENDINGS,
@@ -111,7 +112,7 @@ def plan_conversion(
     """Opens the input and checks all that can be checked before a weight is read.
 
     Args:
-        source: checkpoint to read, anything `open_checkpoint` takes.
+        source: checkpoint to read, anything `open_checkpoint` takes, or the output folder of a run.
         output: a folder (Hugging Face), a `.ckpt` or a `.safetensors` (MindSpore).
         config: folder, config.json or YAML; by default the config.json in a `source` folder.
         dtype: "float32", "float16" or "bfloat16"; by default the one the input has throughout.
@@ -122,7 +123,7 @@ def plan_conversion(
     Raises:
         CheckpointError, ConfigError: the input, the config or the output cannot be used, or do not fit.
     """
-    source, output = Path(source), Path(output)
+    source, output = resolve_checkpoint(source), Path(output)
     target = _target(output, target)
     if max_shard_size is not None and (target != "hf" or max_shard_size < 1):
         raise CheckpointError(

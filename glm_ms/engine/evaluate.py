@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glm_ms.data import IGNORED, AdgenDataset, AdgenEvalDataset, DataError, Row
 from glm_ms.engine.batches import COLUMNS
-from glm_ms.engine.generate import generation_options
+from glm_ms.engine.generate import answer_text, generation_options
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import ADGENMetric, PerplexityMetric
 from glm_ms.settings import Settings
@@ -63,7 +63,7 @@ def adgen_scores(
         data.num_samples,
     )
     say(records.describe())
-    options = generation_options(settings, tokenizer)
+    options = {**generation_options(settings, tokenizer), "num_return_sequences": 1}  # one text per reference
     metric = ADGENMetric()
     lines = []
     with tqdm(total=len(records), desc="generating", unit="record", dynamic_ncols=True) as bar:
@@ -128,7 +128,7 @@ def _generate(
     prompts = [record["input_ids"] for record in batch]
     filled = prompts + [prompts[-1]] * (batch_size - len(prompts))
     sequences = model.generate(filled, **options)
-    return [tokenizer.decode(sequence[len(prompt) :]).strip() for prompt, sequence in zip(prompts, sequences)]
+    return [answer_text(tokenizer, sequence[len(prompt) :]) for prompt, sequence in zip(prompts, sequences)]
 
 
 def _stack(batch: list[Row], batch_size: int) -> tuple[np.ndarray, ...]:

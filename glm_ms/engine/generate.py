@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from glm_ms.settings import Settings
@@ -23,3 +24,14 @@ def generation_options(settings: Settings, tokenizer: SentencePieceTokenizer) ->
         for name in ("length_penalty", "early_stopping"):
             del options[name]
     return {**options, "eos_token_id": list(tokenizer.stop_token_ids), "seed": settings.seed}
+
+
+def answer_text(tokenizer: SentencePieceTokenizer, ids: Sequence[int]) -> str:
+    """Generated ids as text, without the stop id at the end and white space around.
+
+    ChatGLM3 begins its answers with a line break, and may end them with the token of the next role.
+    """
+    ids = list(ids)
+    if ids and ids[-1] in tokenizer.stop_token_ids:
+        ids.pop()
+    return tokenizer.decode(ids).strip()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.data import DataError
-from glm_ms.engine.generate import generation_options
+from glm_ms.engine.generate import answer_text, generation_options
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
@@ -115,17 +115,11 @@ def _answers(
     count = options["num_return_sequences"]
     return [
         [
-            _text(tokenizer, sequence[len(prompt) :], options)
+            answer_text(tokenizer, sequence[len(prompt) :])
             for sequence in sequences[i * count : (i + 1) * count]
         ]
         for i, prompt in enumerate(prompts)
     ]
-
-
-def _text(tokenizer: SentencePieceTokenizer, ids: list[int], options: dict) -> str:
-    if ids and ids[-1] in options["eos_token_id"]:
-        ids = ids[:-1]
-    return tokenizer.decode(ids).strip()
 
 
 def _stream(

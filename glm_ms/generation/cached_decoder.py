@@ -14,7 +14,7 @@ from glm_ms.model.cache import CachedGLM, KVCache, ReorderCache
 from glm_ms.model.glm import GLMNetwork
 
 _SMALLEST_CAPACITY = 64
-# Compiled decoders kept per network. A run alternates between few sizes; each holds a cache and its graphs.
+# Idle decoders kept per network. A run alternates between few sizes; each holds a cache and its graphs.
 _DECODERS_KEPT = 2
 
 _IDS = Tensor(shape=[None, None], dtype=ms.int32)
@@ -103,7 +103,9 @@ class CachedDecoder:
 
 
 class DecoderPool:
-    """Hands out compiled decoders, so that calls of similar size do not compile again.
+    """Lends compiled decoders, so that calls of similar size do not compile again.
+
+    A decoder on loan is nobody else's: streams that run at the same time get caches of their own.
 
     Args:
         network: weights of all decoders.
@@ -111,17 +113,23 @@ class DecoderPool:
 
     def __init__(self, network: GLMNetwork) -> None:
         self._network = network
-        self._decoders: OrderedDict[tuple[int, int], CachedDecoder] = OrderedDict()
+        self._idle: OrderedDict[CachedDecoder, None] = OrderedDict()
 
-    def get(self, batch: int, length: int) -> CachedDecoder:
+    @contextmanager
+    def lend(self, batch: int, length: int) -> Iterator[CachedDecoder]:
         """A decoder for `batch` sequences of up to `length` slots; the capacity is the next power of two."""
         capacity = _SMALLEST_CAPACITY
         while capacity < length:
             capacity *= 2
-        key = (batch, capacity)
-        if key not in self._decoders:
-            while len(self._decoders) >= _DECODERS_KEPT:
-                self._decoders.popitem(last=False)
-            self._decoders[key] = CachedDecoder(self._network, batch, capacity)
-        self._decoders.move_to_end(key)
-        return self._decoders[key]
+        fitting = (one for one in self._idle if (one.cache.batch, one.cache.capacity) == (batch, capacity))
+        decoder = next(fitting, None)
+        if decoder is None:
+            decoder = CachedDecoder(self._network, batch, capacity)
+        else:
+            del self._idle[decoder]
+        try:
+            yield decoder
+        finally:
+            self._idle[decoder] = None
+            while len(self._idle) > _DECODERS_KEPT:
+                self._idle.popitem(last=False)

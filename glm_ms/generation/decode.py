@@ -55,12 +55,17 @@ def stream(decoder: Decoder, inputs: GenerationInputs, config: GenerationConfig)
             or padding id outside the vocabulary.
         FloatingPointError: the network returned nan or inf.
     """
+    check_streamable(config)
+    return _stream(decoder, inputs, config)
+
+
+def check_streamable(config: GenerationConfig) -> None:
+    """Raises ValueError for beam search, which has no token to show before its end."""
     if config.num_beams > 1:
         raise ValueError(
             f"num_beams = {config.num_beams}: beam search cannot be streamed, its best sequence is known at "
             "the end only; set num_beams = 1 or call generate"
         )
-    return _stream(decoder, inputs, config)
 
 
 def generate(decoder: Decoder, inputs: GenerationInputs, config: GenerationConfig) -> list[list[int]]:

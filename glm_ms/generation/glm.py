@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mindspore as ms
@@ -10,9 +11,9 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn.utils import no_init_parameters
 
-from glm_ms.generation.cached_decoder import DecoderPool, graph_mode
+from glm_ms.generation.cached_decoder import CachedDecoder, DecoderPool, graph_mode
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.decode import generate, stream
+from glm_ms.generation.decode import check_streamable, generate, stream
 from glm_ms.generation.inputs import GenerationInputs
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
@@ -179,7 +180,8 @@ class GLMForCausalLM:
         inputs, config = self._prepare(
             input_ids, attention_mask, position_ids, max_new_tokens, eos_token_id, options
         )
-        return generate(self._decoder(inputs, config), inputs, config)
+        with self._decoder(inputs, config) as decoder:
+            return generate(decoder, inputs, config)
 
     def stream(
         self,
@@ -199,7 +201,12 @@ class GLMForCausalLM:
         inputs, config = self._prepare(
             input_ids, attention_mask, position_ids, max_new_tokens, eos_token_id, options
         )
-        return stream(self._decoder(inputs, config), inputs, config)
+        check_streamable(config)
+        return self._stream(inputs, config)
+
+    def _stream(self, inputs: GenerationInputs, config: GenerationConfig) -> Iterator[np.ndarray]:
+        with self._decoder(inputs, config) as decoder:
+            yield from stream(decoder, inputs, config)
 
     def _prepare(
         self,
@@ -236,10 +243,12 @@ class GLMForCausalLM:
             )
         return inputs, config
 
-    def _decoder(self, inputs: GenerationInputs, config: GenerationConfig) -> Any:
+    def _decoder(
+        self, inputs: GenerationInputs, config: GenerationConfig
+    ) -> AbstractContextManager[CachedDecoder]:
         copies = config.num_beams if config.num_beams > 1 else config.num_return_sequences
         batch, length = inputs.input_ids.shape
-        return self._decoders.get(batch * copies, length + config.max_new_tokens)
+        return self._decoders.lend(batch * copies, length + config.max_new_tokens)
 
 
 def _matrix(name: str, values: Any) -> np.ndarray:

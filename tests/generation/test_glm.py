@@ -110,6 +110,14 @@ def test_stream_gives_what_generate_gives() -> None:
     assert [row + new for row, new in zip(rows, streamed)] == model.generate(rows, max_new_tokens=6)
 
 
+def test_streams_at_the_same_time_do_not_mix() -> None:
+    model = golden_model("glm3_tiny")
+    pair = zip(model.stream([5, 6, 7], max_new_tokens=6), model.stream([100, 200], max_new_tokens=6))
+    first, second = (np.concatenate(tokens).tolist() for tokens in zip(*pair))
+    assert [5, 6, 7, *first] == model.generate([5, 6, 7], max_new_tokens=6)[0]
+    assert [100, 200, *second] == model.generate([100, 200], max_new_tokens=6)[0]
+
+
 def test_eos_of_the_config_is_the_default() -> None:
     numbers = golden_numbers("glm2_tiny")
     ids, mask = prompts("glm2_tiny")
