@@ -8,6 +8,8 @@ import numpy as np
 from mindspore import dataset as ds
 
 from glm_ms.data import IGNORED, AdgenDataset, DataError, Row, epoch_order
+from glm_ms.settings.schema import EvalDatasetSettings, TrainDatasetSettings
+from glm_ms.tokenizer import SentencePieceTokenizer
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 
@@ -73,6 +75,21 @@ class TrainingPlan:
         order = epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
         rows = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
         return np.pad(rows, (0, self.rows_per_step - len(rows)), constant_values=-1)
+
+
+def labelled_rows(
+    data: TrainDatasetSettings | EvalDatasetSettings, tokenizer: SentencePieceTokenizer
+) -> AdgenDataset:
+    """The rows with labels of a `train_dataset` or `eval_dataset` section."""
+    return AdgenDataset(
+        data.data_loader.dataset_dir,
+        tokenizer,
+        data.data_loader.origin_columns,
+        data.max_source_length,
+        data.max_target_length,
+        data.ignore_pad_token_for_loss,
+        data.num_samples,
+    )
 
 
 class _Rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from glm_ms.data import IGNORED, AdgenDataset, AdgenEvalDataset, DataError, Row
-from glm_ms.engine.batches import COLUMNS
+from glm_ms.data import IGNORED, AdgenEvalDataset, DataError, Row
+from glm_ms.engine.batches import COLUMNS, labelled_rows
+from glm_ms.engine.files import replace_text
 from glm_ms.engine.generate import answer_text, generation_options
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import ADGENMetric, PerplexityMetric
@@ -42,7 +42,7 @@ def evaluate(
     for name in settings.metric.type:
         scores.update(_METRICS[name](settings, model, tokenizer, say))
     path = Path(settings.output_dir) / SCORES_FILE
-    _replace(path, json.dumps(scores, indent=2) + "\n")
+    replace_text(path, json.dumps(scores, indent=2) + "\n")
     return scores
 
 
@@ -70,14 +70,19 @@ def adgen_scores(
         for start in range(0, len(records), data.batch_size):
             batch = [records[i] for i in range(start, min(start + data.batch_size, len(records)))]
             texts = _generate(model, tokenizer, batch, data.batch_size, options)
-            metric.update(texts, [record["reference"] for record in batch])
-            for record, text in zip(batch, texts):
+            scores = metric.update(texts, [record["reference"] for record in batch])
+            for record, text, score in zip(batch, texts, scores):
                 lines.append(
-                    {"prompt": record["prompt"], "prediction": text, "reference": record["reference"]}
+                    {
+                        "prompt": record["prompt"],
+                        "prediction": text,
+                        "reference": record["reference"],
+                        **score,
+                    }
                 )
             bar.update(len(batch))
     path = Path(settings.output_dir) / PREDICTIONS_FILE
-    _replace(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    replace_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     say(f"predictions beside references: {path}")
     return metric.eval()
 
@@ -90,15 +95,7 @@ def perplexity_scores(
 ) -> dict[str, Any]:
     """exp(mean loss) over all labelled tokens of the data set, each weighing the same."""
     data = settings.eval_dataset
-    rows = AdgenDataset(
-        data.data_loader.dataset_dir,
-        tokenizer,
-        data.data_loader.origin_columns,
-        data.max_source_length,
-        data.max_target_length,
-        data.ignore_pad_token_for_loss,
-        data.num_samples,
-    )
+    rows = labelled_rows(data, tokenizer)
     say(rows.describe())
     if rows.seq_length > model.config.seq_length:
         raise DataError(
@@ -135,9 +132,3 @@ def _stack(batch: list[Row], batch_size: int) -> tuple[np.ndarray, ...]:
     filler = {**batch[0], "labels": np.full_like(batch[0]["labels"], IGNORED)}
     rows = batch + [filler] * (batch_size - len(batch))
     return tuple(np.stack([row[name] for row in rows]) for name in COLUMNS)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

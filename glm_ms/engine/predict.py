@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.data import DataError
+from glm_ms.engine.files import replace_text
 from glm_ms.engine.generate import answer_text, generation_options
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
@@ -168,6 +168,4 @@ def _write(path: Path, results: list[Prediction]) -> None:
         json.dumps({"prompt": result.prompt, "answers": result.answers}, ensure_ascii=False)
         for result in results
     ]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "\n".join(lines) + "\n")

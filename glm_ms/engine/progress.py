@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from glm_ms.engine.files import replace_text
 
 METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -121,6 +122,4 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "".join(kept))

@@ -11,7 +11,7 @@ from mindspore.communication import get_group_size, get_rank
 from mindspore.nn import Optimizer
 
 from glm_ms.data import AdgenDataset
-from glm_ms.engine.batches import TrainingPlan, training_batches
+from glm_ms.engine.batches import TrainingPlan, labelled_rows, training_batches
 from glm_ms.engine.callbacks import UpdateCallback
 from glm_ms.engine.checkpoint import restore, save_checkpoint
 from glm_ms.engine.mf_config import mindformers_config
@@ -43,7 +43,7 @@ def train(
     """
     rank, num_ranks = (get_rank(), get_group_size()) if settings.use_parallel else (0, 1)
     checkpoint = find_checkpoint(settings)
-    rows = _training_rows(settings, tokenizer)
+    rows = labelled_rows(settings.train_dataset, tokenizer)
     say(rows.describe())
     plan = _plan(settings, len(rows), num_ranks)
     position = position_state(settings, plan)
@@ -100,19 +100,6 @@ def _parameters(model: GLMForCausalLM, optimizer: Optimizer) -> tuple[list[Param
     weights = list(model.network.get_parameters())
     known = {id(parameter) for parameter in weights}
     return weights, [parameter for parameter in optimizer.get_parameters() if id(parameter) not in known]
-
-
-def _training_rows(settings: Settings, tokenizer: SentencePieceTokenizer) -> AdgenDataset:
-    data = settings.train_dataset
-    return AdgenDataset(
-        data.data_loader.dataset_dir,
-        tokenizer,
-        data.data_loader.origin_columns,
-        data.max_source_length,
-        data.max_target_length,
-        data.ignore_pad_token_for_loss,
-        data.num_samples,
-    )
 
 
 def _plan(settings: Settings, num_rows: int, num_ranks: int) -> TrainingPlan:
