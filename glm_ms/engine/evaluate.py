@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from glm_ms.data import IGNORED, AdgenEvalDataset, DataError, Row
 from glm_ms.engine.batches import COLUMNS, labelled_rows
 from glm_ms.engine.files import replace_text
 from glm_ms.engine.generate import answer_text, generation_options
+from glm_ms.engine.progress import progress_bar
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import ADGENMetric, PerplexityMetric
 from glm_ms.settings import Settings
@@ -66,7 +66,7 @@ def adgen_scores(
     options = {**generation_options(settings, tokenizer), "num_return_sequences": 1}  # one text per reference
     metric = ADGENMetric()
     lines = []
-    with tqdm(total=len(records), desc="generating", unit="record", dynamic_ncols=True) as bar:
+    with progress_bar(len(records), "generating", "record") as bar:
         for start in range(0, len(records), data.batch_size):
             batch = [records[i] for i in range(start, min(start + data.batch_size, len(records)))]
             texts = _generate(model, tokenizer, batch, data.batch_size, options)
@@ -103,7 +103,7 @@ def perplexity_scores(
             f"model.model_config.seq_length = {model.config.seq_length}; lower the former or raise the latter"
         )
     metric = PerplexityMetric()
-    with tqdm(total=len(rows), desc="perplexity", unit="record", dynamic_ncols=True) as bar:
+    with progress_bar(len(rows), "perplexity", "record") as bar:
         for start in range(0, len(rows), data.batch_size):
             batch = [rows[i] for i in range(start, min(start + data.batch_size, len(rows)))]
             metric.update(*model.loss_sum(_stack(batch, data.batch_size)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,19 @@ class StepRecord:
     tokens_per_second: float
 
 
+def progress_bar(total: int, description: str, unit: str, done: int = 0, show: bool = True) -> tqdm:
+    """A bar on standard error; every 10 seconds where that is a file, which keeps every state of the bar."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=description,
+        unit=unit,
+        disable=not show,
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )
+
+
 class ProgressLog:
     """Bar and files of a training run. With `show=False` (ranks other than the first) it does nothing.
 
@@ -58,14 +72,7 @@ class ProgressLog:
         show: bool = True,
     ) -> None:
         self._total, self._log_steps = total_steps, log_steps
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            desc="compiling",
-            unit="step",
-            disable=not show,
-            dynamic_ncols=True,
-        )
+        self._bar = progress_bar(total_steps, "compiling", "step", start_step, show)
         self._file = self._writer = None
         if show:
             path = output_dir / METRICS_FILE
