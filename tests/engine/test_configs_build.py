@@ -1,0 +1,38 @@
+"""Every YAML under configs builds its network, with one layer and small sizes, and computes a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_helpers import CONFIGS
+
+from glm_ms import GLMForCausalLM
+from glm_ms.settings import load_settings, resolve_vocab_size
+from glm_ms.settings.device import check_device
+
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+SIZES = {
+    "num_layers": 1, "padded_vocab_size": 128, "hidden_size": 32, "ffn_hidden_size": 48, "kv_channels": 8,
+    "num_attention_heads": 4, "multi_query_group_num": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_network_and_loss(path: Path) -> None:
+    settings = load_settings(path, flags={"device_target": "CPU", "use_parallel": False}, check_files=False)
+    check_device(settings, environment={})
+    resolve_vocab_size(settings, 100)
+    config = settings.glm_config()
+    model = GLMForCausalLM(dataclasses.replace(config, **SIZES))
+    assert model.config.seq_length == config.seq_length
+    assert model.config.compute_dtype == "float32"
+    ids = np.arange(2, 26).reshape(2, 12)
+    loss = float(model(ids, labels=ids).asnumpy())
+    assert loss == pytest.approx(
+        math.log(SIZES["padded_vocab_size"]), abs=0.5
+    )  # of a network that knows nothing
+    assert model(ids).shape == (2, 12, SIZES["padded_vocab_size"])
