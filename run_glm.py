@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from glm_ms.settings import SettingsError, settings_from_command_line
 
@@ -14,11 +15,12 @@ from glm_ms.settings import SettingsError, settings_from_command_line
 def main(argv: list[str]) -> int:
     """Returns the exit status: 0, 1 for a run that failed on its input, 2 for unusable settings, 130 interrupted."""
     settings = settings_from_command_line(argv)
-    # MindFormers opens its log files under this folder when it is imported.
-    os.environ.setdefault("LOCAL_DEFAULT_PATH", settings.output_dir)
-    from glm_ms.engine.run import run  # seconds of imports, only once the settings are right
-
     try:
+        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+        # MindFormers opens its log files under this folder when it is imported.
+        os.environ.setdefault("LOCAL_DEFAULT_PATH", settings.output_dir)
+        from glm_ms.engine.run import run  # seconds of imports, only once the settings are right
+
         run(settings)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,6 +33,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         CheckpointError: there is nothing at `path`, or a run without checkpoints.
     """
     path = Path(path)
+    if path.name == CHECKPOINTS and list_checkpoints(path.parent):
+        path = path.parent
     if not path.exists():
         raise CheckpointError(
             f"{path}: no such file or folder; give a Hugging Face folder, .safetensors or .ckpt"

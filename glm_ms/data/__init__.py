@@ -5,7 +5,7 @@ from __future__ import annotations
 from glm_ms.data.adgen import AdgenDataset, AdgenEvalDataset
 from glm_ms.data.order import epoch_order
 from glm_ms.data.records import DataError, Record, RecordReader, read_records
-from glm_ms.data.rows import IGNORED, Row, check_seq_length, row_length
+from glm_ms.data.rows import IGNORED, Row, row_length
 
 __all__ = [
     "IGNORED",
@@ -15,7 +15,6 @@ __all__ = [
     "Record",
     "RecordReader",
     "Row",
-    "check_seq_length",
     "epoch_order",
     "read_records",
     "row_length",

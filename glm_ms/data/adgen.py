@@ -91,6 +91,7 @@ class AdgenEvalDataset:
 
     Attributes:
         skipped: records passed over because prompt or response is empty.
+        blank: records passed over because their reference is white space: there is nothing to compare with.
         too_long: ChatGLM3 only: records passed over because their prompt has `max_source_length` ids or
             more; its release leaves them out of the evaluation. Raise max_source_length to keep them.
 
@@ -115,9 +116,14 @@ class AdgenEvalDataset:
 
         def usable(record: Record) -> tuple[str, list[int], list[int]] | None:
             row = prepare(tokenizer, record, max_source_length, max_target_length)
+            if row is not None and not tokenizer.decode(row[1]).strip():
+                self.blank += 1
+                return None
             return None if row is None else (record.prompt, *row)
 
-        self._rows, self.skipped, self.too_long = _collect(path, columns, num_samples, usable)
+        self.blank = 0
+        self._rows, self.skipped, refused = _collect(path, columns, num_samples, usable)
+        self.too_long = refused - self.blank
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,7 +141,7 @@ class AdgenEvalDataset:
 
     def describe(self) -> str:
         """One line: the file, its usable records and those passed over."""
-        return _describe(self.path, len(self), self.skipped, self.too_long)
+        return _describe(self.path, len(self), self.skipped + self.blank, self.too_long)
 
 
 def _collect(

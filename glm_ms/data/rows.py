@@ -19,30 +19,6 @@ def row_length(max_source_length: int, max_target_length: int) -> int:
     return max_source_length + max_target_length + 1
 
 
-def check_seq_length(seq_length: int, max_source_length: int, max_target_length: int) -> None:
-    """Holds the model's sequence length to that of the rows.
-
-    Raises:
-        DataError: `seq_length` is not max_source_length + max_target_length + 1.
-    """
-    check_length("max_source_length", max_source_length)
-    check_length("max_target_length", max_target_length)
-    fitting = row_length(max_source_length, max_target_length)
-    if seq_length == fitting:
-        return
-    changes = [f"model.model_config.seq_length to {fitting}"]
-    source, target = seq_length - max_target_length - 1, seq_length - max_source_length - 1
-    if source > 0:
-        changes.append(f"train_dataset.max_source_length to {source}")
-    if target > 0:
-        changes.append(f"train_dataset.max_target_length to {target}")
-    raise DataError(
-        f"model.model_config.seq_length = {seq_length} is not train_dataset.max_source_length "
-        f"({max_source_length}) + train_dataset.max_target_length ({max_target_length}) + 1 = {fitting}; "
-        f"set {', or '.join(changes)}"
-    )
-
-
 def check_length(name: str, value: int, smallest: int = 1) -> None:
     """Raises DataError unless `value` is an integer of at least `smallest`."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < smallest:

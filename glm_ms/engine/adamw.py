@@ -23,6 +23,9 @@ class GLMAdamW(nn.Optimizer):
         betas: decay rates of the moments.
         eps: added to the root of the corrected second moment.
         weight_decay: decoupled decay.
+
+    Raises:
+        ValueError: a parameter is not float32.
     """
 
     def __init__(
@@ -33,8 +36,11 @@ class GLMAdamW(nn.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        half = [parameter.name for parameter in params if parameter.dtype != ms.float32]
+        if half:
+            # Their squared gradients would vanish, and small updates round away.
+            raise ValueError(f"GLMAdamW trains float32 parameters only; {half[0]} is {params[0].dtype}")
         super().__init__(learning_rate, params)
-        # nn.Optimizer multiplies gradients by decay groups of its own; ours is the operator's.
         self.decay = weight_decay
         self.beta1, self.beta2, self.eps = float(betas[0]), float(betas[1]), float(eps)
         self.moments1 = self.parameters.clone(prefix="adam_m", init="zeros")

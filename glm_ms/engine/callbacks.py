@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from mindspore.train.callback import Callback
 
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.progress import ProgressLog, StepRecord
+from glm_ms.engine.signals import restore_signal_handlers
 
 
 class UpdateCallback(Callback):
@@ -40,6 +42,7 @@ class UpdateCallback(Callback):
 
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Runs after every micro batch; acts after those that complete an update."""
+        restore_signal_handlers()  # the data pipeline, which has started by now, replaces them
         context: Any = run_context.original_args()
         updates, rest = divmod(context.cur_step_num, self._plan.accumulation_steps)
         if rest:
@@ -54,6 +57,12 @@ class UpdateCallback(Callback):
             grad_norm=norm,
             tokens_per_second=round(self._tokens / self._log.seconds(), 1),
         )
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {norm} at learning rate {rate:g}: the run has diverged; "
+                "nothing has been saved since. Lower lr_schedule.learning_rate, warm up longer or clip, and go on "
+                "from the last checkpoint"
+            )
         self._log.step(self.last)
         if step == self._plan.total_steps or (self._save_steps and step % self._save_steps == 0):
             self._save(step)

@@ -57,8 +57,12 @@ def save_checkpoint(
         _write_parameters(partial / OPTIMIZER, optimizer_state, "float32")
         (partial / CONFIG).write_text(json.dumps(config.to_hf_dict(), indent=2), encoding="utf-8")
         (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
+    for hidden in folder.parent.glob(".step_*.old"):
+        shutil.rmtree(hidden, ignore_errors=True)
     for _, old in list_checkpoints(output_dir)[:-keep_max]:
-        shutil.rmtree(old)
+        doomed = old.with_name(f".{old.name}.old")  # a removal cut short must not leave half a checkpoint
+        old.rename(doomed)
+        shutil.rmtree(doomed)
     return folder
 
 
@@ -77,6 +81,23 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise CheckpointError(f"{folder / STATE}: has no step")
     return state
+
+
+def check_files(folder: Path) -> None:
+    """Reads the headers of both tensor files, so that a damaged checkpoint shows before anything is compiled.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; it names the other checkpoints of the run.
+    """
+    try:
+        for name in (WEIGHTS, OPTIMIZER):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name}: missing")
+            SafetensorsFile(folder / name).release()
+    except CheckpointError as error:
+        others = [str(path) for _, path in list_checkpoints(folder.parent.parent) if path != folder]
+        remedy = f"; resume from {others[-1]} instead (resume_training={others[-1]})" if others else ""
+        raise CheckpointError(f"{error}{remedy}") from None
 
 
 def restore(folder: Path, weights: Iterable[Parameter], optimizer_state: Iterable[Parameter]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def evaluate(
     for name in settings.metric.type:
         scores.update(_METRICS[name](settings, model, tokenizer, say))
     path = Path(settings.output_dir) / SCORES_FILE
-    replace_text(path, json.dumps(scores, indent=2) + "\n")
+    # JSON has no infinity; a perplexity may overflow.
+    finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
+    replace_text(path, json.dumps(finite, indent=2) + "\n")
     return scores
 
 
@@ -63,7 +66,10 @@ def adgen_scores(
         data.num_samples,
     )
     say(records.describe())
-    options = {**generation_options(settings, tokenizer), "num_return_sequences": 1}  # one text per reference
+    options = {
+        **generation_options(settings, tokenizer, say),
+        "num_return_sequences": 1,
+    }  # one text per reference
     metric = ADGENMetric()
     lines = []
     with progress_bar(len(records), "generating", "record") as bar:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from glm_ms.data import DataError
 from glm_ms.engine.files import replace_text
-from glm_ms.engine.generate import answer_text, generation_options
+from glm_ms.engine.generate import answer_text, generation_options, known_ids
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
@@ -39,17 +39,19 @@ def read_prompts(predict_data: str) -> list[str]:
         DataError: a file is missing, empty or broken; it names file and line.
     """
     if predict_data == "-":
-        return _non_empty(sys.stdin.read().splitlines(), "standard input")
-    suffix = Path(predict_data).suffix if "\n" not in predict_data else ""
+        return _non_empty(_lines(sys.stdin.buffer.read(), "standard input"), "standard input")
+    suffix = Path(predict_data).suffix.lower() if "\n" not in predict_data else ""
     if suffix not in (".txt", ".jsonl"):
+        if _is_path(predict_data):
+            raise DataError(f"{predict_data}: prompts are read from .txt and .jsonl files only")
         return _non_empty([predict_data], "predict_data")
     path = Path(predict_data)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = _lines(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give an existing {suffix} file, or a prompt") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if suffix == ".jsonl":
         lines = [_prompt_of(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     return _non_empty(lines, str(path))
@@ -60,6 +62,7 @@ def predict(
     model: GLMForCausalLM,
     tokenizer: SentencePieceTokenizer,
     show: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> list[Prediction]:
     """Answers every prompt and writes `predict_results.jsonl` into the output folder.
 
@@ -70,8 +73,9 @@ def predict(
         settings: the run.
         model, tokenizer: network and vocabulary.
         show: takes pieces of text for the user, line breaks included.
+        say: takes remarks.
     """
-    options = generation_options(settings, tokenizer)
+    options = generation_options(settings, tokenizer, say)
     texts = read_prompts(settings.predict_data)
     prompts = [_prompt_ids(tokenizer, text) for text in texts]
     _check_lengths(prompts, options["max_new_tokens"], model.config.seq_length)
@@ -93,8 +97,8 @@ def predict(
 
 
 def _prompt_ids(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
-    if tokenizer.is_template(text):
-        return tokenizer.encode_template(text)
+    if tokenizer.is_template(text.lstrip()):
+        return tokenizer.encode_template(text.lstrip())
     return tokenizer.build_chat_input(text)["input_ids"]
 
 
@@ -134,7 +138,7 @@ def _stream(
     for tokens in model.stream(prompt, **options):
         if int(tokens[0]) in options["eos_token_id"]:
             break
-        piece = decoder.push(int(tokens[0]))
+        piece = "".join(decoder.push(token) for token in known_ids(tokenizer, tokens))
         if not text:
             piece = piece.lstrip()
         text += piece
@@ -144,6 +148,22 @@ def _stream(
     return (text + last).strip()
 
 
+def _lines(content: bytes, source: str) -> list[str]:
+    """Lines of UTF-8 text. Only line feeds part them: JSON may hold other separators, such as U+2028."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 text: {error}") from None
+    return [line.rstrip("\r") for line in text.split("\n")]
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        return False
+
+
 def _prompt_of(line: str, where: str) -> str:
     try:
         value = json.loads(line)
@@ -151,8 +171,10 @@ def _prompt_of(line: str, where: str) -> str:
         raise DataError(f"{where}: not valid JSON: {error}") from None
     if isinstance(value, dict):
         value = next((value[key] for key in _PROMPT_KEYS if key in value), None)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: expected a string, or an object with one of {', '.join(_PROMPT_KEYS)}")
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(
+            f"{where}: expected a text that is not empty, or an object with one as {', '.join(_PROMPT_KEYS)}"
+        )
     return value
 
 

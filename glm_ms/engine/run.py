@@ -12,11 +12,13 @@ from mindspore.communication import get_rank
 
 from glm_ms import tokenizer as tokenizers
 from glm_ms.engine.evaluate import evaluate
+from glm_ms.engine.files import replace_text
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.predict import RESULTS_FILE, predict
+from glm_ms.engine.signals import restore_signal_handlers
 from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model
-from glm_ms.settings import Settings
+from glm_ms.settings import Settings, SettingsError
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 
@@ -30,23 +32,28 @@ def run(settings: Settings) -> None:
         ValueError: anything that is wrong with weights, data or settings, with a message for the user.
     """
     output_dir = Path(settings.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    restore_signal_handlers()
     _set_device(settings)
     say = _say_on_rank_zero(settings)
     ms.set_seed(settings.seed)
     tokenizer = build_tokenizer(settings)
     for note in settings.notes:
         say(note)
-    (output_dir / "settings.yaml").write_text(settings.to_yaml(), encoding="utf-8")
     if settings.is_training():
         _train(settings, tokenizer, say)
         return
+    if settings.use_parallel:
+        raise SettingsError(
+            f"{settings.where('use_parallel')}: use_parallel: True: --run_mode {settings.run_mode} runs in one "
+            "process; set use_parallel: False and start it without msrun"
+        )
     model = build_model(settings, tokenizer.vocab_size, say)
+    replace_text(output_dir / f"{settings.run_mode}_settings.yaml", settings.to_yaml())
     if settings.run_mode == "eval":
         for name, value in evaluate(settings, model, tokenizer, say).items():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     else:
-        predict(settings, model, tokenizer, _show)
+        predict(settings, model, tokenizer, _show, say)
         say(f"answers: {output_dir / RESULTS_FILE}")
 
 

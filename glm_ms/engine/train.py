@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from mindformers import Trainer
@@ -13,11 +14,13 @@ from mindspore.nn import Optimizer
 from glm_ms.data import AdgenDataset
 from glm_ms.engine.batches import TrainingPlan, labelled_rows, training_batches
 from glm_ms.engine.callbacks import UpdateCallback
-from glm_ms.engine.checkpoint import restore, save_checkpoint
+from glm_ms.engine.checkpoint import check_files, restore, save_checkpoint
+from glm_ms.engine.files import replace_text
+from glm_ms.engine.lock import run_lock
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.network import TrainingNetwork
 from glm_ms.engine.progress import ProgressLog, StepRecord
-from glm_ms.engine.resume import find_checkpoint, position_state, set_aside, steps_done
+from glm_ms.engine.resume import SETTINGS_FILE, find_checkpoint, position_state, set_aside, steps_done
 from glm_ms.engine.trainer import GLMTrainer
 from glm_ms.engine.weights import build_model
 from glm_ms.generation import GLMForCausalLM
@@ -41,23 +44,31 @@ def train(
     Raises:
         CheckpointError, DataError, SettingsError: weights, records or settings that cannot be used.
     """
-    rank, num_ranks = (get_rank(), get_group_size()) if settings.use_parallel else (0, 1)
+    rank = get_rank() if settings.use_parallel else 0
+    with run_lock(Path(settings.output_dir)) if rank == 0 else nullcontext():
+        return _train(settings, tokenizer, say, rank)
+
+
+def _train(
+    settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None], rank: int
+) -> StepRecord | None:
+    num_ranks = get_group_size() if settings.use_parallel else 1
     checkpoint = find_checkpoint(settings)
     rows = labelled_rows(settings.train_dataset, tokenizer)
     say(rows.describe())
     plan = _plan(settings, len(rows), num_ranks)
     position = position_state(settings, plan)
     start = 0
-    if checkpoint is None:
-        aside = set_aside(Path(settings.output_dir)) if rank == 0 else None
-        if aside is not None:
-            say(f"the run that was in {settings.output_dir} has been moved to {aside}")
-    else:
+    _remark_on_schedule(settings, plan, say)
+    if checkpoint is not None:
+        check_files(checkpoint)
         start = steps_done(checkpoint, position)
         say(f"resuming from {checkpoint}: {start} of {plan.total_steps} steps are done")
         if start == plan.total_steps:
             return None
     model = build_model(settings, tokenizer.vocab_size, say, checkpoint)
+    if rank == 0:
+        _tidy_output(settings, checkpoint, say)
     log = _log(settings, plan, start, show=rank == 0)
     try:
         trainer = _trainer(settings, plan, model, rows, start, rank)
@@ -77,6 +88,28 @@ def train(
         return updates.last
     finally:
         log.close()
+
+
+def _tidy_output(settings: Settings, checkpoint: Path | None, say: Callable[[str], None]) -> None:
+    """The last act before the run writes: every check has passed."""
+    output_dir = Path(settings.output_dir)
+    aside = set_aside(output_dir, checkpoint)
+    if aside is not None:
+        say(f"what an earlier run left in {output_dir} has been moved to {aside}")
+    replace_text(output_dir / SETTINGS_FILE, settings.to_yaml())
+
+
+def _remark_on_schedule(settings: Settings, plan: TrainingPlan, say: Callable[[str], None]) -> None:
+    schedule, config = settings.lr_schedule, settings.model.model_config
+    if schedule.warmup_ratio is None and schedule.warmup_steps >= plan.total_steps:
+        say(
+            f"lr_schedule.warmup_steps = {schedule.warmup_steps}: the run has {plan.total_steps} steps, so the "
+            "learning rate never reaches its top"
+        )
+    if settings.resume_training is not False and (config.hidden_dropout or config.attention_dropout):
+        say(
+            "dropout is on: its random state is not saved, so the resumed losses differ from an unbroken run's"
+        )
 
 
 def _trainer(

@@ -12,14 +12,11 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.settings import Settings, resolve_vocab_size
 from glm_ms.settings.schema import AUTO
 
-# Fields that change the numbers but no shape: a wrong one would go unnoticed when weights are loaded.
-_SHAPELESS = (
-    "multi_query_attention",
-    "rope_ratio",
-    "rmsnorm",
-    "layernorm_epsilon",
-    "apply_residual_connection_post_layernorm",
-)
+# Fields that may differ from the config.json beside the weights: storage, length and training, not the function.
+_FREE = frozenset(
+    {"seq_length", "param_init_type", "compute_dtype", "hidden_dropout", "attention_dropout",
+     "eos_token_id", "pad_token_id"}
+)  # fmt: skip
 _EMBEDDING = "transformer.embedding.embedding_table"
 
 
@@ -52,7 +49,9 @@ def build_model(
             model_config.padded_vocab_size = reader.shape(_EMBEDDING)[0]
         resolve_vocab_size(settings, vocab_size)
         config = settings.glm_config()
-        _check_config_beside(checkpoint, config, settings)
+        _check_config_beside(
+            checkpoint, config, settings
+        )  # shapes alone do not tell head sizes or rope_ratio
         say(f"weights: {checkpoint}")
         dtype = "float16" if config.param_init_type == "float16" else "float32"
         return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
@@ -65,9 +64,9 @@ def _check_config_beside(checkpoint: Path, config: GLMConfig, settings: Settings
         return
     stored = GLMConfig.from_pretrained(folder)
     different = [
-        f"model.model_config.{name}: {getattr(config, name)}, in config.json {getattr(stored, name)}"
-        for name in _SHAPELESS
-        if getattr(config, name) != getattr(stored, name)
+        f"model.model_config.{name}: {value}, in config.json {getattr(stored, name)}"
+        for name, value in config.to_dict().items()
+        if name not in _FREE and value != getattr(stored, name)
     ]
     if different:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,22 +18,28 @@ _SMALLEST_CAPACITY = 64
 # Idle decoders kept per network. A run alternates between few sizes; each holds a cache and its graphs.
 _DECODERS_KEPT = 2
 
+_GRAPHS = threading.RLock()
+
 _IDS = Tensor(shape=[None, None], dtype=ms.int32)
 _VECTOR = Tensor(shape=[None], dtype=ms.int32)
 
 
 @contextmanager
 def graph_mode() -> Iterator[None]:
-    """Runs cells as compiled graphs inside the block, whatever mode the caller's program is in."""
-    mode = ms.get_context("mode")
-    if mode == ms.GRAPH_MODE:
-        yield
-        return
-    ms.set_context(mode=ms.GRAPH_MODE)
-    try:
-        yield
-    finally:
-        ms.set_context(mode=mode)
+    """Runs cells as compiled graphs inside the block, whatever mode the caller's program is in.
+
+    One thread at a time: the mode belongs to the process, and MindSpore does not run a cell twice at once.
+    """
+    with _GRAPHS:
+        mode = ms.get_context("mode")
+        if mode == ms.GRAPH_MODE:
+            yield
+            return
+        ms.set_context(mode=ms.GRAPH_MODE)
+        try:
+            yield
+        finally:
+            ms.set_context(mode=mode)
 
 
 class CachedDecoder:
@@ -114,6 +121,7 @@ class DecoderPool:
     def __init__(self, network: GLMNetwork) -> None:
         self._network = network
         self._idle: OrderedDict[CachedDecoder, None] = OrderedDict()
+        self._lock = threading.Lock()
 
     @contextmanager
     def lend(self, batch: int, length: int) -> Iterator[CachedDecoder]:
@@ -121,15 +129,19 @@ class DecoderPool:
         capacity = _SMALLEST_CAPACITY
         while capacity < length:
             capacity *= 2
-        fitting = (one for one in self._idle if (one.cache.batch, one.cache.capacity) == (batch, capacity))
-        decoder = next(fitting, None)
+        with self._lock:
+            fitting = (
+                one for one in self._idle if (one.cache.batch, one.cache.capacity) == (batch, capacity)
+            )
+            decoder = next(fitting, None)
+            if decoder is not None:
+                del self._idle[decoder]
         if decoder is None:
             decoder = CachedDecoder(self._network, batch, capacity)
-        else:
-            del self._idle[decoder]
         try:
             yield decoder
         finally:
-            self._idle[decoder] = None
-            while len(self._idle) > _DECODERS_KEPT:
-                self._idle.popitem(last=False)
+            with self._lock:
+                self._idle[decoder] = None
+                while len(self._idle) > _DECODERS_KEPT:
+                    self._idle.popitem(last=False)

@@ -259,6 +259,8 @@ def _matrix(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name}: rows of different lengths; pad them and give an attention_mask") from None
     if array.dtype == object:
         raise ValueError(f"{name}: rows of different lengths; pad them and give an attention_mask")
+    if array.dtype == bool:
+        array = array.astype(np.int64)
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{name}: expected integers, found {array.dtype}")
     if array.ndim == 1:

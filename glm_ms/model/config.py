@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ _HF_KEYS_WITHOUT_EFFECT = frozenset(
         "_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype",
         "use_cache", "original_rope", "bias_dropout_fusion", "apply_query_key_layer_scaling",
         "attention_softmax_in_fp32", "fp32_residual_connection", "classifier_dropout", "return_dict",
-        "output_attentions", "output_hidden_states", "bos_token_id", "tokenizer_class", "pre_seq_len",
+        "output_attentions", "output_hidden_states", "bos_token_id", "tokenizer_class",
         "prefix_projection", "quantization_bit", "vocab_size", "chunk_size_feed_forward", "problem_type",
+        "max_length", "is_encoder_decoder", "is_decoder", "torchscript", "use_bfloat16", "id2label", "label2id",
     }
 )  # fmt: skip
 
@@ -204,6 +206,10 @@ class GLMConfig:
                 f"{path}: quantization_bit = {values['quantization_bit']}: quantized weights cannot be read; "
                 "use the unquantized release"
             )
+        if values.pop("pre_seq_len", None):
+            raise ConfigError(
+                f"{path}: pre_seq_len is set: a P-Tuning prefix cannot be read; use the model it was trained on"
+            )
         dtype = values.get("torch_dtype", values.get("dtype"))
         values = {key: value for key, value in values.items() if key not in _HF_KEYS_WITHOUT_EFFECT}
         if dtype is not None:
@@ -245,4 +251,16 @@ def _yaml_model_section(path: Path) -> dict[str, Any]:
         section = section[key]
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: model.model_config must be a mapping")
-    return section
+    if section.get("padded_vocab_size") == "auto":
+        raise ConfigError(
+            f"{path}: model.model_config.padded_vocab_size: auto: fitted to the tokenizer of a run, so this file alone "
+            "does not tell it; give the config.json that lies beside the weights, or a number"
+        )
+    return {key: _number(value) for key, value in section.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5, without a point, as text."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value

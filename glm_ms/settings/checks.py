@@ -79,7 +79,10 @@ class Checker:
             self._records("train")
         elif self.settings.run_mode == "eval":
             self._records("eval")
-        elif Path(self.settings.predict_data).suffix in (".txt", ".jsonl"):
+        elif "\n" not in self.settings.predict_data and Path(self.settings.predict_data).suffix.lower() in (
+            ".txt",
+            ".jsonl",
+        ):
             self._must_exist("predict_data", self.settings.predict_data)
 
     def _bad(self, message: str, *keys: str) -> None:
@@ -163,14 +166,13 @@ class Checker:
 
     def _lower_workers(self) -> None:
         cores = _cores()
-        for part in ("train", "eval"):
-            dataset = getattr(self.settings, f"{part}_dataset")
-            if dataset.num_parallel_workers > cores:
-                self.settings.notes.append(
-                    f"{part}_dataset.num_parallel_workers: lowered from {dataset.num_parallel_workers} "
-                    f"to {cores}, the cores of this machine"
-                )
-                dataset.num_parallel_workers = cores
+        dataset = self.settings.train_dataset
+        if dataset.num_parallel_workers > cores:
+            self.settings.notes.append(
+                f"train_dataset.num_parallel_workers: lowered from {dataset.num_parallel_workers} "
+                f"to {cores}, the cores of this machine"
+            )
+            dataset.num_parallel_workers = cores
 
     def _training_length(self) -> None:
         data = self.settings.train_dataset

@@ -37,7 +37,7 @@ def check_device(
         environment: environment variables; None: those of this process.
 
     Raises:
-        SettingsError: no Ascend card, a card number that is not there, a parallel mode a CPU cannot run,
+        SettingsError: no Ascend card, a card number that is not there, a way of training this version lacks,
             or `use_parallel` that does not fit the way the program was started.
     """
     problems = device_problems(settings, dev, environment)
@@ -52,9 +52,9 @@ def device_problems(
     environment = os.environ if environment is None else environment
     if settings.context.device_target == "Ascend":
         problems = _ascend_problems(settings, ascend_cards(dev), environment)
-        return problems or _launch_problems(settings, environment)
+        return problems or _not_in_this_version(settings) + _launch_problems(settings, environment)
     _fit_to_cpu(settings)
-    return _cpu_problems(settings) + _launch_problems(settings, environment)
+    return _not_in_this_version(settings) + _launch_problems(settings, environment)
 
 
 def _ascend_problems(settings: Settings, cards: list[str], environment: Mapping[str, str]) -> list[str]:
@@ -77,22 +77,37 @@ def _ascend_problems(settings: Settings, cards: list[str], environment: Mapping[
     return []
 
 
-def _cpu_problems(settings: Settings) -> list[str]:
-    if not settings.use_parallel:
-        return []
-    problems = []  # sharding strategies and ReduceScatter have no kernels on a CPU
-    if settings.parallel.parallel_mode == 1:
-        where = settings.where("parallel.parallel_mode")
-        problems.append(
-            f"{where}: parallel.parallel_mode: 1 (semi-automatic) does not run on CPU; "
-            "use --use_parallel False, or parallel.parallel_mode=0 parallel.full_batch=False"
-        )
-    if settings.parallel.enable_parallel_optimizer:
-        where = settings.where("parallel.enable_parallel_optimizer")
-        problems.append(
-            f"{where}: parallel.enable_parallel_optimizer: True does not run on CPU; "
-            "use --use_parallel False, or parallel.enable_parallel_optimizer=False"
-        )
+def _not_in_this_version(settings: Settings) -> list[str]:
+    """What would be accepted and then computed wrongly, or not at all."""
+    problems = []
+
+    def refuse(key: str, value: object, remedy: str) -> None:
+        problems.append(f"{settings.where(key)}: {key}: {value}: not in this version; {remedy}")
+
+    split, parallel = settings.parallel_config, settings.parallel
+    if settings.use_parallel:
+        sharded = {
+            "parallel.parallel_mode": (parallel.parallel_mode, 0),
+            "parallel.full_batch": (parallel.full_batch, False),
+            "parallel.enable_parallel_optimizer": (parallel.enable_parallel_optimizer, False),
+            "parallel_config.model_parallel": (split.model_parallel, 1),
+            "parallel_config.pipeline_stage": (split.pipeline_stage, 1),
+        }
+        for key, (value, plain) in sharded.items():
+            if value != plain:
+                refuse(
+                    key,
+                    value,
+                    f"there are no sharding strategies yet; use {key}={plain}, or --use_parallel False",
+                )
+    if settings.is_training():
+        config = settings.model.model_config
+        if config.param_init_type != "float32":
+            remedy = "trained weights and moments are float32; use model.model_config.param_init_type=float32"
+            refuse("model.model_config.param_init_type", config.param_init_type, remedy)
+        if config.compute_dtype == "float16":
+            remedy = "float16 needs loss scaling; use model.model_config.compute_dtype=bfloat16 or float32"
+            refuse("model.model_config.compute_dtype", config.compute_dtype, remedy)
     return problems
 
 
@@ -121,14 +136,5 @@ def _launch_problems(settings: Settings, environment: Mapping[str, str]) -> list
         return [
             f"{where}: use_parallel: False, but {workers} processes were started; they would write the same "
             "files. Add --use_parallel True, or start with python"
-        ]
-    split = settings.parallel_config
-    ways = split.data_parallel * split.model_parallel * split.pipeline_stage
-    if settings.use_parallel and settings.parallel.parallel_mode == 1 and ways != workers:
-        where = settings.where("parallel_config.data_parallel")
-        return [
-            f"{where}: parallel_config: data_parallel x model_parallel x pipeline_stage = "
-            f"{split.data_parallel} x {split.model_parallel} x {split.pipeline_stage} = {ways}, "
-            f"but {workers} processes were started; the product must equal their number"
         ]
     return []

@@ -57,7 +57,6 @@ class ParallelSettings:
     """`parallel`: how the cards of a distributed run work together."""
 
     parallel_mode: Literal[0, 1] = key(0, "0: data parallel, 1: semi-automatic (sharding strategies)")
-    gradients_mean: bool = key(True, "gradients of the cards are averaged (False: summed)")
     full_batch: bool = key(False, "every card reads the whole global batch (semi-automatic mode only)")
     enable_parallel_optimizer: bool = key(False, "shard parameters and optimizer state over the cards")
 
@@ -135,7 +134,9 @@ class RunnerSettings:
 
     epochs: int = key(1, "passes over the training data", at_least=1)
     batch_size: int = key(8, "training rows per step and data-parallel share", at_least=1)
-    max_steps: Optional[int] = key(None, "stop after this many steps; null: after `epochs`", at_least=1)
+    max_steps: Optional[int] = key(
+        None, "stop early, after this many steps; null: after `epochs`", at_least=1
+    )
     gradient_accumulation_steps: int = key(1, "steps whose gradients make one update", at_least=1)
 
 
@@ -204,9 +205,6 @@ class _DatasetSettings:
     max_source_length: int = key(64, "tokens of the prompt, special tokens included", at_least=1)
     max_target_length: int = key(127, "tokens of the answer", at_least=1)
     ignore_pad_token_for_loss: bool = key(True, "padding carries no loss")
-    num_parallel_workers: int = key(
-        2, "workers that prepare rows; lowered to the cores there are", at_least=1
-    )
     num_samples: Optional[int] = key(None, "only the first so many records; null: all", at_least=1)
 
 
@@ -214,6 +212,9 @@ class _DatasetSettings:
 class TrainDatasetSettings(_DatasetSettings):
     """`train_dataset`. The batch size stands in `runner_config`."""
 
+    num_parallel_workers: int = key(
+        2, "workers that prepare rows; lowered to the cores there are", at_least=1
+    )
     drop_remainder: bool = key(True, "leave out the last batch of an epoch if it is not full")
 
 

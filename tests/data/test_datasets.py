@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from glm_ms.data import AdgenDataset, AdgenEvalDataset, DataError, Record, check_seq_length
+from glm_ms.data import AdgenDataset, AdgenEvalDataset, DataError, Record
 from glm_ms.data.glm3 import conversation_ids, conversation_of
 
 COLUMNS = ("content", "summary")
@@ -32,7 +32,7 @@ def test_rows(records_file, any_tokenizer):
     answer = any_tokenizer.decode(row["labels"][counted])
     assert answer.strip() == RECORDS[2]["summary"]
     assert "2 records used, 2 skipped with an empty" in dataset.describe()
-    check_seq_length(dataset.seq_length, 32, 48)
+    assert dataset.seq_length == 32 + 48 + 1
     twin = pickle.loads(pickle.dumps(dataset))  # worker processes get it this way
     assert all((twin[1][name] == values).all() for name, values in row.items())
 
@@ -131,18 +131,3 @@ def test_settings_that_cannot_be_used(records_file, glm2, glm3):
         AdgenDataset(path, glm3, COLUMNS, 32, 32, ignore_pad_token_for_loss=False)
     with pytest.raises(DataError, match="0 records used, 2 skipped with an empty"):
         AdgenDataset(records_file(RECORDS[1::2], "empty.json"), glm2, COLUMNS, 32, 32)
-
-
-def test_check_seq_length():
-    check_seq_length(193, 64, 128)
-    with pytest.raises(DataError) as caught:
-        check_seq_length(256, 64, 128)
-    message = str(caught.value)
-    assert "model.model_config.seq_length = 256 is not" in message
-    assert "set model.model_config.seq_length to 193" in message
-    assert "train_dataset.max_source_length to 127" in message
-    assert "train_dataset.max_target_length to 191" in message
-    with pytest.raises(DataError) as caught:
-        check_seq_length(100, 64, 128)
-    assert "max_source_length to" not in str(caught.value)
-    assert "train_dataset.max_target_length to 35" in str(caught.value)

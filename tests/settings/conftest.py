@@ -19,7 +19,7 @@ train_dataset:
   num_parallel_workers: 1
 eval_dataset:
   data_loader: {dataset_dir: data/dev.json}
-  num_parallel_workers: 1
+  batch_size: 8
 """
 
 

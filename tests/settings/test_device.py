@@ -9,7 +9,6 @@ import pytest
 from glm_ms.settings import SettingsError, ascend_cards, check_device, load_settings
 
 MSRUN = {"MS_WORKER_NUM": "8"}
-SEMI_AUTO = ["use_parallel=True", "parallel.parallel_mode=1", "parallel_config.data_parallel=8"]
 ASCEND = "context.device_target=Ascend"
 
 
@@ -49,11 +48,11 @@ def test_ascend_without_a_card_names_the_way_to_a_cpu(config: Path, no_cards: Pa
 
 def test_ascend_with_cards_keeps_types(config: Path, cards: Path) -> None:
     settings = load_settings(
-        config, [ASCEND, "model.model_config.compute_dtype=float16", "context.device_id=1"]
+        config, [ASCEND, "model.model_config.compute_dtype=bfloat16", "context.device_id=1"]
     )
     notes = list(settings.notes)
     check_device(settings, cards, {})
-    assert settings.model.model_config.compute_dtype == "float16"
+    assert settings.model.model_config.compute_dtype == "bfloat16"
     assert settings.notes == notes
 
 
@@ -75,15 +74,25 @@ def test_half_types_become_float32_on_a_cpu(dtype: str, config: Path, no_cards: 
     assert dtype in settings.notes[before]
 
 
-@pytest.mark.parametrize("override", ["parallel.parallel_mode=1", "parallel.enable_parallel_optimizer=True"])
-def test_parallel_modes_a_cpu_cannot_run(override: str, config: Path, no_cards: Path) -> None:
-    settings = load_settings(config, ["use_parallel=True", "parallel_config.data_parallel=8", override])
-    with pytest.raises(
-        SettingsError, match=rf"{override.split('=')[0]}.*does not run on CPU.*use_parallel False"
-    ):
-        check_device(settings, no_cards, MSRUN)
+SHARDED = [
+    ["parallel.enable_parallel_optimizer=True"],
+    ["parallel.full_batch=True", "parallel.parallel_mode=1"],
+    ["parallel_config.model_parallel=2", "parallel.parallel_mode=1"],
+    ["parallel_config.pipeline_stage=2", "parallel.parallel_mode=1"],
+]
+
+
+@pytest.mark.parametrize("device", ["CPU", "Ascend"])
+@pytest.mark.parametrize("overrides", SHARDED)
+def test_sharding_is_refused(overrides: list[str], device: str, config: Path, cards: Path) -> None:
+    settings = load_settings(config, ["use_parallel=True", *overrides, f"context.device_target={device}"])
+    with pytest.raises(SettingsError) as error:
+        check_device(settings, cards, MSRUN)
+    for override in overrides:
+        key = override.split("=")[0]
+        assert [line for line in error.value.problems if key in line and "not in this version" in line]
     settings.use_parallel = False
-    check_device(settings, no_cards, {})
+    check_device(settings, cards, {})
 
 
 def test_parallel_needs_processes(config: Path, no_cards: Path) -> None:
@@ -101,8 +110,11 @@ def test_processes_need_parallel(config: Path, no_cards: Path) -> None:
     check_device(settings, no_cards, {"MS_WORKER_NUM": "1"})
 
 
-def test_split_must_use_every_process(config: Path, cards: Path) -> None:
-    check_device(load_settings(config, [ASCEND, *SEMI_AUTO]), cards, MSRUN)
-    settings = load_settings(config, [ASCEND, *SEMI_AUTO, "parallel_config.model_parallel=2"])
-    with pytest.raises(SettingsError, match=r"8 x 2 x 1 = 16, but 8 processes"):
-        check_device(settings, cards, MSRUN)
+@pytest.mark.parametrize("key", ["param_init_type", "compute_dtype"])
+def test_float16_training_on_ascend_is_refused(key: str, config: Path, cards: Path) -> None:
+    override = f"model.model_config.{key}=float16"
+    with pytest.raises(SettingsError, match=rf"model_config.{key}: float16: not in this version.*=.*float32"):
+        check_device(load_settings(config, [ASCEND, override]), cards, {})
+    config = load_settings(config, [ASCEND, override, "run_mode=predict", "predict_data=x"])
+    check_device(config, cards, {})
+    assert getattr(config.model.model_config, key) == "float16"

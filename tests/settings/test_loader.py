@@ -96,7 +96,7 @@ def test_override_of_a_section_changes_only_what_it_names(config: Path) -> None:
 
 def test_override_behind_an_alias_changes_one_section_only(config: Path) -> None:
     text = config.read_text(encoding="utf-8").split("train_dataset:")[0]
-    shared = "  data_loader: {dataset_dir: data/train.json}\n  num_parallel_workers: 1\n"
+    shared = "  data_loader: {dataset_dir: data/train.json, shuffle: False}\n"
     config.write_text(f"{text}train_dataset: &data\n{shared}eval_dataset: *data\n", encoding="utf-8")
     settings = load_settings(config, flags={"eval_dataset": "data/dev.json"})
     assert settings.train_dataset.data_loader.dataset_dir == "data/train.json"
@@ -105,7 +105,7 @@ def test_override_behind_an_alias_changes_one_section_only(config: Path) -> None
 
 def test_merge_key(config: Path) -> None:
     text = config.read_text(encoding="utf-8").split("train_dataset:")[0]
-    text += "train_dataset: &data\n  data_loader: {dataset_dir: data/train.json}\n  num_parallel_workers: 1\n"
+    text += "train_dataset: &data\n  data_loader: {dataset_dir: data/train.json, shuffle: False}\n"
     config.write_text(text + "eval_dataset:\n  <<: *data\n  batch_size: 3\n", encoding="utf-8")
     settings = load_settings(config)
     assert settings.eval_dataset.data_loader.dataset_dir == "data/train.json"

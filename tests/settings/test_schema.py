@@ -33,7 +33,6 @@ _OTHER = {
     "model.model_config.compute_dtype": "bfloat16",
     "model.model_config.seq_length": None,  # tied to the lengths of train_dataset, changed with them
     "train_dataset.num_parallel_workers": None,  # depends on the machine, see test_loader
-    "eval_dataset.num_parallel_workers": None,
     "lr_schedule.total_steps": 50,
     "lr_schedule.power": 2.0,
     "lr_schedule.num_cycles": 1.5,
