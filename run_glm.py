@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     try:
         Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         # MindFormers opens its log files under this folder when it is imported.
-        os.environ.setdefault("LOCAL_DEFAULT_PATH", settings.output_dir)
+        os.environ["LOCAL_DEFAULT_PATH"] = settings.output_dir
         from glm_ms.engine.run import run  # seconds of imports, only once the settings are right
 
         run(settings)

@@ -156,7 +156,8 @@ def train_vocabulary(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            # Older releases of sentencepiece abort on required characters that no sentence holds.
+            sentence_iterator=iter([*sentences, *PROMPT_CHARACTERS]),
             model_writer=model,
             vocab_size=vocab_size,
             required_chars=PROMPT_CHARACTERS,

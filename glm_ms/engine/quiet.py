@@ -20,7 +20,10 @@ def before_import() -> None:
 
 
 def after_import() -> None:
-    """Leaves MindFormers its log file and takes the terminal from it."""
+    """Leaves MindFormers its log file and takes the terminal from it.
+
+    Its loggers are made anew when a Trainer sets another output folder, so this is called again then.
+    """
     if VERBOSE:
         return
     logging.disable(logging.NOTSET)

@@ -74,7 +74,9 @@ def position_state(settings: Settings, plan: TrainingPlan) -> dict[str, Any]:
     data, whole = settings.train_dataset, settings.to_dict()
     return {
         "num_rows": plan.num_rows,
-        "rows_per_step": plan.rows_per_step,
+        "batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "num_ranks": plan.num_ranks,
         "total_steps": plan.total_steps,
         "seed": plan.seed,
         "shuffle": plan.shuffle,

@@ -12,6 +12,7 @@ from mindspore.communication import get_group_size, get_rank
 from mindspore.nn import Optimizer
 
 from glm_ms.data import AdgenDataset
+from glm_ms.engine import quiet
 from glm_ms.engine.batches import TrainingPlan, labelled_rows, training_batches
 from glm_ms.engine.callbacks import UpdateCallback
 from glm_ms.engine.checkpoint import check_files, restore, save_checkpoint
@@ -123,6 +124,7 @@ def _trainer(
         args=mindformers_config(settings, plan.total_steps),
         train_dataset=training_batches(rows, plan, start, rank, workers),
     )
+    quiet.after_import()
     # Trainer takes a PreTrainedModel only; its task trainer takes any cell.
     trainer.trainer.network = TrainingNetwork(model.network, rows.seq_length)
     return trainer
