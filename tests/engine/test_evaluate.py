@@ -103,7 +103,13 @@ def test_whole_run(
 
 
 @pytest.mark.parametrize(
-    "decoding", [(), ("generation.do_sample=True", "generation.top_k=20"), ("generation.num_beams=2",)]
+    "decoding",
+    [
+        (),
+        pytest.param(("generation.do_sample=True", "generation.top_k=20"), marks=pytest.mark.slow),
+        pytest.param(("generation.num_beams=2",), marks=pytest.mark.slow),
+    ],
+    ids=["greedy", "sampling", "beams"],
 )
 def test_batch_size_changes_no_prediction(evaluate, decoding: tuple[str, ...]) -> None:
     arguments = ("metric.type=ADGENMetric", "eval_dataset.num_samples=5", *decoding)

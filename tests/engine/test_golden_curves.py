@@ -11,7 +11,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from engine_helpers import CONFIGS, curve, read_jsonl
+from engine_helpers import CONFIGS, TRAIN_RECORDS, curve, read_jsonl
 from mindspore import Tensor
 from reference import FOLDER, fresh_golden_model
 from tolerances import GRAD_NORM, LOGITS, LOSS, LOSS_CURVE, WEIGHT_NORM
@@ -150,7 +150,9 @@ class GoldenRows:
         return "golden rows"
 
 
-def golden_settings(case: str, output_dir: Path, batch_size: int, accumulation_steps: int) -> Any:
+def golden_settings(
+    case: str, vocabulary: Path, output_dir: Path, batch_size: int, accumulation_steps: int
+) -> Any:
     wanted = golden_case(case)["optimizer"]
     sizes = GLMConfig.from_pretrained(FOLDER / model_name(case)).to_dict()
     schedule, clip = wanted["linear_schedule_warmup_total"], wanted["clip_global_norm"]
@@ -160,6 +162,7 @@ def golden_settings(case: str, output_dir: Path, batch_size: int, accumulation_s
     overrides += [
         f"model.model_config.seq_length={SEQ_LENGTH}", "train_dataset.max_source_length=16",
         f"train_dataset.max_target_length={SEQ_LENGTH - 17}", "train_dataset.data_loader.shuffle=False",
+        f"processor.tokenizer.vocab_file={vocabulary}", f"train_dataset.data_loader.dataset_dir={TRAIN_RECORDS}",
         f"load_checkpoint={FOLDER / model_name(case)}", f"output_dir={output_dir}",
         f"runner_config.batch_size={batch_size}", "runner_config.epochs=1",
         f"runner_config.gradient_accumulation_steps={accumulation_steps}",
@@ -178,13 +181,18 @@ def golden_settings(case: str, output_dir: Path, batch_size: int, accumulation_s
     [("full_ft_clip", 2, 1), ("full_ft_linear", 1, 2), ("full_ft_glm3_left_padded", 2, 1)],
 )
 def test_mindformers_trainer(
-    case: str, batch_size: int, accumulation_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    batch_size: int,
+    accumulation_steps: int,
+    vocabulary: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same through the Trainer of MindFormers. A batch in two parts gives the same: the loss is the mean
     over the labelled tokens of both, of which they have different numbers."""
     from glm_ms.engine import train as module
 
-    settings = golden_settings(case, tmp_path, batch_size, accumulation_steps)
+    settings = golden_settings(case, vocabulary, tmp_path, batch_size, accumulation_steps)
     monkeypatch.setattr(module, "labelled_rows", lambda *_: GoldenRows(case))
     last = module.train(settings, SimpleNamespace(vocab_size=512), lambda _: None)
     lines = read_jsonl(tmp_path / "metrics.jsonl")

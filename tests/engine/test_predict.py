@@ -45,7 +45,7 @@ def predict(vocabulary: Path, trained: Path, model, tokenizer: ChatGLM3Tokenizer
             )
         )  # fmt: skip
         pieces: list[str] = []
-        results = predict_all(settings, model, tokenizer, pieces.append)
+        results = predict_all(settings, model, tokenizer, pieces.append, lambda _: None)
         lines = read_jsonl(tmp_path / "out" / "predict_results.jsonl")
         assert lines == [{"prompt": result.prompt, "answers": result.answers} for result in results]
         return lines, "".join(pieces)
@@ -63,6 +63,11 @@ def expected_answers(model, tokenizer: ChatGLM3Tokenizer, prompt: str, **options
         answer = sequence[len(ids) :]
         texts.append(tokenizer.decode(answer[:-1] if answer[-1] in stops else answer).strip())
     return texts
+
+
+def typed(text: str) -> io.TextIOWrapper:
+    """A standard input."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
 
 
 def jsonl(path: Path, records: list[object]) -> Path:
@@ -97,7 +102,7 @@ def test_sources_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     text.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([PROMPTS[0], "", *PROMPTS[1:]]).encode() + b"\r\n")
     keys = ("prompt", "content", "query", "text")
     objects = [PROMPTS[0], *({key: prompt} for key, prompt in zip(keys, PROMPTS[1:]))]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(PROMPTS)))
+    monkeypatch.setattr(sys, "stdin", typed("\n".join(PROMPTS)))
     for source in (str(text), str(jsonl(tmp_path / "prompts.jsonl", objects)), "-"):
         assert read_prompts(source) == PROMPTS
     assert read_prompts(PROMPTS[0]) == PROMPTS[:1]
@@ -175,11 +180,14 @@ def test_an_empty_answer(predict, answering) -> None:
     ("content", "message"),
     [
         ('{"prompt": "a"}\n\n{"prompt": \n', r"prompts\.jsonl:3: not valid JSON"),
-        ('"a"\n{"answer": "b"}\n', r"prompts\.jsonl:2: expected a string, or an object with one of prompt, "),
-        ('{"prompt": 5}\n', r"prompts\.jsonl:1: expected a string"),
+        (
+            '"a"\n{"answer": "b"}\n',
+            r"prompts\.jsonl:2: expected a text .*, or an object with one as prompt, ",
+        ),
+        ('{"prompt": 5}\n', r"prompts\.jsonl:1: expected a text"),
         ("\n \n", r"prompts\.jsonl: no prompt"),
         ("", r"prompts\.jsonl: no prompt"),
-        (b'"\xff"\n', r"prompts\.jsonl: cannot be read as UTF-8 text"),
+        (b'"\xff"\n', r"prompts\.jsonl: not UTF-8 text"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -198,7 +206,7 @@ def test_other_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         read_prompts(str(tmp_path / "missing.txt"))
     with pytest.raises(DataError, match="no prompt; give a text"):
         read_prompts("  \n ")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    monkeypatch.setattr(sys, "stdin", typed("\n"))
     with pytest.raises(DataError, match="standard input: no prompt"):
         read_prompts("-")
 

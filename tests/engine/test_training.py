@@ -46,7 +46,7 @@ def gradient_norm(model: GLMForCausalLM, rows: dict[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(np.square(g.asnumpy().astype(np.float64)).sum() for g in gradients)))
 
 
-@pytest.mark.parametrize("generation", [2, 3])
+@pytest.mark.parametrize("generation", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_accumulation_equals_a_larger_batch(
     finetune, vocabulary: Path, tmp_path: Path, generation: int
 ) -> None:
