@@ -138,8 +138,8 @@ def test_training_on_from_a_finished_run(unbroken: Path, finetune, tmp_path: Pat
     ("change", "key"),
     [
         ("seed=1", "seed: 0 then, 1 now"),
-        ("runner_config.batch_size=4", "batch_size"),
-        ("runner_config.gradient_accumulation_steps=1", "accumulation"),
+        ("runner_config.batch_size=4", "batch_size: 2 then, 4 now"),
+        ("runner_config.gradient_accumulation_steps=1", "gradient_accumulation_steps: 2 then, 1 now"),
         ("lr_schedule.learning_rate=1.e-3", "learning_rate"),
         ("lr_schedule.type=ConstantWarmUpLR", "lr_schedule"),
         ("optimizer.weight_decay=0.5", "weight_decay"),

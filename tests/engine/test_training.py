@@ -74,7 +74,7 @@ def test_accumulation_equals_a_larger_batch(
     np.testing.assert_allclose(*logits, **LOGITS)
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("accumulation_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_filling_rows_leave_the_mean_as_it_is(
     finetune, vocabulary: Path, tmp_path: Path, accumulation_steps: int
 ) -> None:
@@ -113,8 +113,6 @@ def test_equal_runs_are_equal_to_the_last_digit(finetune, tmp_path: Path) -> Non
     assert curve(runs[0]) == curve(runs[1])
     files = [run / "checkpoint" / "step_00000006" / "model.safetensors" for run in runs]
     assert files[0].read_bytes() == files[1].read_bytes()
-    other_seed = finetune(tmp_path / "c", "runner_config.epochs=1", "--seed", "1")
-    assert curve(other_seed)[0]["loss"] != curve(runs[0])[0]["loss"]
 
 
 def test_what_a_run_shows_and_leaves(finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
