@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import dataset as ds
 
 from glm_ms.data import IGNORED, AdgenDataset, DataError, Row, epoch_order
-from glm_ms.settings.schema import EvalDatasetSettings, TrainDatasetSettings
+from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")

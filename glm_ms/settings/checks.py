@@ -8,7 +8,8 @@ from pathlib import Path
 
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.settings.errors import SettingsError
-from glm_ms.settings.schema import AUTO, LR_SCHEDULE_KEYS, Settings
+from glm_ms.settings.schema import AUTO, Settings
+from glm_ms.settings.sections import LR_SCHEDULE_KEYS
 
 _SEQ_LENGTH = "model.model_config.seq_length"
 _DATASET_DIR = "{}_dataset.data_loader.dataset_dir"

@@ -26,6 +26,7 @@ FLAGS = {
     "load_checkpoint": Flag(
         "load_checkpoint", "PATH", "weights: folder, .safetensors, .ckpt or a run's output"
     ),
+    "load_adapter": Flag("load_adapter", "PATH", "LoRA or P-Tuning adapter on top of those weights"),
     "train_dataset": Flag("train_dataset.data_loader.dataset_dir", "PATH", "training records"),
     "eval_dataset": Flag("eval_dataset.data_loader.dataset_dir", "PATH", "records of --run_mode eval"),
     "predict_data": Flag(

@@ -12,7 +12,8 @@ import pytest
 
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import FLAGS, Settings, load_settings
-from glm_ms.settings.schema import BATCH_SIZE_KEYS, LR_SCHEDULE_KEYS, leaf_keys
+from glm_ms.settings.schema import BATCH_SIZE_KEYS, leaf_keys
+from glm_ms.settings.sections import LR_SCHEDULE_KEYS
 
 # Keys whose other values depend on further keys.
 _COMPANIONS = {
