@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "metrics": (),
     "settings": ("model.config",),
     "data": ("tokenizer",),
-    "peft": ("model", "ops"),
+    "peft": ("model", "ops", "convert"),  # adapters are checkpoints
     "quant": ("model", "ops"),
     "parallel": ("model", "ops"),
     "generation": ("model", "tokenizer", "peft", "quant"),

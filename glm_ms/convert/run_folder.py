@@ -1,13 +1,18 @@
-"""Where a training run keeps its checkpoints: `<output_dir>/checkpoint/step_00000120/`."""
+"""Where a training run keeps its checkpoints: `<output_dir>/checkpoint/step_00000120/`.
+
+`<output_dir>/checkpoint/best` stands for the one with the best evaluation, which `checkpoint/best.json` names.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from glm_ms.convert.errors import CheckpointError
 
 CHECKPOINTS = "checkpoint"
+BEST = "best"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -26,13 +31,41 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def best_file(output_dir: Path) -> Path:
+    """The file that names the best checkpoint of a run: {"step", "metric", "value"}."""
+    return output_dir / CHECKPOINTS / f"{BEST}.json"
+
+
+def best_checkpoint(output_dir: Path) -> Path:
+    """The checkpoint with the best evaluation.
+
+    Raises:
+        CheckpointError: the run has none.
+    """
+    path = best_file(output_dir)
+    try:
+        folder = step_folder(output_dir, int(json.loads(path.read_text(encoding="utf-8"))["step"]))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file; a run keeps its best checkpoint with do_eval and checkpoint.best_metric"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged, it cannot be read ({error!r})") from None
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: names {folder}, which is missing")
+    return folder
+
+
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The newest checkpoint if `path` is the output folder of a run, else `path` itself.
+    """The newest checkpoint if `path` is the output folder of a run, the best one if it is `checkpoint/best` of one,
+    else `path` itself.
 
     Raises:
         CheckpointError: there is nothing at `path`, or a run without checkpoints.
     """
     path = Path(path)
+    if path.name == BEST and path.parent.name == CHECKPOINTS and not path.exists():
+        return best_checkpoint(path.parent.parent)
     if path.name == CHECKPOINTS and list_checkpoints(path.parent):
         path = path.parent
     if not path.exists():

@@ -12,6 +12,8 @@ from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
+SEEDS = "dropout_seeds"
+TRAINING_COLUMNS = (*COLUMNS, SEEDS)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,26 @@ class TrainingPlan:
         rows = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
         return np.pad(rows, (0, self.rows_per_step - len(rows)), constant_values=-1)
 
+    def dropout_seed(self, step: int, place: int) -> int:
+        """Seed of the dropout masks of the row at `place` of a step (from 0), an int32.
+
+        It depends on the run's seed, on the step and on the place in the whole step alone, so that neither
+        accumulation nor the number of ranks changes a mask, and a resumed run repeats it.
+        """
+        mixed = 0
+        for value in (self.seed, step, place):
+            mixed = _splitmix64(mixed ^ value)
+        return (mixed >> 32) - 2**31
+
+
+def _splitmix64(value: int) -> int:
+    """The next output of SplitMix64 from the state `value` (Steele, Lea & Flood 2014): every bit of the input
+    moves every bit of the output."""
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)
+
 
 def labelled_rows(
     data: TrainDatasetSettings | EvalDatasetSettings, tokenizer: SentencePieceTokenizer
@@ -106,8 +128,10 @@ class _Rows:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         step, place = divmod(int(index), self._per_rank)
-        row = self._row(int(self._order_of(self._start + step)[self._first + place]))
-        return tuple(row[name] for name in COLUMNS)
+        step, place = self._start + step, self._first + place
+        row = self._row(int(self._order_of(step)[place]))
+        seed = np.array(self._plan.dropout_seed(step, place), np.int32)
+        return (*(row[name] for name in COLUMNS), seed)
 
     def _order_of(self, step: int) -> np.ndarray:
         # Several worker threads ask; a pair replaced as a whole needs no lock.
@@ -133,11 +157,11 @@ def training_batches(
     The whole run is one pass of this data set: epochs are inside the order, so that a run can go on at any step.
 
     Returns:
-        batches of COLUMNS, int32 [batch_size, seq_length] each.
+        batches of TRAINING_COLUMNS, int32 [batch_size, seq_length] each, the seeds int32 [batch_size].
     """
     data = ds.GeneratorDataset(
         _Rows(rows, plan, start_step, rank),
-        list(COLUMNS),
+        list(TRAINING_COLUMNS),
         shuffle=False,
         num_parallel_workers=num_workers,
         python_multiprocessing=False,

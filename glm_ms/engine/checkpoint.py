@@ -1,37 +1,83 @@
-"""Training checkpoints: weights, optimizer state and position, saved as a whole or not at all."""
+"""Training checkpoints: what is trained, optimizer state and position, saved as a whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
+from mindspore.nn import Optimizer
 
 from glm_ms.convert import CheckpointError, convert_dtype
 from glm_ms.convert.atomic import atomic_output
-from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.run_folder import list_checkpoints, step_folder
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
-from glm_ms.model.config import GLMConfig
+from glm_ms.engine.loss_scale import LossScale
+from glm_ms.generation import GLMForCausalLM
 
-WEIGHTS, OPTIMIZER, STATE, CONFIG = "model.safetensors", "optimizer.safetensors", "state.json", "config.json"
+WEIGHTS, OPTIMIZER, CONFIG = "model.safetensors", "optimizer.safetensors", "config.json"
 
 
-def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    config: GLMConfig,
-    weights: Iterable[Parameter],
-    optimizer_state: Iterable[Parameter],
-    state: dict[str, Any],
-    keep_max: int,
-) -> Path:
-    """Writes the checkpoint of a step and removes the oldest ones.
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything in memory that a run goes on from.
+
+    A run that trains all weights leaves them in its checkpoints, one that trains an adapter the adapter alone.
+
+    Args:
+        model: network, and adapter if that is what is trained.
+        optimizer: its moments and its counter of updates.
+        loss_scale: scale and counters, None without loss scaling.
+        base_model: where the base weights under an adapter came from, noted in its files.
+    """
+
+    model: GLMForCausalLM
+    optimizer: Optimizer
+    loss_scale: LossScale | None = None
+    base_model: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Writes all files of the state into an empty folder, a tensor at a time."""
+        model = self.model
+        if model.adapter is None:
+            _write_parameters(folder / WEIGHTS, model.parameters().values(), model.config.param_init_type)
+            text = json.dumps(model.config.to_hf_dict(), indent=2)
+            (folder / CONFIG).write_text(text, encoding="utf-8")
+        else:
+            model.adapter.save(folder, self.base_model)
+        _write_parameters(folder / OPTIMIZER, self._optimizer_state(), "float32")
+
+    def restore(self, folder: Path) -> None:
+        """Loads what `write` has written, but for full weights, which a resumed run is built with.
+
+        Raises:
+            CheckpointError: a file is damaged, or its tensors are not those of this run.
+        """
+        if self.model.adapter is not None:
+            self.model.adapter.restore(folder)
+        path = folder / OPTIMIZER
+        file = SafetensorsFile(path)
+        for parameter in self._optimizer_state():
+            if parameter.name not in file.entries:
+                raise CheckpointError(f"{path}: has no tensor {parameter.name}; was another optimizer used?")
+            _assign(parameter, file.read(parameter.name), path)
+        file.release()
+
+    def _optimizer_state(self) -> list[Parameter]:
+        """What the optimizer owns besides the parameters it trains, and the state of the loss scale."""
+        trained = {id(parameter) for parameter in self.model.network.get_parameters()}
+        own = [parameter for parameter in self.optimizer.get_parameters() if id(parameter) not in trained]
+        return own + ([] if self.loss_scale is None else self.loss_scale.parameters())
+
+
+def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Writes the checkpoint of a step.
 
     The folder gets its name when everything in it is on disk; a process killed while writing leaves nothing
     under that name.
@@ -39,10 +85,7 @@ def save_checkpoint(
     Args:
         output_dir: folder of the run.
         step: updates made.
-        config: written as config.json, so that the folder loads like a Hugging Face folder.
-        weights, optimizer_state: parameters, written one at a time in their own types.
-        state: what else is needed to go on; JSON.
-        keep_max: checkpoints to keep, this one included.
+        write: fills an empty folder.
 
     Returns:
         The folder.
@@ -53,71 +96,21 @@ def save_checkpoint(
     folder = step_folder(output_dir, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_output(folder, folder=True, overwrite=True) as partial:
-        _write_parameters(partial / WEIGHTS, weights, config.param_init_type)
-        _write_parameters(partial / OPTIMIZER, optimizer_state, "float32")
-        (partial / CONFIG).write_text(json.dumps(config.to_hf_dict(), indent=2), encoding="utf-8")
-        (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
-    for hidden in folder.parent.glob(".step_*.old"):
-        shutil.rmtree(hidden, ignore_errors=True)
-    for _, old in list_checkpoints(output_dir)[:-keep_max]:
-        doomed = old.with_name(f".{old.name}.old")  # a removal cut short must not leave half a checkpoint
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+        write(partial)
+    _sync_folder(folder.parent)  # before older ones are removed, also against a power cut
     return folder
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` of a checkpoint, with its `step`.
-
-    Raises:
-        CheckpointError: not a checkpoint of a training run.
-    """
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: {STATE} cannot be read ({error}); training resumes from a checkpoint folder of a run only"
-        ) from None
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{folder / STATE}: has no step")
-    return state
-
-
-def check_files(folder: Path) -> None:
-    """Reads the headers of both tensor files, so that a damaged checkpoint shows before anything is compiled.
-
-    Raises:
-        CheckpointError: a file is missing or damaged; it names the other checkpoints of the run.
-    """
-    try:
-        for name in (WEIGHTS, OPTIMIZER):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder / name}: missing")
-            SafetensorsFile(folder / name).release()
-    except CheckpointError as error:
-        others = [str(path) for _, path in list_checkpoints(folder.parent.parent) if path != folder]
-        remedy = f"; resume from {others[-1]} instead (resume_training={others[-1]})" if others else ""
-        raise CheckpointError(f"{error}{remedy}") from None
-
-
-def restore(folder: Path, weights: Iterable[Parameter], optimizer_state: Iterable[Parameter]) -> None:
-    """Loads weights and optimizer state into existing parameters.
-
-    Raises:
-        CheckpointError: a file is damaged, or its tensors are not those of this run.
-    """
-    with open_checkpoint(folder / WEIGHTS) as reader:
-        for parameter in weights:
-            if parameter.name not in reader.names():
-                raise CheckpointError(f"{folder / WEIGHTS}: has no tensor {parameter.name}")
-            _assign(parameter, reader.read(parameter.name, "float32"), folder / WEIGHTS)
-    path = folder / OPTIMIZER
-    file = SafetensorsFile(path)
-    for parameter in optimizer_state:
-        if parameter.name not in file.entries:
-            raise CheckpointError(f"{path}: has no tensor {parameter.name}; was another optimizer used?")
-        _assign(parameter, file.read(parameter.name), path)
-    file.release()
+def remove_old_checkpoints(output_dir: Path, keep_max: int, kept: Collection[int] = ()) -> None:
+    """Removes all checkpoints but the newest `keep_max` and those of the steps `kept`."""
+    for hidden in (output_dir / "checkpoint").glob(".step_*.old"):
+        shutil.rmtree(hidden, ignore_errors=True)
+    for step, old in list_checkpoints(output_dir)[:-keep_max]:
+        if step in kept:
+            continue
+        doomed = old.with_name(f".{old.name}.old")  # a removal cut short must not leave half a checkpoint
+        old.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _assign(parameter: Parameter, value: np.ndarray, path: Path) -> None:
@@ -133,9 +126,17 @@ def _write_parameters(path: Path, parameters: Iterable[Parameter], dtype: str) -
 
     def arrays() -> Iterator[np.ndarray]:
         for parameter in parameters:
-            # Through float32, which holds float16, bfloat16 and step counters exactly.
+            # Through float32, which holds float16, bfloat16 and counters of updates (below 2^24) exactly.
             value = parameter.value().astype(ms.float32).asnumpy()
             yield convert_dtype(value, "float32", dtype, parameter.name)
 
     shapes = {parameter.name: tuple(parameter.shape) for parameter in parameters}
     write_safetensors(path, shapes, dtype, arrays(), {"format": "np"})
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

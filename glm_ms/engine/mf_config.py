@@ -6,6 +6,7 @@ from typing import Any
 
 from mindformers import MindFormerConfig
 
+from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.settings import Settings
 
 
@@ -47,7 +48,7 @@ def mindformers_config(settings: Settings, total_steps: int) -> MindFormerConfig
             "train_dataset": {
                 "data_loader": whole["train_dataset"]["data_loader"],
                 "batch_size": settings.runner_config.batch_size,
-                "input_columns": ["input_ids", "labels", "attention_mask", "position_ids"],
+                "input_columns": list(TRAINING_COLUMNS),
             },
             "train_dataset_task": {"type": "CausalLanguageModelDataset"},
             "model": {
@@ -72,6 +73,7 @@ def _wrapper(settings: Settings) -> dict[str, Any]:
         "max_grad_norm": wrapper.max_grad_norm if wrapper.use_clip_grad else None,
         "accumulation_steps": settings.runner_config.gradient_accumulation_steps,
         "use_parallel": settings.use_parallel,
+        "loss_scale": vars(wrapper.scale_sense) if wrapper.scale_sense.type else None,
     }
 
 

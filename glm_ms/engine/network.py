@@ -24,10 +24,16 @@ class TrainingNetwork(nn.Cell):
         self.slots = Tensor(np.arange(seq_length, dtype=np.int32))
 
     def construct(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, position_ids: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        dropout_seeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """All int32 [B, S] -> (loss sum, number of labelled tokens), float32 scalars."""
-        return self.with_loss(input_ids, labels, attention_mask, position_ids, self.slots)
+        """All int32 [B, S], seeds int32 [B] or None for no dropout -> (loss sum, number of labelled tokens),
+        float32 scalars."""
+        return self.with_loss(input_ids, labels, attention_mask, position_ids, self.slots, dropout_seeds)
 
     def get_model_parameters(self, only_trainable: bool = True) -> list[Parameter]:
         """MindFormers lists the parameters in its log through this method."""

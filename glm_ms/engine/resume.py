@@ -1,20 +1,20 @@
-"""Going on with a run: which checkpoint, and whether it belongs to these settings."""
+"""Going on with a run: which checkpoint, whether it is whole, and whether it belongs to these settings."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mindspore
+
 from glm_ms.convert import CheckpointError
 from glm_ms.convert.run_folder import CHECKPOINTS, list_checkpoints, resolve_checkpoint
-from glm_ms.engine.batches import TrainingPlan
-from glm_ms.engine.checkpoint import read_state
-from glm_ms.engine.progress import METRICS_FILE, TENSORBOARD
+from glm_ms.engine.files import METRICS_FILE, RESULTS
+from glm_ms.engine.manifest import Manifest, differences, read_manifest, verify_files
 from glm_ms.settings import Settings
 
 EARLIER_RUNS = "earlier_runs"
-SETTINGS_FILE = "settings.yaml"
 
 
 def find_checkpoint(settings: Settings) -> Path | None:
@@ -37,6 +37,42 @@ def find_checkpoint(settings: Settings) -> Path | None:
     return checkpoints[-1][1]
 
 
+def check_checkpoint(folder: Path, position: dict[str, Any], verify: bool = True) -> Manifest:
+    """Refuses a checkpoint that this run cannot go on from.
+
+    Args:
+        folder: the checkpoint.
+        position: `position_state` of this run.
+        verify: hold every file to its SHA-256; one rank of a parallel run is enough.
+
+    Raises:
+        CheckpointError: it is no training checkpoint, damaged or foreign (the message offers the newest other
+            checkpoint of the run that is good), or was made with other settings.
+    """
+    try:
+        manifest = read_manifest(folder)
+        _check_name(folder, manifest)
+        changed = differences(manifest.position, position)
+        if not changed and verify:
+            verify_files(folder, manifest)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_offer(folder, position)}") from None
+    if changed:
+        raise CheckpointError(
+            f"{folder}: made by a run with other settings, so its loss curve cannot be continued "
+            f"({'; '.join(changed)}); restore them, or start a new run with --load_checkpoint {folder}"
+        )
+    return manifest
+
+
+def remark_on_versions(manifest: Manifest, device: str, say: Callable[[str], None]) -> None:
+    """Says what may move the last digits of the resumed curve: another MindSpore or kind of device."""
+    now = {"mindspore": mindspore.__version__, "device": device}
+    changed = differences({"mindspore": manifest.mindspore, "device": manifest.device}, now)
+    if changed:
+        say(f"the checkpoint was written elsewhere ({'; '.join(changed)}): the last digits of the losses may differ")
+
+
 def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
     """Moves what does not belong to the run that begins to `earlier_runs/N`; nothing is deleted.
 
@@ -52,10 +88,10 @@ def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
     if checkpoint is not None and checkpoint.resolve() in [path.resolve() for _, path in found]:
         later = [path for _, path in found if path.name > checkpoint.name]
         return _move(output_dir, later, CHECKPOINTS) if later else None
-    if not found:
+    metrics = output_dir / METRICS_FILE
+    if not found and not (metrics.is_file() and metrics.stat().st_size):
         return None
-    paths = (output_dir / name for name in (CHECKPOINTS, METRICS_FILE, TENSORBOARD, SETTINGS_FILE))
-    return _move(output_dir, [path for path in paths if path.exists()], "")
+    return _move(output_dir, [path for name in (CHECKPOINTS, *RESULTS) for path in sorted(output_dir.glob(name))], "")
 
 
 def _move(output_dir: Path, paths: list[Path], into: str) -> Path:
@@ -69,67 +105,22 @@ def _move(output_dir: Path, paths: list[Path], into: str) -> Path:
     return target
 
 
-def position_state(settings: Settings, plan: TrainingPlan) -> dict[str, Any]:
-    """What decides the rows and the learning rate of step n: equal values continue the same loss curve."""
-    data, whole = settings.train_dataset, settings.to_dict()
-    return {
-        "num_rows": plan.num_rows,
-        "batch_size": plan.batch_size,
-        "gradient_accumulation_steps": plan.accumulation_steps,
-        "num_ranks": plan.num_ranks,
-        "total_steps": plan.total_steps,
-        "seed": plan.seed,
-        "shuffle": plan.shuffle,
-        "drop_remainder": plan.drop_remainder,
-        "records": _sha256(data.data_loader.dataset_dir),
-        "origin_columns": list(data.data_loader.origin_columns),
-        "max_source_length": data.max_source_length,
-        "max_target_length": data.max_target_length,
-        "ignore_pad_token_for_loss": data.ignore_pad_token_for_loss,
-        "tokenizer": settings.processor.tokenizer.type,
-        "vocabulary": _sha256(settings.processor.tokenizer.vocab_file),
-        "model_config": {k: v for k, v in whole["model"]["model_config"].items() if k != "padded_vocab_size"},
-        "optimizer": whole["optimizer"],
-        "lr_schedule": whole["lr_schedule"],
-        "max_grad_norm": settings.runner_wrapper.max_grad_norm
-        if settings.runner_wrapper.use_clip_grad
-        else None,
-    }
+def _check_name(folder: Path, manifest: Manifest) -> None:
+    steps = {path.resolve(): step for step, path in list_checkpoints(folder.parent.parent)}
+    step = steps.get(folder.resolve())
+    if step is not None and step != manifest.step:
+        raise CheckpointError(f"{folder}: holds the checkpoint of step {manifest.step}: it has been renamed")
 
 
-def steps_done(folder: Path, expected: dict[str, Any]) -> int:
-    """Updates made when a checkpoint was written.
-
-    Args:
-        folder: the checkpoint.
-        expected: `position_state` of this run.
-
-    Raises:
-        CheckpointError: it was made with other settings, so its loss curve cannot be continued.
-    """
-    state = read_state(folder)
-    changed = [
-        f"{name}: {then} then, {now} now"
-        for key, value in expected.items()
-        for name, then, now in _differences(key, state.get(key), value)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{folder}: made by a run with other settings, so its loss curve cannot be continued "
-            f"({'; '.join(changed)}); restore them, or start a new run with --load_checkpoint {folder}"
-        )
-    return state["step"]
-
-
-def _differences(key: str, then: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        return [(f"{key}.{k}", then.get(k), v) for k, v in now.items() if then.get(k) != v]
-    return [(key, then, now)] if then != now else []
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _offer(folder: Path, position: dict[str, Any]) -> str:
+    """The remedy for an unusable checkpoint: the newest other one that is whole and belongs to this run."""
+    others = [path for _, path in reversed(list_checkpoints(folder.parent.parent)) if path != folder]
+    for other in others:
+        try:
+            manifest = read_manifest(other)
+            verify_files(other, manifest)
+        except CheckpointError:
+            continue
+        if not differences(manifest.position, position):
+            return f"; the last good checkpoint is {other}: go on with --resume_training {other}"
+    return "; no other checkpoint of this run is good" if others else ""

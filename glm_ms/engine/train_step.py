@@ -1,11 +1,15 @@
-"""One training step: gradients, accumulation, clipping, update."""
+"""One training step: gradients, accumulation, clipping, loss scaling, update."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import mindspore as ms
 from mindspore import ParameterTuple, Tensor, nn, ops
 from mindspore.communication import get_group_size
 from mindspore.nn import Optimizer
+
+from glm_ms.engine.loss_scale import OverflowDetector, ScaledLoss, build_loss_scale
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6.
 _CLIP_EPS = 1e-6
@@ -17,12 +21,20 @@ class GLMTrainOneStep(nn.Cell):
     Dividing once, by all tokens of the step, makes a step with N micro batches or N ranks equal to one with a
     batch N times as large.
 
+    With loss scaling a step that overflows changes neither weights nor moments nor the optimizer's counter of
+    updates, so the learning rate, a function of that counter, waits as well: a run with k skipped steps ends k
+    updates before the end of its schedule. All ranks decide alike, by the norm of the summed gradients.
+
     Args:
         network: cell that returns (loss sum, number of labelled tokens).
         optimizer: returns the learning rate it used.
         max_grad_norm: largest global gradient norm, None for no clipping.
         accumulation_steps: micro batches per update.
         use_parallel: sum over all ranks of a data parallel run.
+        loss_scale: arguments of `LossScale`; None, or no `type` in it: no scaling.
+
+    Attributes:
+        loss_scale: the `LossScale`, or None.
     """
 
     def __init__(
@@ -32,6 +44,7 @@ class GLMTrainOneStep(nn.Cell):
         max_grad_norm: float | None = None,
         accumulation_steps: int = 1,
         use_parallel: bool = False,
+        loss_scale: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
@@ -40,7 +53,12 @@ class GLMTrainOneStep(nn.Cell):
         self.weights: ParameterTuple = optimizer.parameters
         self.max_grad_norm = max_grad_norm
         self.accumulation_steps = accumulation_steps
-        self.value_and_grad = ops.value_and_grad(network, None, self.weights, has_aux=True)
+        self.loss_scale = build_loss_scale(loss_scale)
+        if self.loss_scale is None:
+            self.value_and_grad = ops.value_and_grad(network, None, self.weights, has_aux=True)
+        else:
+            self.overflow = OverflowDetector()
+            self.value_and_grad = ops.value_and_grad(ScaledLoss(network), None, self.weights, has_aux=True)
         self.square_sum = ops.ReduceSum()
         self.all_reduce = ops.AllReduce() if use_parallel and get_group_size() > 1 else None
         if accumulation_steps > 1:
@@ -57,7 +75,7 @@ class GLMTrainOneStep(nn.Cell):
             mean loss over the labelled tokens of the step, global gradient norm before clipping, learning
             rate, number of labelled tokens; float32 scalars. Zeros while micro batches are being gathered.
         """
-        (loss, tokens), gradients = self.value_and_grad(*inputs)
+        loss, tokens, gradients = self.differentiate(inputs)
         if self.accumulation_steps == 1:
             return self.finish(loss, tokens, gradients)
         for i in range(len(gradients)):
@@ -75,6 +93,15 @@ class GLMTrainOneStep(nn.Cell):
             return result
         return self.zero, self.zero, self.zero, self.zero
 
+    def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Loss sum, number of labelled tokens and gradients of the loss sum of a micro batch."""
+        if self.loss_scale is None:
+            (loss, tokens), gradients = self.value_and_grad(*inputs)
+            return loss, tokens, gradients
+        scale = self.loss_scale.scale + 0.0
+        (_, loss, tokens), gradients = self.value_and_grad(scale, *inputs)
+        return loss, tokens, self.scaled(gradients, ops.maximum(tokens, 1.0) / scale)
+
     def finish(
         self, loss: Tensor, tokens: Tensor, gradients: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,8 +117,17 @@ class GLMTrainOneStep(nn.Cell):
         scale = 1.0 / tokens
         if self.max_grad_norm is not None:
             scale = scale * ops.minimum(self.max_grad_norm / (norm + _CLIP_EPS), 1.0)
-        rate = self.optimizer(self.scaled(gradients, scale))
-        return loss / tokens, norm, rate, tokens
+        return loss / tokens, norm, self.update(gradients, scale, norm), tokens
+
+    def update(self, gradients: tuple[Tensor, ...], scale: Tensor, norm: Tensor) -> Tensor:
+        """Updates with the scaled gradients unless they have overflowed; returns the learning rate."""
+        if self.loss_scale is None:
+            return self.optimizer(self.scaled(gradients, scale))
+        overflow = self.overflow(norm)
+        rate = ops.reshape(ops.cast(self.optimizer.get_lr(), ms.float32), ())
+        if not overflow:
+            rate = self.optimizer(self.scaled(gradients, scale))
+        return ops.depend(rate, self.loss_scale(overflow))
 
     def reduced(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Gradients summed over the ranks."""

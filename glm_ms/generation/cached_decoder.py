@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from glm_ms.model.cache import CachedGLM, KVCache, ReorderCache
+from glm_ms.model.cache import CachedGLM, KVCache, ReorderCache, WritePrefix
 from glm_ms.model.glm import GLMNetwork
 
 _SMALLEST_CAPACITY = 64
@@ -52,7 +52,14 @@ class CachedDecoder:
     """
 
     def __init__(self, network: GLMNetwork, batch: int, capacity: int) -> None:
+        self.batch, self.capacity = batch, capacity
+        encoder = network.transformer.prefix_encoder
+        self._prefix = 0 if encoder is None else encoder.length
+        capacity += self._prefix
         self.cache = KVCache(network.config, batch, capacity)
+        if self._prefix:
+            self._write_prefix = WritePrefix(network, self.cache)
+            self._prefix_rows = Tensor(self.cache.rows(0, self._prefix))
         self._prefill = CachedGLM(network, self.cache)
         self._prefill.set_inputs(_IDS, _IDS, _IDS, _IDS, _VECTOR, _VECTOR)
         self._step = CachedGLM(network, self.cache)
@@ -71,8 +78,12 @@ class CachedDecoder:
         Returns:
             float32 [B, V], logits of the last position.
         """
-        self._used = 0
+        self._used = self._prefix
         self._key_mask[:] = 0
+        if self._prefix:
+            with graph_mode():
+                self._write_prefix(self._prefix_rows)
+            self._key_mask[:, : self._prefix] = 1
         return self._run(self._prefill, input_ids, attention_mask, position_ids)
 
     def step(self, token_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
@@ -99,7 +110,7 @@ class CachedDecoder:
         self._used += length
         arguments = (
             ids,
-            mask,
+            np.ones_like(mask) if self._prefix else mask,  # see GLMTransformer.prefixed_bias
             self._key_mask,
             positions,
             np.arange(start, start + length),
@@ -130,9 +141,7 @@ class DecoderPool:
         while capacity < length:
             capacity *= 2
         with self._lock:
-            fitting = (
-                one for one in self._idle if (one.cache.batch, one.cache.capacity) == (batch, capacity)
-            )
+            fitting = (one for one in self._idle if (one.batch, one.capacity) == (batch, capacity))
             decoder = next(fitting, None)
             if decoder is not None:
                 del self._idle[decoder]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -11,7 +12,9 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn.utils import no_init_parameters
 
+from glm_ms.generation.adapter import AdapterReport, load_adapter
 from glm_ms.generation.cached_decoder import CachedDecoder, DecoderPool, graph_mode
+from glm_ms.generation.cells import Logits
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.decode import check_streamable, generate, stream
 from glm_ms.generation.inputs import GenerationInputs
@@ -19,6 +22,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
+from glm_ms.peft import Adapter, AdapterConfig, attach_new
 
 _IDS = Tensor(shape=[None, None], dtype=ms.int32)
 _VECTOR = Tensor(shape=[None], dtype=ms.int32)
@@ -38,6 +42,7 @@ class GLMForCausalLM:
     Attributes:
         config: the architecture.
         network: the MindSpore cell that holds the parameters, a `glm_ms.model.glm.GLMNetwork`.
+        adapter: LoRA or P-Tuning on the network, which then is frozen; None without one.
     """
 
     def __init__(self, config: GLMConfig) -> None:
@@ -66,16 +71,56 @@ class GLMForCausalLM:
     def _build(self, config: GLMConfig, network: GLMNetwork) -> None:
         self.config = config
         self.network = network
+        self.adapter: Adapter | None = None
         network.set_train(False)
-        network.set_inputs(_IDS, _IDS, _IDS, _VECTOR)
+        self._build_cells()
+
+    def _build_cells(self) -> None:
+        """The cells that are compiled. MindSpore would go on with a graph from before an adapter was attached."""
+        network = self.network
+        self._logits = Logits(network)
+        self._logits.set_inputs(_IDS, _IDS, _IDS, _VECTOR)
         self._with_loss = GLMWithLoss(network)
         self._with_loss.set_train(False)
         self._with_loss.set_inputs(_IDS, _IDS, _IDS, _IDS, _VECTOR)
         self._decoders = DecoderPool(network)
 
     def parameters(self) -> dict[str, Parameter]:
-        """Name -> parameter of every weight."""
-        return {parameter.name: parameter for parameter in self.network.get_parameters()}
+        """Name -> parameter of every weight, those of an adapter not among them."""
+        own = set() if self.adapter is None else {id(parameter) for parameter in self.adapter.parameters()}
+        return {p.name: p for p in self.network.get_parameters() if id(p) not in own}
+
+    def add_adapter(self, config: AdapterConfig, seed: int = 0) -> Adapter:
+        """Attaches a new adapter for training and freezes the weights.
+
+        Args:
+            config: `glm_ms.peft.LoraConfig` or `PrefixConfig`.
+            seed: of its random values.
+
+        Raises:
+            AdapterError: a target that matches no module, or there is an adapter already.
+        """
+        self.adapter = attach_new(self.network, config, seed)
+        self._build_cells()
+        return self.adapter
+
+    def load_adapter(self, path: str | Path) -> AdapterReport:
+        """Attaches a stored adapter, and proves that it does something.
+
+        Args:
+            path: of this project, of the library `peft`, or a P-Tuning checkpoint of the original code; see
+                `glm_ms.peft.read_adapter`.
+
+        Returns:
+            Matched tensors, their norm, and the largest change of a logit on a probe prompt.
+
+        Raises:
+            AdapterError: it cannot be read, is empty, was made for another base, or changes nothing. The model is
+                left as it was.
+        """
+        self.adapter, report = load_adapter(self.network, path)
+        self._build_cells()
+        return report
 
     def load_parameters(self, parameters: Iterable[tuple[str, np.ndarray]]) -> None:
         """Overwrites all weights; see `from_parameters`."""
@@ -125,7 +170,7 @@ class GLMForCausalLM:
         slots = np.arange(ids.shape[1])
         if labels is None:
             with graph_mode():
-                return self.network(*(Tensor(x, ms.int32) for x in (ids, mask, positions, slots)))
+                return self._logits(*(Tensor(x, ms.int32) for x in (ids, mask, positions, slots)))
         labels = _like("labels", labels, ids)
         labelled = labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]
         if not labelled.size:

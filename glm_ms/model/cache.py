@@ -90,6 +90,32 @@ class CachedGLM(nn.Cell):
         return ops.cast(net.output_layer(hidden)[:, 0], ms.float32)
 
 
+class WritePrefix(nn.Cell):
+    """Writes the keys and values of a prefix encoder into the first slots of every sequence.
+
+    Args:
+        network: has a prefix encoder.
+        cache: written in place.
+    """
+
+    def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
+        super().__init__(auto_prefix=False)
+        self.prefix_encoder = network.transformer.prefix_encoder
+        self.batch, self.dim = cache.batch, network.config.kv_channels
+        self.keys = ms.ParameterTuple(cache.keys)
+        self.values = ms.ParameterTuple(cache.values)
+        self.write = ops.ScatterUpdate()
+        self.reshape = ops.Reshape()
+
+    def construct(self, rows: Tensor) -> Tensor:
+        """rows int32 [B * P * G], `KVCache.rows` of the first P slots. Returns `rows`."""
+        prefix = self.prefix_encoder(self.batch, None)
+        for i in range(len(self.keys)):
+            self.write(self.keys[i], rows, self.reshape(prefix[i][0], (-1, self.dim)))
+            self.write(self.values[i], rows, self.reshape(prefix[i][1], (-1, self.dim)))
+        return rows
+
+
 class ReorderCache(nn.Cell):
     """Gives every sequence of the cache the contents of another one (beam search)."""
 

@@ -13,13 +13,23 @@ from glm_ms.model.layers import DTYPES, Embedding, Linear, build_norm
 from glm_ms.model.mask import AttentionBias
 from glm_ms.ops.activation import SwiGLU
 from glm_ms.ops.attention import GroupedAttention
+from glm_ms.ops.dropout import SeededDropout
 from glm_ms.ops.rotary import ApplyRotary, rotary_tables
+
+# Dropouts of a block, each with a stream of its own: block index * DROPOUTS_PER_BLOCK + one of these.
+DROPOUTS_PER_BLOCK = 3
+_ATTENTION_WEIGHTS, _AFTER_ATTENTION, _AFTER_MLP = range(DROPOUTS_PER_BLOCK)
 
 
 class SelfAttention(nn.Cell):
-    """Joint qkv projection, rotary embedding, grouped attention, output projection."""
+    """Joint qkv projection, rotary embedding, grouped attention, output projection.
 
-    def __init__(self, config: GLMConfig) -> None:
+    Args:
+        config: architecture.
+        index: of the block.
+    """
+
+    def __init__(self, config: GLMConfig, index: int) -> None:
         super().__init__()
         self.heads, self.groups, self.dim = (
             config.num_attention_heads,
@@ -32,27 +42,42 @@ class SelfAttention(nn.Cell):
         )
         self.dense = Linear(config, config.query_size, config.hidden_size, config.add_bias_linear)
         self.rotary = ApplyRotary(config.kv_channels, DTYPES[config.compute_dtype])
-        self.attention = GroupedAttention(self.heads, self.groups, self.dim, config.attention_dropout)
+        stream = index * DROPOUTS_PER_BLOCK + _ATTENTION_WEIGHTS
+        self.attention = GroupedAttention(self.heads, self.groups, self.dim, config.attention_dropout, stream)
+        self.prepend = ops.Concat(axis=1)
         self.reshape = ops.Reshape()
         self.transpose = ops.Transpose()
         self.write = ops.ScatterUpdate()
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, H] -> query [B, S, N, D], key and value [B, S, G, D]; query and key turned."""
         heads, groups = self.heads, self.groups
         batch, length = ops.shape(x)[0], ops.shape(x)[1]
-        qkv = self.query_key_value(x)
+        qkv = self.query_key_value(x, seeds)
         if self.interleaved:  # rows are [head, (q, k, v), D]: bring them to [all q | all k | all v]
             qkv = self.transpose(self.reshape(qkv, (batch, length, heads, 3, self.dim)), (0, 1, 3, 2, 4))
         qkv = self.reshape(qkv, (batch, length, heads + 2 * groups, self.dim))
         turned = self.rotary(qkv[:, :, : heads + groups], cos, sin)
         return turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + groups :]
 
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        """x [B, S, H], cos/sin [B, S, 1, D], bias [B, 1, S, S] -> [B, S, H]."""
-        query, key, value = self.project(x, cos, sin)
+    def construct(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+        seeds: Tensor | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x [B, S, H], cos/sin [B, S, 1, D], bias [B, 1, S, P + S], seeds int32 [B] or None, prefix: keys and values
+        [B, P, G, D] that stand before all others, or None for P = 0 -> [B, S, H]."""
+        query, key, value = self.project(x, cos, sin, seeds)
+        if prefix is not None:
+            key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
         key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
-        return self.dense(self.attention(query, key, value, bias))
+        return self.dense(self.attention(query, key, value, bias, seeds), seeds)
 
     def cached(
         self,
@@ -94,33 +119,46 @@ class MLP(nn.Cell):
             config, config.ffn_hidden_size, config.hidden_size, config.add_bias_linear
         )
 
-    def construct(self, x: Tensor) -> Tensor:
-        """x [B, S, H] -> [B, S, H]."""
-        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x)))
+    def construct(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """x [B, S, H], seeds int32 [B] or None -> [B, S, H]."""
+        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x, seeds)), seeds)
 
 
 class GLMBlock(nn.Cell):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, config: GLMConfig) -> None:
+    Args:
+        config: architecture.
+        index: of the block.
+    """
+
+    def __init__(self, config: GLMConfig, index: int) -> None:
         super().__init__()
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
         self.input_layernorm = build_norm(config)
-        self.self_attention = SelfAttention(config)
+        self.self_attention = SelfAttention(config, index)
         self.post_attention_layernorm = build_norm(config)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(p=config.hidden_dropout) if config.hidden_dropout > 0 else None
+        self.dropouts = config.hidden_dropout > 0
+        if self.dropouts:
+            stream = index * DROPOUTS_PER_BLOCK
+            self.drop_attention = SeededDropout(config.hidden_dropout, stream + _AFTER_ATTENTION)
+            self.drop_mlp = SeededDropout(config.hidden_dropout, stream + _AFTER_MLP)
         self.add_attention = ops.Add()
         self.add_mlp = ops.Add()
 
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout in training if the config asks for it."""
-        return x if self.dropout is None else self.dropout(x)
-
-    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        """x [B, S, H] -> [B, S, H]."""
+    def construct(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+        seeds: Tensor | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """x [B, S, H] -> [B, S, H]; the other arguments as in `SelfAttention.construct`."""
         normed = self.input_layernorm(x)
-        return self.finish(x, normed, self.self_attention(normed, cos, sin, bias))
+        return self.finish(x, normed, self.self_attention(normed, cos, sin, bias, seeds, prefix), seeds)
 
     def cached(
         self,
@@ -135,11 +173,17 @@ class GLMBlock(nn.Cell):
         normed = self.input_layernorm(x)
         return self.finish(x, normed, self.self_attention.cached(normed, cos, sin, bias, rows, cache))
 
-    def finish(self, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
-        """Residual, norm, MLP, residual."""
-        x = self.add_attention(normed if self.residual_after_norm else x, self.drop(attended))
+    def finish(self, x: Tensor, normed: Tensor, attended: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Residual, norm, MLP, residual; with dropout if the config asks for it and there are seeds."""
+        drop = self.dropouts and seeds is not None
+        if drop:
+            attended = self.drop_attention(attended, seeds)
+        x = self.add_attention(normed if self.residual_after_norm else x, attended)
         normed = self.post_attention_layernorm(x)
-        return self.add_mlp(normed if self.residual_after_norm else x, self.drop(self.mlp(normed)))
+        y = self.mlp(normed, seeds)
+        if drop:
+            y = self.drop_mlp(y, seeds)
+        return self.add_mlp(normed if self.residual_after_norm else x, y)
 
 
 class GLMEncoder(nn.Cell):
@@ -147,7 +191,7 @@ class GLMEncoder(nn.Cell):
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        self.layers = nn.CellList([GLMBlock(config) for _ in range(config.num_layers)])
+        self.layers = nn.CellList([GLMBlock(config, index) for index in range(config.num_layers)])
         self.final_layernorm = build_norm(config) if config.post_layer_norm else None
 
     def finish(self, x: Tensor) -> Tensor:
@@ -156,14 +200,22 @@ class GLMEncoder(nn.Cell):
 
 
 class GLMTransformer(nn.Cell):
-    """Token ids to logits."""
+    """Token ids to logits.
+
+    Attributes:
+        prefix_encoder: a cell that gives for (batch size, seeds) the keys and values [B, P, G, D] of every layer that
+            stand before those of the tokens, and has their number P as `length`; None without one, see
+            `glm_ms.peft`.
+    """
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         self.embedding = Embedding(config)
         self.encoder = GLMEncoder(config)
         self.output_layer = Linear(config, config.hidden_size, config.padded_vocab_size, has_bias=False)
+        self.prefix_encoder: nn.Cell | None = None
         self.attention_bias = AttentionBias()
+        self.join_slots, self.join_masks = ops.Concat(axis=0), ops.Concat(axis=1)
         dtype = DTYPES[config.compute_dtype]
         cos, sin = rotary_tables(config.seq_length, config.kv_channels, config.rope_ratio)
         self.cos_table, self.sin_table = Tensor(cos, dtype), Tensor(sin, dtype)
@@ -176,8 +228,26 @@ class GLMTransformer(nn.Cell):
         sin = self.gather(self.sin_table, position_ids, 0)
         return self.expand(cos, 2), self.expand(sin, 2)
 
+    def prefixed_bias(self, attention_mask: Tensor, slots: Tensor) -> Tensor:
+        """The attention bias [B, 1, S, P + S] where P keys stand before the tokens.
+
+        Every query sees those keys; a query that is padding sees nothing else, as in the reference, which grants
+        it the whole row only where there is no past.
+        """
+        length = self.prefix_encoder.length
+        ones = ops.fill(attention_mask.dtype, (ops.shape(attention_mask)[0], length), 1)
+        slots = slots + length
+        key_slots = self.join_slots((ops.arange(length).astype(slots.dtype), slots))
+        key_mask = self.join_masks((ones, attention_mask))
+        return self.attention_bias(slots, key_slots, ops.ones_like(attention_mask), key_mask)
+
     def construct(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        slots: Tensor,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """The hidden states that the output layer sees.
 
@@ -186,15 +256,23 @@ class GLMTransformer(nn.Cell):
             attention_mask: int32 [B, S], 0 on padding.
             position_ids: int32 [B, S], below `config.seq_length`.
             slots: int32 [S], 0, 1, ..., S - 1.
+            seeds: int32 [B], one for each row, from which all dropouts follow; None: no dropout.
 
         Returns:
             [B, S, H].
         """
         cos, sin = self.rotation(position_ids)
-        bias = self.attention_bias(slots, slots, attention_mask, attention_mask)
         x = self.embedding(input_ids)
-        for layer in self.encoder.layers:
-            x = layer(x, cos, sin, bias)
+        layers = self.encoder.layers
+        if self.prefix_encoder is None:
+            bias = self.attention_bias(slots, slots, attention_mask, attention_mask)
+            for layer in layers:
+                x = layer(x, cos, sin, bias, seeds)
+        else:
+            bias = self.prefixed_bias(attention_mask, slots)
+            prefix = self.prefix_encoder(ops.shape(input_ids)[0], seeds)
+            for i in range(len(layers)):
+                x = layers[i](x, cos, sin, bias, seeds, prefix[i])
         return self.encoder.finish(x)
 
 
@@ -211,8 +289,13 @@ class GLMNetwork(nn.Cell):
         self.transformer = GLMTransformer(config)
 
     def construct(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        slots: Tensor,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """As `GLMTransformer.construct`; returns logits float32 [B, S, V]."""
-        hidden = self.transformer(input_ids, attention_mask, position_ids, slots)
-        return ops.cast(self.transformer.output_layer(hidden), DTYPES["float32"])
+        hidden = self.transformer(input_ids, attention_mask, position_ids, slots, seeds)
+        return ops.cast(self.transformer.output_layer(hidden, seeds), DTYPES["float32"])

@@ -22,7 +22,11 @@ def new_parameter(shape: tuple[int, ...], dtype: str, init: str | Initializer | 
 
 
 class Linear(nn.Cell):
-    """y = x W^T + b, computed in `config.compute_dtype`. Weight [out, in], bias [out] or None."""
+    """y = x W^T + b, computed in `config.compute_dtype`. Weight [out, in], bias [out] or None.
+
+    Attributes:
+        lora: a cell whose result for (x, seeds) is added to y; None without one, see `glm_ms.peft`.
+    """
 
     def __init__(self, config: GLMConfig, in_features: int, out_features: int, has_bias: bool) -> None:
         super().__init__()
@@ -30,19 +34,23 @@ class Linear(nn.Cell):
         self.dtype = DTYPES[config.compute_dtype]
         self.weight = new_parameter((out_features, in_features), config.param_init_type)
         self.bias = new_parameter((out_features,), config.param_init_type, "zeros") if has_bias else None
+        self.lora: nn.Cell | None = None
         self.matmul = ops.MatMul(transpose_b=True)
         self.bias_add = ops.Add()
+        self.lora_add = ops.Add()
         self.reshape = ops.Reshape()
         self.cast = ops.Cast()
 
-    def construct(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] of the compute type."""
+    def construct(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """x [B, ..., in], seeds of dropout int32 [B] -> [B, ..., out] of the compute type."""
         shape = ops.shape(x)
-        y = self.reshape(self.cast(x, self.dtype), (-1, self.in_features))
+        x = self.cast(x, self.dtype)
+        y = self.reshape(x, (-1, self.in_features))
         y = self.matmul(y, self.cast(self.weight, self.dtype))
         if self.bias is not None:
             y = self.bias_add(y, self.cast(self.bias, self.dtype))
-        return self.reshape(y, shape[:-1] + (self.out_features,))  # noqa: RUF005, the graph compiler wants +
+        y = self.reshape(y, shape[:-1] + (self.out_features,))  # noqa: RUF005, the graph compiler wants +
+        return y if self.lora is None else self.lora_add(y, self.lora(x, seeds))
 
 
 class Embedding(nn.Cell):

@@ -59,7 +59,14 @@ class GLMWithLoss(nn.Cell):
         self.loss = NextTokenLoss()
 
     def construct(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        slots: Tensor,
+        seeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """All int32 [B, S], slots int32 [S] -> (loss sum, number of labelled tokens), float32 scalars."""
-        return self.loss(self.network(input_ids, attention_mask, position_ids, slots), labels)
+        """All int32 [B, S], slots int32 [S], seeds of dropout int32 [B] or None for no dropout -> (loss sum, number
+        of labelled tokens), float32 scalars."""
+        return self.loss(self.network(input_ids, attention_mask, position_ids, slots, seeds), labels)

@@ -8,6 +8,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from glm_ms.ops.dropout import SeededDropout
+
 # Added to hidden scores. Finite, so that a row that sees nothing gives a uniform distribution and not NaN.
 HIDDEN_SCORE = float(np.finfo(np.float32).min)
 
@@ -23,9 +25,12 @@ class GroupedAttention(nn.Cell):
         num_groups: key/value heads G; query head n uses group n // (N / G).
         head_dim: channels D of a head.
         dropout: probability with which attention weights are dropped in training.
+        stream: of that dropout, see `SeededDropout`.
     """
 
-    def __init__(self, num_heads: int, num_groups: int, head_dim: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, num_heads: int, num_groups: int, head_dim: int, dropout: float = 0.0, stream: int = 0
+    ) -> None:
         super().__init__()
         self.num_groups, self.per_group, self.head_dim = num_groups, num_heads // num_groups, head_dim
         self.num_heads = num_heads
@@ -39,10 +44,13 @@ class GroupedAttention(nn.Cell):
         self.merge_heads = ops.Transpose()
         self.reshape = ops.Reshape()
         self.cast = ops.Cast()
-        self.dropout = nn.Dropout(p=dropout) if dropout > 0 else None
+        self.dropout = SeededDropout(dropout, stream) if dropout > 0 else None
 
-    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """query [B, S, N, D]; key, value [B, G, T, D]; bias float32 [B or 1, 1, S, T] -> [B, S, N * D]."""
+    def construct(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None
+    ) -> Tensor:
+        """query [B, S, N, D]; key, value [B, G, T, D]; bias float32 [B or 1, 1, S, T]; seeds int32 [B], None for
+        no dropout -> [B, S, N * D]."""
         batch, length = ops.shape(query)[0], ops.shape(query)[1]
         groups, per_group, dim = self.num_groups, self.per_group, self.head_dim
         query = self.multiply(query, self.scale)
@@ -52,8 +60,8 @@ class GroupedAttention(nn.Cell):
         total = ops.shape(key)[2]
         scores = self.add_bias(self.reshape(scores, (batch, self.num_heads, length, total)), bias)
         weights = self.cast(self.softmax(scores), value.dtype)
-        if self.dropout is not None:
-            weights = self.dropout(weights)
+        if self.dropout is not None and seeds is not None:
+            weights = self.dropout(weights, seeds)
         mixed = self.mix(self.reshape(weights, (batch, groups, per_group * length, total)), value)
         mixed = self.merge_heads(self.reshape(mixed, (batch, self.num_heads, length, dim)), (0, 2, 1, 3))
         return self.reshape(mixed, (batch, length, self.num_heads * dim))

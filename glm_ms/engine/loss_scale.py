@@ -1,0 +1,122 @@
+"""Loss scaling for float16: a scale before the backward pass, and what an overflow does to it.
+
+Small float16 gradients vanish, large ones become infinite. The loss is multiplied by a scale before it is
+differentiated and the gradients are divided by it in float32 (Micikevicius et al. 2018, "Mixed precision
+training", arXiv:1710.03740). An update whose gradients are not finite is skipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+DYNAMIC, FIXED = "DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"
+# A dynamic scale doubles as long as all goes well; beyond this a power of two has nothing left to rescue.
+_LARGEST = 2.0**32
+# More skipped updates in a row than any first scale needs to come down to 1.
+MOST_OVERFLOWS = 50
+
+
+class OverflowDetector(nn.Cell):
+    """Whether the gradients of a step are unusable.
+
+    Portable: infinities and NaN in any gradient make their global norm infinite or NaN. On an Ascend card this
+    needs the INFNAN mode, in which operators give infinities; in the saturation mode, the only one of the 910A,
+    they do not, see `glm_ms.ops.ascend`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_finite = ops.IsFinite()
+
+    def construct(self, norm: Tensor) -> Tensor:
+        """norm, float32 scalar: global gradient norm, the same on all ranks -> bool scalar."""
+        return ops.logical_not(self.is_finite(norm))
+
+
+class LossScale(nn.Cell):
+    """The scale and how it moves: parameters, so that a checkpoint holds them.
+
+    Args:
+        type: DYNAMIC or FIXED.
+        loss_scale_value: first scale.
+        scale_factor: an overflow divides a dynamic scale by it, `scale_window` good updates multiply it.
+        scale_window: good updates in a row before a dynamic scale grows.
+
+    Attributes:
+        scale: float32 scalar.
+        good_steps: updates made since the last overflow or growth, int32.
+        overflows: updates skipped in a row, int32; above 0 the last step was skipped.
+    """
+
+    def __init__(self, type: str, loss_scale_value: float, scale_factor: int, scale_window: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.dynamic = type == DYNAMIC
+        self.factor, self.window = float(scale_factor), int(scale_window)
+        self.largest = max(_LARGEST, float(loss_scale_value))
+        self.scale = Parameter(Tensor(loss_scale_value, ms.float32), name="loss_scale", requires_grad=False)
+        self.good_steps = Parameter(Tensor(0, ms.int32), name="loss_scale_good_steps", requires_grad=False)
+        self.overflows = Parameter(Tensor(0, ms.int32), name="loss_scale_overflows", requires_grad=False)
+        self.select = ops.Select()
+        self.no_steps = Tensor(0, ms.int32)
+
+    def construct(self, overflow: Tensor) -> Tensor:
+        """After a step: overflow, bool scalar. Moves scale and counters; returns the number of overflows in a row."""
+        good = self.select(overflow, self.no_steps, self.good_steps + 1)
+        if self.dynamic:
+            grow = good >= self.window
+            grown = self.select(grow, ops.minimum(self.scale * self.factor, self.largest), self.scale + 0.0)
+            good = self.select(grow, self.no_steps, good)
+            ops.assign(self.scale, self.select(overflow, self.scale / self.factor, grown))
+        ops.assign(self.good_steps, good)
+        return ops.assign(self.overflows, self.select(overflow, self.overflows + 1, self.no_steps))
+
+    def parameters(self) -> list[Parameter]:
+        """What a checkpoint holds of it."""
+        return [self.scale, self.good_steps, self.overflows]
+
+    def skipped(self) -> bool:
+        """Whether the last step made no update."""
+        return int(self.overflows.asnumpy()) > 0
+
+    def value(self) -> float:
+        """The scale that the next step uses."""
+        return float(self.scale.asnumpy())
+
+    def exhausted(self) -> str | None:
+        """Why scaling cannot help any more; None while it can."""
+        overflows = int(self.overflows.asnumpy())
+        if not overflows:
+            return None
+        if self.dynamic and self.value() < 1:
+            return f"{overflows} updates in a row have overflowed and the loss scale has fallen below 1"
+        if overflows >= MOST_OVERFLOWS:
+            return f"{overflows} updates in a row have overflowed at loss scale {self.value():g}"
+        return None
+
+
+class ScaledLoss(nn.Cell):
+    """A network whose loss sum is differentiated as a scaled mean.
+
+    The mean over the labelled tokens and not their sum is scaled, as in the field: a sum over some thousand tokens
+    would leave float16 that much less room.
+
+    Args:
+        network: cell that returns (loss sum, number of labelled tokens).
+    """
+
+    def __init__(self, network: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, scale: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> mean loss times scale; loss sum; number of labelled tokens. float32 scalars."""
+        loss, tokens = self.network(*inputs)
+        return loss * (scale / ops.maximum(tokens, 1.0)), loss, tokens
+
+
+def build_loss_scale(values: dict[str, Any] | None) -> LossScale | None:
+    """`runner_wrapper.scale_sense` as a cell; None where it has no type."""
+    return LossScale(**values) if values and values.get("type") else None

@@ -1,0 +1,190 @@
+"""`manifest.json` of a training checkpoint: what it belongs to, and the SHA-256 of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mindspore
+
+from glm_ms.convert import CheckpointError
+from glm_ms.version import __version__
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_CHECKSUM = "manifest_sha256"
+_EARLIER_FORMAT = "state.json"
+_CHUNK = 1 << 20
+# Of a file above this size only some blocks are read for a fingerprint.
+_FINGERPRINT_WHOLE, _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 1 << 26, 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        step: updates (and skipped updates) made.
+        epoch, row: the next row in the order of training: pass over the data and place in its order.
+        position: the settings that decide how the run goes on, see `glm_ms.engine.position`.
+        best: the best evaluation so far, see `glm_ms.engine.best`; None without one.
+        files: name -> {"bytes", "sha256"} of every other file.
+        device: kind of device it was computed on.
+        config_sha256: of `position`.
+        format_version, glm_ms, mindspore: versions of the layout and of the programs.
+    """
+
+    step: int
+    epoch: int
+    row: int
+    position: dict[str, Any]
+    best: dict[str, Any] | None
+    files: dict[str, dict[str, Any]]
+    device: str
+    config_sha256: str = ""
+    format_version: int = FORMAT_VERSION
+    glm_ms: str = field(default=__version__)
+    mindspore: str = field(default=mindspore.__version__)
+
+
+def write_manifest(
+    folder: Path,
+    step: int,
+    place: tuple[int, int],
+    position: dict[str, Any],
+    best: dict[str, Any] | None,
+    device: str,
+) -> None:
+    """Reads every file of `folder` once and writes the manifest beside them.
+
+    Args:
+        folder: a checkpoint that is complete but for its manifest.
+        step, position, best, device: see `Manifest`.
+        place: `epoch` and `row` of `Manifest`.
+    """
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    manifest = Manifest(step, *place, position, best, files, device, json_sha256(position))
+    values = asdict(manifest)
+    values[_CHECKSUM] = json_sha256(values)
+    (folder / MANIFEST).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, or of another version or step than it should be.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(_why_no_manifest(folder))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged, it cannot be read ({error})") from None
+    if not isinstance(values, dict) or values.pop(_CHECKSUM, None) != json_sha256(values):
+        raise CheckpointError(f"{path}: damaged, it is not what was written")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: layout {values.get('format_version')}, this version of glm_ms ({__version__}) reads layout "
+            f"{FORMAT_VERSION}; go on with the version that wrote it, {values.get('glm_ms')}"
+        )
+    return Manifest(**values)
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Holds every file of a checkpoint to its size and SHA-256, reading each once.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, damaged or that of another checkpoint.
+    """
+    for name, known in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        size = path.stat().st_size
+        if size != known["bytes"]:
+            raise CheckpointError(f"{path}: has {size} bytes, {known['bytes']} were written: cut short or foreign")
+        if file_sha256(path) != known["sha256"]:
+            raise CheckpointError(f"{path}: damaged or foreign: its SHA-256 is not the one in {MANIFEST}")
+
+
+def json_sha256(values: Any) -> str:
+    """SHA-256 of JSON values, whatever the order of keys."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in iter(lambda: file.read(_CHUNK), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Tells weights apart whatever their path, in seconds even for those of a 6B network.
+
+    SHA-256 over names, sizes and contents of the weight files; of a file above 64 MB 64 blocks of 64 KiB, spread
+    evenly from its first to its last byte, stand for the content. Training moves every weight, so weights of
+    another training differ in every block.
+
+    Args:
+        path: a file, or a folder of which the weight files count.
+    """
+    files = [path] if path.is_file() else [item for item in sorted(path.iterdir()) if _holds_weights(item)]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        name = file.name if path.is_dir() else "weights"
+        digest.update(f"{name}:{size}:".encode())
+        if size <= _FINGERPRINT_WHOLE:
+            digest.update(file_sha256(file).encode())
+            continue
+        with file.open("rb") as opened:
+            for number in range(_FINGERPRINT_BLOCKS):
+                opened.seek((size - _FINGERPRINT_BLOCK) * number // (_FINGERPRINT_BLOCKS - 1))
+                digest.update(opened.read(_FINGERPRINT_BLOCK))
+    return digest.hexdigest()
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old then, new now` for every key of `now` whose value has changed; nested keys are dotted."""
+    found = []
+    for key, value in now.items():
+        before = then.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            found += differences(before, value, f"{prefix}{key}.")
+        elif before != value:
+            found.append(f"{prefix}{key}: {before} then, {value} now")
+    return found
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth") and path.name != "optimizer.safetensors"
+
+
+def _why_no_manifest(folder: Path) -> str:
+    if (folder / _EARLIER_FORMAT).is_file():
+        return (
+            f"{folder}: written by an earlier version of glm_ms ({_EARLIER_FORMAT} in place of {MANIFEST}), which "
+            f"cannot be resumed; start a new run from its weights with --load_checkpoint {folder}"
+        )
+    if folder.is_file() or any(_holds_weights(path) for path in folder.iterdir()):
+        return (
+            f"{folder}: is no training checkpoint but weights alone (no {MANIFEST}); start a new run from them with "
+            f"--load_checkpoint {folder}"
+        )
+    return (
+        f"{folder}: is no training checkpoint ({MANIFEST} is missing); a run resumes from a folder such as "
+        "OUTPUT_DIR/checkpoint/step_00000100"
+    )

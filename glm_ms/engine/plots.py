@@ -1,0 +1,346 @@
+"""Curves of a run as PNG files beside its logs: loss, learning rate, gradient norm, evaluation scores."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from glm_ms.engine.progress import METRICS_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+EVAL_METRICS_FILE, PLOTS = "eval_metrics.jsonl", "plots"
+TRAINING_NUMBERS = ("epoch", "loss", "learning_rate", "grad_norm", "overflow", "loss_scale")
+SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+EVAL_NUMBERS = ("loss", "perplexity", *SCORES)
+# A plot is about a thousand pixels wide: more points would only cost time.
+MAX_POINTS = 2000
+_MARKED_POINTS = 40  # curves of so few points show each of them
+_FEWEST_SMOOTHED = 20  # lines; below that, a smoothed curve says nothing
+_LOG_SCALE_FROM = 20.0  # a logarithmic axis where the largest value is so many times the smallest
+_RAW, _LINE, _EVALUATION, _WARNING = "#9ec5e8", "#1f5f99", "#d9541e", "#c00000"
+_SCORE_COLORS = dict(zip(SCORES, ("#1f5f99", "#4c9f70", "#8457a8", "#b8860b")))
+
+
+class Curve(NamedTuple):
+    """Values over updates.
+
+    Attributes:
+        steps: int64 [points], rising, none twice.
+        values: float64 [points]; NaN where the run had a value that is not finite.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def finite(self) -> Curve:
+        """The points that can be drawn."""
+        known = np.isfinite(self.values)
+        return Curve(self.steps[known], self.values[known])
+
+
+Curves = dict[str, Curve]
+
+
+def write_plots(output_dir: Path, say: Callable[[str], None] = warnings.warn) -> list[Path]:
+    """Draws `metrics.jsonl` and, where it exists, `eval_metrics.jsonl` into `plots/*.png`.
+
+    A finished run must not fail for want of a picture, so nothing is raised: what cannot be read, drawn or
+    written is left out, and `say` gets a line with the reason. Each file is whole or absent; one for which
+    there are no numbers (any more) is removed.
+
+    Args:
+        output_dir: folder of the run.
+        say: takes lines for the user.
+
+    Returns:
+        The files written: `loss.png`, `learning_rate.png`, `grad_norm.png`, `loss_scale.png` (float16 only),
+        `eval_scores.png`, as far as there are numbers for them.
+    """
+    try:
+        import matplotlib.backends.backend_agg  # noqa: F401 - half a second that only plots need
+    except ImportError as error:
+        say(f"no plots: matplotlib cannot be imported ({error}); pip install matplotlib")
+        return []
+    training = _read(output_dir / METRICS_FILE, TRAINING_NUMBERS, say)
+    evaluation = _read(output_dir / EVAL_METRICS_FILE, EVAL_NUMBERS, say)
+    if not any(curve.finite().steps.size for curve in (*training.values(), *evaluation.values())):
+        say(f"no plots: {output_dir / METRICS_FILE} holds no numbers")
+    written = []
+    for name, draw in _FIGURES.items():
+        path = output_dir / PLOTS / f"{name}.png"
+        try:
+            figure = draw(training, evaluation)
+            if figure is None:
+                path.unlink(missing_ok=True)
+                continue
+            _save(figure, path)
+            written.append(path)
+        except (OSError, ValueError, RuntimeError, OverflowError) as error:
+            say(f"no plot {path}: {error}")
+    return written
+
+
+def _read(path: Path, names: Iterable[str], say: Callable[[str], None]) -> Curves:
+    """Name -> curve for those of `names` that occur in a file of JSON lines; an absent file has none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        say(f"{path}: cannot be read for the plots: {error.strerror or error}")
+        return {}
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    broken = []
+    for number, line in enumerate(lines, 1):
+        record = _record(line)
+        if record is None:
+            broken.append(number)
+            continue
+        for name, points in found.items():
+            if name in record:
+                points[record["step"]] = _number(record[name])
+    if broken:
+        say(
+            f"{path}: lines that are no record of a step are left out of the plots: {len(broken)} of "
+            f"{len(lines)}, the first is line {broken[0]}"
+        )
+    return {name: _curve(points) for name, points in found.items() if points}
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if isinstance(step, int) and 0 <= step < 2**63 else None
+
+
+def _number(value: Any) -> float:
+    """NaN for null, which stands for a value that is not finite, and for anything that is no number."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else float("nan")
+
+
+def _curve(points: dict[int, float]) -> Curve:
+    steps = sorted(points)
+    return Curve(np.array(steps, np.int64), np.array([points[step] for step in steps], np.float64))
+
+
+def thin(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
+    """At most `max_points` points: smallest and largest of equal stretches, so that no spike is lost."""
+    if curve.steps.size <= max_points:
+        return curve
+    curve = curve.finite()
+    kept: set[int] = set()
+    for stretch in np.array_split(np.arange(curve.steps.size), max_points // 2):
+        if stretch.size:
+            values = curve.values[stretch]
+            kept.update((int(stretch[values.argmin()]), int(stretch[values.argmax()])))
+    order = sorted(kept)
+    return Curve(curve.steps[order], curve.values[order])
+
+
+def smooth(curve: Curve, span: float) -> Curve:
+    """Exponential moving average with the weight 2 / (span + 1) for the newest point, without its bias to 0."""
+    curve = curve.finite()
+    keep, mean, weight = 1 - 2 / (span + 1), 0.0, 0.0
+    means = []
+    for value in curve.values.tolist():
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(mean / weight)
+    return Curve(curve.steps, np.array(means))
+
+
+def _loss_figure(training: Curves, evaluation: Curves) -> Figure | None:
+    curves = [each["loss"] for each in (training, evaluation) if _known(each, "loss")]
+    if not curves:
+        return None
+    figure, (axes,) = _axes(training)
+    if "loss" in training:
+        _noisy_line(axes, training["loss"], "training")
+        _mark_unusable(axes, training, "loss")
+    if _known(evaluation, "loss"):
+        _line(axes, evaluation["loss"], _EVALUATION, "evaluation", marked=True)
+    _finish(axes, "Loss", "loss (nats a token)", curves)
+    return figure
+
+
+def _learning_rate_figure(training: Curves, _: Curves) -> Figure | None:
+    if not _known(training, "learning_rate"):
+        return None
+    figure, (axes,) = _axes(training)
+    _line(axes, training["learning_rate"], _LINE)
+    _finish(axes, "Learning rate", "learning rate", [training["learning_rate"]], log=False)
+    return figure
+
+
+def _grad_norm_figure(training: Curves, _: Curves) -> Figure | None:
+    if not _known(training, "grad_norm"):
+        return None
+    figure, (axes,) = _axes(training)
+    _noisy_line(axes, training["grad_norm"], "every update")
+    _mark_unusable(axes, training, "grad_norm")
+    _finish(axes, "Gradient norm", "global norm, before clipping", [training["grad_norm"]])
+    return figure
+
+
+def _loss_scale_figure(training: Curves, _: Curves) -> Figure | None:
+    if not _known(training, "loss_scale"):
+        return None
+    figure, (axes,) = _axes(training)
+    _line(axes, training["loss_scale"], _LINE, drawstyle="steps-post")
+    _mark_unusable(axes, training, "loss_scale")
+    _finish(axes, "Loss scale", "loss scale", [training["loss_scale"]], log=False)
+    axes.set_yscale("log", base=2)  # it is halved and doubled
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    return figure
+
+
+def _known(curves: Curves, name: str) -> bool:
+    """Whether there is a point to draw."""
+    return name in curves and bool(curves[name].finite().steps.size)
+
+
+def _eval_scores_figure(training: Curves, evaluation: Curves) -> Figure | None:
+    known = {name: curve for name, curve in evaluation.items() if _known(evaluation, name)}
+    scores = {name: known[name] for name in SCORES if name in known}
+    panels = [curves for curves in (scores, {k: known[k] for k in ("perplexity",) if k in known}) if curves]
+    if not panels:
+        return None
+    figure, all_axes = _axes(training, len(panels))
+    for axes, curves in zip(all_axes, panels):
+        if curves is scores:
+            for name, curve in scores.items():
+                _line(axes, curve, _SCORE_COLORS[name], name.upper(), marked=True)
+            _finish(axes, "Evaluation: ROUGE and BLEU", "score (of 100)", list(scores.values()), log=False)
+        else:
+            _line(axes, known["perplexity"], _EVALUATION, marked=True)
+            _finish(axes, "Evaluation: perplexity", "perplexity", [known["perplexity"]])
+    return figure
+
+
+_FIGURES: dict[str, Callable[[Curves, Curves], Any]] = {
+    "loss": _loss_figure,
+    "learning_rate": _learning_rate_figure,
+    "grad_norm": _grad_norm_figure,
+    "loss_scale": _loss_scale_figure,
+    "eval_scores": _eval_scores_figure,
+}
+
+
+def _axes(training: Curves, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of panels above one another. No pyplot: it would keep figures and choose a backend for all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.5 + 3.2 * panels), dpi=110, layout="constrained", facecolor="white")
+    all_axes = [figure.add_subplot(panels, 1, place + 1) for place in range(panels)]
+    all_axes[-1].set_xlabel("update (step)")
+    _epochs_on_top(all_axes[0], training)
+    return figure, all_axes
+
+
+def _epochs_on_top(axes: Axes, training: Curves) -> None:
+    if "epoch" not in training:
+        return
+    epochs = training["epoch"].finite()
+    if not epochs.steps.size or epochs.values[-1] <= 0 or epochs.steps[-1] <= 0:
+        return
+    steps_per_epoch = epochs.steps[-1] / epochs.values[-1]
+    top = axes.secondary_xaxis("top", (lambda x: x / steps_per_epoch, lambda x: x * steps_per_epoch))
+    top.set_xlabel("epoch")
+
+
+def _noisy_line(axes: Axes, curve: Curve, label: str) -> None:
+    """A curve and, where it is long enough, the smoothed one upon it."""
+    if curve.steps.size < _FEWEST_SMOOTHED:
+        _line(axes, curve, _LINE, label)
+        return
+    span = min(max(curve.steps.size / 50, 5), 500)
+    _line(axes, curve, _RAW, label, linewidth=0.8)
+    steps = span * np.diff(curve.steps).mean()
+    _line(axes, smooth(curve, span), _LINE, f"smoothed over about {steps:,.0f} steps")
+
+
+def _line(
+    axes: Axes, curve: Curve, color: str, label: str | None = None, marked: bool = False, **style: Any
+) -> None:
+    """A line with gaps where values are missing. Points without a neighbour get a marker, or none would show."""
+    curve = thin(curve)
+    known = np.isfinite(curve.values)
+    beside = np.zeros_like(known)
+    beside[1:] |= known[:-1]
+    beside[:-1] |= known[1:]
+    every = known if marked or known.sum() <= _MARKED_POINTS else known & ~beside
+    if every.any():
+        style = {**style, "marker": "o", "markersize": 4.5 if marked else 3.5}
+        style["markevery"] = np.flatnonzero(every).tolist()
+    axes.plot(curve.steps, curve.values, color=color, label=label, **{"linewidth": 1.4, **style})
+
+
+def _mark_unusable(axes: Axes, training: Curves, name: str) -> None:
+    """Crosses at the foot where a value is not finite, and where an overflow made the update be skipped."""
+    overflow = training.get("overflow", Curve(np.zeros(0, np.int64), np.zeros(0)))
+    overflows = overflow.steps[overflow.values > 0]
+    curve = training[name]
+    lost = np.setdiff1d(curve.steps[~np.isfinite(curve.values)], overflows)
+    for steps, color, label in (
+        (overflows, _LINE, "overflow, update skipped"),
+        (lost, _WARNING, "not finite"),
+    ):
+        if steps.size:
+            few = thin(Curve(steps, np.zeros(steps.size))).steps
+            axes.plot(
+                few, np.full(few.size, 0.02), "x", color=color, markersize=6, label=f"{label} ({steps.size})",
+                transform=axes.get_xaxis_transform(), clip_on=False,
+            )  # fmt: skip
+
+
+def _finish(axes: Axes, title: str, label: str, curves: list[Curve], log: bool | None = None) -> None:
+    """Title, units, scales and grid."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    values = np.concatenate([curve.finite().values for curve in curves])
+    positive = bool(values.size) and bool(values.min() > 0)
+    if positive and (log or (log is None and values.max() / values.min() > _LOG_SCALE_FROM)):
+        axes.set_yscale("log")
+        decades = np.log10(values.max() / values.min())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
+    last = max(int(curve.steps[-1]) for curve in curves)
+    axes.set_xlim(0, max(last, 1) * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_ylabel(label)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Draws into memory first, so that the file appears whole."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(image.getvalue())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,66 @@
+"""What decides how a run goes on: equal values continue the same loss curve to the last digit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.engine.batches import TrainingPlan
+from glm_ms.engine.manifest import file_sha256, weights_fingerprint
+from glm_ms.settings import Settings
+from glm_ms.settings.sections import PET_KEYS
+
+# Keys of train_dataset that change no row; the records themselves are compared by their SHA-256 and number.
+_NO_ROWS = ("num_parallel_workers", "cache_dir", "num_samples", "drop_remainder")
+
+
+def position_state(settings: Settings, plan: TrainingPlan) -> dict[str, Any]:
+    """The values that a resumed run must share with the run that wrote the checkpoint; JSON.
+
+    Rows and their order, network, what of it is trained, dropout, optimizer, schedule, loss scaling. Not the paths of
+    files but what is in them; not what evaluates, saves or logs.
+    """
+    whole = settings.to_dict()
+    wrapper = whole["runner_wrapper"]
+    return {
+        "num_rows": plan.num_rows,
+        "batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "num_ranks": plan.num_ranks,
+        "total_steps": plan.total_steps,
+        "seed": plan.seed,
+        "drop_remainder": plan.drop_remainder,
+        "records": file_sha256(Path(settings.train_dataset.data_loader.dataset_dir)),
+        "train_dataset": _row_keys(whole["train_dataset"]),
+        "tokenizer": settings.processor.tokenizer.type,
+        "vocabulary": file_sha256(Path(settings.processor.tokenizer.vocab_file)),
+        "model_config": {k: v for k, v in whole["model"]["model_config"].items() if k != "padded_vocab_size"},
+        "pet_config": _pet_keys(whole["model"]["pet_config"]),
+        "base_weights": _base_weights(settings),
+        "optimizer": whole["optimizer"],
+        "lr_schedule": whole["lr_schedule"],
+        "max_grad_norm": wrapper["max_grad_norm"] if wrapper["use_clip_grad"] else None,
+        "scale_sense": wrapper["scale_sense"] if wrapper["scale_sense"]["type"] else None,
+    }
+
+
+def _row_keys(data: dict[str, Any]) -> dict[str, Any]:
+    loader = {key: value for key, value in data["data_loader"].items() if key != "dataset_dir"}
+    return {**{key: value for key, value in data.items() if key not in _NO_ROWS}, "data_loader": loader}
+
+
+def _pet_keys(pet: dict[str, Any]) -> dict[str, Any]:
+    return {key: pet[key] for key in ("pet_type", *PET_KEYS.get(pet["pet_type"], ()))}
+
+
+def _base_weights(settings: Settings) -> str | None:
+    """Identity of the frozen weights under an adapter, see `weights_fingerprint`.
+
+    None when all weights are trained: then the checkpoint holds them. Random ones follow from the seed.
+    """
+    if settings.model.pet_config.pet_type is None:
+        return None
+    if not settings.load_checkpoint:
+        return f"random, seed {settings.seed}"
+    return weights_fingerprint(resolve_checkpoint(settings.load_checkpoint))

@@ -1,0 +1,81 @@
+"""Loading an adapter into a network, with the proof that it has an effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from glm_ms.generation.cached_decoder import graph_mode
+from glm_ms.generation.cells import Logits
+from glm_ms.model.glm import GLMNetwork
+from glm_ms.peft import Adapter, AdapterError, attach_stored, read_adapter
+from glm_ms.peft.adapter import detach
+
+_PROBE_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What loading an adapter has shown.
+
+    Attributes:
+        path: its file.
+        kind: "lora" or "ptuning2".
+        tensors: tensors of the file, every one of which has found its parameter.
+        parameters: numbers in them.
+        norm: root of the sum of their squares.
+        logit_change: largest absolute change of a logit on a probe prompt.
+    """
+
+    path: Path
+    kind: str
+    tensors: int
+    parameters: int
+    norm: float
+    logit_change: float
+
+    def __str__(self) -> str:
+        return (
+            f"adapter: {self.path} ({self.kind}): {self.tensors} of {self.tensors} tensors matched, "
+            f"{self.parameters:,} parameters, norm {self.norm:.4g}, largest logit change on a probe prompt "
+            f"{self.logit_change:.4g}"
+        )
+
+
+def load_adapter(network: GLMNetwork, path: str | Path) -> tuple[Adapter, AdapterReport]:
+    """Attaches a stored adapter to a network; see `GLMForCausalLM.load_adapter`."""
+    stored = read_adapter(path)
+    before = _probe(network)
+    adapter = attach_stored(network, stored)
+    try:
+        adapter.assign(stored.tensors, stored.path)
+        change = float(np.abs(_probe(network) - before).max())
+        if not np.isfinite(change):
+            raise AdapterError(
+                f"{stored.path}: with this adapter the network gives no numbers (NaN or infinity)"
+            )
+        if change == 0:
+            raise AdapterError(
+                f"{stored.path}: this adapter changes nothing: the logits of a probe prompt are those of the base. "
+                "Was it saved before training, or for another model?"
+            )
+    except AdapterError:
+        detach(network)
+        raise
+    count = sum(tensor.size for tensor in stored.tensors.values())
+    report = AdapterReport(stored.path, adapter.kind, len(stored.tensors), count, stored.norm, change)
+    return adapter, report
+
+
+def _probe(network: GLMNetwork) -> np.ndarray:
+    """Logits of ids spread over the vocabulary, float32 [1, S, V]."""
+    length = min(_PROBE_LENGTH, network.config.seq_length)
+    ids = np.linspace(0, network.config.padded_vocab_size - 1, length).astype(np.int32)[None]
+    places = np.arange(length, dtype=np.int32)
+    with graph_mode():
+        arguments = (ids, np.ones_like(ids), places[None], places)
+        return Logits(network)(*(Tensor(x, ms.int32) for x in arguments)).asnumpy()
