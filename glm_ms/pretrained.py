@@ -11,9 +11,14 @@ from glm_ms.convert import CheckpointError, load_parameters, open_checkpoint
 from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
+from glm_ms.peft.store import is_adapter_folder
 
 
-def load_pretrained(path: str | Path, config: GLMConfig | str | Path | None = None) -> GLMForCausalLM:
+def load_pretrained(
+    path: str | Path,
+    config: GLMConfig | str | Path | None = None,
+    adapter: str | Path | None = None,
+) -> GLMForCausalLM:
     """Loads a model.
 
     Args:
@@ -21,6 +26,7 @@ def load_pretrained(path: str | Path, config: GLMConfig | str | Path | None = No
             output folder of a training run (its newest checkpoint).
         config: architecture, or the folder, `config.json` or YAML that holds it. None: `config.json` in the
             folder.
+        adapter: LoRA or P-Tuning adapter to attach; see `GLMForCausalLM.load_adapter`.
 
     Returns:
         The model. On a CPU its weights are float32, the only type that is fast there; elsewhere they have
@@ -28,10 +34,14 @@ def load_pretrained(path: str | Path, config: GLMConfig | str | Path | None = No
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit the config; the
-            message lists them.
+            message lists them. AdapterError, one of its kind: the adapter cannot be used.
         ConfigError: the config cannot be used.
     """
     path = resolve_checkpoint(path)
+    if is_adapter_folder(path):
+        raise CheckpointError(
+            f"{path}: an adapter, not weights; give load_pretrained the base it was trained on, and this as adapter="
+        )
     if config is None:
         if not (path / "config.json").is_file():
             raise CheckpointError(
@@ -45,4 +55,7 @@ def load_pretrained(path: str | Path, config: GLMConfig | str | Path | None = No
     with open_checkpoint(path) as reader:
         # NumPy has no bfloat16: such weights pass through float32, one tensor at a time.
         dtype = "float16" if config.param_init_type == "float16" else "float32"
-        return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
+        model = GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
+    if adapter is not None:
+        model.load_adapter(adapter)
+    return model

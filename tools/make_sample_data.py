@@ -5,6 +5,9 @@
 The records have the form of ADGEN (attributes of a garment -> advert), but no word of it: garments are drawn
 from the tables below, and the advert follows from the attributes. What each sentence says is settled by one
 attribute or two, so that a model of two layers can learn the rule and be right about garments it never saw.
+
+Two further tasks of the same world are for adapters and dialogues: short titles in place of adverts, and
+conversations with a shop in which the assistant asks the stock by a tool.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 # Class -> (measure word, the key and values of the garment itself, the key and phrases of its detail).
 CLASSES = {
@@ -76,9 +80,16 @@ DETAIL_ORDER = {
     "上衣": ("版型", "detail", "图案"),
     "裤": ("detail", "版型", "图案"),
 }
-Records = list[dict[str, str]]
+Record = dict[str, Any]
+Records = list[Record]
 _OPTIONAL = ("版型", "图案", "detail")
 MAX_RECORDS = 50_000  # about a tenth of the different garments, so that drawing them ends soon
+NUM_TITLES, NUM_CONVERSATIONS = (400, 40), (120, 16)  # to train on, held out
+STOCK_TOOL = {
+    "name": "stock",
+    "description": "pieces left",
+    "parameters": {"garment": {"type": "string"}, "color": {"type": "string"}},
+}
 
 
 def make_garment(generator: random.Random) -> dict[str, str]:
@@ -129,28 +140,100 @@ def describe(attributes: dict[str, str]) -> str:
     )
 
 
-def make_records(num_train: int, num_dev: int, seed: int) -> tuple[Records, Records]:
+def title(attributes: dict[str, str]) -> str:
+    """Writes the title of a garment: what there is to say in one breath, in a fixed order."""
+    _, (garment_key, _), (detail_key, _) = CLASSES[attributes["类型"]]
+    extras = "，".join(attributes[key] for key in (detail_key, "图案") if key in attributes)
+    name = f"{attributes['风格']}{attributes.get('版型', '')}{attributes['颜色']}{attributes['材质']}"
+    return f"{name}{attributes[garment_key]}{f'，{extras}' if extras else ''}"
+
+
+def make_conversation(generator: random.Random) -> Record:
+    """A customer asks for a garment in some color; the assistant asks the stock, answers, and writes the advert.
+
+    Of three conversations one has no tools but a system message, and an answer that bears no loss.
+
+    Returns:
+        {"tools", "conversations"}, the latter messages of the roles system, user, assistant and tool.
+    """
+    attributes = make_garment(generator)
+    measure, (garment_key, _), _ = CLASSES[attributes["类型"]]
+    garment, color = attributes[garment_key], attributes["颜色"]
+    wish = {"role": "user", "content": "*".join(f"{key}#{value}" for key, value in attributes.items())}
+    advert = {"role": "assistant", "content": describe(attributes)}
+    if generator.random() < 1 / 3:
+        messages = [
+            {"role": "system", "content": "为服装写文案。"},
+            wish,
+            {**advert, "loss": False},
+            {"role": "user", "content": "短一点。"},
+            {"role": "assistant", "content": title(attributes)},
+        ]
+        return {"conversations": messages}
+    pieces = int(generator.random() * 10)
+    answer = f"有{pieces}{measure}{color}{garment}。" if pieces else f"{color}{garment}都卖完了。"
+    messages = [
+        {"role": "user", "content": f"有{color}{garment}吗？"},
+        {"role": "assistant", "content": "看一下。"},
+        {"role": "tool", "name": "stock", "parameters": {"garment": garment, "color": color},
+         "observation": {"pieces": pieces}},
+        {"role": "assistant", "content": answer},
+        wish,
+        advert,
+    ]  # fmt: skip
+    return {"tools": [STOCK_TOOL], "conversations": messages}
+
+
+def make_records(
+    number: int, generator: random.Random, write: Callable[[dict[str, str]], str], known: Collection[str] = ()
+) -> Records:
     """Makes distinct records.
 
     Args:
-        num_train: records to train on.
-        num_dev: held-out records.
-        seed: of the draw.
+        number: of records.
+        generator: source of chance.
+        write: attributes of a garment to text.
+        known: contents that may not occur.
 
     Returns:
-        Training and held-out records {"content", "summary"}; no content occurs twice.
+        Records {"content", "summary"}; no content occurs twice.
     """
-    generator = random.Random(seed)
     records: dict[str, str] = {}
-    while len(records) < num_train + num_dev:
+    while len(records) < number:
         attributes = make_garment(generator)
         content = "*".join(f"{key}#{value}" for key, value in attributes.items())
-        records[content] = describe(attributes)
-    rows = [{"content": content, "summary": summary} for content, summary in records.items()]
-    return rows[:num_train], rows[num_train:]
+        if content not in known:
+            records[content] = write(attributes)
+    return [{"content": content, "summary": summary} for content, summary in records.items()]
 
 
-def write_records(path: Path, records: Sequence[dict[str, str]]) -> None:
+def make_sample(num_train: int, num_dev: int, seed: int) -> dict[str, Records]:
+    """Makes every file of the sample.
+
+    Args:
+        num_train: adverts to train on.
+        num_dev: held-out adverts.
+        seed: of all draws.
+
+    Returns:
+        File name -> records. No content of adverts and titles occurs twice, in whichever file.
+    """
+    generator = random.Random(seed)
+    adverts = make_records(num_train + num_dev, generator, describe)
+    known = {record["content"] for record in adverts}
+    titles = make_records(sum(NUM_TITLES), generator, title, known)
+    talks = [make_conversation(generator) for _ in range(sum(NUM_CONVERSATIONS))]
+    files = {}
+    for name, records, train in (
+        ("", adverts, num_train),
+        ("titles_", titles, NUM_TITLES[0]),
+        ("conversations_", talks, NUM_CONVERSATIONS[0]),
+    ):
+        files[f"{name}train.json"], files[f"{name}dev.json"] = records[:train], records[train:]
+    return files
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
     """Writes JSON lines, UTF-8 with bare line feeds; the file is whole or absent."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -160,17 +243,19 @@ def write_records(path: Path, records: Sequence[dict[str, str]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write synthetic records in ADGEN form.")
+    parser = argparse.ArgumentParser(
+        description="Write synthetic records: adverts and titles in ADGEN form, conversations with a tool."
+    )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--num_train", type=int, default=1200, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--num_train", type=int, default=1200, metavar="N",
+                        help="adverts to train on (default: %(default)s)")  # fmt: skip
     parser.add_argument("--num_dev", type=int, default=60, metavar="N",
-                        help="held-out records (default: %(default)s)")  # fmt: skip
+                        help="held-out adverts (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     if min(options.num_train, options.num_dev) < 1 or options.num_train + options.num_dev > MAX_RECORDS:
         parser.error(f"--num_train and --num_dev must be positive and at most {MAX_RECORDS} together")
-    train, dev = make_records(options.num_train, options.num_dev, options.seed)
-    for name, records in (("train.json", train), ("dev.json", dev)):
+    for name, records in make_sample(options.num_train, options.num_dev, options.seed).items():
         try:
             options.output_dir.mkdir(parents=True, exist_ok=True)
             write_records(options.output_dir / name, records)

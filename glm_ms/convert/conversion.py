@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 
 from glm_ms.convert.atomic import check_target
+from glm_ms.convert.dtypes import convert_dtype
 from glm_ms.convert.errors import CheckpointError
 from glm_ms.convert.parameters import check_names_and_shapes
 from glm_ms.convert.reader import CheckpointReader, open_checkpoint
@@ -47,6 +48,7 @@ class Conversion:
         max_shard_size: bytes of tensors in one file of a Hugging Face folder.
         extra_files: tokenizer files to copy.
         overwrite: replace an existing output.
+        deltas: glm_ms name -> function giving a float32 array that is added to the tensor, in float32.
     """
 
     reader: CheckpointReader
@@ -58,6 +60,7 @@ class Conversion:
     max_shard_size: int
     extra_files: tuple[Path, ...]
     overwrite: bool
+    deltas: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -92,11 +95,19 @@ class Conversion:
 
     def _stream(self, on_tensor: Callable[[str, int], None]) -> Iterator[tuple[str, np.ndarray]]:
         for name in self.shapes:
-            array = self.reader.read(name, self.dtype)
+            array = self._read(name)
             size = array.nbytes
             yield name, array
             del array  # or two tensors would be held while the next is read
             on_tensor(name, size)
+
+    def _read(self, name: str) -> np.ndarray:
+        """A tensor in the type of the output, its delta added."""
+        if name not in self.deltas:
+            return self.reader.read(name, self.dtype)
+        array = self.reader.read(name, "float32")
+        array += self.deltas[name]()
+        return convert_dtype(array, "float32", self.dtype, name)
 
 
 def plan_conversion(

@@ -36,10 +36,10 @@ class GLMAdamW(nn.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        half = [parameter.name for parameter in params if parameter.dtype != ms.float32]
+        half = [parameter for parameter in params if parameter.dtype != ms.float32]
         if half:
             # Their squared gradients would vanish, and small updates round away.
-            raise ValueError(f"GLMAdamW trains float32 parameters only; {half[0]} is {params[0].dtype}")
+            raise ValueError(f"GLMAdamW trains float32 parameters only; {half[0].name} is {half[0].dtype}")
         super().__init__(learning_rate, params)
         self.decay = weight_decay
         self.beta1, self.beta2, self.eps = float(betas[0]), float(betas[1]), float(eps)

@@ -1,4 +1,4 @@
-"""MindSpore callbacks of a run: progress after every update, checkpoints at their steps."""
+"""The MindSpore callback of a run: what happens after every update."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from mindspore import RunContext
 from mindspore.train.callback import Callback
 
 from glm_ms.engine.batches import TrainingPlan
+from glm_ms.engine.loss_scale import LossScale
 from glm_ms.engine.progress import ProgressLog, StepRecord
 from glm_ms.engine.signals import restore_signal_handlers
 
 
 class UpdateCallback(Callback):
-    """Counts updates and reports each one.
+    """Counts updates, stops a run that has diverged and reports each update.
 
     Args:
         plan: tells micro batches from updates.
         log: bar and files.
         start_step: updates made before this process.
         seq_length: positions of a row.
-        save: called with the step when a checkpoint is due.
-        save_steps: a checkpoint every so many updates; None: at the end only.
+        after_update: called with the step when it has been logged: evaluations, checkpoints.
+        write_divergence: takes the record of a step that must be the last and the reason; returns where it has
+            written them and the step's records.
     """
 
     def __init__(
@@ -32,12 +34,13 @@ class UpdateCallback(Callback):
         log: ProgressLog,
         start_step: int,
         seq_length: int,
-        save: Callable[[int], None],
-        save_steps: int | None,
+        after_update: Callable[[int], None],
+        write_divergence: Callable[[StepRecord, str], str],
     ) -> None:
         super().__init__()
-        self._plan, self._log, self._save, self._save_steps = plan, log, save, save_steps
+        self._plan, self._log = plan, log
         self._start, self._tokens = start_step, plan.rows_per_step * seq_length
+        self._after_update, self._write_divergence = after_update, write_divergence
         self.last: StepRecord | None = None
 
     def on_train_step_end(self, run_context: RunContext) -> None:
@@ -47,23 +50,48 @@ class UpdateCallback(Callback):
         updates, rest = divmod(context.cur_step_num, self._plan.accumulation_steps)
         if rest:
             return
-        step = self._start + updates
-        loss, norm, rate, _ = (float(value.asnumpy()) for value in context.net_outputs)
-        self.last = StepRecord(
+        scale: LossScale | None = context.train_network.loss_scale
+        self.last = self._record(self._start + updates, context.net_outputs, scale)
+        self._stop_if_diverged(self.last, scale)
+        self._log.step(self.last)
+        self._after_update(self.last.step)
+        self._log.seconds()  # the time of evaluating and saving is not the next step's
+
+    def _record(self, step: int, outputs: tuple[Any, ...], scale: LossScale | None) -> StepRecord:
+        loss, norm, rate, _ = (float(value.asnumpy()) for value in outputs)
+        skipped = scale is not None and scale.skipped()
+        return StepRecord(
             step=step,
             epoch=round(step / self._plan.steps_per_epoch, 4),
-            loss=loss,
+            loss=math.nan if skipped else loss,
             learning_rate=rate,
             grad_norm=norm,
             tokens_per_second=round(self._tokens / self._log.seconds(), 1),
+            overflow=None if scale is None else skipped,
+            loss_scale=None if scale is None else scale.value(),
         )
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {norm} at learning rate {rate:g}: the run has diverged; "
-                "nothing has been saved since. Lower lr_schedule.learning_rate, warm up longer or clip, and go on "
-                "from the last checkpoint"
+
+    def _stop_if_diverged(self, record: StepRecord, scale: LossScale | None) -> None:
+        """Raises FloatingPointError where going on would be in vain; nothing has been saved since the last good
+        checkpoint."""
+        if record.overflow:
+            reason = scale.exhausted()
+            remedy = (
+                "The network has diverged or its activations leave float16; use bfloat16 or float32, or lower"
             )
-        self._log.step(self.last)
-        if step == self._plan.total_steps or (self._save_steps and step % self._save_steps == 0):
-            self._save(step)
-            self._log.seconds()  # the time of saving is not the next step's
+        else:
+            finite = math.isfinite(record.loss) and math.isfinite(record.grad_norm)
+            reason = (
+                None
+                if finite
+                else f"loss {record.loss}, gradient norm {record.grad_norm}: the run has diverged"
+            )
+            remedy = "Look at the records, warm up longer, clip (runner_wrapper.use_clip_grad), or lower"
+        if reason is None:
+            return
+        written = self._write_divergence(record, reason)
+        raise FloatingPointError(
+            f"step {record.step}, learning rate {record.learning_rate:g}: {reason}. Its records: {written}. Nothing "
+            f"has been saved since the last checkpoint. {remedy} lr_schedule.learning_rate, and begin with the last "
+            "good checkpoint"
+        )

@@ -16,7 +16,7 @@ from mindspore.nn import Optimizer
 
 from glm_ms.convert import CheckpointError, convert_dtype
 from glm_ms.convert.atomic import atomic_output
-from glm_ms.convert.run_folder import list_checkpoints, step_folder
+from glm_ms.convert.run_folder import CHECKPOINTS, list_checkpoints, step_folder
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
 from glm_ms.engine.loss_scale import LossScale
 from glm_ms.generation import GLMForCausalLM
@@ -103,7 +103,7 @@ def save_checkpoint(output_dir: Path, step: int, write: Callable[[Path], None]) 
 
 def remove_old_checkpoints(output_dir: Path, keep_max: int, kept: Collection[int] = ()) -> None:
     """Removes all checkpoints but the newest `keep_max` and those of the steps `kept`."""
-    for hidden in (output_dir / "checkpoint").glob(".step_*.old"):
+    for hidden in (output_dir / CHECKPOINTS).glob(".step_*.old"):
         shutil.rmtree(hidden, ignore_errors=True)
     for step, old in list_checkpoints(output_dir)[:-keep_max]:
         if step in kept:

@@ -1,4 +1,4 @@
-"""`--run_mode eval`: scores of generated texts, perplexity."""
+"""`--run_mode eval` and `do_eval`: scores of generated texts, perplexity."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ import numpy as np
 
 from glm_ms.data import IGNORED, AdgenEvalDataset, DataError, Row
 from glm_ms.engine.batches import COLUMNS, labelled_rows
-from glm_ms.engine.files import replace_text
+from glm_ms.engine.files import PREDICTIONS_FILE, SCORES_FILE, replace_text
 from glm_ms.engine.generate import answer_text, generation_options
 from glm_ms.engine.progress import progress_bar
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import ADGENMetric, PerplexityMetric
 from glm_ms.settings import Settings
 from glm_ms.tokenizer import SentencePieceTokenizer
-
-PREDICTIONS_FILE, SCORES_FILE = "eval_predictions.jsonl", "eval_scores.json"
 
 
 def evaluate(
@@ -39,85 +37,124 @@ def evaluate(
     Raises:
         DataError: no usable record.
     """
-    scores: dict[str, Any] = {}
-    for name in settings.metric.type:
-        scores.update(_METRICS[name](settings, model, tokenizer, say))
+    scores = Evaluator(settings, tokenizer, say)(model)
     path = Path(settings.output_dir) / SCORES_FILE
     # JSON has no infinity; a perplexity may overflow.
     finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
     replace_text(path, json.dumps(finite, indent=2) + "\n")
+    if (Path(settings.output_dir) / PREDICTIONS_FILE).is_file() and "ADGENMetric" in settings.metric.type:
+        say(f"predictions beside references: {Path(settings.output_dir) / PREDICTIONS_FILE}")
     return scores
 
 
-def adgen_scores(
-    settings: Settings,
-    model: GLMForCausalLM,
-    tokenizer: SentencePieceTokenizer,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+class Evaluator:
+    """Measures networks on `eval_dataset`, as often as wanted; the records are read once.
+
+    Args:
+        settings: `eval_dataset`, `metric`, `generation`; the lengths are held to the network's.
+        tokenizer: of the records.
+        say: takes lines for the user, once.
+        leave: the bars stay when they are full.
+
+    Raises:
+        DataError: no usable record, or rows longer than the network.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: SentencePieceTokenizer,
+        say: Callable[[str], None],
+        leave: bool = True,
+    ) -> None:
+        builders = {"ADGENMetric": _Adgen, "PerplexityMetric": _Perplexity}
+        self._metrics = [builders[name](settings, tokenizer, say, leave) for name in settings.metric.type]
+
+    def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
+        """All scores by name, of a network that may be in training; nothing of it is changed.
+
+        Writes `eval_predictions.jsonl` into the output folder with ADGENMetric.
+        """
+        scores: dict[str, Any] = {}
+        for metric in self._metrics:
+            scores.update(metric(model))
+        return scores
+
+
+class _Adgen:
     """ROUGE and BLEU of the text generated for each prompt against its reference."""
-    data = settings.eval_dataset
-    records = AdgenEvalDataset(
-        data.data_loader.dataset_dir,
-        tokenizer,
-        data.data_loader.origin_columns,
-        data.max_source_length,
-        data.max_target_length,
-        data.num_samples,
-    )
-    say(records.describe())
-    options = {
-        **generation_options(settings, tokenizer, say),
-        "num_return_sequences": 1,
-    }  # one text per reference
-    metric = ADGENMetric()
-    lines = []
-    with progress_bar(len(records), "generating", "record") as bar:
-        for start in range(0, len(records), data.batch_size):
-            batch = [records[i] for i in range(start, min(start + data.batch_size, len(records)))]
-            texts = _generate(model, tokenizer, batch, data.batch_size, options)
-            scores = metric.update(texts, [record["reference"] for record in batch])
-            for record, text, score in zip(batch, texts, scores):
-                lines.append(
+
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: SentencePieceTokenizer,
+        say: Callable[[str], None],
+        leave: bool,
+    ) -> None:
+        data = settings.eval_dataset
+        self._records = AdgenEvalDataset(
+            data.data_loader.dataset_dir,
+            tokenizer,
+            data.data_loader.origin_columns,
+            data.max_source_length,
+            data.max_target_length,
+            data.num_samples,
+        )
+        say(self._records.describe())
+        options = generation_options(settings, tokenizer, say)
+        self._options = {**options, "num_return_sequences": 1}  # one text per reference
+        self._tokenizer, self._batch_size, self._leave = tokenizer, data.batch_size, leave
+        self._path = Path(settings.output_dir) / PREDICTIONS_FILE
+
+    def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
+        metric, lines, number = ADGENMetric(), [], len(self._records)
+        with progress_bar(number, "generating", "record", leave=self._leave) as bar:
+            for start in range(0, number, self._batch_size):
+                batch = [self._records[i] for i in range(start, min(start + self._batch_size, number))]
+                texts = _generate(model, self._tokenizer, batch, self._batch_size, self._options)
+                scores = metric.update(texts, [record["reference"] for record in batch])
+                lines += [
                     {
                         "prompt": record["prompt"],
                         "prediction": text,
                         "reference": record["reference"],
                         **score,
                     }
-                )
-            bar.update(len(batch))
-    path = Path(settings.output_dir) / PREDICTIONS_FILE
-    replace_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    say(f"predictions beside references: {path}")
-    return metric.eval()
+                    for record, text, score in zip(batch, texts, scores)
+                ]
+                bar.update(len(batch))
+        replace_text(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return metric.eval()
 
 
-def perplexity_scores(
-    settings: Settings,
-    model: GLMForCausalLM,
-    tokenizer: SentencePieceTokenizer,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
+class _Perplexity:
     """exp(mean loss) over all labelled tokens of the data set, each weighing the same."""
-    data = settings.eval_dataset
-    rows = labelled_rows(data, tokenizer)
-    say(rows.describe())
-    if rows.seq_length > model.config.seq_length:
-        raise DataError(
-            f"eval_dataset: max_source_length + max_target_length + 1 = {rows.seq_length} exceeds "
-            f"model.model_config.seq_length = {model.config.seq_length}; lower the former or raise the latter"
-        )
-    metric = PerplexityMetric()
-    with progress_bar(len(rows), "perplexity", "record") as bar:
-        for start in range(0, len(rows), data.batch_size):
-            batch = [rows[i] for i in range(start, min(start + data.batch_size, len(rows)))]
-            metric.update(*model.loss_sum(_stack(batch, data.batch_size)))
-            bar.update(len(batch))
-    return metric.eval()
 
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: SentencePieceTokenizer,
+        say: Callable[[str], None],
+        leave: bool,
+    ) -> None:
+        self._rows = rows = labelled_rows(settings.eval_dataset, tokenizer)
+        say(rows.describe())
+        seq_length = settings.model.model_config.seq_length
+        if rows.seq_length > seq_length:
+            raise DataError(
+                f"eval_dataset: max_source_length + max_target_length + 1 = {rows.seq_length} exceeds "
+                f"model.model_config.seq_length = {seq_length}; lower the former or raise the latter"
+            )
+        self._batch_size, self._leave = settings.eval_dataset.batch_size, leave
 
-_METRICS = {"ADGENMetric": adgen_scores, "PerplexityMetric": perplexity_scores}
+    def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
+        metric, number = PerplexityMetric(), len(self._rows)
+        with progress_bar(number, "perplexity", "record", leave=self._leave) as bar:
+            for start in range(0, number, self._batch_size):
+                batch = [self._rows[i] for i in range(start, min(start + self._batch_size, number))]
+                metric.update(*model.loss_sum(_stack(batch, self._batch_size)))
+                bar.update(len(batch))
+        return metric.eval()
 
 
 def _generate(

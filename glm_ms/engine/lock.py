@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,8 +11,12 @@ from glm_ms.convert import CheckpointError
 
 
 @contextmanager
-def run_lock(output_dir: Path) -> Iterator[None]:
+def run_lock(output_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the folder of a run; the kernel lets go when the process ends, however it ends.
+
+    Args:
+        output_dir: folder of the run.
+        say: hears of it where the file system has no locks; the run then goes on without.
 
     Raises:
         CheckpointError: another process is training into the folder.
@@ -24,6 +28,9 @@ def run_lock(output_dir: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"{output_dir}: another run is training into this folder; wait for it, or give another --output_dir"
             ) from None
-        except OSError:
-            pass  # a file system without locks goes without
+        except OSError as error:
+            say(
+                f"{output_dir}: its file system has no locks ({error.strerror or error}): see to it yourself that no "
+                "second run trains into this folder"
+            )
         yield

@@ -111,7 +111,9 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: missing")
         size = path.stat().st_size
         if size != known["bytes"]:
-            raise CheckpointError(f"{path}: has {size} bytes, {known['bytes']} were written: cut short or foreign")
+            raise CheckpointError(
+                f"{path}: has {size} bytes, {known['bytes']} were written: cut short or foreign"
+            )
         if file_sha256(path) != known["sha256"]:
             raise CheckpointError(f"{path}: damaged or foreign: its SHA-256 is not the one in {MANIFEST}")
 
@@ -170,7 +172,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
 
 
 def _holds_weights(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth") and path.name != "optimizer.safetensors"
+    return (
+        path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+        and path.name != "optimizer.safetensors"
+    )
 
 
 def _why_no_manifest(folder: Path) -> str:

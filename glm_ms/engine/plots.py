@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from glm_ms.engine.progress import METRICS_FILE
+from glm_ms.engine.files import EVAL_METRICS_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-EVAL_METRICS_FILE, PLOTS = "eval_metrics.jsonl", "plots"
+PLOTS = "plots"
 TRAINING_NUMBERS = ("epoch", "loss", "learning_rate", "grad_norm", "overflow", "loss_scale")
 SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 EVAL_NUMBERS = ("loss", "perplexity", *SCORES)

@@ -57,10 +57,8 @@ def _pet_keys(pet: dict[str, Any]) -> dict[str, Any]:
 def _base_weights(settings: Settings) -> str | None:
     """Identity of the frozen weights under an adapter, see `weights_fingerprint`.
 
-    None when all weights are trained: then the checkpoint holds them. Random ones follow from the seed.
+    None when all weights are trained: then the checkpoint holds them.
     """
     if settings.model.pet_config.pet_type is None:
         return None
-    if not settings.load_checkpoint:
-        return f"random, seed {settings.seed}"
     return weights_fingerprint(resolve_checkpoint(settings.load_checkpoint))

@@ -6,14 +6,17 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from glm_ms.engine.files import replace_text
+from glm_ms.engine.files import EVAL_METRICS_FILE, METRICS_FILE, TENSORBOARD, replace_text
 
-METRICS_FILE, TENSORBOARD = "metrics.jsonl", "tensorboard"
+# Scores that the bar shows, the first of them that an evaluation has.
+_SHOWN_SCORES = ("rouge-l", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class StepRecord:
     """One line of `metrics.jsonl`.
 
     Attributes:
-        step: updates made, this one included.
+        step: updates made, this one included, and those that were skipped.
         epoch: passes over the data, fractional.
-        loss: mean over the labelled tokens of the step.
+        loss: mean over the labelled tokens of the step; NaN where it was skipped.
         learning_rate: of this update.
         grad_norm: global, before clipping.
         tokens_per_second: positions computed (rows x sequence length) over the wall time of the step.
+        overflow: the update was skipped for an overflow; None without loss scaling.
+        loss_scale: of the next step; None without loss scaling.
     """
 
     step: int
@@ -35,16 +40,25 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
+    overflow: bool | None = None
+    loss_scale: float | None = None
 
 
-def progress_bar(total: int, description: str, unit: str, done: int = 0, show: bool = True) -> tqdm:
-    """A bar on standard error; every 10 seconds where that is a file, which keeps every state of the bar."""
+def progress_bar(
+    total: int, description: str, unit: str, done: int = 0, show: bool = True, leave: bool = True
+) -> tqdm:
+    """A bar on standard error; every 10 seconds where that is a file, which keeps every state of the bar.
+
+    Args:
+        leave: it stays when it is full; one below another bar should not.
+    """
     return tqdm(
         total=total,
         initial=done,
         desc=description,
         unit=unit,
         disable=not show,
+        leave=leave,
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )
@@ -54,7 +68,7 @@ class ProgressLog:
     """Bar and files of a training run. With `show=False` (ranks other than the first) it does nothing.
 
     Args:
-        output_dir: where `metrics.jsonl` and `tensorboard/` go.
+        output_dir: where `metrics.jsonl`, `eval_metrics.jsonl` and `tensorboard/` go.
         total_steps: updates of the whole run.
         start_step: updates already made; lines of later steps, left by a killed run, are dropped.
         log_steps: write a line every so many steps (and for the last one).
@@ -74,10 +88,11 @@ class ProgressLog:
         self._total, self._log_steps = total_steps, log_steps
         self._bar = progress_bar(total_steps, "compiling", "step", start_step, show)
         self._file = self._writer = None
+        self._output_dir, self._evaluated = output_dir, ""
         if show:
-            path = output_dir / METRICS_FILE
-            _drop_after(path, start_step)
-            self._file = path.open("a", encoding="utf-8")
+            for name in (METRICS_FILE, EVAL_METRICS_FILE):
+                _drop_after(output_dir / name, start_step)
+            self._file = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
         if show and tensorboard:
             from tensorboardX import SummaryWriter  # 0.5 s to import, and not always wanted
 
@@ -93,21 +108,40 @@ class ProgressLog:
     def step(self, record: StepRecord) -> None:
         """Shows and writes one update."""
         self._bar.set_description("training", refresh=False)
-        self._bar.set_postfix_str(
-            f"loss {record.loss:.4f}, lr {record.learning_rate:.2e}, grad norm {record.grad_norm:.3f}, "
-            f"{record.tokens_per_second:,.0f} tokens/s",
-            refresh=False,
-        )
+        self._bar.set_postfix_str(self._postfix(record), refresh=False)
         self._bar.update(1)
-        if self._file is None or (record.step % self._log_steps and record.step != self._total):
+        # Every skipped step has its line: it is seldom, and what a reader looks for.
+        due = record.overflow or record.step % self._log_steps == 0 or record.step == self._total
+        if self._file is None or not due:
             return
-        values = asdict(record)
-        # JSON has no NaN; a diverged run must still leave lines that every reader accepts.
-        self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n")
+        values = {name: value for name, value in asdict(record).items() if value is not None}
+        self._file.write(_json_line(values))
         self._file.flush()
         if self._writer is not None:
-            for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
-                self._writer.add_scalar(name, values[name], record.step)
+            for name, value in values.items():
+                if name not in ("step", "epoch"):
+                    self._writer.add_scalar(name, value, record.step)
+
+    def evaluation(self, step: int, epoch: float, scores: Mapping[str, Any]) -> None:
+        """Shows and writes the scores of an evaluation."""
+        name = next((name for name in _SHOWN_SCORES if name in scores), None)
+        if name is not None:
+            self._evaluated = f", {name} {scores[name]:.4g} at step {step}"
+        if self._file is None:
+            return
+        with (self._output_dir / EVAL_METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(_json_line({"step": step, "epoch": epoch, **scores}))
+        if self._writer is not None:
+            for name, value in scores.items():
+                self._writer.add_scalar(f"eval/{name}", value, step)
+
+    def _postfix(self, record: StepRecord) -> str:
+        loss = "overflow, update skipped" if record.overflow else f"loss {record.loss:.4f}"
+        scale = "" if record.loss_scale is None else f", loss scale {record.loss_scale:g}"
+        return (
+            f"{loss}, lr {record.learning_rate:.2e}, grad norm {record.grad_norm:.3f}{scale}, "
+            f"{record.tokens_per_second:,.0f} tokens/s{self._evaluated}"
+        )
 
     def close(self) -> None:
         """Ends bar and files."""
@@ -116,6 +150,11 @@ class ProgressLog:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _json_line(values: Mapping[str, Any]) -> str:
+    """JSON has no NaN; a diverged run must still leave lines that every reader accepts."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n"
 
 
 def _drop_after(path: Path, step: int) -> None:

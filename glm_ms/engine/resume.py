@@ -70,7 +70,9 @@ def remark_on_versions(manifest: Manifest, device: str, say: Callable[[str], Non
     now = {"mindspore": mindspore.__version__, "device": device}
     changed = differences({"mindspore": manifest.mindspore, "device": manifest.device}, now)
     if changed:
-        say(f"the checkpoint was written elsewhere ({'; '.join(changed)}): the last digits of the losses may differ")
+        say(
+            f"the checkpoint was written elsewhere ({'; '.join(changed)}): the last digits of the losses may differ"
+        )
 
 
 def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
@@ -91,7 +93,9 @@ def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
     metrics = output_dir / METRICS_FILE
     if not found and not (metrics.is_file() and metrics.stat().st_size):
         return None
-    return _move(output_dir, [path for name in (CHECKPOINTS, *RESULTS) for path in sorted(output_dir.glob(name))], "")
+    return _move(
+        output_dir, [path for name in (CHECKPOINTS, *RESULTS) for path in sorted(output_dir.glob(name))], ""
+    )
 
 
 def _move(output_dir: Path, paths: list[Path], into: str) -> Path:

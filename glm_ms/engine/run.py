@@ -16,6 +16,7 @@ from glm_ms.engine.files import replace_text
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.predict import RESULTS_FILE, predict
 from glm_ms.engine.signals import restore_signal_handlers
+from glm_ms.engine.summary import summary
 from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model
 from glm_ms.settings import Settings, SettingsError
@@ -66,10 +67,12 @@ def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
 def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None]) -> None:
     last = train(settings, tokenizer, say)
     if last is None:
-        say(f"the run is finished; to train on, begin a new one with --load_checkpoint {settings.output_dir}")
-        return
-    say(f"step {last.step}: loss {last.loss:.6f}")
-    say(f"weights and training state: {Path(settings.output_dir) / 'checkpoint'}")
+        flag = "--load_adapter" if settings.model.pet_config.pet_type else "--load_checkpoint"
+        say(f"the run is finished; to train on, begin a new one with {flag} {settings.output_dir}")
+    else:
+        say(f"step {last.step}: loss {last.loss:.6f}")
+    for line in summary(settings):
+        say(line)
 
 
 def _set_device(settings: Settings) -> None:

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mindformers import Trainer
-from mindspore import Parameter
 from mindspore.communication import get_group_size, get_rank
-from mindspore.nn import Optimizer
 
 from glm_ms.data import AdgenDataset
 from glm_ms.engine import quiet
 from glm_ms.engine.batches import TrainingPlan, labelled_rows, training_batches
+from glm_ms.engine.best import BestEvaluation
 from glm_ms.engine.callbacks import UpdateCallback
-from glm_ms.engine.checkpoint import check_files, restore, save_checkpoint
-from glm_ms.engine.files import replace_text
+from glm_ms.engine.checkpoint import TrainingState, remove_old_checkpoints, save_checkpoint
+from glm_ms.engine.divergence import write_divergence
+from glm_ms.engine.evaluate import Evaluator
+from glm_ms.engine.files import SETTINGS_FILE, replace_text
 from glm_ms.engine.lock import run_lock
+from glm_ms.engine.manifest import Manifest, write_manifest
 from glm_ms.engine.mf_config import mindformers_config
+from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.network import TrainingNetwork
+from glm_ms.engine.position import position_state
 from glm_ms.engine.progress import ProgressLog, StepRecord
-from glm_ms.engine.resume import SETTINGS_FILE, find_checkpoint, position_state, set_aside, steps_done
+from glm_ms.engine.resume import check_checkpoint, find_checkpoint, remark_on_versions, set_aside
 from glm_ms.engine.trainer import GLMTrainer
 from glm_ms.engine.weights import build_model
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.tokenizer import SentencePieceTokenizer
 
+Say = Callable[[str], None]
 
-def train(
-    settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None]
-) -> StepRecord | None:
+
+def train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> StepRecord | None:
     """Trains a network as the settings say, through the MindFormers Trainer.
 
     Args:
@@ -44,97 +50,166 @@ def train(
 
     Raises:
         CheckpointError, DataError, SettingsError: weights, records or settings that cannot be used.
+        FloatingPointError: the run has diverged.
     """
     rank = get_rank() if settings.use_parallel else 0
-    with run_lock(Path(settings.output_dir)) if rank == 0 else nullcontext():
-        return _train(settings, tokenizer, say, rank)
+    with run_lock(Path(settings.output_dir), say) if rank == 0 else nullcontext():
+        run = _prepare(settings, tokenizer, say, rank)
+        if run.start == run.plan.total_steps:
+            return None
+        return _train(run)
 
 
-def _train(
-    settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None], rank: int
-) -> StepRecord | None:
-    num_ranks = get_group_size() if settings.use_parallel else 1
+@dataclass(frozen=True)
+class _Run:
+    """What is known before anything is built or written."""
+
+    settings: Settings
+    tokenizer: SentencePieceTokenizer
+    say: Say
+    rank: int
+    rows: AdgenDataset
+    plan: TrainingPlan
+    position: dict
+    checkpoint: Path | None
+    manifest: Manifest | None
+    evaluator: Evaluator | None
+
+    @property
+    def start(self) -> int:
+        """Updates already made."""
+        return 0 if self.manifest is None else self.manifest.step
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.output_dir)
+
+
+def _prepare(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, rank: int) -> _Run:
+    """Reads records and checkpoint; all that can be refused is refused here or when the model is built."""
     checkpoint = find_checkpoint(settings)
     rows = labelled_rows(settings.train_dataset, tokenizer)
     say(rows.describe())
-    plan = _plan(settings, len(rows), num_ranks)
+    plan = _plan(settings, len(rows), get_group_size() if settings.use_parallel else 1)
     position = position_state(settings, plan)
-    start = 0
     _remark_on_schedule(settings, plan, say)
+    manifest = None
     if checkpoint is not None:
-        check_files(checkpoint)
-        start = steps_done(checkpoint, position)
-        say(f"resuming from {checkpoint}: {start} of {plan.total_steps} steps are done")
-        if start == plan.total_steps:
-            return None
-    model = build_model(settings, tokenizer.vocab_size, say, checkpoint)
-    if rank == 0:
-        _tidy_output(settings, checkpoint, say)
-    log = _log(settings, plan, start, show=rank == 0)
+        manifest = check_checkpoint(checkpoint, position, verify=rank == 0)
+        say(f"resuming from {checkpoint}: {manifest.step} of {plan.total_steps} steps are done")
+        remark_on_versions(manifest, settings.context.device_target, say)
+    evaluator = Evaluator(settings, tokenizer, say, leave=False) if settings.do_eval and rank == 0 else None
+    return _Run(settings, tokenizer, say, rank, rows, plan, position, checkpoint, manifest, evaluator)
+
+
+def _train(run: _Run) -> StepRecord:
+    settings, rank = run.settings, run.rank
+    model = build_model(settings, run.tokenizer.vocab_size, run.say, run.checkpoint)
+    best = _tidy_output(run) if rank == 0 else BestEvaluation(run.output_dir, None)
+    log = ProgressLog(
+        run.output_dir, run.plan.total_steps, run.start, settings.logging.log_steps,
+        settings.logging.tensorboard, show=rank == 0,
+    )  # fmt: skip
     try:
-        trainer = _trainer(settings, plan, model, rows, start, rank)
+        trainer = _trainer(run, model)
         task: GLMTrainer = trainer.trainer
-        if checkpoint is not None:
-            task.when_built = lambda: restore(checkpoint, *_parameters(model, task.optimizer))
-
-        def save(step: int) -> None:
-            if rank == 0:
-                parameters = _parameters(model, task.optimizer)
-                keep = settings.checkpoint.keep_max
-                save_checkpoint(Path(settings.output_dir), step, model.config, *parameters, position, keep)
-
-        updates = UpdateCallback(plan, log, start, rows.seq_length, save, settings.checkpoint.save_steps)
+        if run.checkpoint is not None:
+            task.when_built = lambda: _state(run, model, task).restore(run.checkpoint)
+        milestones = _milestones(run, model, task, best, log)
+        report = partial(_report_divergence, run)
+        updates = UpdateCallback(run.plan, log, run.start, run.rows.seq_length, milestones, report)
         trainer.callbacks = [updates]
         trainer.train()
-        return updates.last
     finally:
         log.close()
+    if rank == 0:
+        _plot(run)
+    return updates.last
 
 
-def _tidy_output(settings: Settings, checkpoint: Path | None, say: Callable[[str], None]) -> None:
+def _tidy_output(run: _Run) -> BestEvaluation:
     """The last act before the run writes: every check has passed."""
-    output_dir = Path(settings.output_dir)
-    aside = set_aside(output_dir, checkpoint)
+    aside = set_aside(run.output_dir, run.checkpoint)
     if aside is not None:
-        say(f"what an earlier run left in {output_dir} has been moved to {aside}")
-    replace_text(output_dir / SETTINGS_FILE, settings.to_yaml())
+        run.say(f"what an earlier run left in {run.output_dir} has been moved to {aside}")
+    replace_text(run.output_dir / SETTINGS_FILE, run.settings.to_yaml())
+    known = None if run.manifest is None else run.manifest.best
+    best = BestEvaluation(run.output_dir, run.settings.checkpoint.best_metric, known)
+    if best.dropped:
+        run.say(f"the best evaluation so far does not count on: {best.dropped}")
+    if run.manifest is not None:
+        best.write()
+    return best
 
 
-def _remark_on_schedule(settings: Settings, plan: TrainingPlan, say: Callable[[str], None]) -> None:
-    schedule, config = settings.lr_schedule, settings.model.model_config
+def _milestones(
+    run: _Run, model: GLMForCausalLM, task: GLMTrainer, best: BestEvaluation, log: ProgressLog
+) -> Callable[[int], None]:
+    if run.rank != 0:
+        return lambda step: None
+
+    def save(step: int, record: dict | None) -> None:
+        state = _state(run, model, task)
+        epoch, place = divmod(step, run.plan.steps_per_epoch)
+
+        def write(folder: Path) -> None:
+            state.write(folder)
+            where = (epoch, place * run.plan.rows_per_step)
+            write_manifest(folder, step, where, run.position, record, run.settings.context.device_target)
+
+        save_checkpoint(run.output_dir, step, write)
+
+    return Milestones(
+        run.settings,
+        run.plan,
+        None if run.evaluator is None else partial(run.evaluator, model),
+        save,
+        partial(remove_old_checkpoints, run.output_dir, run.settings.checkpoint.keep_max),
+        best,
+        log,
+        partial(_plot, run),
+    )
+
+
+def _state(run: _Run, model: GLMForCausalLM, task: GLMTrainer) -> TrainingState:
+    return TrainingState(model, task.optimizer, task.loss_scale, run.settings.load_checkpoint)
+
+
+def _report_divergence(run: _Run, record: StepRecord, reason: str) -> str:
+    if run.rank != 0:
+        return "see the first rank"
+    return str(write_divergence(run.output_dir, record, reason, run.plan, run.rows, run.tokenizer))
+
+
+def _plot(run: _Run) -> None:
+    from glm_ms.engine.plots import write_plots  # matplotlib takes half a second
+
+    write_plots(run.output_dir, run.say)
+
+
+def _remark_on_schedule(settings: Settings, plan: TrainingPlan, say: Say) -> None:
+    schedule = settings.lr_schedule
     if schedule.warmup_ratio is None and schedule.warmup_steps >= plan.total_steps:
         say(
             f"lr_schedule.warmup_steps = {schedule.warmup_steps}: the run has {plan.total_steps} steps, so the "
             "learning rate never reaches its top"
         )
-    if settings.resume_training is not False and (config.hidden_dropout or config.attention_dropout):
-        say(
-            "dropout is on: its random state is not saved, so the resumed losses differ from an unbroken run's"
-        )
 
 
-def _trainer(
-    settings: Settings, plan: TrainingPlan, model: GLMForCausalLM, rows: AdgenDataset, start: int, rank: int
-) -> Trainer:
+def _trainer(run: _Run, model: GLMForCausalLM) -> Trainer:
+    settings = run.settings
     if settings.recompute_config.recompute:
         for layer in model.network.transformer.encoder.layers:
             layer.recompute()
     workers = settings.train_dataset.num_parallel_workers
     trainer = Trainer(
-        args=mindformers_config(settings, plan.total_steps),
-        train_dataset=training_batches(rows, plan, start, rank, workers),
+        args=mindformers_config(settings, run.plan.total_steps),
+        train_dataset=training_batches(run.rows, run.plan, run.start, run.rank, workers),
     )
     quiet.after_import()
     # Trainer takes a PreTrainedModel only; its task trainer takes any cell.
-    trainer.trainer.network = TrainingNetwork(model.network, rows.seq_length)
+    trainer.trainer.network = TrainingNetwork(model.network, run.rows.seq_length)
     return trainer
-
-
-def _parameters(model: GLMForCausalLM, optimizer: Optimizer) -> tuple[list[Parameter], list[Parameter]]:
-    """The weights; and the moments and step counter, which are all an optimizer owns besides them."""
-    weights = list(model.network.get_parameters())
-    known = {id(parameter) for parameter in weights}
-    return weights, [parameter for parameter in optimizer.get_parameters() if id(parameter) not in known]
 
 
 def _plan(settings: Settings, num_rows: int, num_ranks: int) -> TrainingPlan:
@@ -150,8 +225,3 @@ def _plan(settings: Settings, num_rows: int, num_ranks: int) -> TrainingPlan:
         shuffle=settings.train_dataset.data_loader.shuffle,
         drop_remainder=settings.train_dataset.drop_remainder,
     )
-
-
-def _log(settings: Settings, plan: TrainingPlan, start: int, show: bool) -> ProgressLog:
-    output_dir, logging = Path(settings.output_dir), settings.logging
-    return ProgressLog(output_dir, plan.total_steps, start, logging.log_steps, logging.tensorboard, show)

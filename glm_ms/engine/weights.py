@@ -1,14 +1,19 @@
-"""The model a run begins with: architecture from the settings, weights from load_checkpoint."""
+"""The model a run begins with: architecture from the settings, weights from load_checkpoint, adapter."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from glm_ms.convert import CheckpointError, load_parameters, open_checkpoint
+from glm_ms.convert.errors import capped
 from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
+from glm_ms.peft import AdapterConfig, AdapterError, LoraConfig, PrefixConfig, StoredAdapter, read_adapter
+from glm_ms.peft.lora import linear_modules, target_names
+from glm_ms.peft.store import is_adapter_folder
 from glm_ms.settings import Settings, resolve_vocab_size
 from glm_ms.settings.schema import AUTO
 
@@ -18,12 +23,15 @@ _FREE = frozenset(
      "eos_token_id", "pad_token_id"}
 )  # fmt: skip
 _EMBEDDING = "transformer.embedding.embedding_table"
+# Field of a stored adapter -> key that must agree with it when training goes on.
+_LORA_KEYS = {"rank": "lora_rank", "alpha": "lora_alpha"}
+_PREFIX_KEYS = {"pre_seq_len": "pre_seq_len", "prefix_projection": "prefix_projection"}
 
 
 def build_model(
     settings: Settings, vocab_size: int, say: Callable[[str], None], checkpoint: Path | None = None
 ) -> GLMForCausalLM:
-    """Builds the network of a run and loads its weights.
+    """Builds the network of a run, loads its weights, and attaches its adapter.
 
     `padded_vocab_size: auto` becomes the size of the checkpoint, or without one that of the tokenizer.
 
@@ -31,27 +39,93 @@ def build_model(
         settings: the run.
         vocab_size: ids of the tokenizer.
         say: takes lines for the user.
-        checkpoint: weights to load in place of `load_checkpoint`.
+        checkpoint: of the run that is being resumed. It takes the place of `load_checkpoint`; but the checkpoint of
+            an adapter holds no base, and its values are left to whoever restores it.
 
     Raises:
         CheckpointError: the weights cannot be read, or do not belong to the configured network.
         SettingsError: the vocabulary does not fit the tokenizer.
     """
-    if checkpoint is None and settings.load_checkpoint:
-        checkpoint = resolve_checkpoint(settings.load_checkpoint)
+    adapter = adapter_config(settings)
+    base = checkpoint if adapter is None else None
+    if base is None and settings.load_checkpoint:
+        base = resolve_checkpoint(settings.load_checkpoint)
+    model = _base_model(settings, vocab_size, say, base)
+    if settings.load_adapter and checkpoint is None:
+        stored = read_adapter(settings.load_adapter)
+        if adapter is not None:
+            stored = _for_training(model, stored, adapter)
+        say(str(model.load_adapter(stored)))
+    elif adapter is not None:
+        model.add_adapter(adapter, settings.seed)
+    return model
+
+
+def adapter_config(settings: Settings) -> AdapterConfig | None:
+    """What `model.pet_config` asks for; None for training of all weights."""
+    pet = settings.model.pet_config
+    if pet.pet_type is None:
+        return None
+    if pet.pet_type == "ptuning2":
+        return PrefixConfig(pet.pre_seq_len, pet.prefix_projection, pet.projection_dim, pet.dropout_prob)
+    targets = pet.target_modules
+    return LoraConfig(
+        pet.lora_rank,
+        pet.lora_alpha,
+        pet.lora_dropout,
+        targets if isinstance(targets, str) else tuple(targets),
+    )
+
+
+def _for_training(model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig) -> StoredAdapter:
+    """A stored adapter that is to be trained on, with the dropout of the settings.
+
+    Raises:
+        AdapterError: it is not of the kind or the sizes the settings ask for.
+    """
+    then = stored.config
+    if type(then) is not type(wanted):
+        kinds = {LoraConfig: "lora", PrefixConfig: "ptuning2"}
+        raise AdapterError(
+            f"{stored.path}: a {kinds[type(then)]} adapter, but model.pet_config.pet_type is {kinds[type(wanted)]}"
+        )
+    keys = _LORA_KEYS if isinstance(wanted, LoraConfig) else _PREFIX_KEYS
+    different = [
+        f"model.pet_config.{key}: {getattr(wanted, name)}, in the adapter {getattr(then, name)}"
+        for name, key in keys.items()
+        if getattr(then, name) != getattr(wanted, name)
+    ]
+    if isinstance(wanted, LoraConfig):
+        # The modules and not the patterns: the same ones can be written in many ways.
+        targets = target_names(wanted.target_modules, linear_modules(model.network))
+        odd = sorted(set(targets) ^ set(stored.modules))
+        if odd:
+            different.append(f"model.pet_config.target_modules: {capped(odd)} in only one of both")
+    if different:
+        raise AdapterError(f"{stored.path}: does not fit the settings: {'; '.join(different)}")
+    return dataclasses.replace(stored, config=dataclasses.replace(then, dropout=wanted.dropout))
+
+
+def _base_model(
+    settings: Settings, vocab_size: int, say: Callable[[str], None], checkpoint: Path | None
+) -> GLMForCausalLM:
     if checkpoint is None:
         resolve_vocab_size(settings, vocab_size)
         say("weights: random")
         return GLMForCausalLM(settings.glm_config())
+    if is_adapter_folder(checkpoint):
+        raise CheckpointError(
+            f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} holds an adapter, not weights; name "
+            "it with --load_adapter, and with --load_checkpoint the base it was trained on"
+        )
     with open_checkpoint(checkpoint) as reader:
         model_config = settings.model.model_config
         if model_config.padded_vocab_size == AUTO and _EMBEDDING in reader.names():
             model_config.padded_vocab_size = reader.shape(_EMBEDDING)[0]
         resolve_vocab_size(settings, vocab_size)
         config = settings.glm_config()
-        _check_config_beside(
-            checkpoint, config, settings
-        )  # shapes alone do not tell head sizes or rope_ratio
+        # Shapes alone do not tell head sizes or rope_ratio.
+        _check_config_beside(checkpoint, config, settings)
         say(f"weights: {checkpoint}")
         dtype = "float16" if config.param_init_type == "float16" else "float32"
         return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))

@@ -12,7 +12,7 @@ from mindspore import Tensor
 from glm_ms.generation.cached_decoder import graph_mode
 from glm_ms.generation.cells import Logits
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.peft import Adapter, AdapterError, attach_stored, read_adapter
+from glm_ms.peft import Adapter, AdapterError, StoredAdapter, attach_stored, read_adapter
 from glm_ms.peft.adapter import detach
 
 _PROBE_LENGTH = 16
@@ -46,9 +46,9 @@ class AdapterReport:
         )
 
 
-def load_adapter(network: GLMNetwork, path: str | Path) -> tuple[Adapter, AdapterReport]:
+def load_adapter(network: GLMNetwork, source: str | Path | StoredAdapter) -> tuple[Adapter, AdapterReport]:
     """Attaches a stored adapter to a network; see `GLMForCausalLM.load_adapter`."""
-    stored = read_adapter(path)
+    stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
     before = _probe(network)
     adapter = attach_stored(network, stored)
     try:

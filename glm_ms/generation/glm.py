@@ -22,7 +22,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
-from glm_ms.peft import Adapter, AdapterConfig, attach_new
+from glm_ms.peft import Adapter, AdapterConfig, StoredAdapter, attach_new
 
 _IDS = Tensor(shape=[None, None], dtype=ms.int32)
 _VECTOR = Tensor(shape=[None], dtype=ms.int32)
@@ -104,12 +104,12 @@ class GLMForCausalLM:
         self._build_cells()
         return self.adapter
 
-    def load_adapter(self, path: str | Path) -> AdapterReport:
+    def load_adapter(self, source: str | Path | StoredAdapter) -> AdapterReport:
         """Attaches a stored adapter, and proves that it does something.
 
         Args:
-            path: of this project, of the library `peft`, or a P-Tuning checkpoint of the original code; see
-                `glm_ms.peft.read_adapter`.
+            source: path of an adapter of this project, of the library `peft`, or of a P-Tuning checkpoint of the
+                original code; see `glm_ms.peft.read_adapter`, whose result is taken as well.
 
         Returns:
             Matched tensors, their norm, and the largest change of a logit on a probe prompt.
@@ -118,7 +118,7 @@ class GLMForCausalLM:
             AdapterError: it cannot be read, is empty, was made for another base, or changes nothing. The model is
                 left as it was.
         """
-        self.adapter, report = load_adapter(self.network, path)
+        self.adapter, report = load_adapter(self.network, source)
         self._build_cells()
         return report
 

@@ -28,7 +28,7 @@ class SeededDropout(nn.Cell):
         super().__init__()
         self.p, self.stream = p, stream
         self.scale = 1.0 / (1.0 - p)
-        self.threshold = int(round(p * 2.0**32)) - 2**31  # of 32 random bits, read as int32
+        self.threshold = round(p * 2.0**32) - 2**31  # of 32 random bits, read as int32
         self.offset = int(np.array([stream * 0x85EBCA6B % 2**32], np.uint32).view(np.int32)[0])
         self.xor = ops.BitwiseXor()
         self.bits = ops.BitwiseAnd()

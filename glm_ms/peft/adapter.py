@@ -70,7 +70,7 @@ def attach_stored(network: GLMNetwork, stored: StoredAdapter) -> Adapter:
     """
     if isinstance(stored.config, PrefixConfig):
         return attach_new(network, stored.config)
-    modules = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in stored.tensors))
+    modules = stored.modules
     unknown = [name for name in modules if name not in linear_modules(network)]
     if unknown:
         raise AdapterError(

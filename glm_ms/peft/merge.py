@@ -32,14 +32,13 @@ def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callab
             f"{stored.path}: a P-Tuning prefix cannot be merged into weights; use it as an adapter"
         )
     factor = -stored.config.scaling if remove else stored.config.scaling
-    modules = list(dict.fromkeys(name.rpartition(".lora_")[0] for name in stored.tensors))
     deltas = {}
-    for module in modules:
+    for module in stored.modules:
         halves = [stored.tensors.get(f"{module}.{ending}") for ending in (lora.A, lora.B)]
         if halves[0] is None or halves[1] is None:
             raise AdapterError(f"{stored.path}: {module} has only one of lora_A and lora_B")
         deltas[f"{module}.weight"] = partial(_product, halves[1], halves[0], np.float32(factor))
-    if not any(stored.tensors[f"{module}.{lora.B}"].any() for module in modules):
+    if not any(stored.tensors[f"{module}.{lora.B}"].any() for module in stored.modules):
         raise AdapterError(
             f"{stored.path}: every lora_B is zero, so this adapter changes nothing; was it trained?"
         )

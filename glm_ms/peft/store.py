@@ -48,6 +48,11 @@ class StoredAdapter:
     tensors: dict[str, np.ndarray]
 
     @property
+    def modules(self) -> list[str]:
+        """Names of the linear layers a LoRA adapter changes, in the order of the file."""
+        return list(dict.fromkeys(name.rpartition(".lora_")[0] for name in self.tensors if ".lora_" in name))
+
+    @property
     def norm(self) -> float:
         """Root of the sum of squares over all tensors."""
         return float(np.sqrt(sum(np.square(t, dtype=np.float64).sum() for t in self.tensors.values())))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from glm_ms.model.config import ConfigError, GLMConfig
+from glm_ms.settings.adapter_checks import adapter_problems
 from glm_ms.settings.errors import SettingsError
 from glm_ms.settings.schema import AUTO, Settings
 from glm_ms.settings.sections import LR_SCHEDULE_KEYS
@@ -63,6 +64,8 @@ class Checker:
         self._lower_workers()
         if "run_mode" in self.unusable:
             return
+        for key, message, others in adapter_problems(self.settings):
+            self._bad(message, key, *others)
         if self.settings.is_training():
             self._training_length()
         elif self.settings.run_mode == "eval":
@@ -219,6 +222,8 @@ class Checker:
         settings = self.settings
         if settings.load_checkpoint:
             self._must_exist("load_checkpoint", settings.load_checkpoint)
+        if settings.load_adapter:
+            self._must_exist("load_adapter", settings.load_adapter)
         resumes = settings.is_training() and settings.resume_training
         if resumes and isinstance(settings.resume_training, str):
             self._must_exist("resume_training", settings.resume_training)

@@ -38,10 +38,12 @@ def attributes_of(record):
 
 def test_made_again_byte_for_byte(tool, sample, tmp_path, capsys):
     assert tool.main(["--output_dir", str(tmp_path / "again")]) == 0
-    for name in ("train.json", "dev.json"):
+    names = {path.name for path in sample.glob("*.json")}
+    assert {path.name for path in (tmp_path / "again").iterdir()} == names
+    assert len(names) == 6
+    for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (sample / name).read_bytes()
     assert "60 records written" in capsys.readouterr().out
-    assert len(list((tmp_path / "again").iterdir())) == 2
 
 
 def test_held_out_records_are_new_but_of_known_parts(sample):
@@ -65,9 +67,10 @@ def test_adverts_mention_every_attribute(sample):
 
 
 def test_another_seed_gives_other_garments(tool):
-    first, second = (tool.make_records(50, 10, seed)[0] for seed in (0, 1))
-    assert first != second
-    assert first == tool.make_records(50, 10, 0)[0]
+    first, second = (tool.make_sample(50, 10, seed) for seed in (0, 1))
+    assert all(first[name] != second[name] for name in first)
+    assert first == tool.make_sample(50, 10, 0)
+    assert (len(first["train.json"]), len(first["dev.json"])) == (50, 10)
 
 
 def test_copying_the_nearest_record_is_not_enough(sample):
@@ -81,6 +84,44 @@ def test_copying_the_nearest_record_is_not_enough(sample):
     assert sum(scores) / len(scores) < 90
 
 
+def test_titles_hold_every_attribute_and_are_of_other_garments(sample):
+    """The second task for the same prompts: what an adapter learns."""
+    train, dev = read(sample / "titles_train.json"), read(sample / "titles_dev.json")
+    assert (len(train), len(dev)) == (400, 40)
+    contents = [record["content"] for record in train + dev]
+    contents += [record["content"] for name in ("train", "dev") for record in read(sample / f"{name}.json")]
+    assert len(contents) == len(set(contents))
+    for record in train + dev:
+        for key, value in attributes_of(record):
+            assert value in record["summary"] or (key, value) == ("类型", "上衣"), record
+        assert "。" not in record["summary"]
+
+
+def test_conversations_show_the_whole_format(sample):
+    """Roles, tools, calls and observations that belong together, the loss flag; answers that are right."""
+    records = read(sample / "conversations_train.json") + read(sample / "conversations_dev.json")
+    assert len(records) == 136
+    plain = [record for record in records if "tools" not in record]
+    assert 20 < len(plain) < 70
+    for record in plain:
+        roles = [message["role"] for message in record["conversations"]]
+        assert roles == ["system", "user", "assistant", "user", "assistant"]
+        assert [message.get("loss") for message in record["conversations"]] == [None, None, False, None, None]
+    for record in records:
+        if "tools" not in record:
+            continue
+        declared = {tool["name"]: set(tool["parameters"]) for tool in record["tools"]}
+        roles = [message["role"] for message in record["conversations"]]
+        assert roles == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+        asked, _, call, answer, wish, advert = record["conversations"]
+        assert set(call["parameters"]) == declared[call["name"]]
+        assert all(value in asked["content"] for value in call["parameters"].values())
+        pieces = call["observation"]["pieces"]
+        assert (f"有{pieces}" in answer["content"]) == (pieces > 0)
+        assert call["parameters"]["color"] in advert["content"]
+        assert f"颜色#{call['parameters']['color']}" in wish["content"]
+
+
 @pytest.mark.parametrize("vocab_size", [700, 800, 1000])
 def test_prompt_fits_in_64_tokens_and_advert_in_48(sample, repository, tmp_path, vocab_size):
     trainer = load(repository / "tools" / "train_vocab.py")
@@ -88,7 +129,8 @@ def test_prompt_fits_in_64_tokens_and_advert_in_48(sample, repository, tmp_path,
     vocab_file = tmp_path / "tokenizer.model"
     trainer.write_whole(vocab_file, trainer.train_vocabulary(texts, vocab_size))
     glm2, glm3 = ChatGLM2Tokenizer(vocab_file), ChatGLM3Tokenizer(vocab_file)
-    for record in read(sample / "train.json") + read(sample / "dev.json"):
+    names = ("train", "dev", "titles_train", "titles_dev")
+    for record in [record for name in names for record in read(sample / f"{name}.json")]:
         prompts = glm2(glm2.build_prompt(record["content"])), glm3.build_chat_input(record["content"])
         assert max(len(prompt["input_ids"]) for prompt in prompts) <= 64
         with_end = [*glm2.encode(record["summary"], add_special_tokens=False), glm2.eos_token_id]

@@ -1,0 +1,126 @@
+"""The last lines of a training run: where its result lies, and commands that use it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from glm_ms.convert import CheckpointError
+from glm_ms.convert.run_folder import BEST, CHECKPOINTS, best_checkpoint, list_checkpoints, resolve_checkpoint
+from glm_ms.engine.files import SETTINGS_FILE
+from glm_ms.settings import Settings, SettingsError, parse_args
+from glm_ms.settings.loader import read_settings
+
+PROGRAM = "run_glm.py"
+_PROMPT = "你好"
+_PLACEHOLDER = "RECORDS.json"
+
+
+def summary(settings: Settings) -> list[str]:
+    """Lines for the user at the end of a run.
+
+    Every command is held to the settings it would run with; what is still missing to run it stands beside it.
+
+    Args:
+        settings: of the run, whose output folder holds `settings.yaml` and checkpoints.
+    """
+    output_dir = Path(settings.output_dir)
+    kind = {"lora": "LoRA adapter", "ptuning2": "P-Tuning adapter"}.get(
+        settings.model.pet_config.pet_type or "", "weights"
+    )
+    checkpoints = list_checkpoints(output_dir)
+    lines = [f"{kind} and training state: {path}" for _, path in checkpoints[-1:]]
+    best = _best(output_dir)
+    if best is not None:
+        lines.append(f"{kind} with the best evaluation: {best} ({best_checkpoint(output_dir).name})")
+    for purpose, command in _commands(settings, best or output_dir):
+        lines.append(f"{purpose}: {shlex.join(command)}{_missing(command)}")
+    return lines
+
+
+def _best(output_dir: Path) -> Path | None:
+    try:
+        best_checkpoint(output_dir)
+    except CheckpointError:
+        return None
+    return output_dir / CHECKPOINTS / BEST
+
+
+def _commands(settings: Settings, result: Path) -> Iterator[tuple[str, list[str]]]:
+    """(purpose, command) of each use of the result, an output folder or one of its checkpoints."""
+    weights = _weights_flags(settings, result)
+    yield "to evaluate", [*_run(settings, "eval"), *weights, *_evaluation_flags(settings)]
+    yield "to predict", [*_run(settings, "predict"), *weights, "--predict_data", _PROMPT, *_length(settings)]
+    if settings.model.pet_config.pet_type == "lora":
+        base = settings.load_checkpoint
+        config = resolve_checkpoint(base) / "config.json"
+        command = [
+            "python", str(_program().parent / "tools" / "merge_lora.py"), "--base", base, "--adapter", str(result),
+            "--output", f"{settings.output_dir}_merged",
+        ]  # fmt: skip
+        if not config.is_file():  # the weights alone do not tell the network
+            command += ["--config", str(Path(settings.output_dir) / SETTINGS_FILE)]
+        yield "to merge", command
+
+
+def _program() -> Path:
+    """The program as it was started, so that the commands work from the same folder."""
+    started = Path(sys.argv[0])
+    return started if started.name == PROGRAM else Path(PROGRAM)
+
+
+def _run(settings: Settings, mode: str) -> list[str]:
+    """The settings of the run hold vocabulary, network and data."""
+    command = ["python", str(_program()), "--config", str(Path(settings.output_dir) / SETTINGS_FILE)]
+    command += ["--run_mode", mode]
+    return [*command, "--use_parallel", "False"] if settings.use_parallel else command
+
+
+def _weights_flags(settings: Settings, result: Path) -> list[str]:
+    if settings.model.pet_config.pet_type is None:
+        return ["--load_checkpoint", str(result)]
+    return ["--load_checkpoint", settings.load_checkpoint, "--load_adapter", str(result)]
+
+
+def _evaluation_flags(settings: Settings) -> list[str]:
+    """Records and lengths that an evaluation needs and training does not."""
+    data, train = settings.eval_dataset, settings.train_dataset
+    flags = [] if data.data_loader.dataset_dir else ["--eval_dataset", _PLACEHOLDER]
+    room = settings.model.model_config.seq_length
+    if (
+        data.max_source_length + data.max_target_length + 1 > room
+        and "PerplexityMetric" in settings.metric.type
+    ):
+        flags += [
+            f"eval_dataset.{name}={getattr(train, name)}"
+            for name in ("max_source_length", "max_target_length")
+        ]
+        data = train
+    longest = room - data.max_source_length
+    if settings.generation.max_new_tokens > longest and "ADGENMetric" in settings.metric.type:
+        flags.append(f"generation.max_new_tokens={longest}")
+    return flags
+
+
+def _length(settings: Settings) -> list[str]:
+    """A short answer where the configured one leaves no room for a prompt."""
+    half = max(settings.model.model_config.seq_length // 2, 1)
+    return [f"generation.max_new_tokens={half}"] if settings.generation.max_new_tokens > half else []
+
+
+def _missing(command: list[str]) -> str:
+    """What keeps a command of run_glm.py from running as it stands."""
+    if not command[1].endswith(PROGRAM):
+        return ""
+    try:
+        problems = read_settings(*_as_read(command[2:]))[1]
+    except SettingsError as error:
+        problems = error.problems
+    return f"  (still needs: {'; '.join(problems)})" if problems else ""
+
+
+def _as_read(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
+    config, flags, overrides = parse_args(arguments)
+    return config, overrides, flags
