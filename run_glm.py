@@ -13,7 +13,8 @@ from glm_ms.settings import SettingsError, settings_from_command_line
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0, 1 for a run that failed on its input, 2 for unusable settings, 130 interrupted."""
+    """Returns the exit status: 0, 1 for a run that failed on its input, 2 for unusable settings, 130 interrupted,
+    141 for an output pipe that was closed."""
     settings = settings_from_command_line(argv)
     try:
         Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
@@ -28,6 +29,11 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Who reads the output has seen enough (`| head`): no error, and nothing more to write at exit either.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return 141
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("GLM_MS_VERBOSE", "0") != "0":
             raise

@@ -5,6 +5,7 @@ LOSS = {"atol": 2e-5, "rtol": 0}  # loss and loss per token
 GRAD_NORM = {"rtol": 1e-4, "atol": 1e-6}
 LOSS_CURVE = {"atol": 1e-4, "rtol": 0}
 WEIGHT_NORM = {"rtol": 1e-5, "atol": 0}
+ADAPTER = {"atol": 1e-4, "rtol": 0}  # trained adapters, element by element
 PROBABILITY = {"atol": 1e-6, "rtol": 0}
 BEAM_SCORE = {"atol": 1e-4, "rtol": 0}
 METRIC = {"atol": 1e-3, "rtol": 0}

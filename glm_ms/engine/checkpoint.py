@@ -14,7 +14,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn import Optimizer
 
-from glm_ms.convert import CheckpointError, convert_dtype
+from glm_ms.convert import CheckpointError, convert_dtype, load_parameters, open_checkpoint
 from glm_ms.convert.atomic import atomic_output
 from glm_ms.convert.run_folder import CHECKPOINTS, list_checkpoints, step_folder
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
@@ -53,14 +53,21 @@ class TrainingState:
             model.adapter.save(folder, self.base_model)
         _write_parameters(folder / OPTIMIZER, self._optimizer_state(), "float32")
 
-    def restore(self, folder: Path) -> None:
-        """Loads what `write` has written, but for full weights, which a resumed run is built with.
+    def restore(self, folder: Path, weights: bool) -> None:
+        """Loads what `write` has written.
+
+        Args:
+            folder: the checkpoint.
+            weights: also full weights; a resumed run is mostly built with those of the checkpoint.
 
         Raises:
             CheckpointError: a file is damaged, or its tensors are not those of this run.
         """
         if self.model.adapter is not None:
             self.model.adapter.restore(folder)
+        elif weights:
+            with open_checkpoint(folder / WEIGHTS) as reader:
+                self.model.load_parameters(load_parameters(reader, self.model.config, "float32"))
         path = folder / OPTIMIZER
         file = SafetensorsFile(path)
         for parameter in self._optimizer_state():

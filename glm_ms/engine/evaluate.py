@@ -13,7 +13,7 @@ import numpy as np
 from glm_ms.data import IGNORED, AdgenEvalDataset, DataError, Row
 from glm_ms.engine.batches import COLUMNS, labelled_rows
 from glm_ms.engine.files import PREDICTIONS_FILE, SCORES_FILE, replace_text
-from glm_ms.engine.generate import answer_text, generation_options
+from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
 from glm_ms.engine.progress import progress_bar
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import ADGENMetric, PerplexityMetric
@@ -103,6 +103,8 @@ class _Adgen:
         say(self._records.describe())
         options = generation_options(settings, tokenizer, say)
         self._options = {**options, "num_return_sequences": 1}  # one text per reference
+        prompts = [self._records[i]["input_ids"] for i in range(len(self._records))]
+        check_prompt_lengths(prompts, options, settings.model.model_config.seq_length)
         self._tokenizer, self._batch_size, self._leave = tokenizer, data.batch_size, leave
         self._path = Path(settings.output_dir) / PREDICTIONS_FILE
 

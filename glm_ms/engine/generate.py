@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from glm_ms.data import DataError
 from glm_ms.settings import Settings
 from glm_ms.settings.sections import GenerationSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
@@ -27,6 +28,33 @@ def generation_options(
         if unused:
             say(f"generation.{', generation.'.join(unused)}: no effect without generation.{condition}")
     return {**options, "eos_token_id": list(tokenizer.stop_token_ids), "seed": settings.seed}
+
+
+def check_prompt_lengths(
+    prompts: Sequence[Sequence[int]], options: Mapping[str, Any], seq_length: int
+) -> None:
+    """Holds all prompts to the lengths before the first answer: one that is too long must not cost the others theirs.
+
+    Args:
+        prompts: ids of each.
+        options: as `generation_options` makes them.
+        seq_length: of the network, tokens.
+
+    Raises:
+        DataError: a prompt is too long; it names its number, its length and the keys.
+    """
+    longest, max_new_tokens = options["max_length"], options["max_new_tokens"]
+    for number, prompt in enumerate(prompts, 1):
+        if longest is not None and len(prompt) >= longest:
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens, which leaves no room for an answer within "
+                f"generation.max_length = {longest}; shorten it, or raise generation.max_length"
+            )
+        if len(prompt) + max_new_tokens > seq_length and (longest is None or longest > seq_length):
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens; with generation.max_new_tokens = {max_new_tokens} that "
+                f"exceeds model.model_config.seq_length = {seq_length}; shorten it, lower the one or raise the other"
+            )
 
 
 def known_ids(tokenizer: SentencePieceTokenizer, ids: Sequence[int]) -> list[int]:

@@ -15,11 +15,16 @@ from glm_ms.settings.sections import PET_KEYS
 _NO_ROWS = ("num_parallel_workers", "cache_dir", "num_samples", "drop_remainder")
 
 
-def position_state(settings: Settings, plan: TrainingPlan) -> dict[str, Any]:
+def position_state(settings: Settings, plan: TrainingPlan, records: str | None = None) -> dict[str, Any]:
     """The values that a resumed run must share with the run that wrote the checkpoint; JSON.
 
     Rows and their order, network, what of it is trained, dropout, optimizer, schedule, loss scaling. Not the paths of
     files but what is in them; not what evaluates, saves or logs.
+
+    Args:
+        settings: of the run.
+        plan: of the run.
+        records: SHA-256 of the rows, where they do not come from the file that the settings name.
     """
     whole = settings.to_dict()
     wrapper = whole["runner_wrapper"]
@@ -31,7 +36,7 @@ def position_state(settings: Settings, plan: TrainingPlan) -> dict[str, Any]:
         "total_steps": plan.total_steps,
         "seed": plan.seed,
         "drop_remainder": plan.drop_remainder,
-        "records": file_sha256(Path(settings.train_dataset.data_loader.dataset_dir)),
+        "records": records or file_sha256(Path(settings.train_dataset.data_loader.dataset_dir)),
         "train_dataset": _row_keys(whole["train_dataset"]),
         "tokenizer": settings.processor.tokenizer.type,
         "vocabulary": file_sha256(Path(settings.processor.tokenizer.vocab_file)),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from glm_ms.data import DataError
 from glm_ms.engine.files import replace_text
-from glm_ms.engine.generate import answer_text, generation_options, known_ids
+from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options, known_ids
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
@@ -78,7 +78,7 @@ def predict(
     options = generation_options(settings, tokenizer, say)
     texts = read_prompts(settings.predict_data)
     prompts = [_prompt_ids(tokenizer, text) for text in texts]
-    _check_lengths(prompts, options["max_new_tokens"], model.config.seq_length)
+    check_prompt_lengths(prompts, options, model.config.seq_length)
     size = settings.predict_batch_size
     streamed = len(texts) == 1 and options["num_beams"] == 1 and options["num_return_sequences"] == 1
     results = []
@@ -100,16 +100,6 @@ def _prompt_ids(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
     if tokenizer.is_template(text.lstrip()):
         return tokenizer.encode_template(text.lstrip())
     return tokenizer.build_chat_input(text)["input_ids"]
-
-
-def _check_lengths(prompts: list[list[int]], max_new_tokens: int, seq_length: int) -> None:
-    """Before the first answer: a prompt that is too long must not cost the answers before it."""
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + max_new_tokens > seq_length:
-            raise DataError(
-                f"prompt {number} has {len(prompt)} tokens; with generation.max_new_tokens = {max_new_tokens} that "
-                f"exceeds model.model_config.seq_length = {seq_length}; shorten it, lower the one or raise the other"
-            )
 
 
 def _answers(

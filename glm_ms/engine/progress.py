@@ -57,7 +57,8 @@ def progress_bar(
         initial=done,
         desc=description,
         unit=unit,
-        disable=not show,
+        # What goes into a file keeps every bar: there, one below another would only be noise.
+        disable=not show or not (leave or sys.stderr.isatty()),
         leave=leave,
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
@@ -88,7 +89,7 @@ class ProgressLog:
         self._total, self._log_steps = total_steps, log_steps
         self._bar = progress_bar(total_steps, "compiling", "step", start_step, show)
         self._file = self._writer = None
-        self._output_dir, self._evaluated = output_dir, ""
+        self._output_dir, self._shown, self._evaluated = output_dir, "", ""
         if show:
             for name in (METRICS_FILE, EVAL_METRICS_FILE):
                 _drop_after(output_dir / name, start_step)
@@ -108,7 +109,8 @@ class ProgressLog:
     def step(self, record: StepRecord) -> None:
         """Shows and writes one update."""
         self._bar.set_description("training", refresh=False)
-        self._bar.set_postfix_str(self._postfix(record), refresh=False)
+        self._shown = self._postfix(record)
+        self._bar.set_postfix_str(self._shown + self._evaluated, refresh=False)
         self._bar.update(1)
         # Every skipped step has its line: it is seldom, and what a reader looks for.
         due = record.overflow or record.step % self._log_steps == 0 or record.step == self._total
@@ -127,6 +129,7 @@ class ProgressLog:
         name = next((name for name in _SHOWN_SCORES if name in scores), None)
         if name is not None:
             self._evaluated = f", {name} {scores[name]:.4g} at step {step}"
+            self._bar.set_postfix_str(self._shown + self._evaluated)
         if self._file is None:
             return
         with (self._output_dir / EVAL_METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -140,7 +143,7 @@ class ProgressLog:
         scale = "" if record.loss_scale is None else f", loss scale {record.loss_scale:g}"
         return (
             f"{loss}, lr {record.learning_rate:.2e}, grad norm {record.grad_norm:.3f}{scale}, "
-            f"{record.tokens_per_second:,.0f} tokens/s{self._evaluated}"
+            f"{record.tokens_per_second:,.0f} tokens/s"
         )
 
     def close(self) -> None:

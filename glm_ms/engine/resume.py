@@ -122,6 +122,7 @@ def _offer(folder: Path, position: dict[str, Any]) -> str:
     for other in others:
         try:
             manifest = read_manifest(other)
+            _check_name(other, manifest)
             verify_files(other, manifest)
         except CheckpointError:
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mindformers import Trainer
 from mindspore.communication import get_group_size, get_rank
+from mindspore.train.callback import Callback
 
 from glm_ms.data import AdgenDataset
 from glm_ms.engine import quiet
@@ -23,6 +24,7 @@ from glm_ms.engine.files import SETTINGS_FILE, replace_text
 from glm_ms.engine.lock import run_lock
 from glm_ms.engine.manifest import Manifest, write_manifest
 from glm_ms.engine.mf_config import mindformers_config
+from glm_ms.engine.mf_dataset import DatasetRows
 from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.network import TrainingNetwork
 from glm_ms.engine.position import position_state
@@ -37,13 +39,31 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 Say = Callable[[str], None]
 
 
-def train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> StepRecord | None:
+@dataclass(frozen=True)
+class Given:
+    """Objects of a caller in place of what the settings name.
+
+    Attributes:
+        model: with its weights and adapter; it is trained itself.
+        rows: training rows, in place of the file of `train_dataset`.
+        callbacks: called after ours.
+    """
+
+    model: GLMForCausalLM | None = None
+    rows: DatasetRows | None = None
+    callbacks: tuple[Callback, ...] = ()
+
+
+def train(
+    settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, given: Given | None = None
+) -> StepRecord | None:
     """Trains a network as the settings say, through the MindFormers Trainer.
 
     Args:
         settings: a checked configuration.
         tokenizer: of the records.
         say: takes lines for the user.
+        given: what the caller hands over.
 
     Returns:
         The record of the last update; None if a resumed run had nothing left to do.
@@ -54,7 +74,7 @@ def train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> St
     """
     rank = get_rank() if settings.use_parallel else 0
     with run_lock(Path(settings.output_dir), say) if rank == 0 else nullcontext():
-        run = _prepare(settings, tokenizer, say, rank)
+        run = _prepare(settings, tokenizer, say, rank, given or Given())
         if run.start == run.plan.total_steps:
             return None
         return _train(run)
@@ -68,12 +88,13 @@ class _Run:
     tokenizer: SentencePieceTokenizer
     say: Say
     rank: int
-    rows: AdgenDataset
+    rows: AdgenDataset | DatasetRows
     plan: TrainingPlan
     position: dict
     checkpoint: Path | None
     manifest: Manifest | None
     evaluator: Evaluator | None
+    given: Given
 
     @property
     def start(self) -> int:
@@ -85,13 +106,15 @@ class _Run:
         return Path(self.settings.output_dir)
 
 
-def _prepare(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, rank: int) -> _Run:
+def _prepare(
+    settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, rank: int, given: Given
+) -> _Run:
     """Reads records and checkpoint; all that can be refused is refused here or when the model is built."""
     checkpoint = find_checkpoint(settings)
-    rows = labelled_rows(settings.train_dataset, tokenizer)
+    rows = labelled_rows(settings.train_dataset, tokenizer) if given.rows is None else given.rows
     say(rows.describe())
     plan = _plan(settings, len(rows), get_group_size() if settings.use_parallel else 1)
-    position = position_state(settings, plan)
+    position = position_state(settings, plan, None if given.rows is None else given.rows.sha256)
     _remark_on_schedule(settings, plan, say)
     manifest = None
     if checkpoint is not None:
@@ -99,12 +122,12 @@ def _prepare(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ra
         say(f"resuming from {checkpoint}: {manifest.step} of {plan.total_steps} steps are done")
         remark_on_versions(manifest, settings.context.device_target, say)
     evaluator = Evaluator(settings, tokenizer, say, leave=False) if settings.do_eval and rank == 0 else None
-    return _Run(settings, tokenizer, say, rank, rows, plan, position, checkpoint, manifest, evaluator)
+    return _Run(settings, tokenizer, say, rank, rows, plan, position, checkpoint, manifest, evaluator, given)
 
 
 def _train(run: _Run) -> StepRecord:
     settings, rank = run.settings, run.rank
-    model = build_model(settings, run.tokenizer.vocab_size, run.say, run.checkpoint)
+    model = run.given.model or build_model(settings, run.tokenizer.vocab_size, run.say, run.checkpoint)
     best = _tidy_output(run) if rank == 0 else BestEvaluation(run.output_dir, None)
     log = ProgressLog(
         run.output_dir, run.plan.total_steps, run.start, settings.logging.log_steps,
@@ -114,11 +137,13 @@ def _train(run: _Run) -> StepRecord:
         trainer = _trainer(run, model)
         task: GLMTrainer = trainer.trainer
         if run.checkpoint is not None:
-            task.when_built = lambda: _state(run, model, task).restore(run.checkpoint)
+            task.when_built = lambda: _state(run, model, task).restore(
+                run.checkpoint, weights=run.given.model is not None
+            )
         milestones = _milestones(run, model, task, best, log)
         report = partial(_report_divergence, run)
         updates = UpdateCallback(run.plan, log, run.start, run.rows.seq_length, milestones, report)
-        trainer.callbacks = [updates]
+        trainer.callbacks = [updates, *run.given.callbacks]
         trainer.train()
     finally:
         log.close()

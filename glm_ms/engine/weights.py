@@ -125,24 +125,37 @@ def _base_model(
         resolve_vocab_size(settings, vocab_size)
         config = settings.glm_config()
         # Shapes alone do not tell head sizes or rope_ratio.
-        _check_config_beside(checkpoint, config, settings)
+        check_config_beside(checkpoint, config, settings.source)
         say(f"weights: {checkpoint}")
         dtype = "float16" if config.param_init_type == "float16" else "float32"
         return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
 
 
-def _check_config_beside(checkpoint: Path, config: GLMConfig, settings: Settings) -> None:
-    """Holds the settings to the config.json that lies beside the weights."""
+def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> None:
+    """Holds a config to the config.json that lies beside the weights, where there is one.
+
+    Args:
+        checkpoint: file or folder of weights.
+        config: what is to be built.
+        source: where `config` was read, for the error.
+
+    Raises:
+        CheckpointError: both describe different networks.
+    """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not (folder / "config.json").is_file():
         return
-    stored = GLMConfig.from_pretrained(folder)
-    different = [
-        f"model.model_config.{name}: {value}, in config.json {getattr(stored, name)}"
-        for name, value in config.to_dict().items()
-        if name not in _FREE and value != getattr(stored, name)
-    ]
+    different = different_fields(config, GLMConfig.from_pretrained(folder))
     if different:
         raise CheckpointError(
-            f"{folder / 'config.json'} and {settings.source} describe different networks: {'; '.join(different)}"
+            f"{source} and {folder / 'config.json'} describe different networks: {'; '.join(different)}"
         )
+
+
+def different_fields(config: GLMConfig, other: GLMConfig) -> list[str]:
+    """`name: value here, value there` for every field in which two configs describe different networks."""
+    return [
+        f"{name}: {value}, {getattr(other, name)}"
+        for name, value in config.to_dict().items()
+        if name not in _FREE and value != getattr(other, name)
+    ]

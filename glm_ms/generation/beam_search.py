@@ -91,7 +91,7 @@ def beam_search(
         decoder: the network; it sees B * num_beams rows, the beams of a prompt together.
         inputs: B prompts.
         config: `num_beams`, `num_return_sequences`, `length_penalty`, `early_stopping`, `max_new_tokens`,
-            `eos_token_id`, `repetition_penalty` (on log probabilities, as transformers does here).
+            `max_length`, `eos_token_id`, `repetition_penalty` (on log probabilities, as transformers does here).
 
     Returns:
         For each prompt `num_return_sequences` hypotheses, best first.
@@ -105,15 +105,16 @@ def beam_search(
     scores = decoder.prefill(expanded.input_ids, expanded.attention_mask, expanded.position_ids)
     search.start(expanded, scores.shape[1])
     next_position = expanded.position_ids[:, -1] + 1
-    for step in range(config.max_new_tokens):
+    last_steps = np.repeat(search.limits, config.num_beams) - 1
+    for step in range(search.limits.max()):
         if not config.replace_invalid_scores:
             check_scores(scores, step)
         rows, tokens = search.advance(scores)
-        if step + 1 == config.max_new_tokens or search.is_complete():
+        if search.is_complete():
             break
         if (rows != np.arange(rows.size)).any():
             decoder.reorder(rows)
-        scores = decoder.step(tokens, next_position + step)
+        scores = decoder.step(tokens, next_position + np.minimum(step, last_steps))
     return search.results()
 
 
@@ -124,6 +125,7 @@ class _Search:
         rows = inputs.batch_size * config.num_beams
         self.config = config
         self.finished = [FinishedHypotheses(config) for _ in range(inputs.batch_size)]
+        self.limits = inputs.new_token_limits(config.max_new_tokens, config.max_length)
         self.generated = np.empty((rows, 0), np.int32)
         self.sums = np.full((inputs.batch_size, config.num_beams), _NOT_STARTED, np.float32)
         self.sums[:, 0] = 0
@@ -160,6 +162,7 @@ class _Search:
         if self.seen is not None:
             self.seen = self.seen[rows]
             self.seen[np.arange(rows.size), tokens] = True
+        self._end_where_length_ran_out()
         return rows, tokens
 
     def _sort_out(
@@ -177,18 +180,22 @@ class _Search:
                 finished.add(tokens, float(sums[place]))
         return going_on
 
+    def _end_where_length_ran_out(self) -> None:
+        """Takes the running hypotheses of prompts that have no room for another token as they are."""
+        num_beams = self.config.num_beams
+        for index, finished in enumerate(self.finished):
+            if not finished.complete and self.generated.shape[1] == self.limits[index]:
+                for beam in range(num_beams):
+                    tokens = self.generated[index * num_beams + beam].tolist()
+                    finished.add(tokens, float(self.sums[index, beam]))
+                finished.complete = True
+
     def is_complete(self) -> bool:
         """Whether no prompt goes on."""
         return all(finished.complete for finished in self.finished)
 
     def results(self) -> list[list[BeamHypothesis]]:
         """The best of finished and, where the length ran out, running hypotheses of each prompt."""
-        num_beams = self.config.num_beams
-        for index, finished in enumerate(self.finished):
-            if not finished.complete:
-                for beam in range(num_beams):
-                    tokens = self.generated[index * num_beams + beam].tolist()
-                    finished.add(tokens, float(self.sums[index, beam]))
         return [finished.best(self.config.num_return_sequences) for finished in self.finished]
 
 

@@ -38,6 +38,8 @@ class GenerationConfig:
         eos_token_id: id, or ids, that end a row; None: rows end at `max_new_tokens` only.
         pad_token_id: stands in place of tokens of a finished row; not part of any returned sequence.
         seed: starts the random streams of sampling; None: different at every call.
+        max_length: a row also ends when it has so many tokens, its prompt counted; None: no such end. Where
+            `transformers` lets `max_new_tokens` overrule it, here what comes first counts.
         replace_invalid_scores: nan or inf in the scores: continue as the chat functions of the original
             model do (see `sampling.replace_invalid_scores`) instead of raising an error.
 
@@ -62,6 +64,7 @@ class GenerationConfig:
     pad_token_id: int = 0
     seed: int | None = None
     replace_invalid_scores: bool = False
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in _LEAST_INT.items():
@@ -77,6 +80,8 @@ class GenerationConfig:
             raise ValueError("top_p = 0: must be in (0, 1]; for the best token alone set top_k = 1")
         if self.seed is not None:
             _check_int("seed", self.seed, 0)
+        if self.max_length is not None:
+            _check_int("max_length", self.max_length, 2)
         self._check_eos()
         self._check_combination()
         self._warn_without_effect()

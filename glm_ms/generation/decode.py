@@ -47,7 +47,8 @@ def stream(decoder: Decoder, inputs: GenerationInputs, config: GenerationConfig)
 
     Yields:
         int32 [B * N]: the next token of each row. A row ends with the first of `config.eos_ids`, which is
-        yielded; from then on it holds `pad_token_id`. At most `max_new_tokens` steps, fewer if all rows end.
+        yielded, or at `max_length`; from then on it holds `pad_token_id`. At most `max_new_tokens` steps, fewer
+        if all rows end.
         The network computes a step only when its token is asked for.
 
     Raises:
@@ -91,12 +92,16 @@ def generate(decoder: Decoder, inputs: GenerationInputs, config: GenerationConfi
             for prompt, hypotheses in zip(inputs.prompts(), ranked)
             for hypothesis in hypotheses
         ]
-    sequences = inputs.expand(config.num_return_sequences).prompts()
+    expanded = inputs.expand(config.num_return_sequences)
+    sequences, limits = (
+        expanded.prompts(),
+        expanded.new_token_limits(config.max_new_tokens, config.max_length),
+    )
     finished = np.zeros(len(sequences), bool)
-    for tokens in stream(decoder, inputs, config):
+    for step, tokens in enumerate(stream(decoder, inputs, config), 1):
         for row in np.flatnonzero(~finished):
             sequences[row].append(int(tokens[row]))
-        finished |= np.isin(tokens, config.eos_ids)
+        finished |= np.isin(tokens, config.eos_ids) | (step == limits)
     return sequences
 
 
@@ -110,19 +115,21 @@ def _stream(decoder: Decoder, inputs: GenerationInputs, config: GenerationConfig
     if config.repetition_penalty != 1:
         seen = mark_seen(inputs.input_ids, scores.shape[1], inputs.attention_mask)
     next_position = inputs.position_ids[:, -1] + 1
+    limits = inputs.new_token_limits(config.max_new_tokens, config.max_length)
     finished = np.zeros(inputs.batch_size, bool)
-    for step in range(config.max_new_tokens):
+    for step in range(limits.max()):
         if not config.replace_invalid_scores:
             check_scores(scores, step)
         tokens = choose(apply_filters(processors, scores, seen))
         tokens = np.where(finished, config.pad_token_id, tokens).astype(np.int32)
-        finished |= np.isin(tokens, config.eos_ids)
+        finished |= np.isin(tokens, config.eos_ids) | (step + 1 == limits)
         if seen is not None:
             seen[np.arange(tokens.size), tokens] = True
         yield tokens
-        if finished.all() or step + 1 == config.max_new_tokens:
+        if finished.all():
             return
-        scores = decoder.step(tokens, next_position + step)
+        # A row that has ended stays where it is: its positions must not run out of the table.
+        scores = decoder.step(tokens, next_position + np.minimum(step, limits - 1))
 
 
 def _chooser(inputs: GenerationInputs, config: GenerationConfig) -> Callable[[np.ndarray], np.ndarray]:

@@ -213,7 +213,7 @@ class GLMForCausalLM:
             max_new_tokens: most tokens to add to each prompt.
             eos_token_id: id or ids that end a sequence. None: `config.eos_token_id`; []: nothing does.
             options: do_sample, num_beams, num_return_sequences, length_penalty, early_stopping, temperature,
-                top_k, top_p, repetition_penalty, seed; see `GenerationConfig`.
+                top_k, top_p, repetition_penalty, max_length, seed; see `GenerationConfig`.
 
         Returns:
             One list of ids per sequence, prompt included, without padding; `num_return_sequences` lists for
@@ -280,8 +280,8 @@ class GLMForCausalLM:
             vocab_size=self.config.padded_vocab_size,
             pad_token_id=config.pad_token_id,
         )
-        last = int(inputs.position_ids.max()) + max_new_tokens
-        if last > self.config.seq_length:
+        limits = inputs.new_token_limits(config.max_new_tokens, config.max_length)
+        if int((inputs.position_ids.max(axis=1) + limits).max()) > self.config.seq_length:
             raise ValueError(
                 f"prompt of {int(inputs.position_ids.max()) + 1} tokens and max_new_tokens = {max_new_tokens} "
                 f"exceed config.seq_length = {self.config.seq_length}; shorten one, or raise seq_length"
@@ -293,7 +293,8 @@ class GLMForCausalLM:
     ) -> AbstractContextManager[CachedDecoder]:
         copies = config.num_beams if config.num_beams > 1 else config.num_return_sequences
         batch, length = inputs.input_ids.shape
-        return self._decoders.lend(batch * copies, length + config.max_new_tokens)
+        limits = inputs.new_token_limits(config.max_new_tokens, config.max_length)
+        return self._decoders.lend(batch * copies, length + int(limits.max()))
 
 
 def _matrix(name: str, values: Any) -> np.ndarray:

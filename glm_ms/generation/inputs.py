@@ -82,6 +82,24 @@ class GenerationInputs:
         """The ids of each row without padding."""
         return [row[mask == 1].tolist() for row, mask in zip(self.input_ids, self.attention_mask)]
 
+    def new_token_limits(self, max_new_tokens: int, max_length: int | None = None) -> np.ndarray:
+        """Most tokens each row may still get, int32 [B]: what `max_new_tokens` and `max_length` leave to it.
+
+        Raises:
+            ValueError: a prompt alone has `max_length` tokens or more.
+        """
+        limits = np.full(self.batch_size, max_new_tokens, np.int32)
+        if max_length is None:
+            return limits
+        lengths = self.attention_mask.sum(axis=1)
+        full = np.flatnonzero(lengths >= max_length)
+        if full.size:
+            raise ValueError(
+                f"max_length = {max_length}: prompt {full[0]} has {lengths[full[0]]} tokens, which leaves no room for "
+                "an answer; shorten it, or raise max_length"
+            )
+        return np.minimum(limits, max_length - lengths).astype(np.int32)
+
     def expand(self, copies: int) -> GenerationInputs:
         """Repeats each row `copies` times in place: [B, S] becomes [B * copies, S], row i at i * copies."""
         if copies == 1:

@@ -208,7 +208,8 @@ class GLMConfig:
             )
         if values.pop("pre_seq_len", None):
             raise ConfigError(
-                f"{path}: pre_seq_len is set: a P-Tuning prefix cannot be read; use the model it was trained on"
+                f"{path}: pre_seq_len is set, so this is a P-Tuning prefix and no model; give it as adapter "
+                "(--load_adapter), and the model it was trained on as weights"
             )
         dtype = values.get("torch_dtype", values.get("dtype"))
         values = {key: value for key, value in values.items() if key not in _HF_KEYS_WITHOUT_EFFECT}

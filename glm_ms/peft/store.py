@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def _lora_config(path: Path) -> LoraConfig:
             raise AdapterError(f"{path}: {key} = {document[key]!r}: such an adapter cannot be used")
     try:
         targets = document.get("target_modules") or []
+        if not (int(document["r"]) >= 1 and 0 < float(document["lora_alpha"]) < math.inf):
+            raise ValueError(f"r = {document['r']}, lora_alpha = {document['lora_alpha']}")
         return LoraConfig(
             rank=int(document["r"]),
             alpha=float(document["lora_alpha"]),
@@ -142,7 +145,7 @@ def _lora_config(path: Path) -> LoraConfig:
             use_rslora=bool(document.get("use_rslora", False)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: r and lora_alpha must be numbers: {error!r}") from None
+        raise AdapterError(f"{path}: r and lora_alpha must be positive numbers: {error!r}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

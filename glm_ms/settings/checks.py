@@ -11,6 +11,7 @@ from glm_ms.settings.adapter_checks import adapter_problems
 from glm_ms.settings.errors import SettingsError
 from glm_ms.settings.schema import AUTO, Settings
 from glm_ms.settings.sections import LR_SCHEDULE_KEYS
+from glm_ms.settings.training_checks import training_problems
 
 _SEQ_LENGTH = "model.model_config.seq_length"
 _DATASET_DIR = "{}_dataset.data_loader.dataset_dir"
@@ -68,19 +69,24 @@ class Checker:
             self._bad(message, key, *others)
         if self.settings.is_training():
             self._training_length()
-        elif self.settings.run_mode == "eval":
+            for key, message, others in training_problems(self.settings):
+                self._bad(message, key, *others)
+        if self.settings.run_mode == "eval" or (self.settings.is_training() and self.settings.do_eval):
             self._evaluation_length()
-        elif not self.settings.predict_data:
+        if self.settings.run_mode == "predict" and not self.settings.predict_data:
             self._bad("missing; give a prompt, a .txt or .jsonl file, or - (--predict_data)", "predict_data")
 
     def check_files(self) -> None:
         """Files and folders that the run mode reads."""
         if "run_mode" in self.unusable:
             return
+        self._output_dir()
         self._vocab_file()
         self._weights()
         if self.settings.is_training():
             self._records("train")
+            if self.settings.do_eval:
+                self._records("eval")
         elif self.settings.run_mode == "eval":
             self._records("eval")
         elif "\n" not in self.settings.predict_data and Path(self.settings.predict_data).suffix.lower() in (
@@ -162,6 +168,10 @@ class Checker:
             elif not generation.do_sample:
                 message = f"{number} equal answers would come of greedy decoding; set do_sample or num_beams"
                 self._bad(message, key, "generation.do_sample", "generation.num_beams")
+        seq_length = self.settings.model.model_config.seq_length
+        if generation.max_length is not None and generation.max_length > seq_length:
+            message = f"{generation.max_length} is more than {_SEQ_LENGTH} = {seq_length}"
+            self._bad(message, "generation.max_length", _SEQ_LENGTH)
         if generation.do_sample and generation.num_beams > 1:
             message = (
                 f"sampling among num_beams = {generation.num_beams} beams is not supported; keep one of both"
@@ -179,7 +189,14 @@ class Checker:
             dataset.num_parallel_workers = cores
 
     def _training_length(self) -> None:
-        data = self.settings.train_dataset
+        data, seq_length = self.settings.train_dataset, self.settings.model.model_config.seq_length
+        if data.data_loader.type == "ToolAlpacaDataLoader":
+            if data.max_seq_length is not None and data.max_seq_length > seq_length:
+                message = (
+                    f"{data.max_seq_length} is more than {_SEQ_LENGTH} = {seq_length}; set both to the same"
+                )
+                self._bad(message, "train_dataset.max_seq_length", _SEQ_LENGTH)
+            return
         problem = seq_length_problem(
             self.settings.model.model_config.seq_length, data.max_source_length, data.max_target_length
         )
@@ -198,12 +215,20 @@ class Checker:
         for metric in settings.metric.type:
             key, tokens, extra = needs[metric]
             needed = data.max_source_length + tokens
+            if metric == "ADGENMetric" and settings.generation.max_length is not None:
+                continue  # which is at most seq_length, and ends every answer
             if needed > seq_length:
                 message = (
                     f"{seq_length} is less than {source} + {key}{extra} = {needed}, which {metric} needs; "
                     f"set {_SEQ_LENGTH} to {needed}, or lower {source} or {key}"
                 )
                 self._bad(message, _SEQ_LENGTH, source, key, "metric.type")
+
+    def _output_dir(self) -> None:
+        path = Path(self.settings.output_dir)
+        blocked = next((item for item in (path, *path.parents) if item.exists() and not item.is_dir()), None)
+        if blocked is not None:
+            self._bad(f"{blocked} is a file; give a folder, which is made if it is not there", "output_dir")
 
     def _vocab_file(self) -> None:
         key, path = "processor.tokenizer.vocab_file", self.settings.processor.tokenizer.vocab_file
@@ -238,7 +263,9 @@ class Checker:
             settings.notes.append("load_checkpoint: empty, so the weights are random")
 
     def _must_exist(self, key: str, path: str) -> None:
-        if not Path(path).exists():
+        # OUTPUT_DIR/checkpoint/best stands for the checkpoint that best.json beside it names.
+        best = Path(path).name == "best" and Path(path).with_name("best.json").is_file()
+        if not best and not Path(path).exists():
             self._bad(f"{path}: no such file or folder (from {os.getcwd()})", key)
 
     def _records(self, part: str) -> None:

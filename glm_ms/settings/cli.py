@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from glm_ms.settings.device import device_problems
 from glm_ms.settings.errors import SettingsError, did_you_mean
-from glm_ms.settings.flags import FLAGS
+from glm_ms.settings.flags import FLAGS, FLAGS_GONE, FORMER_FLAGS
 from glm_ms.settings.loader import read_settings
 from glm_ms.settings.schema import Settings, leaf_keys
 
@@ -91,6 +91,7 @@ class _Reader:
             self.problems.append("--config is missing: the YAML file of the run; see configs/")
 
     def flag(self, name: str, equals: str, value: str) -> None:
+        name = FORMER_FLAGS.get(name, name)
         if name != "config" and name not in FLAGS and "." not in name:
             self.problems.append(f"--{name}: unknown flag{_flag_hint(name)}")
             follower = self.rest[0] if self.rest and not equals else "-"
@@ -147,7 +148,9 @@ def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
 def usage() -> str:
     """The text of --help."""
     rows = [("--config FILE", "the YAML file of the run (required)")]
-    rows += [(f"--{name} {flag.value}", flag.doc) for name, flag in FLAGS.items()]
+    for name, flag in FLAGS.items():
+        former = f" (also --{flag.former})" if flag.former else ""
+        rows.append((f"--{name} {flag.value}", flag.doc + former))
     rows += [
         ("key.sub=value", "sets any key of the YAML, also written --key.sub value"),
         ("--help, --help_keys", "this text; every key with its default"),
@@ -180,7 +183,9 @@ def _shown(field: dataclasses.Field) -> str:
 
 
 def _flag_hint(name: str) -> str:
-    hint = did_you_mean(name.replace("-", "_"), ["config", "help", *FLAGS])
+    if name in FLAGS_GONE:
+        return f"; {FLAGS_GONE[name]}"
+    hint = did_you_mean(name.replace("-", "_"), ["config", "help", *FLAGS, *FORMER_FLAGS])
     if hint:
         return hint.replace("did you mean ", "did you mean --").replace(" or ", " or --")
     near = [key for key in leaf_keys() if key.rpartition(".")[2] == name]

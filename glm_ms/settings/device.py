@@ -102,12 +102,15 @@ def _not_in_this_version(settings: Settings) -> list[str]:
                 )
     if settings.is_training():
         config = settings.model.model_config
-        if config.param_init_type != "float32":
+        if config.param_init_type != "float32" and settings.model.pet_config.pet_type is None:
             remedy = "trained weights and moments are float32; use model.model_config.param_init_type=float32"
             refuse("model.model_config.param_init_type", config.param_init_type, remedy)
-        if config.compute_dtype == "float16":
-            remedy = "float16 needs loss scaling; use model.model_config.compute_dtype=bfloat16 or float32"
-            refuse("model.model_config.compute_dtype", config.compute_dtype, remedy)
+        if config.compute_dtype == "float16" and settings.runner_wrapper.scale_sense.type is None:
+            problems.append(
+                f"{settings.where('model.model_config.compute_dtype')}: model.model_config.compute_dtype: float16: "
+                "small gradients vanish without loss scaling; set runner_wrapper.scale_sense.type="
+                "DynamicLossScaleUpdateCell, or use bfloat16 or float32"
+            )
     return problems
 
 

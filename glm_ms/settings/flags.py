@@ -13,12 +13,14 @@ class Flag(NamedTuple):
         value: what stands for the value in the help text.
         doc: one line of help.
         bare: what the flag means without a value; None: a value must follow.
+        former: its name in run_mindformer.py, accepted as well.
     """
 
     key: str | None
     value: str
     doc: str
     bare: str | None = None
+    former: str | None = None
 
 
 FLAGS = {
@@ -27,8 +29,12 @@ FLAGS = {
         "load_checkpoint", "PATH", "weights: folder, .safetensors, .ckpt or a run's output"
     ),
     "load_adapter": Flag("load_adapter", "PATH", "LoRA or P-Tuning adapter on top of those weights"),
-    "train_dataset": Flag("train_dataset.data_loader.dataset_dir", "PATH", "training records"),
-    "eval_dataset": Flag("eval_dataset.data_loader.dataset_dir", "PATH", "records of --run_mode eval"),
+    "train_dataset": Flag(
+        "train_dataset.data_loader.dataset_dir", "PATH", "training records", former="train_dataset_dir"
+    ),
+    "eval_dataset": Flag(
+        "eval_dataset.data_loader.dataset_dir", "PATH", "records of evaluations", former="eval_dataset_dir"
+    ),
     "predict_data": Flag(
         "predict_data", "TEXT", "a prompt, a .txt or .jsonl file of prompts, or - for stdin"
     ),
@@ -42,7 +48,20 @@ FLAGS = {
         "go on from the newest checkpoint in output_dir, or from PATH",
         "True",
     ),
+    "do_eval": Flag("do_eval", "[BOOL]", "evaluate on eval_dataset while training", "True"),
     "epochs": Flag("runner_config.epochs", "N", "passes over the training data"),
     "batch_size": Flag(None, "N", "batch size of the run mode: training rows, eval rows or prompts"),
     "seed": Flag("seed", "N", "start of every random sequence"),
+}
+FORMER_FLAGS = {flag.former: name for name, flag in FLAGS.items() if flag.former is not None}
+# Flags of run_mindformer.py whose job is done in another way, or not at all.
+FLAGS_GONE = {
+    "options": "write the overrides alone, key.sub=value",
+    "sink_mode": "every step is run by itself; leave it out",
+    "profile": "there is no profiler; leave it out",
+    "remote_save_url": "nothing is uploaded; leave it out",
+    "auto_trans_ckpt": "whole checkpoints are read, so there is nothing to transform; leave it out",
+    "src_strategy_path_or_dir": "whole checkpoints are read; merge the shards first",
+    "strategy_load_checkpoint": "whole checkpoints are read; merge the shards first",
+    "only_save_strategy": "there is no run that only writes strategies",
 }

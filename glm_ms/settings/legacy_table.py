@@ -6,7 +6,7 @@ same values. `glm_ms.settings.legacy` applies it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,10 +45,20 @@ OPTIMIZERS = {
     "FusedAdamWeightDecay": "GLMAdamW",
     "FusedCastAdamWeightDecay": "GLMAdamW",
 }
-TASKS = {"KeyWordGenDataset": "ADGenDataLoader", "MultiTurnDataset": "ToolAlpacaDataLoader"}
-LEGACY_CLASSES = frozenset({*CONFIGS, *NETWORKS, *STEPS, *OPTIMIZERS, *TASKS, "CausalLanguageModelingTrainer"})
+TASKS = ("KeyWordGenDataset", "MultiTurnDataset")
+LEGACY_CLASSES = frozenset(
+    {*CONFIGS, *NETWORKS, *STEPS, *OPTIMIZERS, *TASKS, "CausalLanguageModelingTrainer"}
+)
 LEGACY_SECTIONS = frozenset(
-    {"trainer", "callbacks", "eval_callbacks", "train_dataset_task", "eval_dataset_task", "moe_config", "infer"}
+    {
+        "trainer",
+        "callbacks",
+        "eval_callbacks",
+        "train_dataset_task",
+        "eval_dataset_task",
+        "moe_config",
+        "infer",
+    }
 )
 # Names of one and the same section. Of the first two MindFormers itself overwrites the left by the right.
 SECTION_ALIASES = {
@@ -64,6 +74,8 @@ LEGACY_DEFAULTS = {
     "optimizer.weight_decay": 0.0,
     "runner_wrapper.use_clip_grad": False,
 }
+# The default of `top_k` where a file says `do_sample: True` and nothing more.
+LEGACY_TOP_K = 50
 # `load_checkpoint: glm3_6b` was downloaded by these names; the endings are those of their finetuned variants.
 ZOO_NAMES = r"(glm[23]_6b|glm3_6b_32k|codegeex2_6b|glm_6b)(_(lora|ptuning2|chat))?"
 
@@ -76,8 +88,9 @@ _LR_SCHEDULES = {
 _ADAMW = "AdamW with bias correction, whose weight_decay also reaches norms and biases"
 
 
-def _idle(reason: str, names: Iterable[str]) -> dict[str, Rule]:
-    return {name: Rule(reason=reason) for name in names}
+def _idle(reason: str, names: str) -> dict[str, Rule]:
+    """Rows for keys without effect; `names` are parted by spaces."""
+    return {name: Rule(reason=reason) for name in names.split()}
 
 
 def _only(neutral: tuple[Any, ...], reason: str, remedy: str) -> Rule:
@@ -103,14 +116,18 @@ _COMMUNICATION = "how cards communicate is chosen by MindSpore"
 
 _TOP = {
     "src_strategy_path_or_dir": _only(
-        ("", None), _SHARDS, "merge the shards into one checkpoint first, and name that with --load_checkpoint"
+        ("", None),
+        _SHARDS,
+        "merge the shards into one checkpoint first, and name that with --load_checkpoint",
     ),
     "only_save_strategy": _only((False,), _SHARDS, "there is no run that only writes strategies; remove it"),
     "layer_scale": _only((False,), _SWITCHED_OFF, "every layer has the same learning rate; set it to False"),
     "lr_scale": _only(
         (False,), _SWITCHED_OFF, "set it to False, and lr_schedule.learning_rate to the rate that is meant"
     ),
-    "micro_batch_interleave_num": _only((1,), _COMMUNICATION, "set it to 1, and runner_config.batch_size to fit"),
+    "micro_batch_interleave_num": _only(
+        (1,), _COMMUNICATION, "set it to 1, and runner_config.batch_size to fit"
+    ),
     "profile": Rule(
         neutral=(False,), reason=_PROFILER, said={True: "there is no profiler; the run goes on without"}
     ),
@@ -118,26 +135,27 @@ _TOP = {
         ("CausalLanguageModelingTrainer",), _LABELS, "only CausalLanguageModelingTrainer is known"
     ),
     "moe_config.expert_num": _only((1,), _DENSE, "ChatGLM2 and ChatGLM3 have no experts; set it to 1"),
-    **_idle(_SHARDS, ["auto_trans_ckpt"]),
-    **_idle(_PLATFORM, ["remote_save_url", "eval_callbacks"]),
-    **_idle(_SWITCHED_OFF, ["layer_decay", "lr_scale_factor"]),
-    **_idle(_PROFILER, ["auto_tune", "filepath_prefix", "autotune_per_step", "init_start_profile"]),
-    **_idle(_PROFILER, [f"profile_{name}" for name in ("start_step", "stop_step", "communication", "memory")]),
-    **_idle(_LABELS, ["trainer.model_name", "processor.type", "processor.return_tensors"]),
-    **_under("moe_config", _idle(_DENSE, ["capacity_factor", "aux_loss_factor", "num_experts_chosen"])),
+    **_idle(_SHARDS, "auto_trans_ckpt"),
+    **_idle(_PLATFORM, "remote_save_url eval_callbacks"),
+    **_idle(_SWITCHED_OFF, "layer_decay lr_scale_factor"),
+    **_idle(_PROFILER, "auto_tune filepath_prefix autotune_per_step init_start_profile"),
+    **_idle(_PROFILER, "profile_start_step profile_stop_step profile_communication profile_memory"),
+    **_idle(_LABELS, "trainer.model_name processor.type processor.return_tensors"),
+    **_idle("nothing is exported", "infer"),
+    **_under("moe_config", _idle(_DENSE, "capacity_factor aux_loss_factor num_experts_chosen")),
 }
 
 _CONTEXT = _idle(
     _KERNELS,
     "enable_graph_kernel graph_kernel_flags max_call_depth save_graphs save_graphs_path jit_config ascend_config "
-    "memory_optimize_level memory_offload".split(),
+    "memory_optimize_level memory_offload",
 )
 
 _PARALLEL = {
     # With parallel_mode 0; see glm_ms.settings.legacy.
     "gradients_mean": Rule(reason="gradients are averaged"),
-    **_idle(_COMMUNICATION, "loss_repeated_mean enable_alltoall search_mode parallel_optimizer_config".split()),
-    **_idle(_SHARDS, ["strategy_ckpt_config", "strategy_ckpt_save_file"]),
+    **_idle(_COMMUNICATION, "loss_repeated_mean enable_alltoall search_mode parallel_optimizer_config"),
+    **_idle(_SHARDS, "strategy_ckpt_config strategy_ckpt_save_file"),
 }
 
 _PARALLEL_CONFIG = {
@@ -148,13 +166,20 @@ _PARALLEL_CONFIG = {
 _RECOMPUTE = _idle(
     "whole blocks are recomputed, or none",
     "parallel_optimizer_comm_recompute mp_comm_recompute recompute_slice_activation select_recompute "
-    "select_comm_recompute".split(),
+    "select_comm_recompute",
+)
+
+_PET_KEYS = (
+    "pet_type lora_rank lora_alpha lora_dropout target_modules pre_seq_len prefix_projection projection_dim "
+    "dropout_prob"
 )
 
 _MODEL_CONFIG = {
     "type": Rule("model.model_config.type", CONFIGS),
     "batch_size": Rule("predict_batch_size"),
-    "quantization_bit": _only((0, None), _SWITCHED_OFF, "quantized networks cannot be trained or run; set it to 0"),
+    "quantization_bit": _only(
+        (0, None), _SWITCHED_OFF, "quantized networks cannot be trained or run; set it to 0"
+    ),
     # With pet_type ptuning2; see glm_ms.settings.legacy.
     "pre_seq_len": Rule("model.pet_config.pre_seq_len", rank=2),
     "prefix_projection": Rule("model.pet_config.prefix_projection", rank=2),
@@ -171,27 +196,20 @@ _MODEL_CONFIG = {
     **_idle(
         _FLOAT32,
         "layernorm_compute_type softmax_compute_type rotary_dtype embedding_type attention_softmax_in_fp32 "
-        "fp32_residual_connection apply_query_key_layer_scaling".split(),
+        "fp32_residual_connection apply_query_key_layer_scaling",
     ),
     **_idle(
         _CACHE,
         "use_past is_dynamic use_kvcache_op is_flexible_shape use_paged_attention block_size num_blocks "
-        "is_sample_acceleration".split(),
+        "is_sample_acceleration",
     ),
     **_idle(
         _KERNELS,
         "bias_dropout_fusion use_flash_attention use_prompt_flash_attention use_incre_flash_attention mask_type "
-        "no_recompute_layers offset pp_interleave_num".split(),
+        "no_recompute_layers offset pp_interleave_num",
     ),
-    **_idle(_TOKENS, ["bos_token_id", "gmask_token_id"]),
-    **_under(
-        "pet_config",
-        {
-            name: Rule(f"model.pet_config.{name}")
-            for name in "pet_type lora_rank lora_alpha lora_dropout target_modules pre_seq_len prefix_projection "
-            "projection_dim dropout_prob".split()
-        },
-    ),
+    **_idle(_TOKENS, "bos_token_id gmask_token_id"),
+    **{f"pet_config.{name}": Rule(f"model.pet_config.{name}") for name in _PET_KEYS.split()},
 }
 
 _TOKENIZER = {
@@ -227,21 +245,23 @@ def _dataset(part: str) -> dict[str, Rule]:
         **_idle(
             _FEED,
             "input_columns output_columns python_multiprocessing numa_enable prefetch_size seed auto_tune "
-            "filepath_prefix autotune_per_step profile".split(),
+            "filepath_prefix autotune_per_step profile",
         ),
     }
     if part == "train":
         rows["batch_size"] = Rule("runner_config.batch_size")
     else:
-        rows.update(_idle(_FEED, ["num_parallel_workers"]))
-        rows.update(_idle("every record is evaluated", ["drop_remainder"]))
+        rows.update(_idle(_FEED, "num_parallel_workers"))
+        rows.update(_idle("every record is evaluated", "drop_remainder"))
     return _under(f"{part}_dataset", rows) | {
-        f"{part}_dataset_task.type": _only(tuple(TASKS), _LABELS, f"known are {' and '.join(TASKS)}")
+        f"{part}_dataset_task.type": _only(
+            TASKS, "the data loader says it", f"known are {' and '.join(TASKS)}"
+        )
     }
 
 
 _TRAINING = {
-    **_idle(_FEED, ["runner_config.sink_mode", "runner_config.sink_size"]),
+    **_idle(_FEED, "runner_config.sink_mode runner_config.sink_size"),
     "runner_wrapper.type": Rule("runner_wrapper.type", STEPS),
     # A number; the section has our names. See glm_ms.settings.legacy.
     "runner_wrapper.scale_sense": Rule("runner_wrapper.scale_sense.loss_scale_value"),
@@ -258,26 +278,28 @@ _TRAINING = {
     "lr_schedule.type": Rule("lr_schedule.type", _LR_SCHEDULES),
     "lr_schedule.warmup_lr_init": _only((0, None), _SWITCHED_OFF, "the warm-up begins at 0; set it to 0"),
     "lr_schedule.warmup_epochs": _only(
-        (None,), _SWITCHED_OFF, "give lr_schedule.warmup_steps, or lr_schedule.warmup_ratio as a share of all steps"
+        (None,),
+        _SWITCHED_OFF,
+        "give lr_schedule.warmup_steps, or lr_schedule.warmup_ratio as a share of all steps",
     ),
     "lr_schedule.decay_steps": _only((None,), _SWITCHED_OFF, "give lr_schedule.total_steps"),
 }
 
 _CALLBACKS = {
-    **_idle("losses and learning rate are always shown", ["MFLossMonitor"]),
+    **_idle("losses and learning rate are always shown", "MFLossMonitor"),
     "MFLossMonitor.per_print_times": Rule("logging.log_steps"),
     "CheckpointMonitor.save_checkpoint_steps": Rule("checkpoint.save_steps"),
     "CheckpointMonitor.keep_checkpoint_max": Rule("checkpoint.keep_max"),
     "CheckpointMonitor.save_checkpoint_seconds": _only(
         (0, None), _SWITCHED_OFF, "checkpoints are counted in steps; give save_checkpoint_steps"
     ),
-    **_idle(_LABELS, ["CheckpointMonitor", "CheckpointMonitor.prefix"]),
+    **_idle(_LABELS, "CheckpointMonitor CheckpointMonitor.prefix"),
     **_under(
         "CheckpointMonitor",
-        _idle(_SHARDS, "integrated_save async_save save_network_params save_trainable_params".split()),
+        _idle(_SHARDS, "integrated_save async_save save_network_params save_trainable_params"),
     ),
-    **_idle(_PLATFORM, ["ObsMonitor", "ObsMonitor.keep_last"]),
-    **_idle("TensorBoard files are written with logging.tensorboard", ["SummaryMonitor"]),
+    **_idle(_PLATFORM, "ObsMonitor ObsMonitor.keep_last"),
+    **_idle("TensorBoard files are written with logging.tensorboard", "SummaryMonitor"),
 }
 
 LEGACY: dict[str, Rule] = {

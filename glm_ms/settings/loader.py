@@ -13,6 +13,7 @@ from glm_ms.settings.convert import Converter
 from glm_ms.settings.document import Entry, parse, read_document
 from glm_ms.settings.errors import SettingsError, did_you_mean
 from glm_ms.settings.flags import FLAGS
+from glm_ms.settings.legacy import is_legacy, translate
 from glm_ms.settings.schema import BATCH_SIZE_KEYS, Settings, batch_size_key
 
 _OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(.*)", re.DOTALL)
@@ -27,7 +28,7 @@ def load_settings(
     """Reads a YAML file, lays flags and overrides over it, and checks the result.
 
     Args:
-        path: YAML file.
+        path: YAML file; of this project, or of MindFormers 1.0 to 1.3 (see `glm_ms.settings.legacy`).
         overrides: `key.sub=value` texts; the value is YAML (`[0.9, 0.95]`, `null`, `{a: 1}`), for keys that
             hold text it is taken as it stands. Of several for one key the last counts.
         flags: names of `glm_ms.settings.FLAGS` -> text as typed, or a plain value; `None` values are skipped.
@@ -58,15 +59,21 @@ def read_settings(
         Settings, not to be used while there are problems; and a message for each problem.
 
     Raises:
-        SettingsError: the file cannot be read as YAML at all.
+        SettingsError: the file cannot be read as YAML at all, or asks for an export.
     """
     document = read_document(path)
+    legacy = is_legacy(document)
     given, problems = _command_line(flags or {}, overrides)
     _lay_over(document, given, problems)
     _add_batch_size(document, flags or {}, given, problems)
+    notes: list[str] = []
     converter = Converter()
+    if legacy:
+        typed = {entry.where for entry in given.values()}
+        document, notes, untranslated, converter.unusable = translate(document, str(path), typed)
+        problems += untranslated
     settings = converter.section(Settings, document)
-    settings.source, settings.origins = str(path), converter.origins
+    settings.source, settings.origins, settings.notes = str(path), converter.origins, notes
     checker = Checker(settings, converter.unusable)
     checker.check_values()
     if check_files:
@@ -153,9 +160,9 @@ def _put(section: Entry, name: str, entry: Entry) -> None:
 
 
 def _add_batch_size(
-    document: Entry, flags: Mapping[str, Any], given: Mapping[str, Entry], problems: list[str]
+    document: Entry, flags: Mapping[str, Any], given: dict[str, Entry], problems: list[str]
 ) -> None:
-    """`--batch_size` means the batch size of the run mode, wherever that was set."""
+    """Lays `--batch_size`, the batch size of whichever run mode was set, over the document and adds it to `given`."""
     value = flags.get("batch_size")
     if value is None:
         return
@@ -166,4 +173,5 @@ def _add_batch_size(
     key = batch_size_key(run_mode)
     if key in given:
         problems.append(f"command line: {key} is given twice, by --batch_size and by an override; remove one")
-    _lay_over(document, {key: _flag_entry("batch_size", value)}, problems)
+    given[key] = _flag_entry("batch_size", value)
+    _lay_over(document, {key: given[key]}, problems)

@@ -289,6 +289,9 @@ class GenerationSettings:
     """`generation`: how text is generated in eval and predict."""
 
     max_new_tokens: int = key(128, "longest answer in tokens", at_least=1)
+    max_length: Optional[int] = key(
+        None, "an answer also ends where it and its prompt have so many tokens; null: no such end", at_least=2
+    )
     do_sample: bool = key(False, "draw from the distribution (False: greedy or beam search)")
     temperature: float = key(1.0, "divides the logits (do_sample)", above=0)
     top_k: int = key(0, "keep the k most likely tokens; 0: all (do_sample)", at_least=0)

@@ -39,9 +39,16 @@ class NumberedRows:
 
 
 def delivered(plan, start_step: int = 0, rank: int = 0, num_workers: int = 1) -> list[list[np.ndarray]]:
+    return [batch[:-1] for batch in delivered_with_seeds(plan, start_step, rank, num_workers)]
+
+
+def delivered_with_seeds(
+    plan, start_step: int = 0, rank: int = 0, num_workers: int = 1
+) -> list[list[np.ndarray]]:
     from glm_ms.engine.batches import training_batches
 
     data = training_batches(NumberedRows(), plan, start_step, rank, num_workers)
+    assert data.get_col_names() == [*COLUMNS, "dropout_seeds"]
     assert data.get_dataset_size() == (plan.total_steps - start_step) * plan.accumulation_steps
     return list(data.create_tuple_iterator(num_epochs=1, output_numpy=True))
 
@@ -105,6 +112,36 @@ def test_filling_rows_carry_no_loss() -> None:
     last = np.stack(delivered(make_plan(epochs=1, drop_remainder=False, shuffle=False))[-1])
     np.testing.assert_array_equal(last[0], [[22] * SEQ_LENGTH, [0] * SEQ_LENGTH])  # input_ids
     np.testing.assert_array_equal(last[1], [[22] * SEQ_LENGTH, [-100] * SEQ_LENGTH])  # labels
+
+
+def seeds_of(plan, start_step: int = 0, rank: int = 0) -> np.ndarray:
+    """int32 [steps, rows of a rank]."""
+    seeds = [batch[-1] for batch in delivered_with_seeds(plan, start_step, rank)]
+    assert all(each.dtype == np.int32 and each.shape == (plan.batch_size,) for each in seeds)
+    return np.stack(seeds).reshape(-1, plan.batch_size * plan.accumulation_steps)
+
+
+def test_dropout_seeds_belong_to_the_place_in_the_step() -> None:
+    """So that a resumed run, another accumulation and more ranks draw the same masks."""
+    whole = seeds_of(make_plan())
+    assert len(set(whole.ravel().tolist())) == whole.size  # 15 steps of 4 rows
+    np.testing.assert_array_equal(seeds_of(make_plan(), start_step=4), whole[4:])
+    np.testing.assert_array_equal(seeds_of(make_plan(batch_size=4, accumulation_steps=1)), whole)
+    two_ranks = make_plan(batch_size=1, num_ranks=2)
+    np.testing.assert_array_equal(np.hstack([seeds_of(two_ranks, rank=rank) for rank in range(2)]), whole)
+    assert not np.isin(seeds_of(make_plan(seed=6)), whole).any()
+
+
+def test_dropout_seeds_are_well_mixed() -> None:
+    """Every bit of seeds of neighbouring steps and places is set half of the time; 5 standard deviations."""
+    plan = make_plan()
+    seeds = np.array(
+        [plan.dropout_seed(step, place) for step in range(100) for place in range(100)], np.int32
+    )
+    bits = np.unpackbits(seeds.view(np.uint8)).reshape(-1, 32)
+    assert np.abs(bits.mean(0) - 0.5).max() < 5 * 0.5 / np.sqrt(len(bits))
+    flips = bits[1:] ^ bits[:-1]
+    assert np.abs(flips.mean(0) - 0.5).max() < 5 * 0.5 / np.sqrt(len(flips))
 
 
 def test_too_few_rows() -> None:

@@ -29,7 +29,18 @@ from glm_ms.convert.run_folder import list_checkpoints
 # 6 steps an epoch, so that step 4 lies in the middle of the first and step 8 in the middle of the second.
 TRAINING = (
     "runner_config.batch_size=2", "runner_config.gradient_accumulation_steps=2", "checkpoint.save_steps=4",
+    "model.model_config.hidden_dropout=0.1", "model.model_config.attention_dropout=0.1",
 )  # fmt: skip
+ADAPTERS = {
+    "lora": (
+        "model.pet_config.pet_type=lora", "model.pet_config.lora_dropout=0.2", "lr_schedule.learning_rate=0.02",
+        "adapter_model.safetensors",
+    ),
+    "ptuning2": (
+        "model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=4", "model.pet_config.dropout_prob=0.2",
+        "prefix_encoder.safetensors",
+    ),
+}  # fmt: skip
 NUM_STEPS = 12
 # run_glm.py with a pause before each tensor of every checkpoint but the first of a folder.
 SLOW_WRITER = f"""
@@ -47,18 +58,22 @@ runpy.run_path({str(REPOSITORY / "run_glm.py")!r}, run_name="__main__")
 
 @pytest.fixture(scope="module")
 def unbroken(finetune, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was never interrupted, with the checkpoints of steps 4, 8 and 12."""
+    """A run that was never interrupted, with the checkpoints of steps 4, 8 and 12. Dropout is on."""
     return finetune(tmp_path_factory.mktemp("unbroken"), *TRAINING, "checkpoint.keep_max=9")
+
+
+def break_after_step_9(unbroken: Path, into: Path) -> Path:
+    shutil.copytree(unbroken / "checkpoint", into / "checkpoint")
+    shutil.rmtree(into / "checkpoint" / "step_00000012")
+    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (into / "metrics.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
+    return into
 
 
 @pytest.fixture
 def broken(unbroken: Path, tmp_path: Path) -> Path:
     """The same run as if it had ended without a word after step 9: the last checkpoint is that of step 8."""
-    shutil.copytree(unbroken / "checkpoint", tmp_path / "checkpoint")
-    shutil.rmtree(tmp_path / "checkpoint" / "step_00000012")
-    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
-    return tmp_path
+    return break_after_step_9(unbroken, tmp_path)
 
 
 @pytest.fixture
@@ -107,16 +122,37 @@ def test_leftovers_are_passed_over(broken: Path, unbroken: Path, resume) -> None
     assert not (broken / "checkpoint" / ".step_00000012.0a0b0c0d.partial").exists()
 
 
-def test_dropout_is_remarked_on(broken: Path, resume) -> None:
-    """Its random state is not saved, so such a run goes on, but not with equal losses."""
-    dropout = ("model.model_config.hidden_dropout", "0.2")
-    path = broken / "checkpoint" / "step_00000008" / "state.json"
-    state = json.loads(path.read_text())
-    state["model_config"]["hidden_dropout"] = float(dropout[1])
-    path.write_text(json.dumps(state))
-    status, shown = resume(broken, "=".join(dropout))
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_goes_on_alike(kind: str, unbroken: Path, finetune, tmp_path: Path, resume) -> None:
+    *keys, file = ADAPTERS[kind]
+    arguments = (*keys, "--load_checkpoint", unbroken)
+    whole = finetune(tmp_path / "whole", *TRAINING, *arguments, "checkpoint.keep_max=9")
+    losses = [line["loss"] for line in curve(whole)]
+    assert losses[-1] < losses[0] - 0.01  # it learns something
+    names = sorted(path.name for path in (whole / "checkpoint" / "step_00000008").iterdir())
+    assert file in names
+    assert "model.safetensors" not in names
+    (tmp_path / "run").mkdir()
+    run = break_after_step_9(whole, tmp_path / "run")
+    status, shown = resume(run, *arguments)
     assert status == 0, shown
-    assert "dropout is on: its random state is not saved" in shown
+    assert curve(run) == curve(whole)
+    for name in (file, "optimizer.safetensors"):
+        ends = [each / "checkpoint" / "step_00000012" / name for each in (run, whole)]
+        assert ends[0].read_bytes() == ends[1].read_bytes()
+    other_base = unbroken / "checkpoint" / "step_00000004"
+    (tmp_path / "other").mkdir()
+    status, shown = resume(
+        break_after_step_9(whole, tmp_path / "other"), *keys, "--load_checkpoint", other_base
+    )
+    assert status == 1
+    assert "base_weights: " in shown
+
+
+def test_dropout_is_on(unbroken: Path, finetune, tmp_path: Path) -> None:
+    still = [f"model.model_config.{name}_dropout=0.0" for name in ("hidden", "attention")]
+    without = finetune(tmp_path, *TRAINING, *still, "runner_config.max_steps=1")
+    assert curve(without)[0]["loss"] != curve(unbroken)[0]["loss"]
 
 
 def test_a_finished_run_says_so(unbroken: Path, tmp_path: Path, resume) -> None:
@@ -147,6 +183,8 @@ def test_training_on_from_a_finished_run(unbroken: Path, finetune, tmp_path: Pat
         ("train_dataset.data_loader.shuffle=False", "shuffle: True then, False now"),
         ("train_dataset.num_samples=23", "num_rows: 24 then, 23 now"),
         ("train_dataset.drop_remainder=False", "drop_remainder"),
+        ("model.model_config.hidden_dropout=0.2", "model_config.hidden_dropout: 0.1 then, 0.2 now"),
+        ("runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell", "scale_sense: None then"),
     ],
 )
 def test_another_curve_is_refused(broken: Path, resume, change: str, key: str) -> None:
@@ -178,7 +216,8 @@ def test_a_folder_of_weights_cannot_be_resumed_from(tmp_path: Path, resume, gold
     status, shown = resume(tmp_path, f"resume_training={golden / 'models' / 'glm3_tiny'}")
     assert status == 1
     assert str(golden / "models" / "glm3_tiny") in shown
-    assert "optimizer.safetensors: missing" in shown
+    assert "is no training checkpoint but weights alone" in shown
+    assert f"--load_checkpoint {golden / 'models' / 'glm3_tiny'}" in shown
 
 
 def truncate(path: Path) -> None:
@@ -191,28 +230,72 @@ def flip_header(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = [
-    (name, damage)
-    for name in ("state.json", "model.safetensors", "optimizer.safetensors", "config.json")
-    for damage in (truncate, flip_header)
-]
+def flip_last_bit(path: Path) -> None:
+    """Leaves the file readable, with another number in it."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        *DAMAGES,
-        ("state.json", Path.unlink),
-        ("optimizer.safetensors", Path.unlink),
-        ("model.safetensors", Path.unlink),
-    ],
-)
+FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "config.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [truncate, flip_header, flip_last_bit, Path.unlink])
 def test_damage_is_named(broken: Path, resume, name: str, damage: Callable[[Path], None]) -> None:
-    damage(broken / "checkpoint" / "step_00000008" / name)
+    first, second = (broken / "checkpoint" / f"step_0000000{step}" for step in (4, 8))
+    damage(second / name)
     status, shown = resume(broken)
     assert status == 1
     assert name in shown
-    assert "step_00000008" in shown
+    assert str(second) in shown
+    assert f"the last good checkpoint is {first}: go on with --resume_training {first}" in shown
+    assert steps(broken) == [4, 8]
+
+
+def test_what_is_offered_is_good(broken: Path, unbroken: Path, resume) -> None:
+    """And goes on with the same curve; a damaged one is not offered, nor one of another run."""
+    newest, middle, first = (broken / "checkpoint" / f"step_{step:08d}" for step in (8, 6, 4))
+    shutil.copytree(first, middle)  # a copy under another name is no checkpoint of that step
+    flip_last_bit(newest / "optimizer.safetensors")
+    status, shown = resume(broken)
+    assert status == 1
+    assert f"the last good checkpoint is {first}" in shown
+    status, shown = resume(broken, f"resume_training={first}")
+    assert status == 0, shown
+    assert curve(broken) == curve(unbroken)
+
+
+def test_none_is_good(broken: Path, resume) -> None:
+    for step in (4, 8):
+        flip_last_bit(broken / "checkpoint" / f"step_0000000{step}" / "model.safetensors")
+    status, shown = resume(broken)
+    assert status == 1
+    assert "no other checkpoint of this run is good" in shown
+
+
+def test_files_of_another_checkpoint_are_foreign(broken: Path, resume) -> None:
+    one, other = (broken / "checkpoint" / f"step_0000000{step}" / "optimizer.safetensors" for step in (4, 8))
+    shutil.copy(one, other)
+    status, shown = resume(broken)
+    assert status == 1
+    assert f"{other}: damaged or foreign" in shown
+
+
+def test_a_renamed_checkpoint_is_refused(broken: Path, resume) -> None:
+    folder = broken / "checkpoint" / "step_00000008"
+    folder.rename(folder.with_name("step_00000010"))
+    status, shown = resume(broken)
+    assert status == 1
+    assert "step_00000010: holds the checkpoint of step 8" in shown
+
+
+def test_checkpoints_of_earlier_versions_are_told_apart(broken: Path, resume) -> None:
+    folder = broken / "checkpoint" / "step_00000008"
+    (folder / "manifest.json").rename(folder / "state.json")
+    status, shown = resume(broken)
+    assert status == 1
+    assert "written by an earlier version of glm_ms" in shown
 
 
 class Attempt:
@@ -281,7 +364,7 @@ def test_killed_again_and_again(vocabulary: Path, unbroken: Path, tmp_path: Path
         attempt = Attempt(vocabulary, run, frequent, "--resume_training", "True")
         moment = time.monotonic() + draw.uniform(8, 16)
         kills += attempt.kill_when(lambda: time.monotonic() > moment)  # noqa: B023
-        assert all((folder / "state.json").is_file() for _, folder in list_checkpoints(run))
+        assert all((folder / "manifest.json").is_file() for _, folder in list_checkpoints(run))
     assert kills >= 3
     last = Attempt(vocabulary, run, frequent, "--resume_training", "True", slow=False)
     assert last.process.wait(120) == 0, last.said.read_text()

@@ -130,5 +130,5 @@ def test_what_a_run_shows_and_leaves(finetune, tmp_path: Path, capsys: pytest.Ca
     assert lines[-1]["tokens_per_second"] > 0
     assert f"step 12: loss {lines[-1]['loss']:.6f}" in shown.err
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
-    assert json.loads((run / "checkpoint" / "step_00000012" / "state.json").read_text())["step"] == 12
+    assert json.loads((run / "checkpoint" / "step_00000012" / "manifest.json").read_text())["step"] == 12
     assert (run / "settings.yaml").is_file()

@@ -10,6 +10,7 @@ import pytest
 
 from glm_ms.settings import FLAGS, HelpRequested, SettingsError, load_settings, parse_args
 from glm_ms.settings.cli import keys_help, settings_from_command_line, usage
+from glm_ms.settings.flags import FLAGS_GONE, FORMER_FLAGS
 from glm_ms.settings.schema import batch_size_key, leaf_keys
 
 # Flag -> text typed, value it must have in the settings.
@@ -24,6 +25,7 @@ TYPED = {
     "use_parallel": ("True", True),
     "output_dir": ("elsewhere", "elsewhere"),
     "resume_training": ("data", "data"),
+    "do_eval": ("True", True),
     "epochs": ("4", 4),
     "batch_size": ("6", 6),
     "seed": ("11", 11),
@@ -64,6 +66,13 @@ def test_overrides_in_every_form() -> None:
     assert arguments.flags == {"epochs": "4"}
 
 
+def test_flags_under_their_former_names(config: Path) -> None:
+    arguments = parse_args(["--config", str(config), "--train_dataset_dir", "a", "--eval_dataset_dir=b"])
+    assert arguments.flags == {"train_dataset": "a", "eval_dataset": "b"}
+    assert not FORMER_FLAGS.keys() & (FLAGS.keys() | FLAGS_GONE.keys())
+    assert "(also --train_dataset_dir)" in usage()
+
+
 def test_flags_that_may_stand_alone(config: Path) -> None:
     arguments = parse_args(
         ["--config", str(config), "--resume_training", "seed=3", "--use_parallel", "--seed=4"]
@@ -84,6 +93,12 @@ def test_flags_that_may_stand_alone(config: Path) -> None:
         (["--config", "x", "--run-mode=eval"], ["did you mean --run_mode?"]),
         (["--config", "x", "--learning_rate", "1"], ["lr_schedule.learning_rate=VALUE"]),
         (["--config", "x", "--zzz"], ["--zzz: unknown flag; see --help"]),
+        (["--config", "x", "--sink_mode", "True"], ["--sink_mode: unknown flag; every step"]),
+        (["--config", "x", "--options", "seed=1"], ["--options: unknown flag; write the overrides alone"]),
+        (
+            ["--config", "x", "--train_dataset_dirs", "a"],
+            ["did you mean --train_dataset_dir or --train_dataset?"],
+        ),
         (["--config", "x", "--seed"], ["--seed: a value must follow"]),
         (["--config", "x", "--optimizer.eps"], ["--optimizer.eps: a value must follow"]),
         (["--config", "x", "train"], ["'train': unexpected"]),

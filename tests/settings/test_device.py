@@ -110,11 +110,25 @@ def test_processes_need_parallel(config: Path, no_cards: Path) -> None:
     check_device(settings, no_cards, {"MS_WORKER_NUM": "1"})
 
 
-@pytest.mark.parametrize("key", ["param_init_type", "compute_dtype"])
-def test_float16_training_on_ascend_is_refused(key: str, config: Path, cards: Path) -> None:
-    override = f"model.model_config.{key}=float16"
-    with pytest.raises(SettingsError, match=rf"model_config.{key}: float16: not in this version.*=.*float32"):
-        check_device(load_settings(config, [ASCEND, override]), cards, {})
-    config = load_settings(config, [ASCEND, override, "run_mode=predict", "predict_data=x"])
-    check_device(config, cards, {})
-    assert getattr(config.model.model_config, key) == "float16"
+PREDICT = ["run_mode=predict", "predict_data=x"]
+SCALED = "runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell"
+LORA = ["model.pet_config.pet_type=lora", "load_checkpoint=data"]
+
+
+@pytest.mark.parametrize(
+    ("key", "message", "remedy"),
+    [
+        ("param_init_type", "float16: not in this version.*=float32", LORA),  # trained are the adapters then
+        ("compute_dtype", "float16: small gradients vanish.*scale_sense.type=DynamicLossScale", [SCALED]),
+    ],
+)
+def test_float16_training_on_ascend_has_its_conditions(
+    key: str, message: str, remedy: list[str], config: Path, cards: Path
+) -> None:
+    float16 = f"model.model_config.{key}=float16"
+    with pytest.raises(SettingsError, match=rf"model_config.{key}: {message}"):
+        check_device(load_settings(config, [ASCEND, float16]), cards, {})
+    for more in (PREDICT, remedy):
+        settings = load_settings(config, [ASCEND, float16, *more])
+        check_device(settings, cards, {})
+        assert getattr(settings.model.model_config, key) == "float16"

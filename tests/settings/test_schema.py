@@ -24,6 +24,11 @@ _COMPANIONS = {
     "train_dataset.max_target_length": ["model.model_config.seq_length=193"],
     "model.init": ["load_checkpoint=data"],
     "generation.num_return_sequences": ["generation.do_sample=True"],
+    "checkpoint.best_metric": ["do_eval=True"],
+    **{
+        f"runner_wrapper.scale_sense.{name}": ["runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell"]
+        for name in ("loss_scale_value", "scale_factor", "scale_window")
+    },
 }
 # Keys for which the rule below (another value of the same kind) makes no usable one.
 _OTHER = {
@@ -40,6 +45,7 @@ _OTHER = {
     "lr_schedule.warmup_ratio": 0.25,
     "optimizer.betas": [0.5, 0.75],
     "generation.top_p": 0.5,
+    "generation.max_length": 100,
     "model.model_config.hidden_dropout": 0.5,
     "model.model_config.attention_dropout": 0.5,
     "context.max_device_memory": "30.5GB",
@@ -47,6 +53,7 @@ _OTHER = {
     "eval_dataset.data_loader.dataset_dir": "data/train.json",
     "processor.tokenizer.vocab_file": "data/dev.json",
     "load_checkpoint": "data",
+    "eval_step_interval": 5,
 }
 
 

@@ -1,0 +1,181 @@
+"""The task trainer behind MindFormers' `Trainer(args="<YAML of this project>", task="text_generation")`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindformers import MindFormerConfig
+from mindformers.trainer import CausalLanguageModelingTrainer
+from mindspore.train import Callback
+
+from glm_ms.engine import mf_job as job
+from glm_ms.engine import mf_prompts, quiet
+from glm_ms.engine.mf_job import say
+from glm_ms.engine.mf_model import GLMForCausalLM
+from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer
+from glm_ms.engine.mf_yaml import settings_of
+from glm_ms.settings import Settings
+from glm_ms.settings.schema import TRAINING_MODES
+
+if TYPE_CHECKING:
+    from glm_ms import generation
+    from glm_ms.tokenizer import SentencePieceTokenizer
+
+TEXT = "text_generation_text"  # where MindFormers' pipelines put their texts
+
+
+class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
+    """Trains, evaluates and predicts as `run_glm.py` does with the same YAML.
+
+    The stock trainer ignores `load_checkpoint` of the YAML (but in `train`), needs Ascend operators and evaluates with
+    a wrapper that cannot generate; so each job here is this project's own.
+
+    Which weights: those named in the call (`finetune_checkpoint=`, `eval_checkpoint=`, `predict_checkpoint=`); else
+    those of a given model; else those just trained by this trainer; else `load_checkpoint` of the YAML. A line says
+    which.
+
+    Attributes:
+        scores: of the last evaluation, by name.
+    """
+
+    def __init__(self, model_name: str | None = None) -> None:
+        super().__init__(model_name)
+        quiet.after_import()  # the Trainer has made MindFormers' loggers anew
+        self.scores: dict[str, Any] = {}
+        self._trained: str | None = None  # output folder of a training without a given model
+
+    def train(
+        self,
+        config: MindFormerConfig | None = None,
+        network: GLMForCausalLM | None = None,
+        dataset: Any = None,
+        wrapper: Any = None,
+        optimizer: Any = None,
+        callbacks: Sequence[Callback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Trains; see `glm_ms.engine.train.train`.
+
+        Args:
+            config: made of a YAML of this project.
+            network: a model to train, in place of one built as the YAML says.
+            dataset: a MindSpore data set in place of `train_dataset` of the YAML, see `DatasetRows`.
+            wrapper, optimizer: None: the YAML says which.
+            callbacks: MindSpore callbacks, called after ours.
+            kwargs: what the Trainer adds.
+
+        Raises:
+            ValueError: settings, weights or records that cannot be used.
+            FloatingPointError: the run has diverged.
+        """
+        from glm_ms.engine.summary import summary
+        from glm_ms.engine.train import Given, train
+
+        others = {name: kwargs.get(name) for name in ("compute_metrics", "eval_dataset")}
+        job.refuse({"optimizers": optimizer, "wrapper": wrapper, **others})
+        mode = config.run_mode if config.run_mode in TRAINING_MODES else TRAINING_MODES[-1]
+        settings = settings_of(config, run_mode=mode)
+        asked = job.apply_checkpoint(settings, *job.take_checkpoint(config))
+        core = None if network is None else job.for_training(network, settings, asked)
+        rows = None if dataset is None else job.rows_of(dataset, settings)
+        tokenizer = job.begin(settings, with_records=rows is None)
+        train(settings, tokenizer, say, Given(core, rows, tuple(callbacks or ())))
+        if core is not None:
+            core.network.set_train(False)
+            network.weights_from = settings.output_dir
+        self._trained = settings.output_dir if network is None else None
+        self.network = network
+        for line in summary(settings):
+            say(line)
+
+    def evaluate(
+        self,
+        config: MindFormerConfig | None = None,
+        network: GLMForCausalLM | None = None,
+        dataset: Any = None,
+        callbacks: Any = None,
+        compute_metrics: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Measures `metric` of the YAML on its `eval_dataset`, prints the scores and keeps them in `scores`.
+
+        The Trainer returns nothing; `eval_scores.json` in the output folder holds the same numbers.
+
+        Raises:
+            ValueError: settings, weights or records that cannot be used.
+        """
+        from glm_ms.engine.evaluate import evaluate
+
+        job.refuse(
+            {"eval_dataset": dataset, "compute_metrics": compute_metrics, "eval_callbacks": callbacks or None}
+        )
+        settings = settings_of(config, run_mode="eval")
+        model, tokenizer = self._model(settings, config, network)
+        self.scores = evaluate(settings, model, tokenizer, say)
+        for name, value in self.scores.items():
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+        return self.scores
+
+    def predict(
+        self,
+        config: MindFormerConfig | None = None,
+        input_data: Any = None,
+        network: GLMForCausalLM | None = None,
+        tokenizer: ChatGLMTokenizer | None = None,
+        **kwargs: Any,
+    ) -> list[dict[str, list[str]]]:
+        """Answers prompts; a plain text is put into the chat prompt of the model.
+
+        Args:
+            config: made of a YAML of this project.
+            input_data: a text, a list of texts, a .txt or .jsonl file, or a data set with a column `prompt`.
+            network: a model, in place of the one the YAML says.
+            tokenizer: in place of the one of the YAML.
+            kwargs: `batch_size`, `seed`, `max_length` (prompt included), and options of `generation` in the YAML.
+
+        Returns:
+            {"text_generation_text": answers} for each prompt; `predict_results.jsonl` holds the same.
+
+        Raises:
+            ValueError: settings, weights, prompts or options that cannot be used.
+        """
+        from glm_ms.engine.predict import predict
+
+        settings = settings_of(config, run_mode="predict")
+        with tempfile.TemporaryDirectory() as folder:
+            settings.predict_data = mf_prompts.predict_data(input_data, settings, Path(folder))
+            if tokenizer is not None:
+                job.use_tokenizer(settings, tokenizer)
+            mf_prompts.set_generation(settings, kwargs)
+            model, own_tokenizer = self._model(settings, config, network)
+            results = predict(settings, model, own_tokenizer, lambda _: None, say)
+        return [{TEXT: list(result.answers)} for result in results]
+
+    def _model(
+        self, settings: Settings, config: MindFormerConfig, network: GLMForCausalLM | None
+    ) -> tuple[generation.GLMForCausalLM, SentencePieceTokenizer]:
+        """Model and tokenizer of an evaluation or prediction, after all checks."""
+        from glm_ms.engine.files import replace_text
+        from glm_ms.engine.weights import build_model
+
+        asked, _ = job.take_checkpoint(config)
+        if asked:
+            settings.load_checkpoint = asked
+        elif network is None and self._trained is not None:
+            adapter = settings.model.pet_config.pet_type is not None
+            setattr(settings, "load_adapter" if adapter else "load_checkpoint", self._trained)
+        elif network is not None and network.weights_from:
+            settings.load_checkpoint = network.weights_from
+        if network is not None:
+            job.check_network(network, settings)
+        tokenizer = job.begin(settings)
+        if network is None:
+            model = build_model(settings, tokenizer.vocab_size, say)
+        else:
+            model = job.with_weights(network, settings)
+        path = Path(settings.output_dir) / f"{settings.run_mode}_settings.yaml"
+        replace_text(path, settings.to_yaml())
+        return model, tokenizer

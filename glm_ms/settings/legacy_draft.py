@@ -1,0 +1,96 @@
+"""The state of a translation from MindFormers' names to ours, see `legacy`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from glm_ms.settings.document import Entry
+from glm_ms.settings.errors import described
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the keys that may become a key of ours.
+
+    Attributes:
+        name: as it was written.
+        entry: its value, already one of ours.
+        typed: whether it comes from the command line.
+        rank: the lowest counts.
+    """
+
+    name: str
+    entry: Entry
+    typed: bool
+    rank: int = 0
+
+    @property
+    def value(self) -> Any:
+        """The value, with MindFormers' text 'None' as null."""
+        return None if self.entry.value == "None" else self.entry.value
+
+
+@dataclass
+class Draft:
+    """The state of a translation.
+
+    Attributes:
+        source: path of the file.
+        found: key in MindFormers' names, aliases resolved -> what was given for it.
+        targets: our key -> all that may become it.
+        chosen: our key -> what became of it.
+        renamed, remarks: lines for the user, about class names and about everything else.
+        idle: reason -> keys without effect.
+    """
+
+    source: str
+    found: dict[str, Source] = field(default_factory=dict)
+    targets: dict[str, list[Source]] = field(default_factory=dict)
+    chosen: dict[str, Source] = field(default_factory=dict)
+    renamed: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unusable: set[str] = field(default_factory=set)
+    idle: dict[str, list[str]] = field(default_factory=dict)
+
+    def offer(self, key: str, source: Source) -> None:
+        """Adds something that may become `key`."""
+        self.targets.setdefault(key, []).append(source)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value of one of our keys, once all are chosen."""
+        return self.chosen[key].value if key in self.chosen else default
+
+    def put(self, key: str, value: Any, cause: Source | None = None) -> None:
+        """Sets one of our keys to a derived value, which stands where `cause` was written."""
+        where = cause.entry.where if cause else self.source
+        self.chosen[key] = Source(key, Entry(value, where, where), bool(cause and cause.typed))
+
+    def without_effect(self, source: Source, reason: str) -> None:
+        """Notes a key that has none."""
+        self.idle.setdefault(reason, []).append(source.name)
+
+    def remark(self, source: Source, text: str) -> None:
+        """A line about a key as it was written."""
+        self.remarks.append(f"{source.entry.where}: {source.name}: {shown(source)}{text}")
+
+    def refuse(self, source: Source, text: str) -> None:
+        """A problem with a key as it was written."""
+        self.problems.append(f"{source.entry.where}: {source.name}: {shown(source)}: {text}")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, where True is not 1 and lists are compared by what they hold."""
+    if isinstance(one, list) and isinstance(other, list):
+        pairs = zip(one, other)
+        return len(one) == len(other) and all(a is b or a.value == b.value for a, b in pairs)
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+def shown(source: Source) -> str:
+    """The value of a key, for a line to the user."""
+    value = source.value
+    if value is None or isinstance(value, (list, dict)):
+        return described(value)
+    return str(value) if value != "" else '""'

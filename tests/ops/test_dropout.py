@@ -1,0 +1,81 @@
+"""Dropout that is a function of seeds: shares, independence, repetition."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from glm_ms.ops.dropout import SeededDropout
+
+ROWS, LENGTH, WIDTH = 8, 64, 128
+
+
+def kept(p: float, stream: int, seeds: np.ndarray, shape: tuple[int, ...] = (LENGTH, WIDTH)) -> np.ndarray:
+    """Which elements stay, bool [rows, ...]."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    x = Tensor(np.ones((len(seeds), *shape), np.float32))
+    y = SeededDropout(p, stream)(x, Tensor(seeds.astype(np.int32))).asnumpy()
+    values = np.unique(y)
+    np.testing.assert_allclose(values, [0, 1 / (1 - p)], rtol=1e-6)
+    return y > 0
+
+
+def deviations(mask: np.ndarray, share: float) -> float:
+    """How many standard deviations the share of True is from `share`."""
+    return abs(mask.mean() - share) / np.sqrt(share * (1 - share) / mask.size)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_share_of_what_stays(p: float) -> None:
+    mask = kept(p, 3, np.arange(ROWS))
+    assert deviations(mask, 1 - p) < 4
+    for axis in range(3):  # no row, place or channel is favoured
+        others = tuple(i for i in range(3) if i != axis)
+        count = mask.size // mask.shape[axis]
+        spread = np.abs(mask.mean(axis=others) - (1 - p)) / np.sqrt(p * (1 - p) / count)
+        assert spread.max() < 5
+
+
+def test_seeds_streams_and_places_are_independent() -> None:
+    p = 0.5
+    seeds = np.array([0, 1, 2, 3, 2**31 - 1, -1, -(2**31), 77])
+    masks = [kept(p, stream, seeds) for stream in (0, 1, 2)]
+    pairs = [(masks[0][i], masks[0][j]) for i in range(ROWS) for j in range(i)]
+    pairs += [(masks[a][i], masks[b][i]) for a, b in ((0, 1), (1, 2), (0, 2)) for i in range(ROWS)]
+    pairs += [(masks[0][:, 1:], masks[0][:, :-1]), (masks[0][..., 1:], masks[0][..., :-1])]
+    pairs += [(masks[0][i, :, 0], masks[0][i, 0, :LENGTH]) for i in range(ROWS)]
+    for one, other in pairs:
+        assert deviations(one == other, 0.5) < 5
+
+
+def test_a_row_is_the_same_in_every_batch() -> None:
+    seeds = np.array([5, 9, 1, 5])
+    whole = kept(0.3, 1, seeds)
+    assert np.array_equal(whole[0], whole[3])
+    assert np.array_equal(whole[1:3], kept(0.3, 1, seeds[1:3]))
+
+
+def test_other_numbers_of_axes() -> None:
+    assert deviations(kept(0.2, 0, np.arange(64), (256,)), 0.8) < 4
+    assert deviations(kept(0.2, 0, np.arange(2), (4, 16, 2, 32)), 0.8) < 4
+
+
+class Total(nn.Cell):
+    """Sum of what dropout leaves, to be differentiated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = SeededDropout(0.4, 0)
+
+    def construct(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return self.drop(x, seeds).sum()
+
+
+def test_gradient_passes_where_values_pass() -> None:
+    x = Tensor(np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32))
+    total, seeds = Total(), Tensor(np.array([1, 2], np.int32))
+    gradient = ops.grad(total)(x, seeds).asnumpy()
+    expected = np.where(total.drop(x, seeds).asnumpy() != 0, np.float32(1 / 0.6), 0)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)

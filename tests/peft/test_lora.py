@@ -1,0 +1,210 @@
+"""LoRA: which modules, frozen bases, saving, merging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_helpers import load_script
+from reference import FOLDER, fresh_golden_model
+
+from glm_ms import load_pretrained
+from glm_ms.generation import GLMForCausalLM
+from glm_ms.peft import AdapterError, LoraConfig, PrefixConfig, lora_deltas, read_adapter
+from glm_ms.peft.lora import target_names
+
+IDS = np.random.default_rng(3).integers(0, 512, (2, 20))
+NAMES = [
+    f"transformer.encoder.layers.{i}.{name}"
+    for i in range(2)
+    for name in (
+        "self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h",
+    )
+] + ["transformer.output_layer"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("targets", "endings"),
+    [
+        (".*query_key_value", {"query_key_value"}),
+        (".*query_key_value*", {"query_key_value"}),  # as MindFormers' files write it
+        (["query_key_value"], {"query_key_value"}),
+        (["self_attention.dense"], {"dense"}),
+        (["dense", "dense_4h_to_h"], {"dense", "dense_4h_to_h"}),
+        (r".*\.mlp\..*", {"dense_h_to_4h", "dense_4h_to_h"}),
+        (".*", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"}),
+    ],
+)
+def test_targets(targets, endings: set[str]) -> None:
+    found = target_names(targets, NAMES)
+    assert {name.rpartition(".")[2] for name in found} == endings
+    assert found == sorted(found, key=NAMES.index)
+
+
+@pytest.mark.parametrize(
+    "targets", ["query_key_value", ".*wq", ["qkv"], ["query_key_value", "densee"], [""], "("]
+)
+def test_targets_that_match_nothing(targets) -> None:
+    with pytest.raises(AdapterError, match="target_modules") as error:
+        target_names(targets, NAMES)
+    if targets != "(":
+        assert "transformer.encoder.layers.N.self_attention.query_key_value" in str(error.value)
+        assert "transformer.output_layer" in str(error.value)
+
+
+def trained(model: GLMForCausalLM, config: LoraConfig, seed: int = 4, size: float = 0.2) -> GLMForCausalLM:
+    """With an adapter of random values of a standard deviation `size`."""
+    adapter, draw = model.add_adapter(config, seed), np.random.default_rng(seed)
+    values = {p.name: draw.normal(0, size, p.shape).astype(np.float32) for p in adapter.parameters()}
+    adapter.assign(values, Path("drawn"))
+    return model
+
+
+def test_a_new_adapter_changes_nothing_and_alone_is_trained() -> None:
+    model = fresh_golden_model("glm2_tiny")
+    before, names = model(IDS).asnumpy(), list(model.parameters())
+    adapter = model.add_adapter(LoraConfig(target_modules=("query_key_value", "dense")), seed=1)
+    assert np.array_equal(model(IDS).asnumpy(), before)
+    assert {id(p) for p in model.network.trainable_params()} == {id(p) for p in adapter.parameters()}
+    assert list(model.parameters()) == names
+    assert {str(p.dtype) for p in adapter.parameters()} == {"Float32"}
+    again = fresh_golden_model("glm2_tiny").add_adapter(
+        LoraConfig(target_modules=("query_key_value", "dense")), seed=1
+    )
+    for one, other in zip(adapter.parameters(), again.parameters()):
+        assert np.array_equal(one.asnumpy(), other.asnumpy())
+    with pytest.raises(AdapterError, match="has an adapter already"):
+        model.add_adapter(PrefixConfig(4))
+
+
+def test_adapters_act_in_graphs_compiled_before() -> None:
+    """A model that has been used must not go on with the graphs of its base."""
+    model = fresh_golden_model("glm2_tiny")
+    prompt = IDS[0].tolist()
+    before = (
+        model(IDS).asnumpy(),
+        float(model(IDS, labels=IDS).asnumpy()),
+        model.generate(prompt, max_new_tokens=8),
+    )
+    trained(model, LoraConfig(4, 8.0, 0.0))
+    assert np.abs(model(IDS).asnumpy() - before[0]).max() > 0.1
+    assert abs(float(model(IDS, labels=IDS).asnumpy()) - before[1]) > 1e-3
+    sequence = model.generate(prompt, max_new_tokens=8, eos_token_id=[])
+    assert sequence != before[2]
+    for length in range(len(prompt), len(sequence[0])):
+        assert int(model(sequence[0][:length]).asnumpy()[0, -1].argmax()) == sequence[0][length]
+
+
+def test_dropout_acts_with_seeds_only() -> None:
+    from mindspore import Tensor
+
+    model = trained(fresh_golden_model("glm2_tiny"), LoraConfig(4, 8.0, 0.5))
+    plain = model(IDS).asnumpy()
+    without = trained(fresh_golden_model("glm2_tiny"), LoraConfig(4, 8.0, 0.0))
+    np.testing.assert_array_equal(without(IDS).asnumpy(), plain)
+    rows = [IDS, np.ones_like(IDS), np.tile(np.arange(20), (2, 1)), np.arange(20), np.array([3, 4])]
+    dropped = model.network(*(Tensor(x.astype(np.int32)) for x in rows)).asnumpy()
+    assert np.abs(dropped - plain).max() > 1e-2
+
+
+def saved(model: GLMForCausalLM, folder: Path) -> Path:
+    folder.mkdir()
+    model.adapter.save(folder, "base")
+    return folder
+
+
+def base_folder(folder: Path, dtype: str | None = None) -> Path:
+    """glm3_tiny as a Hugging Face folder of several shards."""
+    tool = load_script("tools/convert_weight.py")
+    arguments = ["--input", str(FOLDER / "glm3_tiny"), "--output", str(folder), "--max_shard_size", "300KB"]
+    assert tool.main(arguments + (["--dtype", dtype] if dtype else [])) == 0
+    return folder
+
+
+@pytest.fixture
+def merge(capsys: pytest.CaptureFixture[str]):
+    """merge(*arguments) -> exit status and what was shown."""
+    tool = load_script("tools/merge_lora.py")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        status = tool.main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return status, shown.out + shown.err
+
+    return run
+
+
+def test_merged_and_unmerged_agree_and_it_comes_out_again(tmp_path: Path, merge) -> None:
+    base = base_folder(tmp_path / "base")
+    config = LoraConfig(4, 12.0, 0.1, ("query_key_value", "dense_4h_to_h", "output_layer"))
+    # As large as a trained one: far larger updates blow the rounding of the network up in both.
+    model = trained(fresh_golden_model("glm3_tiny"), config, size=0.05)
+    assert np.abs(model(IDS).asnumpy() - fresh_golden_model("glm3_tiny")(IDS).asnumpy()).max() > 0.3
+    adapter = saved(model, tmp_path / "adapter")
+    status, shown = merge("--base", base, "--adapter", adapter, "--output", tmp_path / "merged")
+    assert status == 0, shown
+    assert "merged into 7 of" in shown
+    merged = load_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(merged(IDS).asnumpy(), model(IDS).asnumpy(), atol=1e-5, rtol=0)
+    arguments = ("--base", tmp_path / "merged", "--adapter", adapter, "--remove")
+    status, shown = merge(*arguments, "--output", tmp_path / "again.ckpt")
+    assert status == 0, shown
+    again, first = load_pretrained(tmp_path / "again.ckpt", base), load_pretrained(base)
+    np.testing.assert_allclose(again(IDS).asnumpy(), first(IDS).asnumpy(), atol=1e-5, rtol=0)
+    for name, parameter in first.parameters().items():
+        np.testing.assert_allclose(again.parameters()[name].asnumpy(), parameter.asnumpy(), atol=1e-6, rtol=0)
+
+
+def test_a_float16_base_stays_float16(tmp_path: Path, merge) -> None:
+    base = base_folder(tmp_path / "base", "float16")
+    model = load_pretrained(base)
+    adapter = saved(trained(model, LoraConfig(4, 8.0, 0.0)), tmp_path / "adapter")
+    status, shown = merge("--base", base, "--adapter", adapter, "--output", tmp_path / "merged.safetensors")
+    assert status == 0, shown
+    assert "(float16)" in shown
+    merged = load_pretrained(tmp_path / "merged.safetensors", base)
+    np.testing.assert_allclose(merged(IDS).asnumpy(), model(IDS).asnumpy(), atol=2e-2, rtol=0)
+
+
+def test_merges_that_make_no_sense(tmp_path: Path, merge) -> None:
+    base = base_folder(tmp_path / "base")
+    fresh = fresh_golden_model("glm3_tiny")
+    fresh.add_adapter(LoraConfig())
+    untrained = saved(fresh, tmp_path / "untrained")
+    prefixed = fresh_golden_model("glm3_tiny")
+    prefixed.add_adapter(PrefixConfig(4))
+    prefix = saved(prefixed, tmp_path / "prefix")
+    other = saved(trained(fresh_golden_model("glm2_tiny"), LoraConfig()), tmp_path / "other")
+    for adapter, reason in (
+        (untrained, "changes nothing"),
+        (prefix, "a P-Tuning prefix cannot be merged"),
+        (other, "made for another base"),
+        (tmp_path / "nowhere", "no such file"),
+        (base, "no adapter"),
+    ):
+        status, shown = merge("--base", base, "--adapter", adapter, "--output", tmp_path / "out")
+        assert status == 1
+        assert str(adapter) in shown
+        assert reason in shown
+        assert not (tmp_path / "out").exists()
+
+
+def test_half_a_pair_is_no_delta(tmp_path: Path) -> None:
+    adapter = saved(trained(fresh_golden_model("glm2_tiny"), LoraConfig()), tmp_path / "adapter")
+    stored = read_adapter(adapter)
+    stored.tensors.pop(next(name for name in stored.tensors if "lora_B" in name))
+    with pytest.raises(AdapterError, match="only one of lora_A and lora_B"):
+        lora_deltas(stored)
+
+
+def test_the_config_says_what_peft_needs(tmp_path: Path) -> None:
+    config = LoraConfig(4, 12.0, 0.1, ("query_key_value",))
+    adapter = saved(trained(fresh_golden_model("glm2_tiny"), config), tmp_path / "adapter")
+    document = json.loads((adapter / "adapter_config.json").read_text())
+    assert document["peft_type"] == "LORA"
+    assert (document["r"], document["lora_alpha"], document["lora_dropout"]) == (4, 12, 0.1)
+    assert document["target_modules"] == ["query_key_value"]
+    assert document["base_model_name_or_path"] == "base"
+    assert read_adapter(adapter).config == config
