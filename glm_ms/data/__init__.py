@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from glm_ms.data.adgen import AdgenDataset, AdgenEvalDataset
+from glm_ms.data.adgen import AdgenDataset, AdgenEncoder, AdgenEvalDataset
+from glm_ms.data.cache import CacheRequest
+from glm_ms.data.chat import (
+    ConversationDataset,
+    ConversationEncoder,
+    ConversationEvalDataset,
+    ToolAlpacaDataset,
+    ToolAlpacaEncoder,
+    ToolAlpacaEvalDataset,
+)
+from glm_ms.data.datasets import EvalDataset, TrainDataset
+from glm_ms.data.encoder import Encoder
+from glm_ms.data.errors import DataError
 from glm_ms.data.order import epoch_order
-from glm_ms.data.records import DataError, Record, RecordReader, read_records
+from glm_ms.data.records import Record, RecordReader, read_records
 from glm_ms.data.rows import IGNORED, Row, row_length
 
 __all__ = [
     "IGNORED",
     "AdgenDataset",
+    "AdgenEncoder",
     "AdgenEvalDataset",
+    "CacheRequest",
+    "ConversationDataset",
+    "ConversationEncoder",
+    "ConversationEvalDataset",
     "DataError",
+    "Encoder",
+    "EvalDataset",
     "Record",
     "RecordReader",
     "Row",
+    "ToolAlpacaDataset",
+    "ToolAlpacaEncoder",
+    "ToolAlpacaEvalDataset",
+    "TrainDataset",
     "epoch_order",
     "read_records",
     "row_length",

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from glm_ms.data.records import Record
-from glm_ms.data.rows import IGNORED, Row, right_padded_row, row_length
+from glm_ms.data.rows import IGNORED, Row, right_padded_row
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import ChatGLM2Tokenizer, SentencePieceTokenizer
 
 
-def train_row(
+def train_ids(
     tokenizer: ChatGLM2Tokenizer,
     record: Record,
     max_source_length: int,
     max_target_length: int,
     ignore_pad_token_for_loss: bool = True,
     source_prefix: str = "",
-) -> Row:
-    """A training row: the prompt of numbered rounds, the response, </s>.
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a training row, unpadded: the prompt of numbered rounds, the response, </s>.
 
     Args:
         max_source_length: prompt ids at most, `[gMASK] sop` included; the tail is cut, answer marker and all.
@@ -30,42 +29,46 @@ def train_row(
         source_prefix: text before the prompt.
 
     Returns:
-        int32 [max_source_length + max_target_length + 1] each, padded on the right; labels are not shifted.
+        Two lists of at most max_source_length + max_target_length + 1; labels are not shifted.
     """
     prompt = source_prefix + tokenizer.build_prompt(record.prompt, record.history)
-    return source_target_row(
+    return source_target_ids(
         tokenizer, prompt, record.response, max_source_length, max_target_length, ignore_pad_token_for_loss
     )
 
 
-def source_target_row(
+def source_target_ids(
     tokenizer: SentencePieceTokenizer,
     source: str,
     target: str,
     max_source_length: int,
     max_target_length: int,
     ignore_pad_token_for_loss: bool = True,
-) -> Row:
-    """`train_row` of plain texts: no prompt is built around `source`. It serves either tokenizer."""
+) -> tuple[list[int], list[int]]:
+    """`train_ids` of plain texts: no prompt is built around `source`. It serves either tokenizer."""
     source_ids = tokenizer.encode(source, truncation=True, max_length=max_source_length)
     target_ids = tokenizer.encode(
         target, add_special_tokens=False, truncation=True, max_length=max_target_length
     )
     target_ids.append(tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id
-    labels = [pad] * len(source_ids) + target_ids
-    length = row_length(max_source_length, max_target_length)
-    row = right_padded_row(source_ids + target_ids, labels, length, pad)
-    if ignore_pad_token_for_loss:  # also where the response itself holds the id, an unknown character
-        row["labels"] = np.where(row["labels"] == pad, np.int32(IGNORED), row["labels"])
-    return row
+    if not ignore_pad_token_for_loss:
+        return source_ids + target_ids, [pad] * len(source_ids) + target_ids
+    # Also where the response itself holds the id, an unknown character.
+    labels = [IGNORED if index == pad else index for index in target_ids]
+    return source_ids + target_ids, [IGNORED] * len(source_ids) + labels
 
 
-def has_labels(
-    tokenizer: ChatGLM2Tokenizer, record: Record, max_source_length: int, max_target_length: int
-) -> bool:
-    """Always: source and target are cut apart, so </s> stays a label."""
-    return True
+def pad_row(
+    tokenizer: SentencePieceTokenizer,
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    length: int,
+    ignore_pad_token_for_loss: bool = True,
+) -> Row:
+    """The row of `train_ids`, padded on the right: int32 [length] each."""
+    pad = tokenizer.pad_token_id
+    return right_padded_row(input_ids, labels, length, pad, IGNORED if ignore_pad_token_for_loss else pad)
 
 
 def eval_row(

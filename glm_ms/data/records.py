@@ -7,14 +7,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-_BOM = b"\xef\xbb\xbf"
-_WHITESPACE = " \t\r\n"
-
-
-class DataError(ValueError):
-    """A data file or a setting for it cannot be used; the message names the place and the remedy."""
+from glm_ms.data.errors import DataError
+from glm_ms.data.json_file import parse_value, raw_values
 
 
 @dataclass(frozen=True)
@@ -35,8 +31,7 @@ class RecordReader:
     """
 
     def __init__(self, path: str | Path, columns: Sequence[str]) -> None:
-        if isinstance(columns, str) or len(columns) not in (2, 3):
-            raise DataError(f"columns = {columns!r}: must name prompt and response, optionally history")
+        check_columns(columns)
         self.path = Path(path)
         self.columns = tuple(columns)
         self.skipped = 0
@@ -44,27 +39,50 @@ class RecordReader:
     def __iter__(self) -> Iterator[Record]:
         self.skipped = 0
         found = False
-        for line, value in _read_objects(self.path):
+        for raw in raw_values(self.path):
             found = True
-            record = self._record(value, line)
-            if record.prompt and record.response:
+            record = parse_record(
+                parse_value(raw, self.path), self.columns, f"{self.path}:{raw.line}", raw.line
+            )
+            if record is not None:
                 yield record
             else:
                 self.skipped += 1
         if not found:
-            raise DataError(f"{self.path}: holds no records; expected one JSON object a line")
+            raise no_records(self.path)
 
-    def _record(self, value: Any, line: int) -> Record:
-        place = f"{self.path}:{line}"
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{place}: a record must be a JSON object such as "
-                f"{{{', '.join(f'{json.dumps(name)}: ...' for name in self.columns)}}}, "
-                f"found {type(value).__name__}"
-            )
-        prompt, response = (_text(value, name, place) for name in self.columns[:2])
-        history = _history(value, self.columns[2], place) if len(self.columns) == 3 else ()
-        return Record(prompt, response, history, line)
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Raises DataError unless `columns` names prompt and response, and optionally a history."""
+    if isinstance(columns, str) or len(columns) not in (2, 3):
+        raise DataError(f"columns = {columns!r}: must name prompt and response, optionally history")
+
+
+def parse_record(value: Any, columns: Sequence[str], place: str, line: int = 0) -> Record | None:
+    """The record that a JSON value stands for; None where prompt or response is empty or null.
+
+    Args:
+        value: what JSON says.
+        columns: as in `read_records`.
+        place: `file:line`, to begin an error with.
+        line: kept in the record.
+
+    Raises:
+        DataError: the value is not an object, or a column is missing or not a string.
+    """
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{place}: a record must be a JSON object such as "
+            f"{{{', '.join(f'{json.dumps(name)}: ...' for name in columns)}}}, found {type(value).__name__}"
+        )
+    prompt, response = (_text(value, name, place) for name in columns[:2])
+    history = _history(value, columns[2], place) if len(columns) == 3 else ()
+    return Record(prompt, response, history, line) if prompt and response else None
+
+
+def no_records(path: Path) -> DataError:
+    """The error about a file without any value."""
+    return DataError(f"{path}: holds no records; expected one JSON object a line")
 
 
 def read_records(path: str | Path, columns: Sequence[str]) -> RecordReader:
@@ -87,95 +105,6 @@ def read_records(path: str | Path, columns: Sequence[str]) -> RecordReader:
     return RecordReader(path, columns)
 
 
-def _read_objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every JSON value of the file."""
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; give a file of JSON lines")
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
-        if _begins_array(file):
-            yield from _array_items(path, _decode(file.read(), path, 1))
-            return
-        for line, raw in enumerate(file, start=1):
-            text = _decode(raw, path, line).strip(_WHITESPACE)
-            if text:
-                yield line, _parse(text, path, line)
-
-
-def _begins_array(file: BinaryIO) -> bool:
-    """Whether the first character is "["; leaves the file at its first byte after a byte order mark."""
-    start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
-    file.seek(start)
-    first = b" "
-    while first and first in _WHITESPACE.encode():
-        first = file.read(1)
-    file.seek(start)
-    return first == b"["
-
-
-def _decode(raw: bytes, path: Path, line: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
-            f"convert the file, for example: iconv -f GB18030 -t UTF-8 {path.name}"
-        ) from None
-
-
-def _parse(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{line}: not valid JSON: {error.msg} at column {error.colno}; "
-            "each line must be one whole JSON object"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{line}: not valid JSON: {error}") from None
-
-
-def _array_items(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Items of a JSON array one by one, so that each has its line."""
-    decoder = json.JSONDecoder()
-    position = _skip_whitespace(text, text.index("[") + 1)
-    line, counted = 1, 0
-    closed = text[position : position + 1] == "]"
-    while not closed:
-        line += text.count("\n", counted, position)
-        counted = position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{line}: not valid JSON: {error}") from None
-        yield line, value
-        position = _skip_whitespace(text, position)
-        separator = text[position : position + 1]
-        if separator not in (",", "]") or not separator:
-            line += text.count("\n", counted, position)
-            raise DataError(f"{path}:{line}: not valid JSON: expected ',' or ']' after a record")
-        closed = separator == "]"
-        position = _skip_whitespace(text, position + 1) if not closed else position
-    rest = _skip_whitespace(text, position + 1)
-    if rest < len(text):
-        line = text.count("\n", 0, rest) + 1
-        raise DataError(f"{path}:{line}: text after the end of the JSON array; remove it")
-
-
-def _skip_whitespace(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _WHITESPACE:
-        position += 1
-    return position
-
-
 def _column(value: dict[str, Any], name: str, place: str) -> Any:
     if name not in value:
         near = difflib.get_close_matches(name, list(value), n=3)
@@ -191,10 +120,11 @@ def _text(value: dict[str, Any], name: str, place: str) -> str:
     text = _column(value, name, place)
     if text is None:
         return ""
-    return _checked_text(text, f"{place}: column {name!r}")
+    return checked_text(text, f"{place}: column {name!r}")
 
 
-def _checked_text(text: Any, place: str) -> str:
+def checked_text(text: Any, place: str) -> str:
+    """`text`, held to be a string that UTF-8 can write; DataError, beginning with `place`, if it is not."""
     if not isinstance(text, str):
         raise DataError(f"{place} must be a string, found {type(text).__name__}: {str(text)[:60]}")
     try:
@@ -214,4 +144,4 @@ def _history(value: dict[str, Any], name: str, place: str) -> tuple[tuple[str, s
         return ()
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise DataError(f"{place} must be a list of [prompt, response] pairs, found {str(pairs)[:60]}")
-    return tuple((_checked_text(first, place), _checked_text(second, place)) for first, second in pairs)
+    return tuple((checked_text(first, place), checked_text(second, place)) for first, second in pairs)

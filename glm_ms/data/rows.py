@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from glm_ms.data.records import DataError
+from glm_ms.data.errors import DataError
 
 IGNORED = -100  # label of a position that takes no part in the loss
 
@@ -25,18 +25,26 @@ def check_length(name: str, value: int, smallest: int = 1) -> None:
         raise DataError(f"{name} = {value!r}: must be an integer of at least {smallest}")
 
 
-def right_padded_row(input_ids: Sequence[int], labels: Sequence[int], length: int, pad_token_id: int) -> Row:
+def right_padded_row(
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    length: int,
+    pad_token_id: int,
+    pad_label: int = IGNORED,
+) -> Row:
     """ChatGLM2 row: padded on the right, and visible, as the reference has it.
 
-    Padding labels are `pad_token_id`; positions count through the padding.
+    Padding labels are `pad_label`; positions count through the padding.
     """
-    padding = length - len(input_ids)
-    return {
-        "input_ids": np.array([*input_ids, *[pad_token_id] * padding], np.int32),
-        "labels": np.array([*labels, *[pad_token_id] * padding], np.int32),
+    row = {
+        "input_ids": np.full(length, pad_token_id, np.int32),
+        "labels": np.full(length, pad_label, np.int32),
         "attention_mask": np.ones(length, np.int32),
         "position_ids": np.arange(length, dtype=np.int32),
     }
+    row["input_ids"][: len(input_ids)] = input_ids
+    row["labels"][: len(labels)] = labels
+    return row
 
 
 def left_padded_row(input_ids: Sequence[int], labels: Sequence[int], length: int, pad_token_id: int) -> Row:

@@ -12,6 +12,8 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from glm_ms.ops.ascend import FloatStatus, saturates
+
 DYNAMIC, FIXED = "DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"
 # A dynamic scale doubles as long as all goes well; beyond this a power of two has nothing left to rescue.
 _LARGEST = 2.0**32
@@ -22,18 +24,39 @@ MOST_OVERFLOWS = 50
 class OverflowDetector(nn.Cell):
     """Whether the gradients of a step are unusable.
 
-    Portable: infinities and NaN in any gradient make their global norm infinite or NaN. On an Ascend card this
-    needs the INFNAN mode, in which operators give infinities; in the saturation mode, the only one of the 910A,
-    they do not, see `glm_ms.ops.ascend`.
+    Portable: infinities and NaN in any gradient make their global norm infinite or NaN. Where an Ascend card
+    saturates in place of giving infinities (`glm_ms.ops.ascend.saturates`), its overflow register is read as well.
+
+    Args:
+        all_reduce: sums a tensor over the ranks; None on a single one.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, all_reduce: nn.Cell | None = None) -> None:
+        super().__init__(auto_prefix=False)
         self.is_finite = ops.IsFinite()
+        self.all_reduce = all_reduce
+        self.register = FloatStatus() if saturates() else None
+        if self.register is not None:
+            self.flags = Parameter(Tensor(0.0, ms.float32), name="overflow_flags", requires_grad=False)
+            self.no_flag = Tensor(0.0, ms.float32)
+
+    def watch(self, loss: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
+        """To be called with loss sum and gradients of each micro batch; returns the loss sum."""
+        if self.register is None:
+            return loss
+        return ops.depend(loss, ops.assign_add(self.flags, self.register(gradients)))
 
     def construct(self, norm: Tensor) -> Tensor:
-        """norm, float32 scalar: global gradient norm, the same on all ranks -> bool scalar."""
-        return ops.logical_not(self.is_finite(norm))
+        """At the end of a step. norm, float32 scalar: global gradient norm, the same on all ranks -> bool scalar, the
+        same on all ranks."""
+        overflow = ops.logical_not(self.is_finite(norm))
+        if self.register is None:
+            return overflow
+        flags = self.flags + 0.0
+        if self.all_reduce is not None:
+            flags = self.all_reduce(flags)
+        flags = ops.depend(flags, ops.assign(self.flags, ops.depend(self.no_flag, flags)))
+        return ops.logical_or(overflow, flags > 0.0)
 
 
 class LossScale(nn.Cell):

@@ -30,14 +30,11 @@ _FIXED = {
 _OF_PIPELINES = ("batch_size", "bos_token_id", "model_name", "window_size", "level", "guess_set_size")
 
 
-def default_generation(
-    values: Mapping[str, Any], seq_length: int, eos: int, pad: int
-) -> MindFormersGeneration:
+def default_generation(values: Mapping[str, Any], eos: int, pad: int) -> MindFormersGeneration:
     """What a model generates with when nothing else is said.
 
     Args:
         values: options by name, from a YAML; the rest is greedy decoding, as long as the network reaches.
-        seq_length: of the network.
         eos: id that ends a sequence.
         pad: id that fills one up.
     """

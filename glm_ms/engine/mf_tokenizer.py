@@ -234,7 +234,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             del data["attention_mask"]
         if single:
             data = {name: values[0] for name, values in data.items()}
-        return BatchEncoding(data, tensor_type=return_tensors, prepend_batch_axis=single)
+        return BatchEncoding(data, tensor_type=return_tensors)  # one text: no batch axis, as in MindFormers
 
     def pad(
         self,
@@ -280,7 +280,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> BatchEncoding:
         """Ids, mask and positions of a question in the chat template, [1, S] each."""
         data = self.core.build_chat_input(query, history, role)
-        return BatchEncoding(data, tensor_type=return_tensors, prepend_batch_axis=True)
+        return BatchEncoding({name: [values] for name, values in data.items()}, tensor_type=return_tensors)
 
     def apply_chat_template(self, *_: Any, **__: Any) -> Any:
         """Raises ValueError: the base class would apply the template of other models."""

@@ -98,8 +98,9 @@ def _evaluation_flags(settings: Settings) -> list[str]:
             for name in ("max_source_length", "max_target_length")
         ]
         data = train
-    longest = room - data.max_source_length
-    if settings.generation.max_new_tokens > longest and "ADGENMetric" in settings.metric.type:
+    longest, generation = room - data.max_source_length, settings.generation
+    bounded = generation.max_length is not None  # by which every answer fits
+    if not bounded and generation.max_new_tokens > longest and "ADGENMetric" in settings.metric.type:
         flags.append(f"generation.max_new_tokens={longest}")
     return flags
 
@@ -107,7 +108,9 @@ def _evaluation_flags(settings: Settings) -> list[str]:
 def _length(settings: Settings) -> list[str]:
     """A short answer where the configured one leaves no room for a prompt."""
     half = max(settings.model.model_config.seq_length // 2, 1)
-    return [f"generation.max_new_tokens={half}"] if settings.generation.max_new_tokens > half else []
+    generation = settings.generation
+    bounded = generation.max_length is not None  # by which every answer fits
+    return [f"generation.max_new_tokens={half}"] if generation.max_new_tokens > half and not bounded else []
 
 
 def _missing(command: list[str]) -> str:

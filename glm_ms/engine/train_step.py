@@ -53,14 +53,14 @@ class GLMTrainOneStep(nn.Cell):
         self.weights: ParameterTuple = optimizer.parameters
         self.max_grad_norm = max_grad_norm
         self.accumulation_steps = accumulation_steps
+        self.square_sum = ops.ReduceSum()
+        self.all_reduce = ops.AllReduce() if use_parallel and get_group_size() > 1 else None
         self.loss_scale = build_loss_scale(loss_scale)
         if self.loss_scale is None:
             self.value_and_grad = ops.value_and_grad(network, None, self.weights, has_aux=True)
         else:
-            self.overflow = OverflowDetector()
+            self.overflow = OverflowDetector(self.all_reduce)
             self.value_and_grad = ops.value_and_grad(ScaledLoss(network), None, self.weights, has_aux=True)
-        self.square_sum = ops.ReduceSum()
-        self.all_reduce = ops.AllReduce() if use_parallel and get_group_size() > 1 else None
         if accumulation_steps > 1:
             self.gradient_sums = self.weights.clone(prefix="gradient_sum", init="zeros")
             self.loss_sum = ms.Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
@@ -100,6 +100,7 @@ class GLMTrainOneStep(nn.Cell):
             return loss, tokens, gradients
         scale = self.loss_scale.scale + 0.0
         (_, loss, tokens), gradients = self.value_and_grad(scale, *inputs)
+        loss = self.overflow.watch(loss, gradients)
         return loss, tokens, self.scaled(gradients, ops.maximum(tokens, 1.0) / scale)
 
     def finish(

@@ -54,7 +54,7 @@ def build_model(
     if settings.load_adapter and checkpoint is None:
         stored = read_adapter(settings.load_adapter)
         if adapter is not None:
-            stored = _for_training(model, stored, adapter)
+            stored = _held_to_settings(model, stored, adapter)
         say(str(model.load_adapter(stored)))
     elif adapter is not None:
         model.add_adapter(adapter, settings.seed)
@@ -77,8 +77,8 @@ def adapter_config(settings: Settings) -> AdapterConfig | None:
     )
 
 
-def _for_training(model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig) -> StoredAdapter:
-    """A stored adapter that is to be trained on, with the dropout of the settings.
+def _held_to_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig) -> StoredAdapter:
+    """A stored adapter with the dropout of the settings, which counts where it is trained on.
 
     Raises:
         AdapterError: it is not of the kind or the sizes the settings ask for.

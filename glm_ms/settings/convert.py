@@ -116,10 +116,15 @@ def _any_of(hints: tuple[Any, ...], entry: Entry, field: dataclasses.Field) -> A
             failures.append(error)
     if len(kinds) == 1:
         raise failures[0]
-    expected = [
-        _EXPECTED[hint] if hint in _EXPECTED else " or ".join(map(repr, get_args(hint))) for hint in kinds
-    ]
+    expected = [_expected(hint) for hint in kinds]
     raise _BadValueError(f"expected {' or '.join(expected)}, found {described(entry.value)}")
+
+
+def _expected(hint: Any) -> str:
+    """A type in the words of an error."""
+    if hint in _EXPECTED:
+        return _EXPECTED[hint]
+    return "a list" if get_origin(hint) is list else " or ".join(map(repr, get_args(hint)))
 
 
 def _one_of(choices: tuple[Any, ...], entry: Entry) -> Any:

@@ -54,7 +54,8 @@ def test_glm2_train(want, glm2, records_file):
         )
         for number, expected in enumerate(case["rows"]):
             record = Record(chosen[number]["content"], chosen[number]["summary"])
-            _check(prepare2.train_row(glm2, record, *lengths, ignore, prefix), expected)
+            ids = prepare2.train_ids(glm2, record, *lengths, ignore, prefix)
+            _check(prepare2.pad_row(glm2, *ids, sum(lengths) + 1, ignore), expected)
             if not prefix:
                 _check(dataset[number], expected)
 
@@ -177,7 +178,8 @@ def test_glm3_plain_prompt(want, glm3):
     lengths = case["max_source_length"], case["max_target_length"]
     assert len(case["records"]) == len(case["rows"]) > 0
     for record, expected in zip(case["records"], case["rows"]):
-        _check(prepare2.source_target_row(glm3, record["prompt"], record["response"], *lengths), expected)
+        ids = prepare2.source_target_ids(glm3, record["prompt"], record["response"], *lengths)
+        _check(prepare2.pad_row(glm3, *ids, sum(lengths) + 1), expected)
 
 
 def test_all_adgen_records(adgen_file, glm2, glm3):

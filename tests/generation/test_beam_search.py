@@ -134,6 +134,19 @@ def test_prompts_do_not_influence_each_other(early_stopping):
     assert len(lengths) > 3, "prompts end at different steps"
 
 
+def test_length_that_counts_the_prompt_is_a_limit_for_each():
+    prompts = [[1], [2, 3], [4, 1, 2]]
+    options = {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": 5, "length_penalty": 0.7}
+    together = beam_search(
+        Table(6),
+        GenerationInputs.prepare(prompts, vocab_size=6),
+        GenerationConfig(9, max_length=5, **options),
+    )
+    for prompt, ranked in zip(prompts, together):
+        alone = GenerationInputs.prepare(prompt, vocab_size=6)
+        assert [ranked] == beam_search(Table(6), alone, GenerationConfig(5 - len(prompt), **options))
+
+
 def test_no_step_after_the_last_needed_token():
     table, inputs = Table(6), GenerationInputs.prepare([4], vocab_size=6)
     generate(table, inputs, GenerationConfig(5, num_beams=2))

@@ -93,6 +93,22 @@ def test_rows_end_on_their_own_and_are_fed_padding():
     assert generate(again, inputs, config) == [[1, 2, 3, 4, 9], [1, 5, 6, 8], [1, 2, 4, 4, 4, 9]]
 
 
+def test_rows_end_at_the_length_that_counts_their_prompt():
+    script = [[4, 5, 6, 1], [5, 6, 1, 1], [4, 9, 1, 1]]
+    inputs = prepare([[1], [1, 2, 3], [1, 2]], vocab_size=10)
+    config = GenerationConfig(9, eos_token_id=9, pad_token_id=7, max_length=4)
+    decoder = Scripted(script)
+    assert np.stack(list(stream(decoder, inputs, config)), 1).tolist() == [[4, 5, 6], [5, 7, 7], [4, 9, 7]]
+    assert decoder.positions == [[1, 3, 2], [2, 3, 3]], "a row that has ended stays below max_length"
+    assert generate(Scripted(script), inputs, config) == [[1, 4, 5, 6], [1, 2, 3, 5], [1, 2, 4, 9]]
+    sooner = GenerationConfig(2, eos_token_id=9, max_length=4)
+    assert generate(Scripted(script), inputs, sooner) == [[1, 4, 5], [1, 2, 3, 5], [1, 2, 4, 9]]
+    with pytest.raises(ValueError, match="max_length = 3: prompt 1 has 3 tokens"):
+        generate(Scripted(script), inputs, GenerationConfig(2, max_length=3))
+    with pytest.raises(ValueError, match="max_length = 1: must be at least 2"):
+        GenerationConfig(2, max_length=1)
+
+
 def test_a_padding_id_that_is_generated_is_a_token_like_others():
     decoder = Scripted([[0, 4, 0], [9, 1, 1]])
     config = GenerationConfig(3, eos_token_id=9, pad_token_id=0)

@@ -150,6 +150,17 @@ def test_inputs_of_every_kind() -> None:
     np.testing.assert_allclose(model(ids[0]).asnumpy(), expected[:1], **LOGITS)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "seed": 1}])
+def test_max_length_lets_a_short_prompt_go_on_to_the_end_of_the_table(options: dict) -> None:
+    model = golden_model("glm2_tiny")
+    assert model.config.seq_length == 64
+    rows = [[7] * 60, [8, 9] * 26]
+    got = model.generate(rows, max_new_tokens=64, max_length=64, eos_token_id=[], **options)
+    assert [len(row) for row in got] == [64, 64]
+    for row, alone in zip(rows, got):
+        assert model.generate(row, max_new_tokens=64 - len(row), eos_token_id=[], **options) == [alone]
+
+
 def test_works_in_pynative_mode_and_leaves_it_alone() -> None:
     mode = ms.get_context("mode")
     ms.set_context(mode=ms.PYNATIVE_MODE)
@@ -188,6 +199,8 @@ def test_bad_calls(arguments: dict, message: str) -> None:
     ("arguments", "message"),
     [
         ({"input_ids": [1] * 60, "max_new_tokens": 6}, "seq_length = 64"),
+        ({"input_ids": [1] * 60, "max_new_tokens": 6, "max_length": 66}, "seq_length = 64"),
+        ({"input_ids": [1] * 60, "max_new_tokens": 6, "max_length": 60}, "prompt 0 has 60 tokens"),
         ({"input_ids": [1, 2], "max_new_tokens": 2, "top_q": 0.5}, "did you mean"),
         ({"input_ids": [1, 600], "max_new_tokens": 2}, "outside the vocabulary"),
         ({"input_ids": [1, 2], "max_new_tokens": 0}, "max_new_tokens"),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_helpers import load_script
-from reference import FOLDER, fresh_golden_model
+from reference import FOLDER, fresh_golden_model, golden_weights
 
-from glm_ms import load_pretrained
+from glm_ms import GLMConfig, load_pretrained
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.peft import AdapterError, LoraConfig, PrefixConfig, lora_deltas, read_adapter
 from glm_ms.peft.lora import target_names
@@ -208,3 +209,33 @@ def test_the_config_says_what_peft_needs(tmp_path: Path) -> None:
     assert document["target_modules"] == ["query_key_value"]
     assert document["base_model_name_or_path"] == "base"
     assert read_adapter(adapter).config == config
+
+
+@pytest.mark.parametrize("config", [LoraConfig(4, 8.0, 0.1), PrefixConfig(4, True)])
+def test_float32_adapters_train_over_a_float16_base(config) -> None:
+    """As on an Ascend card: the base in half precision, its gradients scaled, the adapter in float32."""
+    import mindspore as ms
+    from mindspore import Tensor
+
+    from glm_ms.engine.adamw import GLMAdamW
+    from glm_ms.engine.network import TrainingNetwork
+    from glm_ms.engine.train_step import GLMTrainOneStep
+
+    sizes = GLMConfig.from_pretrained(FOLDER / "glm2_tiny")
+    half = dataclasses.replace(sizes, param_init_type="float16", compute_dtype="float16")
+    model = GLMForCausalLM.from_parameters(half, golden_weights("glm2_tiny").items())
+    adapter = model.add_adapter(config)
+    assert {str(p.dtype) for p in model.parameters().values()} == {"Float16"}
+    optimizer = GLMAdamW(model.network.trainable_params(), 0.01)
+    scale = {
+        "type": "DynamicLossScaleUpdateCell",
+        "loss_scale_value": 1024,
+        "scale_factor": 2,
+        "scale_window": 100,
+    }
+    ms.set_context(mode=ms.GRAPH_MODE)
+    step = GLMTrainOneStep(TrainingNetwork(model.network, 20), optimizer, 1.0, loss_scale=scale)
+    rows = [IDS, IDS, np.ones_like(IDS), np.tile(np.arange(20), (2, 1)), np.array([3, 4])]
+    losses = [float(step(*(Tensor(x.astype(np.int32)) for x in rows))[0].asnumpy()) for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.3
+    assert {str(p.dtype) for p in adapter.parameters()} == {"Float32"}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from glm_ms.settings import Settings, SettingsError, load_settings
 
 CONFIG = """\
 run_mode: finetune
@@ -33,3 +36,27 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = Path("run.yaml")
     path.write_text(CONFIG, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def load_legacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """load_legacy(text, *overrides, flags=None): settings of a file old.yaml; no other file is looked at."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, *overrides: str, flags: dict[str, Any] | None = None) -> Settings:
+        Path("old.yaml").write_text(text, encoding="utf-8")
+        return load_settings("old.yaml", overrides, flags, check_files=False)
+
+    return run
+
+
+@pytest.fixture
+def legacy_refused(load_legacy):
+    """legacy_refused(text, *overrides): the problems, one a line."""
+
+    def run(text: str, *overrides: str) -> str:
+        with pytest.raises(SettingsError) as caught:
+            load_legacy(text, *overrides)
+        return str(caught.value)
+
+    return run

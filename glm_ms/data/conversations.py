@@ -1,0 +1,249 @@
+"""Conversations as JSON says them, checked, as messages the way ChatGLM3 takes them.
+
+Two forms are known. That of `finetune_hf.py` of ChatGLM3 (`parse_conversation`):
+
+    {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
+
+and the earlier one of `finetune_chatmodel_demo` (`parse_tool_conversation`), in which a conversation may have tools,
+messages with the role `tool` (a call and its result), and messages that take no part in the loss:
+
+    {"tools": [...], "conversations": [{"role": "user", "content": "..."},
+      {"role": "assistant", "content": "...", "loss": false},
+      {"role": "tool", "name": "...", "parameters": {...}, "observation": ...}, ...]}
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from glm_ms.data.errors import DataError
+from glm_ms.data.records import checked_text
+from glm_ms.tokenizer.chatglm3 import ROLES
+from glm_ms.tokenizer.tool_call import ToolCallError, parse_tool_call
+
+_CONVERSATIONS, _TOOLS = "conversations", "tools"
+_MESSAGE_KEYS = ("role", "content", "loss", "name", "parameters", "observation", "metadata")
+_TOOL_KEYS = ("name", "parameters", "observation")
+_WITHOUT_LOSS = ("system", "user")
+# These words are part of what the released model was trained on.
+_TOOLS_INTRODUCTION = (
+    "Answer the following questions as best as you can. You have access to the following tools:\n"
+)
+
+
+class Message(NamedTuple):
+    """One message in the form of the model.
+
+    Attributes:
+        role: system, user, assistant or observation.
+        content: its text.
+        metadata: name of the tool that an assistant message calls, else empty.
+        loss: whether the model is to learn it.
+    """
+
+    role: str
+    content: str
+    metadata: str = ""
+    loss: bool = False
+
+
+Messages = tuple[Message, ...]
+
+
+def parse_conversation(value: Any, place: str) -> Messages:
+    """The messages of a record for `finetune_hf.py`: assistant and observation bear loss, there are no tools.
+
+    Args:
+        value: what JSON says.
+        place: `file:line`, to begin an error with.
+
+    Raises:
+        DataError: anything that the official script refuses, or would pass over in silence.
+    """
+    record = _record(value, place)
+    remedy = "use data_loader.type: ToolAlpacaDataLoader"
+    if record.get(_TOOLS) is not None:
+        raise DataError(f"{place}: {_TOOLS!r} is not known to ConversationDataLoader; remove it, or {remedy}")
+    messages = []
+    for item, where in _items(record, place):
+        if item["role"] == "tool":
+            raise DataError(f"{where}: role 'tool' is not known to ConversationDataLoader; {remedy}")
+        loss = item["role"] not in _WITHOUT_LOSS
+        if _loss_flag(item, where) is not loss:
+            raise DataError(
+                f"{where}: 'loss' has no effect with ConversationDataLoader; remove it, or {remedy}"
+            )
+        messages.append(Message(item["role"], _content(item, where), loss=loss))
+    return _checked(messages, place)
+
+
+def parse_tool_conversation(value: Any, place: str) -> Messages:
+    """The messages of a record with tools and loss flags.
+
+    The tools come first, as a system message. A message of the role `tool` becomes two: the call, of the assistant,
+    and an observation without loss.
+
+    Args:
+        value: what JSON says.
+        place: `file:line`, to begin an error with.
+
+    Raises:
+        DataError: anything else than the form above, a flag without effect, or a call that could not be read back.
+    """
+    record = _record(value, place)
+    messages = []
+    if record.get(_TOOLS) is not None:
+        listing = json.dumps(record[_TOOLS], indent=4, ensure_ascii=False)
+        introduction = _TOOLS_INTRODUCTION + listing
+        messages.append(Message("system", checked_text(introduction, f"{place}: {_TOOLS!r}")))
+    for item, where in _items(record, place):
+        loss = _loss_flag(item, where)
+        if item["role"] == "tool":
+            messages += _tool_messages(item, where, loss)
+            continue
+        for key in _TOOL_KEYS:
+            if item.get(key) is not None:
+                raise DataError(f"{where}: {key!r} has no effect with role {item['role']!r}; remove it")
+        messages.append(Message(item["role"], _content(item, where), loss=loss))
+    return _checked(messages, place, with_tools=record.get(_TOOLS) is not None)
+
+
+def format_tool_call(parameters: Mapping[str, Any]) -> str:
+    """`tool_call(city='Beijing', days=3)`: the text in which ChatGLM3 calls a tool; `parse_tool_call` reads it."""
+    return f"tool_call({', '.join(f'{name}={value!r}' for name, value in parameters.items())})"
+
+
+def tool_call_problem(parameters: Mapping[str, Any]) -> str | None:
+    """Why a call with these parameters could not be read back from what the model writes; None if it could."""
+    try:
+        if parse_tool_call(format_tool_call(parameters)) == parameters:
+            return None
+    except ToolCallError:
+        pass
+    unusable = [name for name in parameters if tool_call_problem_of_name(name)]
+    if unusable:
+        return f"parameter {unusable[0]!r} cannot be the name of an argument in Python; rename it, here and in 'tools'"
+    return "the values of 'parameters' cannot be written as Python values (NaN or Infinity?); replace them"
+
+
+def tool_call_problem_of_name(name: str) -> bool:
+    """Whether a parameter of this name could not be read back."""
+    try:
+        return parse_tool_call(format_tool_call({name: None})) != {name: None}
+    except ToolCallError:
+        return True
+
+
+def _record(value: Any, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            f'{place}: a record must be a JSON object {{"{_CONVERSATIONS}": [...]}}, found {type(value).__name__}'
+        )
+    _refuse_near_misses(value, (_CONVERSATIONS, _TOOLS), place)
+    if _CONVERSATIONS not in value:
+        raise DataError(
+            f"{place}: no key {_CONVERSATIONS!r}, the record has {', '.join(map(repr, value)) or 'none'}; "
+            "a conversation is a list of messages under that key (records of prompt and response: ADGenDataLoader)"
+        )
+    return value
+
+
+def _items(record: Mapping[str, Any], place: str) -> list[tuple[Mapping[str, Any], str]]:
+    """The messages with their place; each is an object that has a known role."""
+    items = record[_CONVERSATIONS]
+    if not isinstance(items, list):
+        raise DataError(f"{place}: {_CONVERSATIONS!r} must be a list of messages, found {_kind(items)}")
+    if not items:
+        raise DataError(f"{place}: {_CONVERSATIONS!r} is empty; remove the record")
+    found = []
+    for number, item in enumerate(items, start=1):
+        where = f"{place}: message {number}"
+        if not isinstance(item, dict):
+            raise DataError(f'{where} must be an object {{"role", "content"}}, found {_kind(item)}')
+        _refuse_near_misses(item, _MESSAGE_KEYS, where)
+        if "role" not in item:
+            raise DataError(f"{where}: no key 'role', the message has {', '.join(map(repr, item)) or 'none'}")
+        role, roles = item["role"], (*ROLES, "tool")
+        if role not in roles:
+            near = difflib.get_close_matches(str(role), roles, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the roles are {', '.join(roles)}"
+            raise DataError(f"{where}: role {role!r} is not known; {hint}")
+        if item.get("metadata"):
+            raise DataError(
+                f"{where}: 'metadata' has no effect; write a call as a message of the role 'tool' "
+                "(ToolAlpacaDataLoader), or remove it"
+            )
+        found.append((item, where))
+    return found
+
+
+def _refuse_near_misses(value: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
+    """More keys are allowed, but one that is nearly a known key is a slip."""
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+            if near and near[0] not in value:
+                raise DataError(f"{place}: key {key!r} is not known; did you mean {near[0]!r}?")
+
+
+def _content(item: Mapping[str, Any], where: str) -> str:
+    if "content" not in item:
+        raise DataError(f"{where}: no key 'content', the message has {', '.join(map(repr, item))}")
+    return checked_text(item["content"], f"{where}: 'content'")
+
+
+def _loss_flag(item: Mapping[str, Any], where: str) -> bool:
+    bears_loss = item["role"] not in _WITHOUT_LOSS
+    flag = item.get("loss", bears_loss)
+    if not isinstance(flag, bool):
+        raise DataError(f"{where}: 'loss' must be true or false, found {_kind(flag)}")
+    if flag and not bears_loss:
+        raise DataError(f"{where}: 'loss': true has no effect with role {item['role']!r}; remove it")
+    return flag
+
+
+def _tool_messages(item: Mapping[str, Any], where: str, loss: bool) -> list[Message]:
+    for key in _TOOL_KEYS:
+        if key not in item:
+            raise DataError(f"{where}: no key {key!r}; a tool message has {', '.join(_TOOL_KEYS)}")
+    if item.get("content") is not None:
+        raise DataError(f"{where}: 'content' has no effect with role 'tool'; remove it")
+    name, parameters, observation = (item[key] for key in _TOOL_KEYS)
+    checked_text(name, f"{where}: 'name'")
+    if not name.strip() or "\n" in name:
+        raise DataError(f"{where}: 'name' must be the name of the tool, found {name!r}")
+    if not isinstance(parameters, dict):
+        raise DataError(f"{where}: 'parameters' must be an object, found {_kind(parameters)}")
+    problem = tool_call_problem(parameters)
+    if problem:
+        raise DataError(f"{where}: {problem}")
+    if not isinstance(observation, str):
+        observation = json.dumps(observation, ensure_ascii=False)
+    call = f"```python\n{format_tool_call(parameters)}\n```"
+    return [
+        Message("assistant", checked_text(call, f"{where}: 'parameters'"), name, loss),
+        Message("observation", checked_text(observation, f"{where}: 'observation'")),
+    ]
+
+
+def _checked(messages: list[Message], place: str, with_tools: bool = False) -> Messages:
+    """What holds for the conversation as a whole."""
+    systems = [number for number, message in enumerate(messages) if message.role == "system"]
+    allowed = 1 + with_tools  # the tools have made one of their own
+    if len(systems) > allowed:
+        raise DataError(f"{place}: {len(systems) - with_tools} system messages; at most one is allowed")
+    if systems and systems[-1] != len(systems) - 1:
+        raise DataError(f"{place}: a system message must be the first one; move it to the front")
+    if not any(message.role == "assistant" for message in messages):
+        raise DataError(
+            f"{place}: no message of the assistant, so there is nothing to learn; remove the record"
+        )
+    return tuple(messages)
+
+
+def _kind(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return f"{type(value).__name__}: {text[:60]}"

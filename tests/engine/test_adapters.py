@@ -1,0 +1,165 @@
+"""LoRA and P-Tuning from run_glm.py: training, evaluation, prediction, training on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_helpers import TRAINED_NETWORK, curve, read_jsonl, run_here, tiny_arguments
+
+from glm_ms import load_pretrained
+from glm_ms.convert.run_folder import list_checkpoints
+from glm_ms.peft import read_adapter
+
+TRAINING = (
+    *TRAINED_NETWORK, "runner_config.max_steps=30", "runner_config.batch_size=8", "logging.tensorboard=False",
+    "checkpoint.save_steps=null", "train_dataset.num_samples=240", "lr_schedule.type=ConstantWarmUpLR",
+    "lr_schedule.warmup_ratio=null", "lr_schedule.lr_end=0.0",
+)  # fmt: skip
+# The base writes adverts from attributes; adapters learn to read the attributes off an advert.
+BACKWARDS = "origin_columns=[summary,content]"
+KINDS = {
+    "lora": (
+        "model.pet_config.pet_type=lora", "model.pet_config.lora_rank=4",
+        "model.pet_config.target_modules=[query_key_value, dense_4h_to_h]", "lr_schedule.learning_rate=0.02",
+    ),
+    "ptuning2": (
+        "model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=6",
+        "model.pet_config.prefix_projection=True", "model.pet_config.projection_dim=24",
+        "lr_schedule.learning_rate=0.02",
+    ),
+}  # fmt: skip
+FILES = {
+    "lora": {"adapter_config.json", "adapter_model.safetensors"},
+    "ptuning2": {"config.json", "prefix_encoder.safetensors"},
+}
+
+
+@pytest.fixture(scope="module")
+def base(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that has seen one task."""
+    folder = tmp_path_factory.mktemp("base")
+    line = tiny_arguments(
+        "finetune", vocabulary, *TRAINING, "--output_dir", folder, "lr_schedule.learning_rate=0.004",
+    )  # fmt: skip
+    assert run_here(line) == 0
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def adapted(kind: str, base: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of an adapter run."""
+    folder = tmp_path_factory.mktemp(kind)
+    line = tiny_arguments(
+        "finetune", vocabulary, *TRAINING, *KINDS[kind], "--load_checkpoint", base, "--output_dir", folder,
+        f"train_dataset.data_loader.{BACKWARDS}",
+    )  # fmt: skip
+    assert run_here(line) == 0
+    return folder
+
+
+def scores(vocabulary: Path, output_dir: Path, *arguments: object) -> dict[str, float]:
+    line = tiny_arguments(
+        "eval", vocabulary, *TRAINED_NETWORK, "--output_dir", output_dir, "metric.type=PerplexityMetric",
+        f"eval_dataset.data_loader.{BACKWARDS}", *arguments,
+    )  # fmt: skip
+    assert run_here(line) == 0
+    return json.loads((output_dir / "eval_scores.json").read_text())
+
+
+def test_the_adapter_alone_is_saved(kind: str, adapted: Path, base: Path) -> None:
+    folder = list_checkpoints(adapted)[-1][1]
+    assert {path.name for path in folder.iterdir()} == FILES[kind] | {
+        "optimizer.safetensors",
+        "manifest.json",
+    }
+    weights = list_checkpoints(base)[-1][1] / "model.safetensors"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < weights.stat().st_size
+    stored = read_adapter(adapted)
+    assert all(tensor.dtype == np.float32 for tensor in stored.tensors.values())
+    losses = [line["loss"] for line in curve(adapted)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+
+
+def test_it_lowers_held_out_perplexity(
+    adapted: Path, base: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = scores(vocabulary, tmp_path, "--load_checkpoint", base)
+    capsys.readouterr()
+    after = scores(vocabulary, tmp_path, "--load_checkpoint", base, "--load_adapter", adapted)
+    assert after["perplexity"] < 0.5 * before["perplexity"]
+    assert after["num_tokens"] == before["num_tokens"]
+    stored, shown = read_adapter(adapted), capsys.readouterr().err
+    count = len(stored.tensors)
+    assert f"{count} of {count} tensors matched" in shown
+    assert "largest logit change on a probe prompt" in shown
+
+
+def test_it_answers(adapted: Path, base: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """predict and the Python interface give the same tokens."""
+    line = tiny_arguments(
+        "predict", vocabulary, *TRAINED_NETWORK, "--output_dir", tmp_path, "--load_checkpoint", base,
+        "--load_adapter", adapted, "--predict_data", "类型#裙*颜色#红色", "generation.max_new_tokens=12",
+    )  # fmt: skip
+    assert run_here(line) == 0
+    from glm_ms import ChatGLM3Tokenizer
+
+    tokenizer = ChatGLM3Tokenizer(vocabulary)
+    prompt = tokenizer.build_chat_input("类型#裙*颜色#红色")["input_ids"]
+    model = load_pretrained(base, adapter=adapted)
+    sequence = model.generate(prompt, max_new_tokens=12, eos_token_id=tokenizer.stop_token_ids)[0]
+    answer = read_jsonl(tmp_path / "predict_results.jsonl")[0]["answers"][0]
+    tokens = [token for token in sequence[len(prompt) :] if token not in tokenizer.stop_token_ids]
+    assert answer == tokenizer.decode(tokens).strip()
+
+
+def test_training_on_begins_where_it_ended(
+    kind: str, adapted: Path, base: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    line = tiny_arguments(
+        "finetune", vocabulary, *TRAINING, *KINDS[kind], "--load_checkpoint", base, "--load_adapter", adapted,
+        "--output_dir", tmp_path, "runner_config.max_steps=3", f"train_dataset.data_loader.{BACKWARDS}",
+    )  # fmt: skip
+    assert run_here(line) == 0
+    assert curve(tmp_path)[0]["loss"] < np.mean([line["loss"] for line in curve(adapted)[:5]])
+
+
+@pytest.fixture(scope="module")
+def lora(base: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple]:
+    """Output folder of a LoRA run of one step, and its arguments."""
+    folder = tmp_path_factory.mktemp("one_step")
+    arguments = (*TRAINING, *KINDS["lora"], "runner_config.max_steps=1", "--load_checkpoint", base)
+    assert run_here(tiny_arguments("finetune", vocabulary, *arguments, "--output_dir", folder)) == 0
+    return folder, arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.pet_config.lora_rank=2", "model.pet_config.lora_rank: 2, in the adapter 4"),
+        ("model.pet_config.lora_alpha=7", "model.pet_config.lora_alpha"),
+        ("model.pet_config.target_modules=[dense]", "model.pet_config.target_modules"),
+        ("--load_checkpoint={adapter}", "holds an adapter, not weights"),
+        ("--load_adapter={base}", "no adapter"),
+        ("model.model_config.hidden_size=32", "describe different networks"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    change: str, message: str, base: Path, lora: tuple, vocabulary: Path, tmp_path: Path, capsys
+) -> None:
+    folder, arguments = lora
+    change = change.format(adapter=folder, base=base)
+    line = tiny_arguments(
+        "finetune", vocabulary, *arguments, "--load_adapter", folder, "--output_dir", tmp_path, change
+    )
+    capsys.readouterr()
+    assert run_here(line) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint").exists()

@@ -1,0 +1,353 @@
+"""MindFormers' own interfaces with the classes and YAMLs of this project: Auto classes and pipeline."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+from engine_helpers import (
+    CONFIGS,
+)
+from mindformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MindFormerConfig,
+    pipeline,
+)
+from mindformers.generation import TextStreamer
+from mindformers.models import build_tokenizer
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers_helpers import QUESTION, TEXT, chained, yaml_of
+from mindspore import Tensor
+from tolerances import LOGITS
+
+from glm_ms import ChatGLM2Tokenizer, ChatGLM3Tokenizer, load_pretrained
+from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.engine.mf_auto import GLMConfig
+from glm_ms.engine.mf_model import GLMForCausalLM
+from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer
+
+TEXTS = ["你好", "", "类型#裤*版型#宽松*颜色#蓝色", "a <|user|> b </s>", " spaces  \n and lines "]
+
+
+@pytest.fixture(scope="module")
+def run(finetune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a short training by run_glm.py."""
+    return finetune(tmp_path_factory.mktemp("run"), "eval_dataset.num_samples=4")
+
+
+@pytest.fixture(scope="module")
+def weights(run: Path) -> Path:
+    """The checkpoint of that run: a folder with config.json and model.safetensors."""
+    return resolve_checkpoint(run)
+
+
+# ------------------------------------------------------------------ registry
+
+
+def test_the_registry_knows_our_classes_and_keeps_its_own():
+    for name, kind, cls in (
+        ("GLMConfig", MindFormerModuleType.CONFIG, GLMConfig),
+        ("GLMForCausalLM", MindFormerModuleType.MODELS, GLMForCausalLM),
+        ("GLM3Tokenizer", MindFormerModuleType.TOKENIZER, GLM3Tokenizer),
+    ):
+        assert MindFormerRegister.get_cls(kind, name) is cls
+    stock = MindFormerRegister.get_cls(MindFormerModuleType.TOKENIZER, "ChatGLM3Tokenizer")
+    assert stock.__module__.startswith("mindformers.")
+
+
+def test_a_name_that_is_taken_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    from glm_ms.engine.registration import NameTakenError, register
+
+    register()  # again: nothing happens
+    table = MindFormerRegister.registry[MindFormerModuleType.MODELS]
+    other = type("GLMForCausalLM", (), {"__module__": "somebody.else"})
+    monkeypatch.setitem(table, "GLMForCausalLM", other)
+    with pytest.raises(NameTakenError, match=r"somebody\.else\.GLMForCausalLM"):
+        register()
+    assert table["GLMForCausalLM"] is other
+
+
+def test_other_yamls_are_read_as_ever(tmp_path: Path):
+    path = tmp_path / "other.yaml"
+    path.write_text("run_mode: predict\nmodel:\n  model_config:\n    type: ChatGLM2Config\n    top_k: 3\n")
+    config = MindFormerConfig(str(path))
+    assert config.model.model_config.type == "ChatGLM2Config"
+    assert "glm_ms" not in config
+
+
+# ------------------------------------------------------------------ AutoConfig
+
+
+def test_auto_config_of_a_yaml_a_folder_and_a_file(run: Path, weights: Path):
+    stored = load_pretrained(run).config
+    for source in (run / "settings.yaml", weights, weights / "config.json"):
+        config = AutoConfig.from_pretrained(str(source))
+        assert isinstance(config, GLMConfig)
+        assert config.architecture().to_dict() == stored.to_dict()
+        assert config.vocab_size == stored.padded_vocab_size
+    assert AutoConfig.from_pretrained(str(weights), num_layers=5).num_layers == 5
+
+
+def test_auto_config_of_every_yaml_of_the_project():
+    for path in sorted(CONFIGS.glob("*/*.yaml")):
+        if path.parent.name in ("glm2", "glm3"):
+            assert AutoConfig.from_pretrained(str(path)).num_layers == 28
+
+
+@pytest.mark.parametrize("save_json", [True, False])
+def test_a_saved_config_is_read_again(weights: Path, tmp_path: Path, save_json: bool):
+    config = AutoConfig.from_pretrained(str(weights))
+    config.save_pretrained(str(tmp_path), save_json=save_json)
+    path = tmp_path / ("config.json" if save_json else "mindspore_model.yaml")
+    assert AutoConfig.from_pretrained(str(path)).architecture() == config.architecture()
+
+
+# ------------------------------------------------------------------ AutoModel
+
+
+def test_auto_model_has_the_weights_and_the_released_names(weights: Path):
+    expected = load_pretrained(weights).parameters()
+    for auto_class in (AutoModel, AutoModelForCausalLM):
+        model = auto_class.from_pretrained(str(weights))
+        found = {parameter.name: parameter for parameter in model.get_parameters()}
+        assert list(found) == list(expected)
+        for name, parameter in expected.items():
+            np.testing.assert_array_equal(found[name].asnumpy(), parameter.asnumpy(), err_msg=name)
+
+
+def test_from_config_loads_the_weights_that_the_yaml_names(run: Path, tmp_path: Path, weights: Path):
+    path = yaml_of(run, tmp_path, load_checkpoint=str(run))
+    expected = load_pretrained(weights).parameters()["transformer.output_layer.weight"].asnumpy()
+    for model in (AutoModel.from_config(path), AutoModel.from_config(AutoConfig.from_pretrained(path))):
+        found = model.core.parameters()["transformer.output_layer.weight"].asnumpy()
+        np.testing.assert_array_equal(found, expected)
+    untrained = AutoModel.from_config(yaml_of(run, tmp_path, load_checkpoint=""))
+    assert not np.array_equal(
+        untrained.core.parameters()["transformer.output_layer.weight"].asnumpy(), expected
+    )
+
+
+def test_construct_gives_the_logits_and_the_loss_of_the_core(weights: Path):
+    model = AutoModel.from_pretrained(str(weights))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 800, (2, 9))
+    mask = np.ones_like(ids)
+    mask[1, :3] = 0
+    labels = np.where(rng.random(ids.shape) < 0.5, ids, -100)
+    tensors = {name: Tensor(value, ms.int32) for name, value in
+               (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}  # fmt: skip
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        logits = model(tensors["input_ids"], attention_mask=tensors["attention_mask"])
+        loss = model(tensors["input_ids"], tensors["labels"], tensors["attention_mask"])
+    finally:
+        ms.set_context(mode=mode)
+    np.testing.assert_allclose(logits.asnumpy(), model.core(ids, mask).asnumpy(), **LOGITS)
+    expected = model.core(ids, mask, labels=labels)
+    np.testing.assert_allclose(loss.asnumpy(), expected.asnumpy(), atol=2e-5, rtol=0)
+
+
+def test_generate_is_that_of_the_core(weights: Path, vocabulary: Path):
+    model, tokenizer = AutoModel.from_pretrained(str(weights)), ChatGLM3Tokenizer(vocabulary)
+    prompts = [tokenizer.encode(QUESTION), tokenizer.encode("类型#上衣")]
+    expected = model.core.generate(prompts, max_new_tokens=6, eos_token_id=[])
+    options = {"max_new_tokens": 6, "eos_token_id": [], "do_sample": False}
+    length = max(map(len, prompts))
+    left = [[0] * (length - len(prompt)) + prompt for prompt in prompts]
+    right = np.array([prompt + [0] * (length - len(prompt)) for prompt in prompts])
+    mask = (np.array(left) != 0).astype(int)
+    for ids, more in ((prompts, {}), (left, {}), (right, {}), (Tensor(left), {"attention_mask": mask})):
+        sequences = model.generate(ids, **options, **more)
+        assert [sequence.tolist() for sequence in sequences] == expected
+        assert all(sequence.dtype == np.int32 for sequence in sequences)
+    single = model.generate(prompts[0], max_length=len(prompts[0]) + 6, eos_token_id=[], top_k=None)
+    assert single[0].tolist() == expected[0]
+    answer = model.generate(prompts[0], return_dict_in_generate=True, **options)
+    assert answer["sequences"][0].tolist() == expected[0]
+    sampled = model.generate(prompts[0], max_new_tokens=6, do_sample=True, temperature=5.0, seed=3)
+    assert sampled[0].tolist() == model.core.generate(
+        prompts[0], max_new_tokens=6, do_sample=True, temperature=5.0, seed=3
+    )[0]  # fmt: skip
+
+
+def test_generate_streams(weights: Path, vocabulary: Path, capsys: pytest.CaptureFixture[str]):
+    model = AutoModel.from_pretrained(str(weights))
+    tokenizer = GLM3Tokenizer(str(vocabulary))
+    ids = tokenizer(QUESTION)["input_ids"]
+    sequence = model.generate(
+        ids, streamer=TextStreamer(tokenizer, skip_prompt=True), max_new_tokens=5, eos_token_id=[]
+    )[0]
+    assert sequence.tolist() == model.core.generate(ids, max_new_tokens=5, eos_token_id=[])[0]
+    assert capsys.readouterr().out.strip() == tokenizer.decode(sequence[len(ids) :]).strip()
+
+
+def test_a_saved_model_is_loaded_again(weights: Path, tmp_path: Path):
+    model = AutoModel.from_pretrained(str(weights))
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = AutoModel.from_pretrained(str(tmp_path / "saved"))
+    for one, other in zip(model.get_parameters(), again.get_parameters()):
+        assert one.name == other.name
+        np.testing.assert_array_equal(one.asnumpy(), other.asnumpy())
+
+
+# ------------------------------------------------------------------ tokenizers
+
+
+@pytest.mark.parametrize(
+    ("kind", "core"), [(GLM2Tokenizer, ChatGLM2Tokenizer), (GLM3Tokenizer, ChatGLM3Tokenizer)]
+)
+def test_tokenizer_gives_the_same_ids(vocabulary: Path, kind: type, core: type):
+    tokenizer, ours = kind(str(vocabulary)), core(vocabulary)
+    for text in TEXTS:
+        assert dict(tokenizer(text)) == ours(text)
+        assert tokenizer.encode(text) == ours.encode(text)
+        assert tokenizer.encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
+        assert tokenizer.tokenize(text) == ours.tokenize(text)
+        assert tokenizer.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+    assert dict(tokenizer(TEXTS, padding=True)) == ours(TEXTS, padding=True)
+    assert dict(tokenizer(TEXTS, padding="max_length", max_length=40)) == ours(
+        TEXTS, padding="max_length", max_length=40
+    )
+    cut = {"truncation": True, "max_length": 5}
+    assert dict(tokenizer(TEXTS[2], **cut)) == ours(TEXTS[2], **cut)
+    assert dict(tokenizer("问", "答")) == ours("问", "答")
+    features = [{"input_ids": [5, 6]}, {"input_ids": [7]}]
+    assert dict(tokenizer.pad(features)) == ours.pad(features)
+    batch = [ours.encode(text) for text in TEXTS]
+    assert tokenizer.decode(batch) == tokenizer.batch_decode(batch) == [ours.decode(ids) for ids in batch]
+    assert len(tokenizer) == tokenizer.vocab_size == ours.vocab_size
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (ours.pad_token_id, ours.eos_token_id)
+    assert tokenizer.decode([*ours.encode("你"), 831]) == ours.decode(
+        ours.encode("你")
+    )  # a padded row of the vocabulary
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+def test_tokenizer_gives_the_reference_ids(vocab_file: Path, golden: Path, generation: int):
+    tokenizer = {2: GLM2Tokenizer, 3: GLM3Tokenizer}[generation](str(vocab_file))
+    cases = json.loads((golden / f"tokenizer_glm{generation}.json").read_text(encoding="utf-8"))["texts"]
+    for case in cases:
+        assert tokenizer(case["text"])["input_ids"] == case["input_ids"]
+        assert tokenizer.decode(case["input_ids"]) == case["decoded"]
+    assert len(cases) > 20
+
+
+def test_tensors_of_texts(vocabulary: Path):
+    tokenizer = GLM3Tokenizer(str(vocabulary))
+    array = tokenizer(QUESTION, return_tensors="np")["input_ids"]
+    assert isinstance(array, np.ndarray)
+    assert array.tolist() == tokenizer.encode(QUESTION)
+    tensor = tokenizer(TEXTS, padding=True, return_tensors="ms")["input_ids"]
+    assert isinstance(tensor, Tensor)
+    assert tensor.asnumpy().tolist() == ChatGLM3Tokenizer(vocabulary)(TEXTS, padding=True)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", [GLM2Tokenizer, GLM3Tokenizer])
+def test_a_built_prompt_keeps_its_role_tokens_and_text_gains_none(vocabulary: Path, kind: type):
+    tokenizer = kind(str(vocabulary))
+    expected = tokenizer.core.build_chat_input(QUESTION)["input_ids"]
+    prompt = tokenizer.build_prompt(QUESTION)
+    assert tokenizer(prompt)["input_ids"] == expected
+    assert tokenizer([prompt, prompt], padding=True)["input_ids"] == [expected, expected]
+    assert tokenizer.build_chat_input(QUESTION)["input_ids"].tolist() == [expected]
+    if kind is GLM3Tokenizer:
+        role = tokenizer.get_command("<|assistant|>")
+        assert role in expected
+        assert role not in tokenizer(str.__str__(prompt) + "")["input_ids"]
+
+
+def test_auto_tokenizer_finds_yaml_run_and_folder(run: Path, vocabulary: Path, tmp_path: Path):
+    for source in (run / "settings.yaml", run):
+        assert isinstance(AutoTokenizer.from_pretrained(str(source)), GLM3Tokenizer)
+    GLM2Tokenizer(str(vocabulary)).save_pretrained(str(tmp_path))
+    saved = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert isinstance(saved, GLM2Tokenizer)
+    assert saved(QUESTION)["input_ids"] == ChatGLM2Tokenizer(vocabulary).encode(QUESTION)
+    # As in the released folders: the class is named, and the model.
+    released = {"name_or_path": "THUDM/chatglm3-6b", "remove_space": False, "do_lower_case": False,
+                "tokenizer_class": "ChatGLMTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(released))
+    assert isinstance(AutoTokenizer.from_pretrained(str(tmp_path)), GLM3Tokenizer)
+    assert isinstance(AutoTokenizer.from_pretrained(str(tmp_path), model_generation=2), GLM2Tokenizer)
+    config = MindFormerConfig(str(run / "settings.yaml"))
+    assert isinstance(build_tokenizer(config.processor.tokenizer), GLM3Tokenizer)
+
+
+# ------------------------------------------------------------------ pipeline
+
+
+def test_pipeline_writes_what_the_core_generates(weights: Path, vocabulary: Path, tmp_path: Path):
+    model, tokenizer = AutoModel.from_pretrained(str(weights)), GLM3Tokenizer(str(vocabulary))
+    prompts = [tokenizer.build_prompt(QUESTION), tokenizer.build_prompt("类型#上衣")]
+    expected = [
+        tokenizer.decode(model.core.generate(prompt.token_ids, max_new_tokens=5)[0]) for prompt in prompts
+    ]
+    generator = pipeline("text_generation", model=model, tokenizer=tokenizer)
+    assert generator(prompts[0], max_new_tokens=5, do_sample=False) == [{TEXT: [expected[0]]}]
+    assert generator(prompts, batch_size=2, max_new_tokens=5) == [{TEXT: expected}]
+    shutil.copytree(weights, tmp_path / "folder")
+    tokenizer.save_pretrained(str(tmp_path / "folder"))
+    by_path = pipeline("text_generation", model=str(tmp_path / "folder"))
+    assert by_path(prompts[0], max_new_tokens=5) == [{TEXT: [expected[0]]}]
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+def test_unknown_keys_of_a_yaml_are_named(run: Path, tmp_path: Path):
+    path = yaml_of(run, tmp_path, runner_config__epoch=2)
+    for read in (MindFormerConfig, AutoConfig.from_pretrained, AutoModel.from_config):
+        with pytest.raises(
+            ValueError, match=r"run\.yaml:\d+: runner_config\.epoch: unknown key; did you mean epochs"
+        ):
+            read(path)
+
+
+def test_a_folder_without_weights_or_of_another_model(weights: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    shutil.copy(weights / "config.json", tmp_path / "empty")
+    with pytest.raises(RuntimeError) as found:
+        AutoModel.from_pretrained(str(tmp_path / "empty"))
+    assert f"{tmp_path / 'empty'}: " in chained(found.value)
+    assert "safetensors" in chained(found.value)
+
+    values = json.loads((weights / "config.json").read_text())
+    values["model_type"] = "llama2"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="model_type = 'llama2': expected 'chatglm'"):
+        GLMConfig.from_pretrained(str(tmp_path / "other"))
+
+
+def test_a_tokenizer_that_is_missing_or_ambiguous(weights: Path, vocabulary: Path, tmp_path: Path):
+    with pytest.raises(RuntimeError) as found:
+        AutoTokenizer.from_pretrained(str(weights))
+    assert "holds no tokenizer.model" in chained(found.value)
+    shutil.copy(vocabulary, tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match="give model_generation=2 or model_generation=3"):
+        ChatGLMTokenizer.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_lenght": 5}, "unknown option 'max_lenght'; did you mean max_length"),
+        ({"max_length": 3}, "max_length = 3: prompt 0 has .* tokens"),
+        ({"min_length": 9}, "min_length: generation of this project has no such option"),
+        ({"logits_processor": [1]}, "logits_processor: not supported"),
+    ],
+)
+def test_options_of_generation_are_checked(weights: Path, options: dict[str, Any], message: str):
+    model = AutoModel.from_pretrained(str(weights))
+    with pytest.raises(ValueError, match=message):
+        model.generate([801, 803, 5, 6], **options)

@@ -1,0 +1,267 @@
+"""MindFormers' `Trainer` with YAMLs of this project: the same numbers as run_glm.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+import pytest
+import yaml
+from engine_helpers import (
+    CONFIGS,
+    DEV_RECORDS,
+    REPOSITORY,
+    SMALL_NETWORK,
+    TRAIN_RECORDS,
+    curve,
+    environment_of_a_user,
+    read_jsonl,
+    run_here,
+    tiny_arguments,
+)
+from mindformers import (
+    AutoModel,
+    AutoTokenizer,
+    MindFormerConfig,
+    Trainer,
+)
+from mindformers.dataset import build_dataset
+from mindformers_helpers import QUESTION, TEXT, losses, yaml_of
+
+from glm_ms import load_pretrained
+from glm_ms.convert.run_folder import resolve_checkpoint
+
+EXAMPLE = """\
+import glm_ms.engine  # makes MindFormers know the classes of this project
+from mindformers import AutoModel, AutoTokenizer, Trainer, pipeline
+
+run = "configs/tiny/finetune_glm3_tiny.yaml"
+model = AutoModel.from_config(run)
+tokenizer = AutoTokenizer.from_pretrained(run)
+trainer = Trainer(args=run, task="text_generation", model=model)
+trainer.finetune()
+trainer.evaluate()
+question = "类型#裤*版型#宽松*颜色#蓝色"
+print(trainer.predict(input_data=question)[0]["text_generation_text"][0])
+
+model.save_pretrained("output/tiny/glm3_mindformers")
+model = AutoModel.from_pretrained("output/tiny/glm3_mindformers")
+generator = pipeline("text_generation", model=model, tokenizer=tokenizer)
+prompt = tokenizer.build_prompt(question)
+print(generator(prompt, max_length=100, do_sample=False)[0]["text_generation_text"][0])
+"""
+
+
+@pytest.fixture(scope="module")
+def run(finetune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a short training by run_glm.py."""
+    return finetune(tmp_path_factory.mktemp("run"), "eval_dataset.num_samples=4")
+
+
+@pytest.fixture(scope="module")
+def weights(run: Path) -> Path:
+    """The checkpoint of that run: a folder with config.json and model.safetensors."""
+    return resolve_checkpoint(run)
+
+
+def test_training_has_the_losses_of_run_glm(run: Path, tmp_path: Path):
+    trainer = Trainer(args=yaml_of(run, tmp_path), task="text_generation")
+    trainer.train()
+    assert len(losses(run)) == 12
+    np.testing.assert_allclose(losses(tmp_path), losses(run), atol=1e-6, rtol=0)
+    ours, theirs = load_pretrained(tmp_path).parameters(), load_pretrained(run).parameters()
+    for name, parameter in theirs.items():
+        np.testing.assert_allclose(ours[name].asnumpy(), parameter.asnumpy(), atol=1e-6, err_msg=name)
+
+
+def test_evaluation_and_prediction_are_those_of_run_glm(
+    run: Path, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    small = [*SMALL_NETWORK, "eval_dataset.num_samples=4", "generation.max_new_tokens=12"]
+    with_weights = ["--load_checkpoint", run, *small]
+    line = tiny_arguments("eval", vocabulary, *with_weights, "--output_dir", tmp_path / "eval")
+    assert run_here(line) == 0
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (QUESTION, "类型#上衣")))
+    line = tiny_arguments(
+        "predict",
+        vocabulary,
+        *with_weights,
+        "--output_dir",
+        tmp_path / "predict",
+        "--predict_data",
+        questions,
+    )
+    assert run_here(line) == 0
+    capsys.readouterr()
+
+    path = yaml_of(run, tmp_path / "mf", load_checkpoint=str(run), generation__max_new_tokens=12)
+    trainer = Trainer(args=path, task="text_generation", eval_dataset=str(DEV_RECORDS))
+    trainer.evaluate()
+    expected = json.loads((tmp_path / "eval" / "eval_scores.json").read_text())
+    assert trainer.trainer.scores == pytest.approx(expected, rel=1e-6)
+    assert f"perplexity: {expected['perplexity']:.4f}" in capsys.readouterr().out
+    predictions = [read_jsonl(tmp_path / name / "eval_predictions.jsonl") for name in ("mf", "eval")]
+    assert predictions[0] == predictions[1]
+
+    answers = trainer.predict(input_data=[QUESTION, "类型#上衣"], batch_size=1)
+    expected = read_jsonl(tmp_path / "predict" / "predict_results.jsonl")
+    assert [item[TEXT] for item in answers] == [item["answers"] for item in expected]
+    assert trainer.predict(input_data=str(questions)) == answers
+    short = trainer.predict(input_data=QUESTION, max_new_tokens=2)[0][TEXT][0]
+    assert answers[0][TEXT][0].startswith(short)
+
+
+def test_weights_of_a_call_come_before_those_of_the_yaml(
+    run: Path, weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    path = yaml_of(run, tmp_path, runner_config__max_steps=1, metric__type=["PerplexityMetric"])
+    trainer = Trainer(args=path, task="text_generation")
+    trainer.finetune(finetune_checkpoint=str(weights))
+    started_trained = losses(tmp_path)[0]
+    assert started_trained < losses(run)[0] - 0.1
+    assert f"weights: {weights}" in capfd.readouterr().err
+    trainer.evaluate(eval_checkpoint=str(weights))
+    scores = trainer.trainer.scores
+    assert f"weights: {weights}" in capfd.readouterr().err
+    trainer.evaluate()  # those just trained
+    assert f"weights: {resolve_checkpoint(tmp_path)}" in capfd.readouterr().err
+    assert trainer.trainer.scores["loss"] != scores["loss"]
+
+
+def test_the_checkpoint_of_the_yaml_is_never_ignored(run: Path, tmp_path: Path):
+    """The stock Trainer forgets it in finetune, evaluate and predict."""
+    path = yaml_of(run, tmp_path, load_checkpoint=str(run), runner_config__max_steps=1)
+    trainer = Trainer(args=path, task="text_generation")
+    trainer.finetune()
+    assert losses(tmp_path)[0] < losses(run)[0] - 0.1
+    gone = yaml_of(run, tmp_path / "gone", load_checkpoint=str(tmp_path / "nowhere"))
+    for job in ("train", "finetune", "evaluate"):
+        with pytest.raises(ValueError, match=r"load_checkpoint: .*nowhere: no such file or folder"):
+            getattr(Trainer(args=gone, task="text_generation"), job)()
+
+
+def test_resuming_goes_on_with_the_same_losses(run: Path, tmp_path: Path):
+    path = yaml_of(run, tmp_path, checkpoint__save_steps=5)
+    Trainer(args=path, task="text_generation").train()
+    shutil.rmtree(tmp_path / "checkpoint" / "step_00000012")  # as if it had been interrupted
+    trainer = Trainer(args=path, task="text_generation")
+    trainer.train(resume_from_checkpoint=str(tmp_path), resume_training=True)
+    assert losses(tmp_path) == losses(run)
+    assert not (tmp_path / "earlier_runs").exists()
+
+
+def test_a_given_model_is_trained_itself(run: Path, vocabulary: Path, tmp_path: Path):
+    path = yaml_of(run, tmp_path)
+    model, tokenizer = AutoModel.from_config(path), AutoTokenizer.from_pretrained(path)
+    before = model.core.parameters()["transformer.output_layer.weight"].asnumpy().copy()
+    callback = CountSteps()
+    trainer = Trainer(args=path, task="text_generation", model=model, tokenizer=tokenizer, callbacks=callback)
+    trainer.train()
+    assert callback.steps == 12
+    after = model.core.parameters()["transformer.output_layer.weight"].asnumpy()
+    assert not np.array_equal(before, after)
+    stored = load_pretrained(tmp_path).parameters()["transformer.output_layer.weight"].asnumpy()
+    np.testing.assert_array_equal(after, stored)
+    answers = trainer.predict(input_data=QUESTION, max_length=40)
+    ids = tokenizer.build_prompt(QUESTION).token_ids
+    expected = model.generate(ids, max_length=40, eos_token_id=tokenizer.stop_token_ids)[0][len(ids) :]
+    assert answers[0][TEXT][0] == tokenizer.decode(
+        [token for token in expected if token not in tokenizer.stop_token_ids]
+    ).strip()  # fmt: skip
+
+
+class CountSteps(ms.train.Callback):
+    """Counts."""
+
+    steps = 0
+
+    def on_train_step_end(self, run_context: ms.RunContext) -> None:
+        self.steps += 1
+
+
+def test_a_given_data_set_trains_like_its_file(run: Path, tmp_path: Path):
+    config = MindFormerConfig(yaml_of(run, tmp_path))
+    dataset = build_dataset(config.train_dataset_task)
+    assert (dataset.get_batch_size(), dataset.get_dataset_size()) == (4, 6)
+    Trainer(args=config, task="text_generation", train_dataset=dataset).train()
+    # The first epoch is the same; the file is shuffled anew for the second, the data set keeps its order.
+    np.testing.assert_allclose(losses(tmp_path)[:6], losses(run)[:6], atol=1e-6, rtol=0)
+    assert len(losses(tmp_path)) == 12
+
+
+def test_changes_in_python_count(run: Path, tmp_path: Path):
+    config = MindFormerConfig(str(run / "settings.yaml"))
+    config.output_dir = str(tmp_path)
+    config.runner_config.max_steps = 2
+    config.lr_schedule.learning_rate = 1e-3
+    Trainer(args=config, task="text_generation", train_dataset=str(TRAIN_RECORDS)).train()
+    lines = curve(tmp_path)
+    assert len(lines) == 2
+    assert max(line["learning_rate"] for line in lines) == pytest.approx(1e-3)
+    stored = yaml.safe_load((tmp_path / "settings.yaml").read_text(encoding="utf-8"))
+    assert stored["runner_config"]["max_steps"] == 2
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("runner_config.epoch", 3, r"runner_config\.epoch: unknown key; did you mean epochs"),
+        ("runner_config.epochs", 0, r"changed in Python: runner_config\.epochs: found 0, must be at least 1"),
+        ("output_dirr", "x", r"output_dirr: unknown key; did you mean output_dir"),
+        ("processor.tokenizer.vocab_file", "nowhere.model", r"nowhere\.model: no such file"),
+        ("train_dataset.data_loader.dataset_dir", "nowhere.json", r"nowhere\.json: no such file"),
+    ],
+)
+def test_changes_in_python_are_checked(run: Path, tmp_path: Path, key: str, value: Any, message: str):
+    config = MindFormerConfig(str(run / "settings.yaml"))
+    config.output_dir = str(tmp_path)
+    trainer = Trainer(args=config, task="text_generation")
+    config.set_value(key, value)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_what_the_yaml_decides_is_refused_in_the_call(run: Path, weights: Path, tmp_path: Path):
+    path = yaml_of(run, tmp_path)
+    model = AutoModel.from_pretrained(str(weights))
+    optimizer = ms.nn.SGD(model.trainable_params())
+    with pytest.raises(ValueError, match=r"Trainer\(optimizers=\.\.\.\): not supported"):
+        Trainer(args=path, task="text_generation", optimizers=optimizer).train()
+    other = yaml_of(run, tmp_path / "other", model__model_config__num_layers=2)
+    with pytest.raises(ValueError, match=r"differs from the model given .*num_layers: 2, 1"):
+        Trainer(args=other, task="text_generation", model=model).train()
+    with pytest.raises(ValueError, match=r"predict\(top_q=\.\.\.\): unknown option; did you mean top"):
+        Trainer(args=path, task="text_generation", model=model).predict(input_data="x", top_q=1)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme(vocabulary: Path, tmp_path: Path):
+    """As it stands, on fewer records."""
+    sample = tmp_path / "configs" / "tiny" / "sample"
+    sample.mkdir(parents=True)
+    shutil.copy(CONFIGS / "tiny" / "finetune_glm3_tiny.yaml", sample.parent)
+    for path, count in ((TRAIN_RECORDS, 64), (DEV_RECORDS, 4)):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+        (sample / path.name).write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "output" / "tiny").mkdir(parents=True)
+    shutil.copy(vocabulary, tmp_path / "output" / "tiny" / "tokenizer.model")
+    done = subprocess.run(
+        [sys.executable, "-c", EXAMPLE],
+        cwd=tmp_path, env={**environment_of_a_user(), "PYTHONPATH": str(REPOSITORY)}, capture_output=True,
+        text=True, encoding="utf-8", timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = [line for line in done.stdout.splitlines() if " - INFO - " not in line]
+    assert any(line.startswith("perplexity: ") for line in printed)
+    answer, text = printed[-2:]
+    assert text.endswith(answer)

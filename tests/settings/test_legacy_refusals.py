@@ -1,0 +1,131 @@
+"""What of MindFormers' configurations is refused, and which files count as theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from legacy_yaml import legacy_yaml
+
+from glm_ms.settings import SettingsError, load_settings
+from glm_ms.settings.document import read_document
+from glm_ms.settings.legacy import is_legacy
+from glm_ms.settings.legacy_table import LEGACY, LEGACY_DEFAULTS
+from glm_ms.settings.schema import leaf_keys
+
+REFUSED = [
+    (("quantization_bit: 0", "quantization_bit: 8"), ["quantization_bit: 8", "set it to 0"]),
+    (("micro_batch_interleave_num: 1", "micro_batch_interleave_num: 2"), ["interleave_num: 2", "set it to 1"]),
+    (("expert_num: 1", "expert_num: 8"), ["moe_config.expert_num: 8", "no experts"]),
+    (("lr_scale: False", "lr_scale: True"), ["lr_scale: True", "lr_schedule.learning_rate"]),
+    (("layer_scale: False", "layer_scale: True"), ["layer_scale: True", "same learning rate"]),
+    (("only_save_strategy: False", "only_save_strategy: True"), ["only_save_strategy: True"]),
+    (("src_strategy_path_or_dir: ''", "src_strategy_path_or_dir: ./s"), ["src_strategy_path_or_dir: ./s", "merge"]),
+    (("CausalLanguageModelingTrainer", "TranslationTrainer"), ["trainer.type: TranslationTrainer", "only Causal"]),
+    (("type: KeyWordGenDataset", "type: TranslationDataset"), ["train_dataset_task.type: TranslationDataset"]),
+    (("repeat: 1", "repeat: 3"), ["train_dataset.repeat: 3", "runner_config.epochs"]),
+    (("version: 2", "version: 1"), ["data_loader.version: 1", "versions 2 and 3"]),
+    (("eos_token: '<eop>'", "eos_token: '<x>'"), ["processor.tokenizer.eos_token: <x>", "fixed"]),
+    (("warmup_steps: 0", "warmup_epochs: 1"), ["lr_schedule.warmup_epochs: 1", "warmup_ratio"]),
+    (("total_steps: -1", "warmup_lr_init: 1.e-6"), ["warmup_lr_init: 1e-06", "begins at 0"]),
+    (("type: FP32StateAdamWeightDecay", "type: Lion"), ["optimizer.type", "'Lion'", "allowed: GLMAdamW"]),
+    (("type: polynomial", "type: cosine_with_restarts"), ["lr_schedule.type", "cosine_with_restarts"]),
+    (("type: ChatGLM2Config", "type: LlamaConfig"), ["model.model_config.type", "allowed: GLMConfig"]),
+    (("type: ADGenDataLoader", "type: MindDataset"), ["data_loader.type", "'MindDataset'"]),
+    (("parallel_mode: 1", "parallel_mode: 2"), ["parallel.parallel_mode", "allowed: 0, 1"]),
+    (("keep_checkpoint_max", "keep_checkpoint_maxx"), ["CheckpointMointor.keep_checkpoint_maxx: unknown key", "did"]),
+    (("MFLossMonitor", "EvalCallBack"), ["callbacks.EvalCallBack: unknown key"]),
+    (("  - type: MFLossMonitor", "  - MFLossMonitor"), ["callbacks: expected `- type: NAME`"]),
+    (("MFLossMonitor", "ObsMonitor"), ["callbacks: ObsMonitor is given twice"]),
+    (("use_past:", "use_pst:"), ["model.model_config.use_pst: unknown key; did you mean use_past"]),
+    (("max_decode_length:", "max_decode_lenth:"), ["max_decode_lenth: unknown key; did you mean max_decode_length"]),
+    (("num_layers:", "num_layer:"), ["num_layer: unknown key; did you mean num_layers"]),
+    (("layer_decay:", "layer_deca:"), ["layer_deca: unknown key; did you mean layer_decay"]),
+    (("sink_size: 4", "max_source_length: 4"), ["runner_config.max_source_length: unknown key; the key is train"]),
+    (("  sink_size: 4", "  zzz: 4"), ["runner_config.zzz: unknown key; known here: batch_size, epochs"]),
+    (("moe_config:\n", "moe_config: 3\nmoe_confg:\n"), ["moe_config: expected a section, found 3"]),
+    (("beta1: 0.9", "beta1: big"), ["optimizer.betas", "'big'"]),
+    (("save_checkpoint_steps: 1000", "save_checkpoint_steps: 0"), ["checkpoint.save_steps: found 0"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "parts"), REFUSED, ids=[change[1] for change, _ in REFUSED])
+def test_what_would_change_the_result_is_refused(
+    legacy_refused, change: tuple[str, str], parts: list[str]
+) -> None:
+    message = legacy_refused(legacy_yaml(change))
+    for part in parts:
+        assert part in message
+    assert all(line.startswith("old.yaml:") for line in message.splitlines())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizer.betas=[0.8,0.99]", "optimizer.beta2=0.9"),
+        ("processor.tokenizer.vocab_file=a", "train_dataset.tokenizer.vocab_file=b"),
+        ("generation.max_length=90", "model.model_config.max_length=91"),
+    ],
+)
+def test_two_spellings_on_the_command_line_must_agree(
+    load_legacy, legacy_refused, overrides: tuple[str, str]
+) -> None:
+    message = legacy_refused(legacy_yaml(), *overrides)
+    assert "both mean" in message
+    assert "keep one of them" in message
+    same = ("train_dataset.tokenizer.vocab_file=b", "eval_dataset.tokenizer.vocab_file=b")
+    assert load_legacy(legacy_yaml(), *same).processor.tokenizer.vocab_file == "b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides"),
+    [
+        ((("run_mode: 'train'", "run_mode: 'export'"),), ()),
+        ((), ("run_mode=export",)),
+        ((("run_mode: 'train'\n", "infer:\n  prefill_model_path: a.mindir\n"),), ()),
+    ],
+)
+def test_exports_are_refused(legacy_refused, load_legacy, changes: tuple, overrides: tuple) -> None:
+    message = legacy_refused(legacy_yaml(*changes), *overrides)
+    assert "run_mode: export" in message
+    assert "tools/convert_weight.py" in message
+    load_legacy(legacy_yaml(*changes), "run_mode=predict", "predict_data=x")
+
+
+def test_old_names_stay_unknown_in_our_files(config: Path) -> None:
+    ours = config.read_text(encoding="utf-8")
+    for text, part in (
+        ("callbacks: [{type: MFLossMonitor}]", "callbacks: unknown key"),
+        ("trainer: {type: CausalLanguageModelingTrainer}", "trainer: unknown key"),
+        ("runner_wrapper: {type: MFTrainOneStepCell}", "allowed: GLMTrainOneStep"),
+        ("optimizer: {beta1: 0.9}", "optimizer.beta1: unknown key; did you mean betas"),
+        ("lr_schedule: {type: cosine}", "lr_schedule.type"),
+        ("micro_batch_interleave_num: 1", "micro_batch_interleave_num: unknown key"),
+    ):
+        config.write_text(f"{ours}{text}\n", encoding="utf-8")
+        assert not is_legacy(read_document(config))
+        with pytest.raises(SettingsError, match=part):
+            load_settings(config)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["callbacks: []", "trainer: {}", "infer: {}", "optimizer: {type: FusedAdamWeightDecay}",
+     "runner_wrapper: {type: MFTrainOneStepCell}", "model: {model_config: {type: ChatGLM2Config}}"],
+)  # fmt: skip
+def test_one_sign_is_enough(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "sign.yaml"
+    path.write_text(f"{text}\nseed: 1\n", encoding="utf-8")
+    assert is_legacy(read_document(path))
+    path.write_text("seed: 1\nlr_schedule: {type: cosine}\n", encoding="utf-8")
+    assert not is_legacy(read_document(path))
+
+
+def test_table_leads_to_keys_that_exist() -> None:
+    known = {*leaf_keys()}
+    for name, rule in LEGACY.items():
+        assert rule.key is None or rule.key in known, name
+        assert rule.key is not None or rule.reason, name
+        assert rule.neutral is None or rule.remedy or rule.said, name
+        assert name not in known or rule.key == name, name
+    assert set(LEGACY_DEFAULTS) <= known
