@@ -5,12 +5,8 @@ from __future__ import annotations
 from glm_ms.data.adgen import AdgenDataset, AdgenEncoder, AdgenEvalDataset
 from glm_ms.data.cache import CacheRequest
 from glm_ms.data.chat import (
-    ConversationDataset,
     ConversationEncoder,
-    ConversationEvalDataset,
-    ToolAlpacaDataset,
     ToolAlpacaEncoder,
-    ToolAlpacaEvalDataset,
 )
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.encoder import Encoder
@@ -25,18 +21,14 @@ __all__ = [
     "AdgenEncoder",
     "AdgenEvalDataset",
     "CacheRequest",
-    "ConversationDataset",
     "ConversationEncoder",
-    "ConversationEvalDataset",
     "DataError",
     "Encoder",
     "EvalDataset",
     "Record",
     "RecordReader",
     "Row",
-    "ToolAlpacaDataset",
     "ToolAlpacaEncoder",
-    "ToolAlpacaEvalDataset",
     "TrainDataset",
     "epoch_order",
     "read_records",

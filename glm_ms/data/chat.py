@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm_ms.data import glm3
-from glm_ms.data.cache import CacheRequest
 from glm_ms.data.conversations import Messages, parse_conversation, parse_tool_conversation
-from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.encoder import Encoder, EvalRow, Lengths, cut_lengths
 from glm_ms.data.errors import DataError
 from glm_ms.data.rows import Row, check_length, left_padded_row, right_padded_row, row_length
@@ -48,19 +46,25 @@ class _ChatEncoder(Encoder):
         """See `Encoder`."""
         return cut_lengths(glm3.message_ids(self.tokenizer, record)[1], self.seq_length)
 
-    def _answers(
-        self, record: Messages, most_before: int, most_together: int | None, most_after: int | None
-    ) -> list[EvalRow | None]:
+    def eval_rows(self, record: Messages) -> list[EvalRow | None]:
+        """See `Encoder`."""
         rows: list[EvalRow | None] = []
-        for row in glm3.answer_ids(self.tokenizer, record, most_before):
+        for row in glm3.answer_ids(self.tokenizer, record, self._longest_prompt()):
             if row is not None:
                 input_ids, labels = row
-                if most_together is not None:
-                    most_after = most_together - len(input_ids)
                 # The whole of what the model reads: the last question alone would not explain an answer.
-                row = EvalRow(self.tokenizer.decode(input_ids), input_ids, labels[:most_after])
+                prompt = self.tokenizer.decode(input_ids)
+                row = EvalRow(prompt, input_ids, labels[: self._longest_answer(len(input_ids))])
             rows.append(row)
         return rows
+
+    @abstractmethod
+    def _longest_prompt(self) -> int:
+        """Ids before an answer to be generated, at most, `<|assistant|>` included."""
+
+    @abstractmethod
+    def _longest_answer(self, prompt_length: int) -> int:
+        """Ids of an answer, at most."""
 
 
 class ConversationEncoder(_ChatEncoder):
@@ -96,9 +100,11 @@ class ConversationEncoder(_ChatEncoder):
         """See `Encoder`."""
         return left_padded_row(input_ids, labels, self.seq_length, self.tokenizer.pad_token_id)
 
-    def eval_rows(self, record: Messages) -> list[EvalRow | None]:
-        """See `Encoder`."""
-        return self._answers(record, self._max_source_length, None, self._max_target_length)
+    def _longest_prompt(self) -> int:
+        return self._max_source_length
+
+    def _longest_answer(self, prompt_length: int) -> int:
+        return self._max_target_length
 
     def identity(self) -> dict[str, Any]:
         """See `Encoder`."""
@@ -115,7 +121,7 @@ class ToolAlpacaEncoder(_ChatEncoder):
     Args:
         tokenizer: a ChatGLM3Tokenizer.
         max_seq_length: ids in a row.
-        max_new_tokens: ids to be generated. Within `max_seq_length` there must be room for them behind a prompt.
+        max_prompt_length: ids before an answer to be generated, at most; as many as leave room for one id when None.
 
     Raises:
         DataError: a setting that cannot be used.
@@ -125,16 +131,16 @@ class ToolAlpacaEncoder(_ChatEncoder):
         "with nothing to learn within max_seq_length tokens (raise it), or with loss: false throughout"
     )
     too_long = (
-        "with more before the answer than max_seq_length - generation.max_new_tokens; raise the former or "
-        "lower the latter"
+        "with so much before the answer that max_seq_length leaves no room for generation.max_new_tokens; "
+        "raise the former or lower the latter"
     )
 
     def __init__(
-        self, tokenizer: SentencePieceTokenizer, max_seq_length: int, max_new_tokens: int = 1
+        self, tokenizer: SentencePieceTokenizer, max_seq_length: int, max_prompt_length: int | None = None
     ) -> None:
         check_length("max_seq_length", max_seq_length, _SHORTEST)
         super().__init__(tokenizer, max_seq_length)
-        self._max_new_tokens = max_new_tokens
+        self._max_prompt_length = max_seq_length - 1 if max_prompt_length is None else max_prompt_length
 
     def read(self, value: Any, place: str) -> Messages:
         """See `Encoder`."""
@@ -144,72 +150,12 @@ class ToolAlpacaEncoder(_ChatEncoder):
         """See `Encoder`."""
         return right_padded_row(input_ids, labels, self.seq_length, self.tokenizer.pad_token_id)
 
-    def eval_rows(self, record: Messages) -> list[EvalRow | None]:
-        """See `Encoder`."""
-        return self._answers(record, self.seq_length - self._max_new_tokens, self.seq_length, None)
+    def _longest_prompt(self) -> int:
+        return self._max_prompt_length
+
+    def _longest_answer(self, prompt_length: int) -> int:
+        return self.seq_length - prompt_length
 
     def identity(self) -> dict[str, Any]:
         """See `Encoder`."""
         return {"data_loader": "ToolAlpacaDataLoader", "max_seq_length": self.seq_length}
-
-
-class ConversationDataset(TrainDataset):
-    """Training rows of a file of conversations; see `TrainDataset` and `ConversationEncoder`."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: SentencePieceTokenizer,
-        max_source_length: int,
-        max_target_length: int,
-        num_samples: int | None = None,
-        cache: CacheRequest | None = None,
-        say: Callable[[str], None] | None = None,
-    ) -> None:
-        encoder = ConversationEncoder(tokenizer, max_source_length, max_target_length)
-        super().__init__(path, encoder, num_samples, cache, say)
-
-
-class ConversationEvalDataset(EvalDataset):
-    """Answers of conversations to be generated; see `EvalDataset` and `ConversationEncoder`."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: SentencePieceTokenizer,
-        max_source_length: int,
-        max_target_length: int,
-        num_samples: int | None = None,
-    ) -> None:
-        super().__init__(
-            path, ConversationEncoder(tokenizer, max_source_length, max_target_length), num_samples
-        )
-
-
-class ToolAlpacaDataset(TrainDataset):
-    """Training rows of a file of conversations with tools; see `TrainDataset` and `ToolAlpacaEncoder`."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: SentencePieceTokenizer,
-        max_seq_length: int,
-        num_samples: int | None = None,
-        cache: CacheRequest | None = None,
-        say: Callable[[str], None] | None = None,
-    ) -> None:
-        super().__init__(path, ToolAlpacaEncoder(tokenizer, max_seq_length), num_samples, cache, say)
-
-
-class ToolAlpacaEvalDataset(EvalDataset):
-    """Answers of conversations with tools to be generated; see `EvalDataset` and `ToolAlpacaEncoder`."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: SentencePieceTokenizer,
-        max_seq_length: int,
-        max_new_tokens: int,
-        num_samples: int | None = None,
-    ) -> None:
-        super().__init__(path, ToolAlpacaEncoder(tokenizer, max_seq_length, max_new_tokens), num_samples)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import dataset as ds
 
-from glm_ms.data import IGNORED, AdgenDataset, DataError, Row, epoch_order
-from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
-from glm_ms.tokenizer import SentencePieceTokenizer
+from glm_ms.data import IGNORED, DataError, Row, TrainDataset, epoch_order
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 SEEDS = "dropout_seeds"
@@ -99,25 +97,10 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def labelled_rows(
-    data: TrainDatasetSettings | EvalDatasetSettings, tokenizer: SentencePieceTokenizer
-) -> AdgenDataset:
-    """The rows with labels of a `train_dataset` or `eval_dataset` section."""
-    return AdgenDataset(
-        data.data_loader.dataset_dir,
-        tokenizer,
-        data.data_loader.origin_columns,
-        data.max_source_length,
-        data.max_target_length,
-        data.ignore_pad_token_for_loss,
-        data.num_samples,
-    )
-
-
 class _Rows:
     """Random access to the rows of the remaining steps of one rank, for `GeneratorDataset`."""
 
-    def __init__(self, rows: AdgenDataset, plan: TrainingPlan, start: int, rank: int) -> None:
+    def __init__(self, rows: TrainDataset, plan: TrainingPlan, start: int, rank: int) -> None:
         self._rows, self._plan, self._start = rows, plan, start
         self._per_rank = plan.batch_size * plan.accumulation_steps
         self._first = rank * self._per_rank
@@ -150,7 +133,7 @@ class _Rows:
 
 
 def training_batches(
-    rows: AdgenDataset, plan: TrainingPlan, start_step: int = 0, rank: int = 0, num_workers: int = 1
+    rows: TrainDataset, plan: TrainingPlan, start_step: int = 0, rank: int = 0, num_workers: int = 1
 ) -> ds.Dataset:
     """The micro batches of one rank from `start_step` to the end of the run, as a MindSpore data set.
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from glm_ms.data import IGNORED, AdgenEvalDataset, DataError, Row
-from glm_ms.engine.batches import COLUMNS, labelled_rows
+from glm_ms.data import IGNORED, DataError, Row
+from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.files import PREDICTIONS_FILE, SCORES_FILE, replace_text
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
 from glm_ms.engine.progress import progress_bar
+from glm_ms.engine.records import labelled_rows, prompts_with_references
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import ADGENMetric, PerplexityMetric
 from glm_ms.settings import Settings
@@ -92,14 +93,7 @@ class _Adgen:
         leave: bool,
     ) -> None:
         data = settings.eval_dataset
-        self._records = AdgenEvalDataset(
-            data.data_loader.dataset_dir,
-            tokenizer,
-            data.data_loader.origin_columns,
-            data.max_source_length,
-            data.max_target_length,
-            data.num_samples,
-        )
+        self._records = prompts_with_references(data, tokenizer, settings.generation)
         say(self._records.describe())
         options = generation_options(settings, tokenizer, say)
         self._options = {**options, "num_return_sequences": 1}  # one text per reference

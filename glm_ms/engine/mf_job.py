@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import mindspore as ms
 from mindformers import MindFormerConfig
 from mindformers.core.context import build_context
+from mindformers.tools.utils import get_real_rank
 from mindspore.dataset import Dataset
 
 from glm_ms.convert import CheckpointError
+from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.data import DataError
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.mf_dataset import DatasetRows
@@ -19,6 +21,7 @@ from glm_ms.engine.mf_model import GLMForCausalLM
 from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer
 from glm_ms.engine.signals import restore_signal_handlers
 from glm_ms.engine.weights import adapter_config, different_fields
+from glm_ms.peft.store import is_adapter_folder
 from glm_ms.settings import Settings, SettingsError, check_device
 from glm_ms.settings.checks import Checker
 from glm_ms.settings.schema import AUTO
@@ -31,8 +34,9 @@ _RECORDS = ": train_dataset.data_loader.dataset_dir: "
 
 
 def say(line: str) -> None:
-    """A remark for the user: standard error, as in `run_glm.py`."""
-    print(line, file=sys.stderr, flush=True)
+    """A remark for the user: standard error of the first process, as in `run_glm.py`."""
+    if get_real_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def refuse(given: dict[str, Any]) -> None:
@@ -134,22 +138,44 @@ def check_network(network: GLMForCausalLM, settings: Settings) -> None:
         )
 
 
-def with_weights(network: GLMForCausalLM, settings: Settings) -> generation.GLMForCausalLM:
-    """A model that was given, with the weights and the adapter that are asked for.
+def name_weights(settings: Settings, path: str) -> None:
+    """Makes a checkpoint the `load_checkpoint` of a job, or its `load_adapter` if it holds an adapter alone.
 
     Raises:
-        CheckpointError: they cannot be loaded.
+        CheckpointError: there is nothing at `path`.
     """
+    adapter = is_adapter_folder(resolve_checkpoint(path))
+    setattr(settings, "load_adapter" if adapter else "load_checkpoint", path)
+
+
+def name_own_weights(settings: Settings, network: GLMForCausalLM) -> None:
+    """Makes the weights and the adapter of a model that was given those of a job, where it has some."""
+    settings.load_checkpoint = network.weights_from or settings.load_checkpoint
+    settings.load_adapter = network.adapter_from or settings.load_adapter
+
+
+def with_weights(network: GLMForCausalLM, settings: Settings) -> generation.GLMForCausalLM:
+    """A model that was given, with the weights and the adapter of the settings.
+
+    Raises:
+        CheckpointError: they cannot be loaded, or the model has another adapter.
+    """
+    core = network.core
     if settings.load_checkpoint and settings.load_checkpoint != network.weights_from:
         network.load_weights(settings.load_checkpoint)
     say(f"weights: {network.weights_from or 'random'}")
-    if settings.load_adapter and network.core.adapter is None:
-        say(str(network.core.load_adapter(settings.load_adapter)))
-    return network.core
+    if settings.load_adapter and settings.load_adapter != network.adapter_from:
+        if core.adapter is not None:
+            raise CheckpointError(
+                f"{settings.load_adapter}: the model given has an adapter already, from {network.adapter_from}"
+            )
+        say(str(core.load_adapter(settings.load_adapter)))
+        network.adapter_from = settings.load_adapter
+    return core
 
 
-def for_training(network: GLMForCausalLM, settings: Settings, asked: bool) -> generation.GLMForCausalLM:
-    """As `with_weights`, ready to be trained as `model.pet_config` says.
+def plan_training(network: GLMForCausalLM, settings: Settings, asked: bool) -> None:
+    """Fits settings of a training to a model that was given; nothing is changed in the model.
 
     Args:
         network: the model.
@@ -157,24 +183,42 @@ def for_training(network: GLMForCausalLM, settings: Settings, asked: bool) -> ge
         asked: the call names `load_checkpoint`, which then comes before the model's own weights.
 
     Raises:
-        CheckpointError: weights that cannot be loaded, or an adapter that does not go with the settings.
+        CheckpointError: its adapter does not go with the settings.
     """
-    if network.weights_from and not asked:
-        settings.load_checkpoint = network.weights_from
     check_network(network, settings)
-    core, adapter = network.core, adapter_config(settings)
-    if settings.load_adapter or (core.adapter is not None and adapter is None):
+    alone = network.core.adapter is not None and settings.model.pet_config.pet_type is None
+    if settings.load_adapter or alone:
         raise CheckpointError(
             "Trainer(model=...): the model has an adapter or load_adapter names one; to train an adapter on, leave the "
             "model out and name base and adapter in the YAML"
         )
-    if settings.resume_training is False:
-        with_weights(network, settings)
-    if adapter is not None and core.adapter is None:
-        core.add_adapter(adapter, settings.seed)
+    if not asked:
+        settings.load_checkpoint = network.weights_from or settings.load_checkpoint
     if not settings.load_checkpoint:
         settings.model.init = "random"  # what the model holds is wanted
-    return core
+
+
+def before_training(network: GLMForCausalLM, settings: Settings) -> generation.GLMForCausalLM:
+    """The model itself, with the weights of the settings and, if they ask for one, an adapter.
+
+    Raises:
+        CheckpointError: weights that cannot be loaded.
+    """
+    if settings.resume_training is False:
+        with_weights(network, settings)
+    adapter = adapter_config(settings)
+    if adapter is not None and network.core.adapter is None:
+        network.core.add_adapter(adapter, settings.seed)
+    return network.core
+
+
+def after_training(network: GLMForCausalLM, settings: Settings) -> None:
+    """Notes in a model that was trained where its weights, or its adapter, now lie."""
+    network.core.network.set_train(False)
+    if settings.model.pet_config.pet_type is None:
+        network.weights_from = settings.output_dir
+    else:
+        network.adapter_from = settings.output_dir
 
 
 def rows_of(dataset: Any, settings: Settings) -> DatasetRows:

@@ -42,6 +42,7 @@ class GLMForCausalLM(PreTrainedModel):
     Attributes:
         core: the model of this project, whose `network` this cell runs.
         weights_from: where the weights come from; empty for random ones.
+        adapter_from: where the adapter of `core` comes from; empty without one.
 
     Raises:
         CheckpointError, ConfigError: weights or configuration that cannot be used.
@@ -57,6 +58,7 @@ class GLMForCausalLM(PreTrainedModel):
             return
         super().__init__(config, auto_prefix=False)
         self.weights_from = weights_from if core is not None else config.checkpoint_name_or_path or ""
+        self.adapter_from = config.load_adapter if core is None else ""
         self.core = _build(config) if core is None else core
         self.network = self.core.network
         self.loss = NextTokenLoss()

@@ -378,11 +378,10 @@ def install_auto_tokenizer() -> None:
         return
 
     def choose(cls: type, path: str, *inputs: Any, **kwargs: Any) -> Any:
-        return (
-            ChatGLMTokenizer.from_pretrained(path, **kwargs)
-            if is_run_yaml(path)
-            else stock(cls, path, *inputs, **kwargs)
-        )
+        lost = Path(path).suffix in (".yaml", ".yml") and not Path(path).exists()
+        if lost or is_run_yaml(path):
+            return ChatGLMTokenizer.from_pretrained(path, **kwargs)
+        return stock(cls, path, *inputs, **kwargs)
 
     choose.of_glm_ms = True
     AutoTokenizer.get_class_from_experimental_mode = classmethod(choose)

@@ -45,7 +45,9 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         super().__init__(model_name)
         quiet.after_import()  # the Trainer has made MindFormers' loggers anew
         self.scores: dict[str, Any] = {}
-        self._trained: str | None = None  # output folder of a training without a given model
+        self._trained: dict[str, str] | None = (
+            None  # keys of the settings, after a training without a given model
+        )
 
     def train(
         self,
@@ -79,15 +81,19 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         mode = config.run_mode if config.run_mode in TRAINING_MODES else TRAINING_MODES[-1]
         settings = settings_of(config, run_mode=mode)
         asked = job.apply_checkpoint(settings, *job.take_checkpoint(config))
-        core = None if network is None else job.for_training(network, settings, asked)
+        if network is not None:
+            job.plan_training(network, settings, asked)
         rows = None if dataset is None else job.rows_of(dataset, settings)
         tokenizer = job.begin(settings, with_records=rows is None)
+        core = None if network is None else job.before_training(network, settings)
         train(settings, tokenizer, say, Given(core, rows, tuple(callbacks or ())))
-        if core is not None:
-            core.network.set_train(False)
-            network.weights_from = settings.output_dir
-        self._trained = settings.output_dir if network is None else None
-        self.network = network
+        self.network, self._trained = network, None
+        if network is not None:
+            job.after_training(network, settings)
+        elif settings.model.pet_config.pet_type is None:
+            self._trained = {"load_checkpoint": settings.output_dir}
+        else:
+            self._trained = {"load_checkpoint": settings.load_checkpoint, "load_adapter": settings.output_dir}
         for line in summary(settings):
             say(line)
 
@@ -162,13 +168,12 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         from glm_ms.engine.weights import build_model
 
         asked, _ = job.take_checkpoint(config)
+        if network is not None:
+            job.name_own_weights(settings, network)
+        for key, path in (self._trained or {}).items() if network is None else ():
+            setattr(settings, key, path)
         if asked:
-            settings.load_checkpoint = asked
-        elif network is None and self._trained is not None:
-            adapter = settings.model.pet_config.pet_type is not None
-            setattr(settings, "load_adapter" if adapter else "load_checkpoint", self._trained)
-        elif network is not None and network.weights_from:
-            settings.load_checkpoint = network.weights_from
+            job.name_weights(settings, asked)
         if network is not None:
             job.check_network(network, settings)
         tokenizer = job.begin(settings)

@@ -90,10 +90,12 @@ def mindformers_document(settings: Settings) -> dict[str, Any]:
     )
     tokenizer = whole["processor"]["tokenizer"]
     tokenizer["type"] = TOKENIZERS[tokenizer["type"]]
-    for name in ("train_dataset", "eval_dataset"):
-        whole[name].update(
+    for part in ("train", "eval"):
+        section = whole[f"{part}_dataset"]
+        section.update(
             tokenizer=dict(tokenizer), batch_size=settings.runner_config.batch_size, seed=settings.seed
         )
+        section["data_loader"]["phase"] = part  # without which MindFormers' own loader does not start
     whole["runner_config"].update(sink_mode=False, sink_size=-1)
     return {
         **whole,
@@ -124,6 +126,11 @@ def settings_of(config: MindFormerConfig, **replaced: Any) -> Settings:
         raise SettingsError(
             "this configuration was not made from a YAML of glm_ms: its model.model_config.type must be GLMConfig; "
             "give Trainer(args=...) the path of such a YAML, or MindFormerConfig(path)"
+        )
+    if "overwrite_output_dir" in config:
+        raise SettingsError(
+            "Trainer(args=TrainingArguments(...)): not supported with glm_ms; give the path of a YAML, or "
+            "MindFormerConfig(path) and change its keys in Python"
         )
     kept = config[KEPT]
     before = read_run_yaml(kept.source) if Path(kept.source).is_file() else Settings(source=kept.source)

@@ -12,9 +12,9 @@ from mindformers import Trainer
 from mindspore.communication import get_group_size, get_rank
 from mindspore.train.callback import Callback
 
-from glm_ms.data import AdgenDataset
+from glm_ms.data import TrainDataset
 from glm_ms.engine import quiet
-from glm_ms.engine.batches import TrainingPlan, labelled_rows, training_batches
+from glm_ms.engine.batches import TrainingPlan, training_batches
 from glm_ms.engine.best import BestEvaluation
 from glm_ms.engine.callbacks import UpdateCallback
 from glm_ms.engine.checkpoint import TrainingState, remove_old_checkpoints, save_checkpoint
@@ -29,6 +29,7 @@ from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.network import TrainingNetwork
 from glm_ms.engine.position import position_state
 from glm_ms.engine.progress import ProgressLog, StepRecord
+from glm_ms.engine.records import labelled_rows
 from glm_ms.engine.resume import check_checkpoint, find_checkpoint, remark_on_versions, set_aside
 from glm_ms.engine.trainer import GLMTrainer
 from glm_ms.engine.weights import build_model
@@ -88,7 +89,7 @@ class _Run:
     tokenizer: SentencePieceTokenizer
     say: Say
     rank: int
-    rows: AdgenDataset | DatasetRows
+    rows: TrainDataset | DatasetRows
     plan: TrainingPlan
     position: dict
     checkpoint: Path | None
@@ -111,7 +112,7 @@ def _prepare(
 ) -> _Run:
     """Reads records and checkpoint; all that can be refused is refused here or when the model is built."""
     checkpoint = find_checkpoint(settings)
-    rows = labelled_rows(settings.train_dataset, tokenizer) if given.rows is None else given.rows
+    rows = labelled_rows(settings.train_dataset, tokenizer, say) if given.rows is None else given.rows
     say(rows.describe())
     plan = _plan(settings, len(rows), get_group_size() if settings.use_parallel else 1)
     position = position_state(settings, plan, None if given.rows is None else given.rows.sha256)

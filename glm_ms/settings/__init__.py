@@ -5,8 +5,8 @@ Nothing here imports MindSpore or MindFormers: a misspelt key is reported in mil
 
 from __future__ import annotations
 
-from glm_ms.settings.checks import seq_length_problem
 from glm_ms.settings.cli import Arguments, HelpRequested, parse_args, settings_from_command_line
+from glm_ms.settings.data_checks import seq_length_problem
 from glm_ms.settings.device import ascend_cards, check_device
 from glm_ms.settings.errors import SettingsError
 from glm_ms.settings.flags import FLAGS

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.settings.adapter_checks import adapter_problems
+from glm_ms.settings.data_checks import data_notes, data_problems, fill_max_seq_length, parts_in_use
 from glm_ms.settings.errors import SettingsError
 from glm_ms.settings.schema import AUTO, Settings
 from glm_ms.settings.sections import LR_SCHEDULE_KEYS
@@ -18,26 +19,6 @@ _DATASET_DIR = "{}_dataset.data_loader.dataset_dir"
 _RECORD_ENDINGS = (".json", ".jsonl")
 # In a folder with several record files: the names the field gives to each part.
 _PART_NAMES = {"train": ("train",), "eval": ("dev", "eval", "valid", "validation", "test")}
-
-
-def seq_length_problem(seq_length: int, max_source_length: int, max_target_length: int) -> str | None:
-    """Why training rows do not fit the network, with the values that would; None if they do.
-
-    Args:
-        seq_length: `model.model_config.seq_length`, tokens.
-        max_source_length: `train_dataset.max_source_length`, tokens.
-        max_target_length: `train_dataset.max_target_length`, tokens.
-    """
-    needed = max_source_length + max_target_length + 1
-    if seq_length == needed:
-        return None
-    message = (
-        f"{_SEQ_LENGTH} = {seq_length} must equal train_dataset.max_source_length + "
-        f"train_dataset.max_target_length + 1 = {max_source_length} + {max_target_length} + 1 = {needed}; "
-        f"set {_SEQ_LENGTH} to {needed}"
-    )
-    fitting = seq_length - max_source_length - 1
-    return f"{message}, or train_dataset.max_target_length to {fitting}" if fitting > 0 else message
 
 
 class Checker:
@@ -68,11 +49,9 @@ class Checker:
         for key, message, others in adapter_problems(self.settings):
             self._bad(message, key, *others)
         if self.settings.is_training():
-            self._training_length()
             for key, message, others in training_problems(self.settings):
                 self._bad(message, key, *others)
-        if self.settings.run_mode == "eval" or (self.settings.is_training() and self.settings.do_eval):
-            self._evaluation_length()
+        self._data()
         if self.settings.run_mode == "predict" and not self.settings.predict_data:
             self._bad("missing; give a prompt, a .txt or .jsonl file, or - (--predict_data)", "predict_data")
 
@@ -83,17 +62,12 @@ class Checker:
         self._output_dir()
         self._vocab_file()
         self._weights()
-        if self.settings.is_training():
-            self._records("train")
-            if self.settings.do_eval:
-                self._records("eval")
-        elif self.settings.run_mode == "eval":
-            self._records("eval")
-        elif "\n" not in self.settings.predict_data and Path(self.settings.predict_data).suffix.lower() in (
-            ".txt",
-            ".jsonl",
-        ):
-            self._must_exist("predict_data", self.settings.predict_data)
+        for part in parts_in_use(self.settings):
+            self._records(part)
+        prompts = self.settings.predict_data
+        is_file = "\n" not in prompts and Path(prompts).suffix.lower() in (".txt", ".jsonl")
+        if self.settings.run_mode == "predict" and is_file:
+            self._must_exist("predict_data", prompts)
 
     def _bad(self, message: str, *keys: str) -> None:
         """Reports a problem of the first key, unless one of `keys`, or its section, is in error already."""
@@ -188,41 +162,12 @@ class Checker:
             )
             dataset.num_parallel_workers = cores
 
-    def _training_length(self) -> None:
-        data, seq_length = self.settings.train_dataset, self.settings.model.model_config.seq_length
-        if data.data_loader.type == "ToolAlpacaDataLoader":
-            if data.max_seq_length is not None and data.max_seq_length > seq_length:
-                message = (
-                    f"{data.max_seq_length} is more than {_SEQ_LENGTH} = {seq_length}; set both to the same"
-                )
-                self._bad(message, "train_dataset.max_seq_length", _SEQ_LENGTH)
-            return
-        problem = seq_length_problem(
-            self.settings.model.model_config.seq_length, data.max_source_length, data.max_target_length
-        )
-        if problem:
-            keys = ("train_dataset.max_source_length", "train_dataset.max_target_length")
-            self._bad(problem.removeprefix(f"{_SEQ_LENGTH} = "), _SEQ_LENGTH, *keys)
-
-    def _evaluation_length(self) -> None:
-        settings, data = self.settings, self.settings.eval_dataset
-        seq_length = settings.model.model_config.seq_length
-        source = "eval_dataset.max_source_length"
-        needs = {
-            "PerplexityMetric": ("eval_dataset.max_target_length", data.max_target_length + 1, " + 1"),
-            "ADGENMetric": ("generation.max_new_tokens", settings.generation.max_new_tokens, ""),
-        }
-        for metric in settings.metric.type:
-            key, tokens, extra = needs[metric]
-            needed = data.max_source_length + tokens
-            if metric == "ADGENMetric" and settings.generation.max_length is not None:
-                continue  # which is at most seq_length, and ends every answer
-            if needed > seq_length:
-                message = (
-                    f"{seq_length} is less than {source} + {key}{extra} = {needed}, which {metric} needs; "
-                    f"set {_SEQ_LENGTH} to {needed}, or lower {source} or {key}"
-                )
-                self._bad(message, _SEQ_LENGTH, source, key, "metric.type")
+    def _data(self) -> None:
+        fill_max_seq_length(self.settings)
+        for part in parts_in_use(self.settings):
+            for key, message, others in data_problems(self.settings, part):
+                self._bad(message, key, *others)
+            self.settings.notes += data_notes(self.settings, part)
 
     def _output_dir(self) -> None:
         path = Path(self.settings.output_dir)

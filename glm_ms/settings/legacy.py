@@ -17,15 +17,19 @@ from glm_ms.settings.errors import SettingsError, described, did_you_mean, neare
 from glm_ms.settings.legacy_draft import Draft, Source, same, shown
 from glm_ms.settings.legacy_rules import AFTER_CHOICE, BEFORE_CHOICE
 from glm_ms.settings.legacy_table import (
+    CONFIGS,
     LEGACY,
     LEGACY_CLASSES,
     LEGACY_SECTIONS,
+    NETWORKS,
     SECTION_ALIASES,
     Rule,
 )
 from glm_ms.settings.schema import leaf_keys
 
 _OUR_CLASSES = frozenset({"GLMConfig", "GLMForCausalLM", "GLMTrainOneStep", "GLMAdamW"})
+# Longer lists of names help nobody.
+_LISTED = 12
 _TYPE_KEYS = (
     "model.model_config.type", "model.arch.type", "trainer.type", "runner_wrapper.type", "optimizer.type",
     "train_dataset_task.type", "eval_dataset_task.type",
@@ -50,7 +54,9 @@ class Translation(NamedTuple):
 
 def is_legacy(document: Entry) -> bool:
     """Whether a file, without the command line, is one of MindFormers'; see the module."""
-    types = {value for value in map(lambda key: _at(document, key), _TYPE_KEYS) if isinstance(value, str)}
+    types = {value for value in (_at(document, key) for key in _TYPE_KEYS) if isinstance(value, str)}
+    if _at(document, "model.arch.type") not in (None, *_OUR_CLASSES):
+        types.discard("GLMConfig")  # ChatGLM-6B of MindFormers has a class of that name, and another network
     if types & _OUR_CLASSES:
         return False
     return bool(types & LEGACY_CLASSES or LEGACY_SECTIONS & document.value.keys())
@@ -68,9 +74,10 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> Translati
         typed: `Entry.where` of everything that comes from the command line.
 
     Raises:
-        SettingsError: the file asks for an export, which there is none of.
+        SettingsError: the file asks for an export, which there is none of, or describes another network.
     """
-    _refuse_export(document, source)
+    _refuse_export(document)
+    _refuse_other_networks(document)
     draft = Draft(source)
     spellings = _Gatherer(draft, typed).gather(_with_callbacks(document))
     for name, sources in spellings.items():
@@ -91,16 +98,21 @@ def _apply(rules: tuple[Callable[[Draft], None], ...], draft: Draft) -> None:
         rule(draft)
 
 
-def _at(document: Entry, dotted: str) -> Any:
+def _entry(document: Entry, dotted: str) -> Entry | None:
     entry: Entry | None = document
     for name in dotted.split("."):
         if entry is None or not entry.is_section:
             return None
         entry = entry.value.get(name)
+    return entry
+
+
+def _at(document: Entry, dotted: str) -> Any:
+    entry = _entry(document, dotted)
     return None if entry is None else entry.value
 
 
-def _refuse_export(document: Entry, source: str) -> None:
+def _refuse_export(document: Entry) -> None:
     run_mode = document.value.get("run_mode")
     if run_mode is None and "infer" in document.value:
         run_mode = dataclasses.replace(document.value["infer"], value="export")
@@ -109,6 +121,17 @@ def _refuse_export(document: Entry, source: str) -> None:
             f"{run_mode.where}: run_mode: export: MindIR files are not made here. tools/convert_weight.py turns "
             "weights into the format that is wanted; --run_mode predict answers prompts with the keys of this file"
         )
+
+
+def _refuse_other_networks(document: Entry) -> None:
+    """One error in place of one for each key of another model."""
+    for key, known in (("model.model_config.type", CONFIGS), ("model.arch.type", NETWORKS)):
+        entry = _entry(document, key)
+        if entry is not None and isinstance(entry.value, str) and entry.value not in (*known, *_OUR_CLASSES):
+            raise SettingsError(
+                f"{entry.where}: {key}: {entry.value}: another network; ChatGLM2 and ChatGLM3 of MindFormers have "
+                f"{' or '.join(known)}{did_you_mean(entry.value, known)}"
+            )
 
 
 def _with_callbacks(document: Entry) -> Entry:
@@ -175,7 +198,8 @@ class _Gatherer:
         if not hint:
             elsewhere = [key for key in leaf_keys() if key.rpartition(".")[2] == name]
             hint = f"; the key is {' or '.join(elsewhere[:3])}" if elsewhere else ""
-        hint = hint or f"; known here: {', '.join(sorted(siblings))}"
+        if not hint and len(siblings) <= _LISTED:
+            hint = f"; known here: {', '.join(sorted(siblings))}"
         self.draft.problems.append(f"{entry.key_where or entry.where}: {written}: unknown key{hint}")
 
 

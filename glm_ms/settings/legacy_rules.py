@@ -107,6 +107,9 @@ def _weights(draft: Draft) -> None:
         found["run_mode"] = dataclasses.replace(run_mode, entry=entry)
         text += "; run_mode: train begins with it, so it is finetune here"
     draft.remark(zoo[0], text)
+    # Should a path be needed, the error says why there is none.
+    where = f"{zoo[0].entry.where} ({zoo[0].value} of MindFormers' online zoo)"
+    found["load_checkpoint"] = Source("load_checkpoint", Entry("", where, where), zoo[0].typed)
 
 
 def _is_zoo_name(source: Source) -> bool:

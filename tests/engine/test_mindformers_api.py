@@ -49,6 +49,12 @@ def weights(run: Path) -> Path:
     return resolve_checkpoint(run)
 
 
+@pytest.fixture(scope="module")
+def model(weights: Path) -> GLMForCausalLM:
+    """The model of that checkpoint; tests leave it as it is."""
+    return AutoModel.from_pretrained(str(weights))
+
+
 # ------------------------------------------------------------------ registry
 
 
@@ -135,8 +141,7 @@ def test_from_config_loads_the_weights_that_the_yaml_names(run: Path, tmp_path: 
     )
 
 
-def test_construct_gives_the_logits_and_the_loss_of_the_core(weights: Path):
-    model = AutoModel.from_pretrained(str(weights))
+def test_construct_gives_the_logits_and_the_loss_of_the_core(model: GLMForCausalLM):
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 800, (2, 9))
     mask = np.ones_like(ids)
@@ -156,8 +161,8 @@ def test_construct_gives_the_logits_and_the_loss_of_the_core(weights: Path):
     np.testing.assert_allclose(loss.asnumpy(), expected.asnumpy(), atol=2e-5, rtol=0)
 
 
-def test_generate_is_that_of_the_core(weights: Path, vocabulary: Path):
-    model, tokenizer = AutoModel.from_pretrained(str(weights)), ChatGLM3Tokenizer(vocabulary)
+def test_generate_is_that_of_the_core(model: GLMForCausalLM, vocabulary: Path):
+    tokenizer = ChatGLM3Tokenizer(vocabulary)
     prompts = [tokenizer.encode(QUESTION), tokenizer.encode("类型#上衣")]
     expected = model.core.generate(prompts, max_new_tokens=6, eos_token_id=[])
     options = {"max_new_tokens": 6, "eos_token_id": [], "do_sample": False}
@@ -179,8 +184,7 @@ def test_generate_is_that_of_the_core(weights: Path, vocabulary: Path):
     )[0]  # fmt: skip
 
 
-def test_generate_streams(weights: Path, vocabulary: Path, capsys: pytest.CaptureFixture[str]):
-    model = AutoModel.from_pretrained(str(weights))
+def test_generate_streams(model: GLMForCausalLM, vocabulary: Path, capsys: pytest.CaptureFixture[str]):
     tokenizer = GLM3Tokenizer(str(vocabulary))
     ids = tokenizer(QUESTION)["input_ids"]
     sequence = model.generate(
@@ -190,8 +194,7 @@ def test_generate_streams(weights: Path, vocabulary: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.strip() == tokenizer.decode(sequence[len(ids) :]).strip()
 
 
-def test_a_saved_model_is_loaded_again(weights: Path, tmp_path: Path):
-    model = AutoModel.from_pretrained(str(weights))
+def test_a_saved_model_is_loaded_again(model: GLMForCausalLM, tmp_path: Path):
     model.save_pretrained(str(tmp_path / "saved"))
     again = AutoModel.from_pretrained(str(tmp_path / "saved"))
     for one, other in zip(model.get_parameters(), again.get_parameters()):
@@ -286,8 +289,10 @@ def test_auto_tokenizer_finds_yaml_run_and_folder(run: Path, vocabulary: Path, t
 # ------------------------------------------------------------------ pipeline
 
 
-def test_pipeline_writes_what_the_core_generates(weights: Path, vocabulary: Path, tmp_path: Path):
-    model, tokenizer = AutoModel.from_pretrained(str(weights)), GLM3Tokenizer(str(vocabulary))
+def test_pipeline_writes_what_the_core_generates(
+    model: GLMForCausalLM, weights: Path, vocabulary: Path, tmp_path: Path
+):
+    tokenizer = GLM3Tokenizer(str(vocabulary))
     prompts = [tokenizer.build_prompt(QUESTION), tokenizer.build_prompt("类型#上衣")]
     expected = [
         tokenizer.decode(model.core.generate(prompt.token_ids, max_new_tokens=5)[0]) for prompt in prompts
@@ -347,7 +352,6 @@ def test_a_tokenizer_that_is_missing_or_ambiguous(weights: Path, vocabulary: Pat
         ({"logits_processor": [1]}, "logits_processor: not supported"),
     ],
 )
-def test_options_of_generation_are_checked(weights: Path, options: dict[str, Any], message: str):
-    model = AutoModel.from_pretrained(str(weights))
+def test_options_of_generation_are_checked(model: GLMForCausalLM, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         model.generate([801, 803, 5, 6], **options)

@@ -261,6 +261,7 @@ def test_names_of_the_online_zoo_are_no_paths(load_legacy, monkeypatch: pytest.M
     assert len(said) == 1
     assert said[0].startswith("old.yaml:4: load_checkpoint: glm2_6b is a model of MindFormers' online zoo")
     assert "--load_checkpoint PATH" in said[0]
+    assert settings.where("load_checkpoint") == "old.yaml:4 (glm2_6b of MindFormers' online zoo)"
     only_model = legacy_yaml(("load_checkpoint: 'glm2_6b'", "load_checkpoint: ''"))
     assert "checkpoint_name_or_path: glm2_6b is" in "\n".join(load_legacy(only_model).notes)
     given = load_legacy(legacy_yaml(), WEIGHTS)

@@ -30,7 +30,7 @@ REFUSED = [
     (("total_steps: -1", "warmup_lr_init: 1.e-6"), ["warmup_lr_init: 1e-06", "begins at 0"]),
     (("type: FP32StateAdamWeightDecay", "type: Lion"), ["optimizer.type", "'Lion'", "allowed: GLMAdamW"]),
     (("type: polynomial", "type: cosine_with_restarts"), ["lr_schedule.type", "cosine_with_restarts"]),
-    (("type: ChatGLM2Config", "type: LlamaConfig"), ["model.model_config.type", "allowed: GLMConfig"]),
+    (("type: ChatGLM2Config", "type: LlamaConfig"), ["model.model_config.type: LlamaConfig: another network"]),
     (("type: ADGenDataLoader", "type: MindDataset"), ["data_loader.type", "'MindDataset'"]),
     (("parallel_mode: 1", "parallel_mode: 2"), ["parallel.parallel_mode", "allowed: 0, 1"]),
     (("keep_checkpoint_max", "keep_checkpoint_maxx"), ["CheckpointMointor.keep_checkpoint_maxx: unknown key", "did"]),
@@ -119,6 +119,20 @@ def test_one_sign_is_enough(tmp_path: Path, text: str) -> None:
     assert is_legacy(read_document(path))
     path.write_text("seed: 1\nlr_schedule: {type: cosine}\n", encoding="utf-8")
     assert not is_legacy(read_document(path))
+
+
+def test_other_networks_are_refused_in_one_line(legacy_refused) -> None:
+    for change in (
+        ("ChatGLM2ForConditionalGeneration", "LlamaForCausalLM"),
+        ("ChatGLM2ForConditionalGeneration", "GLMForPreTraining"),
+    ):
+        message = legacy_refused(
+            legacy_yaml(("type: ChatGLM2Config", "type: GLMConfig"), change, ("use_past", "x"))
+        )
+        assert len(message.splitlines()) == 1
+        assert f"model.arch.type: {change[1]}: another network" in message
+    misspelt = legacy_yaml(("type: ChatGLM2Config", "type: ChatGLM2Confg"))
+    assert "did you mean ChatGLM2Config?" in legacy_refused(misspelt)
 
 
 def test_table_leads_to_keys_that_exist() -> None:

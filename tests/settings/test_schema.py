@@ -22,6 +22,9 @@ _COMPANIONS = {
     "lr_schedule.power": ["lr_schedule.type=PolynomialWithWarmUpLR"],
     "train_dataset.max_source_length": ["model.model_config.seq_length=193"],
     "train_dataset.max_target_length": ["model.model_config.seq_length=193"],
+    "train_dataset.ignore_pad_token_for_loss": ["processor.tokenizer.type=ChatGLM2Tokenizer"],
+    "train_dataset.max_seq_length": ["train_dataset.data_loader.type=ToolAlpacaDataLoader"],
+    "eval_dataset.max_seq_length": ["eval_dataset.data_loader.type=ToolAlpacaDataLoader"],
     "model.init": ["load_checkpoint=data"],
     "generation.num_return_sequences": ["generation.do_sample=True"],
     "checkpoint.best_metric": ["do_eval=True"],
@@ -39,6 +42,8 @@ _OTHER = {
     "model.model_config.compute_dtype": "bfloat16",
     "model.model_config.seq_length": None,  # tied to the lengths of train_dataset, changed with them
     "train_dataset.num_parallel_workers": None,  # depends on the machine, see test_loader
+    "train_dataset.max_seq_length": 192,
+    "eval_dataset.max_seq_length": 100,
     "lr_schedule.total_steps": 50,
     "lr_schedule.power": 2.0,
     "lr_schedule.num_cycles": 1.5,
