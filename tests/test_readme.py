@@ -1,7 +1,8 @@
 """README.md: both languages say the same, and every command in it works.
 
 The info string of a code block tells what becomes of it: `bash` is run, in order, on stand-ins for the files that
-a reader brings along; `bash ascend` and `bash 6b` need hardware or weights and are only checked; `python` is run.
+a reader brings along; `bash ascend` and `bash 6b` need hardware or weights, `bash mindformers` files of MindFormers, and
+are only checked; `python` is run.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from legacy_yaml import LORA, legacy_yaml
 
 from glm_ms.settings import load_settings, parse_args
 from glm_ms.settings.errors import SettingsError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
-KINDS = {"bash", "bash ascend", "bash 6b", "python", "text"}
+KINDS = {"bash", "bash ascend", "bash 6b", "bash mindformers", "python", "text"}
 CHINESE = "\n# 中文\n"
 # Commands that make an environment of their own; tests/scripts runs what can be run of them.
 SETUP = {
@@ -38,6 +41,7 @@ STAND_INS = {
     "/path/to/AdvertiseGen/dev.json": "yours/dev.json",
     "/path/to/chatglm3-6b/tokenizer.model": "yours/tokenizer.model",
     "/path/to/chatglm3-6b": "yours/chatglm3-6b",
+    "/path/to/tool_alpaca_train.json": "yours/tool_alpaca_train.json",
 }
 NUM_TRAIN, NUM_DEV = 128, 16  # records in the stand-ins
 
@@ -78,7 +82,7 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 def test_every_block_says_what_it_is():
     assert {block.kind for block in BLOCKS} <= KINDS
     assert TEXT.count("```") == 2 * len(blocks(TEXT))
-    assert {kind for kind, _ in COMMANDS} == {"bash", "bash ascend", "bash 6b"}
+    assert {kind for kind, _ in COMMANDS} == {"bash", "bash ascend", "bash 6b", "bash mindformers"}
 
 
 def test_both_languages_hold_the_same():
@@ -112,7 +116,16 @@ def test_command_names_what_exists(command):
 def check_run(arguments: list[str], parallel: bool) -> None:
     """Flags, keys and values are right and the YAML exists; the files a reader brings along need not."""
     parsed = parse_args(arguments)
-    settings = load_settings(REPOSITORY / parsed.config, parsed.overrides, parsed.flags, check_files=False)
+    if "/" in parsed.config:
+        settings = load_settings(
+            REPOSITORY / parsed.config, parsed.overrides, parsed.flags, check_files=False
+        )
+    else:  # a file of MindFormers that the reader has
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, parsed.config)
+            path.write_text(legacy_yaml(generation=3, pet=LORA), encoding="utf-8")
+            settings = load_settings(path, parsed.overrides, parsed.flags, check_files=False)
+        assert settings.model.pet_config.pet_type == "lora"
     assert settings.use_parallel == parallel
 
 

@@ -211,7 +211,7 @@ class _Window:
         """Takes the value that begins at `position`."""
         while True:
             try:
-                _, end = self._json.raw_decode(self.text, self.position)
+                value, end = self._json.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 if self._may_go_on(error) and self._grow():
                     continue
@@ -219,7 +219,9 @@ class _Window:
                 raise DataError(f"{self.path}:{line}: not valid JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.path}:{self.line}: not valid JSON: {error}") from None
-            if end < len(self.text) or not self._grow():  # else a number may go on
+            # A number may go on: 1.5 and then e3.
+            is_cut = isinstance(value, (int, float)) and len(self.text) - end < _LONGEST_TOKEN
+            if not is_cut or not self._grow():
                 break
         raw = RawValue(self.line, self.offset, self.text[self.position : end].encode("utf-8"))
         self.advance(end)
@@ -237,17 +239,20 @@ class _Window:
         self.position = position
 
     def _grow(self) -> bool:
-        """Reads on, twice as much as is in hand; False at the end of the file."""
-        self.text, self.position = self.text[self.position :], 0
+        """Reads on, as much again as is in hand, and drops what is done with; False at the end of the file, where
+        nothing changes."""
+        in_hand = len(self.text) - self.position
         more, ended = "", False
         while not more and not ended:
-            chunk = self._file.read(max(_CHUNK, len(self.text)))
+            chunk = self._file.read(max(_CHUNK, in_hand))
             ended = not chunk
             try:
                 more = self._decoder.decode(chunk, final=ended)
             except UnicodeDecodeError as error:
-                raise _not_utf8(self.path, self.line + self.text.count("\n"), error) from None
-        self.text += more
+                line = self.line + self.text.count("\n", self.position)
+                raise _not_utf8(self.path, line, error) from None
+        if more:
+            self.text, self.position = self.text[self.position :] + more, 0
         return bool(more)
 
 

@@ -52,8 +52,8 @@ class UpdateCallback(Callback):
             return
         scale: LossScale | None = context.train_network.loss_scale
         self.last = self._record(self._start + updates, context.net_outputs, scale)
-        self._stop_if_diverged(self.last, scale)
         self._log.step(self.last)
+        self._stop_if_diverged(self.last, scale)
         self._after_update(self.last.step)
         self._log.seconds()  # the time of evaluating and saving is not the next step's
 

@@ -72,7 +72,7 @@ def generation_arguments(
     mask = given.pop("attention_mask", None)
     prompts = unpadded(input_ids, given.get("pad_token_id", base.pad_token_id), mask)
     _drop_fixed(given)
-    options = {name: getattr(base, name) for name in OPTIONS if hasattr(base, name)}
+    options = {name: getattr(base, name, None) for name in OPTIONS}
     for name in LENGTHS[1:]:
         if name in given:
             given.setdefault(LENGTHS[0], given.pop(name))
@@ -82,8 +82,8 @@ def generation_arguments(
         options = {name: v for name, v in options.items() if name not in ("temperature", "top_k", "top_p")}
     if given.get("num_beams", options["num_beams"]) == 1:
         options = {name: v for name, v in options.items() if name not in ("length_penalty", "early_stopping")}
-    options.update(given)
-    return prompts, options, as_dictionary
+    options = {name: value for name, value in options.items() if value is not None}
+    return prompts, {**options, **given}, as_dictionary
 
 
 def unpadded(input_ids: Any, pad_token_id: int, attention_mask: Any = None) -> list[list[int]]:

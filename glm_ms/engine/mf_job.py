@@ -129,12 +129,14 @@ def check_network(network: GLMForCausalLM, settings: Settings) -> None:
     wanted = settings.model.model_config
     if wanted.padded_vocab_size == AUTO:
         wanted.padded_vocab_size = core.padded_vocab_size
-    different = different_fields(settings.glm_config(), core)
+    different = different_fields(settings.glm_config(), core, "the model")
     if core.seq_length < wanted.seq_length:
-        different.append(f"seq_length: {wanted.seq_length}, {core.seq_length}")
+        different.append(
+            f"model.model_config.seq_length: {wanted.seq_length}, in the model {core.seq_length}"
+        )
     if different:
         raise SettingsError(
-            f"{settings.source}: model.model_config differs from the model given (YAML, model): {'; '.join(different)}"
+            f"{settings.source} and the model given are different networks: {'; '.join(different)}"
         )
 
 

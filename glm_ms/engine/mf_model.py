@@ -127,9 +127,11 @@ class GLMForCausalLM(PreTrainedModel):
                 "logits_processor: not supported; use temperature, top_k, top_p, repetition_penalty"
             )
         base = self.generation_config if generation_config is None else generation_config
-        prompts, options, as_dictionary = generation_arguments(
-            input_ids, base, {**kwargs, "seed": seed}, self.config.seq_length
-        )
+        given = {**kwargs, "seed": seed}
+        for name in ("eos_token_id", "pad_token_id"):
+            if not getattr(base, name, None):  # MindFormers' GenerationConfig() names none
+                given.setdefault(name, getattr(self.generation_config, name))
+        prompts, options, as_dictionary = generation_arguments(input_ids, base, given, self.config.seq_length)
         if streamer is None:
             sequences = self.core.generate(prompts, **options)
         else:

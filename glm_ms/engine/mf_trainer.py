@@ -45,9 +45,9 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         super().__init__(model_name)
         quiet.after_import()  # the Trainer has made MindFormers' loggers anew
         self.scores: dict[str, Any] = {}
-        self._trained: dict[str, str] | None = (
-            None  # keys of the settings, after a training without a given model
-        )
+        # Keys of the settings after a training without a given model; what the last job built, and from what.
+        self._trained: dict[str, str] | None = None
+        self._built: tuple[Any, generation.GLMForCausalLM] | None = None
 
     def train(
         self,
@@ -87,7 +87,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         tokenizer = job.begin(settings, with_records=rows is None)
         core = None if network is None else job.before_training(network, settings)
         train(settings, tokenizer, say, Given(core, rows, tuple(callbacks or ())))
-        self.network, self._trained = network, None
+        self.network, self._trained, self._built = network, None, None
         if network is not None:
             job.after_training(network, settings)
         elif settings.model.pet_config.pet_type is None:
@@ -165,7 +165,6 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
     ) -> tuple[generation.GLMForCausalLM, SentencePieceTokenizer]:
         """Model and tokenizer of an evaluation or prediction, after all checks."""
         from glm_ms.engine.files import replace_text
-        from glm_ms.engine.weights import build_model
 
         asked, _ = job.take_checkpoint(config)
         if network is not None:
@@ -177,10 +176,22 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         if network is not None:
             job.check_network(network, settings)
         tokenizer = job.begin(settings)
-        if network is None:
-            model = build_model(settings, tokenizer.vocab_size, say)
-        else:
-            model = job.with_weights(network, settings)
+        model = (
+            self._built_model(settings, tokenizer) if network is None else job.with_weights(network, settings)
+        )
         path = Path(settings.output_dir) / f"{settings.run_mode}_settings.yaml"
         replace_text(path, settings.to_yaml())
         return model, tokenizer
+
+    def _built_model(
+        self, settings: Settings, tokenizer: SentencePieceTokenizer
+    ) -> generation.GLMForCausalLM:
+        """The model of the settings; one job after another on the same weights reads and compiles them once."""
+        from glm_ms.engine.weights import build_model
+
+        key = (settings.load_checkpoint, settings.load_adapter, settings.seed, settings.to_dict()["model"])
+        if self._built is not None and self._built[0] == key:
+            say(f"weights: {settings.load_checkpoint or 'random'}, as loaded before")
+            return self._built[1]
+        self._built = (key, build_model(settings, tokenizer.vocab_size, say))
+        return self._built[1]

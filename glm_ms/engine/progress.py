@@ -119,10 +119,9 @@ class ProgressLog:
         values = {name: value for name, value in asdict(record).items() if value is not None}
         self._file.write(_json_line(values))
         self._file.flush()
-        if self._writer is not None:
-            for name, value in values.items():
-                if name not in ("step", "epoch"):
-                    self._writer.add_scalar(name, value, record.step)
+        self._plot(
+            record.step, {name: value for name, value in values.items() if name not in ("step", "epoch")}
+        )
 
     def evaluation(self, step: int, epoch: float, scores: Mapping[str, Any]) -> None:
         """Shows and writes the scores of an evaluation."""
@@ -134,9 +133,14 @@ class ProgressLog:
             return
         with (self._output_dir / EVAL_METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(_json_line({"step": step, "epoch": epoch, **scores}))
+        self._plot(step, {f"eval/{name}": value for name, value in scores.items()})
+
+    def _plot(self, step: int, values: Mapping[str, Any]) -> None:
+        """TensorBoard; it has no place for values that are not finite."""
         if self._writer is not None:
-            for name, value in scores.items():
-                self._writer.add_scalar(f"eval/{name}", value, step)
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, step)
 
     def _postfix(self, record: StepRecord) -> str:
         loss = "overflow, update skipped" if record.overflow else f"loss {record.loss:.4f}"

@@ -12,7 +12,6 @@ from mindformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mindformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
-import glm_ms
 from glm_ms.engine.adamw import GLMAdamW
 from glm_ms.engine.mf_auto import GLMConfig
 from glm_ms.engine.mf_dataset import GLMDataset
@@ -82,7 +81,7 @@ def _check_free(table: dict[str, Any], name: str, cls: type, where: str) -> None
 
 def _add_model_names() -> None:
     names = MindFormerBook.get_trainer_support_task_list()["text_generation"]
-    root = Path(glm_ms.__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     for name, path in MODEL_NAMES.items():
         inside = str(root / path) if (root / path).is_file() else path
         if names.setdefault(name, inside) != inside:

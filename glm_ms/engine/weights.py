@@ -145,17 +145,18 @@ def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> Non
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not (folder / "config.json").is_file():
         return
-    different = different_fields(config, GLMConfig.from_pretrained(folder))
+    different = different_fields(config, GLMConfig.from_pretrained(folder), "config.json")
     if different:
         raise CheckpointError(
-            f"{source} and {folder / 'config.json'} describe different networks: {'; '.join(different)}"
+            f"{folder / 'config.json'} and {source} describe different networks: {'; '.join(different)}"
         )
 
 
-def different_fields(config: GLMConfig, other: GLMConfig) -> list[str]:
-    """`name: value here, value there` for every field in which two configs describe different networks."""
+def different_fields(config: GLMConfig, other: GLMConfig, place: str) -> list[str]:
+    """`model.model_config.name: value, in <place> value` for every field in which two configs describe different
+    networks; `place` is where `other` was read."""
     return [
-        f"{name}: {value}, {getattr(other, name)}"
+        f"model.model_config.{name}: {value}, in {place} {getattr(other, name)}"
         for name, value in config.to_dict().items()
         if name not in _FREE and value != getattr(other, name)
     ]

@@ -19,9 +19,10 @@ from mindformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     MindFormerConfig,
+    Trainer,
     pipeline,
 )
-from mindformers.generation import TextStreamer
+from mindformers.generation import GenerationConfig, TextStreamer
 from mindformers.models import build_tokenizer
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers_helpers import QUESTION, TEXT, chained, yaml_of
@@ -33,6 +34,7 @@ from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.engine.mf_auto import GLMConfig
 from glm_ms.engine.mf_model import GLMForCausalLM
 from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer
+from glm_ms.engine.mf_trainer import GLMTextGenerationTrainer
 
 TEXTS = ["你好", "", "类型#裤*版型#宽松*颜色#蓝色", "a <|user|> b </s>", " spaces  \n and lines "]
 
@@ -79,6 +81,16 @@ def test_a_name_that_is_taken_is_an_error(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(NameTakenError, match=r"somebody\.else\.GLMForCausalLM"):
         register()
     assert table["GLMForCausalLM"] is other
+
+
+def test_model_names_stand_for_yamls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from glm_ms.engine.registration import MODEL_NAMES
+
+    assert all((CONFIGS.parent / path).is_file() for path in MODEL_NAMES.values())
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(task="text_generation", model_name="glm3_tiny")
+    assert type(trainer.trainer) is GLMTextGenerationTrainer
+    assert trainer.config.model.model_config.num_layers == 2
 
 
 def test_other_yamls_are_read_as_ever(tmp_path: Path):
@@ -129,6 +141,24 @@ def test_auto_model_has_the_weights_and_the_released_names(weights: Path):
             np.testing.assert_array_equal(found[name].asnumpy(), parameter.asnumpy(), err_msg=name)
 
 
+def test_auto_model_of_a_released_folder_has_the_reference_logits(golden: Path, tmp_path: Path):
+    folder = tmp_path / "chatglm3"
+    shutil.copytree(golden / "models" / "glm3_tiny", folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {
+        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+        "AutoModel": "modeling_chatglm.X",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModel.from_pretrained(str(folder))
+    expected = np.load(folder / "golden.npz")
+    logits = model.core(
+        *(expected[name] for name in ("input_ids", "attention_mask", "position_ids"))
+    ).asnumpy()
+    seen = expected["attention_mask"] == 1
+    np.testing.assert_allclose(logits[seen], expected["logits"][seen], **LOGITS)
+
+
 def test_from_config_loads_the_weights_that_the_yaml_names(run: Path, tmp_path: Path, weights: Path):
     path = yaml_of(run, tmp_path, load_checkpoint=str(run))
     expected = load_pretrained(weights).parameters()["transformer.output_layer.weight"].asnumpy()
@@ -176,6 +206,8 @@ def test_generate_is_that_of_the_core(model: GLMForCausalLM, vocabulary: Path):
         assert all(sequence.dtype == np.int32 for sequence in sequences)
     single = model.generate(prompts[0], max_length=len(prompts[0]) + 6, eos_token_id=[], top_k=None)
     assert single[0].tolist() == expected[0]
+    own = GenerationConfig(max_new_tokens=6, eos_token_id=831)
+    assert model.generate(prompts[0], generation_config=own)[0].tolist() == expected[0]
     answer = model.generate(prompts[0], return_dict_in_generate=True, **options)
     assert answer["sequences"][0].tolist() == expected[0]
     sampled = model.generate(prompts[0], max_new_tokens=6, do_sample=True, temperature=5.0, seed=3)
@@ -316,6 +348,11 @@ def test_unknown_keys_of_a_yaml_are_named(run: Path, tmp_path: Path):
             ValueError, match=r"run\.yaml:\d+: runner_config\.epoch: unknown key; did you mean epochs"
         ):
             read(path)
+
+
+def test_a_yaml_that_is_missing_has_its_neighbour_named(run: Path):
+    with pytest.raises(ValueError, match=r"setings\.yaml: no such file; did you mean settings\.yaml"):
+        AutoTokenizer.from_pretrained(str(run / "setings.yaml"))
 
 
 def test_a_folder_without_weights_or_of_another_model(weights: Path, tmp_path: Path):

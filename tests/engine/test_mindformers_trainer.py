@@ -25,17 +25,15 @@ from engine_helpers import (
     run_here,
     tiny_arguments,
 )
-from mindformers import (
-    AutoModel,
-    AutoTokenizer,
-    MindFormerConfig,
-    Trainer,
-)
+from mindformers import AutoModel, AutoTokenizer, MindFormerConfig, Trainer, TrainingArguments
 from mindformers.dataset import build_dataset
 from mindformers_helpers import QUESTION, TEXT, losses, yaml_of
+from mindspore import dataset as ds
 
 from glm_ms import load_pretrained
 from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.engine.mf_dataset import DatasetRows
+from glm_ms.engine.mf_yaml import settings_of
 
 EXAMPLE = """\
 import glm_ms.engine  # makes MindFormers know the classes of this project
@@ -196,6 +194,50 @@ def test_a_given_data_set_trains_like_its_file(run: Path, tmp_path: Path):
     assert len(losses(tmp_path)) == 12
 
 
+def test_rows_of_a_data_set():
+    ids = np.array([[0, 0, 5, 6], [7, 8, 9, 10]], np.int64)
+    columns = {
+        "input_ids": ids,
+        "labels": np.where(ids > 5, ids, -100),
+        "attention_mask": (ids > 0).astype(int),
+    }
+    rows = DatasetRows(ds.NumpySlicesDataset(columns, shuffle=False).batch(2))
+    assert (len(rows), rows.batch_size, rows.seq_length) == (2, 2, 4)
+    assert rows[0]["position_ids"].tolist() == [0, 0, 0, 1]
+    assert rows[1]["labels"].tolist() == [7, 8, 9, 10]
+    assert all(value.dtype == np.int32 for value in rows[0].values())
+    bare = DatasetRows(ds.NumpySlicesDataset({"input_ids": ids, "labels": ids}, shuffle=False))
+    assert bare[0]["attention_mask"].tolist() == [1, 1, 1, 1]
+    assert bare.sha256 != rows.sha256
+    with pytest.raises(ValueError, match="has no column labels; its columns are input_ids"):
+        DatasetRows(ds.NumpySlicesDataset({"input_ids": ids}, shuffle=False))
+    with pytest.raises(ValueError, match="labels: expected rows of integers of one length, found float64"):
+        DatasetRows(ds.NumpySlicesDataset({"input_ids": ids, "labels": ids / 2}, shuffle=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "ptuning2"])
+@pytest.mark.parametrize("given", [True, False])
+def test_adapters_are_trained_and_used(run: Path, weights: Path, tmp_path: Path, kind: str, given: bool):
+    path = yaml_of(
+        run, tmp_path, model__pet_config={"pet_type": kind}, load_checkpoint=str(weights),
+        lr_schedule__learning_rate=0.05, metric__type=["PerplexityMetric"],
+    )  # fmt: skip
+    model = AutoModel.from_pretrained(str(weights)) if given else None
+    trainer = Trainer(args=path, task="text_generation", model=model)
+    trainer.finetune()
+    trainer.evaluate()
+    adapted = trainer.trainer.scores["perplexity"]
+    base = Trainer(
+        args=yaml_of(run, tmp_path / "base", metric__type=["PerplexityMetric"]), task="text_generation"
+    )
+    base.evaluate(eval_checkpoint=str(weights))
+    assert abs(adapted - base.trainer.scores["perplexity"]) > 1  # it acts
+    again = Trainer(args=path, task="text_generation")
+    again.evaluate(eval_checkpoint=str(tmp_path))  # an adapter, on the base that the YAML names
+    assert again.trainer.scores["perplexity"] == pytest.approx(adapted, rel=1e-6)
+
+
 def test_changes_in_python_count(run: Path, tmp_path: Path):
     config = MindFormerConfig(str(run / "settings.yaml"))
     config.output_dir = str(tmp_path)
@@ -210,6 +252,15 @@ def test_changes_in_python_count(run: Path, tmp_path: Path):
 
 
 # ------------------------------------------------------------------ mistakes
+
+
+def test_training_arguments_are_refused(run: Path):
+    config = MindFormerConfig(str(run / "settings.yaml"))
+    TrainingArguments(output_dir="nowhere").convert_args_to_mindformers_config(config)
+    with pytest.raises(
+        ValueError, match=r"TrainingArguments.*not supported with glm_ms; give the path of a YAML"
+    ):
+        settings_of(config)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +289,7 @@ def test_what_the_yaml_decides_is_refused_in_the_call(run: Path, weights: Path, 
     with pytest.raises(ValueError, match=r"Trainer\(optimizers=\.\.\.\): not supported"):
         Trainer(args=path, task="text_generation", optimizers=optimizer).train()
     other = yaml_of(run, tmp_path / "other", model__model_config__num_layers=2)
-    with pytest.raises(ValueError, match=r"differs from the model given .*num_layers: 2, 1"):
+    with pytest.raises(ValueError, match=r"different networks: .*num_layers: 2, in the model 1"):
         Trainer(args=other, task="text_generation", model=model).train()
     with pytest.raises(ValueError, match=r"predict\(top_q=\.\.\.\): unknown option; did you mean top"):
         Trainer(args=path, task="text_generation", model=model).predict(input_data="x", top_q=1)

@@ -17,6 +17,7 @@ from glm_ms.settings.schema import batch_size_key, leaf_keys
 TYPED = {
     "run_mode": ("train", "train"),
     "load_checkpoint": ("data", "data"),
+    "load_adapter": ("data", "data"),
     "train_dataset": ("data/dev.json", "data/dev.json"),
     "eval_dataset": ("data/train.json", "data/train.json"),
     "predict_data": ("类型#裙 # 1", "类型#裙 # 1"),
@@ -30,6 +31,8 @@ TYPED = {
     "batch_size": ("6", 6),
     "seed": ("11", 11),
 }
+# What a flag needs beside it.
+COMPANIONS = {"load_adapter": ["load_checkpoint=data", "model.pet_config.pet_type=lora"]}
 
 
 def _get(settings: Any, dotted: str) -> Any:
@@ -45,7 +48,7 @@ def test_every_flag_sets_its_key(name: str, form: str, config: Path) -> None:
     tokens = [form.format(name, text)] if "=" in form else [f"--{name}", text]
     arguments = parse_args(["--config", str(config), *tokens])
     assert arguments == (str(config), {name: text}, [])
-    settings = load_settings(arguments.config, arguments.overrides, arguments.flags)
+    settings = load_settings(arguments.config, COMPANIONS.get(name, []), arguments.flags)
     key = FLAGS[name].key or batch_size_key(settings.run_mode)
     assert _get(settings, key) == value
     assert settings.where(key) == f"command line (--{name} {text})"

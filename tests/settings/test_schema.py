@@ -13,7 +13,7 @@ import pytest
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import FLAGS, Settings, load_settings
 from glm_ms.settings.schema import BATCH_SIZE_KEYS, leaf_keys
-from glm_ms.settings.sections import LR_SCHEDULE_KEYS
+from glm_ms.settings.sections import LR_SCHEDULE_KEYS, PET_KEYS
 
 # Keys whose other values depend on further keys.
 _COMPANIONS = {
@@ -28,6 +28,13 @@ _COMPANIONS = {
     "model.init": ["load_checkpoint=data"],
     "generation.num_return_sequences": ["generation.do_sample=True"],
     "checkpoint.best_metric": ["do_eval=True"],
+    "load_adapter": ["load_checkpoint=data", "model.pet_config.pet_type=lora"],
+    "model.pet_config.pet_type": ["load_checkpoint=data"],
+    **{
+        f"model.pet_config.{name}": ["load_checkpoint=data", f"model.pet_config.pet_type={kind}"]
+        for kind, names in PET_KEYS.items()
+        for name in names
+    },
     **{
         f"runner_wrapper.scale_sense.{name}": ["runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell"]
         for name in ("loss_scale_value", "scale_factor", "scale_window")
@@ -58,6 +65,7 @@ _OTHER = {
     "eval_dataset.data_loader.dataset_dir": "data/train.json",
     "processor.tokenizer.vocab_file": "data/dev.json",
     "load_checkpoint": "data",
+    "load_adapter": "data",
     "eval_step_interval": 5,
 }
 
