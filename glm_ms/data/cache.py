@@ -23,7 +23,7 @@ import numpy as np
 
 from glm_ms.data.errors import DataError
 from glm_ms.data.json_file import JsonFile
-from glm_ms.data.parallel import map_batches, processes_for
+from glm_ms.data.parallel import check_may_start, map_batches, processes_for
 from glm_ms.data.preparation import EMPTY, WITHOUT_LABELS, PrepareRows, first_rows
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ class CachedRows:
             }
         except OSError as error:
             raise DataError(f"{error.filename or folder}: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, EOFError) as error:
-            if isinstance(error, DataError):
-                raise
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder / _ABOUT}: not what was written ({error})") from None
         self._input_ids, self._labels, self._offsets = (arrays[name] for name in _ARRAYS)
 
@@ -118,6 +118,9 @@ def cached_rows(
         NoRows: no record makes a row.
     """
     file = JsonFile(path)
+    num_processes = processes_for(file.num_bytes, request.num_workers)
+    if num_processes > 1:
+        check_may_start()  # before the lock, which a process of ours could only wait for
     identity = _identity(file, encoder, num_samples)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()[:32]
     folder = Path(request.folder) / digest
@@ -126,15 +129,16 @@ def cached_rows(
         found = _found(folder)
         if isinstance(found, CachedRows):
             return found
-        with _locked(folder.with_name(f".{digest}.lock"), say):
+        with _locked(folder.with_name(f".{digest}.lock"), say) as alone:
             found = _found(folder)
             if isinstance(found, CachedRows):
                 return found
             if found is not None:
                 say(f"{folder}: this cache of prepared rows is damaged ({found}); it is made again")
-            _remove_leftovers(folder)
+            if alone:
+                _remove_leftovers(folder)
             with _appearing(folder) as partial:
-                _write(partial, file, encoder, num_samples, request.num_workers, identity, say)
+                _write(partial, file, encoder, num_samples, num_processes, identity, say)
     except OSError as error:
         raise DataError(
             f"train_dataset.cache_dir: {error.filename or folder.parent}: cannot be written: "
@@ -173,7 +177,10 @@ def _found(folder: Path) -> CachedRows | str | None:
 
 
 def _mapped(path: Path, about: dict[str, int], dtype: np.dtype, verify: bool) -> np.ndarray:
-    array = np.load(path, mmap_mode="r")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: {error}") from None
     if array.dtype != dtype or array.shape != (about["items"],):
         raise DataError(f"{path}: holds {array.dtype} {array.shape}, expected {dtype} ({about['items']},)")
     if verify and _checksum(path) != about["crc32"]:
@@ -192,8 +199,8 @@ def _checksum(path: Path) -> int:
 
 
 @contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Holds an advisory lock; file systems that have none go without, where the last one to finish counts."""
+def _locked(path: Path, say: Say) -> Iterator[bool]:
+    """Holds an advisory lock, and tells whether it does: file systems that have none go without."""
     with path.open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,8 +208,9 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
             say(f"{path.parent}: waiting for another process that prepares the same rows")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass
-        yield
+            yield False
+            return
+        yield True
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -216,20 +224,21 @@ def _remove_leftovers(folder: Path) -> None:
 def _appearing(folder: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `folder` when the block ends well."""
     partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    damaged = partial.with_suffix(".damaged")
     partial.mkdir()
     try:
         yield partial
         if folder.exists():
-            os.rename(folder, folder.with_name(f"{partial.name}.damaged"))
+            os.rename(folder, damaged)
         try:
             os.rename(partial, folder)
         except OSError:
             # Without locks another process may have been first; its rows are the same.
             if not isinstance(_found(folder), CachedRows):
                 raise
-        _remove_leftovers(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for item in (partial, damaged):
+            shutil.rmtree(item, ignore_errors=True)
 
 
 def _write(
@@ -237,12 +246,11 @@ def _write(
     file: JsonFile,
     encoder: Encoder,
     num_samples: int | None,
-    num_workers: int,
+    num_processes: int,
     identity: dict[str, Any],
     say: Say,
 ) -> None:
     """Streams over the file of records into the files of a cache."""
-    num_processes = processes_for(file.num_bytes, num_workers)
     if num_processes > 1:
         say(f"{file.path}: preparing its rows in {num_processes} processes")
     counts = {EMPTY: 0, WITHOUT_LABELS: 0}

@@ -22,12 +22,25 @@ _BATCH_BYTES = 1 << 19
 # To start processes takes longer than to prepare less than this.
 _WORTH_PROCESSES = 4 << 20
 
+_NO_GUARD = (
+    'the running script has no `if __name__ == "__main__":`, which Python needs to start processes; add it, or set '
+    "train_dataset.num_parallel_workers: 1 to do without processes"
+)
+
 _work: Callable[[list[RawValue]], Any] | None = None  # of a worker process
 
 
 def processes_for(num_bytes: int, num_workers: int) -> int:
     """How many processes are worth starting for a file of a size; 1 stands for the present process."""
     return num_workers if num_bytes >= _WORTH_PROCESSES else 1
+
+
+def check_may_start() -> None:
+    """Raises DataError in a process that is only just importing the script of its parent: that script goes on to
+    work where it should have been guarded."""
+    # What multiprocessing itself looks at before it starts a process.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DataError(_NO_GUARD)
 
 
 def map_batches(
@@ -61,8 +74,7 @@ def map_batches(
         yield from _in_order(pool, values, 2 * num_processes)
     except BrokenProcessPool:
         raise DataError(
-            "a process that prepared records has ended early: it was killed (out of memory?), or the running script "
-            'has no `if __name__ == "__main__":`; set train_dataset.num_parallel_workers: 1 to do without processes'
+            f"a process that prepared records has ended early: it was killed (out of memory?), or {_NO_GUARD}"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -11,6 +11,7 @@ from mindformers import MindFormerConfig
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.train import Callback
 
+from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.engine import mf_job as job
 from glm_ms.engine import mf_prompts, quiet
 from glm_ms.engine.mf_job import say
@@ -189,9 +190,18 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         """The model of the settings; one job after another on the same weights reads and compiles them once."""
         from glm_ms.engine.weights import build_model
 
-        key = (settings.load_checkpoint, settings.load_adapter, settings.seed, settings.to_dict()["model"])
+        files = [_state_of(path) for path in (settings.load_checkpoint, settings.load_adapter)]
+        key = (files, settings.seed, settings.to_dict()["model"])
         if self._built is not None and self._built[0] == key:
             say(f"weights: {settings.load_checkpoint or 'random'}, as loaded before")
             return self._built[1]
         self._built = (key, build_model(settings, tokenizer.vocab_size, say))
         return self._built[1]
+
+
+def _state_of(path: str) -> tuple[Path, int] | None:
+    """The checkpoint that a path stands for now, with the time of its last change; None for no path."""
+    if not path:
+        return None
+    found = resolve_checkpoint(path)
+    return found, found.stat().st_mtime_ns

@@ -23,9 +23,9 @@ from glm_ms.data import (
     DataError,
     ToolAlpacaEncoder,
     TrainDataset,
+    parallel,
 )
 from glm_ms.data import cache as module
-from glm_ms.data import parallel
 
 RECORDS = [
     {"content": "类型#上衣*颜色#白色", "summary": "白色的上衣，清新自然。"},
@@ -169,6 +169,7 @@ def test_a_damaged_cache_is_named_and_made_again(name, damage, glm3, records_fil
     assert same_rows(AdgenDataset(path, glm3, cache=request, say=said.append), plain)
     assert said == []
     assert caches(tmp_path / "cache") == [folder]
+    assert [item.suffix for item in (tmp_path / "cache").iterdir() if item != folder] == [".lock"]
 
 
 def test_a_folder_that_cannot_be_used(glm3, records_file, tmp_path, monkeypatch):
@@ -185,7 +186,7 @@ def test_a_folder_that_cannot_be_used(glm3, records_file, tmp_path, monkeypatch)
     with pytest.raises(DataError, match="No space left on device; choose another folder"):
         AdgenDataset(path, glm3, cache=CacheRequest(tmp_path / "cache"))
     assert caches(tmp_path / "cache") == []
-    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert not list((tmp_path / "cache").glob(".*.partial"))
 
 
 def test_faults_of_the_records_are_those_without_a_cache(glm3, records_file, tmp_path):
@@ -286,7 +287,7 @@ def _processes_with(text: str) -> list[int]:
 def test_a_killed_program_leaves_neither_processes_nor_half_a_cache(
     start, records_file, glm3, tmp_path, monkeypatch
 ):
-    path = records_file(RECORDS * 3000)
+    path = records_file(RECORDS * 1200)
     mark = f"cache-test-{os.getpid()}-{time.monotonic_ns()}"
     monkeypatch.setenv("GLM_MS_TEST_MARK", mark)
     program = start(path)

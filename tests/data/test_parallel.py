@@ -48,9 +48,13 @@ def test_order(small_batches, num_processes):
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_fault_of_the_file_comes_after_what_stands_before_it(small_batches, num_processes):
     seen = []
-    with pytest.raises(DataError, match="fault at 110"):
+
+    def collect():
         for lines, _ in map_batches(Lines(), values(150, fault=110), num_processes):
-            seen += lines
+            seen.extend(lines)
+
+    with pytest.raises(DataError, match="fault at 110"):
+        collect()
     assert seen == list(range(100, 110))
 
 

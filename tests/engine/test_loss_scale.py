@@ -35,9 +35,10 @@ class Steps:
     """A training step on a toy and what it holds."""
 
     def __init__(self, scale: dict | None, dtype: Any = ms.float32, accumulation_steps: int = 1) -> None:
+        from mindformers.core.lr import LinearWithWarmUpLR
+
         from glm_ms.engine.adamw import GLMAdamW
         from glm_ms.engine.train_step import GLMTrainOneStep
-        from mindformers.core.lr import LinearWithWarmUpLR
 
         ms.set_context(mode=ms.GRAPH_MODE)
         self.network = Toy(dtype)
@@ -252,9 +253,7 @@ def test_a_network_learns_in_float16(vocabulary: Path) -> None:
 SCALED = [f"runner_wrapper.scale_sense.{name}={value}" for name, value in DYNAMIC.items()]
 
 
-def test_a_run_with_overflows_resumes_alike(
-    finetune, force, vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_with_overflows_resumes_alike(finetune, force, tmp_path: Path) -> None:
     """Scale and counters go on from the checkpoint; skipped steps have their lines."""
     force(1, 6)
     arguments = (*SCALED, "checkpoint.save_steps=4", "checkpoint.keep_max=9", "logging.log_steps=5")
@@ -265,7 +264,6 @@ def test_a_run_with_overflows_resumes_alike(
     ]  # fmt: skip
     assert [line["loss"] is None for line in lines] == [True, False, True, False, False]
     assert [line["loss_scale"] for line in lines] == [512, 1024, 512, 1024, 1024]
-    assert "overflow, update skipped" in capsys.readouterr().err or lines[0]["overflow"]
     force(2)  # what was step 6 is the third step after the checkpoint of step 4
     line = [*arguments, "--resume_training", str(whole / "checkpoint" / "step_00000004")]
     rest = finetune(tmp_path / "rest", *line)

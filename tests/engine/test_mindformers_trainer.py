@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,25 +36,11 @@ from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.engine.mf_dataset import DatasetRows
 from glm_ms.engine.mf_yaml import settings_of
 
-EXAMPLE = """\
-import glm_ms.engine  # makes MindFormers know the classes of this project
-from mindformers import AutoModel, AutoTokenizer, Trainer, pipeline
-
-run = "configs/tiny/finetune_glm3_tiny.yaml"
-model = AutoModel.from_config(run)
-tokenizer = AutoTokenizer.from_pretrained(run)
-trainer = Trainer(args=run, task="text_generation", model=model)
-trainer.finetune()
-trainer.evaluate()
-question = "类型#裤*版型#宽松*颜色#蓝色"
-print(trainer.predict(input_data=question)[0]["text_generation_text"][0])
-
-model.save_pretrained("output/tiny/glm3_mindformers")
-model = AutoModel.from_pretrained("output/tiny/glm3_mindformers")
-generator = pipeline("text_generation", model=model, tokenizer=tokenizer)
-prompt = tokenizer.build_prompt(question)
-print(generator(prompt, max_length=100, do_sample=False)[0]["text_generation_text"][0])
-"""
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+# The block of the README that uses MindFormers' own classes.
+EXAMPLE = next(
+    block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "mindformers" in block
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_helpers import (
-    REPOSITORY,
-    SMALL_TRAINING,
-    TRAIN_RECORDS,
-    curve,
-    environment_of_a_user,
-    run_here,
-    tiny_arguments,
-)
+from engine_attempts import Attempt
+from engine_helpers import SMALL_TRAINING, TRAIN_RECORDS, curve, run_here, tiny_arguments
 
 from glm_ms.convert.run_folder import list_checkpoints
 
@@ -41,18 +29,6 @@ ADAPTERS = {
     ),
 }  # fmt: skip
 NUM_STEPS = 12
-# run_glm.py with a pause before each tensor of every checkpoint but the first of a folder.
-SLOW_WRITER = f"""
-import runpy, sys, time
-from glm_ms.engine import checkpoint
-
-def slow(path, shapes, dtype, arrays, metadata):
-    whole = list(path.parent.parent.glob("step_*"))
-    write(path, shapes, dtype, (time.sleep(0.3 if whole else 0) or a for a in arrays), metadata)
-
-write, checkpoint.write_safetensors = checkpoint.write_safetensors, slow
-runpy.run_path({str(REPOSITORY / "run_glm.py")!r}, run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -296,45 +272,13 @@ def test_checkpoints_of_earlier_versions_are_told_apart(broken: Path, resume) ->
     assert "written by an earlier version of glm_ms" in shown
 
 
-class Attempt:
-    """A run in a process of its own, to be killed."""
-
-    def __init__(self, vocabulary: Path, output_dir: Path, *arguments: str, slow: bool = True) -> None:
-        program = ["-c", SLOW_WRITER] if slow else [str(REPOSITORY / "run_glm.py")]
-        line = tiny_arguments(
-            "finetune", vocabulary, *SMALL_TRAINING, *TRAINING, "--output_dir", output_dir, *arguments
-        )
-        environment = {**environment_of_a_user(), "PYTHONPATH": str(REPOSITORY)}
-        environment["LOCAL_DEFAULT_PATH"] = str(output_dir)
-        self.output_dir, self.said = output_dir, output_dir.with_name(f"{output_dir.name}.stderr")
-        with self.said.open("w") as stderr:
-            self.process = subprocess.Popen(
-                [sys.executable, *program, *line], cwd=output_dir.parent, env=environment,
-                stdout=subprocess.DEVNULL, stderr=stderr,
-            )  # fmt: skip
-
-    def kill_when(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
-        """Waits for `condition`, kills the process; whether it was still running."""
-        end = time.monotonic() + timeout
-        while not condition() and self.process.poll() is None and time.monotonic() < end:
-            time.sleep(0.01)
-        running = self.process.poll() is None
-        self.process.kill()
-        self.process.wait()
-        assert time.monotonic() < end, self.said.read_text()
-        return running and self.process.returncode == -signal.SIGKILL
-
-    def writing(self, step: int) -> bool:
-        """Whether weights of the checkpoint of `step` are on their way to the disk."""
-        return any((self.output_dir / "checkpoint").glob(f".step_{step:08d}.*.partial/model.safetensors*"))
-
-
 def test_killed_while_a_checkpoint_is_written(
     vocabulary: Path, unbroken: Path, resume, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    attempt = Attempt(vocabulary, run)
+    line = tiny_arguments("finetune", vocabulary, *SMALL_TRAINING, *TRAINING, "--output_dir", run)
+    attempt = Attempt(run, line, file_seconds=5)
     assert attempt.kill_when(lambda: attempt.writing(8))
     assert steps(run) == [4]
     assert len(curve(run)) == 8
@@ -344,27 +288,3 @@ def test_killed_while_a_checkpoint_is_written(
     assert "4 of 12 steps are done" in shown
     assert curve(run) == curve(unbroken)
     assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["step_00000008", "step_00000012"]
-
-
-@pytest.mark.slow
-def test_killed_again_and_again(vocabulary: Path, unbroken: Path, tmp_path: Path) -> None:
-    """Three times while a checkpoint is being written, then at moments drawn by chance."""
-    run = tmp_path / "run"
-    run.mkdir()
-    frequent = "checkpoint.save_steps=2"
-    for step, whole in ((4, [2]), (6, [2, 4]), (8, [4, 6])):
-        arguments = [frequent] if step == 4 else [frequent, "--resume_training", "True"]
-        attempt = Attempt(vocabulary, run, *arguments)
-        assert attempt.kill_when(lambda: attempt.writing(step)), attempt.said.read_text()  # noqa: B023
-        assert steps(run) == whole
-    kills, draw = 3, random.Random(7)
-    for _ in range(4):
-        attempt = Attempt(vocabulary, run, frequent, "--resume_training", "True")
-        moment = time.monotonic() + draw.uniform(8, 16)
-        kills += attempt.kill_when(lambda: time.monotonic() > moment)  # noqa: B023
-        assert all((folder / "manifest.json").is_file() for _, folder in list_checkpoints(run))
-    assert kills >= 3
-    last = Attempt(vocabulary, run, frequent, "--resume_training", "True", slow=False)
-    assert last.process.wait(120) == 0, last.said.read_text()
-    assert curve(run) == curve(unbroken)
-    assert steps(run) == [10, 12]
