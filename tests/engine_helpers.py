@@ -44,6 +44,7 @@ def load_script(name: str) -> ModuleType:
     path = REPOSITORY / name
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

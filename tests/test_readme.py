@@ -1,8 +1,8 @@
 """README.md: both languages say the same, and every command in it works.
 
 The info string of a code block tells what becomes of it: `bash` is run, in order, on stand-ins for the files that
-a reader brings along; `bash ascend` and `bash 6b` need hardware or weights, `bash mindformers` files of MindFormers, and
-are only checked; `python` is run.
+a reader brings along; `bash ascend` and `bash 6b` need hardware or weights, `bash mindformers` files of MindFormers, `bash
+adgen` hundreds of genuine records, and are only checked; `python` is run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from glm_ms.settings.errors import SettingsError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
-KINDS = {"bash", "bash ascend", "bash 6b", "bash mindformers", "python", "text"}
+KINDS = {"bash", "bash ascend", "bash 6b", "bash mindformers", "bash adgen", "python", "text"}
 CHINESE = "\n# 中文\n"
 # Commands that make an environment of their own; tests/scripts runs what can be run of them.
 SETUP = {
@@ -82,7 +82,13 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
 def test_every_block_says_what_it_is():
     assert {block.kind for block in BLOCKS} <= KINDS
     assert TEXT.count("```") == 2 * len(blocks(TEXT))
-    assert {kind for kind, _ in COMMANDS} == {"bash", "bash ascend", "bash 6b", "bash mindformers"}
+    assert {kind for kind, _ in COMMANDS} == {
+        "bash",
+        "bash ascend",
+        "bash 6b",
+        "bash mindformers",
+        "bash adgen",
+    }
 
 
 def test_both_languages_hold_the_same():

@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     report, output = Report(), Path(options.output)
     try:
+        if output.exists() and output.resolve() == Path(options.path).resolve():
+            raise BadRecordError(f"{output}: is what is to be read; choose another --output")
         whole = atomic_output(output, overwrite=options.overwrite)
         with whole as partial, partial.open("w", encoding="utf-8") as file:
             write_conversations(Path(options.path), file, report)
@@ -117,17 +119,20 @@ def write_conversations(path: Path, file: TextIO, report: Report) -> None:
     """Streams over the records; writes a line for every instance and notes every fault in `report`.
 
     Raises:
-        DataError: the file cannot be read, or is not JSON.
+        DataError: the file cannot be read, or holds an array that is not valid JSON.
     """
     for number, raw in enumerate(raw_values(path), start=1):
         place = f"{path}:{raw.line}: record {number}"
-        value = parse_value(raw, path)
         report.records += 1
         try:
+            value = parse_value(raw, path)
             tools, functions = _tools(value)
             name, instances = value["Name"], value["Instances"]
         except BadRecordError as error:
             report.bad.append(f"{place}: {error}")
+            continue
+        except DataError as error:  # a broken line; a broken array ends the loop
+            report.bad.append(str(error))
             continue
         for instance_number, instance in enumerate(instances, start=1):
             where = f"{place} ({name}), instance {instance_number}"

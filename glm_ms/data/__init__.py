@@ -11,6 +11,7 @@ from glm_ms.data.chat import (
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.encoder import Encoder
 from glm_ms.data.errors import DataError
+from glm_ms.data.loaders import section_encoder
 from glm_ms.data.order import epoch_order
 from glm_ms.data.records import Record, RecordReader, read_records
 from glm_ms.data.rows import IGNORED, Row, row_length
@@ -33,4 +34,5 @@ __all__ = [
     "epoch_order",
     "read_records",
     "row_length",
+    "section_encoder",
 ]

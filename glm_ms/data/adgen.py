@@ -102,6 +102,20 @@ class AdgenEncoder(Encoder):
         kept = min(prompt, max_source_length), min(response, max_target_length) + 1
         return Lengths(prompt, response + 1, *kept)
 
+    def limits(self) -> dict[str, tuple[str, int]]:
+        """See `Encoder`. An answer is counted with its </s>, `max_target_length` without."""
+        if self._is_chat:
+            return {"whole": ("max_source_length + max_target_length + 1", self.seq_length)}
+        return {
+            "prompt": ("max_source_length", self._lengths[0]),
+            "answer": ("max_target_length + 1", self._lengths[1] + 1),
+        }
+
+    def length_keys(self, seq_length: int, prompt: int) -> dict[str, int]:
+        """See `Encoder`."""
+        prompt = min(prompt, seq_length - 2)
+        return {"max_source_length": prompt, "max_target_length": seq_length - prompt - 1}
+
     def identity(self) -> dict[str, Any]:
         """See `Encoder`."""
         return {

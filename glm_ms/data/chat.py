@@ -106,6 +106,15 @@ class ConversationEncoder(_ChatEncoder):
     def _longest_answer(self, prompt_length: int) -> int:
         return self._max_target_length
 
+    def limits(self) -> dict[str, tuple[str, int]]:
+        """See `Encoder`."""
+        return {"whole": ("max_source_length + max_target_length + 1", self.seq_length)}
+
+    def length_keys(self, seq_length: int, prompt: int) -> dict[str, int]:
+        """See `Encoder`. In training only the sum counts; the share of the answer stays as it is, if it fits."""
+        answer = min(self._max_target_length, seq_length - _SHORTEST)
+        return {"max_source_length": seq_length - answer - 1, "max_target_length": answer}
+
     def identity(self) -> dict[str, Any]:
         """See `Encoder`."""
         return {"data_loader": "ConversationDataLoader", "seq_length": self.seq_length}
@@ -155,6 +164,14 @@ class ToolAlpacaEncoder(_ChatEncoder):
 
     def _longest_answer(self, prompt_length: int) -> int:
         return self.seq_length - prompt_length
+
+    def limits(self) -> dict[str, tuple[str, int]]:
+        """See `Encoder`."""
+        return {"whole": ("max_seq_length", self.seq_length)}
+
+    def length_keys(self, seq_length: int, prompt: int) -> dict[str, int]:
+        """See `Encoder`."""
+        return {"max_seq_length": seq_length}
 
     def identity(self) -> dict[str, Any]:
         """See `Encoder`."""

@@ -89,6 +89,15 @@ class Encoder(ABC):
         """Tokens of a record, before and after cutting."""
 
     @abstractmethod
+    def limits(self) -> dict[str, tuple[str, int]]:
+        """Where records are cut: "prompt", "answer", "whole" -> the key that says so, and the tokens that are kept.
+        Without an entry for "prompt" and "answer" the two are cut together."""
+
+    @abstractmethod
+    def length_keys(self, seq_length: int, prompt: int) -> dict[str, int]:
+        """Values of the length keys that give rows of `seq_length`, with room for a prompt."""
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """All that decides what `read` and `train_ids` make of a file, but for the vocabulary; plain values."""
 

@@ -4,50 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from glm_ms.data import (
-    AdgenEncoder,
-    AdgenEvalDataset,
-    CacheRequest,
-    ConversationEncoder,
-    DataError,
-    Encoder,
-    EvalDataset,
-    ToolAlpacaEncoder,
-    TrainDataset,
-)
+from glm_ms.data import AdgenEvalDataset, CacheRequest, EvalDataset, TrainDataset, section_encoder
 from glm_ms.settings.sections import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
-
-
-def row_encoder(
-    data: TrainDatasetSettings | EvalDatasetSettings,
-    tokenizer: SentencePieceTokenizer,
-    max_prompt_length: int | None = None,
-) -> Encoder:
-    """What `data_loader.type` and the lengths of a section make of a record.
-
-    Args:
-        data: the section.
-        tokenizer: of the records.
-        max_prompt_length: see `ToolAlpacaEncoder`.
-
-    Raises:
-        DataError: keys that cannot be used.
-    """
-    kind = data.data_loader.type
-    if kind == "ConversationDataLoader":
-        return ConversationEncoder(tokenizer, data.max_source_length, data.max_target_length)
-    if kind == "ToolAlpacaDataLoader":
-        if data.max_seq_length is None:
-            raise DataError("max_seq_length: missing; ToolAlpacaDataLoader needs the tokens of a row")
-        return ToolAlpacaEncoder(tokenizer, data.max_seq_length, max_prompt_length)
-    return AdgenEncoder(
-        tokenizer,
-        data.data_loader.origin_columns,
-        data.max_source_length,
-        data.max_target_length,
-        data.ignore_pad_token_for_loss,
-    )
 
 
 def labelled_rows(
@@ -58,7 +17,8 @@ def labelled_rows(
     """The rows with labels of a section, kept on disk if it has a `cache_dir`.
 
     Args:
-        data, tokenizer: as `row_encoder`.
+        data: the section.
+        tokenizer: of the records.
         say: takes a line for the user about the cache.
 
     Raises:
@@ -68,7 +28,7 @@ def labelled_rows(
     if isinstance(data, TrainDatasetSettings) and data.cache_dir is not None:
         cache = CacheRequest(data.cache_dir, data.num_parallel_workers)
     return TrainDataset(
-        data.data_loader.dataset_dir, row_encoder(data, tokenizer), data.num_samples, cache, say
+        data.data_loader.dataset_dir, section_encoder(data, tokenizer), data.num_samples, cache, say
     )
 
 
@@ -88,4 +48,4 @@ def prompts_with_references(
     if data.max_seq_length is not None:
         room = generation.max_new_tokens if generation.max_length is None else 1
         most = min(data.max_seq_length, generation.max_length or data.max_seq_length) - room
-    return EvalDataset(path, row_encoder(data, tokenizer, most), num_samples)
+    return EvalDataset(path, section_encoder(data, tokenizer, most), num_samples)

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.settings.adapter_checks import adapter_problems
-from glm_ms.settings.data_checks import data_notes, data_problems, fill_max_seq_length, parts_in_use
+from glm_ms.settings.data_checks import (
+    data_notes,
+    data_problems,
+    fill_max_seq_length,
+    loader_problems,
+    parts_in_use,
+)
 from glm_ms.settings.errors import SettingsError
 from glm_ms.settings.schema import AUTO, Settings
 from glm_ms.settings.sections import LR_SCHEDULE_KEYS
@@ -68,6 +74,23 @@ class Checker:
         is_file = "\n" not in prompts and Path(prompts).suffix.lower() in (".txt", ".jsonl")
         if self.settings.run_mode == "predict" and is_file:
             self._must_exist("predict_data", prompts)
+
+    def check_data_set(self, part: str) -> list[str]:
+        """What it takes to read one data set, for tools that neither train nor generate.
+
+        Args:
+            part: "train" or "eval".
+
+        Returns:
+            Remarks: lengths that do not fit the network or the generation.
+        """
+        for key, message, others in loader_problems(self.settings, part):
+            self._bad(message, key, *others)
+        known = list(loader_problems(self.settings, part))
+        remarks = [problem for problem in data_problems(self.settings, part) if problem not in known]
+        self._vocab_file()
+        self._records(part)
+        return [f"{key}: {message}" for key, message, _ in remarks]
 
     def _bad(self, message: str, *keys: str) -> None:
         """Reports a problem of the first key, unless one of `keys`, or its section, is in error already."""

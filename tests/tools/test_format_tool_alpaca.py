@@ -227,6 +227,22 @@ def test_nothing_is_left_of_what_fails(convert, tool, tmp_path, capsys):
     assert "its folder" in capsys.readouterr().err
 
 
+def test_json_lines(convert):
+    line = json.dumps(RECORD)
+    assert len(convert(f"{line}\n{line}\n")[1]) == 2
+    status, conversations, _, err = convert(f"{line}\nbroken\n{line}\n", "--skip_bad", "--overwrite")
+    assert (status, len(conversations)) == (0, 2)
+    assert "train_data.json:2: not valid JSON" in err
+
+
+def test_the_input_is_not_replaced(tool, tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(RECORD), encoding="utf-8")
+    assert tool.main(["--path", str(path), "--output", str(path), "--overwrite"]) == 1
+    assert "is what is to be read" in capsys.readouterr().err
+    assert json.loads(path.read_text(encoding="utf-8")) == RECORD
+
+
 def test_an_output_is_replaced_on_demand_only(convert):
     assert convert([RECORD])[0] == 0
     status, conversations, _, err = convert([RECORD, RECORD])
