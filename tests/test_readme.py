@@ -1,8 +1,8 @@
 """README.md: both languages say the same, and every command in it works.
 
 The info string of a code block tells what becomes of it: `bash` is run, in order, on stand-ins for the files that
-a reader brings along; `bash ascend` and `bash 6b` need hardware or weights, `bash mindformers` files of MindFormers, `bash
-adgen` hundreds of genuine records, and are only checked; `python` is run.
+a reader brings along; `python` is run; the other kinds are only checked: `bash ascend` and `bash 6b` need hardware or
+weights, `bash mindformers` files of MindFormers, `bash adgen` hundreds of genuine records.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -78,10 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _show(settings, part, options)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (DataError, VocabularyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -129,11 +131,13 @@ def _show(settings: Settings, part: str, options: argparse.Namespace) -> None:
     ):
         print()
         for line in lines:
-            print(line)
+            print(line, flush=True)
     if options.png is not None:
         from glm_ms.data.length_plot import write_length_plot  # matplotlib takes half a second
 
-        write_length_plot(statistics, options.png, f"{path.name}: {len(statistics):,} records")
+        # The font of the picture knows no Chinese.
+        name = path.name.encode("ascii", "replace").decode()
+        write_length_plot(statistics, options.png, f"{name}: {len(statistics):,} records")
         print(f"\n{options.png}: histograms of prompt, answer and both")
 
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 # What stands before a line of a part: without loss; with loss; with the padding id as label.
 SILENT, LOSS, PADDING_LABEL = "     | ", "LOSS | ", "PAD  | "
-LEGEND = "LOSS | is learnt; the other lines are read only. ⏎ stands for a line break in the text, </s> ends the text"
+LEGEND = (
+    "LOSS | is learnt, PAD | is to become padding (ignore_pad_token_for_loss: False), other lines are read only; "
+    "⏎ is a line break in the text, </s> its end"
+)
 _GREEN, _NORMAL = "\x1b[32m", "\x1b[0m"
 
 

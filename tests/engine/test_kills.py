@@ -141,9 +141,12 @@ def test_killed_at_20_moments(runs: dict[str, Run], capsys: pytest.CaptureFixtur
     seed = int(os.environ.get("GLM_MS_KILL_SEED") or random.SystemRandom().randrange(10**6))
     say(capsys, f"\nmoments of the kills: GLM_MS_KILL_SEED={seed}")
     draw = random.Random(seed)
-    kills = 0
+    kills, deck = 0, []
     while kills < NUM_KILLS:
-        kind, phase = draw.choice(list(KINDS)), draw.choice(list(PHASES))
+        if not deck:  # every phase of every kind, in another order each time
+            deck = [(kind, phase) for kind in KINDS for phase in PHASES]
+            draw.shuffle(deck)
+        kind, phase = deck.pop()
         delay, lines = draw.uniform(0, PHASES[phase]), draw.randrange(NUM_STEPS - 4)
         run = runs[kind]
         killed = kill(run, phase, delay, lines)
