@@ -13,6 +13,7 @@ Every step is a run of run_glm.py. A step that is done is not repeated: give the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -195,12 +196,17 @@ class Comparison:
         return self._call(name, arguments)
 
     def _call(self, name: str, arguments: list[str]) -> float:
-        """Runs a Python program once; a record of it tells a later call that nothing is left to do."""
-        record = self.folder / f"{name}.done.json"
+        """Runs a Python program once; a record of it tells a later call that nothing is left to do.
+
+        A record is for these arguments and for the contents of all that was there when the program began: records,
+        vocabulary, and the records of the steps before it.
+        """
+        record, key = self.folder / f"{name}.done.json", self._key(name, arguments)
         if record.is_file():
             known = json.loads(record.read_text(encoding="utf-8"))
-            if known["arguments"] == arguments:
+            if known["key"] == key:
                 return known["seconds"]
+            record.unlink()
         print(f"{name} ...", file=sys.stderr, flush=True)
         started, log = time.monotonic(), self.folder / f"{name}.log"
         with log.open("w", encoding="utf-8") as output:
@@ -209,8 +215,19 @@ class Comparison:
         if status:
             raise StepError(f"{name} ended with status {status}; see {log}")
         seconds = time.monotonic() - started
-        record.write_text(json.dumps({"arguments": arguments, "seconds": seconds}), encoding="utf-8")
+        record.write_text(json.dumps({"key": key, "seconds": seconds}), encoding="utf-8")
         return seconds
+
+    def _key(self, name: str, arguments: list[str]) -> str:
+        """SHA-256 of arguments and inputs. All depends on the base, an evaluation on its training as well."""
+        before = [step for step in ("base", name.removesuffix("_eval")) if step != name]
+        inputs = [self._records(part) for part in ("base", "train", "held_out")]
+        inputs += [self.folder / f"{step}.done.json" for step in before if name not in ("vocabulary", "base")]
+        inputs += [self.vocab_file] if name != "vocabulary" else []
+        digest = hashlib.sha256(json.dumps(arguments).encode())
+        for path in inputs:
+            digest.update(path.read_bytes() if path.is_file() else b"")
+        return digest.hexdigest()
 
     def _trained(self, name: str) -> int:
         """Numbers that a run has trained: those of the weights it has saved."""

@@ -22,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs whe
 
 from glm_ms.convert import CheckpointError, Conversion, parse_size, plan_conversion
 from glm_ms.convert.errors import capped
+from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
 from glm_ms.peft import AdapterError, StoredAdapter, lora_deltas, read_adapter
+from glm_ms.peft.store import is_adapter_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     try:
         stored = read_adapter(options.adapter)
+        if is_adapter_folder(resolve_checkpoint(options.base)):
+            raise AdapterError(f"{options.base}: --base: an adapter; give the weights that it was trained on")
         conversion = plan_merge(
             plan_conversion(
                 options.base,

@@ -12,6 +12,7 @@ from typing import Any
 import mindspore
 
 from glm_ms.convert import CheckpointError
+from glm_ms.peft.store import is_adapter_folder
 from glm_ms.version import __version__
 
 MANIFEST = "manifest.json"
@@ -171,6 +172,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
     return found
 
 
+def weights_flag(folder: Path) -> str:
+    """The flag that begins a new run with what a checkpoint holds."""
+    return "--load_adapter" if is_adapter_folder(folder) else "--load_checkpoint"
+
+
 def _holds_weights(path: Path) -> bool:
     return (
         path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
@@ -182,12 +188,12 @@ def _why_no_manifest(folder: Path) -> str:
     if (folder / _EARLIER_FORMAT).is_file():
         return (
             f"{folder}: written by an earlier version of glm_ms ({_EARLIER_FORMAT} in place of {MANIFEST}), which "
-            f"cannot be resumed; start a new run from its weights with --load_checkpoint {folder}"
+            f"cannot be resumed; start a new run from its weights with {weights_flag(folder)} {folder}"
         )
     if folder.is_file() or any(_holds_weights(path) for path in folder.iterdir()):
         return (
             f"{folder}: is no training checkpoint but weights alone (no {MANIFEST}); start a new run from them with "
-            f"--load_checkpoint {folder}"
+            f"{weights_flag(folder)} {folder}"
         )
     return (
         f"{folder}: is no training checkpoint ({MANIFEST} is missing); a run resumes from a folder such as "

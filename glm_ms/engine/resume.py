@@ -11,7 +11,7 @@ import mindspore
 from glm_ms.convert import CheckpointError
 from glm_ms.convert.run_folder import CHECKPOINTS, list_checkpoints, resolve_checkpoint
 from glm_ms.engine.files import METRICS_FILE, RESULTS
-from glm_ms.engine.manifest import Manifest, differences, read_manifest, verify_files
+from glm_ms.engine.manifest import Manifest, differences, read_manifest, verify_files, weights_flag
 from glm_ms.settings import Settings
 
 EARLIER_RUNS = "earlier_runs"
@@ -60,7 +60,7 @@ def check_checkpoint(folder: Path, position: dict[str, Any], verify: bool = True
     if changed:
         raise CheckpointError(
             f"{folder}: made by a run with other settings, so its loss curve cannot be continued "
-            f"({'; '.join(changed)}); restore them, or start a new run with --load_checkpoint {folder}"
+            f"({'; '.join(changed)}); restore them, or start a new run with {weights_flag(folder)} {folder}"
         )
     return manifest
 
@@ -72,6 +72,23 @@ def remark_on_versions(manifest: Manifest, device: str, say: Callable[[str], Non
     if changed:
         say(
             f"the checkpoint was written elsewhere ({'; '.join(changed)}): the last digits of the losses may differ"
+        )
+
+
+def check_base_stays(settings: Settings) -> None:
+    """Refuses a new adapter run in the folder of its base, which `set_aside` would move away from under it.
+
+    Raises:
+        CheckpointError: `load_checkpoint` lies in the output folder.
+    """
+    if settings.model.pet_config.pet_type is None or not settings.load_checkpoint:
+        return
+    checkpoints = (Path(settings.output_dir) / CHECKPOINTS).resolve()
+    if checkpoints in resolve_checkpoint(settings.load_checkpoint).resolve().parents:
+        raise CheckpointError(
+            f"{settings.where('output_dir')}: output_dir: {settings.output_dir} holds the base of this run "
+            f"(load_checkpoint: {settings.load_checkpoint}), and what an earlier run left there is moved aside; give "
+            "another --output_dir"
         )
 
 

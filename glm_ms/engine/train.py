@@ -30,7 +30,13 @@ from glm_ms.engine.network import TrainingNetwork
 from glm_ms.engine.position import position_state
 from glm_ms.engine.progress import ProgressLog, StepRecord
 from glm_ms.engine.records import labelled_rows
-from glm_ms.engine.resume import check_checkpoint, find_checkpoint, remark_on_versions, set_aside
+from glm_ms.engine.resume import (
+    check_base_stays,
+    check_checkpoint,
+    find_checkpoint,
+    remark_on_versions,
+    set_aside,
+)
 from glm_ms.engine.trainer import GLMTrainer
 from glm_ms.engine.weights import build_model
 from glm_ms.generation import GLMForCausalLM
@@ -112,6 +118,8 @@ def _prepare(
 ) -> _Run:
     """Reads records and checkpoint; all that can be refused is refused here or when the model is built."""
     checkpoint = find_checkpoint(settings)
+    if checkpoint is None:
+        check_base_stays(settings)
     rows = labelled_rows(settings.train_dataset, tokenizer, say) if given.rows is None else given.rows
     say(rows.describe())
     plan = _plan(settings, len(rows), get_group_size() if settings.use_parallel else 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from glm_ms.convert import CheckpointError, load_parameters, open_checkpoint
 from glm_ms.convert.errors import capped
 from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.engine.manifest import MANIFEST, read_manifest, weights_fingerprint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import AdapterConfig, AdapterError, LoraConfig, PrefixConfig, StoredAdapter, read_adapter
@@ -25,7 +26,7 @@ _FREE = frozenset(
 _EMBEDDING = "transformer.embedding.embedding_table"
 # Field of a stored adapter -> key that must agree with it when training goes on.
 _LORA_KEYS = {"rank": "lora_rank", "alpha": "lora_alpha"}
-_PREFIX_KEYS = {"pre_seq_len": "pre_seq_len", "prefix_projection": "prefix_projection"}
+_PREFIX_KEYS = {name: name for name in ("pre_seq_len", "prefix_projection", "projection_dim")}
 
 
 def build_model(
@@ -39,8 +40,8 @@ def build_model(
         settings: the run.
         vocab_size: ids of the tokenizer.
         say: takes lines for the user.
-        checkpoint: of the run that is being resumed. It takes the place of `load_checkpoint`; but the checkpoint of
-            an adapter holds no base, and its values are left to whoever restores it.
+        checkpoint: of the run that is being resumed. It takes the place of `load_checkpoint`, or, as that of an
+            adapter holds no base, of `load_adapter`.
 
     Raises:
         CheckpointError: the weights cannot be read, or do not belong to the configured network.
@@ -51,11 +52,15 @@ def build_model(
     if base is None and settings.load_checkpoint:
         base = resolve_checkpoint(settings.load_checkpoint)
     model = _base_model(settings, vocab_size, say, base)
-    if settings.load_adapter and checkpoint is None:
+    if adapter is not None and checkpoint is not None:
+        # With the config it was saved with: it may have begun as an adapter of `peft` that settings cannot express.
+        model.restore_adapter(_held_to_settings(model, read_adapter(checkpoint), adapter))
+    elif settings.load_adapter:
         stored = read_adapter(settings.load_adapter)
         if adapter is not None:
             stored = _held_to_settings(model, stored, adapter)
         say(str(model.load_adapter(stored)))
+        _remark_on_base(stored, base, say)
     elif adapter is not None:
         model.add_adapter(adapter, settings.seed)
     return model
@@ -90,6 +95,8 @@ def _held_to_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: Adap
             f"{stored.path}: a {kinds[type(then)]} adapter, but model.pet_config.pet_type is {kinds[type(wanted)]}"
         )
     keys = _LORA_KEYS if isinstance(wanted, LoraConfig) else _PREFIX_KEYS
+    if isinstance(wanted, PrefixConfig) and wanted.prefix_projection and wanted.projection_dim is None:
+        wanted = dataclasses.replace(wanted, projection_dim=model.config.hidden_size)
     different = [
         f"model.pet_config.{key}: {getattr(wanted, name)}, in the adapter {getattr(then, name)}"
         for name, key in keys.items()
@@ -104,6 +111,22 @@ def _held_to_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: Adap
     if different:
         raise AdapterError(f"{stored.path}: does not fit the settings: {'; '.join(different)}")
     return dataclasses.replace(stored, config=dataclasses.replace(then, dropout=wanted.dropout))
+
+
+def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Callable[[str], None]) -> None:
+    """Says if an adapter of a run of ours was trained on other weights than those below it now.
+
+    A remark and no error: the fingerprint also changes when the same weights are stored in another form.
+    """
+    folder = stored.path.parent
+    if base is None or not (folder / MANIFEST).is_file():
+        return
+    then = read_manifest(folder).position.get("base_weights")
+    if then is not None and then != weights_fingerprint(base):
+        say(
+            f"note: {folder} was trained on other weights than {base}, or on the same in another form; unless they "
+            "were only converted, it does not belong there"
+        )
 
 
 def _base_model(

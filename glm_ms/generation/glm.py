@@ -22,7 +22,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
-from glm_ms.peft import Adapter, AdapterConfig, StoredAdapter, attach_new
+from glm_ms.peft import Adapter, AdapterConfig, StoredAdapter, attach_new, attach_stored
 
 _IDS = Tensor(shape=[None, None], dtype=ms.int32)
 _VECTOR = Tensor(shape=[None], dtype=ms.int32)
@@ -103,6 +103,17 @@ class GLMForCausalLM:
         self.adapter = attach_new(self.network, config, seed)
         self._build_cells()
         return self.adapter
+
+    def restore_adapter(self, stored: StoredAdapter) -> None:
+        """Attaches a stored adapter to be trained on, without the proof: after a first update it may still be idle.
+
+        Raises:
+            AdapterError: it was made for another base, or there is an adapter already.
+        """
+        adapter = attach_stored(self.network, stored)
+        adapter.assign(stored.tensors, stored.path)
+        self.adapter = adapter
+        self._build_cells()
 
     def load_adapter(self, source: str | Path | StoredAdapter) -> AdapterReport:
         """Attaches a stored adapter, and proves that it does something.

@@ -12,8 +12,9 @@ _PET = "model.pet_config"
 
 def adapter_problems(settings: Settings) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(key, what is wrong with it, other keys it depends on) for each problem."""
-    yield from _idle_keys(settings.model.pet_config)
     kind, training = settings.model.pet_config.pet_type, settings.is_training()
+    if training or kind is not None:  # the settings of a LoRA run may serve to evaluate its merged weights
+        yield from _idle_keys(settings.model.pet_config)
     if training and kind is None and settings.load_adapter:
         message = (
             "training would change the weights under the adapter; set model.pet_config.pet_type to train the adapter "
@@ -29,7 +30,7 @@ def adapter_problems(settings: Settings) -> Iterator[tuple[str, str, tuple[str, 
     if not training and kind is not None and not settings.load_adapter:
         message = (
             f"{kind}, but there is no adapter to load; name it (--load_adapter PATH), or set {_PET}.pet_type=null for "
-            "the base alone"
+            "the base alone or for merged weights"
         )
         yield f"{_PET}.pet_type", message, ("load_adapter",)
     if not training and settings.load_adapter and not settings.load_checkpoint:
@@ -46,4 +47,8 @@ def _idle_keys(pet: PetSettings) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         for name in names:
             if pet.pet_type != kind and getattr(pet, name) != getattr(PetSettings(), name):
                 chosen = f"with {pet.pet_type}" if pet.pet_type else "without pet_type"
-                yield f"{_PET}.{name}", f"has no effect {chosen}; remove it, or use pet_type: {kind}", ()
+                yield (
+                    f"{_PET}.{name}",
+                    f"has no effect {chosen}; remove it, or use pet_type: {kind}",
+                    (f"{_PET}.pet_type",),
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +164,69 @@ def test_what_does_not_fit_is_refused(
     assert run_here(line) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_an_adapter_of_peft_resumes_with_its_own_scale(
+    base: Path, lora: tuple, vocabulary: Path, tmp_path: Path
+) -> None:
+    """`use_rslora` is in no settings: a resumed run takes it from its checkpoint."""
+    folder, arguments = lora
+    stored = tmp_path / "rslora"
+    shutil.copytree(list_checkpoints(folder)[-1][1], stored)
+    (stored / "manifest.json").unlink()
+    config = json.loads((stored / "adapter_config.json").read_text())
+    (stored / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    arguments = (
+        *arguments, "--load_adapter", stored, "runner_config.max_steps=4", "checkpoint.save_steps=2",
+        "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert run_here(tiny_arguments("finetune", vocabulary, *arguments)) == 0
+    unbroken = curve(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint" / "step_00000004")
+    assert run_here(tiny_arguments("finetune", vocabulary, *arguments, "--resume_training")) == 0
+    assert curve(tmp_path / "run") == unbroken
+    assert read_adapter(tmp_path / "run").config.use_rslora
+
+
+def test_the_folder_of_the_base_is_not_for_its_adapter(base: Path, vocabulary: Path, capsys) -> None:
+    """An earlier run is moved aside, and the base would go with it."""
+    before = list_checkpoints(base)
+    line = tiny_arguments(
+        "finetune", vocabulary, *TRAINING, *KINDS["lora"], "--load_checkpoint", base, "--output_dir", base
+    )
+    assert run_here(line) == 1
+    assert "holds the base of this run" in capsys.readouterr().err
+    assert list_checkpoints(base) == before
+
+
+def test_another_base_of_the_same_shape_is_remarked_on(
+    base: Path, lora: tuple, vocabulary: Path, tmp_path: Path, capsys
+) -> None:
+    retrained = tmp_path / "retrained"
+    line = tiny_arguments(
+        "finetune", vocabulary, *TRAINING, "--output_dir", retrained, "runner_config.max_steps=1"
+    )
+    assert run_here(line) == 0
+    for weights, remarks in ((base, 0), (retrained, 1)):
+        capsys.readouterr()
+        scores(vocabulary, tmp_path, "--load_checkpoint", weights, "--load_adapter", lora[0])
+        assert capsys.readouterr().err.count("was trained on other weights than") == remarks
+
+
+def test_the_advice_for_another_adapter_run_names_the_right_flag(
+    lora: tuple, vocabulary: Path, tmp_path: Path, capsys
+) -> None:
+    folder, arguments = lora
+    checkpoint = list_checkpoints(folder)[-1][1]
+    line = tiny_arguments(
+        "finetune",
+        vocabulary,
+        *arguments,
+        "--output_dir",
+        tmp_path,
+        f"--resume_training={checkpoint}",
+        "--seed",
+        "9",
+    )
+    assert run_here(line) == 1
+    assert f"start a new run with --load_adapter {checkpoint}" in capsys.readouterr().err
