@@ -15,9 +15,11 @@ import pytest
 from engine_helpers import (
     CONFIGS,
     DEV_RECORDS,
+    REPOSITORY,
     SMALL_NETWORK,
     SMALL_TRAINING,
     TRAIN_RECORDS,
+    environment_of_a_user,
     load_script,
     read_jsonl,
     run_apart,
@@ -273,3 +275,22 @@ def test_logs_stay_out_of_stdout_wherever_they_are_kept(
     done = run_apart(arguments, tmp_path)
     assert done.returncode == 0
     assert done.stdout == ""
+
+
+def test_a_closed_output_is_no_error(vocabulary: Path, trained: Path) -> None:
+    """As with `| head -1`: nothing is said, and the exit status is that of SIGPIPE."""
+    arguments = tiny_arguments(
+        "predict", vocabulary, *SMALL_NETWORK, "--predict_data", "-", "--load_checkpoint", "run",
+        "--output_dir", "closed", "generation.max_new_tokens=4",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "run_glm.py"), *arguments], cwd=trained, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_of_a_user(),
+    )  # fmt: skip
+    process.stdout.close()
+    process.stdin.write("类型#裙\n" * 3)
+    process.stdin.close()
+    said = process.stderr.read()
+    assert process.wait(60) == 141, said
+    assert "error" not in said
+    assert "Broken pipe" not in said

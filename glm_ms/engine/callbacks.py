@@ -24,8 +24,8 @@ class UpdateCallback(Callback):
         start_step: updates made before this process.
         seq_length: positions of a row.
         after_update: called with the step when it has been logged: evaluations, checkpoints.
-        write_divergence: takes the record of a step that must be the last and the reason; returns where it has
-            written them and the step's records.
+        write_divergence: takes the record of a step that must be the last and the reason, writes them with the
+            step's records, and returns sentences for the user: where they are, where to go on from.
     """
 
     def __init__(
@@ -77,21 +77,15 @@ class UpdateCallback(Callback):
         if record.overflow:
             reason = scale.exhausted()
             remedy = (
-                "The network has diverged or its activations leave float16; use bfloat16 or float32, or lower"
+                "The network has diverged, or leaves the range of float16: use bfloat16 or float32, or lower"
             )
-        else:
-            finite = math.isfinite(record.loss) and math.isfinite(record.grad_norm)
-            reason = (
-                None
-                if finite
-                else f"loss {record.loss}, gradient norm {record.grad_norm}: the run has diverged"
-            )
-            remedy = "Look at the records, warm up longer, clip (runner_wrapper.use_clip_grad), or lower"
-        if reason is None:
+        elif math.isfinite(record.loss) and math.isfinite(record.grad_norm):
             return
-        written = self._write_divergence(record, reason)
-        raise FloatingPointError(
-            f"step {record.step}, learning rate {record.learning_rate:g}: {reason}. Its records: {written}. Nothing "
-            f"has been saved since the last checkpoint. {remedy} lr_schedule.learning_rate, and begin with the last "
-            "good checkpoint"
-        )
+        else:
+            reason = f"loss {record.loss}, gradient norm {record.grad_norm}: the run has diverged"
+            remedy = "Look at the records, warm up longer, clip (runner_wrapper.use_clip_grad), or lower"
+        if reason is not None:
+            raise FloatingPointError(
+                f"step {record.step}, learning rate {record.learning_rate:g}: {reason}. "
+                f"{self._write_divergence(record, reason)} {remedy} lr_schedule.learning_rate"
+            )

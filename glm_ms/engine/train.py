@@ -12,6 +12,7 @@ from mindformers import Trainer
 from mindspore.communication import get_group_size, get_rank
 from mindspore.train.callback import Callback
 
+from glm_ms.convert.run_folder import list_checkpoints
 from glm_ms.data import TrainDataset
 from glm_ms.engine import quiet
 from glm_ms.engine.batches import TrainingPlan, training_batches
@@ -211,8 +212,11 @@ def _state(run: _Run, model: GLMForCausalLM, task: GLMTrainer) -> TrainingState:
 
 def _report_divergence(run: _Run, record: StepRecord, reason: str) -> str:
     if run.rank != 0:
-        return "see the first rank"
-    return str(write_divergence(run.output_dir, record, reason, run.plan, run.rows, run.tokenizer))
+        return "Its records are written by the first rank."
+    path = write_divergence(run.output_dir, record, reason, run.plan, run.rows, run.tokenizer)
+    saved = [str(folder) for _, folder in list_checkpoints(run.output_dir)][-1:]
+    last = f"Nothing has been saved since {saved[0]}." if saved else "No checkpoint had been saved before."
+    return f"Its records: {path}. {last}"
 
 
 def _plot(run: _Run) -> None:

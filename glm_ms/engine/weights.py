@@ -95,8 +95,9 @@ def _held_to_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: Adap
             f"{stored.path}: a {kinds[type(then)]} adapter, but model.pet_config.pet_type is {kinds[type(wanted)]}"
         )
     keys = _LORA_KEYS if isinstance(wanted, LoraConfig) else _PREFIX_KEYS
-    if isinstance(wanted, PrefixConfig) and wanted.prefix_projection and wanted.projection_dim is None:
-        wanted = dataclasses.replace(wanted, projection_dim=model.config.hidden_size)
+    if isinstance(wanted, PrefixConfig):  # tensors tell the width of an MLP where there is one
+        width = wanted.projection_dim or model.config.hidden_size
+        wanted = dataclasses.replace(wanted, projection_dim=width if wanted.prefix_projection else None)
     different = [
         f"model.pet_config.{key}: {getattr(wanted, name)}, in the adapter {getattr(then, name)}"
         for name, key in keys.items()

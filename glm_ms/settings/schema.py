@@ -72,7 +72,7 @@ class Settings:
     train_dataset: TrainDatasetSettings = key(TrainDatasetSettings, "training records")
     eval_dataset: EvalDatasetSettings = key(EvalDatasetSettings, "records of evaluations")
     metric: MetricSettings = key(MetricSettings, "what eval measures")
-    do_eval: bool = key(False, "evaluate on eval_dataset while training")
+    do_eval: bool = key(False, "evaluate on eval_dataset while training, and at its end")
     eval_step_interval: int = key(
         -1, "evaluate every so many updates (do_eval); -1: not by steps", at_least=-1
     )

@@ -230,3 +230,25 @@ def test_the_advice_for_another_adapter_run_names_the_right_flag(
     )
     assert run_here(line) == 1
     assert f"start a new run with --load_adapter {checkpoint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (
+            "model.pet_config.prefix_projection=False",
+            "model.pet_config.projection_dim=24",
+        ),  # a width without use
+        ("model.pet_config.prefix_projection=True", "model.pet_config.projection_dim=null"),
+    ],
+)
+def test_prefixes_resume(keys: tuple[str, ...], base: Path, vocabulary: Path, tmp_path: Path) -> None:
+    arguments = (
+        *TRAINING, *KINDS["ptuning2"], *keys, "--load_checkpoint", base, "--output_dir", tmp_path,
+        "runner_config.max_steps=4", "checkpoint.save_steps=2",
+    )  # fmt: skip
+    assert run_here(tiny_arguments("finetune", vocabulary, *arguments)) == 0
+    unbroken = curve(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint" / "step_00000004")
+    assert run_here(tiny_arguments("finetune", vocabulary, *arguments, "--resume_training")) == 0
+    assert curve(tmp_path) == unbroken

@@ -70,6 +70,7 @@ def test_the_message(vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().err
     assert "step 2, learning rate 1e+18: loss nan, gradient norm nan: the run has diverged" in shown
     assert f"Its records: {tmp_path / 'nan_step_00000002.json'}" in shown
+    assert "No checkpoint had been saved before." in shown
     assert not list_checkpoints(tmp_path)
     found = json.loads((tmp_path / "nan_step_00000002.json").read_text(encoding="utf-8"))
     assert (len(found["rows"]), found["rows_without_loss"]) == (1, 3)

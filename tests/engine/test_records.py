@@ -14,7 +14,7 @@ from glm_ms.engine.records import labelled_rows, prompts_with_references
 from glm_ms.settings import load_settings
 from glm_ms.settings.sections import GenerationSettings
 
-SAMPLE = CONFIGS / "sample"
+SAMPLE = CONFIGS / "tiny" / "sample"
 TOOLS = "data_loader.type=ToolAlpacaDataLoader"
 CHAT = "data_loader.type=ConversationDataLoader"
 
@@ -39,7 +39,7 @@ def chats(tmp_path_factory) -> dict[str, Path]:
 
 def settings_of(vocabulary, *overrides, config="finetune_glm3_tiny"):
     vocab_file = f"processor.tokenizer.vocab_file={vocabulary}"
-    return load_settings(CONFIGS / f"{config}.yaml", [vocab_file, *overrides], check_files=False)
+    return load_settings(CONFIGS / "tiny" / f"{config}.yaml", [vocab_file, *overrides], check_files=False)
 
 
 def test_tools(vocabulary):
@@ -120,7 +120,7 @@ def test_runs_on_conversations(kind, vocabulary, chats, tmp_path):
     for folder, cache in (("plain", "null"), ("cached", tmp_path / "cache")):
         line = tiny_arguments(
             "finetune", vocabulary, *SMALL_TRAINING, "--output_dir", tmp_path / folder, *loaders, *metrics,
-            "--train_dataset", data["train"], "--eval_dataset", data["dev"], "do_eval=True",
+            f"train_dataset.data_loader.dataset_dir={data['train']}", f"eval_dataset.data_loader.dataset_dir={data['dev']}", "do_eval=True",
             "eval_step_interval=2", "runner_config.max_steps=2", f"train_dataset.cache_dir={cache}",
         )  # fmt: skip
         assert run_here(line) == 0
@@ -133,7 +133,7 @@ def test_runs_on_conversations(kind, vocabulary, chats, tmp_path):
     assert len(losses[0]) == 2
     again = tiny_arguments(
         "eval", vocabulary, "--output_dir", tmp_path / "eval", "--load_checkpoint", tmp_path / "plain", *metrics,
-        loaders[1], "--eval_dataset", data["dev"], *[item for item in SMALL_TRAINING if "model_config" in str(item)],
+        loaders[1], f"eval_dataset.data_loader.dataset_dir={data['dev']}", *[item for item in SMALL_TRAINING if "model_config" in str(item)],
     )  # fmt: skip
     assert run_here(again) == 0
     scores = json.loads((tmp_path / "eval" / "eval_scores.json").read_text(encoding="utf-8"))

@@ -1,0 +1,103 @@
+"""The manifest of a checkpoint, the fingerprint of weights, the lock of an output folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from glm_ms.convert import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    from glm_ms.engine.manifest import write_manifest
+
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").write_bytes(b"two")
+    write_manifest(tmp_path, 7, (1, 12), {"seed": 0, "betas": [0.9, 0.95]}, None, "CPU")
+    return tmp_path
+
+
+def test_what_is_written_is_read(folder: Path) -> None:
+    from glm_ms.engine.manifest import json_sha256, read_manifest, verify_files
+
+    manifest = read_manifest(folder)
+    assert (manifest.step, manifest.epoch, manifest.row) == (7, 1, 12)
+    assert manifest.config_sha256 == json_sha256({"betas": [0.9, 0.95], "seed": 0})
+    assert {name: each["bytes"] for name, each in manifest.files.items()} == {"a": 3, "b": 3}
+    verify_files(folder, manifest)
+
+
+def test_a_later_layout_is_named(folder: Path) -> None:
+    from glm_ms.engine.manifest import json_sha256, read_manifest
+
+    values = json.loads((folder / "manifest.json").read_text())
+    values["format_version"] = 2
+    del values["manifest_sha256"]
+    values["manifest_sha256"] = json_sha256(values)
+    (folder / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"layout 2, this version .* reads layout 1"):
+        read_manifest(folder)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    from glm_ms.engine.manifest import read_manifest
+
+    with pytest.raises(CheckpointError, match=r"no training checkpoint \(manifest.json is missing\)"):
+        read_manifest(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match="weights alone .*--load_checkpoint"):
+            read_manifest(path)
+
+
+def test_a_fingerprint_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glm_ms.engine import manifest
+
+    monkeypatch.setattr(manifest, "_FINGERPRINT_WHOLE", 1 << 20)  # so that 5 MB are sampled
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(5 << 20))
+        (folder / "optimizer.safetensors").write_bytes(folder.name.encode())  # is no weight
+        (folder / "config.json").write_text(folder.name)
+    whole = manifest.weights_fingerprint(one)
+    assert manifest.weights_fingerprint(other) == whole
+    file = one / "model.safetensors"
+    assert manifest.weights_fingerprint(file) == manifest.weights_fingerprint(
+        file.rename(tmp_path / "x.ckpt")
+    )
+    for place in (0, (5 << 20) - 1, (5 << 20) // 63):  # first, last and second block
+        content = bytearray(5 << 20)
+        content[place] = 1
+        (other / "model.safetensors").write_bytes(content)
+        assert manifest.weights_fingerprint(other) != whole
+    (other / "model.safetensors").write_bytes(bytes((5 << 20) + 1))
+    assert manifest.weights_fingerprint(other) != whole
+
+
+def test_a_second_run_is_refused(tmp_path: Path) -> None:
+    from glm_ms.engine.lock import run_lock
+
+    said: list[str] = []
+    with run_lock(tmp_path, said.append):
+        with pytest.raises(CheckpointError, match="another run is training"), run_lock(tmp_path, said.append):
+            pass
+    with run_lock(tmp_path, said.append):
+        assert not said
+
+
+def test_no_locks_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glm_ms.engine import lock
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    said: list[str] = []
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    with lock.run_lock(tmp_path, said.append):
+        assert len(said) == 1
+    assert "no locks (No locks available)" in said[0]
