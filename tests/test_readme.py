@@ -7,6 +7,7 @@ weights, `bash mindformers` files of MindFormers, `bash adgen` hundreds of genui
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -44,6 +45,18 @@ STAND_INS = {
     "/path/to/tool_alpaca_train.json": "yours/tool_alpaca_train.json",
 }
 NUM_TRAIN, NUM_DEV = 128, 16  # records in the stand-ins
+TOOL_ALPACA = {
+    "Name": "Weather",
+    "Function_Description": {"getWeather": "The weather of a city.", "components": ""},
+    "Instances": [
+        {
+            "input": "How is the weather in Beijing?",
+            "output": "It is sunny.",
+            "Final Thought": "I know it now.",
+            "intermediate_steps": [[["getWeather", '{"city": "Beijing"}', "I ask."], "sunny"]],
+        }
+    ],
+}
 
 
 class Block(NamedTuple):
@@ -193,6 +206,7 @@ def workplace(tmp_path_factory):
     for name, count in (("train.json", NUM_TRAIN), ("dev.json", NUM_DEV)):
         lines = (sample / name).read_text(encoding="utf-8").splitlines(keepends=True)
         (yours / name).write_text("".join(lines[:count]), encoding="utf-8")
+    (yours / "tool_alpaca_train.json").write_text(json.dumps([TOOL_ALPACA]), encoding="utf-8")
     (yours / "chatglm3-6b").symlink_to(REPOSITORY / "tests" / "golden" / "models" / "glm3_tiny")
     (yours / "tokenizer.model").symlink_to(Path("..") / "output" / "tiny" / "tokenizer.model")
     (folder / "bin").mkdir()

@@ -45,7 +45,7 @@ def settings_of(vocabulary, *overrides, config="finetune_glm3_tiny"):
 def test_tools(vocabulary):
     settings = settings_of(
         vocabulary,
-        "model.model_config.seq_length=300",
+        "model.model_config.seq_length=400",
         *(f"{part}_dataset.max_seq_length=null" for part in ("train", "eval")),
         config="multiturn_glm3_tiny",
     )
@@ -53,20 +53,20 @@ def test_tools(vocabulary):
     settings.train_dataset.data_loader.dataset_dir = str(SAMPLE / "conversations_train.json")
     settings.eval_dataset.data_loader.dataset_dir = str(SAMPLE / "conversations_dev.json")
     rows = labelled_rows(settings.train_dataset, tokenizer)
-    assert rows.seq_length == 300
+    assert rows.seq_length == 400
     assert rows[0]["attention_mask"].all()
-    assert labelled_rows(settings.eval_dataset, tokenizer).seq_length == 300
+    assert labelled_rows(settings.eval_dataset, tokenizer).seq_length == 400
     few = prompts_with_references(settings.eval_dataset, tokenizer, GenerationSettings(max_new_tokens=250))
     many = prompts_with_references(settings.eval_dataset, tokenizer, GenerationSettings(max_new_tokens=10))
     assert few.too_long > many.too_long
-    assert max(len(item["input_ids"]) for item in few) <= 50
-    bounded = GenerationSettings(max_new_tokens=250, max_length=100)
+    assert max(len(item["input_ids"]) for item in few) <= 150
+    bounded = GenerationSettings(max_new_tokens=250, max_length=120)
     assert (
         max(
             len(item["input_ids"])
             for item in prompts_with_references(settings.eval_dataset, tokenizer, bounded)
         )
-        < 100
+        < 120
     )
     settings.eval_dataset.max_seq_length = None
     for build in (labelled_rows, lambda *them: prompts_with_references(*them, bounded)):
@@ -112,15 +112,19 @@ def test_runs_on_conversations(kind, vocabulary, chats, tmp_path):
         data = {part: SAMPLE / f"conversations_{part}.json" for part in ("train", "dev")}
         loaders = [
             f"train_dataset.{TOOLS}", f"eval_dataset.{TOOLS}", "train_dataset.max_source_length=64",
-            "train_dataset.max_target_length=127",
+            "train_dataset.max_target_length=127", "model.model_config.seq_length=256",
         ]  # fmt: skip
     else:
         data, loaders = chats, [f"train_dataset.{CHAT}", f"eval_dataset.{CHAT}"]
+    records = [
+        f"{part}_dataset.data_loader.dataset_dir={data[name]}"
+        for part, name in (("train", "train"), ("eval", "dev"))
+    ]
     losses = []
     for folder, cache in (("plain", "null"), ("cached", tmp_path / "cache")):
         line = tiny_arguments(
             "finetune", vocabulary, *SMALL_TRAINING, "--output_dir", tmp_path / folder, *loaders, *metrics,
-            f"train_dataset.data_loader.dataset_dir={data['train']}", f"eval_dataset.data_loader.dataset_dir={data['dev']}", "do_eval=True",
+            *records, "do_eval=True",
             "eval_step_interval=2", "runner_config.max_steps=2", f"train_dataset.cache_dir={cache}",
         )  # fmt: skip
         assert run_here(line) == 0
@@ -132,8 +136,8 @@ def test_runs_on_conversations(kind, vocabulary, chats, tmp_path):
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2
     again = tiny_arguments(
-        "eval", vocabulary, "--output_dir", tmp_path / "eval", "--load_checkpoint", tmp_path / "plain", *metrics,
-        loaders[1], f"eval_dataset.data_loader.dataset_dir={data['dev']}", *[item for item in SMALL_TRAINING if "model_config" in str(item)],
+        "eval", vocabulary, *SMALL_TRAINING, "--output_dir", tmp_path / "eval", "--load_checkpoint",
+        tmp_path / "plain", *metrics, *loaders, *records,
     )  # fmt: skip
     assert run_here(again) == 0
     scores = json.loads((tmp_path / "eval" / "eval_scores.json").read_text(encoding="utf-8"))
