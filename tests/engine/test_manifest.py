@@ -50,7 +50,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         read_manifest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(CheckpointError, match="weights alone .*--load_checkpoint"):
+        with pytest.raises(CheckpointError, match=r"weights alone .*--load_checkpoint"):
             read_manifest(path)
 
 
@@ -83,9 +83,9 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
     from glm_ms.engine.lock import run_lock
 
     said: list[str] = []
-    with run_lock(tmp_path, said.append):
-        with pytest.raises(CheckpointError, match="another run is training"), run_lock(tmp_path, said.append):
-            pass
+    second = run_lock(tmp_path, said.append)
+    with run_lock(tmp_path, said.append), pytest.raises(CheckpointError, match="another run is training"):
+        second.__enter__()
     with run_lock(tmp_path, said.append):
         assert not said
 

@@ -112,7 +112,7 @@ def test_runs_on_conversations(kind, vocabulary, chats, tmp_path):
         data = {part: SAMPLE / f"conversations_{part}.json" for part in ("train", "dev")}
         loaders = [
             f"train_dataset.{TOOLS}", f"eval_dataset.{TOOLS}", "train_dataset.max_source_length=64",
-            "train_dataset.max_target_length=127", "model.model_config.seq_length=256",
+            "train_dataset.max_target_length=127", "model.model_config.seq_length=400",
         ]  # fmt: skip
     else:
         data, loaders = chats, [f"train_dataset.{CHAT}", f"eval_dataset.{CHAT}"]
