@@ -52,6 +52,7 @@ class Milestones:
         """What is due after `step` updates: first the evaluation, so that its checkpoint knows of it."""
         improved = self._evaluate is not None and self._evaluation_due(step) and self._run_evaluation(step)
         if improved or self._due(step, self._save_steps):
+            self._log.sync()
             self._save(step, self._best.record)
             self._best.write()
             self._remove_old(self._best.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -149,6 +150,11 @@ class ProgressLog:
             f"{loss}, lr {record.learning_rate:.2e}, grad norm {record.grad_norm:.3f}{scale}, "
             f"{record.tokens_per_second:,.0f} tokens/s"
         )
+
+    def sync(self) -> None:
+        """Puts the lines on the disk: a checkpoint must not outlive those before it in a power cut."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Ends bar and files."""

@@ -55,12 +55,12 @@ def _commands(path: Path) -> list[list[str]]:
 def _variations(path: Path) -> list[list[str]]:
     """What the header proposes to add to the command: indented flags, or flags after a colon."""
     lines, found = _header(path), []
-    for place, line in enumerate(lines):
-        if line.startswith("   --"):
-            following = lines[place + 1] if place + 1 < len(lines) else ""
-            found.append(line + (following if following.startswith("   ") else ""))
-        elif ": --" in line:
-            found.append(line.partition(": ")[2])
+    while lines:
+        line = lines.pop(0)
+        if line.startswith("   --") or ": --" in line:
+            while lines and lines[0].startswith("   "):
+                line += lines.pop(0)
+            found.append(line.partition(": ")[2] or line)
     return [shlex.split(text) for text in found if " TEXT, " not in text]
 
 
@@ -123,6 +123,9 @@ def test_variations_are_found() -> None:
     assert len(_variations(CONFIGS / "glm2" / "run_glm2_6b_finetune_eval.yaml")) == 1
     assert len(_variations(CONFIGS / "tiny" / "eval_glm3_tiny.yaml")) == 1
     assert len(_variations(CONFIGS / "tiny" / "predict_glm3_tiny.yaml")) == 1
+    [tokens] = _variations(CONFIGS / "tiny" / "multiturn_glm3_tiny.yaml")
+    assert tokens[0] == "--run_mode"
+    assert tokens[-1] == "metric.type=ADGENMetric"
     assert len(_variations(CONFIGS / "glm3" / "run_glm3_6b_multiturn_finetune_800_32G.yaml")) == 1
 
 
