@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     141 for an output pipe that was closed."""
     settings = settings_from_command_line(argv)
     try:
-        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+        _make_output_dir(settings.output_dir)
         # MindFormers opens its log files under this folder when it is imported.
         os.environ["LOCAL_DEFAULT_PATH"] = settings.output_dir
         from glm_ms.engine.run import run  # seconds of imports, only once the settings are right
@@ -40,6 +40,17 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _make_output_dir(path: str) -> None:
+    """Raises SettingsError where the folder cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "a file of that name is in the way" if isinstance(error, FileExistsError) else error.strerror
+        raise SettingsError(
+            f"--output_dir: {path}: cannot be made: {reason}; name a folder that can be written"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "version": (),
     "ops": (),
     "model": ("ops",),
+    "launch": (),
     "tokenizer": (),
     "metrics": (),
     "settings": ("model.config",),
@@ -35,7 +36,7 @@ MAY_IMPORT["engine"] = tuple(name for name in MAY_IMPORT if name != "serve")
 # The lazy exports of glm_ms/__init__.py.
 MAY_IMPORT["__init__"] = ("version", "model.config", "generation", "pretrained", "tokenizer")
 
-WITHOUT_MINDSPORE = ("tokenizer", "metrics", "data", "settings")
+WITHOUT_MINDSPORE = ("launch", "tokenizer", "metrics", "data", "settings")
 MINDFORMERS_OWNER = "engine"
 NOT_FOR_IMPORT = ("tools", "tests", "scripts", "run_glm")
 

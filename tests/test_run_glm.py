@@ -210,6 +210,14 @@ def test_broken_record(attempt, tmp_path: Path) -> None:
     assert f"error: {records}:61: " in shown
 
 
+def test_output_folder_that_cannot_be_made(attempt, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for path, reason in ((tmp_path / "file", "a file of that name"), (tmp_path / "file" / "x", "Not a directory")):
+        status, shown = attempt("finetune", "--output_dir", path)
+        assert status == 2
+        assert f"--output_dir: {path}: cannot be made: {reason}" in shown
+
+
 def test_weights_of_another_shape(evaluate, checkpoint: Path) -> None:
     status, shown = evaluate(checkpoint, "model.model_config.ffn_hidden_size=40")
     assert status == 1

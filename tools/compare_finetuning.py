@@ -64,7 +64,7 @@ WAYS = {
     "ptuning2": Way(
         "P-Tuning v2, 32 positions",
         ("model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=32",
-         "model.pet_config.dropout_prob=0.0", "lr_schedule.learning_rate=3e-2"),
+         "model.pet_config.dropout_prob=0.0", "lr_schedule.learning_rate=0.3"),
     ),
 }  # fmt: skip
 
