@@ -47,9 +47,8 @@ def _make_output_dir(path: str) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = "a file of that name is in the way" if isinstance(error, FileExistsError) else error.strerror
         raise SettingsError(
-            f"--output_dir: {path}: cannot be made: {reason}; name a folder that can be written"
+            f"--output_dir: {path}: cannot be made: {error.strerror}; name a folder that can be written"
         ) from None
 
 
