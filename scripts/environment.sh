@@ -177,3 +177,21 @@ sys.exit(not all(map(importlib.util.find_spec, ("glm_ms", "mindspore", "mindform
     fi
     _stamp >"$stamp"
 }
+
+# Sets $python to an interpreter that has everything already: $PYTHON, the active environment, .venv in the project,
+# else that of PATH. Makes and installs nothing, for launchers that are to start at once. The project's modules are
+# found whether it is installed there or not.
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        python="$(command -v -- "$PYTHON")" || fail "PYTHON=$PYTHON is not there" "Give the path of an interpreter."
+    elif [ -n "${VIRTUAL_ENV:-}" ]; then
+        python="$VIRTUAL_ENV/bin/python"
+        [ -x "$python" ] || fail "VIRTUAL_ENV is $VIRTUAL_ENV, which has no bin/python" "Run: unset VIRTUAL_ENV"
+    elif [ -z "${CONDA_PREFIX:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+        python="$root/.venv/bin/python"
+    else
+        python="$(command -v python || command -v python3)" ||
+            fail "no python on PATH" "Activate an environment, or run: PYTHON=/path/to/python bash scripts/${0##*/} ..."
+    fi
+    export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+}

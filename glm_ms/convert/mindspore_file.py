@@ -203,20 +203,22 @@ def write_mindspore(
     """
     with path.open("xb") as file:
         for name, shape in shapes.items():
-            _write_tensor(file, name, shape, DTYPES[dtype].mindspore, next(arrays))
+            write_tensor(file, name, TensorInfo(shape, dtype), next(arrays))
 
 
-def _write_tensor(file: BinaryIO, name: str, shape: tuple[int, ...], kind: str, array: np.ndarray) -> None:
+def write_tensor(file: BinaryIO, name: str, info: TensorInfo, array: np.ndarray) -> None:
+    """Appends the entries of one tensor to a `.ckpt`; `array` is in the storage type of `info.dtype`."""
+    kind = DTYPES[info.dtype].mindspore
     content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     for start in range(0, len(content), _SLICE_BYTES):
         part = content[start : start + _SLICE_BYTES]
-        file.write(_entry_head(name, shape, kind, len(part)))
+        file.write(_entry_head(name, info.shape, kind, len(part)))
         file.write(part)
 
 
 def _entry_head(name: str, shape: tuple[int, ...], kind: str, size: int) -> bytes:
     """Everything of an entry but the content, which comes last and so can follow unbuffered."""
-    tensor = b"".join(b"\x08" + _encode(dim) for dim in shape)
+    tensor = b"".join(b"\x08" + _encode(dim) for dim in shape or (0,))  # MindSpore's spelling of a scalar
     tensor += b"\x12" + _encode(len(kind)) + kind.encode("ascii") + b"\x1a" + _encode(size)
     tag = name.encode("utf-8")
     value = b"\n" + _encode(len(tag)) + tag + b"\x12" + _encode(len(tensor) + size) + tensor

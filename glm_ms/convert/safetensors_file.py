@@ -102,22 +102,28 @@ def write_safetensors(
     Raises:
         OSError: the file cannot be written.
     """
-    kind = DTYPES[dtype]
+    with path.open("xb") as file:
+        write_header(file, {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}, metadata)
+        for _ in shapes:  # `arrays` may go on into the next shard
+            write_tensor(file, next(arrays))
+
+
+def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
+    """Writes the start of a file whose tensors follow in the order of `tensors`, each by `write_tensor`."""
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
-    for name, shape in shapes.items():
-        end = position + math.prod(shape) * kind.storage.itemsize
-        header[name] = {"dtype": kind.safetensors, "shape": list(shape), "data_offsets": [position, end]}
+    for name, info in tensors.items():
+        kind = DTYPES[info.dtype]
+        end = position + math.prod(info.shape) * kind.storage.itemsize
+        header[name] = {"dtype": kind.safetensors, "shape": list(info.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        for _ in shapes:  # `arrays` may go on into the next shard
-            _write_tensor(file, next(arrays))
+    file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
 
 
-def _write_tensor(file: BinaryIO, array: np.ndarray) -> None:
+def write_tensor(file: BinaryIO, array: np.ndarray) -> None:
+    """Appends the bytes of one tensor, given in the storage type of its dtype."""
     file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
 

@@ -52,7 +52,7 @@ def write_file(
     if path.suffix not in FILE_ENDINGS:
         raise CheckpointError(f"{path}: must end in {' or '.join(FILE_ENDINGS)}")
     with atomic_output(path, overwrite=overwrite) as work:
-        _check_space(work.parent, path, size_in_bytes(shapes, dtype))
+        check_space(work.parent, path, size_in_bytes(shapes, dtype))
         arrays = _as_announced(shapes, dtype, parameters)
         if path.suffix == ".ckpt":
             write_mindspore(work, shapes, dtype, arrays)
@@ -92,7 +92,7 @@ def write_hf_folder(
     hf_shapes[INV_FREQ] = inv_freq.shape
     shards = _split(hf_shapes, dtype, max_shard_size)
     with atomic_output(path, folder=True, overwrite=overwrite) as work:
-        _check_space(work, path, size_in_bytes(hf_shapes, dtype))
+        check_space(work, path, size_in_bytes(hf_shapes, dtype))
         arrays = _as_announced(hf_shapes, dtype, _renamed(parameters, inv_freq))
         for file, shard in shards.items():
             write_safetensors(work / file, shard, dtype, arrays, {"format": "pt"})
@@ -160,7 +160,7 @@ def _split(shapes: Shapes, dtype: str, max_shard_size: int) -> dict[str, Shapes]
     return {f"model-{number:05d}-of-{count:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
-def _check_space(folder: Path, path: Path, needed: int) -> None:
+def check_space(folder: Path, path: Path, needed: int) -> None:
     """Says before the first byte that the last one will not fit."""
     free = shutil.disk_usage(folder).free
     if needed + _MARGIN > free:

@@ -14,7 +14,9 @@ from glm_ms.data import IGNORED, DataError, Row
 from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.files import PREDICTIONS_FILE, SCORES_FILE, replace_text
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
+from glm_ms.engine.manifest import file_sha256
 from glm_ms.engine.progress import progress_bar
+from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
 from glm_ms.engine.records import labelled_rows, prompts_with_references
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import ADGENMetric, PerplexityMetric
@@ -30,15 +32,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures every metric of the settings on `eval_dataset`.
 
-    Writes `eval_scores.json`, and with ADGENMetric `eval_predictions.jsonl`, into the output folder.
+    Writes `eval_scores.json`, and with ADGENMetric `eval_predictions.jsonl`, into the output folder. In a parallel
+    run all ranks call it, and the first writes.
 
     Returns:
-        All scores by name.
+        All scores by name, on every rank.
 
     Raises:
         DataError: no usable record.
+        RankError: the ranks have different records or weights, or one has failed.
     """
+    ranks = ranks_of(settings)
+    check_equal_on_ranks(model.network.get_parameters(), ranks)
     scores = Evaluator(settings, tokenizer, say)(model)
+    if not ranks.first:
+        return scores
     path = Path(settings.output_dir) / SCORES_FILE
     # JSON has no infinity; a perplexity may overflow.
     finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
@@ -51,6 +59,9 @@ def evaluate(
 class Evaluator:
     """Measures networks on `eval_dataset`, as often as wanted; the records are read once.
 
+    The ranks of a parallel run take the batches in turn. A batch holds the same records and is computed by the same
+    calls as in one process, so the scores and the file of predictions are the same too.
+
     Args:
         settings: `eval_dataset`, `metric`, `generation`; the lengths are held to the network's.
         tokenizer: of the records.
@@ -59,6 +70,7 @@ class Evaluator:
 
     Raises:
         DataError: no usable record, or rows longer than the network.
+        RankError: the ranks have different records.
     """
 
     def __init__(
@@ -68,13 +80,20 @@ class Evaluator:
         say: Callable[[str], None],
         leave: bool = True,
     ) -> None:
+        ranks = ranks_of(settings)
+        files = {"eval_dataset": settings.eval_dataset.data_loader.dataset_dir}
+        files["vocab_file"] = settings.processor.tokenizer.vocab_file
+        ranks.agree("SHA-256 of files", {name: file_sha256(Path(path)) for name, path in files.items()})
         builders = {"ADGENMetric": _Adgen, "PerplexityMetric": _Perplexity}
-        self._metrics = [builders[name](settings, tokenizer, say, leave) for name in settings.metric.type]
+        self._metrics = [
+            builders[name](settings, tokenizer, say, ranks, leave) for name in settings.metric.type
+        ]
 
     def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
         """All scores by name, of a network that may be in training; nothing of it is changed.
 
-        Writes `eval_predictions.jsonl` into the output folder with ADGENMetric.
+        All ranks call it and get the scores. The first writes `eval_predictions.jsonl` into the output folder with
+        ADGENMetric.
         """
         scores: dict[str, Any] = {}
         for metric in self._metrics:
@@ -90,6 +109,7 @@ class _Adgen:
         settings: Settings,
         tokenizer: SentencePieceTokenizer,
         say: Callable[[str], None],
+        ranks: Ranks,
         leave: bool,
     ) -> None:
         data = settings.eval_dataset
@@ -100,14 +120,21 @@ class _Adgen:
         prompts = [self._records[i]["input_ids"] for i in range(len(self._records))]
         check_prompt_lengths(prompts, options, settings.model.model_config.seq_length)
         self._tokenizer, self._batch_size, self._leave = tokenizer, data.batch_size, leave
-        self._path = Path(settings.output_dir) / PREDICTIONS_FILE
+        self._path, self._ranks = Path(settings.output_dir) / PREDICTIONS_FILE, ranks
+        _remark_on_idle_ranks(len(prompts), data.batch_size, ranks, say)
 
     def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
+        def generate(places: range) -> list[str]:
+            batch = [self._records[i] for i in places]
+            return _generate(model, self._tokenizer, batch, self._batch_size, self._options)
+
         metric, lines, number = ADGENMetric(), [], len(self._records)
-        with progress_bar(number, "generating", "record", leave=self._leave) as bar:
-            for start in range(0, number, self._batch_size):
-                batch = [self._records[i] for i in range(start, min(start + self._batch_size, number))]
-                texts = _generate(model, self._tokenizer, batch, self._batch_size, self._options)
+        batches = _batches(number, self._batch_size)
+        with progress_bar(number, "generating", "record", show=self._ranks.first, leave=self._leave) as bar:
+            for places, texts in zip(batches, self._ranks.share_out(batches, generate)):
+                if not self._ranks.first:
+                    continue
+                batch = [self._records[i] for i in places]
                 scores = metric.update(texts, [record["reference"] for record in batch])
                 lines += [
                     {
@@ -119,8 +146,9 @@ class _Adgen:
                     for record, text, score in zip(batch, texts, scores)
                 ]
                 bar.update(len(batch))
-        replace_text(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        return metric.eval()
+        if self._ranks.first:
+            replace_text(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return self._ranks.from_first(metric.eval() if self._ranks.first else None)
 
 
 class _Perplexity:
@@ -131,6 +159,7 @@ class _Perplexity:
         settings: Settings,
         tokenizer: SentencePieceTokenizer,
         say: Callable[[str], None],
+        ranks: Ranks,
         leave: bool,
     ) -> None:
         self._rows = rows = labelled_rows(settings.eval_dataset, tokenizer)
@@ -141,16 +170,34 @@ class _Perplexity:
                 f"eval_dataset: max_source_length + max_target_length + 1 = {rows.seq_length} exceeds "
                 f"model.model_config.seq_length = {seq_length}; lower the former or raise the latter"
             )
-        self._batch_size, self._leave = settings.eval_dataset.batch_size, leave
+        self._batch_size, self._leave, self._ranks = settings.eval_dataset.batch_size, leave, ranks
+        _remark_on_idle_ranks(len(rows), self._batch_size, ranks, say)
 
     def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
+        def measure(places: range) -> tuple[float, int]:
+            return model.loss_sum(_stack([self._rows[i] for i in places], self._batch_size))
+
         metric, number = PerplexityMetric(), len(self._rows)
-        with progress_bar(number, "perplexity", "record", leave=self._leave) as bar:
-            for start in range(0, number, self._batch_size):
-                batch = [self._rows[i] for i in range(start, min(start + self._batch_size, number))]
-                metric.update(*model.loss_sum(_stack(batch, self._batch_size)))
-                bar.update(len(batch))
+        batches = _batches(number, self._batch_size)
+        with progress_bar(number, "perplexity", "record", show=self._ranks.first, leave=self._leave) as bar:
+            for places, sums in zip(batches, self._ranks.share_out(batches, measure)):
+                metric.update(*sums)
+                bar.update(len(places))
         return metric.eval()
+
+
+def _batches(number: int, batch_size: int) -> list[range]:
+    """The places 0, 1, ... number - 1 in batches, of which the last may be short."""
+    return [range(start, min(start + batch_size, number)) for start in range(0, number, batch_size)]
+
+
+def _remark_on_idle_ranks(number: int, batch_size: int, ranks: Ranks, say: Callable[[str], None]) -> None:
+    busy = len(_batches(number, batch_size))
+    if busy < ranks.size:
+        say(
+            f"{number} records in batches of {batch_size} keep {busy} of {ranks.size} ranks busy; a smaller "
+            "eval_dataset.batch_size spreads them"
+        )
 
 
 def _generate(

@@ -9,6 +9,7 @@ from typing import Any
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.best import BestEvaluation
 from glm_ms.engine.progress import ProgressLog
+from glm_ms.engine.ranks import Ranks
 from glm_ms.settings import Settings
 
 # Plots are drawn again after an evaluation if they are older, in seconds: drawing takes one.
@@ -18,7 +19,8 @@ _PLOT_INTERVAL = 60.0
 class Milestones:
     """Called after every update; evaluates and saves when that is due.
 
-    In a parallel run only the first rank acts; the others wait for it in the next sum of gradients.
+    In a parallel run all ranks evaluate and prove before a checkpoint that their weights are equal; the first rank
+    alone writes, and the others wait for it in the next sum of gradients.
 
     Args:
         settings: `do_eval`, intervals, `checkpoint`.
@@ -29,6 +31,8 @@ class Milestones:
         best: which evaluation was the best.
         log: takes scores.
         plot: draws the curves.
+        ranks: of the run.
+        check_weights: raises where the ranks do not hold the same weights.
     """
 
     def __init__(
@@ -41,9 +45,12 @@ class Milestones:
         best: BestEvaluation,
         log: ProgressLog,
         plot: Callable[[], None],
+        ranks: Ranks,
+        check_weights: Callable[[], None],
     ) -> None:
         self._plan, self._evaluate, self._save, self._remove_old = plan, evaluate, save, remove_old
         self._best, self._log, self._plot = best, log, plot
+        self._ranks, self._check_weights = ranks, check_weights
         self._save_steps = settings.checkpoint.save_steps
         self._intervals = [settings.eval_step_interval, settings.eval_epoch_interval * plan.steps_per_epoch]
         self._plotted = time.monotonic()
@@ -52,6 +59,9 @@ class Milestones:
         """What is due after `step` updates: first the evaluation, so that its checkpoint knows of it."""
         improved = self._evaluate is not None and self._evaluation_due(step) and self._run_evaluation(step)
         if improved or self._due(step, self._save_steps):
+            self._check_weights()
+            if not self._ranks.first:
+                return
             self._log.sync()
             self._save(step, self._best.record)
             self._best.write()
@@ -65,10 +75,12 @@ class Milestones:
         return step == self._plan.total_steps or (bool(interval) and interval > 0 and step % interval == 0)
 
     def _run_evaluation(self, step: int) -> bool:
-        """Whether it was the best so far."""
+        """Whether it was the best so far, which the first rank knows."""
         scores = self._evaluate()
+        if not self._ranks.first:
+            return self._ranks.from_first(None)
         self._log.evaluation(step, round(step / self._plan.steps_per_epoch, 4), scores)
         if time.monotonic() - self._plotted > _PLOT_INTERVAL:
             self._plot()
             self._plotted = time.monotonic()
-        return self._best.improves(step, scores)
+        return self._ranks.from_first(self._best.improves(step, scores))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from glm_ms.data import DataError
 from glm_ms.engine.files import replace_text
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options, known_ids
+from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
@@ -69,30 +71,47 @@ def predict(
     A plain text becomes a chat prompt of its model; text in the chat template already is taken as it is. A single
     prompt that is decoded greedily or sampled appears while it is generated.
 
+    The ranks of a parallel run take the batches in turn; the answers are those of one process, whose batches are the
+    same. The first rank shows and writes.
+
     Args:
         settings: the run.
         model, tokenizer: network and vocabulary.
         show: takes pieces of text for the user, line breaks included.
         say: takes remarks.
+
+    Returns:
+        All predictions in the order of the prompts, on every rank.
+
+    Raises:
+        DataError: prompts that cannot be read or are too long.
+        RankError: the ranks have different prompts or weights, or one has failed.
     """
+    ranks = ranks_of(settings)
+    check_equal_on_ranks(model.network.get_parameters(), ranks)
     options = generation_options(settings, tokenizer, say)
     texts = read_prompts(settings.predict_data)
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    ranks.agree("predict_data", {"number of prompts": len(texts), "SHA-256 of the prompts": digest})
     prompts = [_prompt_ids(tokenizer, text) for text in texts]
     check_prompt_lengths(prompts, options, model.config.seq_length)
     size = settings.predict_batch_size
     streamed = len(texts) == 1 and options["num_beams"] == 1 and options["num_return_sequences"] == 1
-    results = []
-    for start in range(0, len(texts), size):
-        batch = slice(start, start + size)
+
+    def answer(start: int) -> list[list[str]]:
         if streamed:
-            answers = [[_stream(model, tokenizer, prompts[0], options, show)]]
-        else:
-            answers = _answers(model, tokenizer, prompts[batch], options)
-        for text, found in zip(texts[batch], answers):
+            return [[_stream(model, tokenizer, prompts[0], options, show)]]
+        return _answers(model, tokenizer, prompts[start : start + size], options)
+
+    results = []
+    starts = range(0, len(texts), size)
+    for start, answers in zip(starts, ranks.share_out(starts, answer)):
+        for text, found in zip(texts[start : start + size], answers):
             results.append(Prediction(text, found))
-            if not streamed:
-                show("".join(f"{text}\n -> {answer}\n" for answer in found))
-    _write(Path(settings.output_dir) / RESULTS_FILE, results)
+            if not streamed and ranks.first:
+                show("".join(f"{text}\n -> {one}\n" for one in found))
+    if ranks.first:
+        _write(Path(settings.output_dir) / RESULTS_FILE, results)
     return results
 
 

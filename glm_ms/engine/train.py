@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from mindformers import Trainer
-from mindspore.communication import get_group_size, get_rank
 from mindspore.train.callback import Callback
 
 from glm_ms.convert.run_folder import list_checkpoints
@@ -30,6 +29,7 @@ from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.network import TrainingNetwork
 from glm_ms.engine.position import position_state
 from glm_ms.engine.progress import ProgressLog, StepRecord
+from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
 from glm_ms.engine.records import labelled_rows
 from glm_ms.engine.resume import (
     check_base_stays,
@@ -78,11 +78,12 @@ def train(
 
     Raises:
         CheckpointError, DataError, SettingsError: weights, records or settings that cannot be used.
+        RankError: the ranks of a parallel run differ in them, or in the weights.
         FloatingPointError: the run has diverged.
     """
-    rank = get_rank() if settings.use_parallel else 0
-    with run_lock(Path(settings.output_dir), say) if rank == 0 else nullcontext():
-        run = _prepare(settings, tokenizer, say, rank, given or Given())
+    ranks = ranks_of(settings)
+    with run_lock(Path(settings.output_dir), say) if ranks.first else nullcontext():
+        run = _prepare(settings, tokenizer, say, ranks, given or Given())
         if run.start == run.plan.total_steps:
             return None
         return _train(run)
@@ -95,7 +96,7 @@ class _Run:
     settings: Settings
     tokenizer: SentencePieceTokenizer
     say: Say
-    rank: int
+    ranks: Ranks
     rows: TrainDataset | DatasetRows
     plan: TrainingPlan
     position: dict
@@ -115,7 +116,7 @@ class _Run:
 
 
 def _prepare(
-    settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, rank: int, given: Given
+    settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ranks: Ranks, given: Given
 ) -> _Run:
     """Reads records and checkpoint; all that can be refused is refused here or when the model is built."""
     checkpoint = find_checkpoint(settings)
@@ -123,25 +124,28 @@ def _prepare(
         check_base_stays(settings)
     rows = labelled_rows(settings.train_dataset, tokenizer, say) if given.rows is None else given.rows
     say(rows.describe())
-    plan = _plan(settings, len(rows), get_group_size() if settings.use_parallel else 1)
+    plan = _plan(settings, len(rows), ranks.size)
     position = position_state(settings, plan, None if given.rows is None else given.rows.sha256)
     _remark_on_schedule(settings, plan, say)
     manifest = None
     if checkpoint is not None:
-        manifest = check_checkpoint(checkpoint, position, verify=rank == 0)
+        manifest = check_checkpoint(checkpoint, position, verify=ranks.first)
         say(f"resuming from {checkpoint}: {manifest.step} of {plan.total_steps} steps are done")
         remark_on_versions(manifest, settings.context.device_target, say)
-    evaluator = Evaluator(settings, tokenizer, say, leave=False) if settings.do_eval and rank == 0 else None
-    return _Run(settings, tokenizer, say, rank, rows, plan, position, checkpoint, manifest, evaluator, given)
+    ranks.agree(
+        "what is trained", {**position, "steps already made": 0 if manifest is None else manifest.step}
+    )
+    evaluator = Evaluator(settings, tokenizer, say, leave=False) if settings.do_eval else None
+    return _Run(settings, tokenizer, say, ranks, rows, plan, position, checkpoint, manifest, evaluator, given)
 
 
 def _train(run: _Run) -> StepRecord:
-    settings, rank = run.settings, run.rank
+    settings, first = run.settings, run.ranks.first
     model = run.given.model or build_model(settings, run.tokenizer.vocab_size, run.say, run.checkpoint)
-    best = _tidy_output(run) if rank == 0 else BestEvaluation(run.output_dir, None)
+    best = _tidy_output(run) if first else BestEvaluation(run.output_dir, None)
     log = ProgressLog(
         run.output_dir, run.plan.total_steps, run.start, settings.logging.log_steps,
-        settings.logging.tensorboard, show=rank == 0,
+        settings.logging.tensorboard, show=first,
     )  # fmt: skip
     try:
         trainer = _trainer(run, model)
@@ -157,7 +161,7 @@ def _train(run: _Run) -> StepRecord:
         trainer.train()
     finally:
         log.close()
-    if rank == 0:
+    if first:
         _plot(run)
     return updates.last
 
@@ -180,9 +184,6 @@ def _tidy_output(run: _Run) -> BestEvaluation:
 def _milestones(
     run: _Run, model: GLMForCausalLM, task: GLMTrainer, best: BestEvaluation, log: ProgressLog
 ) -> Callable[[int], None]:
-    if run.rank != 0:
-        return lambda step: None
-
     def save(step: int, record: dict | None) -> None:
         state = _state(run, model, task)
         epoch, place = divmod(step, run.plan.steps_per_epoch)
@@ -203,6 +204,8 @@ def _milestones(
         best,
         log,
         partial(_plot, run),
+        run.ranks,
+        lambda: check_equal_on_ranks(model.network.trainable_params(), run.ranks),
     )
 
 
@@ -211,9 +214,11 @@ def _state(run: _Run, model: GLMForCausalLM, task: GLMTrainer) -> TrainingState:
 
 
 def _report_divergence(run: _Run, record: StepRecord, reason: str) -> str:
-    if run.rank != 0:
+    if not run.ranks.first:
+        run.ranks.from_first(None)  # it ends with this process: not before the first rank has written
         return "Its records are written by the first rank."
     path = write_divergence(run.output_dir, record, reason, run.plan, run.rows, run.tokenizer)
+    run.ranks.from_first(None)
     saved = [str(folder) for _, folder in list_checkpoints(run.output_dir)][-1:]
     last = f"Nothing has been saved since {saved[0]}." if saved else "No checkpoint had been saved before."
     return f"Its records: {path}. {last}"
@@ -242,7 +247,7 @@ def _trainer(run: _Run, model: GLMForCausalLM) -> Trainer:
     workers = settings.train_dataset.num_parallel_workers
     trainer = Trainer(
         args=mindformers_config(settings, run.plan.total_steps),
-        train_dataset=training_batches(run.rows, run.plan, run.start, run.rank, workers),
+        train_dataset=training_batches(run.rows, run.plan, run.start, run.ranks.rank, workers),
     )
     quiet.after_import()
     # Trainer takes a PreTrainedModel only; its task trainer takes any cell.

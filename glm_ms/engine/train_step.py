@@ -111,14 +111,18 @@ class GLMTrainOneStep(nn.Cell):
             loss, tokens = self.all_reduce(loss), self.all_reduce(tokens)
             gradients = self.reduced(gradients)
         tokens = ops.maximum(tokens, 1.0)
-        squares = self.zero
-        for gradient in gradients:
-            squares = squares + self.square_sum(ops.square(ops.cast(gradient, ms.float32)))
-        norm = ops.sqrt(squares) / tokens
+        norm = ops.sqrt(self.squares(gradients)) / tokens
         scale = 1.0 / tokens
         if self.max_grad_norm is not None:
             scale = scale * ops.minimum(self.max_grad_norm / (norm + _CLIP_EPS), 1.0)
         return loss / tokens, norm, self.update(gradients, scale, norm), tokens
+
+    def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Sum of the squares of all elements, float32 scalar."""
+        squares = self.zero
+        for gradient in gradients:
+            squares = squares + self.square_sum(ops.square(ops.cast(gradient, ms.float32)))
+        return squares
 
     def update(self, gradients: tuple[Tensor, ...], scale: Tensor, norm: Tensor) -> Tensor:
         """Updates with the scaled gradients unless they have overflowed; returns the learning rate."""

@@ -125,6 +125,15 @@ class GLMConfig:
         return self.query_size + 2 * self.num_kv_heads * self.kv_channels
 
     @property
+    def joint_parts(self) -> dict[str, dict[str, int]]:
+        """Joint linear layer of a block -> the rows that each of its parts has, for networks that keep them apart."""
+        kv_size = self.num_kv_heads * self.kv_channels
+        return {
+            "self_attention.query_key_value": {"query": self.query_size, "key": kv_size, "value": kv_size},
+            "mlp.dense_h_to_4h": {"gate": self.ffn_hidden_size, "up": self.ffn_hidden_size},
+        }
+
+    @property
     def rotary_dim(self) -> int:
         """Channels of a head that are rotated: the first half."""
         return self.kv_channels // 2

@@ -287,6 +287,7 @@ class GLMNetwork(nn.Cell):
         super().__init__()
         self.config = config
         self.transformer = GLMTransformer(config)
+        self.cast = ops.Cast()
 
     def construct(
         self,
@@ -298,4 +299,4 @@ class GLMNetwork(nn.Cell):
     ) -> Tensor:
         """As `GLMTransformer.construct`; returns logits float32 [B, S, V]."""
         hidden = self.transformer(input_ids, attention_mask, position_ids, slots, seeds)
-        return ops.cast(self.transformer.output_layer(hidden, seeds), DTYPES["float32"])
+        return self.cast(self.transformer.output_layer(hidden, seeds), DTYPES["float32"])

@@ -40,15 +40,16 @@ class Linear(nn.Cell):
         self.lora_add = ops.Add()
         self.reshape = ops.Reshape()
         self.cast = ops.Cast()
+        self.cast_weight, self.cast_bias = ops.Cast(), ops.Cast()
 
     def construct(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         """x [B, ..., in], seeds of dropout int32 [B] -> [B, ..., out] of the compute type."""
         shape = ops.shape(x)
         x = self.cast(x, self.dtype)
         y = self.reshape(x, (-1, self.in_features))
-        y = self.matmul(y, self.cast(self.weight, self.dtype))
+        y = self.matmul(y, self.cast_weight(self.weight, self.dtype))
         if self.bias is not None:
-            y = self.bias_add(y, self.cast(self.bias, self.dtype))
+            y = self.bias_add(y, self.cast_bias(self.bias, self.dtype))
         y = self.reshape(y, shape[:-1] + (self.out_features,))  # noqa: RUF005, the graph compiler wants +
         return y if self.lora is None else self.lora_add(y, self.lora(x, seeds))
 

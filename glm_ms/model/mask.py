@@ -24,7 +24,7 @@ class AttentionBias(nn.Cell):
         self.both = ops.LogicalAnd()
         self.cast = ops.Cast()
         self.multiply = ops.Mul()
-        self.expand = ops.ExpandDims()
+        self.expand_slots, self.expand_mask, self.expand_heads = (ops.ExpandDims() for _ in range(3))
 
     def construct(
         self, query_slots: Tensor, key_slots: Tensor, query_mask: Tensor, key_mask: Tensor
@@ -40,8 +40,8 @@ class AttentionBias(nn.Cell):
         Returns:
             float32 [B, 1, S, T].
         """
-        later = self.later(self.expand(key_slots, 0), self.expand(query_slots, 1))
-        padding = self.expand(self.expand(self.is_padding(key_mask, 0), 1), 1)
-        real_query = self.expand(self.expand(self.is_real(query_mask, 0), 1), 3)
+        later = self.later(self.expand_slots(key_slots, 0), self.expand_slots(query_slots, 1))
+        padding = self.expand_heads(self.expand_mask(self.is_padding(key_mask, 0), 1), 1)
+        real_query = self.expand_heads(self.expand_mask(self.is_real(query_mask, 0), 1), 3)
         hidden = self.both(self.either(later, padding), real_query)
         return self.multiply(self.cast(hidden, ms.float32), HIDDEN_SCORE)

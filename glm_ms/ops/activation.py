@@ -18,4 +18,8 @@ class SwiGLU(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         """x [..., 2F] -> [..., F]."""
         gate, up = self.split(x)
+        return self.gated(gate, up)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """gate and up [..., F] -> silu(gate) * up [..., F]."""
         return self.mul(self.gate(gate, self.sigmoid(gate)), up)

@@ -33,7 +33,8 @@ class SeededDropout(nn.Cell):
         self.xor = ops.BitwiseXor()
         self.bits = ops.BitwiseAnd()
         self.shift = ops.RightShift()
-        self.add = ops.Add()
+        self.add_stream = ops.Add()
+        self.add_place = ops.Add()
         self.mul = ops.Mul()
         self.keep = ops.GreaterEqual()
         self.apply = ops.Mul()
@@ -55,12 +56,13 @@ class SeededDropout(nn.Cell):
     def construct(self, x: Tensor, seeds: Tensor) -> Tensor:
         """x [B, ...] of at least two axes, seeds int32 [B] -> [B, ...], type of x."""
         shape = ops.shape(x)
-        h = self.mix(self.reshape(self.add(seeds, self.offset), (shape[0],) + (1,) * (len(shape) - 1)))
+        h = self.add_stream(self.reshape(seeds, (shape[0],) + (1,) * (len(shape) - 1)), self.offset)
+        h = self.mix(h)
         for axis in range(1, len(shape)):
             # One axis at a time: the places along it are a short constant, and the hash grows by broadcasting.
             places = np.arange(1, shape[axis] + 1, dtype=np.int64) * _STRIDE
             tail = (1,) * (len(shape) - 1 - axis)
             places = Tensor(places.astype(np.int32).reshape((1,) * axis + (shape[axis],) + tail))
-            h = self.mix(self.add(h, places))
+            h = self.mix(self.add_place(h, places))
         keep = self.keep(h, self.threshold)
         return self.rescale(self.apply(x, self.cast(keep, x.dtype)), self.cast(self.scale, x.dtype))

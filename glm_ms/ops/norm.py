@@ -25,12 +25,13 @@ class RMSNormalize(nn.Cell):
         self.scale = ops.Mul()
         self.weigh = ops.Mul()
         self.cast = ops.Cast()
+        self.cast_weight = ops.Cast()
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., H], weight [H] -> [..., H], type of x."""
         y = self.cast(x, ms.float32)
         y = self.scale(y, self.rsqrt(self.add(self.mean(self.square(y), -1), self.eps)))
-        return self.cast(self.weigh(y, self.cast(weight, ms.float32)), x.dtype)
+        return self.cast(self.weigh(y, self.cast_weight(weight, ms.float32)), x.dtype)
 
 
 class LayerNormalize(nn.Cell):
@@ -44,10 +45,11 @@ class LayerNormalize(nn.Cell):
         super().__init__()
         self.normalize = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
         self.cast = ops.Cast()
+        self.cast_weight = ops.Cast()
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x [..., H], weight [H], bias [H] -> [..., H], type of x."""
         y, _, _ = self.normalize(
-            self.cast(x, ms.float32), self.cast(weight, ms.float32), self.cast(bias, ms.float32)
+            self.cast(x, ms.float32), self.cast_weight(weight, ms.float32), self.cast_weight(bias, ms.float32)
         )
         return self.cast(y, x.dtype)

@@ -80,15 +80,15 @@ class LowRankUpdate(nn.Cell):
         self.down, self.up = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
         self.scale = ops.Mul()
         self.reshape = ops.Reshape()
-        self.cast = ops.Cast()
+        self.cast_down, self.cast_up, self.cast = ops.Cast(), ops.Cast(), ops.Cast()
 
     def construct(self, x: Tensor, seeds: Tensor | None) -> Tensor:
         """x [B, ..., in] of the compute type, seeds int32 [B] or None for no dropout -> [B, ..., out]."""
         shape = ops.shape(x)
         if self.dropout is not None and seeds is not None:
             x = self.dropout(x, seeds)
-        y = self.down(self.reshape(x, (-1, self.in_features)), self.cast(self.a, self.dtype))
-        y = self.scale(self.up(y, self.cast(self.b, self.dtype)), self.cast(self.scaling, self.dtype))
+        y = self.down(self.reshape(x, (-1, self.in_features)), self.cast_down(self.a, self.dtype))
+        y = self.scale(self.up(y, self.cast_up(self.b, self.dtype)), self.cast(self.scaling, self.dtype))
         return self.reshape(y, shape[:-1] + (self.out_features,))  # noqa: RUF005, the graph compiler wants +
 
 

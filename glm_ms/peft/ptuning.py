@@ -77,7 +77,9 @@ class PrefixEncoder(nn.Cell):
         self.multiply = ops.MatMul(transpose_b=True)
         self.add = ops.Add()
         self.tanh = ops.Tanh()
-        self.cast = ops.Cast()
+        self.cast, self.reshape = ops.Cast(), ops.Reshape()
+        self.tile = ops.Tile()
+        self.split = ops.Split(axis=2, output_num=2 * glm.num_layers)
 
     def construct(self, batch: int, seeds: Tensor | None) -> tuple[tuple[Tensor, Tensor], ...]:
         """Keys and values of every layer.
@@ -93,13 +95,15 @@ class PrefixEncoder(nn.Cell):
         if self.projected:
             x = self.tanh(self.add(self.multiply(x, self.hidden_weight), self.hidden_bias))
             x = self.add(self.multiply(x, self.output_weight), self.output_bias)
-        shape = (self.length, 2 * self.num_layers, self.groups, self.dim)
-        x = ops.tile(ops.reshape(self.cast(x, self.dtype), (1,) + shape), (batch, 1, 1, 1, 1))  # noqa: RUF005
+        shape = (1, self.length, 2 * self.num_layers, self.groups, self.dim)
+        x = self.tile(self.reshape(self.cast(x, self.dtype), shape), (batch, 1, 1, 1, 1))
         if self.dropout is not None and seeds is not None:
             x = self.dropout(x, seeds)
+        parts = self.split(x)
+        shape = (batch, self.length, self.groups, self.dim)
         layers = ()
         for i in range(self.num_layers):
-            layers += ((x[:, :, 2 * i], x[:, :, 2 * i + 1]),)
+            layers += ((self.reshape(parts[2 * i], shape), self.reshape(parts[2 * i + 1], shape)),)
         return layers
 
 

@@ -1,0 +1,136 @@
+"""Which part of a tensor a rank holds: device matrix, tensor map and the cut of the parallel optimizer.
+
+The terms are those of MindSpore's parallel layouts: the ranks of a stage form an array of shape `device_matrix`, the
+last axis running fastest; a tensor map names for every dimension of a tensor the axes that cut it, counted from the
+right. Ranks that hold the same part may share it out once more along dimension 0 (the parallel optimizer).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+Region = tuple[slice, ...]
+
+
+class LayoutError(ValueError):
+    """A layout contradicts itself, or a tensor does not fit it; the message has neither file nor name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor lies on the ranks of one pipeline stage.
+
+    Attributes:
+        device_matrix: shape of the array of ranks.
+        tensor_map: per dimension of the tensor the axes that cut it, slowest first, as indices into
+            `device_matrix`; an empty tuple leaves the dimension whole.
+        optimizer_pieces: further pieces of dimension 0, 1 without parallel optimizer.
+        full_shape: shape of the whole tensor, where the strategy file tells it.
+
+    Raises:
+        LayoutError: an axis does not exist or cuts twice, or the pieces of the optimizer do not fit the ranks.
+    """
+
+    device_matrix: Shape
+    tensor_map: tuple[tuple[int, ...], ...]
+    optimizer_pieces: int = 1
+    full_shape: Shape | None = None
+
+    def __post_init__(self) -> None:
+        used = [axis for axes in self.tensor_map for axis in axes]
+        if any(size < 1 for size in self.device_matrix):
+            raise LayoutError(f"device matrix {list(self.device_matrix)} has an empty axis")
+        if any(not 0 <= axis < len(self.device_matrix) for axis in used):
+            raise LayoutError(f"tensor map names an axis that device matrix {list(self.device_matrix)} lacks")
+        if len(set(used)) != len(used):
+            raise LayoutError("tensor map uses one axis of the device matrix twice")
+        if self.optimizer_pieces > 1 and not self.tensor_map:
+            raise LayoutError("the parallel optimizer cannot cut a scalar")
+        copies = math.prod(self.device_matrix[axis] for axis in self.repeated_axes)
+        if self.optimizer_pieces < 1 or copies % self.optimizer_pieces:
+            raise LayoutError(
+                f"{copies} ranks hold the same part; the parallel optimizer cannot cut it into {self.optimizer_pieces}"
+            )
+
+    @property
+    def devices(self) -> int:
+        """Number of ranks that the layout describes."""
+        return math.prod(self.device_matrix)
+
+    @property
+    def repeated_axes(self) -> tuple[int, ...]:
+        """Axes along which ranks hold the same part, but for the cut of the optimizer."""
+        used = {axis for axes in self.tensor_map for axis in axes}
+        return tuple(axis for axis, size in enumerate(self.device_matrix) if axis not in used and size > 1)
+
+    @property
+    def pieces(self) -> Shape:
+        """Number of parts in each dimension, the optimizer's included."""
+        counts = [math.prod(self.device_matrix[axis] for axis in axes) for axes in self.tensor_map]
+        if counts:
+            counts[0] *= self.optimizer_pieces
+        return tuple(counts)
+
+    def position(self, rank: int) -> Shape:
+        """Number of the part of a rank (counted within its stage) in each dimension."""
+        coordinates = _coordinates(rank % self.devices, self.device_matrix)
+        numbers = [self._number(axes, coordinates) for axes in self.tensor_map]
+        if numbers:
+            copy = self._number(self.repeated_axes, coordinates)
+            numbers[0] = numbers[0] * self.optimizer_pieces + copy % self.optimizer_pieces
+        return tuple(numbers)
+
+    def whole_shape(self, part: Shape) -> Shape:
+        """Shape of the whole tensor, from that of a part.
+
+        Raises:
+            LayoutError: the part has another number of dimensions, or the whole is not the one of the strategy.
+        """
+        self._check_dimensions(part)
+        whole = tuple(size * count for size, count in zip(part, self.pieces))
+        if self.full_shape is not None and self.full_shape != whole:
+            raise LayoutError(f"makes {list(whole)} of all parts, the strategy says {list(self.full_shape)}")
+        return whole
+
+    def part_shape(self, whole: Shape) -> Shape:
+        """Shape of a part of a tensor.
+
+        Raises:
+            LayoutError: a dimension cannot be cut into that many equal parts, or their number differs.
+        """
+        self._check_dimensions(whole)
+        for dimension, (size, count) in enumerate(zip(whole, self.pieces)):
+            if size % count:
+                raise LayoutError(
+                    f"dimension {dimension} of {list(whole)} is {size}, not divisible by {count} parts"
+                )
+        return tuple(size // count for size, count in zip(whole, self.pieces))
+
+    def region(self, whole: Shape, rank: int) -> Region:
+        """The part of a rank (counted within its stage) in the whole tensor, as slices of every dimension."""
+        sizes = self.part_shape(whole)
+        return tuple(
+            slice(number * size, (number + 1) * size) for number, size in zip(self.position(rank), sizes)
+        )
+
+    def _number(self, axes: tuple[int, ...], coordinates: Shape) -> int:
+        number = 0
+        for axis in axes:
+            number = number * self.device_matrix[axis] + coordinates[axis]
+        return number
+
+    def _check_dimensions(self, shape: Shape) -> None:
+        if len(shape) != len(self.tensor_map):
+            raise LayoutError(
+                f"shape {list(shape)} has {len(shape)} dimensions, the strategy cuts {len(self.tensor_map)}"
+            )
+
+
+def _coordinates(rank: int, device_matrix: Shape) -> Shape:
+    found = []
+    for size in reversed(device_matrix):
+        found.append(rank % size)
+        rank //= size
+    return tuple(reversed(found))

@@ -1,0 +1,107 @@
+"""Self check of a device: are its results those of the portable operators and of the reference?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mindspore as ms
+
+from glm_ms.engine.check_golden import MODEL, golden_rows
+from glm_ms.engine.check_kernels import REAL, SMALL, fused_rows, portable_rows
+from glm_ms.engine.check_rows import Row, head_lines, row_lines
+from glm_ms.ops.ascend import soc_version, why_not_fused
+from glm_ms.settings.ascend_hints import host_log_folder, overflow_mode_note
+
+HALF_TYPES = ("float16", "bfloat16")
+
+
+def set_device(device_target: str, device_id: int) -> None:
+    """Opens the device, for compiled graphs.
+
+    Raises:
+        RuntimeError, ValueError: of MindSpore, if the device cannot be opened.
+    """
+    ms.set_context(mode=ms.GRAPH_MODE)
+    if device_target == "CPU":
+        ms.set_device("CPU")
+    else:
+        ms.set_device(device_target, device_id)
+
+
+def check_device(golden: Path | None, say: Callable[[str], None]) -> bool:
+    """Runs every check that the current device allows and prints a table as it grows.
+
+    Args:
+        golden: tests/golden of the repository; None, or a folder without the numbers, leaves those checks out, and
+            says so.
+        say: takes lines for the user.
+
+    Returns:
+        Whether all passed.
+    """
+    for line in _device_lines():
+        say(line)
+    failed = total = 0
+    for line in head_lines():
+        say(line)
+    for row in _rows(golden):
+        total += 1
+        failed += not row.passed
+        for line in row_lines(row):
+            say(line)
+    if not _has_numbers(golden):
+        say(
+            "training and generation were not checked: the numbers of the reference (tests/golden) are not here; "
+            "run this tool in a checkout of the repository"
+        )
+    say(f"{total - failed} of {total} passed" + (f", {failed} FAILED" if failed else ""))
+    return not failed
+
+
+def _rows(golden: Path | None) -> Iterator[Row]:
+    fused = why_not_fused() is None
+    yield from portable_rows(SMALL)
+    if fused:
+        for dtype in HALF_TYPES:
+            for sizes in (SMALL, REAL):
+                yield from fused_rows(sizes, dtype)
+    if golden is None or not _has_numbers(golden):
+        return
+    yield from golden_rows(golden, "float32", fused=False)
+    if fused:
+        yield from golden_rows(golden, "float32", fused=True)
+        yield from golden_rows(golden, "float16", fused=True)
+
+
+def _has_numbers(golden: Path | None) -> bool:
+    return golden is not None and (golden / "models" / MODEL / "golden.npz").is_file()
+
+
+def _device_lines() -> Iterator[str]:
+    target, soc = ms.get_context("device_target"), soc_version()
+    name = f"Ascend card {ms.get_context('device_id')} ({soc})" if soc else target
+    yield f"device: {name}, MindSpore {ms.__version__}{_cann_version()}"
+    if soc:
+        yield f"host logs: {host_log_folder()}"
+    note = overflow_mode_note(soc)
+    if note is not None:
+        yield f"note: {note}"
+    reason = why_not_fused()
+    if reason is None:
+        yield "float32 rows of operators: portable ones against NumPy; others: fused kernels against portable operators"
+    else:
+        yield f"Fused kernels are NOT run: {reason}. The portable operators are compared with NumPy in float64."
+
+
+def _cann_version() -> str:
+    home = os.environ.get("ASCEND_HOME_PATH")
+    if not home or ms.get_context("device_target") != "Ascend":
+        return ""
+    try:
+        lines = (Path(home) / "compiler" / "version.info").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ", CANN of unknown version"
+    versions = [line.partition("=")[2] for line in lines if line.startswith("Version=")]
+    return f", CANN {versions[0]}" if versions else ", CANN of unknown version"

@@ -1,0 +1,186 @@
+"""What the processes (ranks) of a data parallel run tell one another.
+
+Values travel by AllGather, which every target has; nothing is handed over in files, so that servers need no common
+file system.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, ops
+from mindspore.communication import get_group_size, get_rank
+
+from glm_ms.settings import Settings
+
+# Texts of a length within a factor of two share a shape: some targets prepare every shape anew.
+_SMALLEST_MESSAGE = 64
+# Seconds. MindSpore's collectives on CPU give up after 30, less than an evaluation or a checkpoint may take.
+_CPU_PATIENCE = "3600"
+
+Item = TypeVar("Item")
+
+
+class RankError(ValueError):
+    """Ranks that should hold the same do not, or one of them has failed."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of a run.
+
+    Every method but the properties is called by all ranks, in the same order; with one rank they cost nothing.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that shows and writes."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks in their order, on every rank.
+
+        Args:
+            value: JSON; finite floats arrive to the last digit.
+
+        Raises:
+            RankError: another rank has ended.
+        """
+        if self.size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        lengths = _all_gather(np.array([len(text)], np.int32))
+        room = max(_SMALLEST_MESSAGE, 1 << (int(lengths.max()) - 1).bit_length())
+        message = np.frombuffer(text.ljust(room), np.int32)
+        texts = _all_gather(message).reshape(self.size, -1)
+        return [json.loads(texts[i].tobytes()[: lengths[i]]) for i in range(self.size)]
+
+    def from_first(self, value: Any) -> Any:
+        """The value of the first rank, on every rank; those of the others do not matter."""
+        return self.gather(value if self.first else None)[0]
+
+    def share_out(self, items: Sequence[Item], work: Callable[[Item], Any]) -> Iterator[Any]:
+        """Does work on all items, each on one rank.
+
+        The ranks take turns, and what they found is exchanged after every round: an item is done by the same call
+        as in a single process, whatever the number of ranks.
+
+        Args:
+            items: the same on all ranks; there may be fewer than ranks.
+            work: item -> JSON.
+
+        Yields:
+            What `work` returned, in the order of items, on every rank.
+
+        Raises:
+            RankError: `work` failed on another rank; its error is quoted. On the rank itself that error is raised.
+        """
+        for start in range(0, len(items), self.size):
+            mine, value, failure = start + self.rank, None, None
+            try:
+                value = work(items[mine]) if mine < len(items) else None
+            except Exception as error:
+                if self.size == 1:
+                    raise
+                failure = error
+            reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+            found = self.gather([value, reason])
+            if failure is not None:
+                raise failure
+            for rank, (_, reason) in enumerate(found):
+                if reason is not None:
+                    raise RankError(f"rank {rank} has failed: {reason}")
+            yield from (value for value, _ in found[: len(items) - start])
+
+    def agree(self, what: str, value: Mapping[str, Any]) -> None:
+        """Holds all ranks to the same values.
+
+        Args:
+            what: what the values belong to, for the error.
+            value: JSON by name.
+
+        Raises:
+            RankError: a rank differs from the first; it names the first such value, and both.
+        """
+        values = self.gather(dict(value))
+        for rank, other in enumerate(values):
+            for name in sorted(set(values[0]) | set(other)):
+                ours, theirs = values[0].get(name), other.get(name)
+                if ours != theirs:
+                    raise RankError(
+                        f"{what}: {name} is {ours!r} on rank 0 and {theirs!r} on rank {rank}; give every server the "
+                        "same command and the same files"
+                    )
+
+
+def ranks_of(settings: Settings) -> Ranks:
+    """The ranks of a run; those of a parallel one must be connected already."""
+    return Ranks(get_rank(), get_group_size()) if settings.use_parallel else Ranks()
+
+
+def check_equal_on_ranks(parameters: Iterable[Parameter], ranks: Ranks) -> None:
+    """Proves that parameters which every rank holds whole are the same on all, bit by bit.
+
+    Data parallel ranks make the same updates; one that has gone astray (memory, a card, an old checkpoint on one
+    server) would spoil the run without a word.
+
+    Args:
+        parameters: the same ones on all ranks, not split.
+        ranks: of the run.
+
+    Raises:
+        RankError: it names the first tensor that differs, and the rank.
+    """
+    if ranks.size == 1:
+        return
+    sums = {parameter.name: _checksum(parameter) for parameter in parameters}
+    for rank, other in enumerate(ranks.gather(sums)):
+        different = [name for name in sums if other.get(name) != sums[name]] + sorted(set(other) - set(sums))
+        if different:
+            more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+            raise RankError(
+                f"the weights of rank {ranks.rank} are not those of rank {rank}: {different[0]}{more} differ. Nothing "
+                "is saved any more. Begin or resume with the same weights on every server; if that was so, a card or "
+                "its memory is at fault"
+            )
+
+
+def be_patient(settings: Settings) -> None:
+    """Lets collectives on CPU wait for a rank that evaluates or saves; to be called before ranks are connected.
+
+    MS_NODE_TIMEOUT in the environment goes first. The scheduler keeps its own: there it is how soon the loss of a
+    server is noticed.
+    """
+    if settings.context.device_target == "CPU" and os.environ.get("MS_ROLE") != "MS_SCHED":
+        os.environ.setdefault("MS_NODE_TIMEOUT", _CPU_PATIENCE)
+
+
+def _all_gather(values: np.ndarray) -> np.ndarray:
+    """int32 [N] of every rank -> int32 [ranks * N]."""
+    try:
+        return ops.AllGather()(Tensor(values, ms.int32)).asnumpy()
+    except RuntimeError as error:
+        raise RankError(
+            "another rank has ended or does not answer; the log of the one that failed first has the reason "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+def _checksum(parameter: Parameter) -> int:
+    # bfloat16 has no NumPy type; float32 holds it exactly.
+    value = parameter.value().astype(ms.float32).asnumpy()
+    return zlib.crc32(np.ascontiguousarray(value), zlib.crc32(str(value.shape).encode()))

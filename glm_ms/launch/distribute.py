@@ -1,0 +1,257 @@
+"""Starts run_glm.py on this server's cards of a rank table: the program behind scripts/run_distribute.sh."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_ms.launch.addresses import is_local
+from glm_ms.launch.msrun import say_on_stderr, show_on_stdout
+from glm_ms.launch.msrun_arguments import LaunchError
+from glm_ms.launch.processes import Interrupts, adopt_orphans, claim, clean_environment
+from glm_ms.launch.rank_job import Member, RankJob, end_started
+from glm_ms.launch.rank_logs import keep_earlier_logs
+from glm_ms.launch.rank_table import RankTable, RankTableError, Server, name_numbers, read_rank_table
+
+USAGE = """\
+usage: run_distribute.sh RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE RUN_STATUS [RANK_SIZE] [--flag value ...]
+       run_distribute.sh RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE predict [RANK_SIZE] PREDICT_DATA [--flag value ...]
+
+Starts run_glm.py with --use_parallel True, one process per card of this server, shows the first one live, and waits.
+When a rank fails, or the launcher is interrupted, all ranks of this server end; the first failing rank's traceback
+and log are named. With several servers, start it on each of them.
+
+  RANK_TABLE_FILE  from tools/hccl_tools.py; of several servers, from tools/merge_hccl.py
+  CONFIG_PATH      YAML file of the run
+  DEVICE_RANGE     "[0,8)": this server's cards 0 to 7; with several servers also its ranks, as "[8,16)"
+  RUN_STATUS       train, finetune, eval or predict
+  RANK_SIZE        number of cards of all servers together; needed for several servers
+  PREDICT_DATA     a prompt, or a .txt or .jsonl file of prompts
+  --flag value     and all that follows goes to run_glm.py as it is; see python run_glm.py --help
+
+Which server of the table this one is, its addresses tell; where they do not (in a container), set SERVER_ID to its
+server_id or its number in the table, from 0. Logs: output/distribute_log/rank_N/run_glm.log.
+"""
+LOG_DIR = Path("output/distribute_log")
+LOG_NAME = "run_glm.log"
+RUN_STATUSES = ("train", "finetune", "eval", "predict")
+_RANGE = re.compile(r"\[(\d{1,5}),\s*(\d{1,5})[)\]]", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of the launcher.
+
+    Attributes:
+        numbers: the cards, or ranks, of DEVICE_RANGE.
+        rank_size: None if not given.
+        predict_data: None if not given.
+        flags: for run_glm.py.
+    """
+
+    rank_table: str
+    config: str
+    numbers: range
+    run_status: str
+    rank_size: int | None
+    predict_data: str | None
+    flags: tuple[str, ...]
+
+    def command(self) -> list[str]:
+        """The command line of every rank."""
+        script = Path(__file__).resolve().parents[2] / "run_glm.py"
+        predict_data = [] if self.predict_data is None else ["--predict_data", self.predict_data]
+        return [
+            sys.executable, str(script), "--config", self.config, "--use_parallel", "True",
+            "--run_mode", self.run_status, *predict_data, *self.flags,
+        ]  # fmt: skip
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Reads the arguments.
+
+    Raises:
+        LaunchError: what is wrong with which argument.
+    """
+    number = next((n for n, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    words, flags = list(arguments[:number]), tuple(arguments[number:])
+    if len(words) < 4:
+        raise LaunchError(
+            f"{len(words)} arguments; RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE RUN_STATUS are needed. "
+            "See run_distribute.sh --help"
+        )
+    table, config, cards, run_status, *rest = words
+    for name, path in (("RANK_TABLE_FILE", table), ("CONFIG_PATH", config)):
+        if not Path(path).is_file():
+            raise LaunchError(f"{name} {path}: no such file in {Path.cwd()}; check the path")
+    if run_status not in RUN_STATUSES:
+        raise LaunchError(f"RUN_STATUS {run_status}: {', '.join(RUN_STATUSES)} are possible")
+    predict_data = None
+    if run_status == "predict" and rest:
+        predict_data = rest.pop()
+        if predict_data.isdecimal() and not rest:
+            raise LaunchError(
+                f"{predict_data}: with predict, the last argument is PREDICT_DATA, and RANK_SIZE stands before it. A "
+                "prompt that is a number goes into a .txt file"
+            )
+    if len(rest) > 1:
+        raise LaunchError(
+            f"{rest[1]}: one argument too many; what goes to run_glm.py begins with a --flag (write key.sub=value as "
+            "--key.sub value)"
+        )
+    rank_size = None
+    if rest:
+        if not (rest[0].isascii() and rest[0].isdecimal()) or int(rest[0]) < 1:
+            raise LaunchError(f"RANK_SIZE {rest[0]}: not a number of cards")
+        rank_size = int(rest[0])
+    return Request(table, config, device_range(cards), run_status, rank_size, predict_data, flags)
+
+
+def device_range(text: str) -> range:
+    """Numbers of "[0,8)". "[0,8]" means the same, as in the scripts of MindFormers.
+
+    Raises:
+        LaunchError: it is not such a range, or empty.
+    """
+    match = _RANGE.fullmatch(text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise LaunchError(
+            f'DEVICE_RANGE {text}: not a range such as "[0,8)", which means 0 to 7; keep the quotes'
+        )
+    return range(int(match[1]), int(match[2]))
+
+
+def this_server(table: RankTable, server_id: str | None) -> Server:
+    """The server of a table that this machine is.
+
+    Args:
+        table: of one or several servers.
+        server_id: the environment variable SERVER_ID: a server_id of the table, or a number in it.
+
+    Raises:
+        LaunchError: it cannot be told.
+    """
+    known = ", ".join(f"{number}: {server.server_id}" for number, server in enumerate(table.servers))
+    if server_id:
+        named = [server for server in table.servers if server.server_id == server_id]
+        if not named and server_id.isdecimal() and int(server_id) < len(table.servers):
+            named = [table.servers[int(server_id)]]
+        if not named:
+            raise LaunchError(f"SERVER_ID {server_id}: not in {table.source}, which has {known}")
+        return named[0]
+    if len(table.servers) == 1:
+        return table.servers[0]
+    here = [server for server in table.servers if is_local(server.server_id)]
+    if len(here) != 1:
+        which = "none" if not here else ", ".join(server.server_id for server in here)
+        raise LaunchError(
+            f"{table.source}: of its servers ({known}) {which} has an address of this machine; say which one this "
+            "is: SERVER_ID=0 bash scripts/run_distribute.sh ..."
+        )
+    return here[0]
+
+
+def check_cards(request: Request, table: RankTable, server: Server) -> None:
+    """Whether DEVICE_RANGE and RANK_SIZE say what the table says.
+
+    Raises:
+        LaunchError: they differ.
+    """
+    size, several = table.rank_size, len(table.servers) > 1
+    if several and request.rank_size is None:
+        raise LaunchError(
+            f"{table.source}: has {len(table.servers)} servers; for a run on all of them add RANK_SIZE {size}, for one "
+            "server alone give the table of its own"
+        )
+    if request.rank_size not in (None, size):
+        raise LaunchError(f"RANK_SIZE {request.rank_size}, but {table.source} has {size} cards")
+    cards = sorted(device.device_id for device in server.devices)
+    ranks = sorted(device.rank_id for device in server.devices)
+    wanted = list(request.numbers)
+    if wanted != cards and not (several and wanted == ranks):
+        as_ranks = f" (ranks {name_numbers(ranks)})" if several else ""
+        raise LaunchError(
+            f"DEVICE_RANGE names {name_numbers(wanted)}, but in {table.source} server {server.server_id} has the cards "
+            f"{name_numbers(cards)}{as_ranks}; a table of other cards is made by tools/hccl_tools.py --device_num"
+        )
+
+
+def launch(request: Request, say: Callable[[str], None], show: Callable[[bytes], None]) -> int:
+    """Starts the ranks of this server and waits for their end.
+
+    Returns:
+        The exit status: see `RankJob.wait`.
+
+    Raises:
+        LaunchError, RankTableError: it cannot be started.
+        OSError: the logs cannot be written.
+    """
+    table = read_rank_table(request.rank_table)
+    server = this_server(table, os.environ.get("SERVER_ID"))
+    check_cards(request, table, server)
+    interrupts = Interrupts()
+    holder = claim(f"logs {LOG_DIR.resolve()}")
+    if holder is None:
+        raise LaunchError(
+            f"{LOG_DIR}: another job is writing its logs there; start this one in another folder"
+        )
+    logs = {device.rank_id: LOG_DIR / f"rank_{device.rank_id}" / LOG_NAME for device in server.devices}
+    LOG_DIR.mkdir(parents=True, exist_ok=True)
+    kept = keep_earlier_logs(LOG_DIR, logs.values())
+    if kept is not None:
+        say(f"logs of a former job: {kept}")
+    environment = clean_environment(say)
+    environment["RANK_TABLE_FILE"] = str(Path(request.rank_table).resolve())
+    environment["RANK_SIZE"] = str(table.rank_size)
+    adopt_orphans()
+    try:
+        members = _start(request, server, environment, logs)
+        ranks = sorted(logs)
+        say(
+            f"ranks {name_numbers(ranks)} of {table.rank_size} started; rank {ranks[0]} follows, all logs: {LOG_DIR}"
+        )
+        return RankJob(members, interrupts, say, show, alone=len(table.servers) == 1).wait()
+    except BaseException:
+        end_started()
+        raise
+    finally:
+        holder.close()
+
+
+def _start(
+    request: Request, server: Server, environment: dict[str, str], logs: dict[int, Path]
+) -> dict[int, Member]:
+    members = {}
+    for device in sorted(server.devices, key=lambda device: device.rank_id):
+        log = logs[device.rank_id]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        own = {"RANK_ID": str(device.rank_id), "DEVICE_ID": str(device.device_id)}
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                request.command(), env={**environment, **own}, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                start_new_session=True,
+            )  # fmt: skip
+        process.returncode = 0  # the job waits for it: nobody is to ask this object
+        members[process.pid] = Member(f"rank {device.rank_id}", log)
+    return members
+
+
+def main(arguments: Sequence[str], say: Callable[[str], None], show: Callable[[bytes], None]) -> int:
+    """Returns the exit status: 2 for wrong arguments or a job that cannot be started, else as `launch`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say(USAGE)
+        return 0 if arguments else 2
+    try:
+        return launch(parse(arguments), say, show)
+    except (LaunchError, RankTableError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], say_on_stderr, show_on_stdout))

@@ -1,0 +1,281 @@
+"""The cards of this server and the addresses of their network ports: from hccn.conf, else from hccn_tool."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+
+from glm_ms.launch.rank_table import RankTableError, check_address, name_numbers
+
+HCCN_CONF = Path("/etc/hccn.conf")
+# Where drivers put the tool; the first one found is used, after PATH.
+HCCN_TOOL_PLACES = (Path("/usr/local/Ascend/driver/tools/hccn_tool"), Path("/usr/local/bin/hccn_tool"))
+# Far above any server there is: a slip in a range must not ask for thousands of cards.
+MOST_CARDS = 64
+_HALF = 4
+_TIMEOUT = 30  # seconds for one answer of hccn_tool, which takes far less than one
+
+_RANGE = re.compile(r"\[\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*\)")
+_CLOSED_RANGE = re.compile(r"\[\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*\]")
+_COUNT = re.compile(r"[0-9]{1,6}")
+_ADDRESS_LINE = re.compile(r"address_([^=\s]*)\s*=\s*(\S*)")
+_TOOL_ADDRESS = re.compile(r"^\s*ipaddr\s*:\s*(\S+)\s*$", re.MULTILINE)
+
+
+def card_range(text: str) -> range:
+    """Logical cards of "[0,8)", which are 0 to 7, or of "8", which are the first 8.
+
+    Raises:
+        RankTableError: another form, an empty or reversed range, or too many cards.
+    """
+    text = text.strip()
+    closed = _CLOSED_RANGE.fullmatch(text)
+    if closed:
+        first, last = map(int, closed.groups())
+        raise RankTableError(
+            f'--device_num "{text}": the end is not part of a range; '
+            f'write "[{first},{last})" for cards up to {last - 1}, "[{first},{last + 1})" for cards up to {last}'
+        )
+    half_open = _RANGE.fullmatch(text)
+    if half_open:
+        cards = range(int(half_open[1]), int(half_open[2]))
+    elif _COUNT.fullmatch(text):
+        cards = range(int(text))
+    else:
+        raise RankTableError(
+            f'--device_num "{text}": write a range such as "[0,8)" for cards 0 to 7, or a number'
+        )
+    if not cards:
+        reverse = f'; did you mean "[{cards.stop},{cards.start})"?' if cards.stop < cards.start else ""
+        raise RankTableError(f'--device_num "{text}": has no cards{reverse}')
+    if cards.stop > MOST_CARDS:
+        raise RankTableError(f'--device_num "{text}": no server has more than {MOST_CARDS} cards')
+    return cards
+
+
+def visible_cards(text: str) -> tuple[int, ...]:
+    """Physical cards of "4,5,6,7": the first is logical card 0.
+
+    Raises:
+        RankTableError: not numbers between commas, or a card twice.
+    """
+    cards: list[int] = []
+    for item in text.split(","):
+        if not _COUNT.fullmatch(item.strip()):
+            raise RankTableError(f'--visible_devices "{text}": {item!r} is not a card; write "0,1,2,3"')
+        card = int(item)
+        if card in cards:
+            raise RankTableError(f'--visible_devices "{text}": card {card} is there twice')
+        if card >= MOST_CARDS:
+            raise RankTableError(f'--visible_devices "{text}": no server has a card {card}')
+        cards.append(card)
+    return tuple(cards)
+
+
+def physical_cards(logical: Sequence[int], visible: Sequence[int] | None) -> tuple[int, ...]:
+    """Physical numbers of logical cards; without `visible` they are the same.
+
+    Raises:
+        RankTableError: fewer cards are visible than asked for.
+    """
+    if visible is None:
+        return tuple(logical)
+    beyond = [card for card in logical if card >= len(visible)]
+    if beyond:
+        raise RankTableError(
+            f"--device_num asks for logical cards {name_numbers(logical)}, but --visible_devices has "
+            f'{len(visible)}, so that they end at {len(visible) - 1}; "[0,{len(visible)})" takes them all'
+        )
+    return tuple(visible[card] for card in logical)
+
+
+def note_on_halves(cards: Sequence[int]) -> str | None:
+    """What to say on physical cards of both halves of an 8-card server; None if there is nothing to say."""
+    chosen = set(cards)
+    low = {card for card in chosen if card < _HALF}
+    if max(chosen) >= 2 * _HALF or low in (set(), chosen) or len(chosen) == 2 * _HALF:
+        return None
+    return (
+        f"cards {name_numbers(sorted(chosen))} are of both halves of the server (0-3 and 4-7); on Atlas 800 "
+        "training servers with Ascend 910A, HCCL takes cards of one half, or all 8"
+    )
+
+
+def read_addresses(
+    cards: Sequence[int], conf: str | Path | None = None, say: Callable[[str], None] = lambda _: None
+) -> tuple[dict[int, str], str]:
+    """Addresses of physical cards, and in words where they are from.
+
+    Args:
+        cards: physical cards.
+        conf: file of lines such as `address_0=192.98.92.107`. It must be there; the default, /etc/hccn.conf, need
+            not be. `hccn_tool` is asked for cards that it lacks.
+        say: takes remarks.
+
+    Raises:
+        RankTableError: a card has no address in either place, or one that is wrong or that of another card.
+    """
+    path = HCCN_CONF if conf is None else Path(conf)
+    try:
+        listed, conf_lacks = read_hccn_conf(path), "no address_{card}= line"
+    except OSError as error:
+        if conf is not None:
+            raise RankTableError(f"{path}: --hccn_conf: cannot be read: {error.strerror}") from None
+        listed, conf_lacks = {}, f"cannot be read ({error.strerror})"
+        if not isinstance(error, FileNotFoundError):
+            say(f"{path}: {conf_lacks}; hccn_tool is asked instead")
+    origins = {card: str(path) for card in cards if card in listed}
+    found = {card: listed[card] for card in cards if card in listed}
+    missing = [card for card in cards if card not in listed]
+    if missing:
+        tool = find_hccn_tool()
+        if tool is None:
+            places = ", ".join(map(str, HCCN_TOOL_PLACES))
+            raise _no_address(missing, f"{path}: {conf_lacks}", f"hccn_tool: neither on PATH nor {places}")
+        asked, reasons = _ask_for_all(tool, missing)
+        if reasons:
+            raise _no_address(
+                list(reasons), f"{path}: {conf_lacks}", f"{tool}: {next(iter(reasons.values()))}"
+            )
+        found.update(asked)
+        origins.update(dict.fromkeys(asked, str(tool)))
+    found = {card: found[card] for card in cards}
+    _check_addresses(found, origins)
+    if 0 < len(missing) < len(cards):
+        say(f"{path}: has no address of {_name_cards(missing)}; hccn_tool is asked for it")
+    return found, " and ".join(sorted(set(origins.values())))
+
+
+def read_hccn_conf(path: Path) -> dict[int, str]:
+    """Address of each card in a file; its other lines (netmask_0=..., comments) are passed over.
+
+    Raises:
+        RankTableError: a line for an address is not whole, or differs from an earlier one of its card.
+        OSError: the file cannot be read.
+    """
+    addresses: dict[int, str] = {}
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip().startswith("address_"):
+            continue
+        match = _ADDRESS_LINE.fullmatch(line.strip())
+        if not match or not _COUNT.fullmatch(match[1]) or not match[2]:
+            raise RankTableError(f"{path}:{number}: {line.strip()!r}: write it as address_0=192.98.92.107")
+        card, address = int(match[1]), match[2]
+        if addresses.get(card, address) != address:
+            raise RankTableError(
+                f"{path}:{number}: card {card} has two addresses, {addresses[card]} and {address}"
+            )
+        addresses[card] = address
+    return addresses
+
+
+def find_hccn_tool() -> Path | None:
+    """The program on PATH, else where drivers put it; None if it is nowhere."""
+    on_path = shutil.which("hccn_tool")
+    if on_path:
+        return Path(on_path)
+    return next((place for place in HCCN_TOOL_PLACES if place.is_file()), None)
+
+
+def _ask_for_all(tool: Path, cards: Iterable[int]) -> tuple[dict[int, str], dict[int, str]]:
+    """Addresses of the cards that have one, and for the others the reason."""
+    addresses: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    for card in cards:
+        command = [str(tool), "-i", str(card), "-ip", "-g"]
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=_TIMEOUT,
+                check=False,
+            )
+        except OSError as error:
+            raise RankTableError(f"{tool}: cannot be started: {error.strerror}") from None
+        except subprocess.TimeoutExpired:
+            raise RankTableError(
+                f"{' '.join(command)}: no answer for {_TIMEOUT} s; see whether the driver works (npu-smi info), "
+                "or give the addresses in a file with --hccn_conf"
+            ) from None
+        output = done.stdout.decode("utf-8", errors="replace")
+        match = _TOOL_ADDRESS.search(output)
+        if done.returncode == 0 and match:
+            addresses[card] = match[1]
+        else:
+            lines = output.strip().splitlines()
+            said = f'said "{lines[-1].strip()[:200]}"' if lines else "said nothing"
+            reasons[card] = f"-i {card} -ip -g {said} (exit status {done.returncode})"
+    return addresses, reasons
+
+
+def _no_address(cards: Sequence[int], conf: str, tool: str) -> RankTableError:
+    return RankTableError(
+        f"{_name_cards(cards)}: no address. {conf.format(card=cards[0])}. {tool}. "
+        f"Set one: hccn_tool -i {cards[0]} -ip -s address A.B.C.D netmask 255.255.255.0, or add it to the file"
+    )
+
+
+def _name_cards(cards: Sequence[int]) -> str:
+    return f"card{'s' if len(cards) > 1 else ''} {name_numbers(sorted(cards))}"
+
+
+def _check_addresses(addresses: dict[int, str], origins: dict[int, str]) -> None:
+    seen: dict[object, int] = {}
+    for card, address in addresses.items():
+        try:
+            check_address(address)
+        except RankTableError as error:
+            raise RankTableError(f"{origins[card]}: card {card}: {error}") from None
+        other = seen.setdefault(ip_address(address), card)
+        if other != card:
+            files = " and ".join(sorted({origins[card], origins[other]}))
+            raise RankTableError(f"{files}: cards {other} and {card} have the same address, {address}")
+
+
+def host_address() -> str:
+    """The address that the name of this host stands for.
+
+    Raises:
+        RankTableError: there is none, or none that other servers can reach, or several. The message has those found.
+    """
+    name = socket.gethostname()
+    try:
+        entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        entries = []
+    named = list(dict.fromkeys(str(entry[4][0]) for entry in entries))
+    usable = [item for item in named if not (ip_address(item).is_loopback or ip_address(item).is_link_local)]
+    usable = [item for item in usable if "." in item] or usable
+    if len(usable) == 1:
+        return usable[0]
+    if usable:
+        raise RankTableError(
+            f"this host ({name}) has several addresses: {', '.join(usable)}; give one as --server_ip"
+        )
+    means = f"stands for {', '.join(named)}" if named else "stands for no address"
+    route = _route_address()
+    offer = f", perhaps {route} (its default route)" if route else ""
+    raise RankTableError(
+        f"the name of this host ({name}) {means}, where no other server reaches it; "
+        f"give the address of this server as --server_ip{offer}"
+    )
+
+
+def _route_address() -> str | None:
+    """Address from which this host reaches others; None if it does not."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # Connecting a datagram socket sends nothing; it only looks up the route. The address is of those kept
+            # for documentation (RFC 5737).
+            probe.connect(("203.0.113.1", 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None

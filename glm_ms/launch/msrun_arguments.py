@@ -1,0 +1,174 @@
+"""The arguments of scripts/msrun_launcher.sh, in the order that users of MindFormers know."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+USAGE = """\
+usage: msrun_launcher.sh "SCRIPT ARGUMENTS"
+       msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM
+       msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM MASTER_PORT LOG_DIR JOIN CLUSTER_TIME_OUT
+       msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM LOCAL_WORKER MASTER_ADDR MASTER_PORT NODE_RANK LOG_DIR JOIN \\
+           CLUSTER_TIME_OUT
+
+Starts a Python script once per card with msrun, shows rank 0 live, and waits. When a rank fails, or the launcher is
+interrupted, all ranks end; the first failing rank's traceback and log are named. The first three forms use one
+server; with the last one, start it on every server, with NODE_RANK 0 on that of MASTER_ADDR.
+
+  "SCRIPT ARGUMENTS"  one quoted word, as in "run_glm.py --config X.yaml --run_mode finetune --use_parallel True"
+  WORKER_NUM          ranks on all servers together      (8)
+  LOCAL_WORKER        ranks on this server               (WORKER_NUM)
+  MASTER_ADDR         address of the first server        (127.0.0.1)
+  MASTER_PORT         free port of the first server      (8118, or another one if that is taken)
+  NODE_RANK           number of this server, from 0      (0)
+  LOG_DIR             for worker_N.log, scheduler.log, msrun.log; earlier logs are kept there (output/msrun_log)
+  JOIN                False: return at once and watch nothing   (True)
+  CLUSTER_TIME_OUT    seconds until all ranks must have connected (7200)
+"""
+NUMBERS_OF_ARGUMENTS = {
+    1: (),
+    2: ("WORKER_NUM",),
+    6: ("WORKER_NUM", "MASTER_PORT", "LOG_DIR", "JOIN", "CLUSTER_TIME_OUT"),
+    9: ("WORKER_NUM", "LOCAL_WORKER", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOG_DIR", "JOIN",
+        "CLUSTER_TIME_OUT"),
+}  # fmt: skip
+DEFAULT_PORT = 8118
+_LAUNCHERS = ("msrun", "mpirun", "torchrun", "bash", "sh")
+
+
+class LaunchError(ValueError):
+    """A job that cannot be started, with the reason and what to do."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be started.
+
+    Attributes:
+        command: script and its arguments.
+        port: of the scheduler on the first server; None: any free one.
+        others: as in `USAGE`.
+    """
+
+    command: tuple[str, ...]
+    worker_num: int = 8
+    local_worker: int = 8
+    master_addr: str = "127.0.0.1"
+    port: int | None = None
+    node_rank: int = 0
+    log_dir: Path = field(default=Path("output/msrun_log"))
+    join: bool = True
+    cluster_time_out: int = 7200
+
+    @property
+    def alone(self) -> bool:
+        """Whether all ranks are on this server."""
+        return self.local_worker == self.worker_num
+
+    @property
+    def first_rank(self) -> int:
+        """Of this server."""
+        return 0 if self.alone else self.node_rank * self.local_worker
+
+    def worker_log(self, rank: int) -> Path:
+        """Where msrun sends what a rank writes."""
+        return self.log_dir / f"worker_{rank}.log"
+
+    def logs(self) -> list[Path]:
+        """All logs that this server writes."""
+        own = [self.worker_log(self.first_rank + number) for number in range(self.local_worker)]
+        return [*own, *([self.log_dir / "scheduler.log"] if self.node_rank == 0 else []), self.msrun_log]
+
+    @property
+    def msrun_log(self) -> Path:
+        """What msrun itself says."""
+        return self.log_dir / ("msrun.log" if self.alone else f"msrun_node_{self.node_rank}.log")
+
+
+def parse(arguments: Sequence[str]) -> Job:
+    """A job from the arguments of the launcher; nothing is looked up on the machine.
+
+    Raises:
+        LaunchError: what is wrong with which argument.
+    """
+    names = NUMBERS_OF_ARGUMENTS.get(len(arguments))
+    if names is None:
+        raise LaunchError(
+            f"{len(arguments)} arguments; there are forms with {_listed(NUMBERS_OF_ARGUMENTS)}. The script and its "
+            "arguments are one word, in quotes. See msrun_launcher.sh --help"
+        )
+    given = dict(zip(names, arguments[1:]))
+    command = _command(arguments[0])
+    worker_num = _whole("WORKER_NUM", given.get("WORKER_NUM", "8"), 1)
+    local_worker = _whole("LOCAL_WORKER", given.get("LOCAL_WORKER", str(worker_num)), 1)
+    if worker_num % local_worker:
+        raise LaunchError(
+            f"WORKER_NUM {worker_num} is no multiple of LOCAL_WORKER {local_worker}; all servers start the same number"
+        )
+    node_rank = _whole("NODE_RANK", given.get("NODE_RANK", "0"), 0)
+    if node_rank >= worker_num // local_worker:
+        raise LaunchError(
+            f"NODE_RANK {node_rank}: with WORKER_NUM {worker_num} and LOCAL_WORKER {local_worker} there are "
+            f"{worker_num // local_worker} servers, numbered from 0"
+        )
+    port = _whole("MASTER_PORT", given["MASTER_PORT"], 1024, 65535) if "MASTER_PORT" in given else None
+    join = given.get("JOIN", "True")
+    if join not in ("True", "False"):
+        raise LaunchError(f"JOIN {join}: True or False")
+    if not given.get("LOG_DIR", "output"):
+        raise LaunchError("LOG_DIR is empty; the usual one is output/msrun_log")
+    return Job(
+        command,
+        worker_num,
+        local_worker,
+        given.get("MASTER_ADDR", Job.master_addr),
+        port,
+        node_rank,
+        Path(given.get("LOG_DIR", "output/msrun_log")),
+        join == "True",
+        _whole("CLUSTER_TIME_OUT", given.get("CLUSTER_TIME_OUT", "7200"), 1),
+    )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    *most, last = numbers
+    return f"{', '.join(map(str, most))} or {last}"
+
+
+def _whole(name: str, text: str, least: int, most: int | None = None) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise LaunchError(f"{name} {text}: not a whole number; the arguments are in the order of --help")
+    number = int(text)
+    if number < least or (most is not None and number > most):
+        allowed = f"{least} to {most}" if most is not None else f"at least {least}"
+        raise LaunchError(f"{name} {text}: must be {allowed}; the arguments are in the order of --help")
+    return number
+
+
+def _command(text: str) -> tuple[str, ...]:
+    """Script and arguments, split as a shell does."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"{text}: quotes do not match ({str(error).lower()})") from None
+    if words and words[0] in ("python", "python3"):
+        words = words[1:]
+    if not words:
+        raise LaunchError('the first argument is empty; give a script, as in "run_glm.py --config X.yaml"')
+    script = words[0]
+    if script in _LAUNCHERS or script.startswith("-"):
+        raise LaunchError(
+            f"{script}: the first argument begins with a Python script; the launcher calls msrun itself"
+        )
+    if not Path(script).is_file():
+        beside = Path(__file__).resolve().parents[2] / script
+        remedy = (
+            f"it is {beside}: cd {beside.parent} first, or give that path"
+            if beside.is_file()
+            else "check the path"
+        )
+        raise LaunchError(f"{script}: no such file in {Path.cwd()}; {remedy}")
+    return tuple(words)

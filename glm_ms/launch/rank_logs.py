@@ -1,0 +1,186 @@
+"""Log files of ranks: followed while they grow, searched for the reason of a failure, kept when a new job begins."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+EARLIER = "earlier"  # folder, within that of the logs, for those of former jobs
+
+_TRACEBACK = "Traceback (most recent call last):"
+# Joins a traceback to the one before it (PEP 3134, the texts of the traceback module).
+_CHAINED = (
+    "During handling of the above exception, another exception occurred:",
+    "The above exception was the direct cause of the following exception:",
+)
+# Tracebacks under these lines do not end a program; they are written while it ends for another reason.
+_AFTERMATH = ("Exception ignored in", "Error in atexit", "Exception ignored while")
+# Lines of MindSpore's own log: "[WARNING] DISTRIBUTED(123,7f..,python):2026-01-01-..."
+_MINDSPORE = re.compile(r"^\[(?P<level>DEBUG|INFO|TRACE|WARNING|ERROR|CRITICAL|MS_\w+)\] ?\w*\(")
+_CPP_STACK = "- C++ Call Stack: (For framework developers)"
+_RULER = re.compile(r"^-{20,}$")
+_MOST_LINES, _LAST_LINES = 80, 20
+_TAIL_BYTES = 1 << 20
+
+
+class LogWatch:
+    """One log file, read as far as it has been written.
+
+    Args:
+        path: need not exist yet.
+        show: gets every piece of new bytes; None: nobody does.
+
+    Attributes:
+        traceback_time: `time.monotonic()` when the last traceback was noticed; None without one.
+    """
+
+    def __init__(self, path: Path, show: Callable[[bytes], None] | None = None) -> None:
+        self.path = path
+        self.traceback_time: float | None = None
+        self._show = show
+        self._descriptor = -1
+        self._end = b""
+
+    def update(self) -> bool:
+        """Reads what is new; whether there was anything."""
+        # Opened once: a later job may rename the file, which stays this job's all the same.
+        if self._descriptor < 0:
+            try:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+        anything = False
+        while piece := os.read(self._descriptor, 1 << 16):
+            anything = True
+            marker = _TRACEBACK.encode()
+            if marker in self._end + piece:
+                self.traceback_time = time.monotonic()
+                self._end = b""
+            else:
+                self._end = (self._end + piece)[-len(marker) :]
+            if self._show is not None:
+                self._show(piece)
+        return anything
+
+    def text(self) -> str:
+        """The last megabyte of the log."""
+        self.update()
+        if self._descriptor < 0:
+            return ""
+        size = os.fstat(self._descriptor).st_size
+        start = max(0, size - _TAIL_BYTES)
+        return os.pread(self._descriptor, size - start, start).decode("utf-8", errors="replace")
+
+    def close(self) -> None:
+        """Ends the reading."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def reason_in(text: str) -> str:
+    """Why a process failed, from its log: its last traceback with those it is chained to, or its last lines.
+
+    Lines of MindSpore's log and the C++ call stack for its developers are left out, and tracebacks that are written
+    while a program ends for another reason. At most 80 lines. Empty if the log says nothing.
+    """
+    lines = _as_seen(text)
+    found = _last_traceback(lines)
+    if found is None:
+        told = [line for line in lines if not _is_noise(line, ("ERROR", "CRITICAL"))]
+        return "\n".join(told[-_LAST_LINES:]).strip("\n")
+    start, end = found
+    block = [line for line in lines[start:end] if not _is_noise(line, ())]
+    if _CPP_STACK in block:
+        block = block[: block.index(_CPP_STACK)]
+        while block and (_RULER.match(block[-1]) or not block[-1].strip()):
+            block.pop()
+    if len(block) > _MOST_LINES:
+        left_out = len(block) - _MOST_LINES
+        half = _MOST_LINES // 2
+        block = [*block[:half], f"... {left_out} lines are left out, the log has them ...", *block[-half:]]
+    return "\n".join(block).strip("\n")
+
+
+def ends_with_traceback(text: str) -> bool:
+    """Whether a log has nothing but lines of MindSpore after its last traceback: that process is about to end."""
+    lines = _as_seen(text)
+    found = _last_traceback(lines)
+    if found is None:
+        return False
+    start, end = found
+    after = lines[_end_of_traceback(lines, start) : end]
+    return not any(line.strip() and not _is_noise(line, ()) for line in after) and end == len(lines)
+
+
+def _as_seen(text: str) -> list[str]:
+    """Lines as a terminal shows them: of a progress bar, its last state."""
+    return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+
+
+def _is_noise(line: str, but: Iterable[str]) -> bool:
+    match = _MINDSPORE.match(line)
+    return match is not None and match["level"] not in but
+
+
+def _last_traceback(lines: list[str]) -> tuple[int, int] | None:
+    """First line of the last traceback, of the whole chain, and the line where other tracebacks follow."""
+    starts = [number for number, line in enumerate(lines) if line.endswith(_TRACEBACK)]
+    end = len(lines)
+    while starts:
+        start = starts.pop()
+        while starts and any(line.strip() in _CHAINED for line in lines[max(starts[-1], start - 3) : start]):
+            start = starts.pop()
+        before = lines[start - 1] if start else ""
+        if not before.startswith(_AFTERMATH):
+            return start, end
+        end = start - 1
+    return None
+
+
+def _end_of_traceback(lines: list[str], start: int) -> int:
+    """The line after the exception that the last traceback from `start` ends with."""
+    number = max(n for n in range(start, len(lines)) if n == start or lines[n].endswith(_TRACEBACK)) + 1
+    while number < len(lines) and (lines[number].startswith(" ") or _is_noise(lines[number], ())):
+        number += 1
+    number += 1
+    # Messages of several lines: MindSpore's go on with rulers and indented lists.
+    while number < len(lines) and (lines[number].startswith((" ", "-")) or lines[number - 1].startswith("-")):
+        number += 1
+    return number
+
+
+def keep_earlier_logs(folder: Path, logs: Iterable[Path]) -> Path | None:
+    """Moves logs of a former job out of the way of a new one's.
+
+    Args:
+        folder: that of the logs; receives `earlier/DATE_TIME/` with the time of the former job's last word.
+        logs: files of `folder` that the new job is going to write; those that exist are moved.
+
+    Returns:
+        The folder they were moved to; None when there were none.
+
+    Raises:
+        OSError: they cannot be moved.
+    """
+    old = [path for path in logs if path.exists()]
+    if not old:
+        return None
+    moment = time.strftime("%Y%m%d_%H%M%S", time.localtime(max(path.stat().st_mtime for path in old)))
+    target = folder / EARLIER / moment
+    number = 1
+    while True:
+        try:
+            target.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            target = folder / EARLIER / f"{moment}_{number}"
+    for path in old:
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    return target

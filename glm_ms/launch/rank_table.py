@@ -1,0 +1,257 @@
+"""Rank tables of Ascend servers: made for one server, merged, checked, read and written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Any
+
+from glm_ms.launch.rank_table_file import parse_rank_table
+from glm_ms.launch.rank_table_types import Device, RankTable, RankTableError, Server
+
+__all__ = [
+    "Device",
+    "RankTable",
+    "RankTableError",
+    "Server",
+    "check_address",
+    "check_target",
+    "merge",
+    "name_numbers",
+    "read_rank_table",
+    "single_server",
+    "validate",
+    "write_rank_table",
+]
+
+LONGEST_SERVER_ID = 64
+_MOST_PROBLEMS = 5
+
+
+def single_server(server_id: str, addresses: Mapping[int, str]) -> RankTable:
+    """The table of one server.
+
+    Args:
+        server_id: address of the server.
+        addresses: `device_ip` of each `device_id`; ranks are given in this order, from 0.
+
+    Raises:
+        RankTableError: a name or address is wrong or used twice, or there are no cards.
+    """
+    devices = (Device(card, address, rank) for rank, (card, address) in enumerate(addresses.items()))
+    table = RankTable((Server(server_id, tuple(devices)),))
+    validate(table)
+    return table
+
+
+def merge(tables: Sequence[RankTable]) -> RankTable:
+    """One table of all servers, in the order of the tables; ranks go on from table to table.
+
+    Raises:
+        RankTableError: fewer than two tables, one of them is wrong, a server or an address is in two of them, or
+            the servers differ in their numbers of cards.
+    """
+    if len(tables) < 2:
+        raise RankTableError(f"{len(tables)} rank table given: nothing to merge; give one for each server")
+    servers: list[Server] = []
+    names: list[str] = []
+    ranks = 0
+    for number, table in enumerate(tables):
+        validate(table)
+        for server in table.servers:
+            devices = (replace(device, rank_id=device.rank_id + ranks) for device in server.devices)
+            servers.append(replace(server, devices=tuple(devices)))
+            names.append(table.source or f"table {number}")
+        ranks += table.rank_size
+    problems = list(_between_servers(servers, names))
+    several = [table.source for table in tables if table.source and len(table.servers) > 1]
+    hint = f" ({several[0]} has several servers already: is it of an earlier merge?)" if several else ""
+    _raise(problems, f"cannot be merged{hint}")
+    merged = RankTable(tuple(servers))
+    validate(merged)
+    return merged
+
+
+def validate(table: RankTable) -> None:
+    """Checks everything that HCCL asks of a table and that the table alone can tell.
+
+    Raises:
+        RankTableError: all that is wrong, with the names of the servers, cards and ranks.
+    """
+    where = table.source or "rank table"
+    if not table.servers:
+        raise RankTableError(f"{where}: has no servers")
+    problems = [problem for server in table.servers for problem in _within_server(server)]
+    problems += _between_servers(table.servers, [""] * len(table.servers))
+    _raise(problems or _rank_problems(table), where)
+
+
+def _raise(problems: Iterable[str], where: str) -> None:
+    problems = list(problems)
+    if problems:
+        more = len(problems) - _MOST_PROBLEMS
+        shown = "; ".join(problems[:_MOST_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+        raise RankTableError(f"{where}: {shown}")
+
+
+def _within_server(server: Server) -> Iterator[str]:
+    if not server.server_id.strip():
+        yield "a server has an empty server_id; give its address"
+    if len(server.server_id) > LONGEST_SERVER_ID:
+        yield f"server_id {server.server_id[:20]}...: longer than {LONGEST_SERVER_ID} characters"
+    if not server.devices:
+        yield f"server {server.server_id}: has no cards"
+    cards: set[int] = set()
+    for device in server.devices:
+        if device.device_id in cards:
+            yield f"server {server.server_id}: device_id {device.device_id} is there twice"
+        cards.add(device.device_id)
+        try:
+            check_address(device.device_ip)
+        except RankTableError as error:
+            yield f"server {server.server_id}: card {device.device_id}: device_ip {error}"
+
+
+def _between_servers(servers: Sequence[Server], names: Sequence[str]) -> Iterator[str]:
+    """Servers and addresses that are there twice, and differing numbers of cards; `names` are those of files."""
+    labels = [server.server_id + (f" ({name})" if name else "") for server, name in zip(servers, names)]
+    first: dict[Any, int] = {}
+    for number, server in enumerate(servers):
+        key = _comparable(server.server_id)
+        if key in first:
+            files = f": in {names[first[key]]} and in {names[number]}" if names[number] else ""
+            yield f"server {server.server_id} is there twice{files}"
+        first.setdefault(key, number)
+        if len(servers) > 1 and not isinstance(key, str) and key.is_loopback:
+            yield f"server {labels[number]}: a loopback address; make its table again with another --server_ip"
+    if len(first) < len(servers):
+        return  # a server's second copy has its addresses and perhaps other cards, which needs no second complaint
+    yield from _shared_addresses(servers, labels)
+    if len({len(server.devices) for server in servers}) > 1:
+        counts = ", ".join(f"{label} has {len(server.devices)}" for server, label in zip(servers, labels))
+        yield f"servers differ in their numbers of cards ({counts}); HCCL needs the same number on each"
+
+
+def _shared_addresses(servers: Sequence[Server], labels: Sequence[str]) -> Iterator[str]:
+    """One problem for each two servers, or each one, with cards of the same address."""
+    first: dict[Any, tuple[int, Device]] = {}
+    shared: dict[tuple[int, int], list[str]] = {}
+    for number, server in enumerate(servers):
+        for device in server.devices:
+            other, twin = first.setdefault(_comparable(device.device_ip), (number, device))
+            if twin is not device:
+                cards = f"{device.device_ip} (cards {twin.device_id} and {device.device_id})"
+                shared.setdefault((other, number), []).append(cards)
+    for (one, other), found in shared.items():
+        who = (
+            f"server {labels[one]} has"
+            if one == other
+            else f"servers {labels[one]} and {labels[other]} both have"
+        )
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        yield f"{who} device_ip {', '.join(found[:3])}{more}; each card needs an address of its own"
+
+
+def _rank_problems(table: RankTable) -> Iterator[str]:
+    ranks = sorted(device.rank_id for server in table.servers for device in server.devices)
+    twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
+    if twice:
+        yield f"rank_id there twice: {name_numbers(twice)}"
+    missing = sorted(set(range(len(ranks))) - set(ranks))
+    if missing:
+        yield (
+            f"rank_id missing: {name_numbers(missing)}; the ranks of {len(ranks)} cards go from 0 to {len(ranks) - 1}"
+        )
+    if twice or missing:
+        return
+    for server in table.servers:
+        own = sorted(device.rank_id for device in server.devices)
+        if own[-1] - own[0] + 1 != len(own):
+            yield (
+                f"server {server.server_id}: its ranks are {name_numbers(own)}, with gaps; "
+                "the ranks of one server follow each other"
+            )
+
+
+def name_numbers(numbers: Sequence[int]) -> str:
+    """Ascending numbers for a message: 0-3, 6."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def check_address(text: str, *, loopback: bool = False) -> str:
+    """Returns an address of one machine or card.
+
+    Raises:
+        RankTableError: not an IPv4 or IPv6 address, or one that no single card or server has.
+    """
+    address = _comparable(text)
+    if isinstance(address, str) or "%" in text:
+        raise RankTableError(f"{text!r} is not an IP address")
+    if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
+        raise RankTableError(f"{text} is not the address of one machine or card")
+    if address.is_loopback and not loopback:
+        raise RankTableError(f"{text} is a loopback address, which no other card can reach")
+    return text
+
+
+def _comparable(name: str) -> IPv4Address | IPv6Address | str:
+    """An address as a value, so that two spellings of it are one; other names as they are."""
+    try:
+        return ip_address(name)
+    except ValueError:
+        return name
+
+
+def check_target(path: str | Path, *, overwrite: bool) -> None:
+    """Raises `RankTableError` when `write_rank_table` would refuse to write to `path`."""
+    path = Path(path)
+    if path.is_dir():
+        raise RankTableError(f"{path}: is a folder; name the file to write")
+    if not path.absolute().parent.is_dir():
+        raise RankTableError(f"{path}: its folder {path.parent} does not exist; create it first")
+    if path.exists() and not overwrite:
+        raise RankTableError(f"{path}: exists already; choose another name with --output, or add --overwrite")
+
+
+def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = False) -> None:
+    """Writes the file of a table; it appears, or replaces the former one, only when it is whole.
+
+    Raises:
+        RankTableError: the table is wrong, `path` exists without `overwrite`, or cannot be written.
+    """
+    validate(table)
+    check_target(path, overwrite=overwrite)
+    final = Path(path).resolve()
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(table.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+    except OSError as error:
+        raise RankTableError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_rank_table(path: str | Path) -> RankTable:
+    """Reads the file of a table.
+
+    Raises:
+        RankTableError: the file cannot be read, is no JSON, is no rank table of version 1.0, is not completed, or
+            is wrong in itself (`validate`). The message names the file and the key.
+    """
+    table = parse_rank_table(path)
+    validate(table)
+    return table

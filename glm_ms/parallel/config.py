@@ -1,0 +1,139 @@
+"""How the work is split over cards, and whether a network can be split so. No MindSpore."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from glm_ms.model.config import GLMConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How many ways each dimension of the work is split.
+
+    Args:
+        data_parallel: ways the batch is split.
+        model_parallel: ways every large weight is split: heads, MLP channels, vocabulary.
+        pipeline_stages: stages that the blocks are spread over.
+        micro_batch_num: micro batches in flight with more than one stage.
+        vocab_emb_dp: the embedding is copied to every card; False: its rows are split by `model_parallel`.
+        use_seq_parallel: norms, residuals and dropout are split over the model-parallel cards too, by rows of the
+            batch's positions. Korthikanti et al. 2022, arXiv:2205.05198.
+        optimizer_shard: weights, gradients and moments are also split over the cards that would hold equal copies.
+            Rajbhandari et al. 2020, arXiv:1910.02054.
+    """
+
+    data_parallel: int = 1
+    model_parallel: int = 1
+    pipeline_stages: int = 1
+    micro_batch_num: int = 1
+    vocab_emb_dp: bool = True
+    use_seq_parallel: bool = False
+    optimizer_shard: bool = False
+
+    @property
+    def cards(self) -> int:
+        """Cards that the whole takes."""
+        return self.stage_cards * self.pipeline_stages
+
+    @property
+    def stage_cards(self) -> int:
+        """Cards of one pipeline stage."""
+        return self.data_parallel * self.model_parallel
+
+    @property
+    def row_split(self) -> int:
+        """Ways the rows of hidden states are split between two layers."""
+        return self.stage_cards if self.use_seq_parallel else self.data_parallel
+
+    def stage_of(self, layer: int, num_layers: int) -> int:
+        """The pipeline stage of a block: as even as can be, the later stages take the remainder, since the first
+        holds the embedding."""
+        short, longer = divmod(num_layers, self.pipeline_stages)
+        first_long = self.pipeline_stages - longer
+        if layer < first_long * short:
+            return layer // short
+        return first_long + (layer - first_long * short) // (short + 1)
+
+
+def kv_copies(config: GLMConfig, parallel: ParallelConfig) -> int:
+    """How often each key/value head is repeated, so that every model-parallel card has one."""
+    return max(1, parallel.model_parallel // config.num_kv_heads)
+
+
+def parallel_problems(
+    config: GLMConfig, parallel: ParallelConfig, rows: int, seq_length: int, cards: int | None = None
+) -> Iterator[tuple[str, str]]:
+    """Why a network cannot be split so: (field of `ParallelConfig`, reason) for every problem.
+
+    Args:
+        config: architecture.
+        parallel: the split.
+        rows: rows of one micro batch over all data-parallel cards.
+        seq_length: positions of a row.
+        cards: that there are; None: not known.
+    """
+    yield from _cards(parallel, cards)
+    yield from _tensors(config, parallel)
+    yield from _batch(parallel, rows, seq_length)
+    yield from _stages(config, parallel)
+
+
+def _cards(parallel: ParallelConfig, cards: int | None) -> Iterator[tuple[str, str]]:
+    if cards is not None and cards != parallel.cards:
+        product = f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages}"
+        yield (
+            "data_parallel",
+            f"data_parallel x model_parallel x pipeline_stage = {product} = {parallel.cards}, but there are "
+            f"{cards} cards",
+        )
+
+
+def _tensors(config: GLMConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+    ways = parallel.model_parallel
+    sizes = {
+        "num_attention_heads": config.num_attention_heads,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "padded_vocab_size": config.padded_vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % ways:
+            yield "model_parallel", f"{name} = {size} is not divisible by model_parallel = {ways}"
+    groups = config.num_kv_heads
+    if groups % ways and ways % groups:
+        yield (
+            "model_parallel",
+            f"{groups} key/value heads and model_parallel = {ways}: neither is divisible by the other, so "
+            "heads cannot be given out evenly",
+        )
+
+
+def _batch(parallel: ParallelConfig, rows: int, seq_length: int) -> Iterator[tuple[str, str]]:
+    if rows % parallel.data_parallel:
+        yield (
+            "data_parallel",
+            f"a batch of {rows} rows is not divisible by data_parallel = {parallel.data_parallel}",
+        )
+    positions = rows * seq_length
+    if parallel.use_seq_parallel and positions % parallel.row_split:
+        yield (
+            "use_seq_parallel",
+            f"{rows} rows x {seq_length} positions = {positions} is not divisible by data_parallel x "
+            f"model_parallel = {parallel.row_split}",
+        )
+    if parallel.use_seq_parallel and parallel.model_parallel == 1:
+        yield "use_seq_parallel", "True needs model_parallel above 1"
+
+
+def _stages(config: GLMConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
+    stages = parallel.pipeline_stages
+    if stages > config.num_layers:
+        yield "pipeline_stages", f"{stages} stages for num_layers = {config.num_layers} blocks"
+    if stages > 1 and parallel.micro_batch_num < stages:
+        yield (
+            "micro_batch_num",
+            f"{parallel.micro_batch_num} is below pipeline_stage = {stages}, so that a stage would always wait",
+        )
+    if stages == 1 and parallel.micro_batch_num > 1:
+        yield "micro_batch_num", f"{parallel.micro_batch_num} has no effect with pipeline_stage = 1"

@@ -1,0 +1,194 @@
+"""What the error messages of MindSpore, CANN and HCCL mean for a user, in one table.
+
+Error codes are those of CANN's troubleshooting reference ("HCCL Errors", EI0001 and following, EJ0001); texts are
+those of MindSpore 2.9.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+_SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh in this shell"
+_LINK = (
+    "check every card with hccn_tool -i N -link -g, hccn_tool -i N -net_health -g and hccn_tool -i N -tls -g"
+)
+# CANN versions that MindSpore 2.9 accepts, from its own check (mindspore/run_check/_check_version.py).
+_CANN = "8.2, 8.3, 8.5 or 9.0"
+
+
+class Hint(NamedTuple):
+    """One known cause."""
+
+    pattern: re.Pattern[str]  # found in the message
+    text: str  # cause and remedy
+    of_device: bool  # the host logs of the card tell more
+
+
+def _hint(pattern: str, text: str, of_device: bool = True) -> Hint:
+    return Hint(re.compile(pattern, re.IGNORECASE), text, of_device)
+
+
+_HINTS = (
+    _hint(
+        r"(can ?not|can't|must|should) be (evenly )?(divisible|divided)|not divisible",
+        "a size does not divide by the number of parts it is cut into. parallel_config.model_parallel must divide "
+        "num_attention_heads, hidden_size and ffn_hidden_size of model.model_config, and padded_vocab_size where "
+        "vocab_emb_dp is False; data_parallel and micro_batch_num the rows of a step (runner_config.batch_size); "
+        "pipeline_stage num_layers; data_parallel * model_parallel * pipeline_stage is the number of cards",
+        of_device=False,
+    ),
+    _hint(
+        r"No module named '?(te|tbe|topi|hccl|schedule_search|auto_tune|op_test_frame|opc_tool)\b|"
+        r"whl package \"?te\"?|Cannot find the tbe operator",
+        f"the Python parts of CANN are not on the path of this interpreter: {_SET_ENV}; if they are still missing, "
+        "pip install sympy $ASCEND_HOME_PATH/lib64/te-*.whl $ASCEND_HOME_PATH/lib64/hccl-*.whl",
+        of_device=False,
+    ),
+    _hint(
+        r"libascend_hal\.so|libdrv|Cannot find driver so",
+        "the driver is not found: npu-smi info must list the cards, and LD_LIBRARY_PATH must hold "
+        "/usr/local/Ascend/driver/lib64/driver and /usr/local/Ascend/driver/lib64/common; into a container, mount "
+        "/usr/local/Ascend/driver and pass the cards (/dev/davinci*, davinci_manager, devmm_svm, hisi_hdc)",
+        of_device=False,
+    ),
+    _hint(
+        r"lib(ge|graph|ascendcl|hccl|runtime|cann|acl|opapi|nnopbase|error_manager|register)\w*\.so|"
+        r"libmindspore_ascend\.so|Cannot find opp path|ASCEND_OPP_PATH",
+        f"CANN is not found, or not of a version that MindSpore 2.9 works with ({_CANN}): {_SET_ENV} and compare "
+        "with the table on https://www.mindspore.cn/install",
+        of_device=False,
+    ),
+    _hint(
+        r"memory not enough|memory is not enough|out of (device )?memory|alloc\w* [\w ]*memory[\w ]* (failed|error)|"
+        r"allocate memory failed|AllocFeatureMemory|EL0004|EI0007|EI0011",
+        "the card has not enough free memory. tools/plan.py --config YAML --cards N --memory 32GB tells what a "
+        "setting needs and which one fits: smaller runner_config.batch_size, recompute_config.recompute=True, "
+        "parallel.enable_parallel_optimizer=True or more model_parallel; npu-smi info shows other processes on the "
+        "card, context.max_device_memory what MindSpore may take",
+        of_device=False,
+    ),
+    _hint(
+        r"EJ0001|HCCP process",
+        "an earlier process still holds the card: end it (npu-smi info lists processes), wait 10 seconds, start again",
+    ),
+    _hint(
+        r"EI0006|get(ting)? socket|wait socket establish|socket timeout|HCCL_CONNECT_TIMEOUT",
+        "not all ranks met in time. Look first for the rank that failed before: the others only wait for it. If all "
+        f"live, give them longer (export HCCL_CONNECT_TIMEOUT=600, 120 to 7200 seconds, 120 if unset) and {_LINK}",
+    ),
+    _hint(
+        r"EI0002|Notify (register|wait)|HCCL_EXEC_TIMEOUT",
+        "a rank waited too long for another one. Look for the rank with the earlier error; where one rank only "
+        f"does slow work, such as writing checkpoints, raise HCCL_EXEC_TIMEOUT (seconds); {_LINK}",
+    ),
+    _hint(
+        r"EI0004|EI0014|EI0017|rank[_ ]?table",
+        "the rank table does not fit the machine: make it anew with tools/hccl_tools.py on every server and "
+        "tools/merge_hccl.py on one; device_ip must be what hccn_tool -i N -ip -g says. msrun needs no rank table: "
+        "unset RANK_TABLE_FILE",
+    ),
+    _hint(
+        r"EI0001", "an HCCL environment variable has a value that is not allowed; the message names it", False
+    ),
+    _hint(
+        r"EI0003|EI0005",
+        "the ranks do not run the same program: same YAML, same flags, same version on every server",
+    ),
+    _hint(r"EI0008", "the servers have different versions of CANN"),
+    _hint(r"EI0009|EI0010|EI0012|EI0013|EI0015", f"the link between two cards fails: {_LINK}"),
+    _hint(
+        r"EI0019|EI0020",
+        "an address or port for HCCL is taken: end the other job, or change HCCL_IF_BASE_PORT",
+    ),
+    _hint(
+        r"Ascend kernel runtime initialization failed|device.{0,20}(is )?(busy|occupied)",
+        "the card cannot be opened: npu-smi info shows whether it is healthy and which process holds it; "
+        "context.device_id chooses another one",
+    ),
+    _hint(
+        r"updates? in a row (have|has) overflowed|loss scale has fallen",
+        "on 800T A2 and later cards an overflow gives infinities: unset MS_ASCEND_CHECK_OVERFLOW_MODE or set it to "
+        "INFNAN_MODE (SATURATION_MODE hides them). Else the run diverges: lower the learning rate, or compute in "
+        "bfloat16, which needs no loss scaling",
+        of_device=False,
+    ),
+    _hint(r"\bE[IJ]\d{4}\b|\bHCCL\b.*(error|fail)", f"communication between cards failed: {_LINK}"),
+)
+
+
+def hints(message: str, environment: Mapping[str, str] | None = None) -> list[str]:
+    """What is known about an error.
+
+    Args:
+        message: text of the error, of any length.
+        environment: environment variables; None: those of this process.
+
+    Returns:
+        Causes with their remedies, the most telling first, and for errors of a card where its logs are; empty for
+        an error that is not in the table.
+    """
+    found = [hint for hint in _HINTS if hint.pattern.search(message)]
+    if len(found) > 1:  # the last one covers every code
+        found = [hint for hint in found if hint is not _HINTS[-1]]
+    lines = [hint.text for hint in found]
+    if any(hint.of_device for hint in found):
+        lines.append(
+            f"the card's own logs are in {host_log_folder(environment)} (debug/plog, one file a process); "
+            "export ASCEND_GLOBAL_LOG_LEVEL=1 logs more"
+        )
+    return lines
+
+
+def error_lines(error: BaseException | str, environment: Mapping[str, str] | None = None) -> list[str]:
+    """An error as lines for the terminal: `error: ...`, then a `hint: ...` for each known cause.
+
+    Of MindSpore's own errors the part for its developers, from "C++ Call Stack" on, is left out.
+    """
+    message = str(error)
+    return [f"error: {essence(message)}", *(f"hint: {line}" for line in hints(message, environment))]
+
+
+def essence(message: str) -> str:
+    """An error of MindSpore without its rulers and call stacks; any other one as it is."""
+    head, stack, _ = message.partition("- C++ Call Stack")
+    if not stack:
+        return message
+    lines = [line for line in head.strip().splitlines() if line.strip("- ")]
+    return "\n".join(lines) or message
+
+
+def host_log_folder(environment: Mapping[str, str] | None = None) -> str:
+    """Where CANN writes the logs of a process: ASCEND_PROCESS_LOG_PATH, ASCEND_WORK_PATH/log or ~/ascend/log."""
+    environment = os.environ if environment is None else environment
+    if environment.get("ASCEND_PROCESS_LOG_PATH"):
+        return environment["ASCEND_PROCESS_LOG_PATH"]
+    if environment.get("ASCEND_WORK_PATH"):
+        return str(Path(environment["ASCEND_WORK_PATH"]) / "log")
+    return str(Path(environment.get("HOME", "~")) / "ascend" / "log")
+
+
+def overflow_mode_note(soc: str, environment: Mapping[str, str] | None = None) -> str | None:
+    """A remark on MS_ASCEND_CHECK_OVERFLOW_MODE where it does not suit the card; None where it does.
+
+    Args:
+        soc: name of the chip, as `glm_ms.ops.ascend.soc_version` gives it.
+        environment: environment variables; None: those of this process.
+    """
+    environment = os.environ if environment is None else environment
+    mode = environment.get("MS_ASCEND_CHECK_OVERFLOW_MODE")
+    if not soc or mode is None:
+        return None
+    name = f"MS_ASCEND_CHECK_OVERFLOW_MODE={mode}"
+    if mode not in ("INFNAN_MODE", "SATURATION_MODE"):
+        return f"{name}: must be INFNAN_MODE or SATURATION_MODE; unset it for the card's own default"
+    if mode == "SATURATION_MODE" and soc != "ascend910":
+        return (
+            f"{name}: this card ({soc}) would give infinities, which loss scaling and clipping see; unset it"
+        )
+    if mode == "INFNAN_MODE" and soc == "ascend910":
+        return f"{name}: this card (910A) can only saturate; unset it"
+    return None

@@ -1,0 +1,127 @@
+"""Run by the rig: compiles every fused cell, and networks made of them, for the Ascend target."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import rig
+from mindspore import Tensor, nn, ops
+
+from glm_ms.model.cache import CachedGLM, KVCache
+from glm_ms.model.config import GLMConfig
+from glm_ms.model.glm import GLMNetwork
+from glm_ms.model.loss import GLMWithLoss
+from glm_ms.ops import ascend
+from glm_ms.ops.fusion import fuse_kernels
+
+BATCH, LENGTH, HEADS, GROUPS, DIM, HIDDEN, CAPACITY = 2, 6, 4, 2, 16, 64, 16
+
+
+def tensor(*shape: int, dtype: ms.Type) -> Tensor:
+    return Tensor(np.ones(shape, np.float32), dtype)
+
+
+class Gradients(nn.Cell):
+    """Gradients of all inputs of a cell."""
+
+    def __init__(self, cell: nn.Cell) -> None:
+        super().__init__()
+        self.cell = cell
+        self.grad = ops.GradOperation(get_all=True)
+
+    def construct(self, *inputs: Tensor) -> tuple:
+        return self.grad(self.cell)(*inputs)
+
+
+class Step(nn.Cell):
+    """Loss and gradients of a network."""
+
+    def __init__(self, with_loss: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = with_loss
+        self.gradients = ops.value_and_grad(
+            with_loss, None, ms.ParameterTuple(with_loss.trainable_params()), has_aux=True
+        )
+
+    def construct(self, *inputs: Tensor) -> tuple:
+        return self.gradients(*inputs)
+
+
+def cases(dtype: ms.Type) -> list[tuple[str, type, tuple, tuple[Tensor, ...]]]:
+    """Name, class, arguments, inputs."""
+    half = dtype != ms.float32
+    rows = (BATCH, LENGTH, HIDDEN)
+    heads, table = (BATCH, LENGTH, HEADS, DIM), (BATCH, LENGTH, 1, DIM)
+    keys = (BATCH, GROUPS, LENGTH, DIM)
+    found = [
+        (
+            "norm", ascend.FusedRMSNormalize, (1e-5,),
+            (tensor(*rows, dtype=dtype), tensor(HIDDEN, dtype=dtype)),
+        ),
+        (
+            "norm_mixed", ascend.FusedRMSNormalize, (1e-5,),
+            (tensor(*rows, dtype=dtype), tensor(HIDDEN, dtype=ms.float32)),
+        ),
+        (
+            "rotary", ascend.FusedRotary, (),
+            (tensor(*heads, dtype=dtype), tensor(*table, dtype=dtype), tensor(*table, dtype=dtype)),
+        ),
+    ]  # fmt: skip
+    if not half:
+        return found
+    qkv = (tensor(*heads, dtype=dtype), tensor(*keys, dtype=dtype), tensor(*keys, dtype=dtype))
+    for name, mask_batch in (("flash", BATCH), ("flash_one_mask", 1)):
+        bias = tensor(mask_batch, 1, LENGTH, LENGTH, dtype=ms.float32)
+        found.append((name, ascend.FlashAttention, (HEADS, DIM), (*qkv, bias)))
+    query = tensor(BATCH, 1, HEADS, DIM, dtype=dtype)
+    bias = tensor(BATCH, 1, 1, LENGTH, dtype=ms.float32)
+    found.append(("flash_step", ascend.FlashAttention, (HEADS, DIM), (query, *qkv[1:], bias)))
+    weight = tensor(2 * HIDDEN, HIDDEN, dtype=ms.int8)
+    scale = tensor(2 * HIDDEN, dtype=ms.float32)
+    found.append(
+        ("int8", ascend.FusedQuantizedMatMul, (), (tensor(LENGTH, HIDDEN, dtype=dtype), weight, scale))
+    )
+    return found
+
+
+def compile_networks() -> None:
+    """A whole network, with its loss and its gradients, for each compute type."""
+    alive = []  # the graph parser knows cells by their address
+    for name in ("float32", "float16", "bfloat16"):
+        config = GLMConfig(
+            num_layers=2, padded_vocab_size=64, hidden_size=HIDDEN, ffn_hidden_size=96, kv_channels=DIM,
+            num_attention_heads=HEADS, multi_query_group_num=GROUPS, seq_length=32, compute_dtype=name,
+        )  # fmt: skip
+        network = GLMNetwork(config)
+        names = [parameter.name for parameter in network.get_parameters()]
+        for line in fuse_kernels(network, getattr(ms, name)):
+            print(f"FUSED {name} {line}")
+        assert [parameter.name for parameter in network.get_parameters()] == names
+        with_loss = GLMWithLoss(network)
+        ids = Tensor(np.ones((BATCH, LENGTH), np.int32))
+        slots = Tensor(np.arange(LENGTH, dtype=np.int32))
+
+        alive.append(Step(with_loss))
+        alive[-1].compile(ids, ids, ids, ids, slots)
+        print(f"OK network {name}", flush=True)
+        cache = KVCache(config, BATCH, CAPACITY)
+        for length, cell in ((LENGTH, CachedGLM(network, cache)), (1, CachedGLM(network, cache))):
+            if length > 1:
+                ids, vector = Tensor(shape=[None, None], dtype=ms.int32), Tensor(shape=[None], dtype=ms.int32)
+                cell.set_inputs(ids, ids, ids, ids, vector, vector)
+            tokens, keys = np.ones((BATCH, length), np.int32), np.ones((BATCH, CAPACITY), np.int32)
+            arrays = (tokens, tokens, keys, tokens, np.arange(length, dtype=np.int32), cache.rows(0, length))
+            cell.compile(*(Tensor(array) for array in arrays))
+            alive.append(cell)
+            print(f"OK {'prefill' if length > 1 else 'step'} {name}", flush=True)
+
+
+rig.start()
+for dtype in (ms.float32, ms.float16, ms.bfloat16):
+    for name, kind, arguments, inputs in cases(dtype):
+        kind(*arguments).compile(*inputs)
+        print(f"OK forward {name} {dtype}", flush=True)
+        Gradients(kind(*arguments)).compile(*inputs)
+        print(f"OK backward {name} {dtype}", flush=True)
+compile_networks()
+rig.done()

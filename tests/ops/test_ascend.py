@@ -1,0 +1,316 @@
+"""Fused Ascend kernels: their wiring with stand-ins for the kernels, their compilation with the rig."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+from tolerances import LOGITS
+
+from glm_ms.engine.check_kernels import SMALL, KernelCase, kernel_cases
+from glm_ms.generation.cached_decoder import graph_mode
+from glm_ms.model.config import GLMConfig
+from glm_ms.model.glm import GLMNetwork
+from glm_ms.ops import ascend, fusion
+from glm_ms.ops.attention import GroupedAttention
+from glm_ms.ops.norm import RMSNormalize
+from glm_ms.ops.quantized import QuantizedMatMul
+from glm_ms.ops.rotary import ApplyRotary
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"
+SCRIPT = Path(__file__).resolve().parent / "rig_fused.py"
+
+
+class RmsNormByFormula(nn.Cell):
+    """What CANN's reference says of aclnnRmsNorm: y = x / sqrt(mean(x^2) + eps) * gamma, and 1 / sqrt(...)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def construct(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        scale = 1 / ops.sqrt(ops.mean(x * x, -1, True) + self.eps)
+        return x * scale * gamma, scale
+
+
+class RotaryByFormula(nn.Cell):
+    """aclnnRotaryPositionEmbedding, mode 1 (interleave), layout BSND with tables 1S1D."""
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor, mode: int) -> Tensor:
+        assert mode == 1
+        assert cos.shape == sin.shape == (1, x.shape[1], 1, x.shape[3])
+        assert x.shape[0] == 1
+        turned = ops.stack((-x[..., 1::2], x[..., ::2]), -1).reshape(x.shape)
+        return x * cos + turned * sin
+
+
+class FlashByFormula(nn.Cell):
+    """aclnnFlashAttentionScore, layout BNSD: scores times scale, where the mask is 1 hidden, softmax, values."""
+
+    def __init__(self, num_heads: int, scale: float) -> None:
+        super().__init__()
+        self.num_heads, self.scale = num_heads, scale
+
+    def construct(
+        self, query: Tensor, key: Tensor, value: Tensor, shift, drop, padding, mask: Tensor, *unused
+    ) -> tuple:
+        assert mask.dtype == ms.uint8
+        assert query.shape[1] == self.num_heads
+        per_group = query.shape[1] // key.shape[1]
+        key, value = ops.repeat_interleave(key, per_group, 1), ops.repeat_interleave(value, per_group, 1)
+        scores = ops.matmul(query, key.swapaxes(2, 3)) * self.scale
+        scores = ops.where(mask.astype(ms.bool_), Tensor(-1e30, ms.float32), scores)
+        return None, None, None, ops.matmul(ops.softmax(scores, -1), value)
+
+
+class QuantizedByFormula(nn.Cell):
+    """aclnnWeightQuantBatchMatmulV2: the scales belong to the columns of the product."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+
+    def construct(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        weight = weight.astype(x.dtype)
+        weight = weight.T if self.transposed else weight
+        assert scale.shape == (weight.shape[1],)
+        return ops.matmul(x, weight * scale)
+
+
+def with_stand_in(cell: nn.Cell) -> nn.Cell:
+    """A fused cell whose kernel is replaced by its formula, told what the cell told the kernel."""
+    if isinstance(cell, ascend.FusedRMSNormalize):
+        del cell.normalize
+        cell.normalize = RmsNormByFormula(1e-5)
+    elif isinstance(cell, ascend.FusedRotary):
+        del cell.turn
+        cell.turn = RotaryByFormula()
+    elif isinstance(cell, ascend.FlashAttention):
+        kernel = cell.attention
+        assert kernel.keep_prob == 1.0
+        del cell.attention
+        cell.attention = FlashByFormula(kernel.head_num, kernel.scale_value)
+    else:
+        for name in ("multiply", "multiply_back"):
+            transposed = getattr(cell, name).transpose_weight
+            delattr(cell, name)
+            setattr(cell, name, QuantizedByFormula(transposed))
+    return cell
+
+
+CASES = kernel_cases(SMALL)
+
+
+@pytest.fixture
+def call_by_call() -> Iterator[None]:
+    """PyNative mode, in which the asserts of the stand-ins run as Python."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=mode)
+
+
+class Weighed(nn.Cell):
+    """A scalar of a cell's result, for its gradient."""
+
+    def __init__(self, cell: nn.Cell) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, weights: Tensor, *inputs: Tensor) -> Tensor:
+        return (self.cell(*inputs) * weights).sum()
+
+
+@pytest.mark.usefixtures("call_by_call")
+@pytest.mark.parametrize("case", CASES, ids=[case.kernel for case in CASES])
+def test_fused_cell_is_the_portable_operator(case: KernelCase) -> None:
+    """Layouts, scale, mask and modes that the fused cell passes on, forward and backward."""
+    inputs = case.tensors("float32")
+    portable, fused = case.portable(ms.float32), with_stand_in(case.fused())
+    expected, found = portable(*inputs), fused(*inputs)
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), **LOGITS)
+    if not case.differentiable:
+        return
+    weights = Tensor(np.random.default_rng(3).standard_normal(expected.shape, np.float32))
+    positions = tuple(i + 1 for i in case.differentiable)
+    wanted = ops.grad(Weighed(portable), positions)(weights, *inputs)
+    gradients = ops.grad(Weighed(fused), positions)(weights, *inputs)
+    if len(positions) == 1:
+        wanted, gradients = (wanted,), (gradients,)
+    for one, other in zip(gradients, wanted):
+        np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), **LOGITS)
+
+
+@pytest.mark.usefixtures("call_by_call")
+def test_a_norm_weight_of_another_type_is_not_rounded() -> None:
+    """float16 cannot hold 1 + 2^-12; the product must."""
+    x = Tensor(np.full((2, 64), 2048, np.float32), ms.float16)
+    weight = Tensor(np.full(64, 1 + 2.0**-12, np.float32))
+    cell = with_stand_in(ascend.FusedRMSNormalize(1e-5))
+    seen = []
+
+    class Spy(nn.Cell):
+        def construct(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append((x.dtype, gamma.dtype, float(gamma[0])))
+            return x, gamma
+
+    del cell.normalize
+    cell.normalize = Spy()
+    assert cell(x, weight).dtype == ms.float16
+    assert seen == [(ms.float32, ms.float32, 1 + 2.0**-12)]
+
+
+def tiny_network(**changes: object) -> GLMNetwork:
+    sizes = {
+        "num_layers": 2, "padded_vocab_size": 64, "hidden_size": 64, "ffn_hidden_size": 96, "kv_channels": 16,
+        "num_attention_heads": 4, "multi_query_group_num": 2, "seq_length": 32,
+    }  # fmt: skip
+    return GLMNetwork(GLMConfig(**{**sizes, **changes}))
+
+
+def kinds(network: nn.Cell) -> list[type]:
+    return [type(cell) for _, cell in network.cells_and_names()]
+
+
+def test_on_a_cpu_nothing_is_fused() -> None:
+    network = tiny_network()
+    before = kinds(network)
+    assert fusion.fuse_kernels(network, ms.float16) == [
+        "portable operators: the device is CPU, the fused kernels are Ascend's"
+    ]
+    assert kinds(network) == before
+
+
+def test_fusing_replaces_operators_and_keeps_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascend, "why_not_fused", lambda: None)
+    network = tiny_network()
+    names = [parameter.name for parameter in network.get_parameters()]
+    assert fusion.fuse_kernels(network, ms.bfloat16) == [
+        "RMS norm: fused kernel in 5 cells",
+        "flash attention: fused kernel in 2 cells",
+        "rotary embedding: fused kernel in 2 cells",
+    ]
+    assert [parameter.name for parameter in network.get_parameters()] == names
+    found = kinds(network)
+    assert not {RMSNormalize, ApplyRotary, GroupedAttention} & set(found)
+    counts = [
+        found.count(kind) for kind in (ascend.FusedRMSNormalize, ascend.FusedRotary, ascend.FlashAttention)
+    ]
+    assert counts == [5, 2, 2]
+
+
+def test_a_fused_network_gives_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network runs the cells that were put in, with the formulas in place of the kernels."""
+    monkeypatch.setattr(ascend, "why_not_fused", lambda: None)
+    monkeypatch.setattr(ascend.FlashAttention, "DTYPES", (ms.float32,))
+    network = tiny_network()
+    ids = Tensor(np.random.default_rng(0).integers(0, 64, (2, 12)), ms.int32)
+    mask = Tensor(np.array([[1] * 12, [0] * 5 + [1] * 7], np.int32))
+    positions = Tensor(np.array([range(12), [0] * 5 + list(range(7))], np.int32))
+    slots = Tensor(np.arange(12), ms.int32)
+    with graph_mode():
+        expected = network(ids, mask, positions, slots).asnumpy()
+        fusion.fuse_kernels(network, ms.float32)
+        for _, cell in list(network.cells_and_names()):
+            if type(cell).__module__ == ascend.__name__:
+                with_stand_in(cell)
+        network.compile_cache.clear()
+        found = network(ids, mask, positions, slots).asnumpy()
+    assert FlashByFormula in kinds(network)
+    np.testing.assert_allclose(found, expected, **LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "reason"),
+    [
+        ({}, ms.float32, "compute_dtype float32; the kernel takes float16 and bfloat16"),
+        ({"kv_channels": 8}, ms.float16, "kv_channels 8; must be a multiple of 16 up to 512"),
+        ({"attention_dropout": 0.1}, ms.float16, "attention_dropout is above 0"),
+    ],
+)
+def test_what_a_kernel_cannot_do_stays_portable(
+    monkeypatch: pytest.MonkeyPatch, changes: dict, dtype: ms.Type, reason: str
+) -> None:
+    monkeypatch.setattr(ascend, "why_not_fused", lambda: None)
+    network = tiny_network(**changes)
+    lines = fusion.fuse_kernels(network, dtype)
+    assert f"flash attention: portable operator in 2 cells ({reason})" in lines
+    assert kinds(network).count(GroupedAttention) == 2
+
+
+def test_quantized_matmul_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ascend, "why_not_fused", lambda: None)
+
+    class Layer(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matmul = QuantizedMatMul()
+
+    layer = Layer()
+    assert fusion.fuse_kernels(layer, ms.float16) == ["int8 matmul: fused kernel in 1 cell"]
+    assert type(layer.matmul) is ascend.FusedQuantizedMatMul
+
+
+@pytest.mark.parametrize(
+    ("soc", "reason"),
+    [("ascend910", "this card (910A) lacks them"), ("ascend910b", None), ("ascend910_93", None)],
+)
+def test_which_cards_have_the_kernels(monkeypatch: pytest.MonkeyPatch, soc: str, reason: str | None) -> None:
+    monkeypatch.setattr(ascend.ms, "get_context", lambda name: {"device_target": "Ascend"}[name])
+    monkeypatch.setattr(ascend, "soc_version", lambda: soc)
+    found = ascend.why_not_fused()
+    assert found is None if reason is None else found.startswith(reason)
+
+
+@pytest.mark.skipif(not RIG.is_file(), reason=f"no rig: {RIG} (set GLM_MS_SHARED)")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc, which the rig needs")
+def test_mindspore_accepts_the_kernels(tmp_path: Path) -> None:
+    """MindSpore's frontend for the Ascend target: every fused cell, and whole networks, forward and backward."""
+    command = [
+        "bash",
+        RIG,
+        "--target",
+        "ascend",
+        "--ranks",
+        "1",
+        "--out",
+        tmp_path / "out",
+        "--timeout",
+        "200",
+    ]
+    result = subprocess.run(
+        [*map(str, command), "--", str(SCRIPT)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    passed = {line[3:] for line in result.stdout.splitlines() if line.startswith("OK ")}
+    both = [f"{way} {name}" for way in ("forward", "backward") for name in ("norm", "norm_mixed", "rotary")]
+    half = [
+        f"{way} {name}"
+        for way in ("forward", "backward")
+        for name in ("flash", "flash_one_mask", "flash_step", "int8")
+    ]
+    expected = {f"{name} {dtype}" for name in both for dtype in ("Float32", "Float16", "BFloat16")}
+    expected |= {f"{name} {dtype}" for name in half for dtype in ("Float16", "BFloat16")}
+    expected |= {
+        f"{way} {dtype}"
+        for way in ("network", "prefill", "step")
+        for dtype in ("float32", "float16", "bfloat16")
+    }
+    assert passed == expected
