@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "launch": (),
     "tokenizer": (),
     "metrics": (),
-    "settings": ("model.config",),
+    "settings": ("model.config", "parallel.config"),
     "data": ("tokenizer",),
     "peft": ("model", "ops", "convert"),  # adapters are checkpoints
     "quant": ("model", "ops"),

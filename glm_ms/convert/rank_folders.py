@@ -201,12 +201,18 @@ def _text(step: Step) -> str:
 
 def _check_numbers_in_names(files: list[list[Path]]) -> None:
     """Folders may have been swapped: file names that tell a rank must tell that of their folder."""
-    for rank, paths in enumerate(files):
-        for path in paths:
-            match = _RANK_IN_NAME.search(path.stem)
-            if match and int(match.group(1)) != rank:
+    told = [
+        (rank, path, int(match.group(1)))
+        for rank, paths in enumerate(files)
+        for path in paths
+        for match in [_RANK_IN_NAME.search(path.stem)]
+        if match
+    ]
+    if len({number for _, _, number in told}) > 1:  # one number everywhere is another word, as in lora_rank_8
+        for rank, path, number in told:
+            if number != rank:
                 raise CheckpointError(
-                    f"{path}: its name tells rank {match.group(1)}, its folder rank {rank}; the files were swapped"
+                    f"{path}: its name tells rank {number}, its folder rank {rank}; the files were swapped"
                 )
     # mindspore.transform_checkpoints and this package end the name in the rank: cut0, cut1, ...
     ends = [_LAST_NUMBER.fullmatch(paths[0].stem) if len(paths) == 1 else None for paths in files]

@@ -47,9 +47,13 @@ class RankWriter:
             CheckpointError: it is not the one announced.
             OSError: the file cannot be written.
         """
-        expected, info = self._pending[rank].pop() if self._pending[rank] else ("the end", TensorInfo((), "bool"))
+        expected, info = (
+            self._pending[rank].pop() if self._pending[rank] else ("the end", TensorInfo((), "bool"))
+        )
         if (name, array.shape, array.dtype) != (expected, info.shape, DTYPES[info.dtype].storage):
-            raise CheckpointError(f"rank {rank}: {name} {list(array.shape)}: announced was {expected} {list(info.shape)}")
+            raise CheckpointError(
+                f"rank {rank}: {name} {list(array.shape)}: announced was {expected} {list(info.shape)}"
+            )
         with self._files[rank].open("ab") as stream:
             if self._kind == "ckpt":
                 mindspore_file.write_tensor(stream, name, info, array)
@@ -60,7 +64,9 @@ class RankWriter:
         """Holds the files to what was announced, and puts them on the disk."""
         for rank, file in enumerate(self._files):
             if self._pending[rank]:
-                raise CheckpointError(f"rank {rank}: {self._pending[rank][-1][0]}: announced, but never given")
+                raise CheckpointError(
+                    f"rank {rank}: {self._pending[rank][-1][0]}: announced, but never given"
+                )
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
 

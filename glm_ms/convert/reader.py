@@ -12,6 +12,7 @@ import numpy as np
 
 from glm_ms.convert.dtypes import convert_dtype
 from glm_ms.convert.errors import CheckpointError, capped
+from glm_ms.convert.joint import joint_of, part_names
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, is_training_state, to_glm_name
 from glm_ms.convert.safetensors_file import SafetensorsFile
@@ -34,7 +35,8 @@ _FOLDER_CONTENT = (_INDEXES[0], "model.safetensors", _INDEXES[1], "pytorch_model
 class CheckpointReader:
     """The weights of a checkpoint under glm_ms names, read one tensor at a time.
 
-    At most one file is open (one shard mapped) at a time; reading in the order of `names()` opens each once.
+    At most one file is open (one shard mapped) at a time; reading in the order of `names()` opens each once. Joint
+    weights that a sharded run has kept in parts are put together.
 
     Args:
         path: what the user named: a folder or a file.
@@ -46,18 +48,20 @@ class CheckpointReader:
         ignored: stored names of optimizer state and training counters, which are no weights.
 
     Raises:
-        CheckpointError: two stored tensors stand for one parameter.
+        CheckpointError: two stored tensors stand for one parameter, or a part of a joint one is missing.
     """
 
     def __init__(self, path: Path, files: list[TensorFile], chosen: dict[str, int] | None = None) -> None:
         self.path = path
         self.ignored: tuple[str, ...] = ()
-        self._home: dict[str, tuple[TensorFile, str]] = {}
+        # Parameter -> the tensors it is made of, by their place along its rows.
+        self._home: dict[str, dict[int, tuple[TensorFile, str]]] = {}
         self._open: TensorFile | None = None
         for position, file in enumerate(files):
             for stored in file.entries:
                 if chosen is None or chosen[stored] == position:
                     self._register(file, stored)
+        self._check_parts()
 
     def names(self) -> list[str]:
         """Names of all parameters, in the order of the files."""
@@ -65,21 +69,21 @@ class CheckpointReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter, without reading it."""
-        file, stored = self._find(name)
-        return file.entries[stored].shape
+        shapes = [file.entries[stored].shape for file, stored in self._find(name)]
+        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def dtype(self, name: str) -> str:
         """Stored element type of a parameter: "float32", "float16", "bfloat16", ..."""
-        file, stored = self._find(name)
+        file, stored = self._find(name)[0]
         return file.entries[stored].dtype
 
     def file(self, name: str) -> Path:
         """The file that holds a parameter."""
-        return self._find(name)[0].path
+        return self._find(name)[0][0].path
 
     def files(self) -> list[Path]:
         """Every file that holds parameters."""
-        return list(dict.fromkeys(file.path for file, _ in self._home.values()))
+        return list(dict.fromkeys(file.path for home in self._home.values() for file, _ in home.values()))
 
     def read(self, name: str, dtype: str | None = None) -> np.ndarray:
         """Reads one parameter.
@@ -95,14 +99,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: unknown name, unreadable file, or a value too large for `dtype`.
         """
-        file, stored = self._find(name)
-        if self._open is not None and self._open is not file:
-            self._open.release()
-        self._open = file
-        array = file.read(stored)
-        if dtype is None:
-            return array
-        return convert_dtype(array, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
+        pieces = [self._read_tensor(file, stored, name, dtype) for file, stored in self._find(name)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def close(self) -> None:
         """Closes the file that is open; reading again opens it anew."""
@@ -121,26 +119,47 @@ class CheckpointReader:
     ) -> None:
         self.close()
 
+    def _read_tensor(self, file: TensorFile, stored: str, name: str, dtype: str | None) -> np.ndarray:
+        if self._open is not None and self._open is not file:
+            self._open.release()
+        self._open = file
+        array = file.read(stored)
+        if dtype is None:
+            return array
+        return convert_dtype(array, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
+
     def _register(self, file: TensorFile, stored: str) -> None:
         if is_training_state(stored):
             self.ignored += (stored,)
             return
         if stored == INV_FREQ:
             return
-        name = to_glm_name(stored)
-        if name in self._home:
-            other, its_name = self._home[name]
+        name, place, number = joint_of(to_glm_name(stored))
+        home = self._home.setdefault(name, {})
+        if place in home or (home and number == 1):
+            other, its_name = home[place] if place in home else next(iter(home.values()))
             raise CheckpointError(
                 f"{file.path}: {stored} is stored twice; also as {its_name} in {other.path.name}"
             )
-        self._home[name] = (file, stored)
+        home[place] = (file, stored)
 
-    def _find(self, name: str) -> tuple[TensorFile, str]:
+    def _check_parts(self) -> None:
+        for name, home in self._home.items():
+            parts = part_names(name)
+            stored = {joint_of(to_glm_name(stored))[2] for _, stored in home.values()}
+            if len(stored) > 1:
+                raise CheckpointError(f"{self.path}: {name} is stored twice; also as {capped(parts)}")
+            if stored == {len(parts)} and len(home) < len(parts):
+                missing = [part for place, part in enumerate(parts) if place not in home]
+                raise CheckpointError(f"{self.path}: parts of {name} are missing: {capped(missing)}")
+
+    def _find(self, name: str) -> list[tuple[TensorFile, str]]:
         if name not in self._home:
             near = difflib.get_close_matches(name, self._home, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise CheckpointError(f"{self.path}: no parameter {name!r}{hint}")
-        return self._home[name]
+        home = self._home[name]
+        return [home[place] for place in sorted(home)]
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:
@@ -148,8 +167,8 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
 
     Args:
         path: a Hugging Face folder (`model.safetensors`, `pytorch_model.bin`, or shards with their index),
-            a folder with one `.safetensors` or `.ckpt`, or one file: `.safetensors` (Hugging Face, glm_ms or
-            MindSpore), `.ckpt` (MindSpore), `.bin`, `.pth`, `.pt` (PyTorch).
+            a folder with one `.safetensors` or `.ckpt` (also in its only subfolder rank_N), or one file:
+            `.safetensors` (Hugging Face, glm_ms or MindSpore), `.ckpt` (MindSpore), `.bin`, `.pth`, `.pt` (PyTorch).
 
     Raises:
         CheckpointError: the path is missing or of no known kind; a file is truncated, damaged or not what
@@ -182,6 +201,14 @@ def _open_folder(folder: Path) -> CheckpointReader:
     if name is not None:
         return CheckpointReader(folder, [_open_file(folder / name)])
     found = sorted(item for item in folder.iterdir() if item.suffix in _BY_ENDING and item.is_file())
+    ranks = sorted(item for item in folder.glob("rank_*") if item.is_dir())
+    if not found and len(ranks) == 1:  # as tools/transform_ckpt.py makes it
+        return _open_folder(ranks[0])
+    if not found and ranks:
+        raise CheckpointError(
+            f"{folder}: holds the slices of {len(ranks)} ranks; merge them with tools/transform_ckpt.py, or name "
+            "one folder where every rank holds the whole checkpoint"
+        )
     if not found:
         raise CheckpointError(
             f"{folder}: holds no weights; expected one of {', '.join(_FOLDER_CONTENT)}, "

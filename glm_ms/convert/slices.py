@@ -82,6 +82,28 @@ class Layout:
             numbers[0] = numbers[0] * self.optimizer_pieces + copy % self.optimizer_pieces
         return tuple(numbers)
 
+    def neighbours(self) -> dict[str, list[int]]:
+        """Per cut, in words, the ranks that differ from rank 0 in this cut alone (counted within the stage)."""
+        strides = [math.prod(self.device_matrix[axis + 1 :]) for axis in range(len(self.device_matrix))]
+        found = {
+            f"along axis {axis} of {list(self.device_matrix)}": [
+                number * strides[axis] for number in range(1, self.device_matrix[axis])
+            ]
+            for axes in self.tensor_map
+            for axis in axes
+            if self.device_matrix[axis] > 1
+        }
+        if self.optimizer_pieces > 1:
+            sizes = tuple(self.device_matrix[axis] for axis in self.repeated_axes)
+            found[f"by the parallel optimizer on {list(self.device_matrix)}"] = [
+                sum(
+                    place * strides[axis]
+                    for place, axis in zip(_coordinates(copy, sizes), self.repeated_axes)
+                )
+                for copy in range(1, self.optimizer_pieces)
+            ]
+        return found
+
     def whole_shape(self, part: Shape) -> Shape:
         """Shape of the whole tensor, from that of a part.
 

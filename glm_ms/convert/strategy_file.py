@@ -101,7 +101,9 @@ def _read_folder(folder: Path) -> Strategy:
         if first not in parsed:
             raw = read_raw_strategy(first)
             if _is_merged(raw):
-                raise CheckpointError(f"{file}: already merged over the stages; give this file, not its folder")
+                raise CheckpointError(
+                    f"{file}: already merged over the stages; give this file, not its folder"
+                )
             parsed[first] = (raw, _layouts(first, raw.layouts))
     devices = max(layout.devices for _, layouts in parsed.values() for layout in layouts.values())
     stages: dict[int, tuple[Path, dict[str, Layout]]] = {}
@@ -121,7 +123,11 @@ def _read_folder(folder: Path) -> Strategy:
 
 
 def _strategy_files(folder: Path) -> list[Path]:
-    found = [file for ending in _ENDINGS for file in [*folder.glob(f"*{ending}"), *folder.glob(f"rank_*/*{ending}")]]
+    found = [
+        file
+        for ending in _ENDINGS
+        for file in [*folder.glob(f"*{ending}"), *folder.glob(f"rank_*/*{ending}")]
+    ]
     found = sorted(file for file in found if file.is_file())
     if not found:
         raise CheckpointError(f"{folder}: holds no strategy file (*.ckpt or *.json)")
@@ -134,7 +140,9 @@ def _stage_in_folder(file: Path, stated: int | None, devices: int) -> int:
     match = _RANK.search(file.name)
     by_name = int(match.group(1)) // devices if match else None
     if stated is None and by_name is None:
-        raise CheckpointError(f"{file}: neither its content nor its name tells the pipeline stage; name it rank_N")
+        raise CheckpointError(
+            f"{file}: neither its content nor its name tells the pipeline stage; name it rank_N"
+        )
     if stated is not None and by_name is not None and stated != by_name:
         raise CheckpointError(
             f"{file}: of pipeline stage {stated}, but with {devices} ranks a stage its name means stage {by_name}; "
@@ -159,7 +167,9 @@ def _split_merged(path: Path, raw: RawStrategy) -> list[dict[str, Layout]]:
         stages.setdefault(int(number), {})[name] = layout
     missing = [str(stage) for stage in range(max(stages)) if stage not in stages]
     if missing:
-        raise CheckpointError(f"{path}: lacks pipeline stage {capped(missing)}; merge the files of all stages")
+        raise CheckpointError(
+            f"{path}: lacks pipeline stage {capped(missing)}; merge the files of all stages"
+        )
     return [_layouts(path, stages[stage]) for stage in range(len(stages))]
 
 

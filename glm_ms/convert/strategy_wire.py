@@ -108,7 +108,9 @@ def _from_protobuf(data: bytes) -> RawStrategy:
 def _stage(operator: bytes) -> int | None:
     for number, value in _fields(operator):
         if number == 2:
-            return next((entry for key, entry in _fields(_bytes(value)) if key == 1 and isinstance(entry, int)), None)
+            return next(
+                (entry for key, entry in _fields(_bytes(value)) if key == 1 and isinstance(entry, int)), None
+            )
     return None
 
 

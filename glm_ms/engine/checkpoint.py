@@ -46,12 +46,12 @@ class TrainingState:
         """Writes all files of the state into an empty folder, a tensor at a time."""
         model = self.model
         if model.adapter is None:
-            _write_parameters(folder / WEIGHTS, model.parameters().values(), model.config.param_init_type)
+            write_parameters(folder / WEIGHTS, model.parameters().values(), model.config.param_init_type)
             text = json.dumps(model.config.to_hf_dict(), indent=2)
             (folder / CONFIG).write_text(text, encoding="utf-8")
         else:
             model.adapter.save(folder, self.base_model)
-        _write_parameters(folder / OPTIMIZER, self._optimizer_state(), "float32")
+        write_parameters(folder / OPTIMIZER, self._optimizer_state(), "float32")
 
     def restore(self, folder: Path, weights: bool) -> None:
         """Loads what `write` has written.
@@ -68,13 +68,7 @@ class TrainingState:
         elif weights:
             with open_checkpoint(folder / WEIGHTS) as reader:
                 self.model.load_parameters(load_parameters(reader, self.model.config, "float32"))
-        path = folder / OPTIMIZER
-        file = SafetensorsFile(path)
-        for parameter in self._optimizer_state():
-            if parameter.name not in file.entries:
-                raise CheckpointError(f"{path}: has no tensor {parameter.name}; was another optimizer used?")
-            _assign(parameter, file.read(parameter.name), path)
-        file.release()
+        read_parameters(folder / OPTIMIZER, self._optimizer_state())
 
     def _optimizer_state(self) -> list[Parameter]:
         """What the optimizer owns besides the parameters it trains, and the state of the loss scale."""
@@ -128,7 +122,28 @@ def _assign(parameter: Parameter, value: np.ndarray, path: Path) -> None:
     parameter.set_data(Tensor(value, parameter.dtype))
 
 
-def _write_parameters(path: Path, parameters: Iterable[Parameter], dtype: str) -> None:
+def read_parameters(path: Path, parameters: Iterable[Parameter]) -> None:
+    """Overwrites parameters with the tensors of their names in a file.
+
+    Raises:
+        CheckpointError: the file is damaged, or lacks one, or has another shape.
+    """
+    file = SafetensorsFile(path)
+    for parameter in parameters:
+        if parameter.name not in file.entries:
+            raise CheckpointError(f"{path}: has no tensor {parameter.name}; was another optimizer used?")
+        _assign(parameter, file.read(parameter.name), path)
+    file.release()
+
+
+def write_parameters(path: Path, parameters: Iterable[Parameter], dtype: str) -> None:
+    """Writes parameters under their names, a tensor at a time.
+
+    Args:
+        path: a .safetensors file.
+        parameters: of unequal names.
+        dtype: element type of the file.
+    """
     parameters = list(parameters)
 
     def arrays() -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Any
 from mindformers import MindFormerConfig
 
 from glm_ms.engine.batches import TRAINING_COLUMNS
+from glm_ms.engine.sharding import parallel_context
 from glm_ms.settings import Settings
 
 
@@ -57,7 +58,7 @@ def mindformers_config(settings: Settings, total_steps: int) -> MindFormerConfig
             },
             "callbacks": [],
             "context": {key: value for key, value in whole["context"].items() if value is not None},
-            "parallel": whole["parallel"],
+            "parallel": parallel_context(settings),
             "parallel_config": whole["parallel_config"],
             "recompute_config": whole["recompute_config"],
             "moe_config": {},

@@ -19,8 +19,9 @@ _PLOT_INTERVAL = 60.0
 class Milestones:
     """Called after every update; evaluates and saves when that is due.
 
-    In a parallel run all ranks evaluate and prove before a checkpoint that their weights are equal; the first rank
-    alone writes, and the others wait for it in the next sum of gradients.
+    In a data parallel run all ranks evaluate and prove before a checkpoint that their weights are equal; the first
+    rank alone writes, and the others wait for it in the next sum of gradients. In a sharded run each writes its own
+    part.
 
     Args:
         settings: `do_eval`, intervals, `checkpoint`.
@@ -32,6 +33,7 @@ class Milestones:
         log: takes scores.
         plot: draws the curves.
         ranks: of the run.
+        writes: whether this rank saves.
         check_weights: raises where the ranks do not hold the same weights.
     """
 
@@ -46,11 +48,12 @@ class Milestones:
         log: ProgressLog,
         plot: Callable[[], None],
         ranks: Ranks,
+        writes: bool,
         check_weights: Callable[[], None],
     ) -> None:
         self._plan, self._evaluate, self._save, self._remove_old = plan, evaluate, save, remove_old
         self._best, self._log, self._plot = best, log, plot
-        self._ranks, self._check_weights = ranks, check_weights
+        self._ranks, self._writes, self._check_weights = ranks, writes, check_weights
         self._save_steps = settings.checkpoint.save_steps
         self._intervals = [settings.eval_step_interval, settings.eval_epoch_interval * plan.steps_per_epoch]
         self._plotted = time.monotonic()
@@ -60,7 +63,7 @@ class Milestones:
         improved = self._evaluate is not None and self._evaluation_due(step) and self._run_evaluation(step)
         if improved or self._due(step, self._save_steps):
             self._check_weights()
-            if not self._ranks.first:
+            if not self._writes:
                 return
             self._log.sync()
             self._save(step, self._best.record)

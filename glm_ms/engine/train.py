@@ -38,10 +38,12 @@ from glm_ms.engine.resume import (
     remark_on_versions,
     set_aside,
 )
+from glm_ms.engine.sharding import Sharding
 from glm_ms.engine.trainer import GLMTrainer
-from glm_ms.engine.weights import build_model
+from glm_ms.engine.weights import build_model, build_unfilled_model
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
+from glm_ms.settings.parallel_checks import is_sharded
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 Say = Callable[[str], None]
@@ -104,6 +106,7 @@ class _Run:
     manifest: Manifest | None
     evaluator: Evaluator | None
     given: Given
+    sharding: Sharding | None
 
     @property
     def start(self) -> int:
@@ -114,35 +117,61 @@ class _Run:
     def output_dir(self) -> Path:
         return Path(self.settings.output_dir)
 
+    @property
+    def own_dir(self) -> Path:
+        """Where this rank's checkpoints lie."""
+        return self.output_dir if self.sharding is None else self.sharding.folder
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes checkpoints."""
+        return self.ranks.first or self.sharding is not None
+
 
 def _prepare(
     settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ranks: Ranks, given: Given
 ) -> _Run:
     """Reads records and checkpoint; all that can be refused is refused here or when the model is built."""
-    checkpoint = find_checkpoint(settings)
+    sharding = Sharding(settings, ranks.rank) if is_sharded(settings) else None
+    checkpoint = find_checkpoint(settings) if sharding is None else sharding.find_checkpoint()
     if checkpoint is None:
         check_base_stays(settings)
     rows = labelled_rows(settings.train_dataset, tokenizer, say) if given.rows is None else given.rows
     say(rows.describe())
-    plan = _plan(settings, len(rows), ranks.size)
+    plan = _plan(settings, len(rows), ranks.size, sharding)
     position = position_state(settings, plan, None if given.rows is None else given.rows.sha256)
     _remark_on_schedule(settings, plan, say)
     manifest = None
     if checkpoint is not None:
-        manifest = check_checkpoint(checkpoint, position, verify=ranks.first)
+        manifest = check_checkpoint(checkpoint, position, verify=ranks.first or sharding is not None)
         say(f"resuming from {checkpoint}: {manifest.step} of {plan.total_steps} steps are done")
         remark_on_versions(manifest, settings.context.device_target, say)
     ranks.agree(
         "what is trained", {**position, "steps already made": 0 if manifest is None else manifest.step}
     )
     evaluator = Evaluator(settings, tokenizer, say, leave=False) if settings.do_eval else None
-    return _Run(settings, tokenizer, say, ranks, rows, plan, position, checkpoint, manifest, evaluator, given)
+    return _Run(
+        settings,
+        tokenizer,
+        say,
+        ranks,
+        rows,
+        plan,
+        position,
+        checkpoint,
+        manifest,
+        evaluator,
+        given,
+        sharding,
+    )
 
 
 def _train(run: _Run) -> StepRecord:
     settings, first = run.settings, run.ranks.first
-    model = run.given.model or build_model(settings, run.tokenizer.vocab_size, run.say, run.checkpoint)
+    model = _model(run)
     best = _tidy_output(run) if first else BestEvaluation(run.output_dir, None)
+    if run.sharding is not None:
+        set_aside(run.own_dir, run.checkpoint)
     log = ProgressLog(
         run.output_dir, run.plan.total_steps, run.start, settings.logging.log_steps,
         settings.logging.tensorboard, show=first,
@@ -150,10 +179,7 @@ def _train(run: _Run) -> StepRecord:
     try:
         trainer = _trainer(run, model)
         task: GLMTrainer = trainer.trainer
-        if run.checkpoint is not None:
-            task.when_built = lambda: _state(run, model, task).restore(
-                run.checkpoint, weights=run.given.model is not None
-            )
+        task.when_built = partial(_fill, run, model, task)
         milestones = _milestones(run, model, task, best, log)
         report = partial(_report_divergence, run)
         updates = UpdateCallback(run.plan, log, run.start, run.rows.seq_length, milestones, report)
@@ -164,6 +190,22 @@ def _train(run: _Run) -> StepRecord:
     if first:
         _plot(run)
     return updates.last
+
+
+def _model(run: _Run) -> GLMForCausalLM:
+    if run.given.model is not None:
+        return run.given.model
+    if run.sharding is not None:
+        return build_unfilled_model(run.settings, run.tokenizer.vocab_size, run.say)
+    return build_model(run.settings, run.tokenizer.vocab_size, run.say, run.checkpoint)
+
+
+def _fill(run: _Run, model: GLMForCausalLM, task: GLMTrainer) -> None:
+    """Weights of a sharded run, and all that a resumed run goes on with; network and step are built."""
+    if run.sharding is not None:
+        run.sharding.fill(task.step, task.network, run.checkpoint, run.say)
+    elif run.checkpoint is not None:
+        _state(run, model, task).restore(run.checkpoint, weights=run.given.model is not None)
 
 
 def _tidy_output(run: _Run) -> BestEvaluation:
@@ -185,7 +227,7 @@ def _milestones(
     run: _Run, model: GLMForCausalLM, task: GLMTrainer, best: BestEvaluation, log: ProgressLog
 ) -> Callable[[int], None]:
     def save(step: int, record: dict | None) -> None:
-        state = _state(run, model, task)
+        state = _state(run, model, task) if run.sharding is None else run.sharding.state
         epoch, place = divmod(step, run.plan.steps_per_epoch)
 
         def write(folder: Path) -> None:
@@ -193,19 +235,23 @@ def _milestones(
             where = (epoch, place * run.plan.rows_per_step)
             write_manifest(folder, step, where, run.position, record, run.settings.context.device_target)
 
-        save_checkpoint(run.output_dir, step, write)
+        save_checkpoint(run.own_dir, step, write)
 
+    keep_max = run.settings.checkpoint.keep_max
+    trained = model.network.trainable_params() if run.sharding is None else ()
     return Milestones(
         run.settings,
         run.plan,
         None if run.evaluator is None else partial(run.evaluator, model),
         save,
-        partial(remove_old_checkpoints, run.output_dir, run.settings.checkpoint.keep_max),
+        # Another card may still be writing the newest: one more stays, which all have.
+        partial(remove_old_checkpoints, run.own_dir, keep_max + (run.sharding is not None)),
         best,
         log,
         partial(_plot, run),
         run.ranks,
-        lambda: check_equal_on_ranks(model.network.trainable_params(), run.ranks),
+        run.writes,
+        lambda: check_equal_on_ranks(trained, run.ranks),
     )
 
 
@@ -219,7 +265,7 @@ def _report_divergence(run: _Run, record: StepRecord, reason: str) -> str:
         return "Its records are written by the first rank."
     path = write_divergence(run.output_dir, record, reason, run.plan, run.rows, run.tokenizer)
     run.ranks.from_first(None)
-    saved = [str(folder) for _, folder in list_checkpoints(run.output_dir)][-1:]
+    saved = [str(folder) for _, folder in list_checkpoints(run.own_dir)][-1:]
     last = f"Nothing has been saved since {saved[0]}." if saved else "No checkpoint had been saved before."
     return f"Its records: {path}. {last}"
 
@@ -241,27 +287,31 @@ def _remark_on_schedule(settings: Settings, plan: TrainingPlan, say: Say) -> Non
 
 def _trainer(run: _Run, model: GLMForCausalLM) -> Trainer:
     settings = run.settings
-    if settings.recompute_config.recompute:
-        for layer in model.network.transformer.encoder.layers:
-            layer.recompute()
     workers = settings.train_dataset.num_parallel_workers
+    rank = run.ranks.rank if run.sharding is None else 0
     trainer = Trainer(
         args=mindformers_config(settings, run.plan.total_steps),
-        train_dataset=training_batches(run.rows, run.plan, run.start, run.ranks.rank, workers),
+        train_dataset=training_batches(run.rows, run.plan, run.start, rank, workers),
     )
     quiet.after_import()
     # Trainer takes a PreTrainedModel only; its task trainer takes any cell.
-    trainer.trainer.network = TrainingNetwork(model.network, run.rows.seq_length)
+    build = TrainingNetwork if run.sharding is None else run.sharding.network
+    trainer.trainer.network = build(model.network, run.rows.seq_length)
+    if settings.recompute_config.recompute:
+        for layer in model.network.transformer.encoder.layers:
+            layer.recompute()
+    trainer.trainer.sharding = run.sharding
     return trainer
 
 
-def _plan(settings: Settings, num_rows: int, num_ranks: int) -> TrainingPlan:
+def _plan(settings: Settings, num_rows: int, num_ranks: int, sharding: Sharding | None) -> TrainingPlan:
+    """In a sharded run every card reads the whole batch, and the strategies split it."""
     runner = settings.runner_config
     return TrainingPlan(
         num_rows=num_rows,
-        batch_size=runner.batch_size,
+        batch_size=runner.batch_size if sharding is None else sharding.rows_per_step,
         accumulation_steps=runner.gradient_accumulation_steps,
-        num_ranks=num_ranks,
+        num_ranks=num_ranks if sharding is None else 1,
         epochs=runner.epochs,
         max_steps=runner.max_steps,
         seed=settings.seed,

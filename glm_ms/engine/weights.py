@@ -6,7 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from glm_ms.convert import CheckpointError, load_parameters, open_checkpoint
+from glm_ms.convert import (
+    CheckpointError,
+    CheckpointReader,
+    check_names_and_shapes,
+    load_parameters,
+    open_checkpoint,
+)
 from glm_ms.convert.errors import capped
 from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.engine.manifest import MANIFEST, read_manifest, weights_fingerprint
@@ -143,16 +149,46 @@ def _base_model(
             "it with --load_adapter, and with --load_checkpoint the base it was trained on"
         )
     with open_checkpoint(checkpoint) as reader:
-        model_config = settings.model.model_config
-        if model_config.padded_vocab_size == AUTO and _EMBEDDING in reader.names():
-            model_config.padded_vocab_size = reader.shape(_EMBEDDING)[0]
-        resolve_vocab_size(settings, vocab_size)
-        config = settings.glm_config()
-        # Shapes alone do not tell head sizes or rope_ratio.
-        check_config_beside(checkpoint, config, settings.source)
+        config = _config_for(settings, vocab_size, checkpoint, reader)
         say(f"weights: {checkpoint}")
         dtype = "float16" if config.param_init_type == "float16" else "float32"
         return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
+
+
+def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str], None]) -> GLMForCausalLM:
+    """The network of a sharded run with a new adapter, if it trains one; the weights come when it is split.
+
+    Raises:
+        CheckpointError: `load_checkpoint` does not belong to the configured network.
+        SettingsError: the vocabulary does not fit the tokenizer.
+    """
+    if settings.load_checkpoint:
+        checkpoint = resolve_checkpoint(settings.load_checkpoint)
+        with open_checkpoint(checkpoint) as reader:
+            config = _config_for(settings, vocab_size, checkpoint, reader)
+            check_names_and_shapes(config, reader)
+        say(f"weights: {checkpoint}")
+    else:
+        resolve_vocab_size(settings, vocab_size)
+        config = settings.glm_config()
+        say("weights: random")
+    model = GLMForCausalLM(config)
+    adapter = adapter_config(settings)
+    if adapter is not None:
+        model.add_adapter(adapter, settings.seed)
+    return model
+
+
+def _config_for(settings: Settings, vocab_size: int, checkpoint: Path, reader: CheckpointReader) -> GLMConfig:
+    """The architecture, held to the checkpoint it is filled from."""
+    model_config = settings.model.model_config
+    if model_config.padded_vocab_size == AUTO and _EMBEDDING in reader.names():
+        model_config.padded_vocab_size = reader.shape(_EMBEDDING)[0]
+    resolve_vocab_size(settings, vocab_size)
+    config = settings.glm_config()
+    # Shapes alone do not tell head sizes or rope_ratio.
+    check_config_beside(checkpoint, config, settings.source)
+    return config
 
 
 def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> None:

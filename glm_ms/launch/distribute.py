@@ -156,20 +156,29 @@ def this_server(table: RankTable, server_id: str | None) -> Server:
     return here[0]
 
 
-def check_cards(request: Request, table: RankTable, server: Server) -> None:
-    """Whether DEVICE_RANGE and RANK_SIZE say what the table says.
+def check_size(request: Request, table: RankTable) -> None:
+    """Whether RANK_SIZE says what the table says.
 
     Raises:
-        LaunchError: they differ.
+        LaunchError: it differs, or is needed.
     """
-    size, several = table.rank_size, len(table.servers) > 1
-    if several and request.rank_size is None:
+    size = table.rank_size
+    if len(table.servers) > 1 and request.rank_size is None:
         raise LaunchError(
             f"{table.source}: has {len(table.servers)} servers; for a run on all of them add RANK_SIZE {size}, for one "
             "server alone give the table of its own"
         )
     if request.rank_size not in (None, size):
         raise LaunchError(f"RANK_SIZE {request.rank_size}, but {table.source} has {size} cards")
+
+
+def check_cards(request: Request, table: RankTable, server: Server) -> None:
+    """Whether DEVICE_RANGE says what the table says of this server.
+
+    Raises:
+        LaunchError: it differs.
+    """
+    several = len(table.servers) > 1
     cards = sorted(device.device_id for device in server.devices)
     ranks = sorted(device.rank_id for device in server.devices)
     wanted = list(request.numbers)
@@ -192,6 +201,7 @@ def launch(request: Request, say: Callable[[str], None], show: Callable[[bytes],
         OSError: the logs cannot be written.
     """
     table = read_rank_table(request.rank_table)
+    check_size(request, table)
     server = this_server(table, os.environ.get("SERVER_ID"))
     check_cards(request, table, server)
     interrupts = Interrupts()

@@ -34,7 +34,8 @@ class LogWatch:
         show: gets every piece of new bytes; None: nobody does.
 
     Attributes:
-        traceback_time: `time.monotonic()` when the last traceback was noticed; None without one.
+        traceback_time: when the last traceback was written, on the clock of `time.monotonic()`, about; None without
+            one.
     """
 
     def __init__(self, path: Path, show: Callable[[bytes], None] | None = None) -> None:
@@ -57,7 +58,9 @@ class LogWatch:
             anything = True
             marker = _TRACEBACK.encode()
             if marker in self._end + piece:
-                self.traceback_time = time.monotonic()
+                # It may have been there for a while; with it a process usually falls silent.
+                silent = time.time() - os.fstat(self._descriptor).st_mtime
+                self.traceback_time = time.monotonic() - max(silent, 0.0)
                 self._end = b""
             else:
                 self._end = (self._end + piece)[-len(marker) :]
@@ -96,8 +99,8 @@ def reason_in(text: str) -> str:
     block = [line for line in lines[start:end] if not _is_noise(line, ())]
     if _CPP_STACK in block:
         block = block[: block.index(_CPP_STACK)]
-        while block and (_RULER.match(block[-1]) or not block[-1].strip()):
-            block.pop()
+    while block and (_RULER.match(block[-1]) or not block[-1].strip()):
+        block.pop()
     if len(block) > _MOST_LINES:
         left_out = len(block) - _MOST_LINES
         half = _MOST_LINES // 2
@@ -112,8 +115,12 @@ def ends_with_traceback(text: str) -> bool:
     if found is None:
         return False
     start, end = found
-    after = lines[_end_of_traceback(lines, start) : end]
-    return not any(line.strip() and not _is_noise(line, ()) for line in after) and end == len(lines)
+    for line in lines[_end_of_traceback(lines, start) : end]:
+        if line == _CPP_STACK:
+            break
+        if line.strip() and not _RULER.match(line) and not _is_noise(line, ()):
+            return False
+    return end == len(lines)
 
 
 def _as_seen(text: str) -> list[str]:
@@ -146,11 +153,7 @@ def _end_of_traceback(lines: list[str], start: int) -> int:
     number = max(n for n in range(start, len(lines)) if n == start or lines[n].endswith(_TRACEBACK)) + 1
     while number < len(lines) and (lines[number].startswith(" ") or _is_noise(lines[number], ())):
         number += 1
-    number += 1
-    # Messages of several lines: MindSpore's go on with rulers and indented lists.
-    while number < len(lines) and (lines[number].startswith((" ", "-")) or lines[number - 1].startswith("-")):
-        number += 1
-    return number
+    return number + 1
 
 
 def keep_earlier_logs(folder: Path, logs: Iterable[Path]) -> Path | None:

@@ -34,6 +34,13 @@ class ConfigError(ValueError):
     """A configuration cannot be used; the message names file, key and remedy."""
 
 
+# Joint linear layers of a block -> their parts in the order of their rows.
+JOINT_PARTS = {
+    "self_attention.query_key_value": ("query", "key", "value"),
+    "mlp.dense_h_to_4h": ("gate", "up"),
+}
+
+
 @dataclass
 class GLMConfig:
     """Sizes and switches of the network. Names and defaults are those of the released ChatGLM configs.
@@ -128,10 +135,9 @@ class GLMConfig:
     def joint_parts(self) -> dict[str, dict[str, int]]:
         """Joint linear layer of a block -> the rows that each of its parts has, for networks that keep them apart."""
         kv_size = self.num_kv_heads * self.kv_channels
-        return {
-            "self_attention.query_key_value": {"query": self.query_size, "key": kv_size, "value": kv_size},
-            "mlp.dense_h_to_4h": {"gate": self.ffn_hidden_size, "up": self.ffn_hidden_size},
-        }
+        rows = {"query": self.query_size, "key": kv_size, "value": kv_size}
+        rows.update({"gate": self.ffn_hidden_size, "up": self.ffn_hidden_size})
+        return {joint: {part: rows[part] for part in parts} for joint, parts in JOINT_PARTS.items()}
 
     @property
     def rotary_dim(self) -> int:

@@ -63,7 +63,7 @@ def kv_copies(config: GLMConfig, parallel: ParallelConfig) -> int:
 
 
 def parallel_problems(
-    config: GLMConfig, parallel: ParallelConfig, rows: int, seq_length: int, cards: int | None = None
+    config: GLMConfig, parallel: ParallelConfig, rows: int, seq_length: int
 ) -> Iterator[tuple[str, str]]:
     """Why a network cannot be split so: (field of `ParallelConfig`, reason) for every problem.
 
@@ -72,26 +72,16 @@ def parallel_problems(
         parallel: the split.
         rows: rows of one micro batch over all data-parallel cards.
         seq_length: positions of a row.
-        cards: that there are; None: not known.
     """
-    yield from _cards(parallel, cards)
     yield from _tensors(config, parallel)
     yield from _batch(parallel, rows, seq_length)
     yield from _stages(config, parallel)
 
 
-def _cards(parallel: ParallelConfig, cards: int | None) -> Iterator[tuple[str, str]]:
-    if cards is not None and cards != parallel.cards:
-        product = f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages}"
-        yield (
-            "data_parallel",
-            f"data_parallel x model_parallel x pipeline_stage = {product} = {parallel.cards}, but there are "
-            f"{cards} cards",
-        )
-
-
 def _tensors(config: GLMConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
     ways = parallel.model_parallel
+    if not config.multi_query_attention:
+        yield "model_parallel", "multi_query_attention: False has no sharding strategies"
     sizes = {
         "num_attention_heads": config.num_attention_heads,
         "ffn_hidden_size": config.ffn_hidden_size,

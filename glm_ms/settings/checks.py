@@ -16,6 +16,7 @@ from glm_ms.settings.data_checks import (
     parts_in_use,
 )
 from glm_ms.settings.errors import SettingsError
+from glm_ms.settings.parallel_checks import sharding_problems
 from glm_ms.settings.schema import AUTO, Settings
 from glm_ms.settings.sections import LR_SCHEDULE_KEYS
 from glm_ms.settings.training_checks import training_problems
@@ -142,16 +143,19 @@ class Checker:
                 "True needs parallel.parallel_mode: 1; in data parallel mode every card reads its own share"
             )
             self._bad(message, "parallel.full_batch", "parallel.parallel_mode")
-        if split.micro_batch_num < split.pipeline_stage:
-            message = f"{split.micro_batch_num} is less than pipeline_stage = {split.pipeline_stage}"
-            self._bad(message, "parallel_config.micro_batch_num", "parallel_config.pipeline_stage")
-        if split.use_seq_parallel and split.model_parallel == 1:
-            message = "True needs parallel_config.model_parallel above 1"
-            self._bad(message, "parallel_config.use_seq_parallel", "parallel_config.model_parallel")
-        for name in ("model_parallel", "pipeline_stage"):
-            if getattr(split, name) > 1 and settings.parallel.parallel_mode == 0:
-                message = f"{getattr(split, name)} needs parallel.parallel_mode: 1"
-                self._bad(message, f"parallel_config.{name}", "parallel.parallel_mode")
+        if "run_mode" not in self.unusable:
+            for key, message, others in sharding_problems(settings):
+                self._bad(message, key, *others)
+        if settings.parallel.parallel_mode == 0:
+            needs = {
+                "parallel.enable_parallel_optimizer": (settings.parallel.enable_parallel_optimizer, False),
+                "parallel_config.model_parallel": (split.model_parallel, 1),
+                "parallel_config.pipeline_stage": (split.pipeline_stage, 1),
+                "parallel_config.use_seq_parallel": (split.use_seq_parallel, False),
+            }
+            for key, (value, plain) in needs.items():
+                if value != plain:
+                    self._bad(f"{value} needs parallel.parallel_mode: 1", key, "parallel.parallel_mode")
 
     def _generation(self) -> None:
         generation = self.settings.generation

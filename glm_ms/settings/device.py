@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from glm_ms.settings.errors import SettingsError
+from glm_ms.settings.parallel_checks import is_sharded, parallel_of
 from glm_ms.settings.schema import Settings
 
 _CARD = re.compile(r"davinci\d+")
@@ -84,22 +85,8 @@ def _not_in_this_version(settings: Settings) -> list[str]:
     def refuse(key: str, value: object, remedy: str) -> None:
         problems.append(f"{settings.where(key)}: {key}: {value}: not in this version; {remedy}")
 
-    split, parallel = settings.parallel_config, settings.parallel
-    if settings.use_parallel:
-        sharded = {
-            "parallel.parallel_mode": (parallel.parallel_mode, 0),
-            "parallel.full_batch": (parallel.full_batch, False),
-            "parallel.enable_parallel_optimizer": (parallel.enable_parallel_optimizer, False),
-            "parallel_config.model_parallel": (split.model_parallel, 1),
-            "parallel_config.pipeline_stage": (split.pipeline_stage, 1),
-        }
-        for key, (value, plain) in sharded.items():
-            if value != plain:
-                refuse(
-                    key,
-                    value,
-                    f"there are no sharding strategies yet; use {key}={plain}, or --use_parallel False",
-                )
+    if is_sharded(settings) and settings.context.device_target == "CPU":
+        refuse("parallel.parallel_mode", 1, "a CPU has no sharding strategies; use parallel.parallel_mode=0")
     if settings.is_training():
         config = settings.model.model_config
         if config.param_init_type != "float32" and settings.model.pet_config.pet_type is None:
@@ -139,5 +126,13 @@ def _launch_problems(settings: Settings, environment: Mapping[str, str]) -> list
         return [
             f"{where}: use_parallel: False, but {workers} processes were started; they would write the same "
             "files. Add --use_parallel True, or start with python"
+        ]
+    parallel = parallel_of(settings)
+    if is_sharded(settings) and workers != parallel.cards:
+        where = settings.where("parallel_config.data_parallel")
+        product = f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages}"
+        return [
+            f"{where}: parallel_config: data_parallel x model_parallel x pipeline_stage = {product} = "
+            f"{parallel.cards}, but {workers} processes were started; change one of them"
         ]
     return []

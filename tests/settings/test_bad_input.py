@@ -82,10 +82,13 @@ IN_THE_FILE = [
     ("use_parallel: True\nparallel: {full_batch: True}", ["parallel.full_batch", "parallel_mode: 1"]),
     ("use_parallel: True\nparallel_config: {model_parallel: 2}", ["model_parallel", "parallel_mode: 1"]),
     (
-        "use_parallel: True\nparallel: {parallel_mode: 1}\nparallel_config: {pipeline_stage: 2}",
+        "use_parallel: True\nparallel: {parallel_mode: 1, full_batch: True}\nparallel_config: {pipeline_stage: 2}",
         ["parallel_config.micro_batch_num", "pipeline_stage = 2"],
     ),
-    ("use_parallel: True\nparallel_config: {use_seq_parallel: True}", ["use_seq_parallel", "model_parallel"]),
+    (
+        "use_parallel: True\nparallel_config: {use_seq_parallel: True}",
+        ["use_seq_parallel", "parallel_mode: 1"],
+    ),
     ("load_checkpoint: gone.ckpt", ["run.yaml:14: load_checkpoint: gone.ckpt", "no such file"]),
     ("resume_training: gone", ["resume_training: gone", "no such file"]),
     ("resume_training: 3", ["resume_training", "True or False or text", "3 (int)"]),

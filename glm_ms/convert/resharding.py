@@ -1,0 +1,259 @@
+"""Merges, cuts and re-cuts the checkpoints of a cluster by MindSpore's strategy files, one tensor at a time.
+
+What `mindspore.transform_checkpoints` does with all tensors in memory, with every slice checked: replicas must agree
+bit for bit, and the ranks must be of one step. Needs memory for the largest tensor and one of its slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from glm_ms.convert.atomic import atomic_output, check_target
+from glm_ms.convert.dtypes import DTYPES
+from glm_ms.convert.errors import CheckpointError
+from glm_ms.convert.rank_folders import RankCheckpoint, Step, open_ranks, open_whole, rank_folders
+from glm_ms.convert.rank_writer import FORMATS, RankWriter, rank_file
+from glm_ms.convert.resharding_plan import Choices, Say, TensorPlan, plan_tensors, size_of
+from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.convert.slices import Layout
+from glm_ms.convert.strategy_file import read_strategy
+from glm_ms.convert.tensor_file import TensorInfo
+from glm_ms.convert.writers import check_space
+
+# Scalars that tell how far training was, to word the error where ranks differ.
+_PROGRESS = frozenset({"global_step", "epoch_num", "step_num", "current_iterator_step"})
+
+
+@dataclass(frozen=True)
+class Resharding:
+    """A transformation that has passed every check that needs no weights; `run` carries it out.
+
+    Attributes:
+        source: the ranks that are read.
+        output: folder to make.
+        prefix: start of the file names.
+        kind: "ckpt" or "safetensors".
+        ranks: number of ranks of the output.
+        tensors: what is written.
+        verify: compare all copies of a slice, not only read the first.
+    """
+
+    source: list[RankCheckpoint]
+    output: Path
+    prefix: str
+    kind: str
+    ranks: int
+    tensors: list[TensorPlan]
+    verify: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, each counted whole and once."""
+        return sum(size_of(plan.whole, _itemsize(plan.whole)) for plan in self.tensors)
+
+    def files(self) -> list[Path]:
+        """The files of the output, by rank."""
+        return [self.output / rank_file(rank, self.prefix, self.kind) for rank in range(self.ranks)]
+
+    def run(self, on_tensor: Callable[[str, int], None] | None = None) -> None:
+        """Reads, checks and writes every tensor, holding one at a time.
+
+        Args:
+            on_tensor: called with the name and the bytes (whole) of each tensor that is done.
+
+        Raises:
+            CheckpointError: slices that should be equal differ, a file cannot be read, or the output cannot be
+                written; nothing is left at `output` then.
+        """
+        announced: list[dict[str, TensorInfo]] = [{} for _ in range(self.ranks)]
+        for plan in self.tensors:
+            for target in plan.targets:
+                announced[target.rank][plan.name] = target.info
+        needed = sum(size_of(info, _itemsize(info)) for tensors in announced for info in tensors.values())
+        joiner = _Joiner(self.verify)
+        with atomic_output(self.output, folder=True, overwrite=_is_empty(self.output)) as work:
+            check_space(work, self.output, needed)
+            writer = RankWriter(work, self.prefix, self.kind, announced)
+            for plan in self.tensors:
+                _write(writer, plan, joiner.join(plan))
+                if on_tensor is not None:
+                    on_tensor(plan.name, size_of(plan.whole, _itemsize(plan.whole)))
+            joiner.finish()
+            writer.finish()
+
+
+class _Joiner:
+    """Puts tensors together from their slices, and notices cuts that were never made."""
+
+    def __init__(self, verify: bool) -> None:
+        self._verify = verify
+        self._alike: dict[str, tuple[str, RankCheckpoint, RankCheckpoint]] = {}
+        self._distinct: set[str] = set()
+
+    def join(self, plan: TensorPlan) -> np.ndarray:
+        """The whole tensor, in the storage type of its dtype."""
+        if plan.layout is None or set(plan.layout.pieces) <= {1}:
+            return self._join_copies(plan)
+        whole = np.empty(plan.whole.shape, DTYPES[plan.whole.dtype].storage)
+        first: dict[tuple[int, ...], RankCheckpoint] = {}
+        for number, rank in enumerate(plan.holders):
+            position = plan.layout.position(number)
+            region = plan.layout.region(plan.whole.shape, number)
+            if position not in first:
+                first[position] = rank
+                whole[region] = rank.read(plan.name)
+            elif self._verify and not _same_bits(whole[region], rank.read(plan.name)):
+                raise _differ(plan, first[position], rank)
+        if self._verify:
+            self._compare_parts(plan, plan.layout, whole)
+        return whole
+
+    def finish(self) -> None:
+        """Raises when the parts that some cut should make are equal in every tensor that is cut so."""
+        for cut, (name, left, right) in self._alike.items():
+            if cut not in self._distinct:
+                raise CheckpointError(
+                    f"{right.file(name)}: {name}: the strategy cuts it {cut}, but ranks {left.rank} and {right.rank} "
+                    "hold the same numbers, and so in every tensor that is cut that way: the strategy is not of this "
+                    "checkpoint (or allow it: --no_verify). If each rank holds all weights (integrated_save), give "
+                    "one rank's folder as --src_ckpt_dir, without --src_ckpt_strategy"
+                )
+
+    def _join_copies(self, plan: TensorPlan) -> np.ndarray:
+        whole = plan.holders[0].read(plan.name)
+        # What no strategy lists was not promised to be equal, so it is looked at in any case.
+        if self._verify or plan.layout is None:
+            for rank in plan.holders[1:]:
+                if not _same_bits(whole, rank.read(plan.name)):
+                    raise _differ(plan, plan.holders[0], rank)
+        return whole
+
+    def _compare_parts(self, plan: TensorPlan, layout: Layout, whole: np.ndarray) -> None:
+        cuts = {cut: ranks for cut, ranks in layout.neighbours().items() if cut not in self._distinct}
+        head = whole[layout.region(whole.shape, 0)]
+        if not cuts or head.size == 0 or (head == head.flat[0]).all():
+            return  # zeros and ones tell nothing
+        for cut, ranks in cuts.items():
+            if all(_same_bits(head, whole[layout.region(whole.shape, rank)]) for rank in ranks):
+                self._alike.setdefault(cut, (plan.name, plan.holders[0], plan.holders[ranks[0]]))
+            else:
+                self._distinct.add(cut)
+
+
+def plan_resharding(
+    src_ckpt_dir: str | Path,
+    dst_ckpt_dir: str | Path,
+    *,
+    prefix: str,
+    src_strategy: str | Path | None = None,
+    dst_strategy: str | Path | None = None,
+    kind: str | None = None,
+    step: Step = None,
+    choices: Choices | None = None,
+    verify: bool = True,
+    say: Say,
+) -> Resharding:
+    """Opens the source, checks everything that needs no weights, and says what would be done.
+
+    Args:
+        src_ckpt_dir: folder with rank_0, rank_1, ...; without `src_strategy` a whole checkpoint: a file, a folder
+            with it, or with rank_0 alone.
+        dst_ckpt_dir: folder to make; must not exist, or be empty.
+        prefix: file names are `<prefix><rank>.<kind>` in folders rank_<rank>.
+        src_strategy, dst_strategy: strategy file or folder (`read_strategy`); None stands for a whole checkpoint.
+        kind: "ckpt" or "safetensors"; that of the source when None.
+        step: (epoch, step) of the file names to take; the newest that all ranks have when None.
+        choices: what may be left out.
+        verify: compare all copies of every slice.
+        say: told in single lines what was chosen or left out.
+
+    Raises:
+        CheckpointError: ranks, slices or strategies are missing, damaged or do not fit one another, or the output
+            cannot be made.
+    """
+    if src_strategy is None and dst_strategy is None:
+        raise CheckpointError(
+            f"{src_ckpt_dir}: nothing to do without a strategy; give --src_ckpt_strategy to merge, "
+            "--dst_ckpt_strategy to cut, or both"
+        )
+    if not prefix or Path(prefix).name != prefix:
+        raise CheckpointError(f"--prefix {prefix!r}: must be the start of a file name, such as checkpoint_")
+    output = Path(dst_ckpt_dir)
+    if output.is_dir() and not _is_empty(output):
+        raise CheckpointError(
+            f"{output}: exists already and is not empty; choose another folder or remove it"
+        )
+    check_target(output, folder=True, overwrite=_is_empty(output))
+    src = read_strategy(src_strategy) if src_strategy is not None else None
+    dst = read_strategy(dst_strategy) if dst_strategy is not None else None
+    path = _source_folder(Path(src_ckpt_dir))
+    source = [open_whole(path, step, say)] if src is None else open_ranks(path, src.ranks, step, say)
+    kind = kind or _kind_of(source)
+    if kind not in FORMATS:
+        raise CheckpointError(f"--format {kind!r}: must be {' or '.join(FORMATS)}")
+    tensors = plan_tensors(source, src, dst, choices or Choices(), say)
+    unreadable = [plan for plan in tensors if plan.whole.dtype not in DTYPES]
+    if unreadable:
+        plan = unreadable[0]
+        raise CheckpointError(
+            f"{plan.holders[0].file(plan.name)}: {plan.name}: type {plan.whole.dtype} cannot be read"
+        )
+    return Resharding(source, output, prefix, kind, dst.ranks if dst else 1, tensors, verify)
+
+
+def _source_folder(path: Path) -> Path:
+    """The folder of the ranks; the newest checkpoint where the output folder of a run is named."""
+    if path.is_dir() and not rank_folders(path):
+        return resolve_checkpoint(path)
+    return path
+
+
+def _kind_of(source: list[RankCheckpoint]) -> str:
+    kinds = sorted({file.path.suffix[1:] for rank in source for file in rank.files})
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{source[0].folder}: files are of both formats; choose with --format that of the output"
+        )
+    return kinds[0]
+
+
+def _write(writer: RankWriter, plan: TensorPlan, whole: np.ndarray) -> None:
+    for target in plan.targets:
+        part = whole if target.info == plan.whole else np.ascontiguousarray(whole[target.region])
+        writer.append(target.rank, plan.name, part)
+
+
+def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
+    bits = np.dtype(f"u{left.dtype.itemsize}")
+    return bool(np.array_equal(left.view(bits), right.view(bits)))
+
+
+def _differ(plan: TensorPlan, left: RankCheckpoint, right: RankCheckpoint) -> CheckpointError:
+    name = plan.name
+    where = f"{right.file(name)}: {name}: ranks {left.rank} and {right.rank}"
+    if name in _PROGRESS:
+        values = [rank.read(name).reshape(-1)[:1].tolist() for rank in (left, right)]
+        return CheckpointError(
+            f"{where} are of different steps ({values[0]} and {values[1]}); give checkpoints of one"
+        )
+    if plan.layout is None:
+        return CheckpointError(
+            f"{where} differ, and the strategy does not list it; one is of another step or run, or the strategy was "
+            "saved for trainable parameters only (save it with strategy_ckpt_config only_trainable_params: False)"
+        )
+    return CheckpointError(
+        f"{where} should hold the same part, but differ; one of these files is of another step or run, or was swapped "
+        "with that of another rank, or the strategy is not of this checkpoint"
+    )
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def _itemsize(info: TensorInfo) -> int:
+    return DTYPES[info.dtype].storage.itemsize

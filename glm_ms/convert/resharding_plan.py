@@ -1,0 +1,255 @@
+"""Plans a transformation of sharded checkpoints: what each tensor is made of and where its parts go.
+
+Only names, shapes and types are read here; everything that they can betray is refused before a byte is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Callable
+
+from glm_ms.convert.errors import CheckpointError, capped
+from glm_ms.convert.names import is_training_state
+from glm_ms.convert.rank_folders import RankCheckpoint
+from glm_ms.convert.slices import Layout, LayoutError, Region
+from glm_ms.convert.strategy_file import Strategy
+from glm_ms.convert.tensor_file import TensorInfo
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One part of a tensor in the output: the rank, and the region of the whole tensor."""
+
+    rank: int
+    info: TensorInfo
+    region: Region
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor.
+
+    Attributes:
+        name: as stored.
+        whole: its uncut shape, and its type.
+        layout: how `holders` share it; None where each holds the whole.
+        holders: with a layout all ranks of one stage in order, else every rank that has it.
+        targets: parts of the output.
+    """
+
+    name: str
+    whole: TensorInfo
+    layout: Layout | None
+    holders: tuple[RankCheckpoint, ...]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What to leave out.
+
+    Attributes:
+        partial: allow the checkpoints and the strategies to name different weights.
+        weights_only: leave out optimizer state and training counters.
+    """
+
+    partial: bool = False
+    weights_only: bool = False
+
+
+def plan_tensors(
+    source: list[RankCheckpoint], src: Strategy | None, dst: Strategy | None, choices: Choices, say: Say
+) -> list[TensorPlan]:
+    """Plans every tensor, in the order in which the ranks store them.
+
+    Args:
+        source: all ranks of `src`; a single whole checkpoint when that is None.
+        src: layouts of the source.
+        dst: layouts of the output; None makes one whole checkpoint.
+        choices: what may be left out.
+        say: told what is left out, and why.
+
+    Raises:
+        CheckpointError: slices are missing, differ in shape or type, or do not agree with a strategy.
+    """
+    names = list(dict.fromkeys(name for rank in source for name in rank.names()))
+    if choices.weights_only:
+        left_out = [name for name in names if is_training_state(name)]
+        names = [name for name in names if not is_training_state(name)]
+        if left_out:
+            say(f"leaving out {len(left_out)} tensors of optimizer and training state")
+    if not names:
+        raise CheckpointError(f"{source[0].folder}: no tensors to transform")
+    if src is not None:
+        _check_all_there(src, set(names), source, choices, say)
+    dropped = _dropped(names, src, dst, source, choices, say)
+    if dst is not None:
+        _check_all_wanted(dst, set(names), source, choices, say)
+    return [_plan(name, source, src, dst) for name in names if name not in dropped]
+
+
+def _plan(name: str, source: list[RankCheckpoint], src: Strategy | None, dst: Strategy | None) -> TensorPlan:
+    layout, holders = _holders(name, source, src)
+    part = _common_info(name, holders)
+    try:
+        whole = TensorInfo(layout.whole_shape(part.shape) if layout else part.shape, part.dtype)
+    except LayoutError as error:
+        raise CheckpointError(
+            f"{holders[0].file(name)}: {name}: {error}; {src.path if src else ''} is not of this checkpoint"
+        ) from None
+    return TensorPlan(name, whole, layout, holders, _targets(name, whole, dst))
+
+
+def _holders(
+    name: str, source: list[RankCheckpoint], src: Strategy | None
+) -> tuple[Layout | None, tuple[RankCheckpoint, ...]]:
+    """Who holds a tensor: the first stage that the strategy gives it to, else every rank that has it."""
+    having = [rank for rank in source if rank.holds(name)]
+    if src is None:
+        return None, tuple(having)
+    stages = src.stages_with(name)
+    if stages:
+        ranks = source[stages[0] * src.devices : (stages[0] + 1) * src.devices]
+        _check_complete(name, ranks)
+        return src.layout(name, stages[0]), tuple(ranks)
+    for stage in {src.stage_of(rank.rank) for rank in having}:
+        _check_complete(name, source[stage * src.devices : (stage + 1) * src.devices])
+    return None, tuple(having)
+
+
+def _check_complete(name: str, ranks: list[RankCheckpoint]) -> None:
+    missing = [rank for rank in ranks if not rank.holds(name)]
+    if missing:
+        numbers = capped([str(rank.rank) for rank in missing])
+        raise CheckpointError(
+            f"{missing[0].folder}: {name}: missing on rank {numbers}, but other ranks of the cluster have it; "
+            "the file is of another stage or run, or incomplete"
+        )
+
+
+def _common_info(name: str, holders: tuple[RankCheckpoint, ...]) -> TensorInfo:
+    """Shape and type that all holders share; the odd one out is named."""
+    counts = Counter(rank.info(name) for rank in holders)
+    usual, _ = counts.most_common(1)[0]
+    for rank in holders:
+        if rank.info(name) != usual:
+            other = next(one for one in holders if one.info(name) == usual)
+            raise CheckpointError(
+                f"{rank.file(name)}: {name}: {_text(rank.info(name))} on rank {rank.rank}, but {_text(usual)} on rank "
+                f"{other.rank}; the slices of a tensor are equal in shape and type, so one is of another run"
+            )
+    return usual
+
+
+def _targets(name: str, whole: TensorInfo, dst: Strategy | None) -> tuple[Target, ...]:
+    everything = tuple(slice(0, size) for size in whole.shape)
+    if dst is None:
+        return (Target(0, whole, everything),)
+    stages = dst.stages_with(name)
+    if not stages:
+        return tuple(Target(rank, whole, everything) for rank in range(dst.ranks))
+    targets = []
+    for stage in stages:
+        layout = dst.layout(name, stage)
+        assert layout is not None  # it is in `stages_with`
+        try:
+            info = TensorInfo(layout.part_shape(whole.shape), whole.dtype)
+            targets += [
+                Target(stage * dst.devices + rank, info, layout.region(whole.shape, rank))
+                for rank in range(dst.devices)
+            ]
+        except LayoutError as error:
+            raise CheckpointError(
+                f"{dst.path}: {name}: {error}; the strategy is not of this network, or cuts it too often"
+            ) from None
+    return tuple(targets)
+
+
+def _check_all_there(
+    src: Strategy, names: set[str], source: list[RankCheckpoint], choices: Choices, say: Say
+) -> None:
+    """Every weight of the source's strategy is in the checkpoints."""
+    absent = [name for name in src.names() if name not in names and not is_training_state(name)]
+    if absent and not choices.partial:
+        raise CheckpointError(
+            f"{source[0].folder}: {len(absent)} parameters of {src.path} are on no rank: {capped(absent)}; the "
+            "strategy is of another network, or the checkpoint holds a part of it (then allow it: --partial)"
+        )
+    if absent:
+        say(f"the checkpoints lack {len(absent)} parameters of {src.path}: {capped(absent)}")
+    shared = [name for name in names if len(src.stages_with(name)) > 1]
+    if shared:
+        say(
+            f"{len(shared)} tensors shared by several stages are taken from the first: {capped(sorted(shared))}"
+        )
+    strays = {
+        name
+        for rank in source
+        for name in rank.names()
+        if src.layout(name, src.stage_of(rank.rank)) is None and src.stages_with(name)
+    }
+    if strays:
+        say(
+            f"ignoring {len(strays)} tensors on ranks of stages that do not use them: {capped(sorted(strays))}"
+        )
+
+
+def _dropped(
+    names: list[str],
+    src: Strategy | None,
+    dst: Strategy | None,
+    source: list[RankCheckpoint],
+    choices: Choices,
+    say: Say,
+) -> set[str]:
+    """Tensors that the output's strategy does not know: state is left out, weights only on demand."""
+    if dst is None:
+        return set()
+    unknown = [name for name in names if not dst.stages_with(name)]
+    state = {name for name in unknown if is_training_state(name) and "." in name}
+    weights = [name for name in unknown if name not in state and src is not None and src.stages_with(name)]
+    # Counters stand alone; what neither strategy lists is the same everywhere and stays so.
+    copied = [name for name in unknown if name not in state and name not in weights]
+    if weights and not choices.partial:
+        raise CheckpointError(
+            f"{dst.path}: does not know {len(weights)} parameters of {source[0].folder}: {capped(weights)}; it is of "
+            "another network (or leave them out: --partial)"
+        )
+    for what, found in (("optimizer tensors", sorted(state)), ("parameters", weights)):
+        if found:
+            say(f"leaving out {len(found)} {what} that {dst.path} does not know: {capped(found)}")
+    if copied:
+        say(
+            f"writing {len(copied)} tensors that {dst.path} does not know whole to every rank: {capped(copied)}"
+        )
+    return state | set(weights)
+
+
+def _check_all_wanted(
+    dst: Strategy, names: set[str], source: list[RankCheckpoint], choices: Choices, say: Say
+) -> None:
+    """Every weight of the output's strategy can be made."""
+    absent = [name for name in dst.names() if name not in names]
+    weights = [name for name in absent if not is_training_state(name)]
+    if weights and not choices.partial:
+        raise CheckpointError(
+            f"{source[0].folder}: lacks {len(weights)} parameters of {dst.path}: {capped(weights)}; the strategy is of "
+            "another network, or names what is no weight, such as a cache (then allow it: --partial)"
+        )
+    if weights:
+        say(f"the source lacks {len(weights)} parameters of {dst.path}: {capped(weights)}")
+    if len(absent) > len(weights):
+        say(f"the source lacks {len(absent) - len(weights)} optimizer tensors of {dst.path}; they start anew")
+
+
+def size_of(info: TensorInfo, itemsize: int) -> int:
+    """Bytes of a tensor."""
+    return math.prod(info.shape) * itemsize
+
+
+def _text(info: TensorInfo) -> str:
+    return f"{list(info.shape)} {info.dtype}"

@@ -1,0 +1,170 @@
+"""Arguments of the msrun launcher, and what it asks of the machine before it starts anything."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from glm_ms.launch import processes
+from glm_ms.launch.msrun import check_machine, msrun_command, reserve_port
+from glm_ms.launch.msrun_arguments import Job, LaunchError, parse
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run me.py").write_text("")
+    (tmp_path / "run.py").write_text("")
+    return "run.py"
+
+
+def test_one_argument_takes_eight_ranks(script: str):
+    assert parse([f"{script} --a 1"]) == Job(("run.py", "--a", "1"), 8, 8, "127.0.0.1", None, 0)
+    job = parse([script])
+    assert (str(job.log_dir), job.join, job.cluster_time_out) == ("output/msrun_log", True, 7200)
+
+
+def test_two_arguments_take_that_many(script: str):
+    assert parse([script, "2"]) == Job(("run.py",), 2, 2)
+
+
+def test_six_arguments_are_for_one_server(script: str):
+    job = parse([script, "4", "9000", "logs here", "False", "60"])
+    assert job == Job(("run.py",), 4, 4, "127.0.0.1", 9000, 0, Path("logs here"), False, 60)
+
+
+def test_nine_arguments_are_for_many_servers(script: str):
+    job = parse([script, "16", "8", "192.0.2.9", "9000", "1", "logs", "True", "60"])
+    assert job == Job(("run.py",), 16, 8, "192.0.2.9", 9000, 1, Path("logs"), True, 60)
+    assert job.first_rank == 8
+    assert [path.name for path in job.logs()] == [
+        *(f"worker_{n}.log" for n in range(8, 16)),
+        "msrun_node_1.log",
+    ]
+
+
+def test_quotes_within_the_first_argument(script: str):
+    assert parse(["python 'run me.py' --predict_data \"你 好\""]).command == (
+        "run me.py",
+        "--predict_data",
+        "你 好",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.py", "8", "8118"], "3 arguments; there are forms with 1, 2, 6 or 9"),
+        (["run.py --a 'b"], "quotes do not match"),
+        ([""], "the first argument is empty"),
+        (["python"], "the first argument is empty"),
+        (["msrun run.py"], "the launcher calls msrun itself"),
+        (["--worker_num 8 run.py"], "begins with a Python script"),
+        (["missing.py"], "missing.py: no such file in "),
+        (["run_glm.py"], "cd "),
+        (["run.py", "0"], "WORKER_NUM 0: must be at least 1"),
+        (["run.py", "two"], "WORKER_NUM two: not a whole number"),
+        (["run.py", "8", "80", "logs", "True", "60"], "MASTER_PORT 80: must be 1024 to 65535"),
+        (["run.py", "8", "9000", "logs", "yes", "60"], "JOIN yes: True or False"),
+        (["run.py", "8", "9000", "", "True", "60"], "LOG_DIR is empty"),
+        (["run.py", "8", "9000", "logs", "True", "1h"], "CLUSTER_TIME_OUT 1h"),
+        # the arguments for many servers, without the last three
+        (["run.py", "16", "8", "10.0.0.1", "9000", "0"], "MASTER_PORT 8"),
+        (
+            ["run.py", "12", "8", "10.0.0.1", "9000", "0", "logs", "True", "60"],
+            "no multiple of LOCAL_WORKER 8",
+        ),
+        (["run.py", "16", "8", "10.0.0.1", "9000", "2", "logs", "True", "60"], "there are 2 servers"),
+    ],
+)
+def test_wrong_arguments(script: str, arguments: list[str], message: str):
+    with pytest.raises(LaunchError) as caught:
+        parse(arguments)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "node", "message"),
+    [
+        ("127.0.0.1", 1, "is this server, but NODE_RANK is 1"),
+        ("127.0.0.1", 0, "the other servers cannot reach it"),
+        ("192.0.2.77", 0, "is not an address of this server"),
+        ("no.such.host.invalid", 0, "no such host"),
+    ],
+)
+def test_addresses_that_do_not_fit(address: str, node: int, message: str):
+    with pytest.raises(LaunchError) as caught:
+        check_machine(Job(("run.py",), 16, 8, address, 9000, node))
+    assert message in str(caught.value)
+
+
+def test_no_mindspore(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="has no MindSpore; activate the environment that has it"):
+        check_machine(Job(("run.py",)))
+
+
+def test_ports():
+    said: list[str] = []
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"MASTER_PORT {port} is taken"):
+            reserve_port(Job(("run.py",), port=port), said.append)
+        # Not asked for on a server that only connects to it.
+        assert reserve_port(Job(("run.py",), 16, 8, "192.0.2.1", port, 1), said.append) == (port, None)
+    again, holder = reserve_port(Job(("run.py",), port=port), said.append)
+    assert again == port
+    with (
+        holder,
+        pytest.raises(LaunchError, match="is taken"),
+    ):  # by this launcher, whose scheduler has yet to begin
+        reserve_port(Job(("run.py",), port=port), said.append)
+    assert said == []
+
+
+def test_another_port_where_none_was_asked_for(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("glm_ms.launch.msrun.DEFAULT_PORT", port)
+        other, holder = reserve_port(Job(("run.py",)), said.append)
+    holder.close()
+    assert other != port
+    assert said == [f"note: port {port} is taken; using {other}"]
+
+
+def test_the_command_of_msrun():
+    one = msrun_command(Job(("run.py", "--a"), 2, 2), 9000)
+    assert one[-2:] == ["run.py", "--a"]
+    assert "--master_addr" not in one
+    assert one[one.index("--join") + 1] == "False"
+    many = msrun_command(Job(("run.py",), 16, 8, "192.0.2.9", 9000, 1), 9000)
+    assert " ".join(many).startswith("msrun --worker_num 16 --local_worker_num 8 --master_port 9000")
+    assert many[many.index("--master_addr") + 1] == "192.0.2.9"
+    assert many[many.index("--node_rank") + 1] == "1"
+
+
+def test_variables_of_an_outer_job_stay_outside(monkeypatch: pytest.MonkeyPatch):
+    for name in processes.JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    said: list[str] = []
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert (
+        processes.clean_environment(said.append)["PATH"]
+        == f"{Path(sys.executable).absolute().parent}:/usr/bin"
+    )
+    assert said == []
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.setenv("RANK_ID", "3")
+    monkeypatch.setenv("MS_ALLOC_CONF", "a setting of the user")
+    environment = processes.clean_environment(said.append)
+    assert {"MS_ROLE", "RANK_ID"}.isdisjoint(environment)
+    assert environment["MS_ALLOC_CONF"] == "a setting of the user"
+    assert said == ["note: not passed on, as each rank gets its own: MS_ROLE, RANK_ID"]

@@ -1,0 +1,145 @@
+"""Merges, cuts and re-cuts the checkpoints of a cluster by MindSpore's strategy files, one tensor at a time.
+
+    python tools/transform_ckpt.py --src_ckpt_strategy output/strategy --src_ckpt_dir output/checkpoint \\
+        --dst_ckpt_dir merged --prefix glm3_
+    python tools/transform_ckpt.py --src_ckpt_dir merged --dst_ckpt_strategy other/strategy \\
+        --dst_ckpt_dir for_other_cluster --prefix glm3_
+
+Without --src_ckpt_strategy the source is whole, without --dst_ckpt_strategy one whole checkpoint is made. Every rank
+must be there, of one step; copies of a slice must agree bit for bit. The output appears only when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+
+from glm_ms.convert.errors import CheckpointError
+from glm_ms.convert.rank_writer import FORMATS
+from glm_ms.convert.resharding import Resharding, plan_resharding
+from glm_ms.convert.resharding_plan import Choices
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; flags may not be shortened."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Example: python tools/transform_ckpt.py --src_ckpt_strategy output/strategy "
+        "--src_ckpt_dir output/checkpoint --dst_ckpt_dir merged --prefix glm3_",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--src_ckpt_strategy",
+        metavar="PATH",
+        help="strategy of the source: a file, or a folder with those of the ranks (default: the source is whole)",
+    )
+    add(
+        "--dst_ckpt_strategy",
+        metavar="PATH",
+        help="strategy of the output (default: make one whole checkpoint)",
+    )
+    add(
+        "--src_ckpt_dir",
+        required=True,
+        metavar="DIR",
+        help="folder with rank_0, rank_1, ...; or a whole checkpoint",
+    )
+    add("--dst_ckpt_dir", required=True, metavar="DIR", help="folder to make; gets rank_N/<prefix>N.<format>")
+    add(
+        "--prefix",
+        default="checkpoint_",
+        metavar="NAME",
+        help="start of the file names (default: checkpoint_)",
+    )
+    add("--format", choices=FORMATS, help="format of the output (default: that of the source)")
+    add(
+        "--step",
+        type=_step,
+        metavar="EPOCH_STEP",
+        help="which checkpoint, where a folder has several (default: the newest that all ranks have)",
+    )
+    add("--weights_only", action="store_true", help="leave out optimizer state and training counters")
+    add("--partial", action="store_true", help="allow checkpoints and strategies to name different weights")
+    add(
+        "--no_verify",
+        action="store_true",
+        help="do not compare the copies of a slice; reads less where there are any",
+    )
+    return parser  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one transformation; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
+    options = build_parser().parse_args(arguments)
+    start = time.monotonic()
+    try:
+        plan = plan_resharding(
+            options.src_ckpt_dir,
+            options.dst_ckpt_dir,
+            prefix=options.prefix,
+            src_strategy=options.src_ckpt_strategy,
+            dst_strategy=options.dst_ckpt_strategy,
+            kind=options.format,
+            step=options.step,
+            choices=Choices(partial=options.partial, weights_only=options.weights_only),
+            verify=not options.no_verify,
+            say=print,
+        )
+        with tqdm(total=plan.total_bytes, unit="B", unit_scale=True, desc="transforming") as bar:
+            plan.run(lambda _, size: bar.update(size))
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(
+        f"{plan.output}: {len(plan.tensors)} tensors, {plan.total_bytes:,} bytes, from {len(plan.source)} to "
+        f"{plan.ranks} ranks, {time.monotonic() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB"
+    )
+    for line in next_steps(plan, options.dst_ckpt_strategy is None):
+        print(line)
+    return 0
+
+
+def next_steps(plan: Resharding, merged: bool) -> list[str]:
+    """What to type now."""
+    if not merged:
+        return [f"each rank N of the new cluster loads {plan.output}/rank_N/{plan.prefix}N.{plan.kind}"]
+    file = plan.files()[0]
+    return [
+        f"to evaluate or predict: python run_glm.py --config CONFIG --run_mode eval --load_checkpoint {file}",
+        f"to export:              python tools/convert_weight.py --input {file} --config CONFIG --output FOLDER",
+    ]
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    try:
+        # ru_maxrss would count the parent's memory as well: Linux carries it over fork and exec.
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _step(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)_(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not EPOCH_STEP as in the file names, such as 2_500")
+    return int(match.group(1)), int(match.group(2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
