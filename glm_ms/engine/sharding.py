@@ -23,6 +23,7 @@ from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoint import CONFIG, OPTIMIZER, WEIGHTS, read_parameters, write_parameters
 from glm_ms.engine.sharded_step import PipelineTrainOneStep, ShardedTrainOneStep
 from glm_ms.engine.train_step import GLMTrainOneStep
+from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.parallel.config import ParallelConfig, parallel_problems
 from glm_ms.parallel.loss import VocabularyParallelLoss
@@ -41,10 +42,9 @@ _ITEM_BYTES = {ms.float32: 4, ms.float16: 2, ms.bfloat16: 2}
 
 
 def parallel_context(settings: Settings) -> dict[str, Any]:
-    """Arguments of `mindspore.set_auto_parallel_context` for the `parallel` section."""
+    """The `parallel` section for MindFormers, which hands it to `mindspore.set_auto_parallel_context`."""
     values: dict[str, Any] = vars(settings.parallel).copy()
     if is_sharded(settings):
-        values["parallel_mode"] = "semi_auto_parallel"
         values["gradients_mean"] = False  # the step divides by the labelled tokens itself
         values["parallel_optimizer_config"] = {"parallel_optimizer_threshold": OPTIMIZER_SHARD_THRESHOLD_KB}
     return values
@@ -105,6 +105,7 @@ class Sharding:
         self.parallel = parallel_of(settings)
         self.stage = rank // self.parallel.stage_cards
         self.output_dir = Path(settings.output_dir)
+        self.net: ShardedTrainingNetwork | None = None
         self.state: SliceState | None = None
 
     @property
@@ -128,27 +129,28 @@ class Sharding:
                 "only_trainable_params": False,
             }
         )
-        return ShardedTrainingNetwork(network, self.parallel, seq_length)
+        self.net = ShardedTrainingNetwork(network, self.parallel, seq_length)
+        return self.net
 
-    def is_mine(self, parameter: Parameter, network: ShardedTrainingNetwork) -> bool:
+    def is_mine(self, parameter: Parameter) -> bool:
         """Whether this card's pipeline stage holds a parameter."""
-        return stage_of_parameter(parameter.name, network.config, self.parallel) == self.stage
+        return stage_of_parameter(parameter.name, self.net.config, self.parallel) == self.stage
 
-    def trained(self, network: ShardedTrainingNetwork) -> list[Parameter]:
+    def trained(self) -> list[Parameter]:
         """What this card's optimizer updates."""
-        return [parameter for parameter in network.trainable_params() if self.is_mine(parameter, network)]
+        return [parameter for parameter in self.net.trainable_params() if self.is_mine(parameter)]
 
-    def slices(self, network: ShardedTrainingNetwork) -> dict[str, Slice]:
+    def slices(self) -> dict[str, Slice]:
         """What this card holds of each parameter of its stage; call it before the network is compiled."""
-        mine = [parameter for parameter in network.get_parameters() if self.is_mine(parameter, network)]
+        mine = [parameter for parameter in self.net.get_parameters() if self.is_mine(parameter)]
         shapes = {parameter.name: tuple(parameter.shape) for parameter in mine}
         sizes = {parameter.name: _ITEM_BYTES[parameter.dtype] for parameter in mine}
-        return parameter_slices(network.config, self.parallel, shapes, sizes)
+        return parameter_slices(self.net.config, self.parallel, shapes, sizes)
 
-    def step(self, network: ShardedTrainingNetwork, optimizer: Optimizer) -> GLMTrainOneStep:
+    def step(self, optimizer: Optimizer) -> GLMTrainOneStep:
         """The training step of this card."""
         wrapper = self.settings.runner_wrapper
-        slices = self.slices(network)
+        network, slices = self.net, self.slices()
         copies = [slices[parameter.name].copies for parameter in optimizer.parameters]
         norm = wrapper.max_grad_norm if wrapper.use_clip_grad else None
         scale = vars(wrapper.scale_sense) if wrapper.scale_sense.type else None
@@ -165,7 +167,7 @@ class Sharding:
         parallel = self.parallel
         return self.settings.runner_config.batch_size * parallel.data_parallel * parallel.micro_batch_num
 
-    def compile(self, step: GLMTrainOneStep, network: ShardedTrainingNetwork) -> dict[str, tuple]:
+    def compile(self, step: GLMTrainOneStep) -> dict[str, tuple]:
         """Compiles a step, after which every parameter has the shape of its slice, and writes the strategy file.
 
         Returns:
@@ -175,10 +177,10 @@ class Sharding:
             CheckpointError: the compiler has cut a parameter otherwise than the rules of `glm_ms.parallel.slices`, by
                 which norms are summed.
         """
-        expected = self.slices(network)
+        expected = self.slices()
         strategy_file(self.output_dir, self.rank).parent.mkdir(parents=True, exist_ok=True)
         step.set_train()
-        step.compile(*self.inputs(int(network.slots.shape[0])))
+        step.compile(*self.inputs(int(self.net.slots.shape[0])))
         layouts = {name: step.parameter_layout_dict[name] for name in expected}
         for name, known in expected.items():
             found = stored_shape(layouts[name])
@@ -194,13 +196,7 @@ class Sharding:
         rows = Tensor(np.ones((self.rows_per_step, seq_length), np.int32))
         return [rows] * (len(TRAINING_COLUMNS) - 1) + [Tensor(np.ones((self.rows_per_step,), np.int32))]
 
-    def fill(
-        self,
-        step: GLMTrainOneStep,
-        network: ShardedTrainingNetwork,
-        checkpoint: Path | None,
-        say: Callable[[str], None],
-    ) -> None:
+    def fill(self, step: GLMTrainOneStep, checkpoint: Path | None, say: Callable[[str], None]) -> None:
         """Compiles the step and gives every parameter its values: of the checkpoint of this card, or of the whole
         weights that the settings name, or random ones.
 
@@ -208,13 +204,13 @@ class Sharding:
             CheckpointError: weights that do not fit.
         """
         say(f"compiling for {self.parallel.cards} cards; this takes minutes for a 6B network")
-        layouts = self.compile(step, network)
-        self.state = SliceState(step, network, set(layouts))
+        layouts = self.compile(step)
+        self.state = SliceState(step, self.net, set(layouts))
         if checkpoint is not None:
             self.state.restore(checkpoint)
         if self.settings.load_checkpoint and (checkpoint is None or self.settings.model.pet_config.pet_type):
             with open_checkpoint(resolve_checkpoint(self.settings.load_checkpoint)) as reader:
-                self.load(reader, network, layouts)
+                self.load(reader, layouts)
 
     def find_checkpoint(self) -> Path | None:
         """This card's part of the checkpoint to go on from, which all cards have; None for a new run.
@@ -234,17 +230,15 @@ class Sharding:
             )
         return step_folder(rank_folder(output_dir, self.rank), step)
 
-    def load(
-        self, reader: CheckpointReader, network: ShardedTrainingNetwork, layouts: dict[str, tuple]
-    ) -> None:
+    def load(self, reader: CheckpointReader, layouts: dict[str, tuple]) -> None:
         """Gives the parameters of this card their slices of a whole checkpoint, a tensor at a time.
 
         Raises:
             CheckpointError: the checkpoint does not fit the network.
         """
-        parameters = {parameter.name: parameter for parameter in network.get_parameters()}
-        dtype = network.config.param_init_type
-        for name, whole in whole_parameters(reader, network):
+        parameters = {parameter.name: parameter for parameter in self.net.get_parameters()}
+        dtype = self.net.config.param_init_type
+        for name, whole in whole_parameters(reader, self.net.config):
             if name in layouts:
                 put_slice(parameters[name], whole, layouts[name], self.rank, dtype)
 
@@ -282,12 +276,10 @@ class SliceState:
         read_parameters(folder / OPTIMIZER, self._optimizer)
 
 
-def whole_parameters(
-    reader: CheckpointReader, network: ShardedTrainingNetwork
-) -> Iterator[tuple[str, np.ndarray]]:
+def whole_parameters(reader: CheckpointReader, config: GLMConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters of a checkpoint under the names of a sharded network: joint layers in their parts."""
-    for name, value in load_parameters(reader, network.config, network.config.param_init_type):
-        yield from split_joint(name, value, network.config)
+    for name, value in load_parameters(reader, config, config.param_init_type):
+        yield from split_joint(name, value, config)
 
 
 def put_slice(parameter: Parameter, whole: np.ndarray, layout: tuple, rank: int, dtype: str) -> None:

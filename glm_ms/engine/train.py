@@ -203,7 +203,7 @@ def _model(run: _Run) -> GLMForCausalLM:
 def _fill(run: _Run, model: GLMForCausalLM, task: GLMTrainer) -> None:
     """Weights of a sharded run, and all that a resumed run goes on with; network and step are built."""
     if run.sharding is not None:
-        run.sharding.fill(task.step, task.network, run.checkpoint, run.say)
+        run.sharding.fill(task.step, run.checkpoint, run.say)
     elif run.checkpoint is not None:
         _state(run, model, task).restore(run.checkpoint, weights=run.given.model is not None)
 

@@ -33,7 +33,7 @@ class GLMTrainer(CausalLanguageModelingTrainer):
     def create_optimizer_scheduler(self, network: nn.Cell, *_: Any, **__: Any) -> Optimizer:
         """One group of parameters: the reference decays all of them, MindFormers exempts norms and biases."""
         self.lr_scheduler = self.create_lr_scheduler(self.config.lr_schedule)
-        params = network.trainable_params() if self.sharding is None else self.sharding.trained(network)
+        params = network.trainable_params() if self.sharding is None else self.sharding.trained()
         arguments = {"params": params, "learning_rate": self.lr_scheduler}
         self.optimizer = build_optim(self.config.optimizer, default_args=arguments)
         return self.optimizer
@@ -47,7 +47,7 @@ class GLMTrainer(CausalLanguageModelingTrainer):
         if self.sharding is None:
             step = build_wrapper(self.config.runner_wrapper, {"network": network, "optimizer": optimizer})
         else:
-            step = self.sharding.step(network, optimizer)
+            step = self.sharding.step(optimizer)
         self.step = step
         self.loss_scale = step.loss_scale
         if self.when_built is not None:

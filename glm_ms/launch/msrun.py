@@ -19,15 +19,7 @@ from pathlib import Path
 
 from glm_ms.launch.addresses import is_local, take_port
 from glm_ms.launch.msrun_arguments import DEFAULT_PORT, USAGE, Job, LaunchError, parse
-from glm_ms.launch.processes import (
-    Interrupts,
-    adopt_orphans,
-    children,
-    claim,
-    clean_environment,
-    descendants,
-    environment_of,
-)
+from glm_ms.launch.processes import Interrupts, adopt_orphans, claim, clean_environment
 from glm_ms.launch.rank_job import Member, RankJob, end_started
 from glm_ms.launch.rank_logs import keep_earlier_logs, reason_in
 
@@ -170,61 +162,49 @@ def launch(job: Job, say: Callable[[str], None], show: Callable[[bytes], None]) 
 def start_and_adopt(
     job: Job, command: list[str], environment: dict[str, str], interrupts: Interrupts
 ) -> dict[int, Member]:
-    """Runs msrun to its end and finds the processes that it has started.
+    """Runs msrun to its end; the processes that it has started are children of this one then.
+
+    Returns:
+        The processes; none after an interrupt.
 
     Raises:
         LaunchError: msrun failed; what it started has ended.
     """
-    roles: dict[int, str] = {}
-    with job.msrun_log.open("wb") as log:
-        msrun = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-    while msrun.poll() is None and not interrupts.received:
-        _note_roles(descendants(msrun.pid), roles)
-        time.sleep(0.05)
-    if interrupts.received:
-        return {}
-    started = children().get(os.getpid(), [])
-    _note_roles(started, roles)
+    reports, end_of_msrun = os.pipe()
+    program = shutil.which(command[0], path=environment["PATH"])
+    with job.msrun_log.open("wb") as log, open(reports, encoding="ascii") as lines:
+        try:
+            msrun = subprocess.Popen(
+                [sys.executable, "-m", "glm_ms.launch.msrun_start", str(end_of_msrun), str(program), *command[1:]],
+                env={**environment, "PYTHONPATH": _with_this_package(environment)}, pass_fds=[end_of_msrun],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(end_of_msrun)
+        while msrun.poll() is None and not interrupts.received:
+            time.sleep(0.05)
+        if interrupts.received:
+            return {}
+        started = lines.read().splitlines()
     if msrun.returncode != 0:
         end_started()
         said = reason_in(job.msrun_log.read_text(encoding="utf-8", errors="replace"))
         raise LaunchError(f"msrun failed (exit status {msrun.returncode}), log: {job.msrun_log}\n{said}")
-    members = _members(job, started, roles)
+    members = {}
+    for line in started:
+        process, role, rank = line.split()
+        if role == "MS_SCHED":
+            members[int(process)] = Member("scheduler", job.log_dir / "scheduler.log", is_rank=False)
+        elif rank != "-":  # others are helpers of msrun, which it waits for
+            members[int(process)] = Member(f"rank {rank}", job.worker_log(int(rank)))
     if not any(member.is_rank for member in members.values()):
         raise LaunchError(f"msrun has started no rank; log: {job.msrun_log}")
     return members
 
 
-def _note_roles(processes: Sequence[int], roles: dict[int, str]) -> None:
-    """Adds "scheduler" or the number of the rank of each process that can be told."""
-    for process in processes:
-        if process in roles:
-            continue
-        environment = environment_of(process)
-        rank, role = environment.get("RANK_ID"), environment.get("MS_ROLE")
-        # Before a process has begun its program, it still has the environment of msrun, without a role.
-        if role == "MS_SCHED":
-            roles[process] = "scheduler"
-        elif rank is not None:
-            roles[process] = rank
-
-
-def _members(job: Job, started: Sequence[int], roles: dict[int, str]) -> dict[int, Member]:
-    """What the processes are. One that ended before its role could be read got its number in the order of start:
-    the scheduler first, then the ranks."""
-    expected = ["scheduler"] if job.node_rank == 0 else []
-    expected += [str(job.first_rank + number) for number in range(job.local_worker)]
-    missing = iter([role for role in expected if role not in roles.values()])
-    members = {}
-    for process in started:
-        role = roles.get(process) or next(missing, None)
-        if role == "scheduler":
-            members[process] = Member("scheduler", job.log_dir / "scheduler.log", is_rank=False)
-        elif role is not None:
-            members[process] = Member(f"rank {role}", job.worker_log(int(role)))
-    return dict(sorted(members.items(), key=lambda item: str(item[1].log)))
+def _with_this_package(environment: dict[str, str]) -> str:
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join([here, *filter(None, [environment.get("PYTHONPATH")])])
 
 
 def main(arguments: Sequence[str], say: Callable[[str], None], show: Callable[[bytes], None]) -> int:

@@ -32,9 +32,9 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def children() -> dict[int, list[int]]:
-    """Process -> its children in ascending order, of all processes of the machine; those that have ended and that
-    nobody has waited for are among them."""
+def _children() -> dict[int, list[int]]:
+    """Process -> its children, of all processes of the machine; those that have ended and that nobody has waited
+    for are among them."""
     found: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdecimal():
@@ -46,27 +46,18 @@ def children() -> dict[int, list[int]]:
         # The name, in parentheses, may hold anything.
         parent = int(stat.rpartition(")")[2].split()[1])
         found.setdefault(parent, []).append(int(entry))
-    return {parent: sorted(ids) for parent, ids in found.items()}
+    return found
 
 
 def descendants(process: int) -> list[int]:
     """Children of a process, their children, and so on."""
-    family = children()
+    family = _children()
     found, waiting = [], list(family.get(process, ()))
     while waiting:
         child = waiting.pop()
         found.append(child)
         waiting += family.get(child, ())
     return found
-
-
-def environment_of(process: int) -> dict[str, str]:
-    """The environment a process was started with; empty once it has ended."""
-    try:
-        entries = Path("/proc", str(process), "environ").read_bytes().split(b"\0")
-    except OSError:
-        return {}
-    return dict(entry.decode("utf-8", "replace").split("=", 1) for entry in entries if b"=" in entry)
 
 
 def send(process: int, number: int) -> None:

@@ -148,6 +148,12 @@ def _data_parallel(draft: Draft) -> None:
         draft.without_effect(
             found.pop("parallel.full_batch"), "each card reads its share with parallel_mode: 0"
         )
+    sharded = found.get("parallel.enable_parallel_optimizer")
+    if sharded is not None and sharded.value is True and not sharded.typed:
+        draft.without_effect(
+            found.pop("parallel.enable_parallel_optimizer"),
+            "every card keeps the whole optimizer state with parallel_mode: 0",
+        )
     if mean is not None and mean.value is False and parallel is not None and parallel.value is True:
         text = " sums the gradients of the cards there; here they are averaged"
         draft.remark(found.pop("parallel.gradients_mean"), text)

@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from glm_ms.launch.processes import environment_of
+from processes import left_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Rank 0 waits for its fellow as in a collective. The scheduler, which runs the same script, ends at once.
@@ -58,14 +57,6 @@ def start(tmp_path: Path):
         process.stderr.close()
     for process in left_of(tmp_path):
         os.kill(process, signal.SIGKILL)
-
-
-def left_of(folder: Path) -> list[int]:
-    """Processes of a job that are still there."""
-    processes = [
-        int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and int(entry) != os.getpid()
-    ]
-    return [process for process in processes if environment_of(process).get("OF_TEST") == str(folder)]
 
 
 def free_port() -> int:
@@ -133,7 +124,6 @@ raise RuntimeError("a fellow has gone")
 def test_a_killed_rank_ends_the_job_within_seconds(start, tmp_path: Path):
     process = start("signal = __import__('signal'); signal.signal(signal.SIGTERM, signal.SIG_DFL)\n" + WAIT)
     _, victim = wait_for_ranks(tmp_path)
-    # msrun has to end first
     while b"follows" not in (line := process.stderr.readline()):
         assert line
     begin = time.monotonic()
@@ -184,3 +174,30 @@ def test_one_job_a_log_folder(start, tmp_path: Path):
     assert "LOG_DIR output/msrun_log: another job is writing its logs there" in said
     first.send_signal(signal.SIGINT)
     assert finish(first)[0] == 130
+
+
+def test_ends_before_msrun_are_known(start, tmp_path: Path):
+    """Ranks that end while msrun is still busy: it would forget their exit statuses."""
+    status, shown, said = finish(start("sys.exit(3 if rank == '1' else 0)\n"))
+    assert status == 3, shown + said
+    assert said.endswith("error: rank 1 failed (exit status 3), log: output/msrun_log/worker_1.log\n")
+
+
+def test_what_msrun_refuses_is_shown(start, tmp_path: Path):
+    (tmp_path / "job.py").write_text("")
+    (tmp_path / "logs").rmdir()
+    (tmp_path / "bin").mkdir()
+    msrun = tmp_path / "bin" / "msrun"
+    msrun.write_text("raise SystemError('no such option')")
+    msrun.chmod(0o755)
+    script = (
+        f"import sys\nfrom glm_ms.launch import msrun as m\nm.shutil.which = lambda *a, **k: {str(msrun)!r}\n"
+    )
+    script += "sys.exit(m.main(['job.py', '2'], m.say_on_stderr, m.show_on_stdout))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: msrun failed (exit status 1), log: output/msrun_log/msrun.log\n" in done.stderr
+    assert done.stderr.endswith("SystemError: no such option\n")

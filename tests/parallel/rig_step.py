@@ -31,7 +31,7 @@ settings = load_settings(
     check_files=False,
 )
 resolve_vocab_size(settings, 100)
-context = parallel_context(settings)
+context = {**parallel_context(settings), "parallel_mode": "semi_auto_parallel"}
 if settings.parallel_config.pipeline_stage > 1:
     context["pipeline_stages"] = settings.parallel_config.pipeline_stage
 ms.set_auto_parallel_context(device_num=size, global_rank=rank, **context)
@@ -45,9 +45,9 @@ network = sharding.network(model.network, training_length(settings))
 if settings.recompute_config.recompute:
     for layer in model.network.transformer.encoder.layers:
         layer.recompute()
-step = sharding.step(network, GLMAdamW(sharding.trained(network), 1e-3))
-layouts = sharding.compile(step, network)
-moments = {f"adam_m.{parameter.name}" for parameter in sharding.trained(network)}
+step = sharding.step(GLMAdamW(sharding.trained(), 1e-3))
+layouts = sharding.compile(step)
+moments = {f"adam_m.{parameter.name}" for parameter in sharding.trained()}
 found = {name: stored_shape(step.parameter_layout_dict[name]) for name in [*layouts, *sorted(moments)]}
 for name in moments:
     assert found[name] == found[name.removeprefix("adam_m.")], name

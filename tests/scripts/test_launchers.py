@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from engine_helpers import SMALL_TRAINING, load_script, read_jsonl
+from processes import environment_of, left_of
 
 from glm_ms.launch.distribute import device_range, parse, this_server
 from glm_ms.launch.msrun_arguments import LaunchError
-from glm_ms.launch.processes import environment_of
 from glm_ms.launch.rank_table import RankTable, merge, single_server, write_rank_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,11 +72,6 @@ def run(project: Path, name: str, *arguments: str, **environment: str) -> tuple[
     process = begin(project, name, *arguments, **environment)
     shown, said = process.communicate(timeout=60)
     return process.returncode, shown, said
-
-
-def left_of(project: Path) -> list[int]:
-    processes = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
-    return [process for process in processes if environment_of(process).get("OF_TEST") == str(project)]
 
 
 def log_of(project: Path, rank: int) -> list:

@@ -74,25 +74,21 @@ def test_half_types_become_float32_on_a_cpu(dtype: str, config: Path, no_cards: 
     assert dtype in settings.notes[before]
 
 
-SHARDED = [
-    ["parallel.enable_parallel_optimizer=True"],
-    ["parallel.full_batch=True", "parallel.parallel_mode=1"],
-    ["parallel_config.model_parallel=2", "parallel.parallel_mode=1"],
-    ["parallel_config.pipeline_stage=2", "parallel.parallel_mode=1", "parallel_config.micro_batch_num=2"],
-]
+SHARDED = ["use_parallel=True", "parallel.parallel_mode=1", "parallel.full_batch=True"]
 
 
-@pytest.mark.parametrize("device", ["CPU", "Ascend"])
-@pytest.mark.parametrize("overrides", SHARDED)
-def test_sharding_is_refused(overrides: list[str], device: str, config: Path, cards: Path) -> None:
-    settings = load_settings(config, ["use_parallel=True", *overrides, f"context.device_target={device}"])
-    with pytest.raises(SettingsError) as error:
-        check_device(settings, cards, MSRUN)
-    for override in overrides[:2]:
-        key = override.split("=")[0]
-        assert [line for line in error.value.problems if key in line and "not in this version" in line]
-    settings.use_parallel = False
-    check_device(settings, cards, {})
+def test_sharding_needs_cards(config: Path, no_cards: Path) -> None:
+    settings = load_settings(config, [*SHARDED, "parallel_config.data_parallel=8"])
+    with pytest.raises(SettingsError, match=r"parallel_mode: 1: .*a CPU has no sharding strategies"):
+        check_device(settings, no_cards, MSRUN)
+
+
+def test_sharding_needs_as_many_processes(config: Path, cards: Path) -> None:
+    ways = ["parallel_config.data_parallel=2", "parallel_config.model_parallel=2"]
+    settings = load_settings(config, [*SHARDED, *ways, ASCEND])
+    with pytest.raises(SettingsError, match=r"2 x 2 x 1 = 4, but 8 processes were started"):
+        check_device(settings, cards, {"MS_WORKER_NUM": "8"})
+    check_device(settings, cards, {"MS_WORKER_NUM": "4"})
 
 
 def test_parallel_needs_processes(config: Path, no_cards: Path) -> None:
