@@ -1,4 +1,5 @@
-"""The checkpoints of all ranks of a cluster: `<folder>/rank_N/*.ckpt` or `*.safetensors`, opened and checked.
+"""The checkpoints of all ranks of a cluster, opened and checked: `<folder>/rank_N/*.ckpt` or `*.safetensors`, or the
+`rank_N/checkpoint/step_N/` of a sharded run.
 
 Files are indexed once and then opened for one tensor at a time, so that hundreds of ranks need no file handles.
 """
@@ -15,6 +16,7 @@ import numpy as np
 
 from glm_ms.convert.errors import CheckpointError, capped
 from glm_ms.convert.mindspore_file import MindSporeFile
+from glm_ms.convert.run_folder import list_checkpoints
 from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo
 
@@ -155,6 +157,10 @@ def _files_by_step(folder: Path) -> dict[Step, list[Path]]:
     steps: dict[Step, list[Path]] = {}
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such file or folder")
+    for step, inside in list_checkpoints(folder):  # of one card of a sharded run
+        steps[(0, step)] = sorted(file for file in inside.iterdir() if file.suffix in _READERS)
+    if steps:
+        return steps
     for file in sorted(folder.iterdir()):
         if file.suffix in _READERS and file.is_file() and not file.name.startswith("."):
             match = _STEP_IN_NAME.fullmatch(file.stem)

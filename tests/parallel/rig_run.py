@@ -19,7 +19,9 @@ from glm_ms.engine import callbacks, ranks  # noqa: E402
 from glm_ms.engine.progress import StepRecord  # noqa: E402
 
 ranks.Ranks.gather = lambda self, value: [value] * self.size
-callbacks.UpdateCallback._record = lambda self, step, outputs, scale: StepRecord(step, 0.0, 1.0, 0.0, 1.0, 1.0)
+callbacks.UpdateCallback._record = lambda self, step, outputs, scale: StepRecord(
+    step, 0.0, 1.0, 0.0, 1.0, 1.0
+)
 
 status = run_glm.main(sys.argv[1:])
 if status == 0:
