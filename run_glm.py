@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from glm_ms.settings import SettingsError, settings_from_command_line
+from glm_ms.settings.ascend_hints import error_lines, hints
 
 
 def main(argv: list[str]) -> int:
@@ -34,10 +35,13 @@ def main(argv: list[str]) -> int:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("GLM_MS_VERBOSE", "0") != "0":
+    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
+        # Errors of cards and their libraries come as the last two; unknown ones keep their traceback.
+        unknown = isinstance(error, (RuntimeError, ImportError)) and not hints(str(error))
+        if unknown or os.environ.get("GLM_MS_VERBOSE", "0") != "0":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        for line in error_lines(error):
+            print(line, file=sys.stderr)
         return 1
     return 0
 

@@ -116,7 +116,12 @@ class _Adgen:
         self._records = prompts_with_references(data, tokenizer, settings.generation)
         say(self._records.describe())
         options = generation_options(settings, tokenizer, say)
-        self._options = {**options, "num_return_sequences": 1}  # one text per reference
+        stop = list(options["eos_token_id"])
+        if data.data_loader.type != "ADGenDataLoader":
+            # A thought before a tool call is one message, and the call the next: both are the assistant's.
+            stop.append(tokenizer.get_command("<|assistant|>"))
+        # One text per reference.
+        self._options = {**options, "eos_token_id": stop, "num_return_sequences": 1}
         prompts = [self._records[i]["input_ids"] for i in range(len(self._records))]
         check_prompt_lengths(prompts, options, settings.model.model_config.seq_length)
         self._tokenizer, self._batch_size, self._leave = tokenizer, data.batch_size, leave
@@ -211,7 +216,8 @@ def _generate(
     prompts = [record["input_ids"] for record in batch]
     filled = prompts + [prompts[-1]] * (batch_size - len(prompts))
     sequences = model.generate(filled, **options)
-    return [answer_text(tokenizer, sequence[len(prompt) :]) for prompt, sequence in zip(prompts, sequences)]
+    stop = options["eos_token_id"]
+    return [answer_text(tokenizer, ids[len(prompt) :], stop) for prompt, ids in zip(prompts, sequences)]
 
 
 def _stack(batch: list[Row], batch_size: int) -> tuple[np.ndarray, ...]:

@@ -63,12 +63,19 @@ def known_ids(tokenizer: SentencePieceTokenizer, ids: Sequence[int]) -> list[int
     return [int(token) for token in ids if token < tokenizer.vocab_size]
 
 
-def answer_text(tokenizer: SentencePieceTokenizer, ids: Sequence[int]) -> str:
+def answer_text(
+    tokenizer: SentencePieceTokenizer, ids: Sequence[int], stop_ids: Sequence[int] | None = None
+) -> str:
     """Generated ids as text, without the stop id at the end and white space around.
 
     ChatGLM3 begins its answers with a line break, and may end them with the token of the next role.
+
+    Args:
+        tokenizer: of the network.
+        ids: generated, without the prompt.
+        stop_ids: that ended generation; None: those of the tokenizer.
     """
     ids = known_ids(tokenizer, ids)
-    if ids and ids[-1] in tokenizer.stop_token_ids:
+    if ids and ids[-1] in (tokenizer.stop_token_ids if stop_ids is None else stop_ids):
         ids.pop()
     return tokenizer.decode(ids).strip()

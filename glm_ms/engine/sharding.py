@@ -21,6 +21,7 @@ from glm_ms.convert import CheckpointError, CheckpointReader, load_parameters, o
 from glm_ms.convert.run_folder import list_checkpoints, resolve_checkpoint, step_folder
 from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoint import CONFIG, OPTIMIZER, WEIGHTS, read_parameters, write_parameters
+from glm_ms.engine.files import SLICES, STRATEGIES
 from glm_ms.engine.sharded_step import PipelineTrainOneStep, ShardedTrainOneStep
 from glm_ms.engine.train_step import GLMTrainOneStep
 from glm_ms.model.config import GLMConfig
@@ -37,7 +38,6 @@ from glm_ms.parallel.slices import (
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.parallel_checks import is_sharded, parallel_of
 
-SLICES, STRATEGIES = "slices", "strategy"
 _ITEM_BYTES = {ms.float32: 4, ms.float16: 2, ms.bfloat16: 2}
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from glm_ms.convert import CheckpointError
 from glm_ms.convert.run_folder import BEST, CHECKPOINTS, best_checkpoint, list_checkpoints, resolve_checkpoint
-from glm_ms.engine.files import SETTINGS_FILE
+from glm_ms.engine.files import SETTINGS_FILE, SLICES, STRATEGIES
 from glm_ms.settings import Settings, SettingsError, parse_args
 from glm_ms.settings.loader import read_settings
+from glm_ms.settings.parallel_checks import is_sharded
 
 PROGRAM = "run_glm.py"
 _PROMPT = "你好"
@@ -27,6 +28,8 @@ def summary(settings: Settings) -> list[str]:
         settings: of the run, whose output folder holds `settings.yaml` and checkpoints.
     """
     output_dir = Path(settings.output_dir)
+    if is_sharded(settings):
+        return _sharded(settings)
     kind = {"lora": "LoRA adapter", "ptuning2": "P-Tuning adapter"}.get(
         settings.model.pet_config.pet_type or "", "weights"
     )
@@ -38,6 +41,22 @@ def summary(settings: Settings) -> list[str]:
     for purpose, command in _commands(settings, best or output_dir):
         lines.append(f"{purpose}: {shlex.join(command)}{_missing(command)}")
     return lines
+
+
+def _sharded(settings: Settings) -> list[str]:
+    """Every card has written its slices: they are merged first."""
+    output_dir, merged = Path(settings.output_dir), f"{settings.output_dir}_merged"
+    tool = _program().parent / "tools" / "transform_ckpt.py"
+    merge = [
+        "python", str(tool), "--src_ckpt_strategy", str(output_dir / STRATEGIES), "--src_ckpt_dir",
+        str(output_dir / SLICES), "--dst_ckpt_dir", merged, "--prefix", "glm_",
+    ]  # fmt: skip
+    evaluate = [*_run(settings, "eval"), "--load_checkpoint", merged, *_evaluation_flags(settings)]
+    return [
+        f"slices of every card: {output_dir / SLICES}",
+        f"to merge: {shlex.join(merge)}",
+        f"then to evaluate: {shlex.join(evaluate)}{_missing(evaluate)}",
+    ]
 
 
 def _best(output_dir: Path) -> Path | None:

@@ -172,6 +172,7 @@ def _train(run: _Run) -> StepRecord:
     best = _tidy_output(run) if first else BestEvaluation(run.output_dir, None)
     if run.sharding is not None:
         set_aside(run.own_dir, run.checkpoint)
+        run.ranks.from_first(None)  # strategy files of an earlier run are moved before new ones are written
     log = ProgressLog(
         run.output_dir, run.plan.total_steps, run.start, settings.logging.log_steps,
         settings.logging.tensorboard, show=first,

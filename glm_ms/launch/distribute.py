@@ -253,9 +253,12 @@ def _start(
 
 def main(arguments: Sequence[str], say: Callable[[str], None], show: Callable[[bytes], None]) -> int:
     """Returns the exit status: 2 for wrong arguments or a job that cannot be started, else as `launch`."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
         say(USAGE)
-        return 0 if arguments else 2
+        return 2
+    if arguments[0] in ("-h", "--help"):
+        show(USAGE.encode())
+        return 0
     try:
         return launch(parse(arguments), say, show)
     except (LaunchError, RankTableError, OSError) as error:

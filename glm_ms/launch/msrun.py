@@ -209,9 +209,12 @@ def _with_this_package(environment: dict[str, str]) -> str:
 
 def main(arguments: Sequence[str], say: Callable[[str], None], show: Callable[[bytes], None]) -> int:
     """Returns the exit status: 2 for wrong arguments or a job that cannot be started, else as `launch`."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
         say(USAGE)
-        return 0 if arguments else 2
+        return 2
+    if arguments[0] in ("-h", "--help"):
+        show(USAGE.encode())
+        return 0
     try:
         return launch(parse(arguments), say, show)
     except (LaunchError, OSError) as error:
@@ -221,7 +224,8 @@ def main(arguments: Sequence[str], say: Callable[[str], None], show: Callable[[b
 
 def say_on_stderr(line: str) -> None:
     """For the programs of this package."""
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def show_on_stdout(piece: bytes) -> None:

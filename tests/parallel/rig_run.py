@@ -14,9 +14,9 @@ import rig
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["MS_WORKER_NUM"] = os.environ["RANK_SIZE"]
 
-import run_glm  # noqa: E402
-from glm_ms.engine import callbacks, ranks  # noqa: E402
-from glm_ms.engine.progress import StepRecord  # noqa: E402
+import run_glm
+from glm_ms.engine import callbacks, ranks
+from glm_ms.engine.progress import StepRecord
 
 ranks.Ranks.gather = lambda self, value: [value] * self.size
 callbacks.UpdateCallback._record = lambda self, step, outputs, scale: StepRecord(

@@ -164,7 +164,7 @@ def test_files_compile_at_full_width(path: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", [split(2, 4, 1, True), split(2, 2, 2)], ids=["dp2 x mp4", "pp2 x mp2 x dp2"])
 def test_weights_go_through_a_sharded_run(
-    keys: tuple[str, ...], tmp_path: Path, vocab_file: Path, adgen_dev: Path
+    keys: tuple[str, ...], tmp_path: Path, vocab_file: Path, adgen_file: Path
 ) -> None:
     """run_glm.py itself on 8 cards that compute nothing: the slices it loads, saves and resumes from, merged, are the
     weights it began with, bit for bit."""
@@ -175,18 +175,18 @@ def test_weights_go_through_a_sharded_run(
     base.mkdir()
     write_safetensors(base / "model.safetensors", shapes, "float32", weights.values(), {"format": "np"})
     (base / "config.json").write_text(json.dumps(config.to_hf_dict()), encoding="utf-8")
-    line = ("--config", CONFIG, "--load_checkpoint", base, "--train_dataset", adgen_dev, "--output_dir",
+    line = ("--config", CONFIG, "--load_checkpoint", base, "--train_dataset", adgen_file, "--output_dir",
             tmp_path / "run", f"processor.tokenizer.vocab_file={vocab_file}", *SMALL, "runner_config.batch_size=1",
             "model.model_config.padded_vocab_size=65024", "model.model_config.num_layers=2", *keys)  # fmt: skip
-    compile_ranks(
-        "rig_run.py", tmp_path / "out", *line, "runner_config.max_steps=2", "checkpoint.save_steps=1"
-    )
+    steps = ("runner_config.max_steps=2", "checkpoint.save_steps=1")
+    compile_ranks("rig_run.py", tmp_path / "out", *line, *steps)
     if "parallel_config.pipeline_stage=1" in keys:
+        # A card has not written its part of the newest: the one before is the newest that all have.
+        shutil.rmtree(tmp_path / "run" / "slices" / "rank_3" / "checkpoint" / "step_00000002")
         again = compile_ranks(
-            "rig_run.py", tmp_path / "again", *line, "runner_config.max_steps=2", "--resume_training",
-            tmp_path / "run", "--output_dir", tmp_path / "resumed", ranks="0",
-        )  # fmt: skip
-        assert "2 of 2 steps are done" in again
+            "rig_run.py", tmp_path / "again", *line, *steps, "--resume_training", "True", ranks="0"
+        )
+        assert "1 of 2 steps are done" in again
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "tools" / "transform_ckpt.py"), "--src_ckpt_strategy",
          str(tmp_path / "run" / "strategy"), "--src_ckpt_dir", str(tmp_path / "run" / "slices"), "--dst_ckpt_dir",
