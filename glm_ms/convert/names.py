@@ -35,6 +35,7 @@ _TRAINING_NAMES = frozenset(
         "global_step", "epoch_num", "step_num", "global_batch_size", "loss_scale", "scale_sense",
         "current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power", "momentum",
         "learning_rate", "weight_decay", "afactor_step", "state_step",
+        "loss_scale_good_steps", "loss_scale_overflows",
     }
 )  # fmt: skip
 

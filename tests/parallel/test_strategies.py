@@ -173,7 +173,7 @@ def test_weights_go_through_a_sharded_run(
     weights = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     base = tmp_path / "base"
     base.mkdir()
-    write_safetensors(base / "model.safetensors", shapes, "float32", weights.values(), {"format": "np"})
+    write_safetensors(base / "model.safetensors", shapes, "float32", iter(weights.values()), {"format": "np"})
     (base / "config.json").write_text(json.dumps(config.to_hf_dict()), encoding="utf-8")
     line = ("--config", CONFIG, "--load_checkpoint", base, "--train_dataset", adgen_file, "--output_dir",
             tmp_path / "run", f"processor.tokenizer.vocab_file={vocab_file}", *SMALL, "runner_config.batch_size=1",
