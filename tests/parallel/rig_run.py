@@ -9,15 +9,37 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import rig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["MS_WORKER_NUM"] = os.environ["RANK_SIZE"]
 
 import run_glm
-from glm_ms.engine import callbacks, ranks
+from glm_ms.convert.safetensors_file import write_safetensors
+from glm_ms.engine import callbacks, ranks, sharding
 from glm_ms.engine.progress import StepRecord
 
+held = {}
+fill = sharding.Sharding.fill
+
+
+def fill_and_hold(self, step, *arguments):
+    """Later, a card's memory would be read, which is not there: what was put into it is kept here."""
+    fill(self, step, *arguments)
+    held.update({parameter.name: parameter.asnumpy().copy() for parameter in step.get_parameters()})
+    held.update({parameter.name: parameter.asnumpy().copy() for parameter in self.net.get_parameters()})
+
+
+def write_held(path, parameters, dtype):
+    parameters = list(parameters)
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in parameters}
+    values = (np.asarray(held[name], np.float32) for name in shapes)
+    write_safetensors(path, shapes, dtype, values, {"format": "np"})
+
+
+sharding.Sharding.fill = fill_and_hold
+sharding.write_parameters = write_held
 ranks.Ranks.gather = lambda self, value: [value] * self.size
 callbacks.UpdateCallback._record = lambda self, step, outputs, scale: StepRecord(
     step, 0.0, 1.0, 0.0, 1.0, 1.0
