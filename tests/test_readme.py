@@ -86,7 +86,10 @@ COMMANDS = [
 def arguments_of(command: str) -> tuple[str, list[str]]:
     """Program (`run_glm.py`, `tools/train_vocab.py`, else "") and its arguments; of a pipe, the last command."""
     tokens = shlex.split(command.rpartition(" | ")[2])
-    for place, token in enumerate(tokens[:-1]):
+    for token in tokens:
+        if token.startswith("run_glm.py "):  # given to a launcher as one argument
+            return "run_glm.py", shlex.split(token)[1:]
+    for place, token in enumerate(tokens):
         if token == "run_glm.py" or token.startswith("tools/"):
             return token, tokens[place + 1 :]
     return "", tokens
@@ -122,11 +125,14 @@ def test_both_languages_hold_the_same():
 def test_command_names_what_exists(command):
     program, arguments = arguments_of(command)
     if program == "run_glm.py":
-        check_run(arguments, parallel=command.startswith("msrun"))
+        check_run(arguments, parallel=command.startswith(("msrun", "bash scripts/msrun_launcher.sh")))
     elif program:
         check_tool(program, arguments)
     elif command in SETUP:
         assert all((REPOSITORY / name).is_file() for name in arguments if name.startswith("scripts/"))
+    elif command.startswith("bash scripts/run_distribute.sh"):
+        assert (REPOSITORY / arguments[1]).is_file()
+        assert (REPOSITORY / arguments[3]).is_file()
     else:
         assert arguments[0] == "head", f"add a check for: {command}"
         assert (REPOSITORY / arguments[3]).is_file()
@@ -199,7 +205,7 @@ def workplace(tmp_path_factory):
     """A folder as a reader has it, with stand-ins for what he brings along, and `python` on its PATH."""
     folder = tmp_path_factory.mktemp("read me")
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
-    for name in ("glm_ms", "tools", "run_glm.py"):
+    for name in ("glm_ms", "tools", "scripts", "pyproject.toml", "run_glm.py"):
         (folder / name).symlink_to(REPOSITORY / name)
     yours, sample = folder / "yours", folder / "configs" / "tiny" / "sample"
     yours.mkdir()
