@@ -57,7 +57,11 @@ def mindformers_config(settings: Settings, total_steps: int) -> MindFormerConfig
                 "arch": whole["model"]["arch"],
             },
             "callbacks": [],
-            "context": {key: value for key, value in whole["context"].items() if value is not None},
+            "context": {
+                key: value
+                for key, value in whole["context"].items()
+                if value is not None and key != "use_fused_kernels"
+            },
             "parallel": parallel_context(settings),
             "parallel_config": whole["parallel_config"],
             "recompute_config": whole["recompute_config"],

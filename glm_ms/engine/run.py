@@ -21,8 +21,10 @@ from glm_ms.engine.ranks import be_patient, ranks_of
 from glm_ms.engine.signals import restore_signal_handlers
 from glm_ms.engine.summary import summary
 from glm_ms.engine.train import train
-from glm_ms.engine.weights import build_model
+from glm_ms.engine.weights import build_model, fuse
+from glm_ms.ops.ascend import soc_version
 from glm_ms.settings import Settings, SettingsError
+from glm_ms.settings.ascend_hints import overflow_mode_note
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 # Keys whose values may differ from server to server; what the files hold is compared where they are read.
@@ -63,12 +65,14 @@ def _run(settings: Settings) -> None:
     say = _say_on_rank_zero(settings)
     ms.set_seed(settings.seed)
     tokenizer = build_tokenizer(settings)
-    for note in settings.notes:
+    overflow = overflow_mode_note(soc_version())
+    for note in [*settings.notes, *([overflow] if overflow else [])]:
         say(note)
     if settings.is_training():
         _train(settings, tokenizer, say)
         return
     model = build_model(settings, tokenizer.vocab_size, say)
+    fuse(settings, model, say)
     if ranks.first:
         replace_text(output_dir / f"{settings.run_mode}_settings.yaml", settings.to_yaml())
     if settings.run_mode == "eval":

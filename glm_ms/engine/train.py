@@ -40,7 +40,7 @@ from glm_ms.engine.resume import (
 )
 from glm_ms.engine.sharding import Sharding
 from glm_ms.engine.trainer import GLMTrainer
-from glm_ms.engine.weights import build_model, build_unfilled_model
+from glm_ms.engine.weights import build_model, build_unfilled_model, fuse
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.settings.parallel_checks import is_sharded
@@ -198,7 +198,9 @@ def _model(run: _Run) -> GLMForCausalLM:
         return run.given.model
     if run.sharding is not None:
         return build_unfilled_model(run.settings, run.tokenizer.vocab_size, run.say)
-    return build_model(run.settings, run.tokenizer.vocab_size, run.say, run.checkpoint)
+    model = build_model(run.settings, run.tokenizer.vocab_size, run.say, run.checkpoint)
+    fuse(run.settings, model, run.say)
+    return model
 
 
 def _fill(run: _Run, model: GLMForCausalLM, task: GLMTrainer) -> None:

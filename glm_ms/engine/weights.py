@@ -18,6 +18,8 @@ from glm_ms.convert.run_folder import resolve_checkpoint
 from glm_ms.engine.manifest import MANIFEST, read_manifest, weights_fingerprint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
+from glm_ms.model.layers import DTYPES
+from glm_ms.ops.fusion import fuse_kernels
 from glm_ms.peft import AdapterConfig, AdapterError, LoraConfig, PrefixConfig, StoredAdapter, read_adapter
 from glm_ms.peft.lora import linear_modules, target_names
 from glm_ms.peft.store import is_adapter_folder
@@ -70,6 +72,13 @@ def build_model(
     elif adapter is not None:
         model.add_adapter(adapter, settings.seed)
     return model
+
+
+def fuse(settings: Settings, model: GLMForCausalLM, say: Callable[[str], None]) -> None:
+    """Puts fused kernels into a network that has not been compiled, if the settings ask for them."""
+    if settings.context.use_fused_kernels:
+        for line in fuse_kernels(model.network, DTYPES[model.config.compute_dtype]):
+            say(line)
 
 
 def adapter_config(settings: Settings) -> AdapterConfig | None:

@@ -84,6 +84,12 @@ def _not_with_slices(settings: Settings) -> Iterator[Problem]:
             "False, but with parallel_mode: 1 every card reads the whole batch",
             (mode,),
         )
+    if settings.context.use_fused_kernels:
+        yield (
+            "context.use_fused_kernels",
+            "True, but fused kernels have no strategies yet; set it to False",
+            (mode,),
+        )
     if settings.context.mode != 0:
         yield "context.mode", "1 (PyNative), but strategies need graph mode; set it to 0", (mode,)
     if not settings.is_training():

@@ -44,6 +44,10 @@ class ContextSettings:
         pattern=r"\d+(\.\d+)?GB",
         example="58GB",
     )
+    use_fused_kernels: bool = key(
+        False,
+        "Ascend's own kernels for norm, rotation and attention; check them first with tools/check_device.py",
+    )
 
 
 @dataclass

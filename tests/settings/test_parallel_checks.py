@@ -36,6 +36,7 @@ REFUSED = [
         ["use_seq_parallel: True needs model_parallel above 1"],
     ),
     (["parallel.full_batch=False"], ["every card reads the whole batch"]),
+    (["context.use_fused_kernels=True"], ["fused kernels have no strategies"]),
     (["context.mode=1"], ["strategies need graph mode"]),
     (["do_eval=True", "eval_step_interval=5"], ["no whole network to evaluate"]),
     (["runner_config.gradient_accumulation_steps=2"], ["micro_batch_num"]),
