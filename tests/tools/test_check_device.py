@@ -177,7 +177,7 @@ def test_kernels_that_are_not_there_are_rows(monkeypatch: pytest.MonkeyPatch) ->
 def test_hints_stand_under_a_failed_row() -> None:
     lines = list(row_lines(Row("RMS norm", "2x2", "float16", message="RuntimeError: Memory not enough: 3")))
     assert lines[0].endswith("| FAIL")
-    assert "tools/plan.py" in lines[2]
+    assert "recompute_config.recompute=True" in lines[2]
 
 
 @pytest.mark.slow
