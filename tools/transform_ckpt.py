@@ -1,12 +1,13 @@
 """Merges, cuts and re-cuts the checkpoints of a cluster by MindSpore's strategy files, one tensor at a time.
 
-    python tools/transform_ckpt.py --src_ckpt_strategy output/strategy --src_ckpt_dir output/checkpoint \\
+    python tools/transform_ckpt.py --src_ckpt_strategy output/strategy --src_ckpt_dir output/slices \\
         --dst_ckpt_dir merged --prefix glm3_
     python tools/transform_ckpt.py --src_ckpt_dir merged --dst_ckpt_strategy other/strategy \\
         --dst_ckpt_dir for_other_cluster --prefix glm3_
 
 Without --src_ckpt_strategy the source is whole, without --dst_ckpt_strategy one whole checkpoint is made. Every rank
-must be there, of one step; copies of a slice must agree bit for bit. The output appears only when it is whole.
+must be there, of one step; copies of a slice must agree bit for bit. The output appears only when it is whole. The
+slices of an adapter become the folder of an adapter, as a run on one card leaves it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
+from glm_ms.convert.adapter_files import CONFIG, LORA
 from glm_ms.convert.errors import CheckpointError
 from glm_ms.convert.rank_writer import FORMATS
 from glm_ms.convert.resharding import Resharding, plan_resharding
@@ -34,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0],
         epilog="Example: python tools/transform_ckpt.py --src_ckpt_strategy output/strategy "
-        "--src_ckpt_dir output/checkpoint --dst_ckpt_dir merged --prefix glm3_",
+        "--src_ckpt_dir output/slices --dst_ckpt_dir merged --prefix glm3_",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -52,9 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--src_ckpt_dir",
         required=True,
         metavar="DIR",
-        help="folder with rank_0, rank_1, ...; or a whole checkpoint",
+        help="folder with rank_0, rank_1, ...; or a whole checkpoint; or the output folder of a run",
     )
-    add("--dst_ckpt_dir", required=True, metavar="DIR", help="folder to make; gets rank_N/<prefix>N.<format>")
+    add(
+        "--dst_ckpt_dir",
+        required=True,
+        metavar="DIR",
+        help="folder to make; gets rank_N/<prefix>N.<format>, or the files of an adapter",
+    )
     add(
         "--prefix",
         default="checkpoint_",
@@ -65,8 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--step",
         type=_step,
-        metavar="EPOCH_STEP",
-        help="which checkpoint, where a folder has several (default: the newest that all ranks have)",
+        metavar="STEP",
+        help="which checkpoint, where a folder has several: 500 of step_00000500, 2_500 of NAME-2_500.ckpt (default: "
+        "the newest that all ranks have)",
     )
     add("--weights_only", action="store_true", help="leave out optimizer state and training counters")
     add("--partial", action="store_true", help="allow checkpoints and strategies to name different weights")
@@ -105,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(
         f"{plan.output}: {len(plan.tensors)} tensors, {plan.total_bytes:,} bytes, from {len(plan.source)} to "
-        f"{plan.ranks} ranks, {time.monotonic() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB"
+        f"{plan.placement.ranks} ranks, {time.monotonic() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB"
     )
     for line in next_steps(plan, options.dst_ckpt_strategy is None):
         print(line)
@@ -114,12 +122,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def next_steps(plan: Resharding, merged: bool) -> list[str]:
     """What to type now."""
+    output, placement = plan.output, plan.placement
     if not merged:
-        return [f"each rank N of the new cluster loads {plan.output}/rank_N/{plan.prefix}N.{plan.kind}"]
-    file = plan.files()[0]
+        return [f"each rank N of the new cluster loads {output}/rank_N/{placement.prefix}N.{placement.kind}"]
+    if placement.adapter is not None:
+        lines = [f"to evaluate: python run_glm.py --config CONFIG --run_mode eval --load_adapter {output}"]
+        if placement.adapter is LORA:
+            merge = f"python tools/merge_lora.py --base BASE --adapter {output} --output FOLDER"
+            lines.append(f"to merge into its base: {merge}")
+        return lines
+    config = "" if CONFIG in plan.companions else " --config CONFIG"
     return [
-        f"to evaluate or predict: python run_glm.py --config CONFIG --run_mode eval --load_checkpoint {file}",
-        f"to export:              python tools/convert_weight.py --input {file} --config CONFIG --output FOLDER",
+        f"to evaluate: python run_glm.py --config CONFIG --run_mode eval --load_checkpoint {output}",
+        f"to export:   python tools/convert_weight.py --input {output}{config} --output FOLDER",
     ]
 
 
@@ -135,10 +150,12 @@ def peak_memory() -> int:
 
 
 def _step(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)_(\d+)", text)
+    match = re.fullmatch(r"(?:step_)?(?:(\d+)_)?(\d+)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not EPOCH_STEP as in the file names, such as 2_500")
-    return int(match.group(1)), int(match.group(2))
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a step, such as 500, nor EPOCH_STEP as in file names, such as 2_500"
+        )
+    return int(match.group(1) or 0), int(match.group(2))
 
 
 if __name__ == "__main__":

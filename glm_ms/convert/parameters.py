@@ -48,6 +48,10 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
         )
         if items
     ]
+    if problems and reader.slice is not None:
+        problems.append(
+            f"\n  It is the slice of {reader.slice}: merge all of them with tools/transform_ckpt.py"
+        )
     if problems:
         raise CheckpointError(
             f"{reader.path}: {len(found)} parameters do not fit the config, which asks for {len(expected)}"

@@ -14,11 +14,12 @@ from typing import Callable, Optional
 
 import numpy as np
 
+from glm_ms.convert.adapter_files import plain_name
 from glm_ms.convert.errors import CheckpointError, capped
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.run_folder import list_checkpoints
 from glm_ms.convert.safetensors_file import SafetensorsFile
-from glm_ms.convert.tensor_file import TensorFile, TensorInfo
+from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile, TensorInfo
 
 _READERS: dict[str, Callable[[Path], TensorFile]] = {".ckpt": MindSporeFile, ".safetensors": SafetensorsFile}
 _FOLDER = re.compile(r"rank_(\d+)")
@@ -45,18 +46,23 @@ class RankCheckpoint:
     step: Step
 
     def __post_init__(self) -> None:
-        self._home: dict[str, TensorFile] = {}
+        self._home: dict[str, tuple[TensorFile, str]] = {}
         for file in self.files:
-            for name in file.entries:
+            for stored in file.entries:
+                name = plain_name(file.path, stored)
                 if name in self._home:
                     raise CheckpointError(
-                        f"{file.path}: {name} is also in {self._home[name].path.name}; "
-                        "leave one checkpoint in the folder"
+                        f"{file.path}: {name} is also in {self.file(name).name}; leave one checkpoint in the folder"
                     )
-                self._home[name] = file
+                self._home[name] = (file, stored)
+
+    @property
+    def place(self) -> Path:
+        """The folder in which its files lie."""
+        return self.files[0].path.parent if self.files else self.folder
 
     def names(self) -> list[str]:
-        """Stored names, in the order of the files."""
+        """Names of the tensors in the network, in the order of the files."""
         return list(self._home)
 
     def holds(self, name: str) -> bool:
@@ -65,17 +71,18 @@ class RankCheckpoint:
 
     def info(self, name: str) -> TensorInfo:
         """Shape and element type of a tensor."""
-        return self._home[name].entries[name]
+        file, stored = self._home[name]
+        return file.entries[stored]
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._home[name].path
+        return self._home[name][0].path
 
     def read(self, name: str) -> np.ndarray:
         """A fresh array in the storage type of its dtype; no file stays open."""
-        file = self._home[name]
+        file, stored = self._home[name]
         try:
-            return file.read(name)
+            return file.read(stored)
         finally:
             file.release()
 
@@ -94,6 +101,10 @@ def open_ranks(folder: Path, count: int, step: Step, say: Callable[[str], None])
             or a file name tells another rank than its folder.
     """
     folders = rank_folders(folder)
+    if not folders:
+        near = [str(item) for item in sorted(folder.iterdir()) if item.is_dir() and rank_folders(item)]
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise CheckpointError(f"{folder}: holds no folders rank_0, rank_1, ... of the {count} ranks{hint}")
     missing = [str(rank) for rank in range(count) if rank not in folders]
     extra = [str(rank) for rank in sorted(folders) if rank >= count]
     if missing or extra:
@@ -108,7 +119,10 @@ def open_ranks(folder: Path, count: int, step: Step, say: Callable[[str], None])
     chosen = _choose_step(folder, by_step, step, say)
     files = [steps[chosen] for steps in by_step]
     _check_numbers_in_names(files)
-    return [RankCheckpoint(rank, folders[rank], list(_open(files[rank])), chosen) for rank in range(count)]
+    ranks = [RankCheckpoint(rank, folders[rank], list(_open(files[rank])), chosen) for rank in range(count)]
+    for rank in ranks:
+        _check_headers(rank, count)
+    return ranks
 
 
 def open_whole(path: Path, step: Step, say: Callable[[str], None]) -> RankCheckpoint:
@@ -120,7 +134,7 @@ def open_whole(path: Path, step: Step, say: Callable[[str], None]) -> RankCheckp
     if path.is_file():
         if path.suffix not in _READERS:
             raise CheckpointError(f"{path}: must end in {' or '.join(_READERS)}")
-        return RankCheckpoint(0, path, list(_open([path])), None)
+        return _whole(path, [path], None)
     folders = rank_folders(path) if path.is_dir() else {}
     if len(folders) > 1:
         raise CheckpointError(
@@ -130,7 +144,29 @@ def open_whole(path: Path, step: Step, say: Callable[[str], None]) -> RankCheckp
     folder = next(iter(folders.values()), path)
     by_step = _files_by_step(folder)
     chosen = _choose_step(folder, [by_step], step, say)
-    return RankCheckpoint(0, folder, list(_open(by_step[chosen])), chosen)
+    return _whole(folder, by_step[chosen], chosen)
+
+
+def _whole(path: Path, files: list[Path], step: Step) -> RankCheckpoint:
+    checkpoint = RankCheckpoint(0, path, list(_open(files)), step)
+    for file in checkpoint.files:
+        if file.metadata.get(RANKS, "1") != "1":
+            raise CheckpointError(
+                f"{file.path}: the slice of rank {file.metadata.get(RANK)} of {file.metadata[RANKS]}, not a whole "
+                "checkpoint; give the folder of all ranks and --src_ckpt_strategy"
+            )
+    return checkpoint
+
+
+def _check_headers(rank: RankCheckpoint, count: int) -> None:
+    """Files that tell in their header whose slice they are must lie where they belong."""
+    for file in rank.files:
+        told = file.metadata.get(RANK, str(rank.rank)), file.metadata.get(RANKS, str(count))
+        if told != (str(rank.rank), str(count)):
+            raise CheckpointError(
+                f"{file.path}: the slice of rank {told[0]} of {told[1]}, but it lies in {rank.folder.name} of "
+                f"{count} ranks; files were swapped, or are of another run"
+            )
 
 
 def rank_folders(folder: Path) -> dict[int, Path]:
@@ -139,6 +175,8 @@ def rank_folders(folder: Path) -> dict[int, Path]:
     Raises:
         CheckpointError: no such folder, or two folders of one rank (rank_1 and rank_01).
     """
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file; give the folder that holds rank_0, rank_1, ...")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     found: dict[int, Path] = {}
@@ -159,6 +197,8 @@ def _files_by_step(folder: Path) -> dict[Step, list[Path]]:
         raise CheckpointError(f"{folder}: no such file or folder")
     for step, inside in list_checkpoints(folder):  # of one card of a sharded run
         steps[(0, step)] = sorted(file for file in inside.iterdir() if file.suffix in _READERS)
+        if not steps[(0, step)]:
+            raise CheckpointError(f"{inside}: holds no tensors ({' or '.join(_READERS)}); remove it")
     if steps:
         return steps
     for file in sorted(folder.iterdir()):
@@ -202,7 +242,9 @@ def _order(step: Step) -> tuple[int, int]:
 
 
 def _text(step: Step) -> str:
-    return "(none named)" if step is None else f"{step[0]}_{step[1]}"
+    if step is None:
+        return "(none named)"
+    return f"{step[0]}_{step[1]}" if step[0] else str(step[1])
 
 
 def _check_numbers_in_names(files: list[list[Path]]) -> None:

@@ -1,44 +1,93 @@
-"""Writes the checkpoints of many ranks at once, tensor by tensor: `<folder>/rank_N/<prefix>N.ckpt`."""
+"""Writes the checkpoints of many ranks at once, tensor by tensor: `<folder>/rank_N/<prefix>N.ckpt`, or the folder of
+an adapter."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from glm_ms.convert import mindspore_file, safetensors_file
+from glm_ms.convert.adapter_files import OPTIMIZER, AdapterFiles
 from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.errors import CheckpointError
-from glm_ms.convert.tensor_file import TensorInfo
+from glm_ms.convert.names import is_training_state
+from glm_ms.convert.tensor_file import TensorInfo, slice_metadata
 
 FORMATS = ("ckpt", "safetensors")
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Which file of the output holds a tensor.
+
+    Attributes:
+        prefix: file names are `rank_N/<prefix>N.<kind>`, as mindspore.transform_checkpoints names them.
+        kind: "ckpt" or "safetensors".
+        ranks: number of ranks of the output.
+        adapter: the output is one adapter, under the file names of its kind; None for any other.
+    """
+
+    prefix: str
+    kind: str
+    ranks: int
+    adapter: AdapterFiles | None = None
+
+    def file(self, rank: int, name: str) -> Path:
+        """Relative to the folder of all ranks."""
+        if self.adapter is None:
+            return self.rank_file(rank)
+        return Path(OPTIMIZER if is_training_state(name) else self.adapter.weights)
+
+    def rank_file(self, rank: int) -> Path:
+        """The file of a rank where there is no adapter."""
+        return Path(f"rank_{rank}") / f"{self.prefix}{rank}.{self.kind}"
+
+    def stored(self, name: str) -> str:
+        """The name of a tensor in its file."""
+        return name if self.adapter is None or is_training_state(name) else self.adapter.stored(name)
+
+    def metadata(self, rank: int, file: Path) -> dict[str, str]:
+        """For the header of a safetensors file."""
+        if self.adapter is not None:
+            return {"format": "np" if file.name == OPTIMIZER else "pt"}
+        return {"format": "ms", **(slice_metadata(rank, self.ranks) if self.ranks > 1 else {})}
+
+    def companion_files(self, name: str) -> list[Path]:
+        """Where copies of a file that describes the tensors go."""
+        if self.adapter is not None:
+            return [Path(name)] if name == self.adapter.config else []
+        folders = [Path(f"rank_{rank}") for rank in range(self.ranks)]
+        # Whole weights may be named by the folder of all ranks as well.
+        return [folder / name for folder in ([Path(), *folders] if self.ranks == 1 else folders)]
+
+
 class RankWriter:
-    """Appends tensors to one file a rank; a file is open only while it is written to.
+    """Appends tensors to the files of the ranks; a file is open only while it is written to.
 
     Args:
         folder: existing empty folder.
-        prefix: file names are `<prefix><rank>.<kind>`, as mindspore.transform_checkpoints names them.
-        kind: "ckpt" or "safetensors".
+        placement: names of files and tensors.
         tensors: per rank what will be written, in that order.
 
     Raises:
         OSError: a folder or file cannot be written.
     """
 
-    def __init__(self, folder: Path, prefix: str, kind: str, tensors: list[dict[str, TensorInfo]]) -> None:
-        self._kind = kind
-        self._pending = [list(reversed(announced.items())) for announced in tensors]
-        self._files = []
+    def __init__(self, folder: Path, placement: Placement, tensors: list[dict[str, TensorInfo]]) -> None:
+        self._folder, self._placement = folder, placement
+        files: dict[Path, tuple[int, dict[str, TensorInfo]]] = {}
         for rank, announced in enumerate(tensors):
-            file = folder / rank_file(rank, prefix, kind)
-            file.parent.mkdir()
-            with file.open("xb") as stream:
-                if kind == "safetensors":
-                    safetensors_file.write_header(stream, announced, {"format": "ms"})
-            self._files.append(file)
+            for name, info in announced.items():
+                files.setdefault(placement.file(rank, name), (rank, {}))[1][placement.stored(name)] = info
+        self._pending = {file: list(reversed(announced.items())) for file, (_, announced) in files.items()}
+        for file, (rank, announced) in files.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            with (folder / file).open("xb") as stream:
+                if file.suffix == ".safetensors":
+                    safetensors_file.write_header(stream, announced, placement.metadata(rank, file))
 
     def append(self, rank: int, name: str, array: np.ndarray) -> None:
         """Writes the next tensor of a rank, given in the storage type of its dtype.
@@ -47,30 +96,23 @@ class RankWriter:
             CheckpointError: it is not the one announced.
             OSError: the file cannot be written.
         """
-        expected, info = (
-            self._pending[rank].pop() if self._pending[rank] else ("the end", TensorInfo((), "bool"))
-        )
-        if (name, array.shape, array.dtype) != (expected, info.shape, DTYPES[info.dtype].storage):
+        file, stored = self._placement.file(rank, name), self._placement.stored(name)
+        pending = self._pending[file]
+        expected, info = pending.pop() if pending else ("the end", TensorInfo((), "bool"))
+        if (stored, array.shape, array.dtype) != (expected, info.shape, DTYPES[info.dtype].storage):
             raise CheckpointError(
-                f"rank {rank}: {name} {list(array.shape)}: announced was {expected} {list(info.shape)}"
+                f"{file}: {stored} {list(array.shape)}: announced was {expected} {list(info.shape)}"
             )
-        with self._files[rank].open("ab") as stream:
-            if self._kind == "ckpt":
-                mindspore_file.write_tensor(stream, name, info, array)
+        with (self._folder / file).open("ab") as stream:
+            if file.suffix == ".ckpt":
+                mindspore_file.write_tensor(stream, stored, info, array)
             else:
                 safetensors_file.write_tensor(stream, array)
 
     def finish(self) -> None:
         """Holds the files to what was announced, and puts them on the disk."""
-        for rank, file in enumerate(self._files):
-            if self._pending[rank]:
-                raise CheckpointError(
-                    f"rank {rank}: {self._pending[rank][-1][0]}: announced, but never given"
-                )
-            with file.open("rb") as stream:
+        for file, pending in self._pending.items():
+            if pending:
+                raise CheckpointError(f"{file}: {pending[-1][0]}: announced, but never given")
+            with (self._folder / file).open("rb") as stream:
                 os.fsync(stream.fileno())
-
-
-def rank_file(rank: int, prefix: str, kind: str) -> Path:
-    """The file of a rank, relative to the folder of all ranks."""
-    return Path(f"rank_{rank}") / f"{prefix}{rank}.{kind}"

@@ -16,7 +16,7 @@ from glm_ms.convert.joint import joint_of, part_names
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, is_training_state, to_glm_name
 from glm_ms.convert.safetensors_file import SafetensorsFile
-from glm_ms.convert.tensor_file import TensorFile
+from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile
 from glm_ms.convert.torch_file import TorchFile
 
 _BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {
@@ -46,6 +46,7 @@ class CheckpointReader:
     Attributes:
         path: as given.
         ignored: stored names of optimizer state and training counters, which are no weights.
+        slice: "rank 1 of 8" where a file says that it is one card's part; else None.
 
     Raises:
         CheckpointError: two stored tensors stand for one parameter, or a part of a joint one is missing.
@@ -54,10 +55,13 @@ class CheckpointReader:
     def __init__(self, path: Path, files: list[TensorFile], chosen: dict[str, int] | None = None) -> None:
         self.path = path
         self.ignored: tuple[str, ...] = ()
+        self.slice: str | None = None
         # Parameter -> the tensors it is made of, by their place along its rows.
         self._home: dict[str, dict[int, tuple[TensorFile, str]]] = {}
         self._open: TensorFile | None = None
         for position, file in enumerate(files):
+            if file.metadata.get(RANKS, "1") != "1":
+                self.slice = f"rank {file.metadata.get(RANK)} of {file.metadata[RANKS]}"
             for stored in file.entries:
                 if chosen is None or chosen[stored] == position:
                     self._register(file, stored)

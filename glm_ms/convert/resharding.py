@@ -6,21 +6,24 @@ bit for bit, and the ranks must be of one step. Needs memory for the largest ten
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 
+from glm_ms.convert.adapter_files import adapter_files_of, common_companions
 from glm_ms.convert.atomic import atomic_output, check_target
 from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.errors import CheckpointError
+from glm_ms.convert.names import is_training_state
 from glm_ms.convert.rank_folders import RankCheckpoint, Step, open_ranks, open_whole, rank_folders
-from glm_ms.convert.rank_writer import FORMATS, RankWriter, rank_file
+from glm_ms.convert.rank_writer import FORMATS, Placement, RankWriter
 from glm_ms.convert.resharding_plan import Choices, Say, TensorPlan, plan_tensors, size_of
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.convert.run_folder import SLICES, resolve_checkpoint
 from glm_ms.convert.slices import Layout
-from glm_ms.convert.strategy_file import read_strategy
+from glm_ms.convert.strategy_file import Strategy, read_strategy
 from glm_ms.convert.tensor_file import TensorInfo
 from glm_ms.convert.writers import check_space
 
@@ -35,29 +38,23 @@ class Resharding:
     Attributes:
         source: the ranks that are read.
         output: folder to make.
-        prefix: start of the file names.
-        kind: "ckpt" or "safetensors".
-        ranks: number of ranks of the output.
+        placement: its files.
         tensors: what is written.
+        companions: file name -> content of what describes the tensors, for the output.
         verify: compare all copies of a slice, not only read the first.
     """
 
     source: list[RankCheckpoint]
     output: Path
-    prefix: str
-    kind: str
-    ranks: int
+    placement: Placement
     tensors: list[TensorPlan]
+    companions: dict[str, bytes]
     verify: bool
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors, each counted whole and once."""
         return sum(size_of(plan.whole, _itemsize(plan.whole)) for plan in self.tensors)
-
-    def files(self) -> list[Path]:
-        """The files of the output, by rank."""
-        return [self.output / rank_file(rank, self.prefix, self.kind) for rank in range(self.ranks)]
 
     def run(self, on_tensor: Callable[[str, int], None] | None = None) -> None:
         """Reads, checks and writes every tensor, holding one at a time.
@@ -69,7 +66,7 @@ class Resharding:
             CheckpointError: slices that should be equal differ, a file cannot be read, or the output cannot be
                 written; nothing is left at `output` then.
         """
-        announced: list[dict[str, TensorInfo]] = [{} for _ in range(self.ranks)]
+        announced: list[dict[str, TensorInfo]] = [{} for _ in range(self.placement.ranks)]
         for plan in self.tensors:
             for target in plan.targets:
                 announced[target.rank][plan.name] = target.info
@@ -77,13 +74,16 @@ class Resharding:
         joiner = _Joiner(self.verify)
         with atomic_output(self.output, folder=True, overwrite=_is_empty(self.output)) as work:
             check_space(work, self.output, needed)
-            writer = RankWriter(work, self.prefix, self.kind, announced)
+            writer = RankWriter(work, self.placement, announced)
             for plan in self.tensors:
                 _write(writer, plan, joiner.join(plan))
                 if on_tensor is not None:
                     on_tensor(plan.name, size_of(plan.whole, _itemsize(plan.whole)))
             joiner.finish()
             writer.finish()
+            for name, content in self.companions.items():
+                for file in self.placement.companion_files(name):
+                    (work / file).write_bytes(content)
 
 
 class _Joiner:
@@ -107,7 +107,8 @@ class _Joiner:
                 first[position] = rank
                 whole[region] = rank.read(plan.name)
             elif self._verify and not _same_bits(whole[region], rank.read(plan.name)):
-                raise _differ(plan, first[position], rank)
+                pair = first[position], rank
+                raise _differ(plan, *pair, _copied(plan, plan.layout, position, *pair))
         if self._verify:
             self._compare_parts(plan, plan.layout, whole)
         return whole
@@ -163,7 +164,8 @@ def plan_resharding(
         src_ckpt_dir: folder with rank_0, rank_1, ...; without `src_strategy` a whole checkpoint: a file, a folder
             with it, or with rank_0 alone.
         dst_ckpt_dir: folder to make; must not exist, or be empty.
-        prefix: file names are `<prefix><rank>.<kind>` in folders rank_<rank>.
+        prefix: file names are `<prefix><rank>.<kind>` in folders rank_<rank>. A merged adapter has the files of a
+            run that trains one instead, in `dst_ckpt_dir` itself.
         src_strategy, dst_strategy: strategy file or folder (`read_strategy`); None stands for a whole checkpoint.
         kind: "ckpt" or "safetensors"; that of the source when None.
         step: (epoch, step) of the file names to take; the newest that all ranks have when None.
@@ -190,11 +192,10 @@ def plan_resharding(
     check_target(output, folder=True, overwrite=_is_empty(output))
     src = read_strategy(src_strategy) if src_strategy is not None else None
     dst = read_strategy(dst_strategy) if dst_strategy is not None else None
-    path = _source_folder(Path(src_ckpt_dir))
+    path = _source_folder(Path(src_ckpt_dir), whole=src is None)
     source = [open_whole(path, step, say)] if src is None else open_ranks(path, src.ranks, step, say)
-    kind = kind or _kind_of(source)
-    if kind not in FORMATS:
-        raise CheckpointError(f"--format {kind!r}: must be {' or '.join(FORMATS)}")
+    companions = common_companions({rank.rank: rank.place for rank in source})
+    placement = _placement(source, companions, dst, prefix, kind, say)
     tensors = plan_tensors(source, src, dst, choices or Choices(), say)
     unreadable = [plan for plan in tensors if plan.whole.dtype not in DTYPES]
     if unreadable:
@@ -202,13 +203,42 @@ def plan_resharding(
         raise CheckpointError(
             f"{plan.holders[0].file(plan.name)}: {plan.name}: type {plan.whole.dtype} cannot be read"
         )
-    return Resharding(source, output, prefix, kind, dst.ranks if dst else 1, tensors, verify)
+    return Resharding(source, output, placement, tensors, companions, verify)
 
 
-def _source_folder(path: Path) -> Path:
-    """The folder of the ranks; the newest checkpoint where the output folder of a run is named."""
+def _placement(
+    source: list[RankCheckpoint],
+    companions: Mapping[str, bytes],
+    dst: Strategy | None,
+    prefix: str,
+    kind: str | None,
+    say: Say,
+) -> Placement:
+    """The files of the output: of an adapter where the source is one and is merged."""
+    if kind is not None and kind not in FORMATS:
+        raise CheckpointError(f"--format {kind!r}: must be {' or '.join(FORMATS)}")
+    weights = {name for rank in source for name in rank.names() if not is_training_state(name)}
+    adapter = adapter_files_of(weights)
+    if dst is not None or adapter is None:
+        return Placement(prefix, kind or _kind_of(source), dst.ranks if dst else 1)
+    if adapter.config not in companions:
+        say(
+            f"{source[0].place}: an adapter without {adapter.config} beside it: only its tensors are written; to load "
+            "them, put that file of its training there first"
+        )
+        return Placement(prefix, kind or _kind_of(source), 1)
+    if kind == "ckpt":
+        raise CheckpointError(
+            f"--format ckpt: {source[0].place} holds an adapter, which is merged into {adapter.weights} and "
+            f"{adapter.config}; leave --format out"
+        )
+    return Placement(prefix, "safetensors", 1, adapter)
+
+
+def _source_folder(path: Path, whole: bool) -> Path:
+    """The folder of the ranks; where the output folder of a run is named, its slices, or its newest checkpoint."""
     if path.is_dir() and not rank_folders(path):
-        return resolve_checkpoint(path)
+        return path / SLICES if not whole and (path / SLICES).is_dir() else resolve_checkpoint(path)
     return path
 
 
@@ -232,9 +262,19 @@ def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
     return bool(np.array_equal(left.view(bits), right.view(bits)))
 
 
-def _differ(plan: TensorPlan, left: RankCheckpoint, right: RankCheckpoint) -> CheckpointError:
+def _copied(plan: TensorPlan, layout: Layout, position: tuple[int, ...], *suspects: RankCheckpoint) -> str:
+    """Which of two ranks that should hold the part at `position` holds that of another, where there is one."""
+    for rank in suspects:
+        held = rank.read(plan.name)
+        for number, other in enumerate(plan.holders):
+            if layout.position(number) != position and _same_bits(held, other.read(plan.name)):
+                return f" (rank {rank.rank} holds the same numbers as rank {other.rank})"
+    return ""
+
+
+def _differ(plan: TensorPlan, left: RankCheckpoint, right: RankCheckpoint, more: str = "") -> CheckpointError:
     name = plan.name
-    where = f"{right.file(name)}: {name}: ranks {left.rank} and {right.rank}"
+    where = f"{left.file(name)} and {right.file(name)}: {name}: ranks {left.rank} and {right.rank}"
     if name in _PROGRESS:
         values = [rank.read(name).reshape(-1)[:1].tolist() for rank in (left, right)]
         return CheckpointError(
@@ -247,7 +287,7 @@ def _differ(plan: TensorPlan, left: RankCheckpoint, right: RankCheckpoint) -> Ch
         )
     return CheckpointError(
         f"{where} should hold the same part, but differ; one of these files is of another step or run, or was swapped "
-        "with that of another rank, or the strategy is not of this checkpoint"
+        f"with that of another rank, or the strategy is not of this checkpoint{more}"
     )
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
+from glm_ms.convert.adapter_files import adapter_files_of
 from glm_ms.convert.errors import CheckpointError, capped
 from glm_ms.convert.names import is_training_state
 from glm_ms.convert.rank_folders import RankCheckpoint
@@ -173,7 +174,7 @@ def _check_all_there(
     src: Strategy, names: set[str], source: list[RankCheckpoint], choices: Choices, say: Say
 ) -> None:
     """Every weight of the source's strategy is in the checkpoints."""
-    absent = [name for name in src.names() if name not in names and not is_training_state(name)]
+    absent = _absent(src, names)
     if absent and not choices.partial:
         raise CheckpointError(
             f"{source[0].folder}: {len(absent)} parameters of {src.path} are on no rank: {capped(absent)}; the "
@@ -234,7 +235,7 @@ def _check_all_wanted(
 ) -> None:
     """Every weight of the output's strategy can be made."""
     absent = [name for name in dst.names() if name not in names]
-    weights = [name for name in absent if not is_training_state(name)]
+    weights = _absent(dst, names)
     if weights and not choices.partial:
         raise CheckpointError(
             f"{source[0].folder}: lacks {len(weights)} parameters of {dst.path}: {capped(weights)}; the strategy is of "
@@ -242,8 +243,19 @@ def _check_all_wanted(
         )
     if weights:
         say(f"the source lacks {len(weights)} parameters of {dst.path}: {capped(weights)}")
-    if len(absent) > len(weights):
-        say(f"the source lacks {len(absent) - len(weights)} optimizer tensors of {dst.path}; they start anew")
+    state = [name for name in absent if is_training_state(name)]
+    if state:
+        say(f"the source lacks {len(state)} optimizer tensors of {dst.path}; they start anew")
+
+
+def _absent(strategy: Strategy, names: set[str]) -> list[str]:
+    """Weights of a strategy that should be among `names`: of an adapter, only those of its kind."""
+    adapter = adapter_files_of([name for name in names if not is_training_state(name)])
+    return [
+        name
+        for name in strategy.names()
+        if name not in names and not is_training_state(name) and (adapter is None or adapter.owns(name))
+    ]
 
 
 def size_of(info: TensorInfo, itemsize: int) -> int:

@@ -1,4 +1,5 @@
-"""Where a training run keeps its checkpoints: `<output_dir>/checkpoint/step_00000120/`.
+"""Where a training run keeps its checkpoints: `<output_dir>/checkpoint/step_00000120/`; a sharded run those of every
+card in a folder `<output_dir>/slices/rank_N` of the same kind, and their cuts in `<output_dir>/strategy`.
 
 `<output_dir>/checkpoint/best` stands for the one with the best evaluation, which `checkpoint/best.json` names.
 """
@@ -13,6 +14,7 @@ from glm_ms.convert.errors import CheckpointError
 
 CHECKPOINTS = "checkpoint"
 BEST = "best"
+SLICES, STRATEGIES = "slices", "strategy"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -61,7 +63,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     else `path` itself.
 
     Raises:
-        CheckpointError: there is nothing at `path`, or a run without checkpoints.
+        CheckpointError: there is nothing at `path`, or a run without checkpoints, or one whose cards have kept slices.
     """
     path = Path(path)
     if path.name == BEST and path.parent.name == CHECKPOINTS and not path.exists():
@@ -73,6 +75,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
             f"{path}: no such file or folder; give a Hugging Face folder, .safetensors or .ckpt"
         )
     if not (path / CHECKPOINTS).is_dir():
+        if (path / SLICES).is_dir():
+            raise CheckpointError(
+                f"{path}: the output of a sharded run, every card has saved its slices; merge them first: python "
+                f"tools/transform_ckpt.py --src_ckpt_strategy {path / STRATEGIES} --src_ckpt_dir {path / SLICES} "
+                f"--dst_ckpt_dir {path}_merged"
+            )
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:

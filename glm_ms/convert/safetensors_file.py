@@ -60,7 +60,9 @@ class SafetensorsFile(TensorFile):
 
     def _index(self, header: dict[str, Any], start: int, size: int) -> None:
         """Fills `entries` and holds the offsets to one another: no gap, no overlap, no missing end."""
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        if isinstance(metadata, dict):
+            self.metadata = {key: str(value) for key, value in metadata.items()}
         spans = []
         for name, value in header.items():
             info, begin, end = _entry(self.path, name, value)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from glm_ms.convert.errors import CheckpointError, capped
 from glm_ms.convert.names import is_training_state
+from glm_ms.convert.run_folder import STRATEGIES
 from glm_ms.convert.slices import Layout, LayoutError
 from glm_ms.convert.strategy_wire import RawLayout, RawStrategy, read_raw_strategy
 
@@ -65,7 +66,8 @@ def read_strategy(path: str | Path) -> Strategy:
     Args:
         path: a strategy file (.ckpt protobuf or .json) of any rank of a cluster without pipeline, or one merged
             over the stages (`mindspore.merge_pipeline_strategys`); or a folder with those of the ranks
-            (`*rank_N.ckpt`, also in subfolders rank_N), of which one a stage is enough.
+            (`*rank_N.ckpt`, also in subfolders rank_N), of which one a stage is enough; or the output folder of a
+            run, which has such a folder.
 
     Raises:
         CheckpointError: a file is missing, damaged or contradicts itself, files of one stage differ, a stage is
@@ -73,7 +75,7 @@ def read_strategy(path: str | Path) -> Strategy:
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path / STRATEGIES if (path / STRATEGIES).is_dir() else path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such strategy file or folder")
     raw = read_raw_strategy(path)

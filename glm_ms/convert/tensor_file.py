@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 
 from glm_ms.convert.errors import CheckpointError
 
+RANK, RANKS = "rank", "ranks"  # in the header of a slice: whose it is, and of how many
 # What the first bytes give away, for messages about files that are not what their ending says.
 _SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; fetch them with `git lfs pull`"),
@@ -35,8 +38,10 @@ class TensorFile(ABC):
     Attributes:
         path: the file.
         entries: stored name -> `TensorInfo`, in the order of the file.
+        metadata: free text of its header; empty where the format has none.
     """
 
+    metadata: Mapping[str, str] = MappingProxyType({})
     path: Path
     entries: dict[str, TensorInfo]
 
@@ -51,6 +56,11 @@ class TensorFile(ABC):
     @abstractmethod
     def release(self) -> None:
         """Lets go of memory and file handles; a later `read` takes them again."""
+
+
+def slice_metadata(rank: int, ranks: int) -> dict[str, str]:
+    """What the header of a safetensors file says of the slice in it."""
+    return {RANK: str(rank), RANKS: str(ranks)}
 
 
 def describe_content(head: bytes) -> str:

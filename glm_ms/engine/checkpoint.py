@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import mindspore as ms
 import numpy as np
@@ -15,13 +16,15 @@ from mindspore import Parameter, Tensor
 from mindspore.nn import Optimizer
 
 from glm_ms.convert import CheckpointError, convert_dtype, load_parameters, open_checkpoint
+from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
 from glm_ms.convert.atomic import atomic_output
 from glm_ms.convert.run_folder import CHECKPOINTS, list_checkpoints, step_folder
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
 from glm_ms.engine.loss_scale import LossScale
 from glm_ms.generation import GLMForCausalLM
 
-WEIGHTS, OPTIMIZER, CONFIG = "model.safetensors", "optimizer.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -122,27 +125,56 @@ def _assign(parameter: Parameter, value: np.ndarray, path: Path) -> None:
     parameter.set_data(Tensor(value, parameter.dtype))
 
 
-def read_parameters(path: Path, parameters: Iterable[Parameter]) -> None:
+def read_parameters(
+    path: Path,
+    parameters: Iterable[Parameter],
+    prefix: str = "",
+    metadata: Mapping[str, str] = _NO_METADATA,
+) -> None:
     """Overwrites parameters with the tensors of their names in a file.
 
+    Args:
+        path: a .safetensors file.
+        parameters: of unequal names.
+        prefix: of the names in the file.
+        metadata: what its header must say, such as whose slices these are.
+
     Raises:
-        CheckpointError: the file is damaged, or lacks one, or has another shape.
+        CheckpointError: the file is missing or damaged, or lacks one, or has another shape, or is another card's.
     """
-    file = SafetensorsFile(path)
+    try:
+        file = SafetensorsFile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    for key, value in metadata.items():
+        if file.metadata.get(key) != value:
+            raise CheckpointError(
+                f"{path}: its header says {key} {file.metadata.get(key)}, but it lies where that of {key} {value} "
+                "belongs; the files were swapped or are of another run"
+            )
     for parameter in parameters:
-        if parameter.name not in file.entries:
-            raise CheckpointError(f"{path}: has no tensor {parameter.name}; was another optimizer used?")
-        _assign(parameter, file.read(parameter.name), path)
+        name = f"{prefix}{parameter.name}"
+        if name not in file.entries:
+            raise CheckpointError(f"{path}: has no tensor {name}; was another optimizer used?")
+        _assign(parameter, file.read(name), path)
     file.release()
 
 
-def write_parameters(path: Path, parameters: Iterable[Parameter], dtype: str) -> None:
+def write_parameters(
+    path: Path,
+    parameters: Iterable[Parameter],
+    dtype: str,
+    prefix: str = "",
+    metadata: Mapping[str, str] = _NO_METADATA,
+) -> None:
     """Writes parameters under their names, a tensor at a time.
 
     Args:
         path: a .safetensors file.
         parameters: of unequal names.
         dtype: element type of the file.
+        prefix: of the names in the file.
+        metadata: for its header.
     """
     parameters = list(parameters)
 
@@ -152,8 +184,8 @@ def write_parameters(path: Path, parameters: Iterable[Parameter], dtype: str) ->
             value = parameter.value().astype(ms.float32).asnumpy()
             yield convert_dtype(value, "float32", dtype, parameter.name)
 
-    shapes = {parameter.name: tuple(parameter.shape) for parameter in parameters}
-    write_safetensors(path, shapes, dtype, arrays(), {"format": "np"})
+    shapes = {f"{prefix}{parameter.name}": tuple(parameter.shape) for parameter in parameters}
+    write_safetensors(path, shapes, dtype, arrays(), {"format": "np", **metadata})
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from glm_ms.convert.run_folder import STRATEGIES
+
 SETTINGS_FILE = "settings.yaml"
 METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD = "metrics.jsonl", "eval_metrics.jsonl", "tensorboard"
 PREDICTIONS_FILE, SCORES_FILE = "eval_predictions.jsonl", "eval_scores.json"
 DIVERGED = "nan_step_{}.json"  # with the step
-# Of a sharded run: a folder for every card's part of the checkpoints, and how the compiler has cut the parameters.
-SLICES, STRATEGIES = "slices", "strategy"
 # What training leaves in its output folder besides checkpoints, as patterns of names.
 RESULTS = (
     SETTINGS_FILE, METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD, PREDICTIONS_FILE, SCORES_FILE, "plots",

@@ -18,12 +18,20 @@ from mindspore.communication import get_rank
 from mindspore.nn import Optimizer
 
 from glm_ms.convert import CheckpointError, CheckpointReader, load_parameters, open_checkpoint, split_joint
-from glm_ms.convert.run_folder import list_checkpoints, resolve_checkpoint, step_folder
+from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
+from glm_ms.convert.run_folder import (
+    SLICES,
+    STRATEGIES,
+    list_checkpoints,
+    resolve_checkpoint,
+    step_folder,
+)
+from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
-from glm_ms.engine.checkpoint import CONFIG, OPTIMIZER, WEIGHTS, read_parameters, write_parameters
-from glm_ms.engine.files import SLICES, STRATEGIES
+from glm_ms.engine.checkpoint import WEIGHTS, read_parameters, write_parameters
 from glm_ms.engine.sharded_step import PipelineTrainOneStep, ShardedTrainOneStep
 from glm_ms.engine.train_step import GLMTrainOneStep
+from glm_ms.engine.weights import adapter_config
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.parallel.config import ParallelConfig, parallel_problems
@@ -35,6 +43,7 @@ from glm_ms.parallel.slices import (
     parameter_slices,
     stage_of_parameter,
 )
+from glm_ms.peft.adapter import AdapterConfig, files_of, write_adapter_config
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.parallel_checks import is_sharded, parallel_of
 
@@ -205,7 +214,9 @@ class Sharding:
         """
         say(f"compiling for {self.parallel.cards} cards; this takes minutes for a 6B network")
         layouts = self.compile(step)
-        self.state = SliceState(step, self.net, set(layouts))
+        metadata = slice_metadata(self.rank, self.parallel.cards)
+        adapter, base = adapter_config(self.settings), self.settings.load_checkpoint
+        self.state = SliceState(step, self.net, set(layouts), metadata, adapter, base)
         if checkpoint is not None:
             self.state.restore(checkpoint)
         if self.settings.load_checkpoint and (checkpoint is None or self.settings.model.pet_config.pet_type):
@@ -246,14 +257,30 @@ class Sharding:
 class SliceState:
     """What a card of a sharded run saves: its slices of what is trained, and of the optimizer's state.
 
+    The files have the names they have in a checkpoint of any other run, see `TrainingState`.
+
     Args:
         step: compiled.
         network: of the step.
         mine: names of the parameters of this card's stage.
+        metadata: whose slices they are, see `slice_metadata`.
+        adapter: what is trained; None for all weights.
+        base_model: where the base weights under an adapter came from, noted in its files.
     """
 
-    def __init__(self, step: GLMTrainOneStep, network: ShardedTrainingNetwork, mine: set[str]) -> None:
-        self._config = network.config
+    def __init__(
+        self,
+        step: GLMTrainOneStep,
+        network: ShardedTrainingNetwork,
+        mine: set[str],
+        metadata: dict[str, str],
+        adapter: AdapterConfig | None = None,
+        base_model: str = "",
+    ) -> None:
+        self._config, self._metadata = network.config, metadata
+        self._adapter, self._base_model = adapter, base_model
+        files = None if adapter is None else files_of(adapter)
+        self._file, self._prefix = (WEIGHTS, "") if files is None else (files.weights, files.prefix)
         self._weights = [p for p in network.trainable_params() if p.name in mine]
         owned = {id(parameter) for parameter in network.get_parameters()}
         self._optimizer = [p for p in step.optimizer.get_parameters() if id(p) not in owned]
@@ -261,8 +288,11 @@ class SliceState:
 
     def write(self, folder: Path) -> None:
         """Writes both files and the config into an empty folder, a tensor at a time."""
-        write_parameters(folder / WEIGHTS, self._weights, "float32")
-        write_parameters(folder / OPTIMIZER, self._optimizer, "float32")
+        write_parameters(folder / self._file, self._weights, "float32", self._prefix, self._metadata)
+        write_parameters(folder / OPTIMIZER, self._optimizer, "float32", "", self._metadata)
+        if self._adapter is not None:
+            write_adapter_config(folder, self._adapter, self._config, self._base_model)
+            return
         text = json.dumps(self._config.to_hf_dict(), indent=2)
         (folder / CONFIG).write_text(text, encoding="utf-8")
 
@@ -272,8 +302,8 @@ class SliceState:
         Raises:
             CheckpointError: a file is damaged, or its tensors are not those of this card.
         """
-        read_parameters(folder / WEIGHTS, self._weights)
-        read_parameters(folder / OPTIMIZER, self._optimizer)
+        read_parameters(folder / self._file, self._weights, self._prefix, self._metadata)
+        read_parameters(folder / OPTIMIZER, self._optimizer, "", self._metadata)
 
 
 def whole_parameters(reader: CheckpointReader, config: GLMConfig) -> Iterator[tuple[str, np.ndarray]]:

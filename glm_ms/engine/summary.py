@@ -8,8 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glm_ms.convert import CheckpointError
-from glm_ms.convert.run_folder import BEST, CHECKPOINTS, best_checkpoint, list_checkpoints, resolve_checkpoint
-from glm_ms.engine.files import SETTINGS_FILE, SLICES, STRATEGIES
+from glm_ms.convert.run_folder import (
+    BEST,
+    CHECKPOINTS,
+    SLICES,
+    STRATEGIES,
+    best_checkpoint,
+    list_checkpoints,
+    resolve_checkpoint,
+)
+from glm_ms.engine.files import SETTINGS_FILE
 from glm_ms.settings import Settings, SettingsError, parse_args
 from glm_ms.settings.loader import read_settings
 from glm_ms.settings.parallel_checks import is_sharded
@@ -51,7 +59,8 @@ def _sharded(settings: Settings) -> list[str]:
         "python", str(tool), "--src_ckpt_strategy", str(output_dir / STRATEGIES), "--src_ckpt_dir",
         str(output_dir / SLICES), "--dst_ckpt_dir", merged, "--prefix", "glm_",
     ]  # fmt: skip
-    evaluate = [*_run(settings, "eval"), "--load_checkpoint", merged, *_evaluation_flags(settings)]
+    weights = _weights_flags(settings, Path(merged))
+    evaluate = [*_run(settings, "eval"), *weights, *_evaluation_flags(settings)]
     return [
         f"slices of every card: {output_dir / SLICES}",
         f"to merge: {shlex.join(merge)}",

@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.launch.addresses import is_local
+from glm_ms.launch.guard import Guard
 from glm_ms.launch.msrun import say_on_stderr, show_on_stdout
 from glm_ms.launch.msrun_arguments import LaunchError
 from glm_ms.launch.processes import Interrupts, adopt_orphans, claim, clean_environment
@@ -23,8 +24,8 @@ usage: run_distribute.sh RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE RUN_STATUS [RA
        run_distribute.sh RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE predict [RANK_SIZE] PREDICT_DATA [--flag value ...]
 
 Starts run_glm.py with --use_parallel True, one process per card of this server, shows the first one live, and waits.
-When a rank fails, or the launcher is interrupted, all ranks of this server end; the first failing rank's traceback
-and log are named. With several servers, start it on each of them.
+When a rank fails, or the launcher is interrupted or killed, all ranks of this server end; the first failing rank's
+traceback and log are named. With several servers, start it on each of them.
 
   RANK_TABLE_FILE  from tools/hccl_tools.py; of several servers, from tools/merge_hccl.py
   CONFIG_PATH      YAML file of the run
@@ -86,6 +87,8 @@ def parse(arguments: Sequence[str]) -> Request:
             "See run_distribute.sh --help"
         )
     table, config, cards, run_status, *rest = words
+    if Path(table).suffix in (".yaml", ".yml") and Path(config).suffix == ".json":
+        raise LaunchError(f"RANK_TABLE_FILE stands before CONFIG_PATH; did you mean {config} {table}?")
     for name, path in (("RANK_TABLE_FILE", table), ("CONFIG_PATH", config)):
         if not Path(path).is_file():
             raise LaunchError(f"{name} {path}: no such file in {Path.cwd()}; check the path")
@@ -107,7 +110,10 @@ def parse(arguments: Sequence[str]) -> Request:
     rank_size = None
     if rest:
         if not (rest[0].isascii() and rest[0].isdecimal()) or int(rest[0]) < 1:
-            raise LaunchError(f"RANK_SIZE {rest[0]}: not a number of cards")
+            raise LaunchError(
+                f"RANK_SIZE {rest[0]}: not a number of cards; what goes to run_glm.py begins with a --flag (write "
+                "key.sub=value as --key.sub value)"
+            )
         rank_size = int(rest[0])
     return Request(table, config, device_range(cards), run_status, rank_size, predict_data, flags)
 
@@ -211,16 +217,16 @@ def launch(request: Request, say: Callable[[str], None], show: Callable[[bytes],
             f"{LOG_DIR}: another job is writing its logs there; start this one in another folder"
         )
     logs = {device.rank_id: LOG_DIR / f"rank_{device.rank_id}" / LOG_NAME for device in server.devices}
-    LOG_DIR.mkdir(parents=True, exist_ok=True)
-    kept = keep_earlier_logs(LOG_DIR, logs.values())
+    kept = _make_room(logs.values(), alone=len(table.servers) == 1)
     if kept is not None:
         say(f"logs of a former job: {kept}")
     environment = clean_environment(say)
     environment["RANK_TABLE_FILE"] = str(Path(request.rank_table).resolve())
     environment["RANK_SIZE"] = str(table.rank_size)
     adopt_orphans()
+    guard = Guard(environment)
     try:
-        members = _start(request, server, environment, logs)
+        members = _start(request, server, guard.environment, logs)
         ranks = sorted(logs)
         say(
             f"ranks {name_numbers(ranks)} of {table.rank_size} started; rank {ranks[0]} follows, all logs: {LOG_DIR}"
@@ -230,7 +236,30 @@ def launch(request: Request, say: Callable[[str], None], show: Callable[[bytes],
         end_started()
         raise
     finally:
+        guard.dismiss()
         holder.close()
+
+
+def _make_room(logs: Iterable[Path], alone: bool) -> Path | None:
+    """Makes the folders of logs and moves former ones away; where those are now, if there were any.
+
+    Raises:
+        LaunchError: logs cannot be written.
+    """
+    logs = list(logs)
+    try:
+        # Alone, logs of more ranks than there are now go too; other servers may share the folder and have begun.
+        former = LOG_DIR.glob(f"rank_*/{LOG_NAME}") if alone else (log for log in logs if log.exists())
+        kept = keep_earlier_logs(LOG_DIR, list(former))
+        for log in logs:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
+    except OSError as error:
+        raise LaunchError(
+            f"{LOG_DIR}: logs cannot be written there ({error.strerror}: {error.filename}); start it in a folder that "
+            "you may write to"
+        ) from None
+    return kept
 
 
 def _start(
@@ -239,7 +268,6 @@ def _start(
     members = {}
     for device in sorted(server.devices, key=lambda device: device.rank_id):
         log = logs[device.rank_id]
-        log.parent.mkdir(parents=True, exist_ok=True)
         own = {"RANK_ID": str(device.rank_id), "DEVICE_ID": str(device.device_id)}
         with log.open("wb") as file:
             process = subprocess.Popen(

@@ -159,7 +159,7 @@ def read_hccn_conf(path: Path) -> dict[int, str]:
         OSError: the file cannot be read.
     """
     addresses: dict[int, str] = {}
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip().startswith("address_"):
             continue

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from glm_ms.launch.addresses import is_local, take_port
+from glm_ms.launch.guard import Guard
 from glm_ms.launch.msrun_arguments import DEFAULT_PORT, USAGE, Job, LaunchError, parse
 from glm_ms.launch.processes import Interrupts, adopt_orphans, claim, clean_environment
 from glm_ms.launch.rank_job import Member, RankJob, end_started
@@ -106,6 +107,24 @@ def _interpreter() -> tuple[str, ...]:
     )
 
 
+def make_room_for_logs(job: Job) -> Path | None:
+    """Makes LOG_DIR and moves former logs away; where those are now, if there were any.
+
+    Raises:
+        LaunchError: logs cannot be written there.
+    """
+    try:
+        job.log_dir.mkdir(parents=True, exist_ok=True)
+        kept = keep_earlier_logs(job.log_dir, job.former_logs())
+        job.msrun_log.touch()
+    except OSError as error:
+        raise LaunchError(
+            f"LOG_DIR {job.log_dir}: logs cannot be written there ({error.strerror}: {error.filename}); give another "
+            "one"
+        ) from None
+    return kept
+
+
 def launch(job: Job, say: Callable[[str], None], show: Callable[[bytes], None]) -> int:
     """Starts a job and, unless `join` is False, waits for its end.
 
@@ -126,8 +145,7 @@ def launch(job: Job, say: Callable[[str], None], show: Callable[[bytes], None]) 
         raise LaunchError(f"LOG_DIR {job.log_dir}: another job is writing its logs there; give another one")
     port, port_holder = reserve_port(job, say)
     command = msrun_command(job, port)
-    job.log_dir.mkdir(parents=True, exist_ok=True)
-    kept = keep_earlier_logs(job.log_dir, job.logs())
+    kept = make_room_for_logs(job)
     if kept is not None:
         say(f"logs of a former job: {kept}")
     say(shlex.join(command))
@@ -140,8 +158,9 @@ def launch(job: Job, say: Callable[[str], None], show: Callable[[bytes], None]) 
         )
         return status
     adopt_orphans()
+    guard = Guard(environment)
     try:
-        members = start_and_adopt(job, command, environment, interrupts)
+        members = start_and_adopt(job, command, guard.environment, interrupts)
         if interrupts.received:
             end_started()
             say("interrupted while the ranks were being started")
@@ -154,6 +173,7 @@ def launch(job: Job, say: Callable[[str], None], show: Callable[[bytes], None]) 
         end_started()
         raise
     finally:
+        guard.dismiss()
         for holder in (log_dir_holder, port_holder):
             if holder is not None:
                 holder.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,12 +11,12 @@ USAGE = """\
 usage: msrun_launcher.sh "SCRIPT ARGUMENTS"
        msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM
        msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM MASTER_PORT LOG_DIR JOIN CLUSTER_TIME_OUT
-       msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM LOCAL_WORKER MASTER_ADDR MASTER_PORT NODE_RANK LOG_DIR JOIN \\
-           CLUSTER_TIME_OUT
+       msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM LOCAL_WORKER MASTER_ADDR MASTER_PORT NODE_RANK [LOG_DIR [JOIN \\
+           [CLUSTER_TIME_OUT]]]
 
 Starts a Python script once per card with msrun, shows rank 0 live, and waits. When a rank fails, or the launcher is
-interrupted, all ranks end; the first failing rank's traceback and log are named. The first three forms use one
-server; with the last one, start it on every server, with NODE_RANK 0 on that of MASTER_ADDR.
+interrupted or killed, all ranks end; the first failing rank's traceback and log are named. The first three forms use
+one server; with the last one, start it on every server, with NODE_RANK 0 on that of MASTER_ADDR.
 
   "SCRIPT ARGUMENTS"  one quoted word, as in "run_glm.py --config X.yaml --run_mode finetune --use_parallel True"
   WORKER_NUM          ranks on all servers together      (8)
@@ -28,13 +28,10 @@ server; with the last one, start it on every server, with NODE_RANK 0 on that of
   JOIN                False: return at once and watch nothing   (True)
   CLUSTER_TIME_OUT    seconds until all ranks must have connected (7200)
 """
-NUMBERS_OF_ARGUMENTS = {
-    1: (),
-    2: ("WORKER_NUM",),
-    6: ("WORKER_NUM", "MASTER_PORT", "LOG_DIR", "JOIN", "CLUSTER_TIME_OUT"),
-    9: ("WORKER_NUM", "LOCAL_WORKER", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOG_DIR", "JOIN",
-        "CLUSTER_TIME_OUT"),
-}  # fmt: skip
+_ONE_SERVER = ("WORKER_NUM", "MASTER_PORT", "LOG_DIR", "JOIN", "CLUSTER_TIME_OUT")
+_MANY_SERVERS = (
+    "WORKER_NUM", "LOCAL_WORKER", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOG_DIR", "JOIN", "CLUSTER_TIME_OUT",
+)  # fmt: skip
 DEFAULT_PORT = 8118
 _LAUNCHERS = ("msrun", "mpirun", "torchrun", "bash", "sh")
 
@@ -77,6 +74,17 @@ class Job:
         """Where msrun sends what a rank writes."""
         return self.log_dir / f"worker_{rank}.log"
 
+    def former_logs(self) -> list[Path]:
+        """Logs in `log_dir` that are not of this job, to be asked for before it starts.
+
+        Alone, all of them, those of more ranks than this job has too. With other servers, which may share the folder
+        and have begun, those that this server is going to write.
+        """
+        if not self.alone:
+            return [path for path in self.logs() if path.exists()]
+        names = ("worker_*.log", "scheduler.log", "msrun.log", "msrun_node_*.log")
+        return sorted(path for name in names for path in self.log_dir.glob(name) if path.is_file())
+
     def logs(self) -> list[Path]:
         """All logs that this server writes."""
         own = [self.worker_log(self.first_rank + number) for number in range(self.local_worker)]
@@ -94,12 +102,7 @@ def parse(arguments: Sequence[str]) -> Job:
     Raises:
         LaunchError: what is wrong with which argument.
     """
-    names = NUMBERS_OF_ARGUMENTS.get(len(arguments))
-    if names is None:
-        raise LaunchError(
-            f"{len(arguments)} arguments; there are forms with {_listed(NUMBERS_OF_ARGUMENTS)}. The script and its "
-            "arguments are one word, in quotes. See msrun_launcher.sh --help"
-        )
+    names = _names(arguments)
     given = dict(zip(names, arguments[1:]))
     command = _command(arguments[0])
     worker_num = _whole("WORKER_NUM", given.get("WORKER_NUM", "8"), 1)
@@ -133,9 +136,20 @@ def parse(arguments: Sequence[str]) -> Job:
     )
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    *most, last = numbers
-    return f"{', '.join(map(str, most))} or {last}"
+def _names(arguments: Sequence[str]) -> tuple[str, ...]:
+    """What the arguments after the script are, by their number."""
+    number = len(arguments)
+    if number in (1, 2):
+        return _ONE_SERVER[: number - 1]
+    # Two forms have 6. The fifth word is JOIN in one, MASTER_PORT in the other.
+    if number == 6 and not arguments[4].isdecimal():
+        return _ONE_SERVER
+    if 6 <= number <= 9:
+        return _MANY_SERVERS[: number - 1]
+    raise LaunchError(
+        f"{number} arguments; there are forms with 1, 2, 6, and for many servers 6 to 9. The script and its arguments "
+        "are one word, in quotes. See msrun_launcher.sh --help"
+    )
 
 
 def _whole(name: str, text: str, least: int, most: int | None = None) -> int:
@@ -162,6 +176,10 @@ def _command(text: str) -> tuple[str, ...]:
     if script in _LAUNCHERS or script.startswith("-"):
         raise LaunchError(
             f"{script}: the first argument begins with a Python script; the launcher calls msrun itself"
+        )
+    if script.isdecimal():
+        raise LaunchError(
+            f"{script}: no script; the first argument is the script with its arguments in quotes, the numbers follow"
         )
     if not Path(script).is_file():
         beside = Path(__file__).resolve().parents[2] / script

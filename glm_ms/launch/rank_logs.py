@@ -161,7 +161,7 @@ def keep_earlier_logs(folder: Path, logs: Iterable[Path]) -> Path | None:
 
     Args:
         folder: that of the logs; receives `earlier/DATE_TIME/` with the time of the former job's last word.
-        logs: files of `folder` that the new job is going to write; those that exist are moved.
+        logs: files within `folder`; those that exist are moved.
 
     Returns:
         The folder they were moved to; None when there were none.

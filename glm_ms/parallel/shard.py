@@ -15,7 +15,7 @@ def shard_glm(network: GLMNetwork, parallel: ParallelConfig) -> None:
 
     Call it in semi-automatic parallel mode, with adapters attached and before weights are loaded: joint weights
     (query-key-value, the first of the MLP) are replaced by their parts, see `GLMConfig.joint_parts`, which begin at
-    random. Parameters of adapters stay.
+    random, and are frozen where the base is. Parameters of adapters stay.
 
     Args:
         network: not compiled yet; afterwards it takes batches and gives logits of two axes, [B * S, V].
@@ -23,11 +23,15 @@ def shard_glm(network: GLMNetwork, parallel: ParallelConfig) -> None:
     """
     glm, config = network.transformer, network.config
     names = {id(parameter): (parameter, parameter.name) for parameter in network.get_parameters()}
+    trained = glm.embedding.embedding_table.requires_grad  # False under an adapter
     glm.embedding = FlatEmbedding(config)
     _flatten_lora(glm.output_layer)
     for index, layer in enumerate(glm.encoder.layers):
         _replace_cells(layer, index, network, parallel)
     _restore_names(network, names)
+    for parameter in network.get_parameters():
+        if id(parameter) not in names:
+            parameter.requires_grad = trained
     _attach(network, Strategies(parallel))
     set_stages(network, parallel)
 

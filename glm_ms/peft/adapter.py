@@ -9,7 +9,10 @@ from typing import Protocol, Union
 import numpy as np
 from mindspore import Parameter
 
+from glm_ms.convert.adapter_files import LORA, PREFIX, AdapterFiles
+from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
+from glm_ms.peft import lora, ptuning
 from glm_ms.peft.errors import AdapterError
 from glm_ms.peft.lora import LoraAdapter, LoraConfig, linear_modules
 from glm_ms.peft.ptuning import PrefixAdapter, PrefixConfig
@@ -79,6 +82,28 @@ def attach_stored(network: GLMNetwork, stored: StoredAdapter) -> Adapter:
         )
     _prepare(network)
     return LoraAdapter(network, stored.config, modules)
+
+
+def files_of(config: AdapterConfig) -> AdapterFiles:
+    """How an adapter of a kind is stored."""
+    return LORA if isinstance(config, LoraConfig) else PREFIX
+
+
+def write_adapter_config(
+    folder: Path, config: AdapterConfig, network: GLMConfig, base_model: str = ""
+) -> None:
+    """Writes what `Adapter.save` writes beside the tensors into an existing folder.
+
+    Args:
+        folder: without that file.
+        config: of the adapter.
+        network: of the base.
+        base_model: where the base weights came from, for the reader of the file.
+    """
+    if isinstance(config, LoraConfig):
+        lora.write_config(folder, config, base_model)
+    else:
+        ptuning.write_config(folder, config, network, base_model)
 
 
 def _prepare(network: GLMNetwork) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from glm_ms.convert.adapter_files import LORA
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
 from glm_ms.model.layers import Linear
@@ -22,8 +23,7 @@ from glm_ms.ops.dropout import SeededDropout
 from glm_ms.peft.errors import AdapterError
 from glm_ms.peft.parameters import assign_all, stored_tensors
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-HF_PREFIX = "base_model.model."
+CONFIG_FILE, WEIGHTS_FILE, HF_PREFIX = LORA.config, LORA.weights, LORA.prefix
 A, B = "lora_A.weight", "lora_B.weight"
 
 
@@ -154,9 +154,7 @@ class LoraAdapter:
         shapes = {f"{HF_PREFIX}{name}": tuple(p.shape) for name, p in self._parameters.items()}
         arrays = (parameter.asnumpy() for parameter in self._parameters.values())
         write_safetensors(folder / WEIGHTS_FILE, shapes, "float32", arrays, {"format": "pt"})
-        document = hf_config(self.config, base_model)
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_config(folder, self.config, base_model)
 
 
 def linear_modules(network: GLMNetwork) -> dict[str, Linear]:
@@ -188,6 +186,12 @@ def target_names(target_modules: str | Sequence[str], names: Iterable[str]) -> l
             f"the whole name, a list holds endings of names. Modules: {', '.join(_kinds(names))}"
         )
     return found
+
+
+def write_config(folder: Path, config: LoraConfig, base_model: str) -> None:
+    """Writes the `adapter_config.json` of `peft` into an existing folder."""
+    text = json.dumps(hf_config(config, base_model), indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def hf_config(config: LoraConfig, base_model: str) -> dict[str, object]:

@@ -14,14 +14,16 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from glm_ms.convert.adapter_files import PREFIX
 from glm_ms.convert.safetensors_file import write_safetensors
+from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.ops.dropout import SeededDropout
 from glm_ms.peft.errors import AdapterError
 from glm_ms.peft.parameters import assign_all, stored_tensors
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "prefix_encoder.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = PREFIX.config, PREFIX.weights
 HF_PREFIX = "transformer.prefix_encoder."
 EMBEDDING, HIDDEN, OUTPUT = "embedding.weight", "trans.0", "trans.2"
 
@@ -158,14 +160,19 @@ class PrefixAdapter:
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         arrays = (parameter.asnumpy() for parameter in self._parameters.values())
         write_safetensors(folder / WEIGHTS_FILE, shapes, "float32", arrays, {"format": "pt"})
-        document = {
-            **self._glm.to_hf_dict(),
-            "pre_seq_len": self.config.pre_seq_len,
-            "prefix_projection": self.config.prefix_projection,
-            "_name_or_path": base_model,
-        }
-        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_config(folder, self.config, self._glm, base_model)
+
+
+def write_config(folder: Path, config: PrefixConfig, network: GLMConfig, base_model: str) -> None:
+    """Writes the `config.json` of the network, with `pre_seq_len`, into an existing folder."""
+    document = {
+        **network.to_hf_dict(),
+        "pre_seq_len": config.pre_seq_len,
+        "prefix_projection": config.prefix_projection,
+        "_name_or_path": base_model,
+    }
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def prefix_config_of(tensors: Mapping[str, np.ndarray], source: Path) -> PrefixConfig:

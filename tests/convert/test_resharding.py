@@ -241,6 +241,14 @@ def test_swapped_ranks(four: Path) -> None:
     assert "embed: ranks 0 and 2" in merge_error(four)
 
 
+def test_copied_rank(four: Path) -> None:
+    shutil.copy(four / "slices" / "rank_0" / "net.ckpt", four / "slices" / "rank_3" / "net.ckpt")
+    error = merge_error(four)
+    assert "rank_1/net.ckpt and " in error
+    assert "rank_3/net.ckpt: embed: ranks 1 and 3 should hold the same part, but differ" in error
+    assert error.endswith("(rank 3 holds the same numbers as rank 0)")
+
+
 @pytest.mark.parametrize("names", ["glm_rank_{}-1_5", "cut{}"])
 def test_swapped_ranks_without_replicas(tmp_path: Path, names: str) -> None:
     cuts = {"w": Cut([4], [0])}
@@ -328,12 +336,15 @@ def test_strategy_that_does_not_fit(four: Path) -> None:
 def test_output_and_arguments(four: Path) -> None:
     (four / "full").mkdir()
     (four / "full" / "mine.txt").write_text("kept")
+    shutil.copytree(four / "slices", four / "deep" / "cards")
     for options, message in (
         ({"output": "full"}, "not empty"),
         ({"output": "no/such"}, "does not exist"),
         ({"src": None}, "nothing to do without a strategy"),
         ({"prefix": "a/b"}, "start of a file name"),
         ({"source": "nowhere"}, "no such folder"),
+        ({"source": "slices/rank_0/net.ckpt"}, "a file; give the folder that holds rank_0"),
+        ({"source": "deep"}, "holds no folders rank_0, .* of the 4 ranks; did you mean .*cards"),
         ({"kind": "bin"}, "must be ckpt or safetensors"),
     ):
         given = {"source": "slices", "output": "out", "src": four / "s4.ckpt", "prefix": "net", **options}

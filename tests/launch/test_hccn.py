@@ -307,3 +307,9 @@ def test_no_address_of_the_host(monkeypatch, named, route, message):
 def test_the_address_of_the_route_is_one():
     found = hccn._route_address()
     assert found is None or socket.inet_aton(found)
+
+
+def test_a_byte_order_mark_and_other_line_ends_do_no_harm(tmp_path):
+    path = conf(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert hccn.read_hccn_conf(path) == {card: f"192.1.27.{card + 6}" for card in range(8)}

@@ -146,6 +146,21 @@ def test_signals_end_all_ranks(start, tmp_path: Path, number: signal.Signals):
     assert left_of(tmp_path) == []
 
 
+def test_ranks_end_with_a_launcher_that_is_killed(start, tmp_path: Path):
+    """SIGKILL gives the launcher no time for anything; the ranks, their children and the guard end all the same."""
+    process = start("signal = __import__('signal'); signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAIT)
+    wait_for_ranks(tmp_path)
+    while b"follows" not in (line := process.stderr.readline()):
+        assert line
+    assert len(left_of(tmp_path)) >= 6  # launcher, guard, two ranks, a child of each
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while left_of(tmp_path):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.02)
+
+
 def test_a_rank_that_ignores_the_request_ends_too(start, tmp_path: Path):
     ignoring = "signal = __import__('signal'); signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     status, _, said = finish(

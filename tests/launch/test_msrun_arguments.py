@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from glm_ms.launch import processes
-from glm_ms.launch.msrun import check_machine, msrun_command, reserve_port
+from glm_ms.launch.msrun import check_machine, make_room_for_logs, msrun_command, reserve_port
 from glm_ms.launch.msrun_arguments import Job, LaunchError, parse
 
 
@@ -46,6 +46,19 @@ def test_nine_arguments_are_for_many_servers(script: str):
     ]
 
 
+@pytest.mark.parametrize("number", [6, 7, 8])
+def test_many_servers_without_the_last_arguments(script: str, number: int):
+    words = [script, "16", "8", "192.0.2.9", "8118", "1", "logs", "False"][:number]
+    job = parse(words)
+    assert (job.worker_num, job.local_worker, job.master_addr, job.port, job.node_rank) == (
+        16, 8, "192.0.2.9", 8118, 1,
+    )  # fmt: skip
+    assert (str(job.log_dir), job.join) == (
+        "output/msrun_log" if number < 7 else "logs",
+        number < 8,
+    )
+
+
 def test_quotes_within_the_first_argument(script: str):
     assert parse(["python 'run me.py' --predict_data \"你 好\""]).command == (
         "run me.py",
@@ -57,12 +70,13 @@ def test_quotes_within_the_first_argument(script: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run.py", "8", "8118"], "3 arguments; there are forms with 1, 2, 6 or 9"),
+        (["run.py", "8", "8118"], "3 arguments; there are forms with 1, 2, 6, and for many servers 6 to 9"),
         (["run.py --a 'b"], "quotes do not match"),
         ([""], "the first argument is empty"),
         (["python"], "the first argument is empty"),
         (["msrun run.py"], "the launcher calls msrun itself"),
         (["--worker_num 8 run.py"], "begins with a Python script"),
+        (["2", "run.py"], "2: no script; the first argument is the script with its arguments in quotes"),
         (["missing.py"], "missing.py: no such file in "),
         (["run_glm.py"], "cd "),
         (["run.py", "0"], "WORKER_NUM 0: must be at least 1"),
@@ -71,8 +85,8 @@ def test_quotes_within_the_first_argument(script: str):
         (["run.py", "8", "9000", "logs", "yes", "60"], "JOIN yes: True or False"),
         (["run.py", "8", "9000", "", "True", "60"], "LOG_DIR is empty"),
         (["run.py", "8", "9000", "logs", "True", "1h"], "CLUSTER_TIME_OUT 1h"),
-        # the arguments for many servers, without the last three
-        (["run.py", "16", "8", "10.0.0.1", "9000", "0"], "MASTER_PORT 8"),
+        (["run.py", "8", "80", "logs", "9000", "0"], "no multiple of LOCAL_WORKER 80"),
+        (["run.py", "16", "8", "10.0.0.1", "9000", "0", "logs", "60"], "JOIN 60: True or False"),
         (
             ["run.py", "12", "8", "10.0.0.1", "9000", "0", "logs", "True", "60"],
             "no multiple of LOCAL_WORKER 8",
@@ -138,6 +152,25 @@ def test_another_port_where_none_was_asked_for(monkeypatch: pytest.MonkeyPatch):
     holder.close()
     assert other != port
     assert said == [f"note: port {port} is taken; using {other}"]
+
+
+def test_logs_of_former_jobs(tmp_path: Path):
+    """Of more ranks too, unless other servers may be writing them at the moment."""
+    for name in ("worker_0.log", "worker_7.log", "scheduler.log", "notes.log"):
+        (tmp_path / name).write_text("")
+    alone = Job(("run.py",), 2, 2, log_dir=tmp_path)
+    assert [path.name for path in alone.former_logs()] == ["scheduler.log", "worker_0.log", "worker_7.log"]
+    one_of_two = Job(("run.py",), 4, 2, "192.0.2.9", log_dir=tmp_path)
+    assert [path.name for path in one_of_two.former_logs()] == ["worker_0.log", "scheduler.log"]
+    assert Job(("run.py",), 2, 2, log_dir=tmp_path / "new").former_logs() == []
+
+
+def test_log_dir_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        LaunchError, match=r"LOG_DIR .*file/logs: logs cannot be written there \(Not a directory"
+    ):
+        make_room_for_logs(Job(("run.py",), 2, 2, log_dir=tmp_path / "file" / "logs"))
 
 
 def test_the_command_of_msrun():

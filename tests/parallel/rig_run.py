@@ -31,11 +31,11 @@ def fill_and_hold(self, step, *arguments):
     held.update({parameter.name: parameter.asnumpy().copy() for parameter in self.net.get_parameters()})
 
 
-def write_held(path, parameters, dtype):
+def write_held(path, parameters, dtype, prefix, metadata):
     parameters = list(parameters)
-    shapes = {parameter.name: tuple(parameter.shape) for parameter in parameters}
-    values = (np.asarray(held[name], np.float32) for name in shapes)
-    write_safetensors(path, shapes, dtype, values, {"format": "np"})
+    shapes = {f"{prefix}{parameter.name}": tuple(parameter.shape) for parameter in parameters}
+    values = (np.asarray(held[parameter.name], np.float32) for parameter in parameters)
+    write_safetensors(path, shapes, dtype, values, {"format": "np", **metadata})
 
 
 sharding.Sharding.fill = fill_and_hold

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from glm_ms import GLMForCausalLM
 from glm_ms.convert import expected_shapes, open_checkpoint
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
+from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"
@@ -112,7 +115,7 @@ LAYOUTS = {
         [1024 // 4, 64], [1024 // 4, 64],
     ),
     "dp2 x mp4, lora on everything": (
-        split(2, 4, 1, False, "model.pet_config.pet_type=lora", "model.pet_config.target_modules='.*'"),
+        split(2, 4, 1, False, "model.pet_config.pet_type=lora", "model.pet_config.target_modules=.*"),
         {**BY_FOUR, "self_attention.query_key_value.lora_A.weight": [8, 64],
          "self_attention.query_key_value.lora_B.weight": [96, 8], "self_attention.dense.lora_A.weight": [8, 16],
          "mlp.dense_4h_to_h.lora_A.weight": [8, 24], "mlp.dense_4h_to_h.lora_B.weight": [64, 8]},
@@ -168,33 +171,89 @@ def test_weights_go_through_a_sharded_run(
 ) -> None:
     """run_glm.py itself on 8 cards that compute nothing: the slices it loads, saves and resumes from, merged, are the
     weights it began with, bit for bit."""
-    config = GLMConfig(**{**TINY, "padded_vocab_size": 65024}, num_layers=2)
-    shapes, generator = expected_shapes(config), np.random.default_rng(0)
-    weights = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    base = tmp_path / "base"
-    base.mkdir()
-    write_safetensors(base / "model.safetensors", shapes, "float32", iter(weights.values()), {"format": "np"})
-    (base / "config.json").write_text(json.dumps(config.to_hf_dict()), encoding="utf-8")
-    line = ("--config", CONFIG, "--load_checkpoint", base, "--train_dataset", adgen_file, "--output_dir",
-            tmp_path / "run", f"processor.tokenizer.vocab_file={vocab_file}", *SMALL, "runner_config.batch_size=1",
-            "model.model_config.padded_vocab_size=65024", "model.model_config.num_layers=2", *keys)  # fmt: skip
-    steps = ("runner_config.max_steps=2", "checkpoint.save_steps=1")
-    compile_ranks("rig_run.py", tmp_path / "out", *line, *steps)
+    weights = write_base(tmp_path / "base")
+    line = run_line(tmp_path, vocab_file, adgen_file, keys)
+    compile_ranks("rig_run.py", tmp_path / "out", *line)
     if "parallel_config.pipeline_stage=1" in keys:
         # A card has not written its part of the newest: the one before is the newest that all have.
         shutil.rmtree(tmp_path / "run" / "slices" / "rank_3" / "checkpoint" / "step_00000002")
-        again = compile_ranks(
-            "rig_run.py", tmp_path / "again", *line, *steps, "--resume_training", "True", ranks="0"
-        )
+        again = compile_ranks("rig_run.py", tmp_path / "again", *line, "--resume_training", "True", ranks="0")
         assert "1 of 2 steps are done" in again
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / "transform_ckpt.py"), "--src_ckpt_strategy",
-         str(tmp_path / "run" / "strategy"), "--src_ckpt_dir", str(tmp_path / "run" / "slices"), "--dst_ckpt_dir",
-         str(tmp_path / "merged"), "--prefix", "glm_"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    with open_checkpoint(tmp_path / "merged") as reader:
+    merge(tmp_path)
+    use("convert_weight.py", "--input", tmp_path / "merged", "--output", tmp_path / "exported")
+    with open_checkpoint(tmp_path / "exported") as reader:
         assert sorted(reader.names()) == sorted(weights)
         for name, value in weights.items():
             np.testing.assert_array_equal(reader.read(name), value, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "ptuning2"])
+def test_adapters_go_through_a_sharded_run(
+    kind: str, tmp_path: Path, vocab_file: Path, adgen_file: Path
+) -> None:
+    """The slices of an adapter, merged, are the adapter that a run on one card begins with, in the same files."""
+    weights = write_base(tmp_path / "base")
+    pet = [f"model.pet_config.pet_type={kind}", "seed=7"]
+    adapter: AdapterConfig = PrefixConfig(16, True)
+    if kind == "lora":
+        pet += ["model.pet_config.lora_rank=4", "model.pet_config.target_modules=.*"]
+        adapter = LoraConfig(4, 32.0, 0.1, ".*")
+    else:
+        pet += ["model.pet_config.pre_seq_len=16", "model.pet_config.prefix_projection=True"]
+    line = run_line(tmp_path, vocab_file, adgen_file, split(2, 4, 1, False, *pet))
+    compile_ranks("rig_run.py", tmp_path / "out", *line)
+    merge(tmp_path)
+    config = GLMConfig.from_pretrained(tmp_path / "base")
+    model = GLMForCausalLM.from_parameters(config, weights.items())
+    model.add_adapter(adapter, 7)
+    (tmp_path / "alone").mkdir()
+    model.adapter.save(tmp_path / "alone", str(tmp_path / "base"))
+    for file in (tmp_path / "alone").iterdir():
+        ours = tmp_path / "merged" / file.name
+        if file.suffix == ".safetensors":
+            found, known = load_file(ours), load_file(file)
+            assert found.keys() == known.keys()
+            for name, value in known.items():
+                np.testing.assert_array_equal(found[name], value, err_msg=name)
+        else:
+            assert json.loads(ours.read_text(encoding="utf-8")) == json.loads(
+                file.read_text(encoding="utf-8")
+            )
+    assert read_adapter(tmp_path / "merged").config == read_adapter(tmp_path / "alone").config
+
+
+def write_base(folder: Path) -> dict[str, np.ndarray]:
+    """Random weights of two blocks, and their config, in a folder."""
+    config = GLMConfig(**{**TINY, "padded_vocab_size": 65024}, num_layers=2)
+    shapes, generator = expected_shapes(config), np.random.default_rng(0)
+    weights = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    folder.mkdir()
+    write_safetensors(
+        folder / "model.safetensors", shapes, "float32", iter(weights.values()), {"format": "np"}
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_hf_dict()), encoding="utf-8")
+    return weights
+
+
+def run_line(folder: Path, vocab_file: Path, adgen_file: Path, keys: tuple[str, ...]) -> tuple[object, ...]:
+    """Arguments of run_glm.py for two steps on `folder/base`, each of which is saved, with output in `folder/run`."""
+    return (
+        "--config", CONFIG, "--load_checkpoint", folder / "base", "--train_dataset", adgen_file, "--output_dir",
+        folder / "run", f"processor.tokenizer.vocab_file={vocab_file}", *SMALL, "runner_config.batch_size=1",
+        "model.model_config.padded_vocab_size=65024", "model.model_config.num_layers=2", *keys,
+        "runner_config.max_steps=2", "checkpoint.save_steps=1",
+    )  # fmt: skip
+
+
+def merge(folder: Path) -> None:
+    """Merges the slices of `folder/run` into `folder/merged`."""
+    use("transform_ckpt.py", "--src_ckpt_strategy", folder / "run" / "strategy", "--src_ckpt_dir",
+        folder / "run" / "slices", "--dst_ckpt_dir", folder / "merged", "--prefix", "glm_")  # fmt: skip
+
+
+def use(tool: str, *arguments: object) -> None:
+    """Runs a tool of the repository, which must succeed."""
+    line = [sys.executable, REPOSITORY / "tools" / tool, *arguments]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from engine_helpers import SMALL_TRAINING, load_script, read_jsonl
-from processes import environment_of, left_of
+from processes import left_of
 
 from glm_ms.launch.distribute import device_range, parse, this_server
 from glm_ms.launch.msrun_arguments import LaunchError
@@ -142,6 +141,39 @@ def test_an_interrupt_ends_all_ranks(project: Path):
     assert left_of(project) == []
 
 
+def test_ranks_end_with_a_launcher_that_is_killed(project: Path):
+    process = begin(project, "run_distribute.sh", "one.json", "X.yaml", "[0,2)", "finetune", "--wait")
+    assert process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while left_of(project):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.02)
+
+
+def test_logs_of_more_ranks_do_not_stay(project: Path):
+    logs = project / "output" / "distribute_log"
+    for rank in (1, 2):
+        (logs / f"rank_{rank}").mkdir(parents=True)
+        (logs / f"rank_{rank}" / "run_glm.log").write_text(f"of a former job, {rank}")
+    (logs / "rank_2" / "notes.txt").write_text("mine")
+    status, _, said = run(project, "run_distribute.sh", "one.json", "X.yaml", "[0,2)", "eval")
+    assert status == 0, said
+    kept = sorted(path.read_text() for path in logs.glob("earlier/*/rank_*/run_glm.log"))
+    assert kept == ["of a former job, 1", "of a former job, 2"]
+    assert not (logs / "rank_2" / "run_glm.log").exists()
+    assert (logs / "rank_2" / "notes.txt").exists()
+
+
+def test_logs_that_cannot_be_written(project: Path):
+    (project / "output").write_text("a file")
+    status, shown, said = run(project, "run_distribute.sh", "one.json", "X.yaml", "[0,2)", "eval")
+    assert (status, shown) == (2, "")
+    assert said.startswith("error: output/distribute_log: logs cannot be written there (Not a directory: ")
+    assert left_of(project) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -149,6 +181,14 @@ def test_an_interrupt_ends_all_ranks(project: Path):
         ("no.json X.yaml [0,2) eval", "RANK_TABLE_FILE no.json: no such file in "),
         ("one.json Y.yaml [0,2) eval", "CONFIG_PATH Y.yaml: no such file in "),
         ("X.yaml X.yaml [0,2) eval", "X.yaml: "),
+        (
+            "X.yaml one.json [0,2) eval",
+            "RANK_TABLE_FILE stands before CONFIG_PATH; did you mean one.json X.yaml?",
+        ),
+        (
+            "one.json X.yaml [0,2) eval seed=3",
+            "RANK_SIZE seed=3: not a number of cards; what goes to run_glm.py ",
+        ),
         ("one.json X.yaml 0,2 eval", 'DEVICE_RANGE 0,2: not a range such as "[0,8)"'),
         ("one.json X.yaml [2,2) eval", "DEVICE_RANGE [2,2): not a range"),
         (
@@ -253,54 +293,3 @@ def test_an_interpreter_without_mindspore(project: Path, tmp_path: Path):
     assert status == 2
     assert f"error: {bare} has no MindSpore; activate the environment that has it" in said
     assert not (project / "output").exists()
-
-
-@pytest.mark.slow
-def test_two_ranks_train_are_killed_resume_and_evaluate(tmp_path: Path, adgen_file: Path):
-    """The tiny GLM3 on real records of ADGEN. One rank is killed, and the job goes on from its checkpoint."""
-    tool = load_script("tools/train_vocab.py")
-    vocabulary = tmp_path / "tokenizer.model"
-    tool.write_whole(
-        vocabulary, tool.train_vocabulary(tool.read_texts(adgen_file, ["content", "summary"]), 3000)
-    )
-    out, tiny = tmp_path / "run", REPOSITORY / "configs" / "tiny"
-    common = f"--use_parallel True processor.tokenizer.vocab_file={vocabulary}"
-    training = (
-        f"'{REPOSITORY}/run_glm.py' --config {tiny}/finetune_glm3_tiny.yaml --train_dataset {adgen_file} "
-        f"--output_dir {out} {common} {' '.join(SMALL_TRAINING)} train_dataset.num_samples=64 "
-        "runner_config.batch_size=2 runner_config.max_steps=30 checkpoint.save_steps=5"
-    )
-
-    def job(line: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            ["bash", REPOSITORY / "scripts" / "msrun_launcher.sh", line, "2"],
-            cwd=tmp_path, env={**os.environ, "PYTHON": sys.executable, "OF_TEST": str(tmp_path)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-        )  # fmt: skip
-
-    process = job(training)
-    while not (out / "checkpoint").is_dir() or not list((out / "checkpoint").glob("step_*")):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
-    ranks = [p for p in left_of(tmp_path) if environment_of(p).get("MS_NODE_ID") == "1"]
-    killed = time.monotonic()
-    for rank in ranks:
-        os.kill(rank, signal.SIGKILL)
-    shown, _ = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 10
-    assert process.returncode == 137
-    assert "error: rank 1 was ended by signal 9" in shown
-    assert left_of(tmp_path) == []
-    process = job(f"{training} --resume_training True")
-    shown, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, shown
-    assert "resuming from" in shown
-    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == list(range(1, 31))
-    process = job(
-        f"'{REPOSITORY}/run_glm.py' --config {tiny}/eval_glm3_tiny.yaml --load_checkpoint {out} --eval_dataset "
-        f"{adgen_file} --output_dir {tmp_path}/eval {common} eval_dataset.num_samples=6 metric.type=PerplexityMetric "
-        f"{' '.join(word for word in SMALL_TRAINING if word.startswith('model.'))}"
-    )
-    shown, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, shown
-    assert json.loads((tmp_path / "eval" / "eval_scores.json").read_text())["perplexity"] > 1

@@ -36,7 +36,8 @@ def test_merge_and_cut(run, tmp_path: Path) -> None:
                "--prefix", "glm3_")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "whole: 2 tensors, 144 bytes, from 4 to 1 ranks" in done.stdout
-    assert "--load_checkpoint whole/rank_0/glm3_0.ckpt" in done.stdout
+    assert "--run_mode eval --load_checkpoint whole\n" in done.stdout
+    assert "--input whole --config CONFIG" in done.stdout  # no config.json lay beside the slices
     assert load(tmp_path / "whole" / "rank_0" / "glm3_0.ckpt") == as_stored(ARRAYS)
     done = run("--dst_ckpt_strategy", "strategy.ckpt", "--src_ckpt_dir", "whole", "--dst_ckpt_dir", "cut",
                "--format", "safetensors")  # fmt: skip
@@ -67,7 +68,7 @@ def test_refusals_name_the_reason(run, tmp_path: Path) -> None:
     assert "error: slices/rank_2/net.ckpt: truncated or damaged" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
-    done = run(*slices, "--step", "5")
+    done = run(*slices, "--step", "newest")
     assert done.returncode == 2
-    assert "not EPOCH_STEP" in done.stderr
+    assert "neither a step, such as 500, nor EPOCH_STEP" in done.stderr
     assert run("--src_ckpt_dir", "slices").returncode == 2
