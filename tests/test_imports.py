@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "settings": ("model.config", "parallel.config"),
     "data": ("tokenizer",),
     "peft": ("model", "ops", "convert"),  # adapters are checkpoints
+    "plan": ("settings", "convert", "peft", "parallel", "generation", "model.config"),
     "quant": ("model", "ops"),
     "parallel": ("model", "ops"),
     "generation": ("model", "tokenizer", "peft", "quant"),

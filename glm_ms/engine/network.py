@@ -7,6 +7,7 @@ from mindspore import Parameter, Tensor, nn
 
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.loss import GLMWithLoss
+from glm_ms.settings import Settings
 
 
 class TrainingNetwork(nn.Cell):
@@ -38,3 +39,15 @@ class TrainingNetwork(nn.Cell):
     def get_model_parameters(self, only_trainable: bool = True) -> list[Parameter]:
         """MindFormers lists the parameters in its log through this method."""
         return self.trainable_params() if only_trainable else list(self.get_parameters())
+
+
+def recompute_blocks(network: GLMNetwork, settings: Settings) -> None:
+    """Lets every block of a network keep its input alone, where the settings say so."""
+    recompute = settings.recompute_config
+    if not recompute.recompute:
+        return
+    for layer in network.transformer.encoder.layers:
+        layer.recompute(
+            mp_comm_recompute=recompute.mp_comm_recompute,
+            parallel_optimizer_comm_recompute=recompute.parallel_optimizer_comm_recompute,
+        )

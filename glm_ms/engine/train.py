@@ -26,7 +26,7 @@ from glm_ms.engine.manifest import Manifest, write_manifest
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.mf_dataset import DatasetRows
 from glm_ms.engine.milestones import Milestones
-from glm_ms.engine.network import TrainingNetwork
+from glm_ms.engine.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.position import position_state
 from glm_ms.engine.progress import ProgressLog, StepRecord
 from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
@@ -300,9 +300,7 @@ def _trainer(run: _Run, model: GLMForCausalLM) -> Trainer:
     # Trainer takes a PreTrainedModel only; its task trainer takes any cell.
     build = TrainingNetwork if run.sharding is None else run.sharding.network
     trainer.trainer.network = build(model.network, run.rows.seq_length)
-    if settings.recompute_config.recompute:
-        for layer in model.network.transformer.encoder.layers:
-            layer.recompute()
+    recompute_blocks(model.network, settings)
     trainer.trainer.sharding = run.sharding
     return trainer
 

@@ -18,6 +18,14 @@ _SMALLEST_CAPACITY = 64
 # Idle decoders kept per network. A run alternates between few sizes; each holds a cache and its graphs.
 _DECODERS_KEPT = 2
 
+
+def cache_capacity(length: int) -> int:
+    """Slots of the cache that serves sequences of up to `length`: the next power of two, as each takes a compilation."""
+    capacity = _SMALLEST_CAPACITY
+    while capacity < length:
+        capacity *= 2
+    return capacity
+
 _GRAPHS = threading.RLock()
 
 _IDS = Tensor(shape=[None, None], dtype=ms.int32)
@@ -137,9 +145,7 @@ class DecoderPool:
     @contextmanager
     def lend(self, batch: int, length: int) -> Iterator[CachedDecoder]:
         """A decoder for `batch` sequences of up to `length` slots; the capacity is the next power of two."""
-        capacity = _SMALLEST_CAPACITY
-        while capacity < length:
-            capacity *= 2
+        capacity = cache_capacity(length)
         with self._lock:
             fitting = (one for one in self._idle if (one.batch, one.capacity) == (batch, capacity))
             decoder = next(fitting, None)

@@ -45,6 +45,22 @@ class PrefixConfig:
     dropout: float = 0.1
 
 
+def prefix_shapes(config: GLMConfig, length: int, inner: int | None) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters of a prefix.
+
+    Args:
+        config: of the network it stands before.
+        length: positions.
+        inner: width of the MLP between embedding and prefix, None without one.
+    """
+    width = 2 * config.num_layers * config.num_kv_heads * config.kv_channels
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (length, width)}
+    if inner is not None:
+        shapes.update({f"{HIDDEN}.weight": (inner, width), f"{HIDDEN}.bias": (inner,)})
+        shapes.update({f"{OUTPUT}.weight": (width, inner), f"{OUTPUT}.bias": (width,)})
+    return shapes
+
+
 class PrefixEncoder(nn.Cell):
     """Keys and values of P positions for every layer, from parameters alone.
 
@@ -63,12 +79,8 @@ class PrefixEncoder(nn.Cell):
         self.length, self.num_layers = config.pre_seq_len, glm.num_layers
         self.groups, self.dim, self.dtype = glm.num_kv_heads, glm.kv_channels, DTYPES[glm.compute_dtype]
         self.projected = config.prefix_projection
-        width = 2 * glm.num_layers * self.groups * self.dim
-        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.length, width)}
-        if self.projected:
-            inner = config.projection_dim or glm.hidden_size
-            shapes.update({f"{HIDDEN}.weight": (inner, width), f"{HIDDEN}.bias": (inner,)})
-            shapes.update({f"{OUTPUT}.weight": (width, inner), f"{OUTPUT}.bias": (width,)})
+        inner = (config.projection_dim or glm.hidden_size) if self.projected else None
+        shapes = prefix_shapes(glm, self.length, inner)
         self.embedding = _drawn(shapes, EMBEDDING, generator)
         if self.projected:
             self.hidden_weight, self.hidden_bias, self.output_weight, self.output_bias = (

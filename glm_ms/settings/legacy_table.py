@@ -165,8 +165,7 @@ _PARALLEL_CONFIG = {
 
 _RECOMPUTE = _idle(
     "whole blocks are recomputed, or none",
-    "parallel_optimizer_comm_recompute mp_comm_recompute recompute_slice_activation select_recompute "
-    "select_comm_recompute",
+    "recompute_slice_activation select_recompute select_comm_recompute",
 )
 
 _PET_KEYS = (

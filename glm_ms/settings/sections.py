@@ -77,6 +77,12 @@ class RecomputeSettings:
     """`recompute_config`: activations are computed again in the backward pass instead of being kept."""
 
     recompute: bool = key(False, "recompute every transformer block: less memory, about a third more time")
+    mp_comm_recompute: bool = key(
+        True, "sums over model-parallel cards are recomputed too (False: their results are kept)"
+    )
+    parallel_optimizer_comm_recompute: bool = key(
+        False, "weights gathered for sharded optimizers are gathered again (False: kept, whole, on every card)"
+    )
 
 
 def _model_config_fields() -> list[Any]:

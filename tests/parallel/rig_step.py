@@ -18,6 +18,7 @@ import mindspore as ms  # noqa: E402
 
 from glm_ms import GLMForCausalLM  # noqa: E402
 from glm_ms.engine.adamw import GLMAdamW  # noqa: E402
+from glm_ms.engine.network import recompute_blocks  # noqa: E402
 from glm_ms.engine.sharding import Sharding, parallel_context, stored_shape  # noqa: E402
 from glm_ms.engine.weights import adapter_config  # noqa: E402
 from glm_ms.settings import load_settings, resolve_vocab_size  # noqa: E402
@@ -42,9 +43,7 @@ adapter = adapter_config(settings)
 if adapter is not None:
     model.add_adapter(adapter)
 network = sharding.network(model.network, training_length(settings))
-if settings.recompute_config.recompute:
-    for layer in model.network.transformer.encoder.layers:
-        layer.recompute()
+recompute_blocks(model.network, settings)
 step = sharding.step(GLMAdamW(sharding.trained(), 1e-3))
 layouts = sharding.compile(step)
 moments = {f"adam_m.{parameter.name}" for parameter in sharding.trained()}

@@ -1,0 +1,120 @@
+"""Work and traffic of one training step: floating point operations, and bytes that a card sends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from glm_ms.model.config import GLMConfig
+from glm_ms.parallel.config import ParallelConfig
+from glm_ms.parallel.slices import Slice
+from glm_ms.plan.activations import Work
+from glm_ms.plan.parameters import FLOAT32, PlannedParameter
+
+
+def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int]:
+    """Floating point operations of a forward pass: (of the blocks, of the output layer).
+
+    Two for each product of a weight with a token, and for each of a query, or of attention weights, with a key or
+    value; masked pairs are computed too. Hoffmann et al. 2022, arXiv:2203.15556, appendix F.
+
+    Args:
+        config: architecture.
+        tokens: positions of all rows, padding included.
+        keys: positions that each of them is compared with.
+    """
+    linear = config.hidden_size * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size)
+    attention = 2 * keys * config.query_size
+    blocks = 2 * tokens * config.num_layers * (linear + attention)
+    return blocks, 2 * tokens * config.hidden_size * config.padded_vocab_size
+
+
+def step_flops(
+    config: GLMConfig, tokens: int, keys: int, base_trained: bool, recompute: bool
+) -> int:
+    """Floating point operations of one update on all cards together.
+
+    The backward pass costs as much as the forward pass for the gradients of the inputs, and as much again for those of
+    the weights; recomputed blocks run forward twice.
+    """
+    blocks, head = forward_flops(config, tokens, keys)
+    passes = 3 if base_trained else 2
+    return passes * (blocks + head) + (blocks if recompute else 0)
+
+
+def all_reduce_bytes(size: float, cards: int) -> float:
+    """What each card sends when `size` bytes are summed over a ring; Patarasuk & Yuan 2009."""
+    return 2 * size * (cards - 1) / cards
+
+
+def gather_bytes(size: float, cards: int) -> float:
+    """What each card sends when `size` bytes are gathered, or summed and scattered, over a ring."""
+    return size * (cards - 1) / cards
+
+
+def gradient_traffic(
+    parameters: Mapping[str, PlannedParameter], slices: Mapping[str, Slice], stage: int
+) -> float:
+    """Bytes a card sends to sum the gradients of what it trains over the cards with other rows."""
+    total = 0.0
+    for name, parameter in parameters.items():
+        piece = slices[name]
+        if not parameter.trained or piece.stage != stage:
+            continue
+        gradient = math.prod(piece.shape) * FLOAT32
+        total += gather_bytes(gradient * piece.shards, piece.shards)
+        total += all_reduce_bytes(gradient, piece.copies)
+    return total
+
+
+def weight_traffic(
+    parameters: Mapping[str, PlannedParameter], slices: Mapping[str, Slice], stage: int, item: int, passes: int
+) -> float:
+    """Bytes a card sends so that weights split by optimizer sharding are whole where they are multiplied.
+
+    Args:
+        parameters: of the network.
+        slices: of them.
+        stage: of the card.
+        item: bytes of an element of the compute type, in which weights travel.
+        passes: times that each weight is gathered in a step.
+    """
+    total = 0.0
+    for name in parameters:
+        piece = slices[name]
+        if piece.stage == stage:
+            whole = math.prod(piece.shape) * piece.shards * item
+            total += passes * gather_bytes(whole, piece.shards)
+    return total
+
+
+def tensor_traffic(work: Work, layers: int, recompute: bool, first: bool, last: bool) -> float:
+    """Bytes a card sends over its model-parallel group for one micro batch.
+
+    A block sums its hidden states twice in the forward pass and twice in the backward pass (Shoeybi et al. 2019,
+    arXiv:1909.08053); with sequence parallelism a sum is a scattered sum and a gathering, which send as much. A
+    recomputed block sums once more, after attention; the sum after the MLP is of no use to its derivatives.
+
+    Args:
+        work: of the micro batch.
+        layers: blocks of the stage.
+        recompute: blocks are recomputed.
+        first: the stage has the embedding.
+        last: the stage has the output layer.
+    """
+    ways = work.parallel.model_parallel
+    if ways == 1:
+        return 0.0
+    sums = layers * (5 if recompute else 4) + (1 if last else 0)
+    if first and not work.parallel.vocab_emb_dp:
+        sums += 1
+    total = sums * all_reduce_bytes(work.item * work.hidden, ways)
+    if last:  # maximum, sum and picked score of every row, and two gradients
+        total += 5 * all_reduce_bytes(FLOAT32 * work.rows * work.length, ways)
+    return total
+
+
+def stage_traffic(work: Work, parallel: ParallelConfig, stage: int) -> float:
+    """Bytes a card sends to the stages beside it for one micro batch: hidden states forward, gradients back."""
+    neighbours = (stage > 0) + (stage < parallel.pipeline_stages - 1)
+    return neighbours * work.item * work.residual

@@ -1,0 +1,167 @@
+"""What a run needs of its cards, before you book them.
+
+    python tools/plan.py --config configs/glm3/run_glm3_6b_finetune_800_32G.yaml --cards 8 --memory 32GB
+    python tools/plan.py --config configs/glm3/run_glm3_6b_lora_800_32G.yaml --memory 32GB runner_config.batch_size=16
+
+Prints the memory of the card that needs most, what an update computes and sends, whether it fits, and if not the nearest
+setting that does. Neither weights nor records nor a card are needed. Any key of the file can be changed as
+`key.sub=value`. Exit status: 0 it fits, or --memory was not given; 3 it does not fit; 2 the settings cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+if str(REPOSITORY) not in sys.path:
+    sys.path.insert(0, str(REPOSITORY))
+
+from glm_ms import tokenizer as tokenizers  # noqa: E402
+from glm_ms.peft import AdapterError  # noqa: E402
+from glm_ms.plan import RunPlan, describe, nearest_fit, plan_run  # noqa: E402
+from glm_ms.plan.report import GIB  # noqa: E402
+from glm_ms.settings import Settings, SettingsError, load_settings, resolve_vocab_size  # noqa: E402
+from glm_ms.settings.parallel_checks import is_sharded  # noqa: E402
+from glm_ms.settings.schema import AUTO  # noqa: E402
+from glm_ms.tokenizer import VocabularyError  # noqa: E402
+
+# What system, drivers and communication buffers take of a card.
+RESERVED = 2 * GIB
+FITS, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the plan; returns the exit status."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        settings, cards = settings_for(options.config, options.overrides, options.cards)
+        plan = plan_run(settings, cards)
+    except (SettingsError, AdapterError, VocabularyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE
+    memory = None if options.memory is None else usable(settings, options.memory)
+    print(f"{options.config}, {settings.run_mode}")
+    for line in describe(plan, memory):
+        print(line)
+    print(
+        "not counted: gaps between tensors, and what MindSpore itself, its kernels and HCCL take"
+        + ("" if memory is None else f"; {memory_note(settings, options.memory)}")
+    )
+    if memory is None or plan.card.total <= memory:
+        return FITS
+    _print_nearest(options, settings, cards, memory)
+    return DOES_NOT_FIT
+
+
+def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tuple[Settings, int]:
+    """The settings of a run on so many cards, and their number.
+
+    Args:
+        config: YAML file.
+        overrides: `key.sub=value` texts.
+        cards: None: as many as the file splits its work over.
+
+    Raises:
+        SettingsError: settings that cannot be used, or that split the work over another number of cards.
+    """
+    settings = load_settings(config, overrides, check_files=False)
+    split = settings.parallel_config
+    fixed = split.model_parallel * split.pipeline_stage if is_sharded(settings) else 1
+    if cards is None:
+        cards = split.data_parallel * fixed if settings.use_parallel else 1
+    elif cards % fixed:
+        raise SettingsError(
+            f"--cards {cards}: is not divisible by model_parallel x pipeline_stage = {fixed} of {config}"
+        )
+    elif cards > 1 and not settings.use_parallel:
+        raise SettingsError(f"--cards {cards}: {config} has use_parallel: False; add use_parallel=True, or --cards 1")
+    elif cards != split.data_parallel * fixed and settings.use_parallel:
+        more = [f"parallel_config.data_parallel={cards // fixed}"]
+        if cards == 1 and not is_sharded(settings):
+            more.append("use_parallel=False")
+        settings = load_settings(config, [*overrides, *more], check_files=False)
+    if settings.model.model_config.padded_vocab_size == AUTO:
+        chosen = settings.processor.tokenizer
+        resolve_vocab_size(settings, getattr(tokenizers, chosen.type)(chosen.vocab_file).vocab_size)
+    return settings, cards
+
+
+def usable(settings: Settings, memory: int) -> int:
+    """Bytes that MindSpore may take of a card."""
+    limit = settings.context.max_device_memory
+    free = memory - RESERVED
+    return free if limit is None else min(memory, int(float(limit[:-2]) * GIB))
+
+
+def memory_note(settings: Settings, memory: int) -> str:
+    """Where the limit comes from."""
+    limit = settings.context.max_device_memory
+    if limit is not None and float(limit[:-2]) * GIB < memory:
+        return f"the limit is context.max_device_memory: {limit}"
+    if limit is not None:
+        return f"context.max_device_memory: {limit} is more than the card has"
+    return f"{RESERVED // GIB} GiB of the card are left to the system"
+
+
+def _print_nearest(options: argparse.Namespace, settings: Settings, cards: int, memory: int) -> None:
+    found = nearest_fit(settings, cards, memory, partial(_replan, options, cards))
+    if found is None:
+        print(
+            "nothing near it fits: neither recompute, nor another split of these cards, nor smaller batches. Take more "
+            "cards, or train an adapter (model.pet_config.pet_type=lora)"
+        )
+        return
+    overrides, plan = found
+    known = settings.to_dict()
+    changed = [text for text in overrides if not _is_so(known, text)]
+    print(f"nearest setting that fits ({plan.card.total / GIB:.2f} GiB of {memory / GIB:.2f} GiB):")
+    print(f"  {' '.join(changed)}")
+
+
+def _replan(options: argparse.Namespace, cards: int, overrides: Sequence[str]) -> RunPlan | None:
+    try:
+        settings, cards = settings_for(options.config, [*options.overrides, *overrides], cards)
+        return plan_run(settings, cards)
+    except SettingsError:
+        return None
+
+
+def _is_so(values: dict, text: str) -> bool:
+    """Whether settings have a value already."""
+    name, _, value = text.partition("=")
+    for part in name.split("."):
+        values = values[part]
+    return str(values) == value
+
+
+def _memory(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*G(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 32GB")
+    return int(float(match.group(1)) * GIB)
+
+
+def _cards(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of cards, at least 1")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="YAML", help="of the run")
+    parser.add_argument("--cards", type=_cards, metavar="N", help="default: as many as the file splits its work over")
+    parser.add_argument("--memory", type=_memory, metavar="32GB", help="of a card; GB are 2^30 bytes, as cards are sold")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the file's values")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
