@@ -3,6 +3,7 @@
 LOGITS = {"atol": 1e-4, "rtol": 1e-4}  # logits, hidden states, caches, incremental logits
 LOSS = {"atol": 2e-5, "rtol": 0}  # loss and loss per token
 GRAD_NORM = {"rtol": 1e-4, "atol": 1e-6}
+GRADIENT = 1e-4  # of the largest element of a gradient, element by element
 LOSS_CURVE = {"atol": 1e-4, "rtol": 0}
 WEIGHT_NORM = {"rtol": 1e-5, "atol": 0}
 ADAPTER = {"atol": 1e-4, "rtol": 0}  # trained adapters, element by element

@@ -19,6 +19,7 @@ from glm_ms.engine.train_step import GLMTrainOneStep
 from glm_ms.engine.weights import adapter_config
 from glm_ms.settings import load_settings
 from glm_ms.settings.parallel_checks import is_sharded, parallel_of, training_length
+from tests.parallel.one_card import use_portable_rotary
 
 ms.set_context(mode=ms.GRAPH_MODE)
 settings = load_settings(sys.argv[1], sys.argv[2:], check_files=False)
@@ -29,6 +30,7 @@ if adapter is not None:
     model.add_adapter(adapter)
 if is_sharded(settings):  # on one card its operators do the whole work
     network = ShardedTrainingNetwork(model.network, parallel_of(settings), length)
+    use_portable_rotary(model.network)
 else:
     network = TrainingNetwork(model.network, length)
 recompute_blocks(model.network, settings)

@@ -32,7 +32,8 @@ def keys(rows: int, length: int, layers: int, hidden: int, ffn: int, vocabulary:
 
 
 RECOMPUTE = "recompute_config.recompute=True"
-LORA = ("model.pet_config.pet_type=lora", "model.pet_config.lora_rank=2")
+BASE = "load_checkpoint=base"
+LORA = (BASE, "model.pet_config.pet_type=lora", "model.pet_config.lora_rank=2")
 SHARDED = ("use_parallel=True", "parallel.parallel_mode=1", "parallel.full_batch=True")
 # Long rows: scores. Wide: the MLP. Words: logits.
 LONG, WIDE, WORDS = (8, 384, 3, 128, 256, 512), (16, 128, 4, 128, 1024, 512), (8, 128, 1, 64, 128, 32000)
@@ -46,7 +47,7 @@ CASES = {
     "long, lora": keys(*LONG, *LORA),
     "wide, lora on everything": keys(*WIDE, *LORA, "model.pet_config.target_modules=.*encoder.*"),
     "wide, lora, recompute": keys(*WIDE, *LORA, RECOMPUTE),
-    "long, prefix": keys(*LONG, "model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=64"),
+    "long, prefix": keys(*LONG, BASE, "model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=64"),
     "wide, dropout": keys(*WIDE, "model.model_config.hidden_dropout=0.1"),
     "long, dropout": keys(*LONG, "model.model_config.attention_dropout=0.1"),
     "long, layer norm": keys(*LONG, "model.model_config.rmsnorm=False"),
