@@ -3,8 +3,8 @@
     python tools/plan.py --config configs/glm3/run_glm3_6b_finetune_800_32G.yaml --cards 8 --memory 32GB
     python tools/plan.py --config configs/glm3/run_glm3_6b_lora_800_32G.yaml --memory 32GB runner_config.batch_size=16
 
-Prints the memory of the card that needs most, what an update computes and sends, whether it fits, and if not the nearest
-setting that does. Neither weights nor records nor a card are needed. Any key of the file can be changed as
+Prints the memory of the card that needs most, what an update computes and sends, whether it fits, and if not the
+nearest setting that does. Neither weights nor records nor a card are needed. Any key of the file can be changed as
 `key.sub=value`. Exit status: 0 it fits, or --memory was not given; 3 it does not fit; 2 the settings cannot be used.
 """
 
@@ -79,7 +79,9 @@ def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tu
             f"--cards {cards}: is not divisible by model_parallel x pipeline_stage = {fixed} of {config}"
         )
     elif cards > 1 and not settings.use_parallel:
-        raise SettingsError(f"--cards {cards}: {config} has use_parallel: False; add use_parallel=True, or --cards 1")
+        raise SettingsError(
+            f"--cards {cards}: {config} has use_parallel: False; add use_parallel=True, or --cards 1"
+        )
     elif cards != split.data_parallel * fixed and settings.use_parallel:
         more = [f"parallel_config.data_parallel={cards // fixed}"]
         if cards == 1 and not is_sharded(settings):
@@ -87,6 +89,12 @@ def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tu
         settings = load_settings(config, [*overrides, *more], check_files=False)
     if settings.model.model_config.padded_vocab_size == AUTO:
         chosen = settings.processor.tokenizer
+        if not Path(chosen.vocab_file).is_file():
+            raise SettingsError(
+                f"{settings.where('model.model_config.padded_vocab_size')}: auto, which the tokenizer decides, and "
+                f"{chosen.vocab_file or 'processor.tokenizer.vocab_file'} is not there; add "
+                "model.model_config.padded_vocab_size=65024"
+            )
         resolve_vocab_size(settings, getattr(tokenizers, chosen.type)(chosen.vocab_file).vocab_size)
     return settings, cards
 
@@ -157,8 +165,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="of the run")
-    parser.add_argument("--cards", type=_cards, metavar="N", help="default: as many as the file splits its work over")
-    parser.add_argument("--memory", type=_memory, metavar="32GB", help="of a card; GB are 2^30 bytes, as cards are sold")
+    parser.add_argument("--cards", type=_cards, metavar="N", help="default: those of the file")
+    parser.add_argument("--memory", type=_memory, metavar="32GB", help="of a card; a GB has 2^30 bytes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the file's values")
     return parser
 

@@ -20,11 +20,12 @@ _DECODERS_KEPT = 2
 
 
 def cache_capacity(length: int) -> int:
-    """Slots of the cache that serves sequences of up to `length`: the next power of two, as each takes a compilation."""
+    """Slots of the cache that serves sequences of up to `length`: the next power of two, since each is compiled for."""
     capacity = _SMALLEST_CAPACITY
     while capacity < length:
         capacity *= 2
     return capacity
+
 
 _GRAPHS = threading.RLock()
 

@@ -1,8 +1,8 @@
 """Bytes of intermediate results on one card, counted from the operators of the network.
 
 What stays between the forward and the backward pass is what some derivative needs; each term below names the operator.
-On top comes what the backward pass of a block, or of the loss, holds for a moment. The counts are held to MindSpore's own
-memory statistics by tests/plan/test_measured_memory.py. Memory lost to fragmentation is not in them.
+On top comes what the backward pass of a block, or of the loss, holds for a moment. The counts are held to the memory
+statistics of MindSpore by tests/plan/test_measured_memory.py. Gaps between tensors are not in them.
 """
 
 from __future__ import annotations

@@ -53,9 +53,7 @@ class CardMemory:
     @property
     def total(self) -> int:
         """All of it at once."""
-        return (
-            self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.kv_cache
-        )
+        return self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.kv_cache
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,10 @@ def plan_run(settings: Settings, num_cards: int) -> RunPlan:
 
 
 def stored_bytes(
-    parameters: Mapping[str, PlannedParameter], slices: Mapping[str, Slice], stage: int, trained_only: bool = False
+    parameters: Mapping[str, PlannedParameter],
+    slices: Mapping[str, Slice],
+    stage: int,
+    trained_only: bool = False,
 ) -> int:
     """Bytes of the slices of one card; of those that are trained, as float32 elements, with `trained_only`."""
     total = 0

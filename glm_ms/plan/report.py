@@ -18,7 +18,7 @@ def describe(plan: RunPlan, memory: int | None) -> Iterator[str]:
     """
     parallel = plan.parallel
     yield (
-        f"{plan.parameters:,} parameters, {plan.trained:,} trained; {parallel.cards} cards: "
+        f"{plan.parameters:,} parameters, {plan.trained:,} trained; {_number(parallel.cards, 'card')}: "
         f"data_parallel {parallel.data_parallel} x model_parallel {parallel.model_parallel} x "
         f"pipeline_stage {parallel.pipeline_stages}"
     )
@@ -65,5 +65,11 @@ def _step(plan: RunPlan) -> Iterator[str]:
     yield f"  {_size(total)} sent by each card{': ' + parts if parts else ''}"
 
 
+def _number(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def _size(size: float) -> str:
+    if not size:
+        return "0"
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"

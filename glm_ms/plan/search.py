@@ -10,7 +10,15 @@ from glm_ms.settings import Settings
 from glm_ms.settings.parallel_checks import is_sharded
 
 # What a change costs its user, roughly: whether only time is lost, the batch changes, or the cluster is used otherwise.
-_RECOMPUTE, _GATHER_AGAIN, _SHARD_OPTIMIZER, _SEQUENCE, _HALVE, _DOUBLE_MODEL, _DOUBLE_STAGES = 1, 1, 2, 2, 3, 3, 5
+_RECOMPUTE, _GATHER_AGAIN, _SHARD_OPTIMIZER, _SEQUENCE, _HALVE, _DOUBLE_MODEL, _DOUBLE_STAGES = (
+    1,
+    1,
+    2,
+    2,
+    3,
+    3,
+    5,
+)
 _ALL_SHARDED = (
     "parallel.parallel_mode=1",
     "parallel.full_batch=True",

@@ -29,9 +29,7 @@ def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int]:
     return blocks, 2 * tokens * config.hidden_size * config.padded_vocab_size
 
 
-def step_flops(
-    config: GLMConfig, tokens: int, keys: int, base_trained: bool, recompute: bool
-) -> int:
+def step_flops(config: GLMConfig, tokens: int, keys: int, base_trained: bool, recompute: bool) -> int:
     """Floating point operations of one update on all cards together.
 
     The backward pass costs as much as the forward pass for the gradients of the inputs, and as much again for those of
@@ -68,7 +66,11 @@ def gradient_traffic(
 
 
 def weight_traffic(
-    parameters: Mapping[str, PlannedParameter], slices: Mapping[str, Slice], stage: int, item: int, passes: int
+    parameters: Mapping[str, PlannedParameter],
+    slices: Mapping[str, Slice],
+    stage: int,
+    item: int,
+    passes: int,
 ) -> float:
     """Bytes a card sends so that weights split by optimizer sharding are whole where they are multiplied.
 
@@ -83,7 +85,8 @@ def weight_traffic(
     for name in parameters:
         piece = slices[name]
         if piece.stage == stage:
-            whole = math.prod(piece.shape) * piece.shards * item
+            stored = ".embedding." in name  # rows are taken from it as it is stored
+            whole = math.prod(piece.shape) * piece.shards * (parameters[name].item_bytes if stored else item)
             total += passes * gather_bytes(whole, piece.shards)
     return total
 

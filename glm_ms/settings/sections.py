@@ -81,7 +81,8 @@ class RecomputeSettings:
         True, "sums over model-parallel cards are recomputed too (False: their results are kept)"
     )
     parallel_optimizer_comm_recompute: bool = key(
-        False, "weights gathered for sharded optimizers are gathered again (False: kept, whole, on every card)"
+        False,
+        "weights gathered for sharded optimizers are gathered again (False: kept, whole, on every card)",
     )
 
 

@@ -29,7 +29,11 @@ CASES = {
     "whole": ({}, ParallelConfig(), None),
     "four cards, two groups": ({}, ParallelConfig(model_parallel=4, vocab_emb_dp=False), None),
     "sequence parallel": ({}, ParallelConfig(model_parallel=2, use_seq_parallel=True), None),
-    "layer norm, biases": ({"rmsnorm": False, "add_bias_linear": True}, ParallelConfig(model_parallel=2), None),
+    "layer norm, biases": (
+        {"rmsnorm": False, "add_bias_linear": True},
+        ParallelConfig(model_parallel=2),
+        None,
+    ),
     "dropout": ({"hidden_dropout": 0.2, "attention_dropout": 0.2}, ParallelConfig(model_parallel=2), None),
     "lora": ({}, ParallelConfig(model_parallel=2), LoraConfig(4, 8.0, 0.2, ".*")),
     "prefix": ({}, ParallelConfig(model_parallel=4), PrefixConfig(3, False, None, 0.2)),
@@ -68,7 +72,9 @@ def apart(values: dict[str, np.ndarray], config: GLMConfig) -> dict[str, np.ndar
     return {part: piece for name, value in values.items() for part, piece in split_joint(name, value, config)}
 
 
-def loss_and_gradients(network: ms.nn.Cell, inputs: list[Tensor]) -> tuple[float, float, dict[str, np.ndarray]]:
+def loss_and_gradients(
+    network: ms.nn.Cell, inputs: list[Tensor]
+) -> tuple[float, float, dict[str, np.ndarray]]:
     weights: list[Parameter] = network.trainable_params()
     network.set_train()
     step = ms.value_and_grad(network, None, ms.ParameterTuple(weights), has_aux=True)

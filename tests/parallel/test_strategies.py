@@ -7,6 +7,7 @@ kernel runs, so nothing is said of numbers or speed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from glm_ms.convert import expected_shapes, open_checkpoint
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
+from glm_ms.plan import plan_run
+from glm_ms.settings import load_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"
@@ -73,6 +76,14 @@ def split(data: int, model: int = 1, stages: int = 1, sharded: bool = False, *mo
         f"parallel_config.pipeline_stage={stages}", f"parallel_config.micro_batch_num={micro}",
         f"parallel.enable_parallel_optimizer={sharded}", "runner_config.batch_size=1", *more,
     )  # fmt: skip
+
+
+def stored_bytes(found: dict[str, list[int]]) -> tuple[int, int]:
+    """Bytes of float32 weights and of both moments in what a rank has written."""
+    weights = sum(4 * math.prod(shape) for name, shape in found.items() if not name.startswith("adam_m."))
+    return weights, sum(
+        2 * 4 * math.prod(shape) for name, shape in found.items() if name.startswith("adam_m.")
+    )
 
 
 WHOLE = {NORM: [64], QUERY: [64, 64], KEY: [16, 64], DENSE: [64, 64], GATE: [96, 64], DOWN: [64, 96]}
@@ -145,6 +156,8 @@ def test_slices_of_every_parameter(name: str, tmp_path: Path) -> None:
     stages = 2 if name.startswith("pp2") else 1
     files = sorted((tmp_path / "out").glob("slices_rank_*.json"))
     assert len(files) == (2 if ranks else 8)
+    settings = load_settings(CONFIG, [*SMALL, *keys, "model.model_config.num_layers=2"], check_files=False)
+    planned = plan_run(settings, 8).stages
     for file in files:
         stage = int(file.stem.rpartition("_")[2]) * stages // 8
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -152,6 +165,7 @@ def test_slices_of_every_parameter(name: str, tmp_path: Path) -> None:
         for layer in mine:
             for ending, shape in block.items():
                 assert found[BLOCK.format(layer) + ending] == shape, (file.name, ending)
+        assert stored_bytes(found) == (planned[stage].weights, planned[stage].optimizer)
         assert found.get(EMBEDDING) == (embedding if stage == 0 else None)
         assert found.get(HEAD) == (head if stage == stages - 1 else None)
 
@@ -160,8 +174,10 @@ def test_slices_of_every_parameter(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_files_compile_at_full_width(path: Path, tmp_path: Path) -> None:
     compile_ranks("rig_step.py", tmp_path / "out", path, 2, ranks="0,7")
+    settings = load_settings(path, ["model.model_config.num_layers=2"], check_files=False)
     found = json.loads((tmp_path / "out" / "slices_rank_7.json").read_text(encoding="utf-8"))
-    assert sum(np.prod(shape) for name, shape in found.items() if not name.startswith("adam_m.")) < 2e8
+    card = plan_run(settings, 8).stages[-1]
+    assert stored_bytes(found) == (card.weights, card.optimizer)
 
 
 @pytest.mark.slow

@@ -18,7 +18,9 @@ CONFIG = REPOSITORY / "configs" / "tiny" / "finetune_glm3_tiny.yaml"
 TOLERANCE = 0.25  # of what was measured
 
 
-def keys(rows: int, length: int, layers: int, hidden: int, ffn: int, vocabulary: int, *more: str) -> tuple[str, ...]:
+def keys(
+    rows: int, length: int, layers: int, hidden: int, ffn: int, vocabulary: int, *more: str
+) -> tuple[str, ...]:
     """Settings of a network of 8 heads, 2 groups."""
     sizes = {
         "num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn, "padded_vocab_size": vocabulary,
@@ -47,7 +49,9 @@ CASES = {
     "long, lora": keys(*LONG, *LORA),
     "wide, lora on everything": keys(*WIDE, *LORA, "model.pet_config.target_modules=.*encoder.*"),
     "wide, lora, recompute": keys(*WIDE, *LORA, RECOMPUTE),
-    "long, prefix": keys(*LONG, BASE, "model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=64"),
+    "long, prefix": keys(
+        *LONG, BASE, "model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=64"
+    ),
     "wide, dropout": keys(*WIDE, "model.model_config.hidden_dropout=0.1"),
     "long, dropout": keys(*LONG, "model.model_config.attention_dropout=0.1"),
     "long, layer norm": keys(*LONG, "model.model_config.rmsnorm=False"),
