@@ -47,7 +47,4 @@ def recompute_blocks(network: GLMNetwork, settings: Settings) -> None:
     if not recompute.recompute:
         return
     for layer in network.transformer.encoder.layers:
-        layer.recompute(
-            mp_comm_recompute=recompute.mp_comm_recompute,
-            parallel_optimizer_comm_recompute=recompute.parallel_optimizer_comm_recompute,
-        )
+        layer.recompute(mp_comm_recompute=recompute.mp_comm_recompute)

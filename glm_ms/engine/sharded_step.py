@@ -20,42 +20,12 @@ from glm_ms.engine.train_step import GLMTrainOneStep
 from glm_ms.parallel.config import ParallelConfig
 
 
-class ShardedTrainOneStep(GLMTrainOneStep):
-    """`GLMTrainOneStep` on slices: only the norm of the gradients needs a sum over the cards.
-
-    Args:
-        network: cell that returns (loss sum, number of labelled tokens).
-        optimizer: of the slices.
-        copies: for each parameter of the optimizer, how many cards hold each of its elements.
-        max_grad_norm: as in `GLMTrainOneStep`.
-        loss_scale: as in `GLMTrainOneStep`.
-    """
-
-    def __init__(
-        self,
-        network: nn.Cell,
-        optimizer: Optimizer,
-        copies: Sequence[int],
-        max_grad_norm: float | None = None,
-        loss_scale: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(_VirtualDatasetCell(network), optimizer, max_grad_norm, loss_scale=loss_scale)
-        self.shares = tuple(1.0 / number for number in copies)
-        self.sum_over_cards = ops.AllReduce()
-        if self.loss_scale is not None:
-            self.overflow = OverflowDetector(self.sum_over_cards)
-
-    def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """Sum of the squares of all elements of the whole gradients, each counted once."""
-        squares = self.zero
-        for i in range(len(gradients)):
-            square = self.square_sum(ops.square(ops.cast(gradients[i], ms.float32)))
-            squares = squares + square * self.shares[i]
-        return self.sum_over_cards(squares)
-
-
 class Stacked(nn.Cell):
-    """Loss sum and token count as one tensor: a pipeline adds one tensor over its micro batches.
+    """Loss sum and token count as one tensor.
+
+    A pipeline adds one tensor over its micro batches. And the compiler divides the derivative of a network by the cards
+    that all have its output only where it has a single one; of several outputs every gradient would be that many times
+    too large.
 
     Args:
         network: cell that returns (loss sum, number of labelled tokens).
@@ -73,18 +43,14 @@ class Stacked(nn.Cell):
         return self.join((self.reshape(loss, (1,)), self.reshape(tokens, (1,))))
 
 
-class PipelineTrainOneStep(ShardedTrainOneStep):
-    """A step in which several micro batches are under way through the stages.
-
-    The gradients of a card are those of its own stage; the last stage alone knows the loss.
+class ShardedTrainOneStep(GLMTrainOneStep):
+    """`GLMTrainOneStep` on slices: only the norm of the gradients needs a sum over the cards.
 
     Args:
-        network: cell that returns (loss sum, number of labelled tokens) of a micro batch.
-        optimizer: of the slices of this card's stage.
-        copies: as in `ShardedTrainOneStep`.
-        parallel: stages and micro batches.
-        rank: of this card.
-        rows: labelled positions of a step at most; with a loss scale that part of it is differentiated.
+        network: cell that returns (loss sum, number of labelled tokens).
+        optimizer: of the slices.
+        copies: for each parameter of the optimizer, how many cards hold each of its elements.
+        positions: of all rows of a step; with a loss scale that part of the loss sum is differentiated.
         max_grad_norm: as in `GLMTrainOneStep`.
         loss_scale: as in `GLMTrainOneStep`.
     """
@@ -94,21 +60,21 @@ class PipelineTrainOneStep(ShardedTrainOneStep):
         network: nn.Cell,
         optimizer: Optimizer,
         copies: Sequence[int],
-        parallel: ParallelConfig,
-        rank: int,
-        rows: int,
+        positions: int,
         max_grad_norm: float | None = None,
         loss_scale: dict[str, Any] | None = None,
     ) -> None:
-        pipeline = nn.PipelineCell(Stacked(network), parallel.micro_batch_num)
-        for add in pipeline.add_list:
-            add.shard(((1,), (1,)))
-        super().__init__(pipeline, optimizer, copies, max_grad_norm, loss_scale)
-        self.network.add_flags(defer_inline=True)
+        super().__init__(self.spread(Stacked(network)), optimizer, max_grad_norm, loss_scale=loss_scale)
         self.gradient = ops.GradOperation(get_by_list=True, sens_param=True)
-        self.reducer = nn.PipelineGradReducer(optimizer.parameters)
-        self.sum_over_stages = ops.AllReduce(group=_stage_group(parallel, rank))
-        self.part = 1.0 / rows
+        self.part = 1.0 / positions
+        self.shares = tuple(1.0 / number for number in copies)
+        self.sum_over_cards = ops.AllReduce()
+        if self.loss_scale is not None:
+            self.overflow = OverflowDetector(self.sum_over_cards)
+
+    def spread(self, network: nn.Cell) -> nn.Cell:
+        """The network with its inputs given out to the cards."""
+        return _VirtualDatasetCell(network)
 
     def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Loss sum, number of labelled tokens and gradients of the loss sum of the whole step."""
@@ -117,13 +83,70 @@ class PipelineTrainOneStep(ShardedTrainOneStep):
         if self.loss_scale is not None:
             scale = self.loss_scale.scale * self.part
         gradients = self.gradient(self.network, self.weights)(*inputs, ops.ones_like(both) * scale)
-        gradients = self.reducer(gradients)
-        both = self.sum_over_stages(both)
+        both, gradients = self.gathered(both, gradients)
         loss, tokens = both[0], both[1]
         if self.loss_scale is not None:
             loss = self.overflow.watch(loss, gradients)
             gradients = self.scaled(gradients, 1.0 / scale)
         return loss, tokens, gradients
+
+    def gathered(self, both: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss sum and token count [2] where every card has them, and whole gradients."""
+        return both, gradients
+
+    def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Sum of the squares of all elements of the whole gradients, each counted once."""
+        squares = self.zero
+        for i in range(len(gradients)):
+            square = self.square_sum(ops.square(ops.cast(gradients[i], ms.float32)))
+            squares = squares + square * self.shares[i]
+        return self.sum_over_cards(squares)
+
+
+class PipelineTrainOneStep(ShardedTrainOneStep):
+    """A step in which several micro batches are under way through the stages.
+
+    The gradients of a card are those of its own stage; the last stage alone knows the loss.
+
+    Args:
+        network: cell that returns (loss sum, number of labelled tokens) of a micro batch.
+        optimizer: of the slices of this card's stage.
+        copies: as in `ShardedTrainOneStep`.
+        positions: as in `ShardedTrainOneStep`.
+        parallel: stages and micro batches.
+        rank: of this card.
+        max_grad_norm: as in `GLMTrainOneStep`.
+        loss_scale: as in `GLMTrainOneStep`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Cell,
+        optimizer: Optimizer,
+        copies: Sequence[int],
+        positions: int,
+        parallel: ParallelConfig,
+        rank: int,
+        max_grad_norm: float | None = None,
+        loss_scale: dict[str, Any] | None = None,
+    ) -> None:
+        self.micro_batches = parallel.micro_batch_num
+        super().__init__(network, optimizer, copies, positions, max_grad_norm, loss_scale)
+        self.network.add_flags(defer_inline=True)
+        self.reducer = nn.PipelineGradReducer(optimizer.parameters)
+        self.sum_over_stages = ops.AllReduce(group=_stage_group(parallel, rank))
+
+    def spread(self, network: nn.Cell) -> nn.Cell:
+        """The network run for every micro batch, results added."""
+        pipeline = nn.PipelineCell(network, self.micro_batches)
+        for add in pipeline.add_list:
+            add.shard(((1,), (1,)))
+        return pipeline
+
+    def gathered(self, both: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss from the last stage, the gradients of all micro batches."""
+        gradients = self.reducer(gradients)
+        return self.sum_over_stages(both), gradients
 
 
 def _stage_group(parallel: ParallelConfig, rank: int) -> str:

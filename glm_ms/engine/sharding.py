@@ -56,6 +56,9 @@ def parallel_context(settings: Settings) -> dict[str, Any]:
     if is_sharded(settings):
         values["gradients_mean"] = False  # the step divides by the labelled tokens itself
         values["parallel_optimizer_config"] = {"parallel_optimizer_threshold": OPTIMIZER_SHARD_THRESHOLD_KB}
+        if settings.recompute_config.parallel_optimizer_comm_recompute:
+            # MindSpore 2.9 does not heed the argument of this name of `Cell.recompute`: this level took its place.
+            values["parallel_optimizer_config"]["optimizer_level"] = "level3"
     return values
 
 
@@ -163,11 +166,11 @@ class Sharding:
         copies = [slices[parameter.name].copies for parameter in optimizer.parameters]
         norm = wrapper.max_grad_norm if wrapper.use_clip_grad else None
         scale = vars(wrapper.scale_sense) if wrapper.scale_sense.type else None
-        if self.parallel.pipeline_stages == 1:
-            return ShardedTrainOneStep(network, optimizer, copies, norm, scale)
         positions = self.rows_per_step * int(network.slots.shape[0])
+        if self.parallel.pipeline_stages == 1:
+            return ShardedTrainOneStep(network, optimizer, copies, positions, norm, scale)
         return PipelineTrainOneStep(
-            network, optimizer, copies, self.parallel, self.rank, positions, norm, scale
+            network, optimizer, copies, positions, self.parallel, self.rank, norm, scale
         )
 
     @property

@@ -38,6 +38,7 @@ class Work:
         lora_targets: endings of the modules of a block that have a low-rank update, such as "mlp.dense_4h_to_h".
         lora_dropout: their inputs have dropout.
         fused_attention: one kernel, which keeps no scores.
+        keeps_sums: recomputed blocks keep what was summed over the model-parallel cards for their derivatives.
     """
 
     config: GLMConfig
@@ -50,6 +51,7 @@ class Work:
     lora_targets: frozenset[str] = frozenset()
     lora_dropout: bool = False
     fused_attention: bool = False
+    keeps_sums: bool = False
 
     @property
     def item(self) -> int:
@@ -178,7 +180,8 @@ def activation_bytes(
         recompute: blocks keep their input alone.
         has_loss: the stage ends with output layer and loss.
     """
-    kept_per_block = work.item * work.residual if recompute else block_bytes(work)
+    sums = work.hidden if work.keeps_sums and work.parallel.model_parallel > 1 else 0
+    kept_per_block = work.item * (work.residual + sums) if recompute else block_bytes(work)
     kept = in_flight * layers * kept_per_block
     beyond = backward_bytes(work) - (0 if recompute else block_bytes(work))
     if has_loss:

@@ -147,7 +147,7 @@ class _Step:
         self.settings, self.config, self.parallel = settings, config, parallel
         self.parameters, self.slices = parameters, slices
         self.recompute = settings.recompute_config.recompute
-        self.gather_again = self.recompute and settings.recompute_config.parallel_optimizer_comm_recompute
+        self.gather_again = settings.recompute_config.parallel_optimizer_comm_recompute
         pet = settings.model.pet_config
         self.work = Work(
             config,
@@ -160,6 +160,7 @@ class _Step:
             lora_targets=frozenset(_ending(name) for name in lora_targets(settings, config)),
             lora_dropout=pet.pet_type == "lora" and pet.lora_dropout > 0,
             fused_attention=settings.context.use_fused_kernels,
+            keeps_sums=not settings.recompute_config.mp_comm_recompute,
         )
         self.accumulation = settings.runner_config.gradient_accumulation_steps
         self.rows = self.work.rows * parallel.data_parallel * parallel.micro_batch_num * self.accumulation
@@ -209,7 +210,8 @@ class _Step:
                 continue
             size = math.prod(piece.shape) * piece.shards * self.work.item
             block = name.partition("encoder.layers.")[2].partition(".")[0]
-            stays = not self.recompute or not block or (piece.shards > 1 and not self.gather_again)
+            gathered = piece.shards > 1
+            stays = not block or not (self.gather_again if gathered else self.recompute)
             if stays:
                 kept += size
             else:
@@ -234,7 +236,7 @@ class _Step:
         return {
             "gradients": traffic.gradient_traffic(self.parameters, self.slices, stage),
             "gathered weights": traffic.weight_traffic(
-                self.parameters, self.slices, stage, self.work.item, gathered * micro
+                self.parameters, self.slices, stage, self.work.item, micro, gathered * micro
             ),
             "tensor parallelism": micro * tensor,
             "pipeline": micro * traffic.stage_traffic(self.work, self.parallel, stage),

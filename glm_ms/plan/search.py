@@ -83,6 +83,7 @@ def _recompute(settings: Settings) -> list[Change]:
 def _splits(settings: Settings, num_cards: int) -> list[Change]:
     """Ways to use the cards, with what each costs."""
     split, sharded = settings.parallel_config, is_sharded(settings)
+    again = settings.recompute_config.parallel_optimizer_comm_recompute
     choices: list[Change] = [(0, ())]
     if num_cards == 1:
         return choices
@@ -97,6 +98,7 @@ def _splits(settings: Settings, num_cards: int) -> list[Change]:
             f"parallel_config.data_parallel={num_cards // (model * stages)}",
             f"parallel_config.model_parallel={model}", f"parallel_config.pipeline_stage={stages}",
             f"parallel_config.micro_batch_num={2 * stages if stages > 1 else 1}",
+            *(("recompute_config.parallel_optimizer_comm_recompute=False",) if stages > 1 and again else ()),
         )  # fmt: skip
         choices.append((cost, texts))
         if model > 1:

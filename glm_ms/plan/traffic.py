@@ -9,7 +9,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.slices import Slice
 from glm_ms.plan.activations import Work
-from glm_ms.plan.parameters import FLOAT32, PlannedParameter
+from glm_ms.plan.parameters import FLOAT32, ITEM_BYTES, PlannedParameter
 
 
 def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int]:
@@ -70,6 +70,7 @@ def weight_traffic(
     slices: Mapping[str, Slice],
     stage: int,
     item: int,
+    forward: int,
     passes: int,
 ) -> float:
     """Bytes a card sends so that weights split by optimizer sharding are whole where they are multiplied.
@@ -79,15 +80,18 @@ def weight_traffic(
         slices: of them.
         stage: of the card.
         item: bytes of an element of the compute type, in which weights travel.
-        passes: times that each weight is gathered in a step.
+        forward: forward passes of a step.
+        passes: times that each weight is gathered in a step; the embedding, as it is stored, once a forward pass.
     """
     total = 0.0
-    for name in parameters:
+    for name, parameter in parameters.items():
         piece = slices[name]
         if piece.stage == stage:
-            stored = ".embedding." in name  # rows are taken from it as it is stored
-            whole = math.prod(piece.shape) * piece.shards * (parameters[name].item_bytes if stored else item)
-            total += passes * gather_bytes(whole, piece.shards)
+            whole = math.prod(piece.shape) * piece.shards
+            if ".embedding." in name:
+                total += forward * gather_bytes(whole * parameter.item_bytes, piece.shards)
+            else:
+                total += passes * gather_bytes(whole * item, piece.shards)
     return total
 
 
@@ -95,8 +99,9 @@ def tensor_traffic(work: Work, layers: int, recompute: bool, first: bool, last: 
     """Bytes a card sends over its model-parallel group for one micro batch.
 
     A block sums its hidden states twice in the forward pass and twice in the backward pass (Shoeybi et al. 2019,
-    arXiv:1909.08053); with sequence parallelism a sum is a scattered sum and a gathering, which send as much. A
-    recomputed block sums once more, after attention; the sum after the MLP is of no use to its derivatives.
+    arXiv:1909.08053); with sequence parallelism a sum is a scattered sum and a gathering, which send as much, and the
+    output layer gathers once more. A recomputed block sums once more, after attention (the sum after the MLP is of no use
+    to its derivatives), and gathers twice more.
 
     Args:
         work: of the micro batch.
@@ -105,13 +110,18 @@ def tensor_traffic(work: Work, layers: int, recompute: bool, first: bool, last: 
         first: the stage has the embedding.
         last: the stage has the output layer.
     """
-    ways = work.parallel.model_parallel
+    parallel, hidden = work.parallel, work.item * work.hidden
+    ways = parallel.model_parallel
     if ways == 1:
         return 0.0
-    sums = layers * (5 if recompute else 4) + (1 if last else 0)
-    if first and not work.parallel.vocab_emb_dp:
-        sums += 1
-    total = sums * all_reduce_bytes(work.item * work.hidden, ways)
+    again = 0.0
+    if recompute and not work.keeps_sums:
+        again = 1.5 if parallel.use_seq_parallel else 1.0
+    sums = layers * (4 + again) + (1 if last and parallel.use_seq_parallel else 0)
+    total = sums * all_reduce_bytes(hidden, ways)
+    if first and not parallel.vocab_emb_dp:  # of rows as they are stored
+        stored = ITEM_BYTES[work.config.param_init_type] * work.hidden
+        total += 2 * all_reduce_bytes(stored, ways)
     if last:  # maximum, sum and picked score of every row, and two gradients
         total += 5 * all_reduce_bytes(FLOAT32 * work.rows * work.length, ways)
     return total

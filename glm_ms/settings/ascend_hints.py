@@ -67,8 +67,8 @@ _HINTS = (
         r"allocate memory failed|AllocFeatureMemory|EL0004|EI0007|EI0011",
         "the card has not enough free memory. Try a smaller runner_config.batch_size, recompute_config.recompute=True, "
         "parallel.enable_parallel_optimizer=True or more model_parallel; tools/plan.py --config ... --memory 32GB "
-        "names the nearest setting that fits. npu-smi info shows other processes on the card, context.max_device_memory is "
-        "what MindSpore may take",
+        "names the nearest setting that fits. npu-smi info shows other processes on the card, "
+        "context.max_device_memory is what MindSpore may take",
         of_device=False,
     ),
     _hint(

@@ -54,6 +54,7 @@ def sharding_problems(settings: Settings) -> Iterator[Problem]:
     if not is_sharded(settings):
         return
     yield from _not_with_slices(settings)
+    yield from _gathered_again(settings)
     parallel, values = parallel_of(settings), vars(settings.model.model_config).copy()
     del values["type"]
     if values["padded_vocab_size"] == AUTO:  # known when the tokenizer is read
@@ -74,6 +75,20 @@ def training_length(settings: Settings) -> int:
     if data.data_loader.type == "ToolAlpacaDataLoader":
         return data.max_seq_length or settings.model.model_config.seq_length
     return data.max_source_length + data.max_target_length + 1
+
+
+def _gathered_again(settings: Settings) -> Iterator[Problem]:
+    key = "recompute_config.parallel_optimizer_comm_recompute"
+    if not settings.recompute_config.parallel_optimizer_comm_recompute:
+        return
+    if not settings.parallel.enable_parallel_optimizer:
+        yield key, "True, but weights are gathered only where enable_parallel_optimizer is True", ()
+    if settings.parallel_config.pipeline_stage > 1:
+        yield (
+            key,
+            "True, which MindSpore's compiler does not do for pipelines; set it to False",
+            ("parallel_config.pipeline_stage",),
+        )
 
 
 def _not_with_slices(settings: Settings) -> Iterator[Problem]:

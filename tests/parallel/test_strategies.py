@@ -25,6 +25,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
 from glm_ms.plan import plan_run
 from glm_ms.settings import load_settings
+from tests.parallel.collectives import loss_divisors, sent_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"
@@ -54,13 +55,17 @@ pytestmark = [
 ]
 
 
-def compile_ranks(script: str, out: Path, *arguments: object, ranks: str = "") -> str:
-    """Runs a script for every rank of 8, or those named; returns what the rig printed."""
+def compile_ranks(
+    script: str, out: Path, *arguments: object, ranks: str = "", graphs: Path | None = None
+) -> str:
+    """Runs a script for every rank of 8, or those named; returns what the rig printed. MindSpore saves its graphs."""
     only = ["--only", ranks] if ranks else []
     line = [str(RIG), "--ranks", "8", *only, "--target", "ascend", "--out", str(out), "--timeout", "500", "--",
             str(Path(__file__).with_name(script)), *map(str, arguments)]  # fmt: skip
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path}
+    if graphs is not None:
+        environment.update(MS_DEV_SAVE_GRAPHS="1", MS_DEV_SAVE_GRAPHS_PATH=str(graphs))
     done = subprocess.run(
         line, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=900, check=False
     )
@@ -74,7 +79,8 @@ def split(data: int, model: int = 1, stages: int = 1, sharded: bool = False, *mo
     return (
         f"parallel_config.data_parallel={data}", f"parallel_config.model_parallel={model}",
         f"parallel_config.pipeline_stage={stages}", f"parallel_config.micro_batch_num={micro}",
-        f"parallel.enable_parallel_optimizer={sharded}", "runner_config.batch_size=1", *more,
+        f"parallel.enable_parallel_optimizer={sharded}", "runner_config.batch_size=1",
+        f"recompute_config.parallel_optimizer_comm_recompute={sharded and stages == 1}", *more,
     )  # fmt: skip
 
 
@@ -168,6 +174,48 @@ def test_slices_of_every_parameter(name: str, tmp_path: Path) -> None:
         assert stored_bytes(found) == (planned[stage].weights, planned[stage].optimizer)
         assert found.get(EMBEDDING) == (embedding if stage == 0 else None)
         assert found.get(HEAD) == (head if stage == stages - 1 else None)
+
+
+SHARDED_BY_FOUR = split(
+    2, 4, 1, True, "model.model_config.padded_vocab_size=1024", "model.model_config.ffn_hidden_size=512"
+)
+TRAFFIC = {
+    "dp8": split(8),
+    "dp8, optimizer": split(8, 1, 1, True, "model.model_config.padded_vocab_size=1024"),
+    "dp2 x mp4, optimizer": SHARDED_BY_FOUR,
+    "without recompute": (*SHARDED_BY_FOUR, "recompute_config.recompute=False"),
+    "sums kept": (*SHARDED_BY_FOUR, "recompute_config.mp_comm_recompute=False"),
+    "gathered weights kept": (*SHARDED_BY_FOUR, "recompute_config.parallel_optimizer_comm_recompute=False"),
+    "sequence, vocabulary": split(
+        2, 4, 1, False, "parallel_config.use_seq_parallel=True", "parallel_config.vocab_emb_dp=False"
+    ),
+    "sequence, without recompute": split(
+        2, 4, 1, False, "parallel_config.use_seq_parallel=True", "recompute_config.recompute=False"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "sums kept" else pytest.param(name, marks=pytest.mark.slow) for name in TRAFFIC]
+)
+def test_what_is_sent_and_divided(name: str, tmp_path: Path) -> None:
+    """The compiled step sends what is planned, but for a few scalars; and the derivative of the loss, which every card
+    has, is divided by the cards."""
+    compile_ranks(
+        "rig_step.py",
+        tmp_path / "out",
+        CONFIG,
+        2,
+        *SMALL,
+        *TRAFFIC[name],
+        ranks="0",
+        graphs=tmp_path / "graphs",
+    )
+    keys = [*SMALL, *TRAFFIC[name], "model.model_config.num_layers=2"]
+    plan = plan_run(load_settings(CONFIG, keys, check_files=False), 8)
+    sent = sent_bytes(tmp_path / "graphs", 8)
+    assert 0 <= sum(sent.values()) - sum(plan.sent.values()) < 100
+    assert loss_divisors(tmp_path / "graphs") == {8}
 
 
 @pytest.mark.slow
