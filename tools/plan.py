@@ -21,6 +21,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if str(REPOSITORY) not in sys.path:
     sys.path.insert(0, str(REPOSITORY))
 
+import yaml  # noqa: E402
+
 from glm_ms import tokenizer as tokenizers  # noqa: E402
 from glm_ms.peft import AdapterError  # noqa: E402
 from glm_ms.plan import RunPlan, describe, nearest_fit, plan_run  # noqa: E402
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNUSABLE
     memory = None if options.memory is None else usable(settings, options.memory)
     print(f"{options.config}, {settings.run_mode}")
+    added = _changed(options, _for_cards(_given(options), options.config, options.cards)[0])
+    if added:
+        print(f"on {cards} card{'' if cards == 1 else 's'} with {' '.join(added)}")
     for line in describe(plan, memory):
         print(line)
     print(
@@ -54,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if memory is None or plan.card.total <= memory:
         return FITS
-    _print_nearest(options, settings, cards, memory)
+    _print_nearest(options, settings, plan, memory)
     return DOES_NOT_FIT
 
 
@@ -70,22 +75,8 @@ def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tu
         SettingsError: settings that cannot be used, or that split the work over another number of cards.
     """
     settings = load_settings(config, overrides, check_files=False)
-    split = settings.parallel_config
-    fixed = split.model_parallel * split.pipeline_stage if is_sharded(settings) else 1
-    if cards is None:
-        cards = split.data_parallel * fixed if settings.use_parallel else 1
-    elif cards % fixed:
-        raise SettingsError(
-            f"--cards {cards}: is not divisible by model_parallel x pipeline_stage = {fixed} of {config}"
-        )
-    elif cards > 1 and not settings.use_parallel:
-        raise SettingsError(
-            f"--cards {cards}: {config} has use_parallel: False; add use_parallel=True, or --cards 1"
-        )
-    elif cards != split.data_parallel * fixed and settings.use_parallel:
-        more = [f"parallel_config.data_parallel={cards // fixed}"]
-        if cards == 1 and not is_sharded(settings):
-            more.append("use_parallel=False")
+    more, cards = _for_cards(settings, config, cards)
+    if more:
         settings = load_settings(config, [*overrides, *more], check_files=False)
     if settings.model.model_config.padded_vocab_size == AUTO:
         chosen = settings.processor.tokenizer
@@ -99,36 +90,89 @@ def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tu
     return settings, cards
 
 
+def _for_cards(settings: Settings, config: str, cards: int | None) -> tuple[list[str], int]:
+    """What is to be changed for a number of cards, and the number; see `settings_for`."""
+    split = settings.parallel_config
+    fixed = split.model_parallel * split.pipeline_stage if is_sharded(settings) else 1
+    own = split.data_parallel * fixed if settings.use_parallel else 1
+    if cards is None or cards == own:
+        return [], own
+    if cards % fixed:
+        raise SettingsError(
+            f"--cards {cards}: is not divisible by model_parallel x pipeline_stage = {fixed} of {config}"
+        )
+    if not settings.use_parallel:
+        raise SettingsError(
+            f"--cards {cards}: {config} has use_parallel: False; add use_parallel=True, or --cards 1"
+        )
+    more = [f"parallel_config.data_parallel={cards // fixed}"]
+    if cards == 1 and not is_sharded(settings):
+        more.append("use_parallel=False")
+    return more, cards
+
+
 def usable(settings: Settings, memory: int) -> int:
     """Bytes that MindSpore may take of a card."""
-    limit = settings.context.max_device_memory
-    free = memory - RESERVED
-    return free if limit is None else min(memory, int(float(limit[:-2]) * GIB))
+    limit = _limit(settings)
+    return max(0, memory - RESERVED) if limit is None or limit > memory else limit
 
 
 def memory_note(settings: Settings, memory: int) -> str:
     """Where the limit comes from."""
-    limit = settings.context.max_device_memory
-    if limit is not None and float(limit[:-2]) * GIB < memory:
-        return f"the limit is context.max_device_memory: {limit}"
+    limit, text = _limit(settings), settings.context.max_device_memory
+    if limit is not None and limit <= memory:
+        return f"the limit is context.max_device_memory: {text}"
+    reserved = f"{RESERVED // GIB} GiB of the card are left to the system"
     if limit is not None:
-        return f"context.max_device_memory: {limit} is more than the card has"
-    return f"{RESERVED // GIB} GiB of the card are left to the system"
+        return f"context.max_device_memory: {text} is more than the card has, give a smaller one; {reserved}"
+    return reserved
 
 
-def _print_nearest(options: argparse.Namespace, settings: Settings, cards: int, memory: int) -> None:
+def _limit(settings: Settings) -> int | None:
+    limit = settings.context.max_device_memory
+    return None if limit is None else int(float(limit[:-2]) * GIB)
+
+
+def _print_nearest(options: argparse.Namespace, settings: Settings, plan: RunPlan, memory: int) -> None:
+    cards = plan.parallel.cards
     found = nearest_fit(settings, cards, memory, partial(_replan, options, cards))
     if found is None:
-        print(
-            "nothing near it fits: neither recompute, nor another split of these cards, nor smaller batches. Take more "
-            "cards, or train an adapter (model.pet_config.pet_type=lora)"
-        )
+        print(_nothing_fits(settings, plan, memory))
         return
-    overrides, plan = found
-    known = settings.to_dict()
-    changed = [text for text in overrides if not _is_so(known, text)]
-    print(f"nearest setting that fits ({plan.card.total / GIB:.2f} GiB of {memory / GIB:.2f} GiB):")
-    print(f"  {' '.join(changed)}")
+    overrides, near = found
+    print(f"nearest setting that fits ({near.card.total / GIB:.2f} GiB of {memory / GIB:.2f} GiB):")
+    more, _ = _for_cards(_given(options), options.config, cards)
+    print(f"  {' '.join(_changed(options, [*more, *overrides]))}")
+    if near.rows != plan.rows:
+        print(f"an update then has {near.rows:,} rows, not {plan.rows:,}")
+
+
+def _nothing_fits(settings: Settings, plan: RunPlan, memory: int) -> str:
+    if not settings.is_training():
+        alone = (
+            "the weights alone are larger"
+            if plan.card.weights > memory
+            else "not even one row at a time fits"
+        )
+        return f"nothing near it fits: {alone}. Take cards with more memory"
+    remedy = "shorten its rows" if settings.model.pet_config.pet_type else (
+        "train an adapter (model.pet_config.pet_type=lora)"
+    )  # fmt: skip
+    return (
+        "nothing near it fits: neither recompute, nor another split of these cards, nor smaller batches. Take more "
+        f"cards, or {remedy}"
+    )
+
+
+def _given(options: argparse.Namespace) -> Settings:
+    """The settings without those for another number of cards."""
+    return load_settings(options.config, options.overrides, check_files=False)
+
+
+def _changed(options: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    """Those overrides that change something of the file and what was typed; of several for a key the last one."""
+    known, last = _given(options).to_dict(), {text.partition("=")[0]: text for text in overrides}
+    return [text for text in last.values() if not _is_so(known, text)]
 
 
 def _replan(options: argparse.Namespace, cards: int, overrides: Sequence[str]) -> RunPlan | None:
@@ -144,7 +188,7 @@ def _is_so(values: dict, text: str) -> bool:
     name, _, value = text.partition("=")
     for part in name.split("."):
         values = values[part]
-    return str(values) == value
+    return values == yaml.safe_load(value)
 
 
 def _memory(text: str) -> int:

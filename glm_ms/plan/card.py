@@ -159,7 +159,7 @@ class _Step:
             base_trained=pet.pet_type is None,
             lora_targets=frozenset(_ending(name) for name in lora_targets(settings, config)),
             lora_dropout=pet.pet_type == "lora" and pet.lora_dropout > 0,
-            fused_attention=settings.context.use_fused_kernels,
+            fused_attention=_fuses_attention(settings, config),
             keeps_sums=not settings.recompute_config.mp_comm_recompute,
         )
         self.accumulation = settings.runner_config.gradient_accumulation_steps
@@ -172,14 +172,13 @@ class _Step:
     def memory(self, stage: int) -> CardMemory:
         """Of a card of a stage."""
         trained = stored_bytes(self.parameters, self.slices, stage, trained_only=True)
-        summed = self.accumulation > 1 or self.parallel.pipeline_stages > 1
         kept, recomputed = self._activations(stage, False), self._activations(stage, True)
         caches = _generation(self.settings, self.config) if _generates(self.settings) else {}
         largest = max(recomputed if self.recompute else kept, caches.get("activations", 0))
         return CardMemory(
             stage=stage,
             weights=stored_bytes(self.parameters, self.slices, stage),
-            gradients=trained * (2 if summed else 1) + self._gradient_in_work(stage),
+            gradients=trained + self._gradient_sums(stage) + self._gradient_in_work(stage),
             optimizer=2 * trained,
             copies=self._copies(stage),
             activations=largest,
@@ -218,6 +217,14 @@ class _Step:
                 by_block[block] = by_block.get(block, 0) + size
         return kept + max(by_block.values(), default=0)
 
+    def _gradient_sums(self, stage: int) -> int:
+        """Gradients summed over the micro batches of an update. In a pipeline the compiler sums them before optimizer
+        sharding cuts them."""
+        if self.accumulation == 1 and self.parallel.pipeline_stages == 1:
+            return 0
+        pieces = (self.slices[name] for name, parameter in self.parameters.items() if parameter.trained)
+        return sum(FLOAT32 * math.prod(p.shape) * p.shards for p in pieces if p.stage == stage)
+
     def _gradient_in_work(self, stage: int) -> int:
         """The largest gradient before it is cut: of the compute type, and as float32 on its way to other cards."""
         whole = [
@@ -236,7 +243,7 @@ class _Step:
         return {
             "gradients": traffic.gradient_traffic(self.parameters, self.slices, stage),
             "gathered weights": traffic.weight_traffic(
-                self.parameters, self.slices, stage, self.work.item, micro, gathered * micro
+                self.parameters, self.slices, stage, self.work.item, gathered
             ),
             "tensor parallelism": micro * tensor,
             "pipeline": micro * traffic.stage_traffic(self.work, self.parallel, stage),
@@ -247,6 +254,12 @@ def _ending(module: str) -> str:
     """Name of a module within its block."""
     inside = module.partition("encoder.layers.")[2]
     return inside.partition(".")[2] or module.removeprefix("transformer.")
+
+
+def _fuses_attention(settings: Settings, config: GLMConfig) -> bool:
+    """Whether attention is one kernel, on cards that have it; see `glm_ms.ops.fusion`."""
+    half = ITEM_BYTES[config.compute_dtype] < FLOAT32
+    return settings.context.use_fused_kernels and half and not config.attention_dropout
 
 
 def _generates(settings: Settings) -> bool:
@@ -268,5 +281,6 @@ def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
     if options.num_beams > 1:
         cache += cache // (2 * config.num_layers)  # one table of it while beams change places
     prompt = min(prompt, slots)
-    work = Work(config, ParallelConfig(), rows, prompt, prefix=capacity - prompt)
+    fused = _fuses_attention(settings, config)
+    work = Work(config, ParallelConfig(), rows, prompt, prefix=capacity - prompt, fused_attention=fused)
     return {"kv_cache": cache, "activations": prefill_bytes(work)}

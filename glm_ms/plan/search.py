@@ -8,21 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from glm_ms.plan.card import RunPlan
 from glm_ms.settings import Settings
 from glm_ms.settings.parallel_checks import is_sharded
+from glm_ms.settings.schema import batch_size_key
 
 # What a change costs its user, roughly: whether only time is lost, the batch changes, or the cluster is used otherwise.
-_RECOMPUTE, _GATHER_AGAIN, _SHARD_OPTIMIZER, _SEQUENCE, _HALVE, _DOUBLE_MODEL, _DOUBLE_STAGES = (
-    1,
-    1,
-    2,
-    2,
-    3,
-    3,
-    5,
-)
+_RECOMPUTE = _GATHER_AGAIN = 1
+_SHARD_OPTIMIZER = _SEQUENCE = 2
+_HALVE = _DOUBLE_MODEL = 3
+_LEAVE_DATA_PARALLEL = 3  # evaluation during training ends, and checkpoints are to be merged
+_DOUBLE_STAGES = 5
+# What a run with split weights has to be like.
 _ALL_SHARDED = (
     "parallel.parallel_mode=1",
     "parallel.full_batch=True",
     "do_eval=False",
+    "checkpoint.best_metric=null",
+    "context.use_fused_kernels=False",
     "runner_config.gradient_accumulation_steps=1",
 )
 
@@ -52,15 +52,13 @@ def nearest_fit(
 
 def _candidates(settings: Settings, num_cards: int) -> Iterator[tuple[str, ...]]:
     """Overrides, the cheapest first."""
+    halves = list(_halved(batch_size_key(settings.run_mode), settings.batch_size()))
     if not settings.is_training():
-        halves = _halved("eval_dataset.batch_size", settings.eval_dataset.batch_size)
         yield from (change for _, change in halves if change)
         return
-    choices = (
-        _recompute(settings),
-        _splits(settings, num_cards),
-        list(_halved("runner_config.batch_size", settings.runner_config.batch_size)),
-    )
+    choices = [_recompute(settings), _splits(settings, num_cards), halves]
+    if settings.do_eval:
+        choices.append(list(_halved("eval_dataset.batch_size", settings.eval_dataset.batch_size)))
     combined = []
     for parts in itertools.product(*choices):
         overrides = tuple(text for _, texts in parts for text in texts)
@@ -70,13 +68,12 @@ def _candidates(settings: Settings, num_cards: int) -> Iterator[tuple[str, ...]]
 
 def _recompute(settings: Settings) -> list[Change]:
     recompute = settings.recompute_config
-    own = () if recompute.recompute else ("recompute_config.recompute=True",)
     choices: list[Change] = [(0, ())]
-    if own:
-        choices.append((_RECOMPUTE, own))
+    if not recompute.recompute:
+        choices.append((_RECOMPUTE, ("recompute_config.recompute=True",)))
     if not recompute.parallel_optimizer_comm_recompute:
-        again = (*own, "recompute_config.parallel_optimizer_comm_recompute=True")
-        choices.append((_GATHER_AGAIN + (_RECOMPUTE if own else 0), again))
+        again = "recompute_config.parallel_optimizer_comm_recompute=True"
+        choices += [(cost + _GATHER_AGAIN, (*texts, again)) for cost, texts in choices]
     return choices
 
 
@@ -87,17 +84,23 @@ def _splits(settings: Settings, num_cards: int) -> list[Change]:
     choices: list[Change] = [(0, ())]
     if num_cards == 1:
         return choices
+    leaving = () if sharded else _ALL_SHARDED
+    base = 0 if settings.parallel.enable_parallel_optimizer else _SHARD_OPTIMIZER
+    if not sharded:
+        base += _LEAVE_DATA_PARALLEL + _HALVE * (
+            settings.runner_config.gradient_accumulation_steps.bit_length() - 1
+        )
     for model, stages in itertools.product(_doubled(split.model_parallel), _doubled(split.pipeline_stage)):
         if num_cards % (model * stages):
             continue
-        cost = _SHARD_OPTIMIZER if not settings.parallel.enable_parallel_optimizer else 0
-        cost += _DOUBLE_MODEL * (model // split.model_parallel).bit_length() - _DOUBLE_MODEL
-        cost += _DOUBLE_STAGES * (stages // split.pipeline_stage).bit_length() - _DOUBLE_STAGES
+        cost = base + _DOUBLE_MODEL * ((model // split.model_parallel).bit_length() - 1)
+        cost += _DOUBLE_STAGES * ((stages // split.pipeline_stage).bit_length() - 1)
+        micro = split.micro_batch_num if stages == split.pipeline_stage else 2 * stages
         texts = (
-            "use_parallel=True", *(() if sharded else _ALL_SHARDED), "parallel.enable_parallel_optimizer=True",
+            "use_parallel=True", *leaving, "parallel.enable_parallel_optimizer=True",
             f"parallel_config.data_parallel={num_cards // (model * stages)}",
             f"parallel_config.model_parallel={model}", f"parallel_config.pipeline_stage={stages}",
-            f"parallel_config.micro_batch_num={2 * stages if stages > 1 else 1}",
+            f"parallel_config.micro_batch_num={micro}",
             *(("recompute_config.parallel_optimizer_comm_recompute=False",) if stages > 1 and again else ()),
         )  # fmt: skip
         choices.append((cost, texts))

@@ -12,8 +12,8 @@ from glm_ms.plan.activations import Work
 from glm_ms.plan.parameters import FLOAT32, ITEM_BYTES, PlannedParameter
 
 
-def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int]:
-    """Floating point operations of a forward pass: (of the blocks, of the output layer).
+def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int, int]:
+    """Floating point operations of a forward pass: (of the blocks' linear layers, of attention, of the output layer).
 
     Two for each product of a weight with a token, and for each of a query, or of attention weights, with a key or
     value; masked pairs are computed too. Hoffmann et al. 2022, arXiv:2203.15556, appendix F.
@@ -24,20 +24,21 @@ def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int]:
         keys: positions that each of them is compared with.
     """
     linear = config.hidden_size * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size)
-    attention = 2 * keys * config.query_size
-    blocks = 2 * tokens * config.num_layers * (linear + attention)
-    return blocks, 2 * tokens * config.hidden_size * config.padded_vocab_size
+    passed = 2 * tokens * config.num_layers
+    attention = passed * 2 * keys * config.query_size
+    return passed * linear, attention, 2 * tokens * config.hidden_size * config.padded_vocab_size
 
 
 def step_flops(config: GLMConfig, tokens: int, keys: int, base_trained: bool, recompute: bool) -> int:
     """Floating point operations of one update on all cards together.
 
     The backward pass costs as much as the forward pass for the gradients of the inputs, and as much again for those of
-    the weights; recomputed blocks run forward twice.
+    the weights, which frozen ones do not have; both factors of a product of attention have a gradient. Recomputed
+    blocks run forward twice.
     """
-    blocks, head = forward_flops(config, tokens, keys)
+    linear, attention, head = forward_flops(config, tokens, keys)
     passes = 3 if base_trained else 2
-    return passes * (blocks + head) + (blocks if recompute else 0)
+    return passes * (linear + head) + 3 * attention + (linear + attention if recompute else 0)
 
 
 def all_reduce_bytes(size: float, cards: int) -> float:
@@ -70,18 +71,18 @@ def weight_traffic(
     slices: Mapping[str, Slice],
     stage: int,
     item: int,
-    forward: int,
     passes: int,
 ) -> float:
     """Bytes a card sends so that weights split by optimizer sharding are whole where they are multiplied.
+
+    The micro batches of a pipeline share what was gathered.
 
     Args:
         parameters: of the network.
         slices: of them.
         stage: of the card.
         item: bytes of an element of the compute type, in which weights travel.
-        forward: forward passes of a step.
-        passes: times that each weight is gathered in a step; the embedding, as it is stored, once a forward pass.
+        passes: times that each weight is gathered in a step; the embedding, as it is stored, once.
     """
     total = 0.0
     for name, parameter in parameters.items():
@@ -89,7 +90,7 @@ def weight_traffic(
         if piece.stage == stage:
             whole = math.prod(piece.shape) * piece.shards
             if ".embedding." in name:
-                total += forward * gather_bytes(whole * parameter.item_bytes, piece.shards)
+                total += gather_bytes(whole * parameter.item_bytes, piece.shards)
             else:
                 total += passes * gather_bytes(whole * item, piece.shards)
     return total
@@ -100,8 +101,8 @@ def tensor_traffic(work: Work, layers: int, recompute: bool, first: bool, last: 
 
     A block sums its hidden states twice in the forward pass and twice in the backward pass (Shoeybi et al. 2019,
     arXiv:1909.08053); with sequence parallelism a sum is a scattered sum and a gathering, which send as much, and the
-    output layer gathers once more. A recomputed block sums once more, after attention (the sum after the MLP is of no use
-    to its derivatives), and gathers twice more.
+    output layer gathers once more. A recomputed block sums once more, after attention (the sum after the MLP is of no
+    use to its derivatives), and gathers twice more.
 
     Args:
         work: of the micro batch.

@@ -10,6 +10,7 @@ from tools import plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FULL = "configs/glm3/run_glm3_6b_finetune_800_32G.yaml"
+PREDICT = "configs/glm3/predict_glm3_6b_800_32G.yaml"
 LORA = "configs/glm3/run_glm3_6b_lora_800_32G.yaml"
 TINY = "configs/tiny/finetune_glm3_tiny.yaml"
 
@@ -63,13 +64,77 @@ def test_plans(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         assert text in out
 
 
-def test_what_it_proposes_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    line = (LORA, "--memory", "32GB", "runner_config.batch_size=512")
-    _, out, _ = run("--config", *line, capsys=capsys, monkeypatch=monkeypatch)
-    proposed = out.splitlines()[-1].split()
-    status, out, _ = run("--config", *line[:-1], *proposed, capsys=capsys, monkeypatch=monkeypatch)
+# Arguments, and what is proposed.
+PROPOSED = {
+    "fewer rows": ((LORA, "--memory", "32GB", "runner_config.batch_size=512"), ("runner_config.batch_size=64",)),
+    "fewer prompts": (
+        (PREDICT, "--memory", "32GB", "predict_batch_size=512"),
+        ("predict_batch_size=8",),
+    ),
+    "split weights, no evaluation": (
+        (LORA, "--memory", "9GB"),
+        ("parallel.parallel_mode=1", "do_eval=False", "checkpoint.best_metric=null"),
+    ),
+    "other number of cards": (
+        (FULL, "--cards", "4", "--memory", "32GB", "runner_config.batch_size=64"),
+        ("parallel_config.data_parallel=1", "parallel_config.model_parallel=4"),
+    ),
+    "one card": (
+        (LORA, "--cards", "1", "--memory", "32GB", "runner_config.batch_size=512"),
+        ("use_parallel=False", "parallel_config.data_parallel=1"),
+    ),
+    "rows of an evaluation": (
+        (
+            LORA, "--memory", "32GB", "eval_dataset.batch_size=512", "eval_dataset.max_source_length=128",
+            "metric.type=[ADGENMetric]", "checkpoint.best_metric=null", "parallel_config.data_parallel=1",
+        ),
+        ("eval_dataset.batch_size=",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROPOSED)
+def test_what_it_proposes_fits(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, expected = PROPOSED[name]
+    status, out, err = run("--config", *arguments, capsys=capsys, monkeypatch=monkeypatch)
+    assert (status, err) == (3, "")
+    proposed = next(line for line in out.splitlines() if line.startswith("  ") and "=" in line).split()
+    for text in expected:
+        assert any(one.startswith(text) for one in proposed), proposed
+    # As the user would go on: the file and what was typed, with the proposal.
+    keys = {one.partition("=")[0] for one in proposed}
+    kept = [one for one in arguments if one.partition("=")[0] not in keys]
+    status, out, _ = run("--config", *kept, *proposed, capsys=capsys, monkeypatch=monkeypatch)
     assert status == 0
     assert "fits:" in out
+    assert "on " not in out.splitlines()[1], "the proposal leaves out what the number of cards needs"
+
+
+def test_a_small_card_has_its_reserve_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files' limit is for a larger card."""
+    _, out, _ = run("--config", FULL, "--memory", "24GB", capsys=capsys, monkeypatch=monkeypatch)
+    assert "of 22.00 GiB" in out
+    assert "30GB is more than the card has" in out
+    tiny = (TINY, "--memory", "1GB", "model.model_config.padded_vocab_size=3072")
+    status, out, _ = run("--config", *tiny, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 3
+    assert "-" not in next(line for line in out.splitlines() if line.startswith("does not fit"))
+
+
+def test_legacy_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of MindFormers is planned as it is, and what is proposed in our names is taken with it."""
+    path = tmp_path / "legacy.yaml"
+    path.write_text(yaml.safe_dump(legacy_yaml()), encoding="utf-8")
+    status, out, err = run("--config", str(path), "--memory", "32GB", capsys=capsys, monkeypatch=monkeypatch)
+    assert err == ""
+    assert "data_parallel 8" in out
+    assert status in (0, 3)
 
 
 REFUSED = {
