@@ -24,6 +24,7 @@ USAGE
 
 if [ $# -eq 0 ]; then
     usage >&2
+    _explained=yes # the usage is all there is to say
     exit 2
 fi
 case "$1" in -h | --help) usage && exit 0 ;; esac

@@ -46,6 +46,8 @@ def _memory(plan: RunPlan, card: CardMemory) -> Iterator[str]:
         ]
         other = card.activations_kept if recompute else card.activations_recomputed
         note = f"{'with' if recompute else 'without'} recompute; {'without' if recompute else 'with'} {_size(other)}"
+        if card.activations > max(card.activations_kept, card.activations_recomputed):
+            note = "while an evaluation reads prompts, more than a step's"
         lines.append(("activations", card.activations, note))
     else:
         lines.append(("activations", card.activations, "while prompts are read"))

@@ -63,7 +63,9 @@ def _candidates(settings: Settings, num_cards: int) -> Iterator[tuple[str, ...]]
     for parts in itertools.product(*choices):
         overrides = tuple(text for _, texts in parts for text in texts)
         combined.append((sum(cost for cost, _ in parts), overrides))
-    yield from (overrides for _, overrides in sorted(combined, key=lambda item: item[0]) if overrides)
+    yield from (
+        overrides for _, overrides in sorted(combined, key=lambda item: (item[0], len(item[1]))) if overrides
+    )
 
 
 def _recompute(settings: Settings) -> list[Change]:

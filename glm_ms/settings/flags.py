@@ -60,8 +60,8 @@ FLAGS_GONE = {
     "sink_mode": "every step is run by itself; leave it out",
     "profile": "there is no profiler; leave it out",
     "remote_save_url": "nothing is uploaded; leave it out",
-    "auto_trans_ckpt": "whole checkpoints are read, so there is nothing to transform; leave it out",
-    "src_strategy_path_or_dir": "whole checkpoints are read; merge the shards first",
-    "strategy_load_checkpoint": "whole checkpoints are read; merge the shards first",
+    "auto_trans_ckpt": "whole checkpoints are loaded, so there is nothing to transform; leave it out",
+    "src_strategy_path_or_dir": "whole checkpoints are loaded; merge slices first with tools/transform_ckpt.py",
+    "strategy_load_checkpoint": "whole checkpoints are loaded; merge slices first with tools/transform_ckpt.py",
     "only_save_strategy": "there is no run that only writes strategies",
 }

@@ -103,9 +103,9 @@ def _under(prefix: str, rows: Mapping[str, Rule]) -> dict[str, Rule]:
 
 _FLOAT32 = "norms, softmax and residuals are computed in float32"
 _CACHE = "every generation has a key/value cache"
-_KERNELS = "kernels and compiler are chosen by MindSpore"
+_KERNELS = "MindSpore chooses kernels and compiler; context.use_fused_kernels asks for Ascend's own"
 _FEED = "how batches are fed does not change them"
-_SHARDS = "whole checkpoints are read and written"
+_SHARDS = "whole checkpoints are loaded; tools/transform_ckpt.py makes them of slices"
 _LABELS = "names and labels"
 _PLATFORM = "storage of the online platform"
 _PROFILER = "profiling and tuning"
@@ -118,7 +118,7 @@ _TOP = {
     "src_strategy_path_or_dir": _only(
         ("", None),
         _SHARDS,
-        "merge the shards into one checkpoint first, and name that with --load_checkpoint",
+        "merge the slices first with tools/transform_ckpt.py, and name the result with --load_checkpoint",
     ),
     "only_save_strategy": _only((False,), _SHARDS, "there is no run that only writes strategies; remove it"),
     "layer_scale": _only((False,), _SWITCHED_OFF, "every layer has the same learning rate; set it to False"),
