@@ -43,7 +43,12 @@ _FLOAT32, _MOMENT, _BLOCKS = 4, "adam_m.", 28
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status: 0 done, 1 a layout does not compile."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--rig", required=True, metavar="PATH", help="run.sh of the rig")
+    parser.add_argument(
+        "--rig",
+        required=True,
+        metavar="PATH",
+        help="launcher that lets MindSpore's Ascend compiler run without a card; not part of this project",
+    )
     options = parser.parse_args(arguments)
     print(
         "| data x model x stages | optimizer | "

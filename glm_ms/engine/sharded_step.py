@@ -43,11 +43,29 @@ class Stacked(nn.Cell):
         return self.join((self.reshape(loss, (1,)), self.reshape(tokens, (1,))))
 
 
+def spread(network: nn.Cell, parallel: ParallelConfig) -> nn.Cell:
+    """A network whose inputs are given out to the cards, and to micro batches where there are stages.
+
+    Args:
+        network: cell that returns (loss sum, number of labelled tokens) of a micro batch.
+        parallel: stages and micro batches.
+
+    Returns:
+        Cell that returns loss sum and token count of a whole step as one tensor [2].
+    """
+    step: nn.Cell = Stacked(network)
+    if parallel.pipeline_stages > 1:
+        step = nn.PipelineCell(step, parallel.micro_batch_num)
+        for add in step.add_list:
+            add.shard(((1,), (1,)))
+    return _VirtualDatasetCell(step)
+
+
 class ShardedTrainOneStep(GLMTrainOneStep):
     """`GLMTrainOneStep` on slices: only the norm of the gradients needs a sum over the cards.
 
     Args:
-        network: cell that returns (loss sum, number of labelled tokens).
+        network: of `spread`.
         optimizer: of the slices.
         copies: for each parameter of the optimizer, how many cards hold each of its elements.
         positions: of all rows of a step; with a loss scale that part of the loss sum is differentiated.
@@ -64,17 +82,13 @@ class ShardedTrainOneStep(GLMTrainOneStep):
         max_grad_norm: float | None = None,
         loss_scale: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(self.spread(Stacked(network)), optimizer, max_grad_norm, loss_scale=loss_scale)
+        super().__init__(network, optimizer, max_grad_norm, loss_scale=loss_scale)
         self.gradient = ops.GradOperation(get_by_list=True, sens_param=True)
         self.part = 1.0 / positions
         self.shares = tuple(1.0 / number for number in copies)
         self.sum_over_cards = ops.AllReduce()
         if self.loss_scale is not None:
             self.overflow = OverflowDetector(self.sum_over_cards)
-
-    def spread(self, network: nn.Cell) -> nn.Cell:
-        """The network with its inputs given out to the cards."""
-        return _VirtualDatasetCell(network)
 
     def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Loss sum, number of labelled tokens and gradients of the loss sum of the whole step."""
@@ -109,7 +123,7 @@ class PipelineTrainOneStep(ShardedTrainOneStep):
     The gradients of a card are those of its own stage; the last stage alone knows the loss.
 
     Args:
-        network: cell that returns (loss sum, number of labelled tokens) of a micro batch.
+        network: of `spread`.
         optimizer: of the slices of this card's stage.
         copies: as in `ShardedTrainOneStep`.
         positions: as in `ShardedTrainOneStep`.
@@ -130,18 +144,10 @@ class PipelineTrainOneStep(ShardedTrainOneStep):
         max_grad_norm: float | None = None,
         loss_scale: dict[str, Any] | None = None,
     ) -> None:
-        self.micro_batches = parallel.micro_batch_num
         super().__init__(network, optimizer, copies, positions, max_grad_norm, loss_scale)
         self.network.add_flags(defer_inline=True)
         self.reducer = nn.PipelineGradReducer(optimizer.parameters)
         self.sum_over_stages = ops.AllReduce(group=_stage_group(parallel, rank))
-
-    def spread(self, network: nn.Cell) -> nn.Cell:
-        """The network run for every micro batch, results added."""
-        pipeline = nn.PipelineCell(network, self.micro_batches)
-        for add in pipeline.add_list:
-            add.shard(((1,), (1,)))
-        return pipeline
 
     def gathered(self, both: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The loss from the last stage, the gradients of all micro batches."""

@@ -29,7 +29,7 @@ from glm_ms.convert.run_folder import (
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoint import WEIGHTS, read_parameters, write_parameters
-from glm_ms.engine.sharded_step import PipelineTrainOneStep, ShardedTrainOneStep
+from glm_ms.engine.sharded_step import PipelineTrainOneStep, ShardedTrainOneStep, spread
 from glm_ms.engine.train_step import GLMTrainOneStep
 from glm_ms.engine.weights import adapter_config
 from glm_ms.model.config import GLMConfig
@@ -162,11 +162,12 @@ class Sharding:
     def step(self, optimizer: Optimizer) -> GLMTrainOneStep:
         """The training step of this card."""
         wrapper = self.settings.runner_wrapper
-        network, slices = self.net, self.slices()
+        slices = self.slices()
         copies = [slices[parameter.name].copies for parameter in optimizer.parameters]
         norm = wrapper.max_grad_norm if wrapper.use_clip_grad else None
         scale = vars(wrapper.scale_sense) if wrapper.scale_sense.type else None
-        positions = self.rows_per_step * int(network.slots.shape[0])
+        network = spread(self.net, self.parallel)
+        positions = self.rows_per_step * int(self.net.slots.shape[0])
         if self.parallel.pipeline_stages == 1:
             return ShardedTrainOneStep(network, optimizer, copies, positions, norm, scale)
         return PipelineTrainOneStep(

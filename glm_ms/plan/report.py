@@ -44,9 +44,11 @@ def _memory(plan: RunPlan, card: CardMemory) -> Iterator[str]:
             ("optimizer", card.optimizer, "two float32 moments"),
             ("copies of weights", card.copies, "cast to the compute type, or gathered"),
         ]
-        other = card.activations_kept if recompute else card.activations_recomputed
+        step, other = card.activations_kept, card.activations_recomputed
+        if recompute:
+            step, other = other, step
         note = f"{'with' if recompute else 'without'} recompute; {'without' if recompute else 'with'} {_size(other)}"
-        if card.activations > max(card.activations_kept, card.activations_recomputed):
+        if card.activations > step:
             note = "while an evaluation reads prompts, more than a step's"
         lines.append(("activations", card.activations, note))
     else:
