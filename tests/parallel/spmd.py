@@ -1,5 +1,5 @@
-"""Runs what MindSpore's compiler made for every card of a cluster, with NumPy: all cards at once, instruction by
-instruction, so that collectives have their partners.
+"""Runs what MindSpore's compiler made for every card of a cluster, with NumPy: each as far as it gets before it
+needs another.
 
 Reads MindSpore's text of the graph after its last optimization. Every result is held to the shape the compiler says.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,12 @@ _DTYPES = {
 }
 _LINE = re.compile(r"\s+%(\d+)\(([^=]*)\) = (?:PrimFunc_)?(\w+)\((.*)", re.DOTALL)
 _RESULT = re.compile(r"-> \(<(?:Ref\[)?Tensor\[(\w+)\]\]?, \(([\d, ]*)\)")
-_IGNORED = {"UpdateState", "Assign", "AssignAdd", "Return"}
+_IGNORED = {"UpdateState", "Assign", "Return"}
+_COLLECTIVES, _BETWEEN_TWO = {"AllReduce", "AllGather", "ReduceScatter"}, {"Send", "Receive"}
+_SUM = "accu_grads"  # prefix of the sums of gradients over micro batches, which begin at zero
+
+# (partners, how often they have met) -> rank -> what it brought.
+Mail = dict[Any, dict[int, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -65,51 +71,146 @@ def read_graph(folder: Path) -> list[Instruction]:
     return found
 
 
-def run(
-    graphs: Sequence[list[Instruction]],
-    parameters: Sequence[Mapping[str, np.ndarray]],
-    constants: Callable[[str, tuple[int, ...]], np.ndarray],
-) -> tuple[list[dict[str, np.ndarray]], list[dict[str, Any]]]:
-    """Runs the graphs of all cards.
+class Card:
+    """One card and what it has computed so far.
 
     Args:
-        graphs: of each card.
-        parameters: of each card: name -> its slice; inputs are `inputs0`, `inputs1`, ...
+        rank: of the card.
+        graph: its instructions.
+        parameters: name -> slice; inputs are `inputs0`, `inputs1`, ...
         constants: (name of the result, shape) -> a constant that the text leaves out.
+        groups: name -> ranks of groups that the program has made; a pretended cluster takes them for all cards.
 
-    Returns:
-        Of each card: parameter -> gradient that its optimizer was given; number -> every result.
+    Attributes:
+        values: number of an instruction -> its result.
+        gradients: parameter -> gradient that its optimizer was given.
     """
-    values: list[dict[str, Any]] = [{} for _ in graphs]
-    gradients: list[dict[str, np.ndarray]] = [{} for _ in graphs]
-    assert len({len(graph) for graph in graphs}) == 1
-    for lines in zip(*graphs):
-        operator = lines[0].operator
-        assert {line.operator for line in lines} == {operator}
-        if operator in _IGNORED:
-            continue
-        inputs = [
-            [_value(text, values[card], parameters[card], line, constants) for text in _parts(line.arguments)]
-            for card, line in enumerate(lines)
-        ]
-        if operator == "AdamWeightDecay":
-            for card, line in enumerate(lines):
-                name = re.match(r"%para\d+_(\S+?),", line.arguments).group(1)
-                gradients[card][name] = inputs[card][8]
-            continue
-        if operator in ("AllReduce", "AllGather", "ReduceScatter"):
-            results = _collective(operator, lines, [arguments[0] for arguments in inputs])
-        else:
-            results = [None if None in map(_known, a) else _OPERATORS[operator](*a) for a in inputs]
-        for card, (line, result) in enumerate(zip(lines, results)):
+
+    def __init__(
+        self,
+        rank: int,
+        graph: list[Instruction],
+        parameters: Mapping[str, np.ndarray],
+        constants: Callable[[str, tuple[int, ...]], np.ndarray],
+        groups: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.rank, self.graph, self.constants, self.groups = rank, graph, constants, groups
+        self.parameters = dict(parameters)
+        self.values: dict[str, Any] = {}
+        self.gradients: dict[str, np.ndarray] = {}
+        self.place = 0
+        self._met: Counter = Counter()
+
+    def advance(self, mail: Mail) -> bool:
+        """Goes on until another card is waited for; returns whether it got anywhere."""
+        begin = self.place
+        while self.place < len(self.graph):
+            line = self.graph[self.place]
+            if line.operator in _IGNORED:
+                self.place += 1
+                continue
+            inputs = [self._value(text, line) for text in _parts(line.arguments)]
+            if line.operator in _COLLECTIVES or line.operator in _BETWEEN_TWO:
+                result = self._exchange(line, inputs, mail)
+                if result is None:
+                    break
+                self._met[self._key(line)] += 1
+            else:
+                result = self._compute(line, inputs)
             if line.result is not None and result is not None:
                 result = np.asarray(result)
-                if operator == "StridedSlice":  # `x[i]` leaves an axis out
+                if line.operator == "StridedSlice":  # `x[i]` leaves an axis out
                     result = result.reshape(line.result[1])
                 assert result.shape == line.result[1], (line, result.shape)
                 result = result.astype(line.result[0])
-            values[card][line.number] = result
-    return gradients, values
+            self.values[line.number] = result
+            self.place += 1
+        return self.place > begin
+
+    def _compute(self, line: Instruction, inputs: list[Any]) -> Any:
+        if line.operator == "AdamWeightDecay":
+            self.gradients[_parameter(line)] = inputs[8]
+            return None
+        if line.operator == "AssignAdd":
+            name = _parameter(line)
+            if name.startswith(_SUM):
+                self.parameters[name] = self.parameters[name] + inputs[1]
+            return self.parameters.get(name)
+        if _OPERATORS[line.operator] is _same:  # what else it names is only an order
+            return inputs[0]
+        return None if None in map(_known, inputs) else _OPERATORS[line.operator](*inputs)
+
+    def _key(self, line: Instruction) -> tuple[Any, ...]:
+        """What the partners of an exchange have in common."""
+        if line.operator in _BETWEEN_TWO:
+            other = int(re.search(r"(?:src|dest)_rank: I64\((\d+)\)", line.attributes).group(1))
+            way = (self.rank, other) if line.operator == "Send" else (other, self.rank)
+            return ("between", *way, re.search(r"sr_tag: I64\((\d+)\)", line.attributes).group(1))
+        name = re.search(r'[ {]group: "([^"]+)"', line.attributes).group(1)
+        if name in self.groups:
+            return self.groups[name]
+        ranks = re.search(r"group_rank_ids: \(([\d, ]+)\)", line.attributes)
+        return tuple(int(n) for n in ranks.group(1).split(",") if n.strip())
+
+    def _exchange(self, line: Instruction, inputs: list[Any], mail: Mail) -> Any:
+        """The result, None if a partner has not come so far."""
+        key = self._key(line)
+        box = mail.setdefault((key, self._met[key]), {})
+        if line.operator == "Receive":
+            return box.get(key[1])
+        box[self.rank] = inputs[0]
+        if line.operator == "Send":
+            return inputs[0]
+        if len(box) < len(key):
+            return None
+        parts = [box[member] for member in key]
+        if line.operator == "AllGather":
+            return np.concatenate(parts)
+        largest = 'op: "max"' in line.attributes
+        total = np.max(parts, axis=0) if largest else np.sum(parts, axis=0, dtype=parts[0].dtype)
+        return total if line.operator == "AllReduce" else np.split(total, len(key))[key.index(self.rank)]
+
+    def _value(self, text: str, line: Instruction) -> Any:
+        if text.startswith("%para"):
+            name = re.sub(r"^%para\d+_", "", text)
+            return (
+                self.parameters.setdefault(name, np.zeros(()))
+                if name.startswith(_SUM)
+                else self.parameters.get(name)
+            )
+        if text.startswith("%"):
+            return self.values.get(text[1:])
+        if text.startswith("("):
+            return tuple(self._value(part, line) for part in _parts(text[1:-1]))
+        scalar = re.fullmatch(r"(?:I64|F32|F64|Bool|I32)\((.*)\)", text)
+        if scalar:
+            return ast.literal_eval(scalar.group(1))
+        tensor = re.match(r"Tensor\(shape=\[([\d, ]*)\], dtype=(\w+), value=\s*(.*)\)$", text, re.DOTALL)
+        if tensor is None:
+            return text
+        shape = tuple(int(n) for n in tensor.group(1).split(",") if n.strip())
+        if "..." in tensor.group(3):
+            return self.constants(line.name, shape).astype(_DTYPES[tensor.group(2)])
+        numbers = [{"True": 1, "False": 0}.get(n, n) for n in re.findall(r"[^\s\[\],]+", tensor.group(3))]
+        flat = np.array([float(n) for n in numbers])
+        flat = flat.reshape(shape if flat.size == math.prod(shape) else ())
+        return np.broadcast_to(flat, shape).astype(_DTYPES[tensor.group(2)])
+
+
+def run(cards: Sequence[Card]) -> None:
+    """Runs the graphs of all cards to their ends.
+
+    Raises:
+        AssertionError: they wait for each other.
+    """
+    mail: Mail = {}
+    while any(card.place < len(card.graph) for card in cards):
+        moved = [card.advance(mail) for card in cards]
+        assert any(moved), [card.graph[card.place] for card in cards if card.place < len(card.graph)][:3]
+
+
+def _parameter(line: Instruction) -> str:
+    return re.match(r"%para\d+_([^\s,]+)", line.arguments).group(1)
 
 
 def _known(value: Any) -> Any:
@@ -135,50 +236,6 @@ def _parts(text: str) -> list[str]:
             parts.append(text[begin:place].strip())
             begin = place + 1
     return [*parts, text[begin:].strip()] if text.strip() else []
-
-
-def _value(
-    text: str, values: Mapping[str, Any], parameters: Mapping[str, Any], line: Instruction, constants: Any
-) -> Any:
-    if text.startswith("%para"):
-        name = re.sub(r"^%para\d+_", "", text)
-        return parameters.get(name)
-    if text.startswith("%"):
-        return values.get(text[1:])
-    if text.startswith("("):
-        return tuple(_value(part, values, parameters, line, constants) for part in _parts(text[1:-1]))
-    scalar = re.fullmatch(r"(?:I64|F32|F64|Bool|I32)\((.*)\)", text)
-    if scalar:
-        return ast.literal_eval(scalar.group(1))
-    tensor = re.match(r"Tensor\(shape=\[([\d, ]*)\], dtype=(\w+), value=\s*(.*)\)$", text, re.DOTALL)
-    if tensor:
-        shape = tuple(int(n) for n in tensor.group(1).split(",") if n.strip())
-        if "..." in tensor.group(3):
-            return constants(line.name, shape).astype(_DTYPES[tensor.group(2)])
-        numbers = [{"True": 1, "False": 0}.get(n, n) for n in re.findall(r"[^\s\[\],]+", tensor.group(3))]
-        flat = np.array([float(n) for n in numbers])
-        return np.broadcast_to(flat.reshape(shape if flat.size == math.prod(shape) else ()), shape).astype(
-            _DTYPES[tensor.group(2)]
-        )
-    return text
-
-
-def _collective(
-    operator: str, lines: Sequence[Instruction], inputs: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    results = []
-    for card, line in enumerate(lines):
-        ranks = re.search(r"group_rank_ids: \(([\d, ]+)\)", line.attributes)
-        group = [int(n) for n in ranks.group(1).split(",")] if ranks else list(range(len(lines)))
-        assert card in group
-        parts = [inputs[member] for member in group]
-        if operator == "AllGather":
-            results.append(np.concatenate(parts))
-            continue
-        largest = 'op: "max"' in line.attributes
-        total = np.max(parts, axis=0) if largest else np.sum(parts, axis=0, dtype=parts[0].dtype)
-        results.append(total if operator == "AllReduce" else np.split(total, len(group))[group.index(card)])
-    return results
 
 
 def _axes(axes: Any) -> tuple[int, ...] | None:
