@@ -86,7 +86,10 @@ def _not_in_this_version(settings: Settings) -> list[str]:
         problems.append(f"{settings.where(key)}: {key}: {value}: not in this version; {remedy}")
 
     if is_sharded(settings) and settings.context.device_target == "CPU":
-        refuse("parallel.parallel_mode", 1, "a CPU has no sharding strategies; use parallel.parallel_mode=0")
+        problems.append(
+            f"{settings.where('parallel.parallel_mode')}: parallel.parallel_mode: 1: splitting weights needs Ascend "
+            "cards; a CPU has no sharding strategies, use parallel.parallel_mode=0"
+        )
     if settings.is_training():
         config = settings.model.model_config
         if config.param_init_type != "float32" and settings.model.pet_config.pet_type is None:
