@@ -313,5 +313,6 @@ _OPERATORS: dict[str, Callable[..., Any]] = {
     "StridedSliceGrad": _slice_back,
     "OneHot": _one_hot,
     "UnsortedSegmentSum": _segments,
+    "ReLU": lambda x: np.maximum(x, 0),
     "OnesLike": np.ones_like, "ZerosLike": np.zeros_like,
 }  # fmt: skip

@@ -14,6 +14,7 @@ from mindspore import Tensor
 
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.engine.network import TrainingNetwork
+from glm_ms.engine.weights import adapter_config
 from glm_ms.ops.rotary import pair_rotation, rotary_tables
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.plan import planned_parameters
@@ -38,11 +39,24 @@ CASES = {
         1, 8, 1, False, "parallel_config.vocab_emb_dp=False", "parallel_config.use_seq_parallel=True"
     ),
     "pp2 x mp2 x dp2, optimizer": split(2, 2, 2, True),
+    "dp2 x mp4, lora": split(
+        2,
+        4,
+        1,
+        False,
+        "model.pet_config.pet_type=lora",
+        "model.pet_config.target_modules=.*",
+        "model.pet_config.lora_dropout=0",
+    ),
 }
 
 
-def network(config: GLMConfig) -> GLMForCausalLM:
-    model, generator = GLMForCausalLM(config), np.random.default_rng(3)
+def network(settings: Settings) -> GLMForCausalLM:
+    """Every parameter is drawn, those that begin at zero or one too."""
+    model, generator = GLMForCausalLM(settings.glm_config()), np.random.default_rng(3)
+    adapter = adapter_config(settings)
+    if adapter is not None:
+        model.add_adapter(adapter)
     for parameter in model.network.get_parameters():
         parameter.set_data(Tensor(generator.normal(0.05, 0.2, parameter.shape).astype(np.float32)))
     return model
@@ -92,7 +106,7 @@ def constants(config: GLMConfig):
 def whole_step(settings: Settings, inputs: list[np.ndarray]):
     """Mean loss, gradient norm and clipped gradients of one card with all rows."""
     config = settings.glm_config()
-    model = network(config)
+    model = network(settings)
     cell = TrainingNetwork(model.network, LENGTH)
     weights = model.network.trainable_params()
     (loss, tokens), gradients = ms.value_and_grad(cell, None, ms.ParameterTuple(weights), has_aux=True)(
@@ -112,7 +126,7 @@ def check(settings: Settings, graphs: Path) -> None:
     loss, norm, expected = whole_step(settings, inputs)
     slices = planned_slices(config, parallel, planned_parameters(settings, config))
     places = {name: (s.axis, s.ways, s.shards) for name, s in slices.items()}
-    values = apart({p.name: p.asnumpy() for p in network(config).network.get_parameters()}, config)
+    values = apart({p.name: p.asnumpy() for p in network(settings).network.get_parameters()}, config)
     cards = [
         Card(
             rank,
