@@ -66,9 +66,10 @@ def _ascend_problems(settings: Settings, cards: list[str], environment: Mapping[
         clue = ""
         if environment.get("ASCEND_HOME_PATH") or shutil.which("npu-smi", path=environment.get("PATH")):
             clue = " (the Ascend software is installed; in a container the cards must be passed in)"
+        alone = "" if _workers(environment) > 1 else " --use_parallel False"
         return [
             f"{where}: context.device_target: Ascend, but this machine shows no Ascend card: no /dev/davinci*"
-            f"{clue}. To run on the CPU add --device_target CPU --use_parallel False"
+            f"{clue}. To run on the CPU add --device_target CPU{alone}"
         ]
     # Under msrun each process gets its card from its rank.
     if not settings.use_parallel and f"davinci{settings.context.device_id}" not in cards:
@@ -115,11 +116,16 @@ def _fit_to_cpu(settings: Settings) -> None:
             setattr(config, name, "float32")
 
 
+def _workers(environment: Mapping[str, str]) -> int:
+    """Processes that msrun, or a rank table, started; 0 for a program started by itself."""
+    text = environment.get("MS_WORKER_NUM") or environment.get("RANK_SIZE") or ""
+    return int(text) if text.isdecimal() else 0
+
+
 def _launch_problems(settings: Settings, environment: Mapping[str, str]) -> list[str]:
     """`use_parallel` against the number of processes that msrun (or a rank table) started."""
     where = settings.where("use_parallel")
-    text = environment.get("MS_WORKER_NUM") or environment.get("RANK_SIZE") or ""
-    workers = int(text) if text.isdecimal() else 0
+    workers = _workers(environment)
     if settings.use_parallel and not workers:
         return [
             f"{where}: use_parallel: True, but the program was started as a single process; start it with "

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from glm_ms.settings import SettingsError, ascend_cards, check_device, load_settings
+from glm_ms.settings.device import device_problems
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 MSRUN = {"MS_WORKER_NUM": "8"}
 ASCEND = "context.device_target=Ascend"
 
@@ -128,3 +130,12 @@ def test_float16_training_on_ascend_has_its_conditions(
         settings = load_settings(config, [ASCEND, float16, *more])
         check_device(settings, cards, {})
         assert getattr(settings.model.model_config, key) == "float16"
+
+
+@pytest.mark.parametrize(("environment", "alone"), [({}, True), ({"MS_WORKER_NUM": "2"}, False)])
+def test_way_to_the_cpu_fits_the_start(environment: dict[str, str], alone: bool, tmp_path: Path) -> None:
+    settings = load_settings(
+        REPOSITORY / "configs" / "glm3" / "run_glm3_6b_lora_800_32G.yaml", check_files=False
+    )
+    (problem,) = device_problems(settings, tmp_path, environment)
+    assert problem.endswith("--device_target CPU" + (" --use_parallel False" if alone else ""))
