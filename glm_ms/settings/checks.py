@@ -16,7 +16,7 @@ from glm_ms.settings.data_checks import (
     parts_in_use,
 )
 from glm_ms.settings.errors import SettingsError
-from glm_ms.settings.parallel_checks import sharding_problems
+from glm_ms.settings.parallel_checks import idle_keys, sharding_problems
 from glm_ms.settings.schema import AUTO, Settings
 from glm_ms.settings.sections import LR_SCHEDULE_KEYS
 from glm_ms.settings.training_checks import training_problems
@@ -137,6 +137,7 @@ class Checker:
     def _parallel(self) -> None:
         settings, split = self.settings, self.settings.parallel_config
         if not settings.use_parallel:
+            settings.notes += idle_keys(settings)
             return
         if settings.parallel.full_batch and settings.parallel.parallel_mode == 0:
             message = (
@@ -152,6 +153,10 @@ class Checker:
                 "parallel_config.model_parallel": (split.model_parallel, 1),
                 "parallel_config.pipeline_stage": (split.pipeline_stage, 1),
                 "parallel_config.use_seq_parallel": (split.use_seq_parallel, False),
+                "recompute_config.parallel_optimizer_comm_recompute": (
+                    settings.recompute_config.parallel_optimizer_comm_recompute,
+                    False,
+                ),
             }
             for key, (value, plain) in needs.items():
                 if value != plain:

@@ -54,7 +54,7 @@ def sharding_problems(settings: Settings) -> Iterator[Problem]:
     if not is_sharded(settings):
         return
     yield from _not_with_slices(settings)
-    yield from _gathered_again(settings)
+    yield from _recomputed(settings)
     parallel, values = parallel_of(settings), vars(settings.model.model_config).copy()
     del values["type"]
     if values["padded_vocab_size"] == AUTO:  # known when the tokenizer is read
@@ -77,9 +77,20 @@ def training_length(settings: Settings) -> int:
     return data.max_source_length + data.max_target_length + 1
 
 
-def _gathered_again(settings: Settings) -> Iterator[Problem]:
+def idle_keys(settings: Settings) -> Iterator[str]:
+    """A remark for every key typed for several cards, where `use_parallel` is False. A file may well hold such keys for
+    its other runs."""
+    for key, where in settings.origins.items():
+        if key.startswith(("parallel.", "parallel_config.")) and where.startswith("command line"):
+            yield f"{where}: {key} has no effect with use_parallel: False"
+
+
+def _recomputed(settings: Settings) -> Iterator[Problem]:
+    recompute = settings.recompute_config
+    if not recompute.mp_comm_recompute and not recompute.recompute:
+        yield "recompute_config.mp_comm_recompute", "False has no effect with recompute: False", ()
     key = "recompute_config.parallel_optimizer_comm_recompute"
-    if not settings.recompute_config.parallel_optimizer_comm_recompute:
+    if not recompute.parallel_optimizer_comm_recompute:
         return
     if not settings.parallel.enable_parallel_optimizer:
         yield key, "True, but weights are gathered only where enable_parallel_optimizer is True", ()

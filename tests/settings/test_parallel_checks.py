@@ -36,6 +36,21 @@ REFUSED = [
         ["use_seq_parallel: True needs model_parallel above 1"],
     ),
     (["parallel.full_batch=False"], ["every card reads the whole batch"]),
+    (
+        ["recompute_config.recompute=False", "recompute_config.mp_comm_recompute=False"],
+        ["mp_comm_recompute: False has no effect"],
+    ),
+    (
+        ["recompute_config.parallel_optimizer_comm_recompute=True", "parallel.enable_parallel_optimizer=False"],
+        ["gathered only where enable_parallel_optimizer is True"],
+    ),
+    (
+        [
+            "recompute_config.parallel_optimizer_comm_recompute=True", "parallel_config.model_parallel=4",
+            "parallel_config.pipeline_stage=2", "parallel_config.micro_batch_num=4",
+        ],
+        ["does not do for pipelines"],
+    ),
     (["context.use_fused_kernels=True"], ["fused kernels have no strategies"]),
     (["context.mode=1"], ["strategies need graph mode"]),
     (["do_eval=True", "eval_step_interval=5"], ["no whole network to evaluate"]),
@@ -83,3 +98,18 @@ def test_stages_are_even_and_the_later_ones_longer() -> None:
     parallel = ParallelConfig(pipeline_stages=3)
     assert [parallel.stage_of(layer, 8) for layer in range(8)] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert [ParallelConfig(pipeline_stages=2).stage_of(layer, 4) for layer in range(4)] == [0, 0, 1, 1]
+
+
+def test_keys_typed_for_several_cards_have_no_effect_on_one() -> None:
+    typed = ["use_parallel=False", "parallel_config.model_parallel=2"]
+    notes = load_settings(CONFIG, typed, check_files=False).notes
+    assert [note for note in notes if "no effect with use_parallel: False" in note] == [
+        "command line (parallel_config.model_parallel=2): parallel_config.model_parallel has no effect with "
+        "use_parallel: False"
+    ]
+
+
+def test_weights_are_not_gathered_in_data_parallel_runs() -> None:
+    lora = CONFIG.with_name("run_glm3_6b_lora_2k_800_32G.yaml")
+    with pytest.raises(SettingsError, match="comm_recompute: True needs parallel.parallel_mode: 1"):
+        load_settings(lora, ["recompute_config.parallel_optimizer_comm_recompute=True"], check_files=False)
