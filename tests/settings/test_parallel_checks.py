@@ -111,5 +111,5 @@ def test_keys_typed_for_several_cards_have_no_effect_on_one() -> None:
 
 def test_weights_are_not_gathered_in_data_parallel_runs() -> None:
     lora = CONFIG.with_name("run_glm3_6b_lora_2k_800_32G.yaml")
-    with pytest.raises(SettingsError, match="comm_recompute: True needs parallel.parallel_mode: 1"):
+    with pytest.raises(SettingsError, match=r"comm_recompute: True needs parallel\.parallel_mode: 1"):
         load_settings(lora, ["recompute_config.parallel_optimizer_comm_recompute=True"], check_files=False)
