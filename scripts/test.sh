@@ -5,6 +5,7 @@
 #   bash scripts/test.sh --slow             and those that take minutes each
 #   bash scripts/test.sh tests/data -k order    arguments go to pytest
 #
+# Two processes share the tests, file by file: MindSpore compiles on one core. `-n 0` runs them in one.
 # Uses the active virtual environment, or makes .venv in the project. PYTHON=/path/to/python3.11 chooses the
 # interpreter. Tests that need data which may not be passed on (the genuine tokenizer, ADGEN) look for it in
 # ../shared or $GLM_MS_SHARED; without it they are skipped, and counted in the last lines.
@@ -40,6 +41,6 @@ step "ruff"
 step "pytest"
 remedy=""
 status=0
-"$python" -m pytest "$@" || status=$?
+"$python" -m pytest --numprocesses 2 --dist loadfile "$@" || status=$?
 _explained=yes # pytest's own last line is the last line
 exit "$status"

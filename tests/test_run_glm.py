@@ -181,7 +181,9 @@ def attempt(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         line = tiny_arguments(job, vocabulary, *SMALL_NETWORK, "--output_dir", tmp_path / "out", *arguments)
         status = main(line)
         shown = capsys.readouterr()
-        assert status == 0 or shown.out == ""
+        # MindFormers remarks on the runtime that earlier tests of this process have started; a run has its own.
+        out = [text for text in shown.out.splitlines() if "The runtime has been initialized" not in text]
+        assert status == 0 or not out
         return status, shown.err
 
     return run
