@@ -6,8 +6,9 @@
         --dst_ckpt_dir for_other_cluster --prefix glm3_
 
 Without --src_ckpt_strategy the source is whole, without --dst_ckpt_strategy one whole checkpoint is made. Every rank
-must be there, of one step; copies of a slice must agree bit for bit. The output appears only when it is whole. The
-slices of an adapter become the folder of an adapter, as a run on one card leaves it.
+must be there, of one run and step; copies of a slice must agree bit for bit, and files with the manifest.json beside
+them. The output appears only when it is whole. The slices of an adapter become the folder of an adapter, as a run on
+one card leaves it.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--no_verify",
         action="store_true",
-        help="do not compare the copies of a slice; reads less where there are any",
+        help="neither compare the copies of a slice nor hold the files to their manifests; reads less",
     )
     return parser  # fmt: skip
 
@@ -103,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verify=not options.no_verify,
             say=print,
         )
-        with tqdm(total=plan.total_bytes, unit="B", unit_scale=True, desc="transforming") as bar:
-            plan.run(lambda _, size: bar.update(size))
+        total = plan.checked_bytes + plan.total_bytes
+        with tqdm(total=total, unit="B", unit_scale=True, desc="transforming") as bar:
+            plan.run(bar.update)
     except (CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.convert.errors import CheckpointError
+from glm_ms.convert.integrity import differing_keys
 
 CONFIG = "config.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -93,7 +94,7 @@ def common_companions(folders: Mapping[int, Path]) -> dict[str, bytes]:
         for name, content in read_companions(folder).items():
             first, known = common.setdefault(name, (folder / name, content))
             left, right = _document(first, known), _document(folder / name, content)
-            keys = sorted(key for key in {*left, *right} if left.get(key) != right.get(key))
+            keys = differing_keys(left, right)
             if keys:
                 raise CheckpointError(
                     f"{folder / name}: differs from {first} in {', '.join(keys)}; the slices are of different runs"

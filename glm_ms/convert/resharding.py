@@ -19,6 +19,7 @@ from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.errors import CheckpointError
 from glm_ms.convert.names import is_training_state
 from glm_ms.convert.rank_folders import RankCheckpoint, Step, open_ranks, open_whole, rank_folders
+from glm_ms.convert.rank_manifests import KnownFiles, check_rank_file, read_rank_manifests
 from glm_ms.convert.rank_writer import FORMATS, Placement, RankWriter
 from glm_ms.convert.resharding_plan import Choices, Say, TensorPlan, plan_tensors, size_of
 from glm_ms.convert.run_folder import SLICES, resolve_checkpoint
@@ -41,7 +42,8 @@ class Resharding:
         placement: its files.
         tensors: what is written.
         companions: file name -> content of what describes the tensors, for the output.
-        verify: compare all copies of a slice, not only read the first.
+        known: files of the source as they were when written, where manifests say.
+        verify: compare all copies of a slice, not only read the first, and hold every file to its manifest.
     """
 
     source: list[RankCheckpoint]
@@ -49,6 +51,7 @@ class Resharding:
     placement: Placement
     tensors: list[TensorPlan]
     companions: dict[str, bytes]
+    known: KnownFiles
     verify: bool
 
     @property
@@ -56,16 +59,41 @@ class Resharding:
         """Bytes of all tensors, each counted whole and once."""
         return sum(size_of(plan.whole, _itemsize(plan.whole)) for plan in self.tensors)
 
-    def run(self, on_tensor: Callable[[str, int], None] | None = None) -> None:
-        """Reads, checks and writes every tensor, holding one at a time.
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read."""
+        return sorted({rank.file(plan.name) for plan in self.tensors for rank in plan.holders})
+
+    @property
+    def checked_bytes(self) -> int:
+        """Bytes of the files that are held to a manifest."""
+        return sum(self.known[file]["bytes"] for file in self.files if self.verify and file in self.known)
+
+    def check_files(self, on_file: Callable[[int], None]) -> None:
+        """Reads every file that has a manifest beside it once.
 
         Args:
-            on_tensor: called with the name and the bytes (whole) of each tensor that is done.
+            on_file: called with the bytes of each file that is as it was written.
 
         Raises:
-            CheckpointError: slices that should be equal differ, a file cannot be read, or the output cannot be
-                written; nothing is left at `output` then.
+            CheckpointError: a file is damaged or foreign.
         """
+        for file in self.files if self.verify else ():
+            check_rank_file(file, self.known)
+            on_file(self.known[file]["bytes"] if file in self.known else 0)
+
+    def run(self, on_bytes: Callable[[int], None] = lambda size: None) -> None:
+        """Checks the files, then reads, checks and writes every tensor, holding one at a time.
+
+        Args:
+            on_bytes: called with the bytes of each file (`checked_bytes` in all) and of each whole tensor
+                (`total_bytes` in all) that is done.
+
+        Raises:
+            CheckpointError: slices that should be equal differ, a file is damaged or cannot be read, or the output
+                cannot be written; nothing is left at `output` then.
+        """
+        self.check_files(on_bytes)
         announced: list[dict[str, TensorInfo]] = [{} for _ in range(self.placement.ranks)]
         for plan in self.tensors:
             for target in plan.targets:
@@ -77,8 +105,7 @@ class Resharding:
             writer = RankWriter(work, self.placement, announced)
             for plan in self.tensors:
                 _write(writer, plan, joiner.join(plan))
-                if on_tensor is not None:
-                    on_tensor(plan.name, size_of(plan.whole, _itemsize(plan.whole)))
+                on_bytes(size_of(plan.whole, _itemsize(plan.whole)))
             joiner.finish()
             writer.finish()
             for name, content in self.companions.items():
@@ -170,7 +197,7 @@ def plan_resharding(
         kind: "ckpt" or "safetensors"; that of the source when None.
         step: (epoch, step) of the file names to take; the newest that all ranks have when None.
         choices: what may be left out.
-        verify: compare all copies of every slice.
+        verify: compare all copies of every slice, and hold every file to the manifest beside it.
         say: told in single lines what was chosen or left out.
 
     Raises:
@@ -194,6 +221,7 @@ def plan_resharding(
     dst = read_strategy(dst_strategy) if dst_strategy is not None else None
     path = _source_folder(Path(src_ckpt_dir), whole=src is None)
     source = [open_whole(path, step, say)] if src is None else open_ranks(path, src.ranks, step, say)
+    known = read_rank_manifests(rank.place for rank in source)
     companions = common_companions({rank.rank: rank.place for rank in source})
     placement = _placement(source, companions, dst, prefix, kind, say)
     tensors = plan_tensors(source, src, dst, choices or Choices(), say)
@@ -203,7 +231,7 @@ def plan_resharding(
         raise CheckpointError(
             f"{plan.holders[0].file(plan.name)}: {plan.name}: type {plan.whole.dtype} cannot be read"
         )
-    return Resharding(source, output, placement, tensors, companions, verify)
+    return Resharding(source, output, placement, tensors, companions, known, verify)
 
 
 def _placement(

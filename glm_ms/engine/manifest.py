@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,14 +11,20 @@ from typing import Any
 import mindspore
 
 from glm_ms.convert import CheckpointError
+from glm_ms.convert.integrity import (
+    MANIFEST,
+    check_file,
+    describe_files,
+    file_sha256,
+    json_sha256,
+    read_manifest_values,
+    write_manifest_values,
+)
 from glm_ms.peft.store import is_adapter_folder
 from glm_ms.version import __version__
 
-MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_CHECKSUM = "manifest_sha256"
 _EARLIER_FORMAT = "state.json"
-_CHUNK = 1 << 20
 # Of a file above this size only some blocks are read for a fingerprint.
 _FINGERPRINT_WHOLE, _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 1 << 26, 64, 1 << 16
 
@@ -67,14 +72,9 @@ def write_manifest(
         step, position, best, device: see `Manifest`.
         place: `epoch` and `row` of `Manifest`.
     """
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+    files = describe_files(folder)
     manifest = Manifest(step, *place, position, best, files, device, json_sha256(position))
-    values = asdict(manifest)
-    values[_CHECKSUM] = json_sha256(values)
-    (folder / MANIFEST).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_manifest_values(folder, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -86,12 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(_why_no_manifest(folder))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged, it cannot be read ({error})") from None
-    if not isinstance(values, dict) or values.pop(_CHECKSUM, None) != json_sha256(values):
-        raise CheckpointError(f"{path}: damaged, it is not what was written")
+    values = read_manifest_values(folder)
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: layout {values.get('format_version')}, this version of glm_ms ({__version__}) reads layout "
@@ -107,31 +102,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         CheckpointError: a file is missing, cut short, damaged or that of another checkpoint.
     """
     for name, known in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        size = path.stat().st_size
-        if size != known["bytes"]:
-            raise CheckpointError(
-                f"{path}: has {size} bytes, {known['bytes']} were written: cut short or foreign"
-            )
-        if file_sha256(path) != known["sha256"]:
-            raise CheckpointError(f"{path}: damaged or foreign: its SHA-256 is not the one in {MANIFEST}")
-
-
-def json_sha256(values: Any) -> str:
-    """SHA-256 of JSON values, whatever the order of keys."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, a piece at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for chunk in iter(lambda: file.read(_CHUNK), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+        check_file(folder / name, known)
 
 
 def weights_fingerprint(path: Path) -> str:

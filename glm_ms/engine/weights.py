@@ -14,8 +14,9 @@ from glm_ms.convert import (
     open_checkpoint,
 )
 from glm_ms.convert.errors import capped
+from glm_ms.convert.integrity import MANIFEST
 from glm_ms.convert.run_folder import resolve_checkpoint
-from glm_ms.engine.manifest import MANIFEST, read_manifest, weights_fingerprint
+from glm_ms.engine.manifest import read_manifest, weights_fingerprint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.layers import DTYPES

@@ -22,7 +22,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read(folder: Path) -> None:
-    from glm_ms.engine.manifest import json_sha256, read_manifest, verify_files
+    from glm_ms.convert.integrity import json_sha256
+    from glm_ms.engine.manifest import read_manifest, verify_files
 
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.epoch, manifest.row) == (7, 1, 12)
@@ -32,7 +33,8 @@ def test_what_is_written_is_read(folder: Path) -> None:
 
 
 def test_a_later_layout_is_named(folder: Path) -> None:
-    from glm_ms.engine.manifest import json_sha256, read_manifest
+    from glm_ms.convert.integrity import json_sha256
+    from glm_ms.engine.manifest import read_manifest
 
     values = json.loads((folder / "manifest.json").read_text())
     values["format_version"] = 2

@@ -22,6 +22,7 @@ from glm_ms.convert.resharding import Resharding, plan_resharding
 from glm_ms.convert.resharding_plan import Choices
 from glm_ms.convert.run_folder import step_folder
 from glm_ms.convert.tensor_file import slice_metadata
+from glm_ms.engine.manifest import write_manifest
 from glm_ms.engine.sharding import SliceState, rank_folder
 from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
 
@@ -79,7 +80,7 @@ def save_run(folder: Path, arrays: Mapping[str, np.ndarray], adapter: AdapterCon
         inside = step_folder(rank_folder(folder, rank), 2)
         inside.mkdir(parents=True)
         state_of(arrays, rank, config, adapter).write(inside)
-        (inside / "manifest.json").write_text("{}")
+        write_manifest(inside, 2, (0, 8), {"seed": 7, "num_ranks": RANKS}, None, "CPU")
     base = {
         part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)
     }
@@ -251,6 +252,43 @@ def test_swapped_slices_are_refused(weights_run: Path, tmp_path: Path, file: str
         CheckpointError, match=r"header says rank 2, but it lies where that of rank 1 belongs"
     ):
         state_of(arrays, 1, config, None).restore(step_folder(rank_folder(weights_run, 1), 2))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_flipped_bit_is_noticed(weights_run: Path, tmp_path: Path, name: str) -> None:
+    """Where all copies are alike, or there is one, the manifest alone can tell."""
+    for rank in (0, 2):  # all cards of the data parallel group alike
+        path = step_folder(rank_folder(weights_run, rank), 2) / name
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"rank_0/.*{name}: damaged or foreign: its SHA-256"):
+        plan(weights_run, tmp_path / "merged").run()
+    assert not (tmp_path / "merged").exists()
+    plan(weights_run, tmp_path / "merged", verify=False).run()
+    if name == "optimizer.safetensors":  # which is not read then
+        plan(weights_run, tmp_path / "weights", choices=Choices(weights_only=True)).run()
+
+
+def test_slices_of_two_runs_are_refused(weights_run: Path, tmp_path: Path) -> None:
+    inside = step_folder(rank_folder(weights_run, 3), 2)
+    manifest = inside / "manifest.json"
+    manifest.unlink()
+    write_manifest(inside, 2, (0, 8), {"seed": 8, "num_ranks": RANKS}, None, "CPU")
+    with pytest.raises(
+        CheckpointError, match=r"rank_3/.*manifest.json: differs from .*rank_0/.* in seed; the"
+    ):
+        plan(weights_run, tmp_path / "no", verify=False)
+    manifest.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"rank_3/.*manifest.json: damaged"):
+        plan(weights_run, tmp_path / "no")
+
+
+def test_files_put_beside_a_manifest_are_refused(weights_run: Path, tmp_path: Path) -> None:
+    inside = step_folder(rank_folder(weights_run, 1), 2)
+    (inside / "model.safetensors").rename(inside / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other.safetensors: is not in manifest.json beside it"):
+        plan(weights_run, tmp_path / "no").run()
 
 
 def test_slices_of_a_larger_run_and_single_ones(weights_run: Path, tmp_path: Path) -> None:
