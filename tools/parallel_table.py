@@ -73,6 +73,7 @@ def compiled(rig: Path, layout: tuple[int, int, int, bool]) -> Mapping[str, Sequ
         f"parallel_config.data_parallel={data}", f"parallel_config.model_parallel={model}",
         f"parallel_config.pipeline_stage={stages}", f"parallel_config.micro_batch_num={micro}",
         f"parallel.enable_parallel_optimizer={sharded}", "runner_config.batch_size=1",
+        f"recompute_config.parallel_optimizer_comm_recompute={sharded and stages == 1}",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         line = [str(rig), "--ranks", "8", "--only", "0", "--target", "ascend", "--timeout", "1500", "--out", folder,
