@@ -209,14 +209,7 @@ def plan_resharding(
             f"{src_ckpt_dir}: nothing to do without a strategy; give --src_ckpt_strategy to merge, "
             "--dst_ckpt_strategy to cut, or both"
         )
-    if not prefix or Path(prefix).name != prefix:
-        raise CheckpointError(f"--prefix {prefix!r}: must be the start of a file name, such as checkpoint_")
-    output = Path(dst_ckpt_dir)
-    if output.is_dir() and not _is_empty(output):
-        raise CheckpointError(
-            f"{output}: exists already and is not empty; choose another folder or remove it"
-        )
-    check_target(output, folder=True, overwrite=_is_empty(output))
+    output = _output_folder(Path(dst_ckpt_dir), prefix)
     src = read_strategy(src_strategy) if src_strategy is not None else None
     dst = read_strategy(dst_strategy) if dst_strategy is not None else None
     path = _source_folder(Path(src_ckpt_dir), whole=src is None)
@@ -232,6 +225,18 @@ def plan_resharding(
             f"{plan.holders[0].file(plan.name)}: {plan.name}: type {plan.whole.dtype} cannot be read"
         )
     return Resharding(source, output, placement, tensors, companions, known, verify)
+
+
+def _output_folder(output: Path, prefix: str) -> Path:
+    """The folder to write to, once it is known that it can be made and that the files can have these names."""
+    if not prefix or Path(prefix).name != prefix:
+        raise CheckpointError(f"--prefix {prefix!r}: must be the start of a file name, such as checkpoint_")
+    if output.is_dir() and not _is_empty(output):
+        raise CheckpointError(
+            f"{output}: exists already and is not empty; choose another folder or remove it"
+        )
+    check_target(output, folder=True, overwrite=_is_empty(output))
+    return output
 
 
 def _placement(
