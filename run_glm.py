@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from glm_ms.settings import SettingsError, settings_from_command_line
-from glm_ms.settings.ascend_hints import error_lines, hints
+from glm_ms.ascend_hints import error_lines, hints
 
 
 def main(argv: list[str]) -> int:

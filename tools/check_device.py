@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
 from glm_ms.settings import ascend_cards
-from glm_ms.settings.ascend_hints import error_lines
+from glm_ms.ascend_hints import error_lines
 
 _GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 

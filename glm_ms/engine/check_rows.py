@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from glm_ms.settings.ascend_hints import essence, hints
+from glm_ms.ascend_hints import essence, hints
 
 # Everything a kernel that is missing, refused or broken has been seen to raise, and what it would plausibly raise.
 DEVICE_ERRORS = (

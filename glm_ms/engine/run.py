@@ -24,7 +24,7 @@ from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model, fuse
 from glm_ms.ops.ascend import soc_version
 from glm_ms.settings import Settings, SettingsError
-from glm_ms.settings.ascend_hints import overflow_mode_note
+from glm_ms.ascend_hints import overflow_mode_note
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 # Keys whose values may differ from server to server; what the files hold is compared where they are read.

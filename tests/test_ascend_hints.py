@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glm_ms.settings.ascend_hints import error_lines, hints, host_log_folder, overflow_mode_note
+from glm_ms.ascend_hints import error_lines, hints, host_log_folder, overflow_mode_note
 
 # Messages as MindSpore 2.9, CANN and HCCL write them -> what the first hint must name.
 KNOWN = {
