@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs whe
 
 from glm_ms.convert.adapter_files import CONFIG, LORA
 from glm_ms.convert.errors import CheckpointError
-from glm_ms.convert.rank_writer import FORMATS
-from glm_ms.convert.resharding import Resharding, plan_resharding
-from glm_ms.convert.resharding_plan import Choices
+from glm_ms.convert.cluster.rank_writer import FORMATS
+from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
+from glm_ms.convert.cluster.plan import Choices
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from glm_ms.convert import (
     split_joint,
 )
 from glm_ms.convert.names import INV_FREQ
-from glm_ms.convert.resharding import plan_resharding
+from glm_ms.convert.cluster.resharding import plan_resharding
 from glm_ms.convert.run_folder import resolve_checkpoint
 
 CASE = "glm3_tiny"

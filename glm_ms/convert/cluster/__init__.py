@@ -1,0 +1,1 @@
+"""Checkpoints cut into slices for several cards: strategy files, layouts, resharding."""
