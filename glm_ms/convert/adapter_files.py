@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_ms.convert.errors import CheckpointError
-from glm_ms.convert.integrity import differing_keys
+from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.integrity import differing_keys
 
 CONFIG = "config.json"
 OPTIMIZER = "optimizer.safetensors"

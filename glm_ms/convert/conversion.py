@@ -9,12 +9,12 @@ from typing import Callable
 
 import numpy as np
 
-from glm_ms.convert.atomic import check_target
+from glm_ms.storage.atomic import check_target
 from glm_ms.convert.dtypes import convert_dtype
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.convert.parameters import check_names_and_shapes
 from glm_ms.convert.reader import CheckpointReader, open_checkpoint
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.convert.writers import (
     DEFAULT_SHARD_SIZE,
     FILE_ENDINGS,

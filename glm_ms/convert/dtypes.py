@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 # Elements converted at a time: temporaries stay in the cache, whatever the size of the tensor.
 _CHUNK = 1 << 16

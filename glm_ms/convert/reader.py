@@ -11,7 +11,7 @@ from typing import Callable
 import numpy as np
 
 from glm_ms.convert.dtypes import convert_dtype
-from glm_ms.convert.errors import CheckpointError, capped
+from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.joint import joint_of, part_names
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, is_training_state, to_glm_name

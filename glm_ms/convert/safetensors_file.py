@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glm_ms.convert.dtypes import DTYPES, FROM_SAFETENSORS
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content, read_array
 
 _LENGTH_BYTES = 8

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 RANK, RANKS = "rank", "ranks"  # in the header of a slice: whose it is, and of how many
 # What the first bytes give away, for messages about files that are not what their ending says.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_ms.convert.errors import CheckpointError, capped
+from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content
 
 _ZIP = b"PK\x03\x04"

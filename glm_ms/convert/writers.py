@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from glm_ms.convert.atomic import atomic_output
+from glm_ms.storage.atomic import atomic_output
 from glm_ms.convert.dtypes import DTYPES, convert_dtype
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.convert.mindspore_file import write_mindspore
 from glm_ms.convert.names import INV_FREQ, inverse_frequencies, to_hf_name
 from glm_ms.convert.safetensors_file import write_safetensors

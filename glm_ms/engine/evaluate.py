@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_ms.convert.integrity import file_sha256
+from glm_ms.storage.integrity import file_sha256
 from glm_ms.data import IGNORED, DataError, Row
 from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.files import PREDICTIONS_FILE, SCORES_FILE, replace_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from glm_ms.convert.run_folder import STRATEGIES
+from glm_ms.storage.run_folder import STRATEGIES
 
 SETTINGS_FILE = "settings.yaml"
 METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD = "metrics.jsonl", "eval_metrics.jsonl", "tensorboard"

@@ -11,7 +11,7 @@ from typing import Any
 import mindspore
 
 from glm_ms.convert import CheckpointError
-from glm_ms.convert.integrity import (
+from glm_ms.storage.integrity import (
     MANIFEST,
     check_file,
     describe_files,

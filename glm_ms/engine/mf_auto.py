@@ -15,7 +15,7 @@ from mindformers.models.configuration_utils import PretrainedConfig
 
 from glm_ms import tokenizer as tokenizers
 from glm_ms.convert import open_checkpoint
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine.files import replace_text
 from glm_ms.engine.mf_generation import LENGTHS, OPTIONS
 from glm_ms.model.config import ConfigError

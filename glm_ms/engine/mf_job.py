@@ -13,7 +13,7 @@ from mindformers.tools.utils import get_real_rank
 from mindspore.dataset import Dataset
 
 from glm_ms.convert import CheckpointError
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.data import DataError
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.mf_dataset import DatasetRows

@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, ops
 
 from glm_ms import generation
 from glm_ms.convert import CheckpointError, convert_dtype, load_parameters, open_checkpoint
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.convert.writers import write_file
 from glm_ms.engine.mf_auto import GLMConfig, made_folder
 from glm_ms.engine.mf_generation import default_generation, generation_arguments

@@ -11,7 +11,7 @@ from mindformers import MindFormerConfig
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.train import Callback
 
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine import mf_job as job
 from glm_ms.engine import mf_prompts, quiet
 from glm_ms.engine.mf_job import say

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from glm_ms.convert.integrity import file_sha256
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.integrity import file_sha256
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.manifest import weights_fingerprint
 from glm_ms.settings import Settings

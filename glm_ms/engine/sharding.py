@@ -19,7 +19,7 @@ from mindspore.nn import Optimizer
 
 from glm_ms.convert import CheckpointError, CheckpointReader, load_parameters, open_checkpoint, split_joint
 from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
-from glm_ms.convert.run_folder import (
+from glm_ms.storage.run_folder import (
     SLICES,
     STRATEGIES,
     list_checkpoints,

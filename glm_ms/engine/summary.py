@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glm_ms.convert import CheckpointError
-from glm_ms.convert.run_folder import (
+from glm_ms.storage.run_folder import (
     BEST,
     CHECKPOINTS,
     SLICES,

@@ -11,7 +11,7 @@ from pathlib import Path
 from mindformers import Trainer
 from mindspore.train.callback import Callback
 
-from glm_ms.convert.run_folder import list_checkpoints
+from glm_ms.storage.run_folder import list_checkpoints
 from glm_ms.data import TrainDataset
 from glm_ms.engine import quiet
 from glm_ms.engine.batches import TrainingPlan, training_batches
@@ -21,7 +21,7 @@ from glm_ms.engine.checkpoint import TrainingState, remove_old_checkpoints, save
 from glm_ms.engine.divergence import write_divergence
 from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.files import SETTINGS_FILE, replace_text
-from glm_ms.engine.lock import run_lock
+from glm_ms.storage.lock import run_lock
 from glm_ms.engine.manifest import Manifest, write_manifest
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.mf_dataset import DatasetRows

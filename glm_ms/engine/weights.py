@@ -13,9 +13,9 @@ from glm_ms.convert import (
     load_parameters,
     open_checkpoint,
 )
-from glm_ms.convert.errors import capped
-from glm_ms.convert.integrity import MANIFEST
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.errors import capped
+from glm_ms.storage.integrity import MANIFEST
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine.manifest import read_manifest, weights_fingerprint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 
 class AdapterError(CheckpointError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from glm_ms.convert.errors import capped
+from glm_ms.storage.errors import capped
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.peft.errors import AdapterError
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from glm_ms.convert.errors import CheckpointError, capped
+from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.reader import open_checkpoint
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.peft import lora, ptuning
 from glm_ms.peft.errors import AdapterError
 from glm_ms.peft.lora import LoraConfig

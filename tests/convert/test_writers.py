@@ -14,7 +14,7 @@ import pytest
 
 from glm_ms import GLMConfig
 from glm_ms.convert import CheckpointError, open_checkpoint, plan_conversion, writers
-from glm_ms.convert.atomic import atomic_output
+from glm_ms.storage.atomic import atomic_output
 
 OUTPUTS = ("out.ckpt", "out.safetensors", "out")
 

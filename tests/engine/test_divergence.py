@@ -9,7 +9,7 @@ import pytest
 from engine_helpers import SMALL_TRAINING, read_jsonl, run_here, tiny_arguments
 
 from glm_ms import ChatGLM3Tokenizer
-from glm_ms.convert.run_folder import list_checkpoints
+from glm_ms.storage.run_folder import list_checkpoints
 
 DIVERGING = (
     "lr_schedule.learning_rate=1.e+18", "lr_schedule.type=ConstantWarmUpLR", "runner_wrapper.use_clip_grad=False",

@@ -16,7 +16,7 @@ import pytest
 from engine_attempts import Attempt
 from engine_helpers import DEV_RECORDS, SMALL_TRAINING, curve, read_jsonl, tiny_arguments
 
-from glm_ms.convert.run_folder import list_checkpoints
+from glm_ms.storage.run_folder import list_checkpoints
 
 NUM_KILLS = 20
 NUM_STEPS = 24

@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read(folder: Path) -> None:
-    from glm_ms.convert.integrity import json_sha256
+    from glm_ms.storage.integrity import json_sha256
     from glm_ms.engine.manifest import read_manifest, verify_files
 
     manifest = read_manifest(folder)
@@ -33,7 +33,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
 
 
 def test_a_later_layout_is_named(folder: Path) -> None:
-    from glm_ms.convert.integrity import json_sha256
+    from glm_ms.storage.integrity import json_sha256
     from glm_ms.engine.manifest import read_manifest
 
     values = json.loads((folder / "manifest.json").read_text())
@@ -82,7 +82,7 @@ def test_a_fingerprint_is_that_of_the_content(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_second_run_is_refused(tmp_path: Path) -> None:
-    from glm_ms.engine.lock import run_lock
+    from glm_ms.storage.lock import run_lock
 
     said: list[str] = []
     second = run_lock(tmp_path, said.append)
@@ -93,7 +93,7 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_locks_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm_ms.engine import lock
+    from glm_ms.storage import lock
 
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

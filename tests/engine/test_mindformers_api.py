@@ -30,7 +30,7 @@ from mindspore import Tensor
 from tolerances import LOGITS
 
 from glm_ms import ChatGLM2Tokenizer, ChatGLM3Tokenizer, load_pretrained
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine.mf_auto import GLMConfig
 from glm_ms.engine.mf_model import GLMForCausalLM
 from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer

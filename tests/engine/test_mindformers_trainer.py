@@ -32,7 +32,7 @@ from mindformers_helpers import QUESTION, TEXT, losses, yaml_of
 from mindspore import dataset as ds
 
 from glm_ms import load_pretrained
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine.mf_dataset import DatasetRows
 from glm_ms.engine.mf_yaml import settings_of
 

@@ -11,7 +11,7 @@ import pytest
 from engine_attempts import Attempt
 from engine_helpers import SMALL_TRAINING, TRAIN_RECORDS, curve, run_here, tiny_arguments
 
-from glm_ms.convert.run_folder import list_checkpoints
+from glm_ms.storage.run_folder import list_checkpoints
 
 # 6 steps an epoch, so that step 4 lies in the middle of the first and step 8 in the middle of the second.
 TRAINING = (

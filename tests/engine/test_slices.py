@@ -20,7 +20,7 @@ from glm_ms.convert import CheckpointError, expected_shapes, split_joint
 from glm_ms.convert.names import INV_FREQ
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
 from glm_ms.convert.cluster.plan import Choices
-from glm_ms.convert.run_folder import step_folder
+from glm_ms.storage.run_folder import step_folder
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.manifest import write_manifest
 from glm_ms.engine.sharding import SliceState, rank_folder

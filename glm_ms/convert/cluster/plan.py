@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 from glm_ms.convert.adapter_files import adapter_files_of
-from glm_ms.convert.errors import CheckpointError, capped
+from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.names import is_training_state
 from glm_ms.convert.cluster.rank_folders import RankCheckpoint
 from glm_ms.convert.cluster.layout import Layout, LayoutError, Region

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_ms.convert.errors import CheckpointError
-from glm_ms.convert.integrity import MANIFEST, check_file, differing_keys, read_manifest_values
+from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.integrity import MANIFEST, check_file, differing_keys, read_manifest_values
 
 KnownFiles = Mapping[Path, Mapping[str, Any]]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _SIGN, _RANGE = 1 << 63, 1 << 64

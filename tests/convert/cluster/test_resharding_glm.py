@@ -21,7 +21,7 @@ from glm_ms.convert import (
 )
 from glm_ms.convert.names import INV_FREQ
 from glm_ms.convert.cluster.resharding import plan_resharding
-from glm_ms.convert.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 CASE = "glm3_tiny"
 COLUMNS = ("self_attention.dense.weight", "mlp.dense_4h_to_h.weight")

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 CHECKPOINTS = "checkpoint"
 BEST = "best"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _CHECKSUM = "manifest_sha256"  # of all other keys

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from glm_ms.convert.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 
