@@ -15,7 +15,8 @@ from engine_helpers import REPOSITORY, environment_of_a_user
 # micro batch STEP_SECONDS more. Neither changes a number.
 SLOW_RUN = """
 import runpy, sys, time
-from glm_ms.engine import callbacks, checkpoint
+from glm_ms.engine import callbacks
+from glm_ms.engine.checkpoints import checkpoint
 from glm_ms.peft import lora, ptuning
 
 def slow(path, shapes, dtype, arrays, metadata):

@@ -15,23 +15,23 @@ from glm_ms.storage.run_folder import list_checkpoints
 from glm_ms.data import TrainDataset
 from glm_ms.engine import quiet
 from glm_ms.engine.batches import TrainingPlan, training_batches
-from glm_ms.engine.best import BestEvaluation
+from glm_ms.engine.checkpoints.best import BestEvaluation
 from glm_ms.engine.callbacks import UpdateCallback
-from glm_ms.engine.checkpoint import TrainingState, remove_old_checkpoints, save_checkpoint
+from glm_ms.engine.checkpoints.checkpoint import TrainingState, remove_old_checkpoints, save_checkpoint
 from glm_ms.engine.divergence import write_divergence
 from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.files import SETTINGS_FILE, replace_text
 from glm_ms.storage.lock import run_lock
-from glm_ms.engine.manifest import Manifest, write_manifest
+from glm_ms.engine.checkpoints.manifest import Manifest, write_manifest
 from glm_ms.engine.mf_config import mindformers_config
 from glm_ms.engine.mf_dataset import DatasetRows
 from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.network import TrainingNetwork, recompute_blocks
-from glm_ms.engine.position import position_state
+from glm_ms.engine.checkpoints.position import position_state
 from glm_ms.engine.progress import ProgressLog, StepRecord
 from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
 from glm_ms.engine.records import labelled_rows
-from glm_ms.engine.resume import (
+from glm_ms.engine.checkpoints.resume import (
     check_base_stays,
     check_checkpoint,
     find_checkpoint,

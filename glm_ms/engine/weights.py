@@ -16,7 +16,7 @@ from glm_ms.convert import (
 from glm_ms.storage.errors import capped
 from glm_ms.storage.integrity import MANIFEST
 from glm_ms.storage.run_folder import resolve_checkpoint
-from glm_ms.engine.manifest import read_manifest, weights_fingerprint
+from glm_ms.engine.checkpoints.manifest import read_manifest, weights_fingerprint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.layers import DTYPES

@@ -28,7 +28,7 @@ def diverged(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_nothing_is_saved_after(diverged: Path) -> None:
     """The checkpoint of the step before is there, and whole."""
-    from glm_ms.engine.manifest import read_manifest, verify_files
+    from glm_ms.engine.checkpoints.manifest import read_manifest, verify_files
 
     ((step, folder),) = list_checkpoints(diverged)
     assert step == 1

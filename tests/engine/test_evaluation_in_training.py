@@ -157,7 +157,7 @@ def test_the_best_stays(vocabulary: Path, finetune, tmp_path: Path, monkeypatch:
 
 
 def test_a_best_that_is_gone_does_not_count(tmp_path: Path) -> None:
-    from glm_ms.engine.best import BestEvaluation
+    from glm_ms.engine.checkpoints.best import BestEvaluation
 
     known = {"step": 4, "metric": "loss", "value": 1.0}
     gone = BestEvaluation(tmp_path, "loss", known)

@@ -63,7 +63,7 @@ class Run:
 
     def check(self) -> None:
         """Whatever is there is whole, and equal to the unbroken run as far as it goes."""
-        from glm_ms.engine.manifest import read_manifest, verify_files
+        from glm_ms.engine.checkpoints.manifest import read_manifest, verify_files
 
         for _, folder in list_checkpoints(self.folder):
             verify_files(folder, read_manifest(folder))

@@ -26,7 +26,7 @@ if fault == "reading" and rank == 1:
 
     batches._Rows.__getitem__ = broken
 elif fault == "disk full" and rank == 0:
-    from glm_ms.engine import checkpoint
+    from glm_ms.engine.checkpoints import checkpoint
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")

@@ -22,7 +22,7 @@ from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
 from glm_ms.convert.cluster.plan import Choices
 from glm_ms.storage.run_folder import step_folder
 from glm_ms.convert.tensor_file import slice_metadata
-from glm_ms.engine.manifest import write_manifest
+from glm_ms.engine.checkpoints.manifest import write_manifest
 from glm_ms.engine.sharding import SliceState, rank_folder
 from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
 

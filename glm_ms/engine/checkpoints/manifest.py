@@ -36,8 +36,8 @@ class Manifest:
     Attributes:
         step: updates (and skipped updates) made.
         epoch, row: the next row in the order of training: pass over the data and place in its order.
-        position: the settings that decide how the run goes on, see `glm_ms.engine.position`.
-        best: the best evaluation so far, see `glm_ms.engine.best`; None without one.
+        position: the settings that decide how the run goes on, see `glm_ms.engine.checkpoints.position`.
+        best: the best evaluation so far, see `glm_ms.engine.checkpoints.best`; None without one.
         files: name -> {"bytes", "sha256"} of every other file.
         device: kind of device it was computed on.
         config_sha256: of `position`.

@@ -13,7 +13,7 @@ from glm_ms.convert import CheckpointError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    from glm_ms.engine.manifest import write_manifest
+    from glm_ms.engine.checkpoints.manifest import write_manifest
 
     (tmp_path / "a").write_bytes(b"one")
     (tmp_path / "b").write_bytes(b"two")
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_what_is_written_is_read(folder: Path) -> None:
     from glm_ms.storage.integrity import json_sha256
-    from glm_ms.engine.manifest import read_manifest, verify_files
+    from glm_ms.engine.checkpoints.manifest import read_manifest, verify_files
 
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.epoch, manifest.row) == (7, 1, 12)
@@ -34,7 +34,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
 
 def test_a_later_layout_is_named(folder: Path) -> None:
     from glm_ms.storage.integrity import json_sha256
-    from glm_ms.engine.manifest import read_manifest
+    from glm_ms.engine.checkpoints.manifest import read_manifest
 
     values = json.loads((folder / "manifest.json").read_text())
     values["format_version"] = 2
@@ -46,7 +46,7 @@ def test_a_later_layout_is_named(folder: Path) -> None:
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    from glm_ms.engine.manifest import read_manifest
+    from glm_ms.engine.checkpoints.manifest import read_manifest
 
     with pytest.raises(CheckpointError, match=r"no training checkpoint \(manifest.json is missing\)"):
         read_manifest(tmp_path)
@@ -57,7 +57,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm_ms.engine import manifest
+    from glm_ms.engine.checkpoints import manifest
 
     monkeypatch.setattr(manifest, "_FINGERPRINT_WHOLE", 1 << 20)  # so that 5 MB are sampled
     one, other = tmp_path / "one", tmp_path / "other"
