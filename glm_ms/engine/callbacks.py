@@ -11,7 +11,7 @@ from mindspore.train.callback import Callback
 
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.loss_scale import LossScale
-from glm_ms.engine.progress import ProgressLog, StepRecord
+from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.signals import restore_signal_handlers
 
 

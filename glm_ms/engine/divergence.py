@@ -13,7 +13,7 @@ import numpy as np
 from glm_ms.data import IGNORED, Row
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.files import DIVERGED, replace_text
-from glm_ms.engine.progress import StepRecord
+from glm_ms.engine.report.progress import StepRecord
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 

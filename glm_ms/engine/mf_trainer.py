@@ -74,7 +74,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             ValueError: settings, weights or records that cannot be used.
             FloatingPointError: the run has diverged.
         """
-        from glm_ms.engine.summary import summary
+        from glm_ms.engine.report.summary import summary
         from glm_ms.engine.train import Given, train
 
         others = {name: kwargs.get(name) for name in ("compute_metrics", "eval_dataset")}

@@ -28,7 +28,7 @@ from glm_ms.engine.mf_dataset import DatasetRows
 from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.checkpoints.position import position_state
-from glm_ms.engine.progress import ProgressLog, StepRecord
+from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
 from glm_ms.engine.records import labelled_rows
 from glm_ms.engine.checkpoints.resume import (
@@ -274,7 +274,7 @@ def _report_divergence(run: _Run, record: StepRecord, reason: str) -> str:
 
 
 def _plot(run: _Run) -> None:
-    from glm_ms.engine.plots import write_plots  # matplotlib takes half a second
+    from glm_ms.engine.report.plots import write_plots  # matplotlib takes half a second
 
     write_plots(run.output_dir, run.say)
 

@@ -87,7 +87,7 @@ def test_as_typed_into_a_shell(
 
 def summary_of(output_dir: Path, vocabulary: Path, *arguments: str) -> list[str]:
     """Lines for settings whose run has written its settings.yaml and nothing else."""
-    from glm_ms.engine.summary import summary
+    from glm_ms.engine.report.summary import summary
 
     line = tiny_arguments("finetune", vocabulary, f"output_dir={output_dir}", *arguments)
     settings = load_settings(line[1], line[2:])

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_ms.engine import plots
-from glm_ms.engine.plots import Curve, smooth, thin, write_plots
+from glm_ms.engine.report import plots
+from glm_ms.engine.report.plots import Curve, smooth, thin, write_plots
 
 Image = pytest.importorskip("PIL.Image")
 EVALUATION = (0xD9, 0x54, 0x1E)
