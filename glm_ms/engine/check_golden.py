@@ -12,11 +12,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from glm_ms.engine.adamw import GLMAdamW
+from glm_ms.engine.step.adamw import GLMAdamW
 from glm_ms.engine.check_kernels import EPS
 from glm_ms.engine.check_rows import DEVICE_ERRORS, Row, guarded
-from glm_ms.engine.network import TrainingNetwork
-from glm_ms.engine.train_step import GLMTrainOneStep
+from glm_ms.engine.step.network import TrainingNetwork
+from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.ops.fusion import fuse_kernels

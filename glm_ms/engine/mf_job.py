@@ -15,7 +15,7 @@ from mindspore.dataset import Dataset
 from glm_ms.convert import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.data import DataError
-from glm_ms.engine.mf_config import mindformers_config
+from glm_ms.engine.step.trainer_config import mindformers_config
 from glm_ms.engine.mf_dataset import DatasetRows
 from glm_ms.engine.mf_model import GLMForCausalLM
 from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer

@@ -12,15 +12,15 @@ from mindformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mindformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
-from glm_ms.engine.adamw import GLMAdamW
+from glm_ms.engine.step.adamw import GLMAdamW
 from glm_ms.engine.mf_auto import GLMConfig
 from glm_ms.engine.mf_dataset import GLMDataset
 from glm_ms.engine.mf_model import GLMForCausalLM
 from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer, install_auto_tokenizer
 from glm_ms.engine.mf_trainer import GLMTextGenerationTrainer
 from glm_ms.engine.mf_yaml import install_reader
-from glm_ms.engine.train_step import GLMTrainOneStep
-from glm_ms.engine.trainer import GLMTrainer
+from glm_ms.engine.step.train_step import GLMTrainOneStep
+from glm_ms.engine.step.trainer import GLMTrainer
 
 REGISTERED = {
     GLMAdamW: MindFormerModuleType.OPTIMIZER,

@@ -15,7 +15,7 @@ from mindformers.core.context import build_context
 from glm_ms import tokenizer as tokenizers
 from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.files import replace_text
-from glm_ms.engine.mf_config import mindformers_config
+from glm_ms.engine.step.trainer_config import mindformers_config
 from glm_ms.engine.predict import RESULTS_FILE, predict
 from glm_ms.engine.ranks import be_patient, ranks_of
 from glm_ms.engine.signals import restore_signal_handlers

@@ -23,10 +23,10 @@ from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.files import SETTINGS_FILE, replace_text
 from glm_ms.storage.lock import run_lock
 from glm_ms.engine.checkpoints.manifest import Manifest, write_manifest
-from glm_ms.engine.mf_config import mindformers_config
+from glm_ms.engine.step.trainer_config import mindformers_config
 from glm_ms.engine.mf_dataset import DatasetRows
 from glm_ms.engine.milestones import Milestones
-from glm_ms.engine.network import TrainingNetwork, recompute_blocks
+from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.checkpoints.position import position_state
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
@@ -38,8 +38,8 @@ from glm_ms.engine.checkpoints.resume import (
     remark_on_versions,
     set_aside,
 )
-from glm_ms.engine.sharding import Sharding
-from glm_ms.engine.trainer import GLMTrainer
+from glm_ms.engine.step.sharding import Sharding
+from glm_ms.engine.step.trainer import GLMTrainer
 from glm_ms.engine.weights import build_model, build_unfilled_model, fuse
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings

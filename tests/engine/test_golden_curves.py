@@ -110,9 +110,9 @@ def learning_rate(case: str) -> Any:
     ],
 )
 def test_step_and_optimizer(case: str) -> None:
-    from glm_ms.engine.adamw import GLMAdamW
-    from glm_ms.engine.network import TrainingNetwork
-    from glm_ms.engine.train_step import GLMTrainOneStep
+    from glm_ms.engine.step.adamw import GLMAdamW
+    from glm_ms.engine.step.network import TrainingNetwork
+    from glm_ms.engine.step.train_step import GLMTrainOneStep
 
     ms.set_context(mode=ms.GRAPH_MODE)
     wanted = golden_case(case)["optimizer"]

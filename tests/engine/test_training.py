@@ -33,7 +33,7 @@ def loss_of(model: GLMForCausalLM, rows: dict[str, np.ndarray]) -> float:
 
 def gradient_norm(model: GLMForCausalLM, rows: dict[str, np.ndarray]) -> float:
     """Of the mean loss over the labelled tokens, by plain differentiation."""
-    from glm_ms.engine.network import TrainingNetwork
+    from glm_ms.engine.step.network import TrainingNetwork
 
     network = TrainingNetwork(model.network, rows["input_ids"].shape[1])
 

@@ -17,9 +17,9 @@ rank, size = rig.start()
 import mindspore as ms  # noqa: E402
 
 from glm_ms import GLMForCausalLM  # noqa: E402
-from glm_ms.engine.adamw import GLMAdamW  # noqa: E402
-from glm_ms.engine.network import recompute_blocks  # noqa: E402
-from glm_ms.engine.sharding import Sharding, parallel_context, stored_shape  # noqa: E402
+from glm_ms.engine.step.adamw import GLMAdamW  # noqa: E402
+from glm_ms.engine.step.network import recompute_blocks  # noqa: E402
+from glm_ms.engine.step.sharding import Sharding, parallel_context, stored_shape  # noqa: E402
 from glm_ms.engine.weights import adapter_config  # noqa: E402
 from glm_ms.settings import load_settings, resolve_vocab_size  # noqa: E402
 from glm_ms.settings.parallel_checks import training_length  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 from mindspore import Tensor
 
 from glm_ms import GLMConfig, GLMForCausalLM
-from glm_ms.engine.network import TrainingNetwork
+from glm_ms.engine.step.network import TrainingNetwork
 from glm_ms.engine.weights import adapter_config
 from glm_ms.ops.rotary import pair_rotation, rotary_tables
 from glm_ms.parallel.config import ParallelConfig

@@ -217,9 +217,9 @@ def test_float32_adapters_train_over_a_float16_base(config) -> None:
     import mindspore as ms
     from mindspore import Tensor
 
-    from glm_ms.engine.adamw import GLMAdamW
-    from glm_ms.engine.network import TrainingNetwork
-    from glm_ms.engine.train_step import GLMTrainOneStep
+    from glm_ms.engine.step.adamw import GLMAdamW
+    from glm_ms.engine.step.network import TrainingNetwork
+    from glm_ms.engine.step.train_step import GLMTrainOneStep
 
     sizes = GLMConfig.from_pretrained(FOLDER / "glm2_tiny")
     half = dataclasses.replace(sizes, param_init_type="float16", compute_dtype="float16")

@@ -12,10 +12,10 @@ import numpy as np
 from mindspore import Tensor
 
 from glm_ms import GLMForCausalLM
-from glm_ms.engine.adamw import GLMAdamW
-from glm_ms.engine.network import TrainingNetwork, recompute_blocks
-from glm_ms.engine.sharding import ShardedTrainingNetwork
-from glm_ms.engine.train_step import GLMTrainOneStep
+from glm_ms.engine.step.adamw import GLMAdamW
+from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
+from glm_ms.engine.step.sharding import ShardedTrainingNetwork
+from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.weights import adapter_config
 from glm_ms.settings import load_settings
 from glm_ms.settings.parallel_checks import is_sharded, parallel_of, training_length

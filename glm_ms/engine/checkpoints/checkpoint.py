@@ -20,7 +20,7 @@ from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
 from glm_ms.storage.atomic import atomic_output
 from glm_ms.storage.run_folder import CHECKPOINTS, list_checkpoints, step_folder
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
-from glm_ms.engine.loss_scale import LossScale
+from glm_ms.engine.step.loss_scale import LossScale
 from glm_ms.generation import GLMForCausalLM
 
 WEIGHTS = "model.safetensors"

@@ -23,7 +23,7 @@ from glm_ms.convert.cluster.plan import Choices
 from glm_ms.storage.run_folder import step_folder
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.checkpoints.manifest import write_manifest
-from glm_ms.engine.sharding import SliceState, rank_folder
+from glm_ms.engine.step.sharding import SliceState, rank_folder
 from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
 
 CASE, BASE, RANKS = "glm3_tiny", "/where/the/base/was", 4

@@ -15,8 +15,8 @@ from mindspore.communication import create_group
 from mindspore.nn import Optimizer
 from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 
-from glm_ms.engine.loss_scale import OverflowDetector
-from glm_ms.engine.train_step import GLMTrainOneStep
+from glm_ms.engine.step.loss_scale import OverflowDetector
+from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.parallel.config import ParallelConfig
 
 

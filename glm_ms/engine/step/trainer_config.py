@@ -7,7 +7,7 @@ from typing import Any
 from mindformers import MindFormerConfig
 
 from glm_ms.engine.batches import TRAINING_COLUMNS
-from glm_ms.engine.sharding import parallel_context
+from glm_ms.engine.step.sharding import parallel_context
 from glm_ms.settings import Settings
 
 

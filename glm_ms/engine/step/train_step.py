@@ -9,7 +9,7 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 from mindspore.communication import get_group_size
 from mindspore.nn import Optimizer
 
-from glm_ms.engine.loss_scale import OverflowDetector, ScaledLoss, build_loss_scale
+from glm_ms.engine.step.loss_scale import OverflowDetector, ScaledLoss, build_loss_scale
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6.
 _CLIP_EPS = 1e-6

@@ -11,8 +11,8 @@ from mindformers.wrapper import build_wrapper
 from mindspore import nn
 from mindspore.nn import Optimizer
 
-from glm_ms.engine.loss_scale import LossScale
-from glm_ms.engine.sharding import Sharding
+from glm_ms.engine.step.loss_scale import LossScale
+from glm_ms.engine.step.sharding import Sharding
 
 
 class GLMTrainer(CausalLanguageModelingTrainer):

@@ -29,8 +29,8 @@ from glm_ms.storage.run_folder import (
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoints.checkpoint import WEIGHTS, read_parameters, write_parameters
-from glm_ms.engine.sharded_step import PipelineTrainOneStep, ShardedTrainOneStep, spread
-from glm_ms.engine.train_step import GLMTrainOneStep
+from glm_ms.engine.step.sharded_step import PipelineTrainOneStep, ShardedTrainOneStep, spread
+from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.weights import adapter_config
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork

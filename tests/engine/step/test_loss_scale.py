@@ -37,8 +37,8 @@ class Steps:
     def __init__(self, scale: dict | None, dtype: Any = ms.float32, accumulation_steps: int = 1) -> None:
         from mindformers.core.lr import LinearWithWarmUpLR
 
-        from glm_ms.engine.adamw import GLMAdamW
-        from glm_ms.engine.train_step import GLMTrainOneStep
+        from glm_ms.engine.step.adamw import GLMAdamW
+        from glm_ms.engine.step.train_step import GLMTrainOneStep
 
         ms.set_context(mode=ms.GRAPH_MODE)
         self.network = Toy(dtype)
@@ -162,7 +162,7 @@ class ForcedOverflows(nn.Cell):
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch):
     """force(steps): overflows at these steps, from 0."""
-    from glm_ms.engine import train_step
+    from glm_ms.engine.step import train_step
 
     def run(*steps: int) -> None:
         monkeypatch.setattr(ForcedOverflows, "steps", steps)
@@ -202,7 +202,7 @@ class Register(nn.Cell):
 
 def test_the_register_of_a_saturating_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite gradients, but the register was set while micro batch 2 of the second step was computed."""
-    from glm_ms.engine import loss_scale
+    from glm_ms.engine.step import loss_scale
 
     monkeypatch.setattr(loss_scale, "saturates", lambda: True)
     monkeypatch.setattr(loss_scale, "FloatStatus", Register)
@@ -220,9 +220,9 @@ def test_the_register_of_a_saturating_card(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_network_learns_in_float16(vocabulary: Path) -> None:
     """Computed in float16 indeed: the step is called directly, since run_glm.py computes in float32 on a CPU."""
-    from glm_ms.engine.adamw import GLMAdamW
-    from glm_ms.engine.network import TrainingNetwork
-    from glm_ms.engine.train_step import GLMTrainOneStep
+    from glm_ms.engine.step.adamw import GLMAdamW
+    from glm_ms.engine.step.network import TrainingNetwork
+    from glm_ms.engine.step.train_step import GLMTrainOneStep
     from glm_ms.model.config import GLMConfig
     from glm_ms.model.glm import GLMNetwork
 
@@ -291,7 +291,7 @@ def test_a_run_that_only_overflows_stops(
 
 
 def test_a_fixed_scale_gives_up_too() -> None:
-    from glm_ms.engine.loss_scale import MOST_OVERFLOWS, LossScale
+    from glm_ms.engine.step.loss_scale import MOST_OVERFLOWS, LossScale
 
     scale = LossScale(**FIXED)
     for number in (1, MOST_OVERFLOWS - 1):
