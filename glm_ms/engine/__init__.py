@@ -9,7 +9,7 @@ from glm_ms.engine import quiet
 
 quiet.before_import()
 
-from glm_ms.engine.registration import register  # noqa: E402
+from glm_ms.mindformers_api.registration import register  # noqa: E402
 
 quiet.after_import()
 register()

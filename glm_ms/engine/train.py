@@ -24,7 +24,7 @@ from glm_ms.engine.files import SETTINGS_FILE, replace_text
 from glm_ms.storage.lock import run_lock
 from glm_ms.engine.checkpoints.manifest import Manifest, write_manifest
 from glm_ms.engine.step.trainer_config import mindformers_config
-from glm_ms.engine.mf_dataset import DatasetRows
+from glm_ms.mindformers_api.dataset import DatasetRows
 from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.checkpoints.position import position_state

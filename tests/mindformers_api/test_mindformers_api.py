@@ -31,10 +31,10 @@ from tolerances import LOGITS
 
 from glm_ms import ChatGLM2Tokenizer, ChatGLM3Tokenizer, load_pretrained
 from glm_ms.storage.run_folder import resolve_checkpoint
-from glm_ms.engine.mf_auto import GLMConfig
-from glm_ms.engine.mf_model import GLMForCausalLM
-from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer
-from glm_ms.engine.mf_trainer import GLMTextGenerationTrainer
+from glm_ms.mindformers_api.auto import GLMConfig
+from glm_ms.mindformers_api.model import GLMForCausalLM
+from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer
+from glm_ms.mindformers_api.trainer import GLMTextGenerationTrainer
 
 TEXTS = ["你好", "", "类型#裤*版型#宽松*颜色#蓝色", "a <|user|> b </s>", " spaces  \n and lines "]
 
@@ -72,7 +72,7 @@ def test_the_registry_knows_our_classes_and_keeps_its_own():
 
 
 def test_a_name_that_is_taken_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    from glm_ms.engine.registration import NameTakenError, register
+    from glm_ms.mindformers_api.registration import NameTakenError, register
 
     register()  # again: nothing happens
     table = MindFormerRegister.registry[MindFormerModuleType.MODELS]
@@ -84,7 +84,7 @@ def test_a_name_that_is_taken_is_an_error(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_model_names_stand_for_yamls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from glm_ms.engine.registration import MODEL_NAMES
+    from glm_ms.mindformers_api.registration import MODEL_NAMES
 
     assert all((CONFIGS.parent / path).is_file() for path in MODEL_NAMES.values())
     monkeypatch.chdir(tmp_path)

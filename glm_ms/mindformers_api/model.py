@@ -15,8 +15,8 @@ from glm_ms import generation
 from glm_ms.convert import CheckpointError, convert_dtype, load_parameters, open_checkpoint
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.convert.writers import write_file
-from glm_ms.engine.mf_auto import GLMConfig, made_folder
-from glm_ms.engine.mf_generation import default_generation, generation_arguments
+from glm_ms.mindformers_api.auto import GLMConfig, made_folder
+from glm_ms.mindformers_api.generation import default_generation, generation_arguments
 from glm_ms.engine.weights import check_config_beside
 from glm_ms.model.config import GLMConfig as Architecture
 from glm_ms.model.loss import NextTokenLoss

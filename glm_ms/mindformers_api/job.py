@@ -16,9 +16,9 @@ from glm_ms.convert import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.data import DataError
 from glm_ms.engine.step.trainer_config import mindformers_config
-from glm_ms.engine.mf_dataset import DatasetRows
-from glm_ms.engine.mf_model import GLMForCausalLM
-from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer
+from glm_ms.mindformers_api.dataset import DatasetRows
+from glm_ms.mindformers_api.model import GLMForCausalLM
+from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
 from glm_ms.engine.signals import restore_signal_handlers
 from glm_ms.engine.weights import adapter_config, different_fields
 from glm_ms.peft.store import is_adapter_folder

@@ -17,7 +17,7 @@ from glm_ms import tokenizer as tokenizers
 from glm_ms.convert import open_checkpoint
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine.files import replace_text
-from glm_ms.engine.mf_generation import LENGTHS, OPTIONS
+from glm_ms.mindformers_api.generation import LENGTHS, OPTIONS
 from glm_ms.model.config import ConfigError
 from glm_ms.model.config import GLMConfig as Architecture
 from glm_ms.settings.schema import AUTO

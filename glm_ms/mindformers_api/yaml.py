@@ -10,7 +10,7 @@ import yaml
 from mindformers import MindFormerConfig
 from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
 
-from glm_ms.engine.mf_auto import ARCH
+from glm_ms.mindformers_api.auto import ARCH
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.convert import Converter
 from glm_ms.settings.document import Entry, read_document

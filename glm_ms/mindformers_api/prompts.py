@@ -10,8 +10,8 @@ from typing import Any
 from mindspore.dataset import Dataset
 
 from glm_ms.data import DataError
-from glm_ms.engine.mf_generation import LENGTHS
-from glm_ms.engine.mf_tokenizer import ChatPrompt
+from glm_ms.mindformers_api.generation import LENGTHS
+from glm_ms.mindformers_api.tokenizer import ChatPrompt
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.errors import did_you_mean
 

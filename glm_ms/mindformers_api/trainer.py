@@ -12,12 +12,13 @@ from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.train import Callback
 
 from glm_ms.storage.run_folder import resolve_checkpoint
-from glm_ms.engine import mf_job as job
-from glm_ms.engine import mf_prompts, quiet
-from glm_ms.engine.mf_job import say
-from glm_ms.engine.mf_model import GLMForCausalLM
-from glm_ms.engine.mf_tokenizer import ChatGLMTokenizer
-from glm_ms.engine.mf_yaml import settings_of
+from glm_ms.mindformers_api import job
+from glm_ms.engine import quiet
+from glm_ms.mindformers_api import prompts as mf_prompts
+from glm_ms.mindformers_api.job import say
+from glm_ms.mindformers_api.model import GLMForCausalLM
+from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
+from glm_ms.mindformers_api.yaml import settings_of
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import TRAINING_MODES
 

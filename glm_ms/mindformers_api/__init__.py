@@ -1,0 +1,1 @@
+"""Classes for users of MindFormers: AutoConfig, AutoModel, AutoTokenizer, Trainer, pipeline."""
