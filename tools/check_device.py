@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(target: str, device_id: int) -> int:
     try:
-        from glm_ms.engine.check_device import check_device, set_device  # seconds of imports
+        from glm_ms.selfcheck.device import check_device, set_device  # seconds of imports
 
         set_device(target, device_id)
         return 0 if check_device(_GOLDEN, print_line) else 1

@@ -15,7 +15,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 from tolerances import LOGITS
 
-from glm_ms.engine.check_kernels import SMALL, KernelCase, kernel_cases
+from glm_ms.selfcheck.kernels import SMALL, KernelCase, kernel_cases
 from glm_ms.generation.cached_decoder import graph_mode
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork

@@ -16,11 +16,11 @@ import mindspore as ms
 import pytest
 from mindspore import Tensor, nn
 
-from glm_ms.engine import check_device as engine
-from glm_ms.engine import check_kernels
-from glm_ms.engine.check_golden import golden_rows
-from glm_ms.engine.check_kernels import SMALL, fused_rows, kernel_cases
-from glm_ms.engine.check_rows import Row, row_lines
+from glm_ms.selfcheck import device as engine
+from glm_ms.selfcheck import kernels as check_kernels
+from glm_ms.selfcheck.golden import golden_rows
+from glm_ms.selfcheck.kernels import SMALL, fused_rows, kernel_cases
+from glm_ms.selfcheck.rows import Row, row_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 TOOL = REPOSITORY / "tools" / "check_device.py"

@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from glm_ms.engine.check_rows import Row, guarded
+from glm_ms.selfcheck.rows import Row, guarded
 from glm_ms.ops import ascend
 from glm_ms.ops.attention import HIDDEN_SCORE, GroupedAttention
 from glm_ms.ops.norm import RMSNormalize

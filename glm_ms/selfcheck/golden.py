@@ -13,8 +13,8 @@ import numpy as np
 from mindspore import Tensor
 
 from glm_ms.engine.step.adamw import GLMAdamW
-from glm_ms.engine.check_kernels import EPS
-from glm_ms.engine.check_rows import DEVICE_ERRORS, Row, guarded
+from glm_ms.selfcheck.kernels import EPS
+from glm_ms.selfcheck.rows import DEVICE_ERRORS, Row, guarded
 from glm_ms.engine.step.network import TrainingNetwork
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.generation import GLMForCausalLM

@@ -1,0 +1,1 @@
+"""Checks of kernels and numbers on a new machine."""
