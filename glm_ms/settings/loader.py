@@ -13,7 +13,7 @@ from glm_ms.settings.convert import Converter
 from glm_ms.settings.document import Entry, parse, read_document
 from glm_ms.settings.errors import SettingsError, did_you_mean
 from glm_ms.settings.flags import FLAGS
-from glm_ms.settings.legacy import is_legacy, translate
+from glm_ms.settings.legacy.translate import is_legacy, translate
 from glm_ms.settings.schema import BATCH_SIZE_KEYS, Settings, batch_size_key
 
 _OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(.*)", re.DOTALL)
@@ -28,7 +28,7 @@ def load_settings(
     """Reads a YAML file, lays flags and overrides over it, and checks the result.
 
     Args:
-        path: YAML file; of this project, or of MindFormers 1.0 to 1.3 (see `glm_ms.settings.legacy`).
+        path: YAML file; of this project, or of MindFormers 1.0 to 1.3 (see `glm_ms.settings.legacy.translate`).
         overrides: `key.sub=value` texts; the value is YAML (`[0.9, 0.95]`, `null`, `{a: 1}`), for keys that
             hold text it is taken as it stands. Of several for one key the last counts.
         flags: names of `glm_ms.settings.FLAGS` -> text as typed, or a plain value; `None` values are skipped.

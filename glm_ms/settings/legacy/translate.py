@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from glm_ms.settings.document import Entry
 from glm_ms.settings.errors import SettingsError, described, did_you_mean, nearest
-from glm_ms.settings.legacy_draft import Draft, Source, same, shown
-from glm_ms.settings.legacy_rules import AFTER_CHOICE, BEFORE_CHOICE
-from glm_ms.settings.legacy_table import (
+from glm_ms.settings.legacy.draft import Draft, Source, same, shown
+from glm_ms.settings.legacy.rules import AFTER_CHOICE, BEFORE_CHOICE
+from glm_ms.settings.legacy.table import (
     CONFIGS,
     LEGACY,
     LEGACY_CLASSES,

@@ -1,7 +1,7 @@
 """MindFormers' names for ChatGLM2 and ChatGLM3, versions 1.0 to 1.3, and what they are here: the one table.
 
 `LEGACY` has a row for every key of those configurations that is not a key here under the same name with the
-same values. `glm_ms.settings.legacy` applies it.
+same values. `glm_ms.settings.legacy.translate` applies it.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ _CONTEXT = _idle(
 )
 
 _PARALLEL = {
-    # With parallel_mode 0; see glm_ms.settings.legacy_rules.
+    # With parallel_mode 0; see glm_ms.settings.legacy.rules.
     "gradients_mean": Rule(reason="gradients are averaged"),
     **_idle(_COMMUNICATION, "loss_repeated_mean enable_alltoall search_mode parallel_optimizer_config"),
     **_idle(_SHARDS, "strategy_ckpt_config strategy_ckpt_save_file"),
@@ -179,7 +179,7 @@ _MODEL_CONFIG = {
     "quantization_bit": _only(
         (0, None), _SWITCHED_OFF, "quantized networks cannot be trained or run; set it to 0"
     ),
-    # With pet_type ptuning2; see glm_ms.settings.legacy_rules.
+    # With pet_type ptuning2; see glm_ms.settings.legacy.rules.
     "pre_seq_len": Rule("model.pet_config.pre_seq_len", rank=2),
     "prefix_projection": Rule("model.pet_config.prefix_projection", rank=2),
     "repetition_penalty": Rule("generation.repetition_penalty"),
@@ -262,7 +262,7 @@ def _dataset(part: str) -> dict[str, Rule]:
 _TRAINING = {
     **_idle(_FEED, "runner_config.sink_mode runner_config.sink_size"),
     "runner_wrapper.type": Rule("runner_wrapper.type", STEPS),
-    # A number; the section has our names. See glm_ms.settings.legacy_rules.
+    # A number; the section has our names. See glm_ms.settings.legacy.rules.
     "runner_wrapper.scale_sense": Rule("runner_wrapper.scale_sense.loss_scale_value"),
     "runner_wrapper.calculate_per_token_loss": _only(
         (False,), _SWITCHED_OFF, "the loss is the mean over the labelled tokens of a batch; remove it"

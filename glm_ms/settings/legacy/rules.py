@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.legacy_draft import Draft, Source
-from glm_ms.settings.legacy_table import LEGACY_DEFAULTS, LEGACY_TOP_K, ZOO_NAMES
+from glm_ms.settings.legacy.draft import Draft, Source
+from glm_ms.settings.legacy.table import LEGACY_DEFAULTS, LEGACY_TOP_K, ZOO_NAMES
 from glm_ms.settings.schema import TRAINING_MODES, leaf_keys
 from glm_ms.settings.sections import LR_SCHEDULE_KEYS, PET_KEYS
 

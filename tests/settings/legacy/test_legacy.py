@@ -12,7 +12,7 @@ import yaml
 from legacy_yaml import LORA, PTUNING, legacy_yaml
 
 from glm_ms.settings import Settings, load_settings
-from glm_ms.settings.legacy_table import LEGACY, LEGACY_DEFAULTS
+from glm_ms.settings.legacy.table import LEGACY, LEGACY_DEFAULTS
 from glm_ms.settings.schema import leaf_keys
 
 WEIGHTS = "load_checkpoint=base"

@@ -1,0 +1,1 @@
+"""MindFormers YAML files in our keys."""
