@@ -5,7 +5,7 @@ The only package that imports mindformers. Importing it registers our classes th
 
 from __future__ import annotations
 
-from glm_ms.engine import quiet
+from glm_ms.engine import process as quiet
 
 quiet.before_import()
 

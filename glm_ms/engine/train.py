@@ -13,7 +13,7 @@ from mindspore.train.callback import Callback
 
 from glm_ms.storage.run_folder import list_checkpoints
 from glm_ms.data import TrainDataset
-from glm_ms.engine import quiet
+from glm_ms.engine import process as quiet
 from glm_ms.engine.batches import TrainingPlan, training_batches
 from glm_ms.engine.checkpoints.best import BestEvaluation
 from glm_ms.engine.callbacks import UpdateCallback

@@ -13,7 +13,7 @@ from mindspore.train import Callback
 
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.mindformers_api import job
-from glm_ms.engine import quiet
+from glm_ms.engine import process as quiet
 from glm_ms.mindformers_api import prompts as mf_prompts
 from glm_ms.mindformers_api.job import say
 from glm_ms.mindformers_api.model import GLMForCausalLM
