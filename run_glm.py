@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from glm_ms.settings import SettingsError, settings_from_command_line
 from glm_ms.ascend_hints import error_lines, hints
+from glm_ms.settings import SettingsError, settings_from_command_line
 
 
 def main(argv: list[str]) -> int:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
-from glm_ms.settings import ascend_cards
 from glm_ms.ascend_hints import error_lines
+from glm_ms.settings import ascend_cards
 
 _GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 

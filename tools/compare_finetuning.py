@@ -28,9 +28,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
 from glm_ms.convert import CheckpointError
-from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.data import DataError, epoch_order, read_records
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "tiny" / "finetune_glm3_tiny.yaml"

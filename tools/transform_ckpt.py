@@ -26,10 +26,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
 from glm_ms.convert.adapter_files import CONFIG, LORA
-from glm_ms.storage.errors import CheckpointError
+from glm_ms.convert.cluster.plan import Choices
 from glm_ms.convert.cluster.rank_writer import FORMATS
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
-from glm_ms.convert.cluster.plan import Choices
+from glm_ms.storage.errors import CheckpointError
 
 
 def build_parser() -> argparse.ArgumentParser:

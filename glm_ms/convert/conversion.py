@@ -9,12 +9,9 @@ from typing import Callable
 
 import numpy as np
 
-from glm_ms.storage.atomic import check_target
 from glm_ms.convert.dtypes import convert_dtype
-from glm_ms.storage.errors import CheckpointError
 from glm_ms.convert.parameters import check_names_and_shapes
 from glm_ms.convert.reader import CheckpointReader, open_checkpoint
-from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.convert.writers import (
     DEFAULT_SHARD_SIZE,
     FILE_ENDINGS,
@@ -24,6 +21,9 @@ from glm_ms.convert.writers import (
     write_hf_folder,
 )
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+from glm_ms.storage.atomic import check_target
+from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 TARGETS = ("hf", "mindspore")
 # Copied into a Hugging Face folder from the folder of the input or of the config, where they exist.

@@ -18,8 +18,8 @@ from typing import BinaryIO
 import numpy as np
 
 from glm_ms.convert.dtypes import DTYPES, FROM_MINDSPORE
-from glm_ms.storage.errors import CheckpointError
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content, read_array
+from glm_ms.storage.errors import CheckpointError
 
 _SLICE_BYTES = 512 * 1024 * 1024  # as MindSpore cuts; a protobuf field must stay below 2 GiB
 _ENTRY_KEY = b"\n"  # field 1, length-delimited

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from glm_ms.convert.dtypes import is_floating
-from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.reader import CheckpointReader
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+from glm_ms.storage.errors import CheckpointError, capped
 
 _NEW_LINE = "\n    "
 

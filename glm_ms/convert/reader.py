@@ -11,13 +11,13 @@ from typing import Callable
 import numpy as np
 
 from glm_ms.convert.dtypes import convert_dtype
-from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.joint import joint_of, part_names
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, is_training_state, to_glm_name
 from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile
 from glm_ms.convert.torch_file import TorchFile
+from glm_ms.storage.errors import CheckpointError, capped
 
 _BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {
     ".safetensors": SafetensorsFile,

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glm_ms.convert.dtypes import DTYPES, FROM_SAFETENSORS
-from glm_ms.storage.errors import CheckpointError
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content, read_array
+from glm_ms.storage.errors import CheckpointError
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the limit of the format's own library

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content
+from glm_ms.storage.errors import CheckpointError, capped
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from glm_ms.storage.atomic import atomic_output
 from glm_ms.convert.dtypes import DTYPES, convert_dtype
-from glm_ms.storage.errors import CheckpointError
 from glm_ms.convert.mindspore_file import write_mindspore
 from glm_ms.convert.names import INV_FREQ, inverse_frequencies, to_hf_name
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+from glm_ms.storage.atomic import atomic_output
+from glm_ms.storage.errors import CheckpointError
 
 FILE_ENDINGS = (".safetensors", ".ckpt")
 DEFAULT_SHARD_SIZE = 2_000_000_000  # bytes

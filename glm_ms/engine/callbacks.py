@@ -10,9 +10,9 @@ from mindspore import RunContext
 from mindspore.train.callback import Callback
 
 from glm_ms.engine.batches import TrainingPlan
-from glm_ms.engine.step.loss_scale import LossScale
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.signals import restore_signal_handlers
+from glm_ms.engine.step.loss_scale import LossScale
 
 
 class UpdateCallback(Callback):

@@ -8,8 +8,8 @@ from typing import Any
 
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.checkpoints.best import BestEvaluation
-from glm_ms.engine.report.progress import ProgressLog
 from glm_ms.engine.ranks import Ranks
+from glm_ms.engine.report.progress import ProgressLog
 from glm_ms.settings import Settings
 
 # Plots are drawn again after an evaluation if they are older, in seconds: drawing takes one.

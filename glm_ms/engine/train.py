@@ -11,26 +11,14 @@ from pathlib import Path
 from mindformers import Trainer
 from mindspore.train.callback import Callback
 
-from glm_ms.storage.run_folder import list_checkpoints
 from glm_ms.data import TrainDataset
 from glm_ms.engine import process as quiet
 from glm_ms.engine.batches import TrainingPlan, training_batches
-from glm_ms.engine.checkpoints.best import BestEvaluation
 from glm_ms.engine.callbacks import UpdateCallback
+from glm_ms.engine.checkpoints.best import BestEvaluation
 from glm_ms.engine.checkpoints.checkpoint import TrainingState, remove_old_checkpoints, save_checkpoint
-from glm_ms.engine.divergence import write_divergence
-from glm_ms.engine.evaluate import Evaluator
-from glm_ms.engine.files import SETTINGS_FILE, replace_text
-from glm_ms.storage.lock import run_lock
 from glm_ms.engine.checkpoints.manifest import Manifest, write_manifest
-from glm_ms.engine.step.trainer_config import mindformers_config
-from glm_ms.mindformers_api.dataset import DatasetRows
-from glm_ms.engine.milestones import Milestones
-from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.checkpoints.position import position_state
-from glm_ms.engine.report.progress import ProgressLog, StepRecord
-from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
-from glm_ms.engine.records import labelled_rows
 from glm_ms.engine.checkpoints.resume import (
     check_base_stays,
     check_checkpoint,
@@ -38,12 +26,24 @@ from glm_ms.engine.checkpoints.resume import (
     remark_on_versions,
     set_aside,
 )
+from glm_ms.engine.divergence import write_divergence
+from glm_ms.engine.evaluate import Evaluator
+from glm_ms.engine.files import SETTINGS_FILE, replace_text
+from glm_ms.engine.milestones import Milestones
+from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
+from glm_ms.engine.records import labelled_rows
+from glm_ms.engine.report.progress import ProgressLog, StepRecord
+from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.step.sharding import Sharding
 from glm_ms.engine.step.trainer import GLMTrainer
+from glm_ms.engine.step.trainer_config import mindformers_config
 from glm_ms.engine.weights import build_model, build_unfilled_model, fuse
 from glm_ms.generation import GLMForCausalLM
+from glm_ms.mindformers_api.dataset import DatasetRows
 from glm_ms.settings import Settings
 from glm_ms.settings.parallel_checks import is_sharded
+from glm_ms.storage.lock import run_lock
+from glm_ms.storage.run_folder import list_checkpoints
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 Say = Callable[[str], None]

@@ -13,9 +13,6 @@ from glm_ms.convert import (
     load_parameters,
     open_checkpoint,
 )
-from glm_ms.storage.errors import capped
-from glm_ms.storage.integrity import MANIFEST
-from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine.checkpoints.manifest import read_manifest, weights_fingerprint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
@@ -26,6 +23,9 @@ from glm_ms.peft.lora import linear_modules, target_names
 from glm_ms.peft.store import is_adapter_folder
 from glm_ms.settings import Settings, resolve_vocab_size
 from glm_ms.settings.schema import AUTO
+from glm_ms.storage.errors import capped
+from glm_ms.storage.integrity import MANIFEST
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 # Fields that may differ from the config.json beside the weights: storage, length and training, not the function.
 _FREE = frozenset(

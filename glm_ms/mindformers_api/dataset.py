@@ -12,8 +12,8 @@ from mindspore import dataset as ds
 
 from glm_ms.data import DataError, Row
 from glm_ms.engine.batches import COLUMNS, TrainingPlan, training_batches
-from glm_ms.mindformers_api.tokenizer import BY_GENERATION
 from glm_ms.engine.records import labelled_rows
+from glm_ms.mindformers_api.tokenizer import BY_GENERATION
 from glm_ms.settings import SettingsError
 from glm_ms.settings.convert import Converter
 from glm_ms.settings.document import Entry

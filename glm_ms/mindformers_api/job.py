@@ -13,18 +13,18 @@ from mindformers.tools.utils import get_real_rank
 from mindspore.dataset import Dataset
 
 from glm_ms.convert import CheckpointError
-from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.data import DataError
+from glm_ms.engine.signals import restore_signal_handlers
 from glm_ms.engine.step.trainer_config import mindformers_config
+from glm_ms.engine.weights import adapter_config, different_fields
 from glm_ms.mindformers_api.dataset import DatasetRows
 from glm_ms.mindformers_api.model import GLMForCausalLM
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
-from glm_ms.engine.signals import restore_signal_handlers
-from glm_ms.engine.weights import adapter_config, different_fields
 from glm_ms.peft.store import is_adapter_folder
 from glm_ms.settings import Settings, SettingsError, check_device
 from glm_ms.settings.checks import Checker
 from glm_ms.settings.schema import AUTO
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 if TYPE_CHECKING:
     from glm_ms import generation

@@ -13,14 +13,14 @@ from mindspore import Parameter, Tensor, ops
 
 from glm_ms import generation
 from glm_ms.convert import CheckpointError, convert_dtype, load_parameters, open_checkpoint
-from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.convert.writers import write_file
+from glm_ms.engine.weights import check_config_beside
 from glm_ms.mindformers_api.auto import GLMConfig, made_folder
 from glm_ms.mindformers_api.generation import default_generation, generation_arguments
-from glm_ms.engine.weights import check_config_beside
 from glm_ms.model.config import GLMConfig as Architecture
 from glm_ms.model.loss import NextTokenLoss
 from glm_ms.pretrained import load_pretrained
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 WEIGHTS_FILE = "model.safetensors"
 # Keyword arguments of from_pretrained that tell where and how to download; nothing is downloaded here.

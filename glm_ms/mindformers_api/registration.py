@@ -13,14 +13,19 @@ from mindformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from glm_ms.engine.step.adamw import GLMAdamW
+from glm_ms.engine.step.train_step import GLMTrainOneStep
+from glm_ms.engine.step.trainer import GLMTrainer
 from glm_ms.mindformers_api.auto import GLMConfig
 from glm_ms.mindformers_api.dataset import GLMDataset
 from glm_ms.mindformers_api.model import GLMForCausalLM
-from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer, install_auto_tokenizer
+from glm_ms.mindformers_api.tokenizer import (
+    ChatGLMTokenizer,
+    GLM2Tokenizer,
+    GLM3Tokenizer,
+    install_auto_tokenizer,
+)
 from glm_ms.mindformers_api.trainer import GLMTextGenerationTrainer
 from glm_ms.mindformers_api.yaml import install_reader
-from glm_ms.engine.step.train_step import GLMTrainOneStep
-from glm_ms.engine.step.trainer import GLMTrainer
 
 REGISTERED = {
     GLMAdamW: MindFormerModuleType.OPTIMIZER,

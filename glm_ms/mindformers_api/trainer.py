@@ -11,9 +11,8 @@ from mindformers import MindFormerConfig
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.train import Callback
 
-from glm_ms.storage.run_folder import resolve_checkpoint
-from glm_ms.mindformers_api import job
 from glm_ms.engine import process as quiet
+from glm_ms.mindformers_api import job
 from glm_ms.mindformers_api import prompts as mf_prompts
 from glm_ms.mindformers_api.job import say
 from glm_ms.mindformers_api.model import GLMForCausalLM
@@ -21,6 +20,7 @@ from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
 from glm_ms.mindformers_api.yaml import settings_of
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import TRAINING_MODES
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 if TYPE_CHECKING:
     from glm_ms import generation

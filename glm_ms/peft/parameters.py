@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from glm_ms.storage.errors import capped
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.peft.errors import AdapterError
+from glm_ms.storage.errors import capped
 
 
 def stored_tensors(path: Path, prefix: str = "") -> dict[str, np.ndarray]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.reader import open_checkpoint
-from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.peft import lora, ptuning
 from glm_ms.peft.errors import AdapterError
 from glm_ms.peft.lora import LoraConfig
 from glm_ms.peft.ptuning import PrefixConfig, prefix_config_of
+from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 # What a folder may hold, the surest sign first. The original P-Tuning code saves its encoder as the last two.
 _FOLDER_CONTENT = (

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import mindspore as ms
 
+from glm_ms.ascend_hints import host_log_folder, overflow_mode_note
+from glm_ms.ops.ascend import soc_version, why_not_fused
 from glm_ms.selfcheck.golden import MODEL, golden_rows
 from glm_ms.selfcheck.kernels import REAL, SMALL, fused_rows, portable_rows
 from glm_ms.selfcheck.rows import Row, head_lines, row_lines
-from glm_ms.ops.ascend import soc_version, why_not_fused
-from glm_ms.ascend_hints import host_log_folder, overflow_mode_note
 
 HALF_TYPES = ("float16", "bfloat16")
 

@@ -10,12 +10,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from glm_ms.selfcheck.rows import Row, guarded
 from glm_ms.ops import ascend
 from glm_ms.ops.attention import HIDDEN_SCORE, GroupedAttention
 from glm_ms.ops.norm import RMSNormalize
 from glm_ms.ops.quantized import QuantizedMatMul
 from glm_ms.ops.rotary import ApplyRotary, rotary_tables
+from glm_ms.selfcheck.rows import Row, guarded
 
 # Distance from 1 to the next number, by which differences are measured.
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}

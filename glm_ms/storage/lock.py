@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from glm_ms.convert import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 
 @contextmanager

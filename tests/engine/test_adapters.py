@@ -11,8 +11,8 @@ import pytest
 from engine_helpers import TRAINED_NETWORK, curve, read_jsonl, run_here, tiny_arguments
 
 from glm_ms import load_pretrained
-from glm_ms.storage.run_folder import list_checkpoints
 from glm_ms.peft import read_adapter
+from glm_ms.storage.run_folder import list_checkpoints
 
 TRAINING = (
     *TRAINED_NETWORK, "runner_config.max_steps=30", "runner_config.batch_size=8", "logging.tensorboard=False",

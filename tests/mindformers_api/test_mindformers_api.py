@@ -30,11 +30,11 @@ from mindspore import Tensor
 from tolerances import LOGITS
 
 from glm_ms import ChatGLM2Tokenizer, ChatGLM3Tokenizer, load_pretrained
-from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.mindformers_api.auto import GLMConfig
 from glm_ms.mindformers_api.model import GLMForCausalLM
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer
 from glm_ms.mindformers_api.trainer import GLMTextGenerationTrainer
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 TEXTS = ["你好", "", "类型#裤*版型#宽松*颜色#蓝色", "a <|user|> b </s>", " spaces  \n and lines "]
 

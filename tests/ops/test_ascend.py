@@ -15,7 +15,6 @@ import pytest
 from mindspore import Tensor, nn, ops
 from tolerances import LOGITS
 
-from glm_ms.selfcheck.kernels import SMALL, KernelCase, kernel_cases
 from glm_ms.generation.cached_decoder import graph_mode
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
@@ -24,6 +23,7 @@ from glm_ms.ops.attention import GroupedAttention
 from glm_ms.ops.norm import RMSNormalize
 from glm_ms.ops.quantized import QuantizedMatMul
 from glm_ms.ops.rotary import ApplyRotary
+from glm_ms.selfcheck.kernels import SMALL, KernelCase, kernel_cases
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"

@@ -18,8 +18,8 @@ os.environ["MS_WORKER_NUM"] = os.environ["RANK_SIZE"]
 import run_glm
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.engine import callbacks, ranks
-from glm_ms.engine.step import sharding
 from glm_ms.engine.report.progress import StepRecord
+from glm_ms.engine.step import sharding
 
 held = {}
 fill = sharding.Sharding.fill

@@ -97,8 +97,8 @@ def test_a_prefix_serves_beams_and_calls_of_other_sizes() -> None:
 
 @pytest.mark.parametrize("case", [*LORA, *PREFIX])
 def test_training_curve_and_trained_adapter(case: str, tmp_path: Path) -> None:
-    from glm_ms.engine.step.adamw import GLMAdamW
     from glm_ms.engine.batches import COLUMNS
+    from glm_ms.engine.step.adamw import GLMAdamW
     from glm_ms.engine.step.network import TrainingNetwork
     from glm_ms.engine.step.train_step import GLMTrainOneStep
 

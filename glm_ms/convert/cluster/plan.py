@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Callable
 
 from glm_ms.convert.adapter_files import adapter_files_of
-from glm_ms.storage.errors import CheckpointError, capped
-from glm_ms.convert.names import is_training_state
-from glm_ms.convert.cluster.rank_folders import RankCheckpoint
 from glm_ms.convert.cluster.layout import Layout, LayoutError, Region
+from glm_ms.convert.cluster.rank_folders import RankCheckpoint
 from glm_ms.convert.cluster.strategy_file import Strategy
+from glm_ms.convert.names import is_training_state
 from glm_ms.convert.tensor_file import TensorInfo
+from glm_ms.storage.errors import CheckpointError, capped
 
 Say = Callable[[str], None]
 

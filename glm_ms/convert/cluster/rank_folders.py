@@ -15,11 +15,11 @@ from typing import Callable, Optional
 import numpy as np
 
 from glm_ms.convert.adapter_files import plain_name
-from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.convert.mindspore_file import MindSporeFile
-from glm_ms.storage.run_folder import list_checkpoints
 from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile, TensorInfo
+from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.run_folder import list_checkpoints
 
 _READERS: dict[str, Callable[[Path], TensorFile]] = {".ckpt": MindSporeFile, ".safetensors": SafetensorsFile}
 _FOLDER = re.compile(r"rank_(\d+)")

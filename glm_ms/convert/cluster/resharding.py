@@ -14,19 +14,19 @@ from typing import Callable
 import numpy as np
 
 from glm_ms.convert.adapter_files import adapter_files_of, common_companions
-from glm_ms.storage.atomic import atomic_output, check_target
-from glm_ms.convert.dtypes import DTYPES
-from glm_ms.storage.errors import CheckpointError
-from glm_ms.convert.names import is_training_state
+from glm_ms.convert.cluster.layout import Layout
+from glm_ms.convert.cluster.plan import Choices, Say, TensorPlan, plan_tensors, size_of
 from glm_ms.convert.cluster.rank_folders import RankCheckpoint, Step, open_ranks, open_whole, rank_folders
 from glm_ms.convert.cluster.rank_manifests import KnownFiles, check_rank_file, read_rank_manifests
 from glm_ms.convert.cluster.rank_writer import FORMATS, Placement, RankWriter
-from glm_ms.convert.cluster.plan import Choices, Say, TensorPlan, plan_tensors, size_of
-from glm_ms.storage.run_folder import SLICES, resolve_checkpoint
-from glm_ms.convert.cluster.layout import Layout
 from glm_ms.convert.cluster.strategy_file import Strategy, read_strategy
+from glm_ms.convert.dtypes import DTYPES
+from glm_ms.convert.names import is_training_state
 from glm_ms.convert.tensor_file import TensorInfo
 from glm_ms.convert.writers import check_space
+from glm_ms.storage.atomic import atomic_output, check_target
+from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.run_folder import SLICES, resolve_checkpoint
 
 # Scalars that tell how far training was, to word the error where ranks differ.
 _PROGRESS = frozenset({"global_step", "epoch_num", "step_num", "current_iterator_step"})

@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_ms.storage.errors import CheckpointError, capped
-from glm_ms.convert.names import is_training_state
-from glm_ms.storage.run_folder import STRATEGIES
 from glm_ms.convert.cluster.layout import Layout, LayoutError
 from glm_ms.convert.cluster.strategy_wire import RawLayout, RawStrategy, read_raw_strategy
+from glm_ms.convert.names import is_training_state
+from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.run_folder import STRATEGIES
 
 _ENDINGS = (".ckpt", ".json")
 _RANK = re.compile(r"rank_?(\d+)", re.IGNORECASE)

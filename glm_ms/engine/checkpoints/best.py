@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_ms.storage.run_folder import best_file, step_folder
 from glm_ms.engine.files import replace_text
+from glm_ms.storage.run_folder import best_file, step_folder
 
 _LOWER_IS_BETTER = ("loss", "perplexity")
 

@@ -17,11 +17,11 @@ from mindspore.nn import Optimizer
 
 from glm_ms.convert import CheckpointError, convert_dtype, load_parameters, open_checkpoint
 from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
-from glm_ms.storage.atomic import atomic_output
-from glm_ms.storage.run_folder import CHECKPOINTS, list_checkpoints, step_folder
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
 from glm_ms.engine.step.loss_scale import LossScale
 from glm_ms.generation import GLMForCausalLM
+from glm_ms.storage.atomic import atomic_output
+from glm_ms.storage.run_folder import CHECKPOINTS, list_checkpoints, step_folder
 
 WEIGHTS = "model.safetensors"
 _NO_METADATA: Mapping[str, str] = MappingProxyType({})

@@ -11,6 +11,7 @@ from typing import Any
 import mindspore
 
 from glm_ms.convert import CheckpointError
+from glm_ms.peft.store import is_adapter_folder
 from glm_ms.storage.integrity import (
     MANIFEST,
     check_file,
@@ -20,7 +21,6 @@ from glm_ms.storage.integrity import (
     read_manifest_values,
     write_manifest_values,
 )
-from glm_ms.peft.store import is_adapter_folder
 from glm_ms.version import __version__
 
 FORMAT_VERSION = 1

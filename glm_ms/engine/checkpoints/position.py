@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from glm_ms.storage.integrity import file_sha256
-from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.checkpoints.manifest import weights_fingerprint
 from glm_ms.settings import Settings
 from glm_ms.settings.sections import PET_KEYS
+from glm_ms.storage.integrity import file_sha256
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 # Keys of train_dataset that change no row; the records themselves are compared by their SHA-256 and number.
 _NO_ROWS = ("num_parallel_workers", "cache_dir", "num_samples", "drop_remainder")

@@ -9,10 +9,16 @@ from typing import Any
 import mindspore
 
 from glm_ms.convert import CheckpointError
-from glm_ms.storage.run_folder import CHECKPOINTS, list_checkpoints, resolve_checkpoint
+from glm_ms.engine.checkpoints.manifest import (
+    Manifest,
+    differences,
+    read_manifest,
+    verify_files,
+    weights_flag,
+)
 from glm_ms.engine.files import METRICS_FILE, RESULTS
-from glm_ms.engine.checkpoints.manifest import Manifest, differences, read_manifest, verify_files, weights_flag
 from glm_ms.settings import Settings
+from glm_ms.storage.run_folder import CHECKPOINTS, list_checkpoints, resolve_checkpoint
 
 EARLIER_RUNS = "earlier_runs"
 

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glm_ms.convert import CheckpointError
+from glm_ms.engine.files import SETTINGS_FILE
+from glm_ms.settings import Settings, SettingsError, parse_args
+from glm_ms.settings.loader import read_settings
+from glm_ms.settings.parallel_checks import is_sharded
 from glm_ms.storage.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -17,10 +21,6 @@ from glm_ms.storage.run_folder import (
     list_checkpoints,
     resolve_checkpoint,
 )
-from glm_ms.engine.files import SETTINGS_FILE
-from glm_ms.settings import Settings, SettingsError, parse_args
-from glm_ms.settings.loader import read_settings
-from glm_ms.settings.parallel_checks import is_sharded
 
 PROGRAM = "run_glm.py"
 _PROMPT = "你好"

@@ -19,13 +19,6 @@ from mindspore.nn import Optimizer
 
 from glm_ms.convert import CheckpointError, CheckpointReader, load_parameters, open_checkpoint, split_joint
 from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
-from glm_ms.storage.run_folder import (
-    SLICES,
-    STRATEGIES,
-    list_checkpoints,
-    resolve_checkpoint,
-    step_folder,
-)
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoints.checkpoint import WEIGHTS, read_parameters, write_parameters
@@ -46,6 +39,13 @@ from glm_ms.parallel.slices import (
 from glm_ms.peft.adapter import AdapterConfig, files_of, write_adapter_config
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.parallel_checks import is_sharded, parallel_of
+from glm_ms.storage.run_folder import (
+    SLICES,
+    STRATEGIES,
+    list_checkpoints,
+    resolve_checkpoint,
+    step_folder,
+)
 
 _ITEM_BYTES = {ms.float32: 4, ms.float16: 2, ms.bfloat16: 2}
 

@@ -22,8 +22,8 @@ from strategy_helpers import (
 )
 
 from glm_ms.convert import CheckpointError, open_checkpoint
-from glm_ms.convert.cluster.resharding import plan_resharding
 from glm_ms.convert.cluster.plan import Choices
+from glm_ms.convert.cluster.resharding import plan_resharding
 
 CASES = ("tp", "tp_opt", "pp", "tp2")
 SHAPES = {"embed": (16, 6), "layer.w": (8, 12), "norm": (8,), "adam_m.layer.w": (8, 12), "adam_m.norm": (8,)}

@@ -19,8 +19,8 @@ from glm_ms.convert import (
     plan_conversion,
     split_joint,
 )
-from glm_ms.convert.names import INV_FREQ
 from glm_ms.convert.cluster.resharding import plan_resharding
+from glm_ms.convert.names import INV_FREQ
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 CASE = "glm3_tiny"

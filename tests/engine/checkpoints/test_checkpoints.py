@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from tolerances import LOGITS
 
 from glm_ms import GLMConfig, load_pretrained
-from glm_ms.storage.run_folder import list_checkpoints
 from glm_ms.settings import load_settings
+from glm_ms.storage.run_folder import list_checkpoints
 
 IDS = np.arange(2, 34).reshape(2, 16)
 

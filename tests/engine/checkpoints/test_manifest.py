@@ -22,8 +22,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read(folder: Path) -> None:
-    from glm_ms.storage.integrity import json_sha256
     from glm_ms.engine.checkpoints.manifest import read_manifest, verify_files
+    from glm_ms.storage.integrity import json_sha256
 
     manifest = read_manifest(folder)
     assert (manifest.step, manifest.epoch, manifest.row) == (7, 1, 12)
@@ -33,8 +33,8 @@ def test_what_is_written_is_read(folder: Path) -> None:
 
 
 def test_a_later_layout_is_named(folder: Path) -> None:
-    from glm_ms.storage.integrity import json_sha256
     from glm_ms.engine.checkpoints.manifest import read_manifest
+    from glm_ms.storage.integrity import json_sha256
 
     values = json.loads((folder / "manifest.json").read_text())
     values["format_version"] = 2

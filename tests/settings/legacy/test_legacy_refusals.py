@@ -9,8 +9,8 @@ from legacy_yaml import legacy_yaml
 
 from glm_ms.settings import SettingsError, load_settings
 from glm_ms.settings.document import read_document
-from glm_ms.settings.legacy.translate import is_legacy
 from glm_ms.settings.legacy.table import LEGACY, LEGACY_DEFAULTS
+from glm_ms.settings.legacy.translate import is_legacy
 from glm_ms.settings.schema import leaf_keys
 
 REFUSED = [
