@@ -26,6 +26,7 @@ from glm_ms.engine.checkpoints.resume import (
     remark_on_versions,
     set_aside,
 )
+from glm_ms.engine.dataset_rows import DatasetRows
 from glm_ms.engine.divergence import write_divergence
 from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.files import SETTINGS_FILE, replace_text
@@ -39,7 +40,6 @@ from glm_ms.engine.step.trainer import GLMTrainer
 from glm_ms.engine.step.trainer_config import mindformers_config
 from glm_ms.engine.weights import build_model, build_unfilled_model, fuse
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.mindformers_api.dataset import DatasetRows
 from glm_ms.settings import Settings
 from glm_ms.settings.parallel_checks import is_sharded
 from glm_ms.storage.lock import run_lock

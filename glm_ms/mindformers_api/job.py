@@ -14,10 +14,10 @@ from mindspore.dataset import Dataset
 
 from glm_ms.convert import CheckpointError
 from glm_ms.data import DataError
+from glm_ms.engine.dataset_rows import DatasetRows
 from glm_ms.engine.signals import restore_signal_handlers
 from glm_ms.engine.step.trainer_config import mindformers_config
 from glm_ms.engine.weights import adapter_config, different_fields
-from glm_ms.mindformers_api.dataset import DatasetRows
 from glm_ms.mindformers_api.model import GLMForCausalLM
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
 from glm_ms.peft.store import is_adapter_folder
