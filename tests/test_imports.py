@@ -17,6 +17,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Package or top module of glm_ms -> what else of glm_ms it may import. "model.config" allows that module alone.
 MAY_IMPORT = {
     "version": (),
+    "resources": (),
+    "commands": ("version", "resources", "storage", "launch"),
     "storage": (),
     "ascend_hints": (),
     "ops": (),

@@ -20,7 +20,7 @@ TOP_LEVEL = {
     "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "docs",
 }  # fmt: skip
 # Packages whose work it is to write to the terminal.
-TERMINAL_OWNERS = ("glm_ms/engine/", "glm_ms/mindformers_api/", "glm_ms/selfcheck/")
+TERMINAL_OWNERS = ("glm_ms/commands.py", "glm_ms/engine/", "glm_ms/mindformers_api/", "glm_ms/selfcheck/")
 
 
 def product_files() -> list[str]:

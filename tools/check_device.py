@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+if __name__ == "__main__":  # runs from a checkout without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.ascend_hints import error_lines
 from glm_ms.settings import ascend_cards

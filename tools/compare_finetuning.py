@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+if __name__ == "__main__":  # runs from a checkout without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.convert import CheckpointError
 from glm_ms.convert.safetensors_file import SafetensorsFile

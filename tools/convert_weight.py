@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+if __name__ == "__main__":  # runs from a checkout without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.convert import CheckpointError, Conversion, parse_size, plan_conversion
 from glm_ms.convert.conversion import TARGETS

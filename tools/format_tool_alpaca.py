@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+if __name__ == "__main__":  # runs from a checkout without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.data import DataError
 from glm_ms.data.conversations import parse_tool_conversation, tool_call_problem

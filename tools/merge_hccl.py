@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+if __name__ == "__main__":  # runs from a checkout without installation
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.launch.rank_table import RankTableError, merge, read_rank_table, write_rank_table
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-if str(REPOSITORY) not in sys.path:
+if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(REPOSITORY))
 
 import yaml  # noqa: E402

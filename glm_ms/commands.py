@@ -1,0 +1,161 @@
+"""The console script `glm-ms`: one name for run_glm.py, the tools and the launchers, from any folder."""
+
+from __future__ import annotations
+
+import filecmp
+import importlib
+import importlib.util
+import shutil
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+
+from glm_ms.resources import resource
+from glm_ms.version import __version__
+
+RUN_MODES = {
+    "train": "train all weights",
+    "finetune": "train all weights or an adapter",
+    "eval": "metrics on a data set",
+    "predict": "generate answers to prompts",
+}
+# Command -> file of its tool, and what it does.
+TOOLS = {
+    "convert": ("convert_weight.py", "convert checkpoints between Hugging Face and MindSpore"),
+    "merge-lora": ("merge_lora.py", "merge a LoRA adapter into its base, or remove it"),
+    "transform-ckpt": ("transform_ckpt.py", "merge or slice the checkpoints of a cluster"),
+    "plan": ("plan.py", "memory, compute and traffic of a run before it starts"),
+    "inspect": ("inspect_dataset.py", "lengths, truncation and encoded records of a data set"),
+    "train-vocab": ("train_vocab.py", "train a SentencePiece vocabulary"),
+    "format-tool-alpaca": ("format_tool_alpaca.py", "convert ToolAlpaca to conversations with tools"),
+    "check-device": ("check_device.py", "check kernels and numbers of this device"),
+    "rank-table": ("hccl_tools.py", "write the rank table of this server"),
+    "merge-rank-tables": ("merge_hccl.py", "merge the rank tables of several servers"),
+}
+# Command -> module of its launcher, and what it does.
+LAUNCHERS = {
+    "msrun": ("glm_ms.launch.msrun", "start one process per card with msrun"),
+    "distribute": ("glm_ms.launch.distribute", "start one process per card of a rank table"),
+}
+CONFIGS = "configs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status, 2 for an unknown command."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"glm_ms {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    command, rest = words[0], words[1:]
+    # argparse and the usage messages of the tools show this name.
+    sys.argv = [f"glm-ms {command}", *rest]
+    run = _find(command)
+    if run is None:
+        hint = did_you_mean(command, _descriptions())
+        print(f"error: glm-ms {command}: unknown command{hint}; run glm-ms --help", file=sys.stderr)
+        return 2
+    return run(rest)
+
+
+def _find(command: str) -> Callable[[Sequence[str]], int] | None:
+    if command in RUN_MODES:
+        run_glm = _load(resource("run_glm.py"))
+        return lambda rest: run_glm.main(["--run_mode", command, *rest])
+    if command in TOOLS:
+        return _load(resource("tools") / TOOLS[command][0]).main
+    if command in LAUNCHERS:
+        return importlib.import_module(LAUNCHERS[command][0]).main
+    return configs if command == CONFIGS else None
+
+
+def _load(path: Path) -> ModuleType:
+    """Imports a file that is outside the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look up their module by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def _descriptions() -> dict[str, str]:
+    """Every command and what it does."""
+    others = {name: text for name, (_, text) in (*TOOLS.items(), *LAUNCHERS.items())}
+    return {**RUN_MODES, **others, CONFIGS: "list the configurations, or copy them to a folder"}
+
+
+def did_you_mean(word, candidates):
+    close = get_close_matches(word, list(candidates), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _usage() -> str:
+    rows = [f"  {name:20}{text}" for name, text in _descriptions().items()]
+    lines = [
+        "usage: glm-ms COMMAND [ARGUMENTS]",
+        "",
+        *rows,
+        "",
+        "glm-ms COMMAND --help lists the arguments of a command. Begin with:",
+        "  glm-ms configs --copy tiny",
+        "  glm-ms finetune --config configs/tiny/finetune_glm3_tiny.yaml",
+    ]
+    return "\n".join(lines)
+
+
+def configs(arguments: Sequence[str]) -> int:
+    """`glm-ms configs`: lists the YAML files of the package, or copies them with their sample records."""
+    parser = ArgumentParser(prog="glm-ms configs", description=configs.__doc__)
+    parser.add_argument("--copy", nargs="+", metavar="NAME", help="files or folders of the list, or 'all'")
+    parser.add_argument("--to", default=".", help="where the folder configs/ is made (default: this folder)")
+    options = parser.parse_args(arguments)
+    root = resource(CONFIGS)
+    if options.copy is None:
+        for path in sorted(root.rglob("*.yaml")):
+            print(path.relative_to(root).as_posix())
+        return 0
+    return _copy(root, options)
+
+
+def _copy(root: Path, options: Namespace) -> int:
+    """Copies whole or not at all: every name and target is checked before the first file is written."""
+    names = ["."] if "all" in options.copy else options.copy
+    sources: list[Path] = []
+    for name in names:
+        path = (root / name.removeprefix("configs/")).resolve()
+        if not path.is_relative_to(root.resolve()) or not path.exists():
+            known = [p.relative_to(root).as_posix() for p in [*root.iterdir(), *root.rglob("*.yaml")]]
+            print(
+                f"error: {name}: not a configuration{did_you_mean(name, known)}; run glm-ms configs",
+                file=sys.stderr,
+            )
+            return 2
+        sources += [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if _travels(p)]
+    pairs = [(path, Path(options.to) / CONFIGS / path.relative_to(root.resolve())) for path in sources]
+    for source, target in pairs:
+        if target.exists() and not filecmp.cmp(source, target, shallow=False):
+            print(
+                f"error: {target}: exists with other content; rename it, or copy to another folder with --to",
+                file=sys.stderr,
+            )
+            return 2
+    for source, target in pairs:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        print(target)
+    return 0
+
+
+def _travels(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
