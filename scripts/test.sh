@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them: ruff, then pytest.
+# Installs what the tests need and runs them: ruff, import-linter, deptry, mypy, then pytest.
 #
-#   bash scripts/test.sh                    the tests of every day
-#   bash scripts/test.sh --slow             and those that take minutes each
+#   bash scripts/test.sh                    the default tests
+#   bash scripts/test.sh --slow             and the slow ones, minutes each
 #   bash scripts/test.sh tests/data -k order    arguments go to pytest
 #
 # Two processes share the tests, file by file: MindSpore compiles on one core. `-n 0` runs them in one.
@@ -33,10 +33,20 @@ use_environment
 install_torch
 install_project test
 
-remedy="Change the code; 'ruff check --fix .' and 'ruff format .' mend most of what ruff finds."
+remedy="Change the code; 'ruff check --fix .' and 'ruff format .' repair most of what ruff finds."
 step "ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+
+remedy="Change the code, or the rules in pyproject.toml if they are wrong."
+if "$python" -c 'import importlinter, deptry, mypy' 2>/dev/null; then
+    step "import-linter, deptry, mypy"
+    lint-imports
+    deptry .
+    mypy
+else
+    echo "note: import-linter, deptry and mypy need Python 3.10; they are not run" >&2
+fi
 
 step "pytest"
 remedy=""

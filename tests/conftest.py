@@ -15,24 +15,93 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # repository, or where GLM_MS_SHARED points; tests that need them are skipped where they are absent.
 SHARED = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared"))
 _SHARED_MISSING = "not redistributable data missing"
+_SLOW = "slow; run with --slow"
+# Kills, resumed runs and clusters: what an interrupted run must have reached.
+RUN_FIRST = (
+    "test_kills", "test_resume", "test_whole_job", "test_data_parallel", "test_slices", "test_cluster_numbers",
+    "test_strategies", "test_resharding",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that prints the summary
+        config.pluginmanager.register(Account(), "account")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.name.startswith(RUN_FIRST))
     if config.getoption("--slow"):
         return
     for item in items:
         if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+            item.add_marker(pytest.mark.skip(reason=_SLOW))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = terminalreporter.stats.get("skipped", [])
-    missing = sum(_SHARED_MISSING in str(report.longrepr) for report in skipped)
-    terminalreporter.write_line(f"tests skipped for want of the genuine tokenizer or ADGEN data: {missing}")
+class Account:
+    """Counts, by name, what a run has skipped, and what it has not reached when it was interrupted.
+
+    The lines also go to the file that GLM_MS_TEST_ACCOUNT names, failures at once: `.ci/run` reads them, also after
+    a run that was interrupted or killed.
+    """
+
+    def __init__(self) -> None:
+        self.collected: set[str] = set()
+        self.file = os.environ.get("GLM_MS_TEST_ACCOUNT", os.devnull)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.write([f"failed: {report.nodeid}"])
+
+    def write(self, lines: list[str]) -> None:
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.collected.update(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: object, ids: list[str]) -> None:
+        self.collected.update(ids)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        # xdist appends "@group" to ids; a test that was interrupted has no report.
+        reports = [
+            report
+            for found in terminalreporter.stats.values()
+            for report in found
+            if hasattr(report, "nodeid")
+        ]
+        reached = {report.nodeid.split("@")[0] for report in reports}
+        missed = sorted({name.split("@")[0] for name in self.collected} - reached)
+        reasons: dict[str, list[str]] = {}
+        for report in terminalreporter.stats.get("skipped", []):
+            reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+            reasons.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+        slow = reasons.pop(_SLOW, [])
+        lines = [f"not run, slow: {len(slow)} tests (run them with --slow)"] if slow else []
+        lines += _named("not reached in time", missed) if missed else []
+        for reason, names in sorted(reasons.items()):
+            lines += _named(f"skipped, {reason}", names)
+        lines = lines or ["every collected test was run"]
+        for line in lines:
+            terminalreporter.write_line(line)
+        self.write(lines)
+
+
+def _named(title: str, tests: list[str]) -> list[str]:
+    """A count, then each file with the names of its tests."""
+    files: dict[str, list[str]] = {}
+    for test in sorted(tests):
+        file, _, name = test.partition("::")
+        files.setdefault(file, []).append(name)
+    return [
+        f"{title}: {len(tests)} tests",
+        *(f"    {file}: {', '.join(names)}" for file, names in files.items()),
+    ]
 
 
 def _shared_file(relative: str) -> Path:
