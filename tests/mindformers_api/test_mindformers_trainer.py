@@ -36,10 +36,10 @@ from glm_ms.engine.dataset_rows import DatasetRows
 from glm_ms.mindformers_api.yaml import settings_of
 from glm_ms.storage.run_folder import resolve_checkpoint
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-# The block of the README that uses MindFormers' own classes.
+PAGE = (REPOSITORY / "docs" / "mindformers.md").read_text(encoding="utf-8")
+# The block that uses the classes of MindFormers.
 EXAMPLE = next(
-    block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "mindformers" in block
+    block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "mindformers" in block
 )
 
 
@@ -283,7 +283,7 @@ def test_what_the_yaml_decides_is_refused_in_the_call(run: Path, weights: Path, 
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme(vocabulary: Path, tmp_path: Path):
+def test_the_example_of_the_documentation(vocabulary: Path, tmp_path: Path):
     """As it stands, on fewer records."""
     sample = tmp_path / "configs" / "tiny" / "sample"
     sample.mkdir(parents=True)
