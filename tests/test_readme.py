@@ -24,6 +24,7 @@ from typing import NamedTuple
 import pytest
 from legacy_yaml import LORA, legacy_yaml
 
+from glm_ms import commands as console
 from glm_ms.settings import load_settings, parse_args
 from glm_ms.settings.errors import SettingsError
 
@@ -135,6 +136,14 @@ def test_both_languages_have_the_same_content(page, translation):
     assert set(code.findall(english)) == set(code.findall(chinese))
 
 
+def test_the_table_of_console_commands():
+    shown = dict(re.findall(r"^\| `glm-ms ([\w-]+)` \| `([^`]+)` \|$", prose(TRAINING), re.MULTILINE))
+    scripts = {"msrun": "scripts/msrun_launcher.sh", "distribute": "scripts/run_distribute.sh"}
+    tools = {name: f"tools/{file}" for name, (file, _) in console.TOOLS.items()}
+    runs = {mode: f"run_glm.py --run_mode {mode}" for mode in console.RUN_MODES}
+    assert shown == {**runs, **tools, **scripts}
+
+
 def test_pages_exist_in_both_languages():
     named = {page for page, _ in PAIRS}
     assert {README, TRAINING, "docs/inference.md", "docs/cluster.md"} <= named
@@ -192,6 +201,10 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
     for token in tokens:
         if token.startswith("run_glm.py "):  # given to a launcher as one argument
             return "run_glm.py", shlex.split(token)[1:]
+    if tokens[0] == "glm-ms" and tokens[1] in console.RUN_MODES:
+        return "run_glm.py", ["--run_mode", *tokens[1:]]
+    if tokens[0] == "glm-ms" and tokens[1] in console.TOOLS:
+        return f"tools/{console.TOOLS[tokens[1]][0]}", tokens[2:]
     if tokens[:2] == ["bash", "scripts/run_standalone.sh"]:
         config, device, mode, *rest = tokens[2:]
         return "run_glm.py", ["--config", config, "--device_id", device, "--run_mode", mode, *rest]
@@ -212,6 +225,8 @@ def test_command_names_what_exists(command):
         check_run(arguments, parallel=command.startswith(ranks))
     elif program:
         check_tool(program, arguments)
+    elif command.startswith("glm-ms configs "):
+        assert (REPOSITORY / "configs" / arguments[arguments.index("--copy") + 1]).exists()
     elif command in SETUP or command.startswith("bash scripts/test.sh"):
         assert all(
             (REPOSITORY / name).exists() for name in arguments if name.startswith(("scripts/", "tests/"))
@@ -311,9 +326,10 @@ class Workplace:
         (yours / "chatglm3-6b").symlink_to(REPOSITORY / "tests" / "golden" / "models" / "glm3_tiny")
         (yours / "tokenizer.model").symlink_to(Path("..") / "output" / "tiny" / "tokenizer.model")
         (folder / "bin").mkdir()
-        launcher = folder / "bin" / "python"
-        launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
-        launcher.chmod(0o755)
+        for name, arguments in (("python", ""), ("glm-ms", "-m glm_ms.commands")):
+            launcher = folder / "bin" / name
+            launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n', encoding="utf-8")
+            launcher.chmod(0o755)
 
     def run(self, command: str) -> str:
         """Output of a command, which runs once however often it is asked for."""
