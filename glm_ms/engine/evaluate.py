@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,59 +15,56 @@ from glm_ms.data import IGNORED, DataError, Row
 from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.files import PREDICTIONS_FILE, SCORES_FILE, replace_text
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
-from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
+from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.engine.records import labelled_rows, prompts_with_references
 from glm_ms.engine.report.progress import progress_bar
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.metrics import ADGENMetric, PerplexityMetric
+from glm_ms.metrics import LOSS, METRICS, TEXT, Metric, takes
 from glm_ms.settings import Settings
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.tokenizer import SentencePieceTokenizer
 
+Say = Callable[[str], None]
+
 
 def evaluate(
-    settings: Settings,
-    model: GLMForCausalLM,
-    tokenizer: SentencePieceTokenizer,
-    say: Callable[[str], None],
+    settings: Settings, model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, say: Say
 ) -> dict[str, Any]:
     """Measures every metric of the settings on `eval_dataset`.
 
-    Writes `eval_scores.json`, and with ADGENMetric `eval_predictions.jsonl`, into the output folder. In a parallel
-    run all ranks call it, and the first writes.
+    Writes `eval_scores.json`, and with a metric of texts `eval_predictions.jsonl`, into the output folder. In a
+    parallel run all ranks call it, and the first writes.
 
     Returns:
         All scores by name, on every rank.
 
     Raises:
         DataError: no usable record.
-        RankError: the ranks have different records or weights, or one has failed.
+        RankError: the ranks have different records or weights, or a rank failed.
     """
     ranks = ranks_of(settings)
     check_equal_on_ranks(model.network.get_parameters(), ranks)
     scores = Evaluator(settings, tokenizer, say)(model)
-    if not ranks.first:
-        return scores
-    path = Path(settings.output_dir) / SCORES_FILE
-    # JSON has no infinity; a perplexity may overflow.
-    finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
-    replace_text(path, json.dumps(finite, indent=2) + "\n")
-    if (Path(settings.output_dir) / PREDICTIONS_FILE).is_file() and "ADGENMetric" in settings.metric.type:
-        say(f"predictions beside references: {Path(settings.output_dir) / PREDICTIONS_FILE}")
+    if ranks.first:
+        # JSON has no infinity; a perplexity may overflow.
+        finite = {k: v if math.isfinite(v) else None for k, v in scores.items()}
+        replace_text(Path(settings.output_dir) / SCORES_FILE, json.dumps(finite, indent=2) + "\n")
+        if takes(TEXT, settings.metric.type):
+            say(f"predictions beside references: {Path(settings.output_dir) / PREDICTIONS_FILE}")
     return scores
 
 
 class Evaluator:
-    """Measures networks on `eval_dataset`, as often as wanted; the records are read once.
+    """Measures networks on `eval_dataset` any number of times; reads the records once.
 
-    The ranks of a parallel run take the batches in turn. A batch holds the same records and is computed by the same
-    calls as in one process, so the scores and the file of predictions are the same too.
+    The ranks of a parallel run take the batches in turn. Batches and calls are those of a single process, and so are
+    the scores and the file of predictions.
 
     Args:
-        settings: `eval_dataset`, `metric`, `generation`; the lengths are held to the network's.
+        settings: `eval_dataset`, `metric`, `generation`.
         tokenizer: of the records.
         say: takes lines for the user, once.
-        leave: the bars stay when they are full.
+        leave: full progress bars stay visible.
 
     Raises:
         DataError: no usable record, or rows longer than the network.
@@ -74,47 +72,79 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        tokenizer: SentencePieceTokenizer,
-        say: Callable[[str], None],
-        leave: bool = True,
+        self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool = True
     ) -> None:
-        ranks = ranks_of(settings)
-        files = {"eval_dataset": settings.eval_dataset.data_loader.dataset_dir}
-        files["vocab_file"] = settings.processor.tokenizer.vocab_file
-        ranks.agree("SHA-256 of files", {name: file_sha256(Path(path)) for name, path in files.items()})
-        builders = {"ADGENMetric": _Adgen, "PerplexityMetric": _Perplexity}
-        self._metrics = [
-            builders[name](settings, tokenizer, say, ranks, leave) for name in settings.metric.type
-        ]
+        files = {
+            "eval_dataset": settings.eval_dataset.data_loader.dataset_dir,
+            "vocab_file": settings.processor.tokenizer.vocab_file,
+        }
+        ranks_of(settings).agree(
+            "SHA-256 of files", {name: file_sha256(Path(path)) for name, path in files.items()}
+        )
+        kinds: dict[str, type[_Pass]] = {TEXT: _TextPass, LOSS: _LossPass}
+        inputs = dict.fromkeys(METRICS[name].input for name in settings.metric.type)
+        self._names = settings.metric.type
+        self._passes = [kinds[kind](settings, tokenizer, say, leave) for kind in inputs]
 
     def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
-        """All scores by name, of a network that may be in training; nothing of it is changed.
+        """All scores by name of a network, which may be in training and is not changed.
 
-        All ranks call it and get the scores. The first writes `eval_predictions.jsonl` into the output folder with
-        ADGENMetric.
+        All ranks call it and get the scores. With a metric of texts the first rank writes `eval_predictions.jsonl`
+        into the output folder.
         """
-        scores: dict[str, Any] = {}
-        for metric in self._metrics:
-            scores.update(metric(model))
-        return scores
+        metrics = {name: METRICS[name]() for name in self._names}
+        for evaluation in self._passes:
+            evaluation.run(model, [item for item in metrics.values() if item.input == evaluation.input])
+        return {score: value for metric in metrics.values() for score, value in metric.result().items()}
 
 
-class _Adgen:
-    """ROUGE and BLEU of the text generated for each prompt against its reference."""
+class _Pass(ABC):
+    """One pass over `eval_dataset`, for all metrics with the same input."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        tokenizer: SentencePieceTokenizer,
-        say: Callable[[str], None],
-        ranks: Ranks,
-        leave: bool,
-    ) -> None:
+    input: ClassVar[str]
+    label: ClassVar[str]
+
+    def __init__(self, settings: Settings, records: Sequence[Any], say: Say, leave: bool) -> None:
+        number, size = len(records), settings.eval_dataset.batch_size
+        self._records, self._batch_size, self._leave = records, size, leave
+        self._batches = [range(start, min(start + size, number)) for start in range(0, number, size)]
+        self._ranks = ranks_of(settings)
+        if len(self._batches) < self._ranks.size:
+            say(
+                f"{number} records in batches of {size} keep {len(self._batches)} of {self._ranks.size} ranks busy; "
+                "a smaller eval_dataset.batch_size spreads them"
+            )
+
+    @abstractmethod
+    def run(self, model: GLMForCausalLM, metrics: Sequence[Metric]) -> None:
+        """Updates the metrics, on every rank, with all records."""
+
+    @abstractmethod
+    def _compute(self, model: GLMForCausalLM, batch: list[Any]) -> Any:
+        """The result of a batch of records, as JSON. A short batch is filled up, so that no other shape is compiled."""
+
+    def _results(self, model: GLMForCausalLM) -> Iterator[tuple[list[Any], Any]]:
+        """The records and the result of every batch; one rank computes it, all receive it."""
+
+        def compute(numbers: range) -> Any:
+            return self._compute(model, [self._records[i] for i in numbers])
+
+        show = self._ranks.first
+        with progress_bar(len(self._records), self.label, "record", show=show, leave=self._leave) as bar:
+            for numbers, result in zip(self._batches, self._ranks.share_out(self._batches, compute)):
+                yield [self._records[i] for i in numbers], result
+                bar.update(len(numbers))
+
+
+class _TextPass(_Pass):
+    """Generates an answer to each prompt, to compare with its reference."""
+
+    input, label = TEXT, "generating"
+
+    def __init__(self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool) -> None:
         data = settings.eval_dataset
-        self._records = prompts_with_references(data, tokenizer, settings.generation)
-        say(self._records.describe())
+        records = prompts_with_references(data, tokenizer, settings.generation)
+        say(records.describe())
         options = generation_options(settings, tokenizer, say)
         stop = list(options["eos_token_id"])
         if data.data_loader.type != "ADGenDataLoader":
@@ -122,52 +152,41 @@ class _Adgen:
             stop.append(tokenizer.get_command("<|assistant|>"))
         # One text per reference.
         self._options = {**options, "eos_token_id": stop, "num_return_sequences": 1}
-        prompts = [self._records[i]["input_ids"] for i in range(len(self._records))]
+        prompts = [records[i]["input_ids"] for i in range(len(records))]
         check_prompt_lengths(prompts, options, settings.model.model_config.seq_length)
-        self._tokenizer, self._batch_size, self._leave = tokenizer, data.batch_size, leave
-        self._path, self._ranks = Path(settings.output_dir) / PREDICTIONS_FILE, ranks
-        _remark_on_idle_ranks(len(prompts), data.batch_size, ranks, say)
+        self._tokenizer, self._path = tokenizer, Path(settings.output_dir) / PREDICTIONS_FILE
+        super().__init__(settings, records, say, leave)
 
-    def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
-        def generate(places: range) -> list[str]:
-            batch = [self._records[i] for i in places]
-            return _generate(model, self._tokenizer, batch, self._batch_size, self._options)
-
-        metric, lines, number = ADGENMetric(), [], len(self._records)
-        batches = _batches(number, self._batch_size)
-        with progress_bar(number, "generating", "record", show=self._ranks.first, leave=self._leave) as bar:
-            for places, texts in zip(batches, self._ranks.share_out(batches, generate)):
-                if not self._ranks.first:
-                    continue
-                batch = [self._records[i] for i in places]
-                scores = metric.update(texts, [record["reference"] for record in batch])
-                lines += [
-                    {
-                        "prompt": record["prompt"],
-                        "prediction": text,
-                        "reference": record["reference"],
-                        **score,
-                    }
-                    for record, text, score in zip(batch, texts, scores)
-                ]
-                bar.update(len(batch))
+    def run(self, model: GLMForCausalLM, metrics: Sequence[Metric]) -> None:
+        """Updates the metrics and writes the predictions with the scores of each."""
+        lines = []
+        for batch, texts in self._results(model):
+            references = [record["reference"] for record in batch]
+            scores = [metric.update(texts, references) or [{}] * len(batch) for metric in metrics]
+            for record, text, *own in zip(batch, texts, *scores):
+                line = {"prompt": record["prompt"], "prediction": text, "reference": record["reference"]}
+                for score in own:
+                    line.update(score)
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         if self._ranks.first:
-            replace_text(self._path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        return self._ranks.from_first(metric.eval() if self._ranks.first else None)
+            replace_text(self._path, "".join(lines))
+
+    def _compute(self, model: GLMForCausalLM, batch: list[dict[str, Any]]) -> list[str]:
+        prompts = [record["input_ids"] for record in batch]
+        sequences = model.generate(prompts + [prompts[-1]] * (self._batch_size - len(batch)), **self._options)
+        stop = self._options["eos_token_id"]
+        return [
+            answer_text(self._tokenizer, ids[len(prompt) :], stop) for prompt, ids in zip(prompts, sequences)
+        ]
 
 
-class _Perplexity:
-    """exp(mean loss) over all labelled tokens of the data set, each weighing the same."""
+class _LossPass(_Pass):
+    """Summed loss and number of target tokens of the labelled rows; every token has the same weight."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        tokenizer: SentencePieceTokenizer,
-        say: Callable[[str], None],
-        ranks: Ranks,
-        leave: bool,
-    ) -> None:
-        self._rows = rows = labelled_rows(settings.eval_dataset, tokenizer)
+    input, label = LOSS, "perplexity"
+
+    def __init__(self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool) -> None:
+        rows = labelled_rows(settings.eval_dataset, tokenizer)
         say(rows.describe())
         seq_length = settings.model.model_config.seq_length
         if rows.seq_length > seq_length:
@@ -175,52 +194,15 @@ class _Perplexity:
                 f"eval_dataset: max_source_length + max_target_length + 1 = {rows.seq_length} exceeds "
                 f"model.model_config.seq_length = {seq_length}; lower the former or raise the latter"
             )
-        self._batch_size, self._leave, self._ranks = settings.eval_dataset.batch_size, leave, ranks
-        _remark_on_idle_ranks(len(rows), self._batch_size, ranks, say)
+        super().__init__(settings, rows, say, leave)
 
-    def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
-        def measure(places: range) -> tuple[float, int]:
-            return model.loss_sum(_stack([self._rows[i] for i in places], self._batch_size))
-
-        metric, number = PerplexityMetric(), len(self._rows)
-        batches = _batches(number, self._batch_size)
-        with progress_bar(number, "perplexity", "record", show=self._ranks.first, leave=self._leave) as bar:
-            for places, sums in zip(batches, self._ranks.share_out(batches, measure)):
+    def run(self, model: GLMForCausalLM, metrics: Sequence[Metric]) -> None:
+        """Updates the metrics."""
+        for _, sums in self._results(model):
+            for metric in metrics:
                 metric.update(*sums)
-                bar.update(len(places))
-        return metric.eval()
 
-
-def _batches(number: int, batch_size: int) -> list[range]:
-    """The places 0, 1, ... number - 1 in batches, of which the last may be short."""
-    return [range(start, min(start + batch_size, number)) for start in range(0, number, batch_size)]
-
-
-def _remark_on_idle_ranks(number: int, batch_size: int, ranks: Ranks, say: Callable[[str], None]) -> None:
-    busy = len(_batches(number, batch_size))
-    if busy < ranks.size:
-        say(
-            f"{number} records in batches of {batch_size} keep {busy} of {ranks.size} ranks busy; a smaller "
-            "eval_dataset.batch_size spreads them"
-        )
-
-
-def _generate(
-    model: GLMForCausalLM,
-    tokenizer: SentencePieceTokenizer,
-    batch: list[dict[str, Any]],
-    batch_size: int,
-    options: dict[str, Any],
-) -> list[str]:
-    """Texts for a batch. A short last batch is filled up, so that no other size is compiled for it."""
-    prompts = [record["input_ids"] for record in batch]
-    filled = prompts + [prompts[-1]] * (batch_size - len(prompts))
-    sequences = model.generate(filled, **options)
-    stop = options["eos_token_id"]
-    return [answer_text(tokenizer, ids[len(prompt) :], stop) for prompt, ids in zip(prompts, sequences)]
-
-
-def _stack(batch: list[Row], batch_size: int) -> tuple[np.ndarray, ...]:
-    filler = {**batch[0], "labels": np.full_like(batch[0]["labels"], IGNORED)}
-    rows = batch + [filler] * (batch_size - len(batch))
-    return tuple(np.stack([row[name] for row in rows]) for name in COLUMNS)
+    def _compute(self, model: GLMForCausalLM, batch: list[Row]) -> tuple[float, int]:
+        filler = {**batch[0], "labels": np.full_like(batch[0]["labels"], IGNORED)}
+        rows = batch + [filler] * (self._batch_size - len(batch))
+        return model.loss_sum(tuple(np.stack([row[name] for row in rows]) for name in COLUMNS))

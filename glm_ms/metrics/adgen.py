@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from glm_ms.metrics.metric import HIGHER, TEXT, Metric
+
 SCORE_NAMES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 
 # rouge_chinese adds this to the denominator of its F measure; it shows in the fourth decimal.
@@ -16,13 +18,12 @@ _F_EPSILON = 1e-8
 def adgen_scores(prediction: str, reference: str) -> dict[str, float]:
     """Scores one generated text against one reference.
 
-    ROUGE is the F measure of rouge_chinese on jieba words; BLEU-4 is NLTK's sentence BLEU on characters
-    with smoothing method 3 (Chen and Cherry, 2014), as in `ptuning/main.py` of ChatGLM2-6B. Texts are
-    taken as they are: leading and trailing blanks count for BLEU.
+    ROUGE is the F measure of rouge_chinese on jieba words. BLEU-4 is NLTK's sentence BLEU on characters with smoothing
+    method 3 (Chen and Cherry, 2014), as in `ptuning/main.py` of ChatGLM2-6B. Texts are not stripped: leading and
+    trailing blanks count for BLEU.
 
     Args:
-        prediction: generated text. Without a single word (empty, or white space only) every score is 0;
-            the original script stops with an error there.
+        prediction: generated text. Every score of an empty or blank text is 0; the original script raises an error.
         reference: text to compare with.
 
     Returns:
@@ -30,8 +31,7 @@ def adgen_scores(prediction: str, reference: str) -> dict[str, float]:
 
     Raises:
         TypeError: one of the two is not a string.
-        ValueError: the reference has no word. No prediction can be right or wrong about it, so it is a
-            fault of the data set and neither a score of 0 nor a smaller mean would be true.
+        ValueError: the reference has no word, which is an error in the data set: no score is meaningful.
     """
     for name, text in (("prediction", prediction), ("reference", reference)):
         if not isinstance(text, str):
@@ -47,26 +47,25 @@ def adgen_scores(prediction: str, reference: str) -> dict[str, float]:
     return {name: round(100 * scores[name], 4) for name in SCORE_NAMES}
 
 
-class ADGENMetric:
+class ADGENMetric(Metric):
     """Mean ROUGE and BLEU-4 over generated texts.
 
-    An empty prediction scores 0, stays in the mean and is counted: leaving it out would let a model
-    raise its mean by keeping silent.
+    An empty prediction scores 0, stays in the mean and is counted. Otherwise a model could raise its mean by empty
+    answers.
     """
 
-    name = "ADGENMetric"
+    input = TEXT
+    better = dict.fromkeys(SCORE_NAMES, HIGHER)
+    headline, plotted = "rouge-l", SCORE_NAMES
+    title, unit = "ROUGE and BLEU", "score (of 100)"
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets all samples."""
         self._sums = dict.fromkeys(SCORE_NAMES, 0.0)
         self._num_samples = 0
         self._num_empty = 0
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
-        """Adds samples. If it raises, none of them has been added.
+        """Adds samples. If it raises, it adds none of them.
 
         Args:
             predictions: generated texts.
@@ -77,8 +76,8 @@ class ADGENMetric:
 
         Raises:
             TypeError: a single string in place of a sequence, or an item that is not a string.
-            ValueError: different numbers of texts, or a reference without a word; the message gives the
-                position among all samples so far.
+            ValueError: different numbers of texts, or a reference without a word. The message has the number of the
+                sample, from 0 over all calls.
         """
         for name, texts in (("predictions", predictions), ("references", references)):
             if isinstance(texts, (str, bytes)):
@@ -99,12 +98,8 @@ class ADGENMetric:
         self._num_empty += sum(not prediction.strip() for prediction in predictions)
         return scores
 
-    def eval(self) -> dict[str, Any]:
-        """Gives the means.
-
-        Returns:
-            "rouge-1", "rouge-2", "rouge-l", "bleu-4": mean percent over all samples (float);
-            "num_samples": samples in the mean (int); "num_empty": empty predictions among them (int).
+    def result(self) -> dict[str, Any]:
+        """Mean percent of each score over all samples, "num_samples", and "num_empty" (empty predictions among them).
 
         Raises:
             ValueError: there is no sample.
@@ -119,13 +114,12 @@ class ADGENMetric:
 def _segmenter() -> Any:
     """A jieba tokenizer with the stock dictionary.
 
-    The dictionary is parsed here, which takes under a second, and not by jieba's own initialization: that
-    one reports to stderr, keeps a marshal file under a fixed name in the shared temporary folder (so
-    anybody on the machine can plant one) and fails where no folder is writable. It also leaves words that
-    a program has added to jieba's global dictionary out of the scores.
+    This function parses the dictionary itself, in under a second. jieba's own initialization writes to stderr, trusts
+    a marshal file of a fixed name in the shared temporary folder and fails if no folder is writable. Words that a
+    program adds to jieba's global dictionary do not change the scores.
     """
     with warnings.catch_warnings():
-        # On import: pkg_resources is deprecated; invalid escape sequences under Python 3.12.
+        # Its import warns of pkg_resources and, under Python 3.12, of invalid escape sequences.
         warnings.simplefilter("ignore")
         import jieba
     tokenizer = jieba.Tokenizer()
@@ -143,15 +137,15 @@ def _rouge_chinese() -> Any:
 
 
 def _segment(text: str) -> str:
-    """jieba words with a blank between them, the input rouge_chinese wants."""
+    """jieba words joined by blanks, the input format of rouge_chinese."""
     return " ".join(_segmenter().lcut(text))
 
 
 def _rouge(prediction: str, reference: str) -> dict[str, float]:
     """F measures in [0, 1] of two segmented texts.
 
-    rouge_chinese gives rouge-1 and rouge-2. Its rouge-l keeps the whole table of the longest common
-    subsequence in a dict (about 250 MB and 1.7 s for two texts of 2000 characters), hence the own one.
+    rouge_chinese computes rouge-1 and rouge-2. Its rouge-l keeps the whole table of the longest common subsequence in
+    a dict (250 MB and 1.7 s for two texts of 2000 characters), so this module has its own.
     """
     by_name = _rouge_chinese().get_scores(prediction, reference)[0]
     scores = {name: by_name[name]["f"] for name in ("rouge-1", "rouge-2")}
@@ -163,19 +157,16 @@ def _rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def _rouge_words(segmented: str) -> list[str]:
-    """The words rouge_chinese compares.
-
-    It splits into sentences first, and a blank line between two sentences becomes an empty word there.
-    """
+    """The words that rouge_chinese compares: it splits into sentences, and blank lines become empty words."""
     sentences = [sentence for sentence in _rouge_chinese().cut_sent(segmented) if sentence]
     return [word for sentence in sentences for word in " ".join(sentence.split()).split(" ")]
 
 
 def _common_subsequence_length(first: list[str], second: list[str]) -> int:
-    """Length of the longest common subsequence, one row of the table held in the bits of an integer.
+    """Length of the longest common subsequence; the bits of an integer are one row of the table.
 
-    Hyyrö, "Bit-parallel LCS-length computation revisited" (2004): zero bits mark the positions of `first`
-    at which the length grows.
+    Hyyrö, "Bit-parallel LCS-length computation revisited" (2004): zero bits mark the positions of `first` at which the
+    length grows.
     """
     positions: dict[str, int] = {}
     for index, word in enumerate(first):
@@ -190,7 +181,7 @@ def _common_subsequence_length(first: list[str], second: list[str]) -> int:
 
 def _bleu4(prediction: str, reference: str) -> float:
     """Sentence BLEU on characters, in [0, 1]."""
-    # NLTK imports SciPy; a program that only touches this module should not wait for it.
+    # NLTK imports SciPy, which takes seconds.
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     smoothing = SmoothingFunction().method3

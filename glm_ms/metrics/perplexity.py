@@ -6,23 +6,23 @@ import logging
 import math
 from typing import Any
 
+from glm_ms.metrics.metric import LOSS, LOWER, Metric
+
 logger = logging.getLogger(__name__)
 
 
-class PerplexityMetric:
+class PerplexityMetric(Metric):
     """exp of the mean negative log likelihood per target token.
 
-    Batches are weighted by their tokens, so the result does not depend on how records are put into
-    batches. Sums are float64.
+    Batches are weighted by their tokens, so the result does not depend on the batch size. Sums are float64.
     """
 
-    name = "PerplexityMetric"
+    input = LOSS
+    better = {"loss": LOWER, "perplexity": LOWER}  # noqa: RUF012 - declared by the base class
+    headline = title = unit = "perplexity"
+    plotted = ("perplexity",)
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets all batches."""
         self._loss_sum = 0.0
         self._num_tokens = 0
 
@@ -31,11 +31,10 @@ class PerplexityMetric:
 
         Args:
             loss_sum: negative log likelihood in nats, summed (not averaged) over the target tokens.
-            num_tokens: target tokens in the batch, those whose label is not ignored; a whole number of
-                any numeric type. 0 adds nothing.
+            num_tokens: target tokens of the batch, a whole number of any numeric type. 0 adds nothing.
 
         Raises:
-            ValueError: `num_tokens` is negative or not whole, or is 0 while the loss is not.
+            ValueError: `num_tokens` is negative or not whole, or is 0 and the loss is not.
         """
         total, count = float(loss_sum), int(num_tokens)
         if count < 0 or count != num_tokens:
@@ -45,16 +44,15 @@ class PerplexityMetric:
         self._loss_sum += total
         self._num_tokens += count
 
-    def eval(self) -> dict[str, Any]:
-        """Gives loss and perplexity over all batches.
+    def result(self) -> dict[str, Any]:
+        """Loss and perplexity over all batches.
 
         Returns:
-            "loss": mean negative log likelihood per token in nats (float); "perplexity": exp of it
-            (float), inf with a logged warning where that is beyond float64; "num_tokens": tokens in the
-            mean (int). A loss that is not a number stays one in both, with a logged warning.
+            "loss": mean negative log likelihood per token in nats; "perplexity": exp of it, inf beyond float64;
+            "num_tokens": target tokens. A loss that is not a number stays NaN in both. Logs a warning for inf and NaN.
 
         Raises:
-            ValueError: there is no token.
+            ValueError: there is no target token.
         """
         if not self._num_tokens:
             raise ValueError(

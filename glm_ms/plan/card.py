@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from glm_ms.generation.cached_decoder import cache_capacity
+from glm_ms.metrics import TEXT, takes
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.slices import Slice
@@ -263,7 +264,7 @@ def _fuses_attention(settings: Settings, config: GLMConfig) -> bool:
 
 
 def _generates(settings: Settings) -> bool:
-    return settings.do_eval and "ADGENMetric" in settings.metric.type
+    return settings.do_eval and takes(TEXT, settings.metric.type)
 
 
 def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:

@@ -97,6 +97,8 @@ def _convert(hint: Any, entry: Entry, field: dataclasses.Field) -> Any:
     origin = get_origin(hint)
     if origin is Literal:
         return _one_of(get_args(hint), entry)
+    if hint is str and "choices" in field.metadata:
+        return _one_of(tuple(field.metadata["choices"]()), entry)
     if origin is Union:
         return _any_of(get_args(hint), entry, field)
     if origin is list:

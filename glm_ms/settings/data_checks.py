@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Union
 
+from glm_ms.metrics import LOSS, METRICS, TEXT, takes
 from glm_ms.settings.schema import Settings
 from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
 
@@ -138,13 +139,13 @@ def _evaluation_length(settings: Settings) -> Iterator[Problem]:
         return
     source = "eval_dataset.max_source_length"
     needs = {
-        "PerplexityMetric": ("eval_dataset.max_target_length", data.max_target_length + 1, " + 1"),
-        "ADGENMetric": ("generation.max_new_tokens", settings.generation.max_new_tokens, ""),
+        LOSS: ("eval_dataset.max_target_length", data.max_target_length + 1, " + 1"),
+        TEXT: ("generation.max_new_tokens", settings.generation.max_new_tokens, ""),
     }
     for metric in settings.metric.type:
-        key, tokens, extra = needs[metric]
+        key, tokens, extra = needs[METRICS[metric].input]
         needed = data.max_source_length + tokens
-        if metric == "ADGENMetric" and settings.generation.max_length is not None:
+        if METRICS[metric].input == TEXT and settings.generation.max_length is not None:
             continue  # which is at most seq_length, and ends every answer
         if needed > seq_length:
             message = (
@@ -166,7 +167,7 @@ def _evaluation_length_of_tools(settings: Settings) -> Iterator[Problem]:
         )  # fmt: skip
         return
     generation = settings.generation
-    counts = "ADGENMetric" in settings.metric.type and generation.max_length is None
+    counts = takes(TEXT, settings.metric.type) and generation.max_length is None
     if counts and length - generation.max_new_tokens < _SHORTEST_PROMPT:
         message = (
             f"{generation.max_new_tokens} leaves no room for a prompt within {key} = {length}; lower it to at most "

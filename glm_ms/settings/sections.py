@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union, get_type_hints
 
+from glm_ms.metrics import METRICS, score_names
 from glm_ms.model.config import GLMConfig
 
 
@@ -21,7 +22,7 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
         doc: one line for the reader of `--help_keys`.
         rules: `at_least`, `above`, `at_most`, `below` bound numbers; `pattern` (with `example`) holds a
             string to a regular expression; `length` fixes a list's length; `or_one` lets a single value
-            stand for a list of one.
+            stand for a list of one; `choices()` are the texts that a table of the package allows.
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, list):
@@ -290,8 +291,8 @@ class EvalDatasetSettings(_DatasetSettings):
 class MetricSettings:
     """`metric`: a name or a list of names."""
 
-    type: list[Literal["ADGENMetric", "PerplexityMetric"]] = key(
-        ["ADGENMetric"], "what --run_mode eval measures", or_one=True
+    type: list[str] = key(
+        ["ADGENMetric"], "what --run_mode eval measures", or_one=True, choices=lambda: tuple(METRICS)
     )
 
 
@@ -320,8 +321,10 @@ class CheckpointSettings:
 
     save_steps: Optional[int] = key(500, "save every so many steps; null: only at the end", at_least=1)
     keep_max: int = key(3, "checkpoints kept, the newest ones", at_least=1)
-    best_metric: Optional[Literal["rouge-1", "rouge-2", "rouge-l", "bleu-4", "loss", "perplexity"]] = key(
-        None, "the checkpoint with the best evaluation (do_eval) by this score is kept besides; null: none"
+    best_metric: Optional[str] = key(
+        None,
+        "the checkpoint with the best evaluation (do_eval) by this score is kept besides; null: none",
+        choices=score_names,
     )
 
 

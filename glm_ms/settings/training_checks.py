@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from glm_ms.metrics import metric_of
 from glm_ms.settings.schema import Settings
 from glm_ms.settings.sections import LossScaleSettings
 
 Problem = tuple[str, str, tuple[str, ...]]
-# Scores that each metric yields.
-METRIC_SCORES = {
-    "ADGENMetric": ("rouge-1", "rouge-2", "rouge-l", "bleu-4"),
-    "PerplexityMetric": ("loss", "perplexity"),
-}
 _SCALE = "runner_wrapper.scale_sense"
 
 
@@ -45,7 +41,7 @@ def _best_metric(settings: Settings) -> Iterator[Problem]:
             f"{name} is known by evaluation only; set do_eval: True, or best_metric: null",
             ("do_eval",),
         )
-    needed = next(metric for metric, scores in METRIC_SCORES.items() if name in scores)
+    needed = metric_of(name)
     if needed not in settings.metric.type:
         message = (
             f"{name} is measured by {needed}, but metric.type is {', '.join(settings.metric.type)}; add it"

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.engine.files import replace_text
+from glm_ms.metrics import HIGHER, METRICS, metric_of
 from glm_ms.storage.run_folder import best_file, step_folder
-
-_LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 class BestEvaluation:
@@ -58,7 +57,7 @@ class BestEvaluation:
             return False
         if self.record is not None:
             gain = value - self.record["value"]
-            if (-gain if self.metric in _LOWER_IS_BETTER else gain) <= 0:
+            if (gain if METRICS[metric_of(self.metric)].better[self.metric] == HIGHER else -gain) <= 0:
                 return False
         self.record = {"step": step, "metric": self.metric, "value": value}
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import warnings
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from glm_ms.engine.files import EVAL_METRICS_FILE, METRICS_FILE
+from glm_ms.metrics import METRICS, score_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,15 +22,13 @@ if TYPE_CHECKING:
 
 PLOTS = "plots"
 TRAINING_NUMBERS = ("epoch", "loss", "learning_rate", "grad_norm", "overflow", "loss_scale")
-SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
-EVAL_NUMBERS = ("loss", "perplexity", *SCORES)
 # A plot is about a thousand pixels wide: more points would only cost time.
 MAX_POINTS = 2000
 _MARKED_POINTS = 40  # curves of so few points show each of them
 _FEWEST_SMOOTHED = 20  # lines; below that, a smoothed curve says nothing
 _LOG_SCALE_FROM = 20.0  # a logarithmic axis where the largest value is so many times the smallest
 _RAW, _LINE, _EVALUATION, _WARNING = "#9ec5e8", "#1f5f99", "#d9541e", "#c00000"
-_SCORE_COLORS = dict(zip(SCORES, ("#1f5f99", "#4c9f70", "#8457a8", "#b8860b")))
+_SCORE_COLORS = ("#1f5f99", "#4c9f70", "#8457a8", "#b8860b")
 
 
 class Curve(NamedTuple):
@@ -72,7 +72,7 @@ def write_plots(output_dir: Path, say: Callable[[str], None] = warnings.warn) ->
         say(f"no plots: matplotlib cannot be imported ({error}); pip install matplotlib")
         return []
     training = _read(output_dir / METRICS_FILE, TRAINING_NUMBERS, say)
-    evaluation = _read(output_dir / EVAL_METRICS_FILE, EVAL_NUMBERS, say)
+    evaluation = _read(output_dir / EVAL_METRICS_FILE, score_names(), say)
     if not any(curve.finite().steps.size for curve in (*training.values(), *evaluation.values())):
         say(f"no plots: {output_dir / METRICS_FILE} holds no numbers")
     written = []
@@ -212,20 +212,26 @@ def _known(curves: Curves, name: str) -> bool:
 
 
 def _eval_scores_figure(training: Curves, evaluation: Curves) -> Figure | None:
-    known = {name: curve for name, curve in evaluation.items() if _known(evaluation, name)}
-    scores = {name: known[name] for name in SCORES if name in known}
-    panels = [curves for curves in (scores, {k: known[k] for k in ("perplexity",) if k in known}) if curves]
+    panels = [
+        (metric, {name: evaluation[name] for name in metric.plotted if _known(evaluation, name)})
+        for metric in METRICS.values()
+    ]
+    panels = [(metric, curves) for metric, curves in panels if curves]
     if not panels:
         return None
     figure, all_axes = _axes(training, len(panels))
-    for axes, curves in zip(all_axes, panels):
-        if curves is scores:
-            for name, curve in scores.items():
-                _line(axes, curve, _SCORE_COLORS[name], name.upper(), marked=True)
-            _finish(axes, "Evaluation: ROUGE and BLEU", "score (of 100)", list(scores.values()), log=False)
-        else:
-            _line(axes, known["perplexity"], _EVALUATION, marked=True)
-            _finish(axes, "Evaluation: perplexity", "perplexity", [known["perplexity"]])
+    for axes, (metric, curves) in zip(all_axes, panels):
+        alone = len(metric.plotted) == 1
+        for (name, curve), color in zip(curves.items(), itertools.cycle(_SCORE_COLORS)):
+            label, color = (None, _EVALUATION) if alone else (name.upper(), color)
+            _line(axes, curve, color, label, marked=True)
+        _finish(
+            axes,
+            f"Evaluation: {metric.title}",
+            metric.unit,
+            list(curves.values()),
+            log=None if alone else False,
+        )
     return figure
 
 

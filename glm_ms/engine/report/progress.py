@@ -15,9 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glm_ms.engine.files import EVAL_METRICS_FILE, METRICS_FILE, TENSORBOARD, replace_text
-
-# Scores that the bar shows, the first of them that an evaluation has.
-_SHOWN_SCORES = ("rouge-l", "perplexity")
+from glm_ms.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class ProgressLog:
 
     def evaluation(self, step: int, epoch: float, scores: Mapping[str, Any]) -> None:
         """Shows and writes the scores of an evaluation."""
-        name = next((name for name in _SHOWN_SCORES if name in scores), None)
+        name = next((metric.headline for metric in METRICS.values() if metric.headline in scores), None)
         if name is not None:
             self._evaluated = f", {name} {scores[name]:.4g} at step {step}"
             self._bar.set_postfix_str(self._shown + self._evaluated)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from glm_ms.convert import CheckpointError
 from glm_ms.engine.files import SETTINGS_FILE
+from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.settings import Settings, SettingsError, parse_args
 from glm_ms.settings.loader import read_settings
 from glm_ms.settings.parallel_checks import is_sharded
@@ -117,10 +118,7 @@ def _evaluation_flags(settings: Settings) -> list[str]:
     data, train = settings.eval_dataset, settings.train_dataset
     flags = [] if data.data_loader.dataset_dir else ["--eval_dataset", _PLACEHOLDER]
     room = settings.model.model_config.seq_length
-    if (
-        data.max_source_length + data.max_target_length + 1 > room
-        and "PerplexityMetric" in settings.metric.type
-    ):
+    if data.max_source_length + data.max_target_length + 1 > room and takes(LOSS, settings.metric.type):
         flags += [
             f"eval_dataset.{name}={getattr(train, name)}"
             for name in ("max_source_length", "max_target_length")
@@ -128,7 +126,7 @@ def _evaluation_flags(settings: Settings) -> list[str]:
         data = train
     longest, generation = room - data.max_source_length, settings.generation
     bounded = generation.max_length is not None  # by which every answer fits
-    if not bounded and generation.max_new_tokens > longest and "ADGENMetric" in settings.metric.type:
+    if not bounded and generation.max_new_tokens > longest and takes(TEXT, settings.metric.type):
         flags.append(f"generation.max_new_tokens={longest}")
     return flags
 
