@@ -24,10 +24,10 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.data import DataError
 from glm_ms.data.conversations import parse_tool_conversation, tool_call_problem
-from glm_ms.data.json_file import parse_value, raw_values
 from glm_ms.data.records import checked_text
 from glm_ms.storage.atomic import atomic_output
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.json_lines import parse_value, raw_values
 
 _INSTANCE_KEYS = ("input", "output", "Final Thought", "intermediate_steps")
 # Under this key Function_Description explains types, not a function.

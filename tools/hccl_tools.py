@@ -27,11 +27,11 @@ from glm_ms.launch.hccn import (
 from glm_ms.launch.rank_table import (
     RankTableError,
     check_address,
-    check_target,
     name_numbers,
     single_server,
     write_rank_table,
 )
+from glm_ms.storage.atomic import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,7 +99,7 @@ def make_table(options: argparse.Namespace) -> str:
     cards = physical_cards(logical, visible)
     server = host_address() if options.server_ip is None else server_address(options.server_ip)
     output = default_output(logical, server) if options.output is None else options.output
-    check_target(output, overwrite=options.overwrite)
+    check_target(output, overwrite=options.overwrite, error=RankTableError)
     addresses, origin = read_addresses(cards, options.hccn_conf, note)
     half = note_on_halves(cards)
     if half:

@@ -22,7 +22,6 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.data import DataError, Encoder, section_encoder
-from glm_ms.data.json_file import parse_value, raw_values
 from glm_ms.data.length_report import advice_lines, cut_lines, histogram_lines, summary_lines
 from glm_ms.data.marked import LEGEND, marked_lines
 from glm_ms.data.statistics import LengthStatistics, measure
@@ -30,6 +29,7 @@ from glm_ms.settings import HelpRequested, Settings, SettingsError, parse_args
 from glm_ms.settings.checks import Checker
 from glm_ms.settings.cli import keys_help
 from glm_ms.settings.loader import read_settings
+from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.tokenizer import ChatGLM2Tokenizer, ChatGLM3Tokenizer, VocabularyError
 
 _PROGRAM = "inspect_dataset.py"

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+
+from glm_ms.storage.atomic import replace_text
 
 # Class -> (measure word, the key and values of the garment itself, the key and phrases of its detail).
 CLASSES = {
@@ -236,9 +239,7 @@ def make_sample(num_train: int, num_dev: int, seed: int) -> dict[str, Records]:
 def write_records(path: Path, records: Sequence[Record]) -> None:
     """Writes JSON lines, UTF-8 with bare line feeds; the file is whole or absent."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(text.encode("utf-8"))
-    os.replace(temporary, path)
+    replace_text(path, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

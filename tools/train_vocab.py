@@ -12,19 +12,22 @@ ChatGLM3 are no pieces: the tokenizers number them after the vocabulary.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
 import io
 import json
-import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
+
+from glm_ms.storage.atomic import replace_bytes
+from glm_ms.storage.errors import FileError
+from glm_ms.storage.readers import parse_json, read_text
+from glm_ms.storage.suggest import did_you_mean
 
 # As in the trainer and normalizer settings stored in the genuine tokenizer.model.
 CONVENTIONS = {
@@ -53,7 +56,7 @@ _ROUND_TRIP = "  裙  dress 0.25\n\t问：𠮷\u2585 "
 _NUM_SAMPLES = 3
 
 
-class VocabularyError(ValueError):
+class VocabularyError(FileError):
     """The vocabulary cannot be trained; the message says what to change."""
 
 
@@ -70,15 +73,10 @@ def read_texts(path: Path, columns: Sequence[str]) -> list[str]:
     Raises:
         VocabularyError: the file is missing, is not UTF-8 or not what `columns` says it is, or has no text.
     """
-    if not path.is_file():
-        raise VocabularyError(f"{path}: no such file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise VocabularyError(f"{path}: not UTF-8 at byte {error.start}; convert the file first") from None
+    lines = read_text(path, VocabularyError).split("\n")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if columns:
-        texts = [text for number, line in numbered for text in _fields(line, columns, f"{path}:{number}")]
+        texts = [text for number, line in numbered for text in _fields(line, columns, path, number)]
     else:
         if numbered:
             _reject_json(path, numbered[0][1])
@@ -88,20 +86,15 @@ def read_texts(path: Path, columns: Sequence[str]) -> list[str]:
     return texts
 
 
-def _fields(line: str, columns: Sequence[str], where: str) -> list[str]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise VocabularyError(
-            f"{where}: not valid JSON ({error}); leave --columns out for plain text"
-        ) from None
+def _fields(line: str, columns: Sequence[str], path: Path, number: int) -> list[str]:
+    where = f"{path}:{number}"
+    record = parse_json(line, path, VocabularyError, number, "; leave --columns out for plain text")
     if not isinstance(record, dict):
         raise VocabularyError(f"{where}: expected a JSON object, found {type(record).__name__}")
     for column in columns:
         if column not in record:
-            near = difflib.get_close_matches(column, record, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, record))}"
-            raise VocabularyError(f"{where}: no column {column!r}; {hint}")
+            hint = did_you_mean(column, record, f"; it has {', '.join(map(repr, record))}")
+            raise VocabularyError(f"{where}: no column {column!r}{hint}")
         text = record[column]
         if not isinstance(text, str):
             raise VocabularyError(f"{where}: column {column!r} is {type(text).__name__}, expected a string")
@@ -222,19 +215,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600, which others could not read
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # gone once it is in place
-                os.unlink(temporary)
+        replace_bytes(path, content)
     except OSError as error:
         raise VocabularyError(f"{path}: cannot be written: {error.strerror or error}") from None
 

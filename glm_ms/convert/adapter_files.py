@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import differing_keys
+from glm_ms.storage.readers import decode_text, parse_object
 
 CONFIG = "config.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -103,10 +103,5 @@ def common_companions(folders: Mapping[int, Path]) -> dict[str, bytes]:
 
 
 def _document(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(content.decode("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged, it is no JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: damaged, expected a JSON object")
+    document = parse_object(decode_text(content, path, CheckpointError), path, CheckpointError)
     return {key: value for key, value in document.items() if key not in _PATHS}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +11,7 @@ from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.reader import CheckpointReader
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.suggest import misspelled
 
 _NEW_LINE = "\n    "
 
@@ -83,6 +83,6 @@ def load_parameters(
 
 
 def _unexpected(name: str, reader: CheckpointReader, absent: list[str]) -> str:
-    near = difflib.get_close_matches(name, absent, n=1, cutoff=0.8)
+    near = misspelled(name, absent)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{name} {list(reader.shape(name))} in {reader.file(name).name}{hint}"

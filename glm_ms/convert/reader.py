@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Callable
@@ -18,6 +16,8 @@ from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile
 from glm_ms.convert.torch_file import TorchFile
 from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.readers import read_object
+from glm_ms.storage.suggest import did_you_mean
 
 _BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {
     ".safetensors": SafetensorsFile,
@@ -159,9 +159,7 @@ class CheckpointReader:
 
     def _find(self, name: str) -> list[tuple[TensorFile, str]]:
         if name not in self._home:
-            near = difflib.get_close_matches(name, self._home, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise CheckpointError(f"{self.path}: no parameter {name!r}{hint}")
+            raise CheckpointError(f"{self.path}: no parameter {name!r}{did_you_mean(name, self._home)}")
         home = self._home[name]
         return [home[place] for place in sorted(home)]
 
@@ -253,11 +251,7 @@ def _open_shards(folder: Path, index: Path) -> CheckpointReader:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        document = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{index}: not valid JSON: {error}") from None
-    shard_of = document.get("weight_map") if isinstance(document, dict) else None
+    shard_of = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, shard in shard_of.items():

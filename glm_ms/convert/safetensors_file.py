@@ -19,6 +19,7 @@ import numpy as np
 from glm_ms.convert.dtypes import DTYPES, FROM_SAFETENSORS
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content, read_array
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.readers import decode_text, parse_object
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # the limit of the format's own library
@@ -138,13 +139,8 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
     if _LENGTH_BYTES + length > size:
         raise CheckpointError(f"{path}: truncated inside the header; fetch it again")
     file.seek(_LENGTH_BYTES)
-    try:
-        header = json.loads(file.read(length).decode("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: header is not valid JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: header is not a JSON object")
-    return header, _LENGTH_BYTES + length
+    text = decode_text(file.read(length), path, CheckpointError)
+    return parse_object(text, f"{path}: header", CheckpointError), _LENGTH_BYTES + length
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:

@@ -10,11 +10,11 @@ from glm_ms.data.chat import (
 )
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.errors import DataError
 from glm_ms.data.loaders import section_encoder
 from glm_ms.data.order import epoch_order
 from glm_ms.data.records import Record, RecordReader, read_records
 from glm_ms.data.rows import IGNORED, Row, row_length
+from glm_ms.storage.errors import DataError
 
 __all__ = [
     "IGNORED",

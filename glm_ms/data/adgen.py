@@ -10,9 +10,9 @@ from glm_ms.data import glm2, glm3
 from glm_ms.data.cache import CacheRequest
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.encoder import Encoder, EvalRow, Lengths, cut_lengths
-from glm_ms.data.errors import DataError
 from glm_ms.data.records import Record, check_columns, parse_record
 from glm_ms.data.rows import Row, check_length, left_padded_row, row_length
+from glm_ms.storage.errors import DataError
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import SentencePieceTokenizer

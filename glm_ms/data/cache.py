@@ -7,24 +7,23 @@ one after the other without padding (int32), `offsets.npy` (int64, row i is offs
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import secrets
-import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from glm_ms.data.errors import DataError
-from glm_ms.data.json_file import JsonFile
 from glm_ms.data.parallel import check_may_start, map_batches, processes_for
 from glm_ms.data.preparation import EMPTY, WITHOUT_LABELS, PrepareRows, first_rows
+from glm_ms.storage.atomic import staged
+from glm_ms.storage.errors import DataError
+from glm_ms.storage.integrity import file_sha256
+from glm_ms.storage.json_lines import JsonFile
+from glm_ms.storage.lock import locked
+from glm_ms.storage.readers import read_json
 
 if TYPE_CHECKING:
     from glm_ms.data.encoder import Encoder
@@ -72,7 +71,7 @@ class CachedRows:
     def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder = folder
         try:
-            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            about = read_json(folder / _ABOUT, DataError)
             self.skipped: int = about["skipped"]
             self.without_labels: int = about["without_labels"]
             arrays = {
@@ -129,17 +128,19 @@ def cached_rows(
         found = _found(folder)
         if isinstance(found, CachedRows):
             return found
-        with _locked(folder.with_name(f".{digest}.lock"), say) as alone:
+        waiting = f"{folder.parent}: waiting for another process that prepares the same rows"
+        with locked(folder.with_name(f".{digest}.lock"), on_wait=lambda: say(waiting)):
             found = _found(folder)
             if isinstance(found, CachedRows):
                 return found
             if found is not None:
                 say(f"{folder}: this cache of prepared rows is damaged ({found}); it is made again")
-            if alone:
-                _remove_leftovers(folder)
-            with _appearing(folder) as partial:
+            with staged(folder, folder=True) as partial:
                 _write(partial, file, encoder, num_samples, num_processes, identity, say)
     except OSError as error:
+        # Without file locks another process may have been first; its rows are the same.
+        if isinstance(found := _found(folder), CachedRows):
+            return found
         raise DataError(
             f"train_dataset.cache_dir: {error.filename or folder.parent}: cannot be written: "
             f"{error.strerror or error}; choose another folder, or cache_dir: null for none"
@@ -150,20 +151,12 @@ def cached_rows(
 def _identity(file: JsonFile, encoder: Encoder, num_samples: int | None) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
-        "records": _sha256(file.path),
+        "records": file_sha256(file.path),
         "vocabulary": hashlib.sha256(encoder.tokenizer.sp.serialized_model_proto()).hexdigest(),
         "tokenizer": type(encoder.tokenizer).__name__,
         "num_samples": num_samples,
         **encoder.identity(),
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _found(folder: Path) -> CachedRows | str | None:
@@ -196,49 +189,6 @@ def _checksum(path: Path) -> int:
         while chunk := file.read(_CHUNK):
             checksum = zlib.crc32(chunk, checksum)
     return checksum
-
-
-@contextmanager
-def _locked(path: Path, say: Say) -> Iterator[bool]:
-    """Holds an advisory lock, and tells whether it does: file systems that have none go without."""
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{path.parent}: waiting for another process that prepares the same rows")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left; under the lock none of them lives."""
-    for item in folder.parent.glob(f".{folder.name}.*"):
-        if item.is_dir():
-            shutil.rmtree(item, ignore_errors=True)
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` when the block ends well."""
-    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    damaged = partial.with_suffix(".damaged")
-    partial.mkdir()
-    try:
-        yield partial
-        if folder.exists():
-            os.rename(folder, damaged)
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            # Without locks another process may have been first; its rows are the same.
-            if not isinstance(_found(folder), CachedRows):
-                raise
-    finally:
-        for item in (partial, damaged):
-            shutil.rmtree(item, ignore_errors=True)
 
 
 def _write(
@@ -278,10 +228,7 @@ def _write(
         "path": str(file.path),
         "made_of": identity,
     }
-    with (partial / _ABOUT).open("w", encoding="utf-8") as text:
-        text.write(json.dumps(about, ensure_ascii=False, indent=1) + "\n")
-        text.flush()
-        os.fsync(text.fileno())
+    (partial / _ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 class _NpyWriter:
@@ -300,7 +247,7 @@ class _NpyWriter:
         self._checksum = zlib.crc32(values, self._checksum)
 
     def close(self) -> dict[str, int]:
-        """Writes the header, which tells the number of items, and puts the file on the disk.
+        """Writes the header, which has the number of items.
 
         Returns:
             `items` and `crc32` of them.
@@ -311,6 +258,4 @@ class _NpyWriter:
         with self._file as file:
             file.seek(0)
             file.write(header)
-            file.flush()
-            os.fsync(file.fileno())
         return {"items": self._items, "crc32": self._checksum}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from glm_ms.data import glm3
 from glm_ms.data.conversations import Messages, parse_conversation, parse_tool_conversation
 from glm_ms.data.encoder import Encoder, EvalRow, Lengths, cut_lengths
-from glm_ms.data.errors import DataError
 from glm_ms.data.rows import Row, check_length, left_padded_row, right_padded_row, row_length
+from glm_ms.storage.errors import DataError
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import ChatGLM3Tokenizer, SentencePieceTokenizer

@@ -14,13 +14,13 @@ messages with the role `tool` (a call and its result), and messages that take no
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from glm_ms.data.errors import DataError
 from glm_ms.data.records import checked_text
+from glm_ms.storage.errors import DataError
+from glm_ms.storage.suggest import did_you_mean, misspelled
 from glm_ms.tokenizer.chatglm3 import ROLES
 from glm_ms.tokenizer.tool_call import ToolCallError, parse_tool_call
 
@@ -168,9 +168,8 @@ def _items(record: Mapping[str, Any], place: str) -> list[tuple[Mapping[str, Any
             raise DataError(f"{where}: no key 'role', the message has {', '.join(map(repr, item)) or 'none'}")
         role, roles = item["role"], (*ROLES, "tool")
         if role not in roles:
-            near = difflib.get_close_matches(str(role), roles, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the roles are {', '.join(roles)}"
-            raise DataError(f"{where}: role {role!r} is not known; {hint}")
+            hint = did_you_mean(role, roles, f"; the roles are {', '.join(roles)}")
+            raise DataError(f"{where}: role {role!r} is not known{hint}")
         if item.get("metadata"):
             raise DataError(
                 f"{where}: 'metadata' has no effect; write a call as a message of the role 'tool' "
@@ -184,7 +183,7 @@ def _refuse_near_misses(value: Mapping[str, Any], known: tuple[str, ...], place:
     """More keys are allowed, but one that is nearly a known key is a slip."""
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.8)
+            near = misspelled(key, known)
             if near and near[0] not in value:
                 raise DataError(f"{place}: key {key!r} is not known; did you mean {near[0]!r}?")
 

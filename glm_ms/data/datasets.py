@@ -11,10 +11,10 @@ import numpy as np
 
 from glm_ms.data.cache import CachedRows, CacheRequest, NoRows, cached_rows
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.errors import DataError
-from glm_ms.data.json_file import JsonFile, parse_value
 from glm_ms.data.records import no_records
 from glm_ms.data.rows import Row
+from glm_ms.storage.errors import DataError
+from glm_ms.storage.json_lines import JsonFile, parse_value
 
 
 class RowsOnDemand:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from glm_ms.data.statistics import KINDS, LengthStatistics, quantile
+from glm_ms.storage.atomic import replace_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,8 @@ def write_length_plot(statistics: LengthStatistics, path: str | Path, title: str
         _draw(figure.add_subplot(len(KINDS), 1, place), statistics, kind)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    _replace(Path(path), image.getvalue())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(Path(path), image.getvalue())
 
 
 def _draw(axes: Axes, statistics: LengthStatistics, kind: str) -> None:
@@ -99,13 +100,3 @@ def _edges(right: int, limit: int | None) -> np.ndarray:
     width = max(-(-right // _MOST_BARS), 1)
     first = (0 if limit is None else limit % width) - width
     return np.arange(first, right + width + 1, width)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

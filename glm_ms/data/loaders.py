@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from glm_ms.data.adgen import AdgenEncoder
 from glm_ms.data.chat import ConversationEncoder, ToolAlpacaEncoder
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.errors import DataError
+from glm_ms.storage.errors import DataError
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import SentencePieceTokenizer

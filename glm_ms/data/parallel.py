@@ -13,8 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from glm_ms.data.errors import DataError
-from glm_ms.data.json_file import RawValue
+from glm_ms.storage.errors import DataError
+from glm_ms.storage.json_lines import RawValue
 
 Result = TypeVar("Result")
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.errors import DataError
-from glm_ms.data.json_file import RawValue, parse_value
 from glm_ms.data.rows import IGNORED
+from glm_ms.storage.errors import DataError
+from glm_ms.storage.json_lines import RawValue, parse_value
 
 # In place of the number of ids of a record that makes no row.
 EMPTY, WITHOUT_LABELS = -1, -2

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_ms.data.errors import DataError
-from glm_ms.data.json_file import parse_value, raw_values
+from glm_ms.storage.errors import DataError
+from glm_ms.storage.json_lines import parse_value, raw_values
+from glm_ms.storage.suggest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,9 @@ def read_records(path: str | Path, columns: Sequence[str]) -> RecordReader:
 
 def _column(value: dict[str, Any], name: str, place: str) -> Any:
     if name not in value:
-        near = difflib.get_close_matches(name, list(value), n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise DataError(
-            f"{place}: no column {name!r}, the record has {', '.join(map(repr, value)) or 'none'}{hint} "
-            "Name the columns of the file in origin_columns"
+            f"{place}: no column {name!r}, the record has {', '.join(map(repr, value)) or 'none'}"
+            f"{did_you_mean(name, value)} Name the columns of the file in origin_columns"
         )
     return value[name]
 

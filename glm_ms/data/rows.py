@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from glm_ms.data.errors import DataError
+from glm_ms.storage.errors import DataError
 
 IGNORED = -100  # label of a position that takes no part in the loss
 

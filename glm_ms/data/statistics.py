@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.errors import DataError
-from glm_ms.data.json_file import JsonFile, RawValue, parse_value
 from glm_ms.data.parallel import check_may_start, map_batches, processes_for
 from glm_ms.data.records import no_records
+from glm_ms.storage.errors import DataError
+from glm_ms.storage.json_lines import JsonFile, RawValue, parse_value
 
 # The matrix units (Cube of Ascend, tensor cores) compute blocks of 16 x 16: 178 tokens take 12 blocks, as 192 do.
 MULTIPLE = 16

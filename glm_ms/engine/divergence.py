@@ -12,8 +12,9 @@ import numpy as np
 
 from glm_ms.data import IGNORED, Row
 from glm_ms.engine.batches import TrainingPlan
-from glm_ms.engine.files import DIVERGED, replace_text
 from glm_ms.engine.report.progress import StepRecord
+from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.run_folder import DIVERGED
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 

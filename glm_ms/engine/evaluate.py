@@ -13,7 +13,6 @@ import numpy as np
 
 from glm_ms.data import IGNORED, DataError, Row
 from glm_ms.engine.batches import COLUMNS
-from glm_ms.engine.files import PREDICTIONS_FILE, SCORES_FILE, replace_text
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.engine.records import labelled_rows, prompts_with_references
@@ -21,7 +20,9 @@ from glm_ms.engine.report.progress import progress_bar
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import LOSS, METRICS, TEXT, Metric, takes
 from glm_ms.settings import Settings
+from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.integrity import file_sha256
+from glm_ms.storage.run_folder import PREDICTIONS_FILE, SCORES_FILE
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 Say = Callable[[str], None]

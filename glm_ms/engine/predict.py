@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.data import DataError
-from glm_ms.engine.files import replace_text
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options, known_ids
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
+from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.readers import decode_text, parse_json, read_text
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
 
 RESULTS_FILE = "predict_results.jsonl"
@@ -41,21 +42,18 @@ def read_prompts(predict_data: str) -> list[str]:
         DataError: a file is missing, empty or broken; it names file and line.
     """
     if predict_data == "-":
-        return _non_empty(_lines(sys.stdin.buffer.read(), "standard input"), "standard input")
+        text = decode_text(sys.stdin.buffer.read(), "standard input", DataError)
+        return _non_empty([line.rstrip("\r") for line in text.split("\n")], "standard input")
     suffix = Path(predict_data).suffix.lower() if "\n" not in predict_data else ""
     if suffix not in (".txt", ".jsonl"):
         if _is_path(predict_data):
             raise DataError(f"{predict_data}: prompts are read from .txt and .jsonl files only")
         return _non_empty([predict_data], "predict_data")
     path = Path(predict_data)
-    try:
-        lines = _lines(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; give an existing {suffix} file, or a prompt") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    missing = f"no such file; give an existing {suffix} file, or a prompt"
+    lines = read_text(path, DataError, missing).split("\n")
     if suffix == ".jsonl":
-        lines = [_prompt_of(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+        lines = [_prompt_of(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
     return _non_empty(lines, str(path))
 
 
@@ -157,15 +155,6 @@ def _stream(
     return (text + last).strip()
 
 
-def _lines(content: bytes, source: str) -> list[str]:
-    """Lines of UTF-8 text. Only line feeds part them: JSON may hold other separators, such as U+2028."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text: {error}") from None
-    return [line.rstrip("\r") for line in text.split("\n")]
-
-
 def _is_path(text: str) -> bool:
     try:
         return Path(text).exists()
@@ -173,16 +162,13 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from None
+def _prompt_of(line: str, path: Path, number: int) -> str:
+    value = parse_json(line, path, DataError, number)
     if isinstance(value, dict):
         value = next((value[key] for key in _PROMPT_KEYS if key in value), None)
     if not isinstance(value, str) or not value.strip():
         raise DataError(
-            f"{where}: expected a text that is not empty, or an object with one as {', '.join(_PROMPT_KEYS)}"
+            f"{path}:{number}: expected a text that is not empty, or an object with one as {', '.join(_PROMPT_KEYS)}"
         )
     return value
 

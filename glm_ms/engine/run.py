@@ -15,7 +15,6 @@ from mindformers.core.context import build_context
 from glm_ms import tokenizer as tokenizers
 from glm_ms.ascend_hints import overflow_mode_note
 from glm_ms.engine.evaluate import evaluate
-from glm_ms.engine.files import replace_text
 from glm_ms.engine.predict import RESULTS_FILE, predict
 from glm_ms.engine.ranks import be_patient, ranks_of
 from glm_ms.engine.report.summary import summary
@@ -25,6 +24,7 @@ from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model, fuse
 from glm_ms.ops.ascend import soc_version
 from glm_ms.settings import Settings, SettingsError
+from glm_ms.storage.atomic import replace_text
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 # Keys whose values may differ from server to server; what the files hold is compared where they are read.

@@ -29,7 +29,6 @@ from glm_ms.engine.checkpoints.resume import (
 from glm_ms.engine.dataset_rows import DatasetRows
 from glm_ms.engine.divergence import write_divergence
 from glm_ms.engine.evaluate import Evaluator
-from glm_ms.engine.files import SETTINGS_FILE, replace_text
 from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
 from glm_ms.engine.records import labelled_rows
@@ -42,8 +41,9 @@ from glm_ms.engine.weights import build_model, build_unfilled_model, fuse
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.settings.parallel_checks import is_sharded
+from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.lock import run_lock
-from glm_ms.storage.run_folder import list_checkpoints
+from glm_ms.storage.run_folder import SETTINGS_FILE, list_checkpoints
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 Say = Callable[[str], None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
+
+from glm_ms.storage.suggest import did_you_mean
 
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 _BEAM_DEFAULTS = {"length_penalty": 1.0, "early_stopping": False}
@@ -108,8 +109,7 @@ class GenerationConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=3)
-                hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+                hint = did_you_mean(key, known, f"; known: {', '.join(known)}")
                 raise ValueError(f"{source}: unknown option {key!r}{hint}")
         if "max_new_tokens" not in values:
             raise ValueError(f"{source}: max_new_tokens is missing: say how many tokens to generate at most")

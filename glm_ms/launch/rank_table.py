@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -12,6 +10,7 @@ from typing import Any
 
 from glm_ms.launch.rank_table_file import parse_rank_table
 from glm_ms.launch.rank_table_types import Device, RankTable, RankTableError, Server
+from glm_ms.storage.atomic import check_target, replace_text
 
 __all__ = [
     "Device",
@@ -19,7 +18,6 @@ __all__ = [
     "RankTableError",
     "Server",
     "check_address",
-    "check_target",
     "merge",
     "name_numbers",
     "read_rank_table",
@@ -212,17 +210,6 @@ def _comparable(name: str) -> IPv4Address | IPv6Address | str:
         return name
 
 
-def check_target(path: str | Path, *, overwrite: bool) -> None:
-    """Raises `RankTableError` when `write_rank_table` would refuse to write to `path`."""
-    path = Path(path)
-    if path.is_dir():
-        raise RankTableError(f"{path}: is a folder; name the file to write")
-    if not path.absolute().parent.is_dir():
-        raise RankTableError(f"{path}: its folder {path.parent} does not exist; create it first")
-    if path.exists() and not overwrite:
-        raise RankTableError(f"{path}: exists already; choose another name with --output, or add --overwrite")
-
-
 def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = False) -> None:
     """Writes the file of a table; it appears, or replaces the former one, only when it is whole.
 
@@ -230,19 +217,12 @@ def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = Fa
         RankTableError: the table is wrong, `path` exists without `overwrite`, or cannot be written.
     """
     validate(table)
-    check_target(path, overwrite=overwrite)
-    final = Path(path).resolve()
-    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    path = Path(path)
+    check_target(path, overwrite=overwrite, error=RankTableError)
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(table.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, final)
+        replace_text(path, table.to_json())
     except OSError as error:
         raise RankTableError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_rank_table(path: str | Path) -> RankTable:

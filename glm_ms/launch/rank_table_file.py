@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from glm_ms.launch.rank_table_types import (
     RankTableError,
     Server,
 )
+from glm_ms.storage.readers import read_json
+from glm_ms.storage.suggest import nearest
 
 _TABLE_KEYS = ("version", "server_count", "server_list", "status")
 _SERVER_KEYS = ("server_id", "device", "host_nic_ip")
@@ -34,7 +34,9 @@ def parse_rank_table(path: str | Path) -> RankTable:
     Raises:
         RankTableError: the file cannot be read, or is no rank table of version 1.0.
     """
-    table = _object(_parse_json(Path(path)), str(path))
+    table = _object(
+        read_json(Path(path), RankTableError, "no such file; tools/hccl_tools.py makes one"), str(path)
+    )
     where = f"{path}: "
     _check_template(table, where)
     items = _value(table, "server_list", list, where)
@@ -46,33 +48,6 @@ def parse_rank_table(path: str | Path) -> RankTable:
         id(server): min((device.rank_id for device in server.devices), default=0) for server in servers
     }
     return RankTable(tuple(sorted(servers, key=lambda server: first_rank[id(server)])), source=str(path))
-
-
-def _parse_json(path: Path) -> Any:
-    if path.is_dir():
-        raise RankTableError(f"{path}: is a folder; give the file of a rank table")
-    try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_without_repeats)
-    except FileNotFoundError:
-        raise RankTableError(f"{path}: no such file; tools/hccl_tools.py makes one") from None
-    except OSError as error:
-        raise RankTableError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RankTableError(f"{path}: not a text file in UTF-8") from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise RankTableError(f"{path}: not valid JSON: {error.msg} ({place})") from None
-    except (ValueError, RecursionError) as error:
-        raise RankTableError(f"{path}: not valid JSON: {error}") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f'key "{key}" twice in one object')
-        found[key] = value
-    return found
 
 
 def _check_template(table: dict[str, Any], where: str) -> None:
@@ -129,8 +104,8 @@ def _object(item: Any, where: str) -> dict[str, Any]:
 
 def _value(item: dict[str, Any], key: str, kind: type, where: str) -> Any:
     if key not in item:
-        close = difflib.get_close_matches(key, list(item), n=1)
-        hint = f'; did you mean this by "{close[0]}"?' if close else ""
+        near = nearest(key, item)
+        hint = f'; did you mean this by "{near[0]}"?' if near else ""
         raise RankTableError(f"{where}{key}: is missing{hint}")
     value = item[key]
     if isinstance(value, kind):

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from glm_ms.storage.errors import FileError
+
 VERSION, COMPLETED, RESERVE = "1.0", "completed", "reserve"
 
 
-class RankTableError(ValueError):
+class RankTableError(FileError):
     """A rank table, or what one is made from, is wrong."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from mindformers.models.configuration_utils import PretrainedConfig
 
 from glm_ms import tokenizer as tokenizers
 from glm_ms.convert import open_checkpoint
-from glm_ms.engine.files import replace_text
 from glm_ms.mindformers_api.generation import LENGTHS, OPTIONS
 from glm_ms.model.config import ConfigError
 from glm_ms.model.config import GLMConfig as Architecture
 from glm_ms.settings.schema import AUTO
 from glm_ms.settings.vocabulary import VOCAB_MULTIPLE
+from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.run_folder import resolve_checkpoint
+from glm_ms.storage.suggest import did_you_mean
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 ARCH = "GLMForCausalLM"
@@ -201,6 +201,4 @@ def _reject_unknown(values: dict[str, Any], source: str) -> None:
     known = {*_FIELDS, *_GENERATION, *_OF_THIS_CLASS, *_OF_BASE_CLASS, *_WITHOUT_MEANING}
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), [*_FIELDS, *_GENERATION], n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+            raise ConfigError(f"{source}: unknown key {key!r}{did_you_mean(key, [*_FIELDS, *_GENERATION])}")

@@ -13,7 +13,7 @@ from glm_ms.data import DataError
 from glm_ms.mindformers_api.generation import LENGTHS
 from glm_ms.mindformers_api.tokenizer import ChatPrompt
 from glm_ms.settings import Settings, SettingsError
-from glm_ms.settings.errors import did_you_mean
+from glm_ms.storage.suggest import did_you_mean
 
 PROMPT_COLUMN = "prompt"
 # What Trainer and run scripts pass along with every prediction.
@@ -80,7 +80,7 @@ def set_generation(settings: Settings, options: dict[str, Any]) -> None:
         elif name in known:
             setattr(generation, name, value)
         else:
-            hint = did_you_mean(name, [*known, "batch_size", "seed"]) or f"; known: {', '.join(known)}"
+            hint = did_you_mean(name, [*known, "batch_size", "seed"], f"; known: {', '.join(known)}")
             raise SettingsError(f"predict({name}=...): unknown option{hint}")
     if options.get("max_new_tokens") is not None:
         generation.max_length = None

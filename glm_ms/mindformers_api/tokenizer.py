@@ -18,10 +18,10 @@ from mindformers.models.tokenization_utils_base import (
 )
 
 from glm_ms import tokenizer as tokenizers
-from glm_ms.engine.files import replace_text
 from glm_ms.mindformers_api.auto import TOKENIZER_CLASS, made_folder
 from glm_ms.mindformers_api.vocabulary import CONFIG_FILE, GENERATION_KEY, VOCABULARY_FILE, find_vocabulary
 from glm_ms.mindformers_api.yaml import is_run_yaml
+from glm_ms.storage.atomic import replace_text
 from glm_ms.tokenizer import SentencePieceTokenizer, VocabularyError
 
 # What AutoTokenizer passes along; and keys of the released tokenizer_config.json files without effect.

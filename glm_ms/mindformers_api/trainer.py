@@ -166,7 +166,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         self, settings: Settings, config: MindFormerConfig, network: GLMForCausalLM | None
     ) -> tuple[generation.GLMForCausalLM, SentencePieceTokenizer]:
         """Model and tokenizer of an evaluation or prediction, after all checks."""
-        from glm_ms.engine.files import replace_text
+        from glm_ms.storage.atomic import replace_text
 
         asked, _ = job.take_checkpoint(config)
         if network is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from glm_ms import tokenizer as tokenizers
 from glm_ms.settings.document import Entry, read_document
+from glm_ms.storage.readers import read_object
 from glm_ms.tokenizer import VocabularyError
 
 VOCABULARY_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer_config.json"
@@ -79,12 +79,7 @@ def _stored_generation(path: Path) -> int | None:
     """What a tokenizer_config.json tells; None if it does not."""
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise VocabularyError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise VocabularyError(f"{path}: expected a JSON object")
+    config = read_object(path, VocabularyError)
     publisher, _, name = str(config.get("name_or_path", "")).partition("/")
     released = _RELEASED.get(name) if publisher in _PUBLISHERS else None
     return config.get(GENERATION_KEY, released)

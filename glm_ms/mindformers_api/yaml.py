@@ -14,8 +14,8 @@ from glm_ms.mindformers_api.auto import ARCH
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.convert import Converter
 from glm_ms.settings.document import Entry, read_document
-from glm_ms.settings.errors import did_you_mean
 from glm_ms.settings.schema import leaf_keys
+from glm_ms.storage.suggest import did_you_mean
 
 # The section of a MindFormerConfig for what MindFormers would misread under its own name.
 KEPT = "glm_ms"
@@ -258,6 +258,6 @@ def _foreign(config: MindFormerConfig) -> list[str]:
             continue
         for name in value:
             if name not in known and name not in theirs:
-                hint = did_you_mean(str(name), known) or f"; known here: {', '.join(sorted(known))}"
+                hint = did_you_mean(name, known, f"; known here: {', '.join(sorted(known))}")
                 problems.append(f"{section}.{name}: unknown key{hint}")
     return problems

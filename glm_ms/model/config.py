@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from glm_ms.storage.errors import FileError
+from glm_ms.storage.numbers import exponent_number
+from glm_ms.storage.readers import read_object, read_text
+from glm_ms.storage.suggest import did_you_mean
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 
@@ -30,7 +32,7 @@ _HF_KEYS_WITHOUT_EFFECT = frozenset(
 )  # fmt: skip
 
 
-class ConfigError(ValueError):
+class ConfigError(FileError):
     """A configuration cannot be used; the message names file, key and remedy."""
 
 
@@ -205,12 +207,7 @@ class GLMConfig:
 
     @classmethod
     def _from_hf(cls, path: Path) -> GLMConfig:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object")
+        values = read_object(path, ConfigError)
         model_type = values.pop("model_type", None)
         if model_type != "chatglm":
             raise ConfigError(f"{path}: model_type = {model_type!r}: expected 'chatglm'")
@@ -250,14 +247,12 @@ def _reject_unknown(values: dict[str, Any], source: str) -> None:
     known = [field.name for field in dataclasses.fields(GLMConfig)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ConfigError(f"{source}: unknown key {key!r}{hint}")
+            raise ConfigError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
 
 
 def _yaml_model_section(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.safe_load(read_text(path, ConfigError))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     section = document
@@ -272,11 +267,4 @@ def _yaml_model_section(path: Path) -> dict[str, Any]:
             f"{path}: model.model_config.padded_vocab_size: auto: fitted to the tokenizer of a run, so this file alone "
             "does not tell it; give the config.json that lies beside the weights, or a number"
         )
-    return {key: _number(value) for key, value in section.items()}
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5, without a point, as text."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
+    return {key: exponent_number(value) for key, value in section.items()}

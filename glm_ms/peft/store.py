@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +14,7 @@ from glm_ms.peft.errors import AdapterError
 from glm_ms.peft.lora import LoraConfig
 from glm_ms.peft.ptuning import PrefixConfig, prefix_config_of
 from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.readers import read_object
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 # What a folder may hold, the surest sign first. The original P-Tuning code saves its encoder as the last two.
@@ -127,7 +126,7 @@ def _lora_name(stored: str) -> str:
 
 
 def _lora_config(path: Path) -> LoraConfig:
-    document = _read_json(path)
+    document = read_object(path, AdapterError, "missing; without it the scale of the adapter is not known")
     if document.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type {document.get('peft_type')!r}: only LORA can be used")
     for key, neutral in _NEUTRAL.items():
@@ -146,18 +145,6 @@ def _lora_config(path: Path) -> LoraConfig:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path}: r and lora_alpha must be positive numbers: {error!r}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: missing; without it the scale of the adapter is not known") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(document, dict):
-        raise AdapterError(f"{path}: expected a JSON object")
-    return document
 
 
 def _check_ranks(path: Path, config: LoraConfig, tensors: dict[str, np.ndarray]) -> None:

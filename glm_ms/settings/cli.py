@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from glm_ms.settings.device import device_problems
-from glm_ms.settings.errors import SettingsError, did_you_mean
+from glm_ms.settings.errors import SettingsError
 from glm_ms.settings.flags import FLAGS, FLAGS_GONE, FORMER_FLAGS
 from glm_ms.settings.loader import read_settings
 from glm_ms.settings.schema import Settings, leaf_keys
+from glm_ms.storage.suggest import did_you_mean
 
 PROGRAM = "run_glm.py"
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.*", re.DOTALL)

@@ -8,11 +8,11 @@ import re
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.errors import described, did_you_mean, nearest
+from glm_ms.settings.errors import described
 from glm_ms.settings.schema import Settings, keys_of, leaf_keys
+from glm_ms.storage.numbers import exponent_number
+from glm_ms.storage.suggest import did_you_mean, nearest
 
-# YAML 1.1 reads a number without a dot before its exponent (5e-5) as text.
-_EXPONENT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
@@ -163,9 +163,8 @@ def _scalar(kind: type, entry: Entry) -> Any:
     if kind is str and entry.text is not None:
         return entry.text
     if kind is float:
-        if isinstance(value, str) and _EXPONENT_NUMBER.fullmatch(value):
-            value = float(value)
-        elif isinstance(value, int) and not isinstance(value, bool):
+        value = exponent_number(value)
+        if isinstance(value, int) and not isinstance(value, bool):
             value = _float(value)
     if type(value) is not kind:
         remedy = ""

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from glm_ms.settings.errors import SettingsError, did_you_mean
+from glm_ms.settings.errors import SettingsError
+from glm_ms.storage.readers import read_text
+from glm_ms.storage.suggest import did_you_mean
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
@@ -161,11 +163,4 @@ def _read_text(path: Path) -> str:
     if not path.exists():
         siblings = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise SettingsError(f"{path}: no such file{did_you_mean(path.name, siblings)}")
-    if not path.is_file():
-        raise SettingsError(f"{path}: is a folder; give a .yaml file")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    return read_text(path, SettingsError)

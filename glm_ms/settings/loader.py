@@ -11,10 +11,11 @@ from typing import Any
 from glm_ms.settings.checks import Checker
 from glm_ms.settings.convert import Converter
 from glm_ms.settings.document import Entry, parse, read_document
-from glm_ms.settings.errors import SettingsError, did_you_mean
+from glm_ms.settings.errors import SettingsError
 from glm_ms.settings.flags import FLAGS
 from glm_ms.settings.legacy.translate import is_legacy, translate
 from glm_ms.settings.schema import BATCH_SIZE_KEYS, Settings, batch_size_key
+from glm_ms.storage.suggest import did_you_mean
 
 _OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(.*)", re.DOTALL)
 

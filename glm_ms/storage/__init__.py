@@ -1,1 +1,1 @@
-"""Whole files, locks, hashes and the folders of runs: what all other packages share."""
+"""Files, locks, hashes, run folders and readers: the ground floor that all other packages use."""

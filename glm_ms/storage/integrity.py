@@ -1,4 +1,4 @@
-"""SHA-256 of files, and `manifest.json`, which keeps those of a checkpoint beside them."""
+"""SHA-256 of files, and `manifest.json`, which has those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.readers import read_object
 
 MANIFEST = "manifest.json"
 _CHECKSUM = "manifest_sha256"  # of all other keys
@@ -16,34 +17,26 @@ _CHUNK = 1 << 20
 
 
 def write_manifest_values(folder: Path, values: Mapping[str, Any]) -> None:
-    """Writes the manifest of a checkpoint.
-
-    Args:
-        folder: of the checkpoint.
-        values: JSON; `files` among them is of `describe_files`.
-    """
+    """Writes the manifest of a checkpoint folder, with a checksum of `values`, which are JSON."""
     text = json.dumps({**values, _CHECKSUM: json_sha256(values)}, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_manifest_values(folder: Path) -> dict[str, Any]:
-    """What the manifest of a checkpoint says.
+    """The values of a manifest.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is missing, cannot be read or is damaged.
     """
     path = folder / MANIFEST
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged, it cannot be read ({error})") from None
-    if not isinstance(values, dict) or values.pop(_CHECKSUM, None) != json_sha256(values):
-        raise CheckpointError(f"{path}: damaged, it is not what was written")
+    values = read_object(path, CheckpointError)
+    if values.pop(_CHECKSUM, None) != json_sha256(values):
+        raise CheckpointError(f"{path}: damaged: its content does not match its checksum")
     return values
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {"bytes", "sha256"} of every file of a folder, each read once."""
+    """Name -> {"bytes", "sha256"} of every file of a folder."""
     return {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
@@ -51,34 +44,32 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_file(path: Path, known: Mapping[str, Any]) -> None:
-    """Holds a file to its size and SHA-256.
-
-    Args:
-        path: of the file.
-        known: its {"bytes", "sha256"}.
+    """Compares a file with its {"bytes", "sha256"} of `describe_files`.
 
     Raises:
-        CheckpointError: it is missing, cut short, damaged or that of another checkpoint.
+        CheckpointError: the file is missing, truncated, damaged or of another checkpoint.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
     size = path.stat().st_size
     if size != known["bytes"]:
         raise CheckpointError(
-            f"{path}: has {size} bytes, {known['bytes']} were written: cut short or foreign"
+            f"{path}: has {size} bytes, {known['bytes']} were written: truncated or of another checkpoint"
         )
     if file_sha256(path) != known["sha256"]:
-        raise CheckpointError(f"{path}: damaged or foreign: its SHA-256 is not the one in {MANIFEST}")
+        raise CheckpointError(
+            f"{path}: damaged or of another checkpoint: its SHA-256 differs from {MANIFEST}"
+        )
 
 
 def json_sha256(values: Any) -> str:
-    """SHA-256 of JSON values, whatever the order of keys."""
+    """SHA-256 of JSON values; the order of keys does not matter."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, a piece at a time."""
+    """SHA-256 of a file, which is read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for chunk in iter(lambda: file.read(_CHUNK), b""):
@@ -87,5 +78,5 @@ def file_sha256(path: Path) -> str:
 
 
 def differing_keys(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
-    """Keys that two JSON objects do not share, or whose values differ."""
+    """Keys that only one of two JSON objects has, or whose values differ."""
     return sorted(key for key in {*left, *right} if left.get(key) != right.get(key))

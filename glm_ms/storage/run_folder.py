@@ -1,20 +1,31 @@
-"""Where a training run keeps its checkpoints: `<output_dir>/checkpoint/step_00000120/`; a sharded run those of every
-card in a folder `<output_dir>/slices/rank_N` of the same kind, and their cuts in `<output_dir>/strategy`.
+"""Layout of the output folder of a run.
 
-`<output_dir>/checkpoint/best` stands for the one with the best evaluation, which `checkpoint/best.json` names.
+A run saves checkpoints as `<output_dir>/checkpoint/step_00000120/`. In a sharded run every rank has a folder
+`<output_dir>/slices/rank_N` with the same layout, and `<output_dir>/strategy` describes how tensors are split.
+`<output_dir>/checkpoint/best` is an alias, not a folder: `checkpoint/best.json` names the checkpoint with the best
+evaluation.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.readers import read_object
 
 CHECKPOINTS = "checkpoint"
 BEST = "best"
 SLICES, STRATEGIES = "slices", "strategy"
+SETTINGS_FILE = "settings.yaml"
+METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD = "metrics.jsonl", "eval_metrics.jsonl", "tensorboard"
+PREDICTIONS_FILE, SCORES_FILE = "eval_predictions.jsonl", "eval_scores.json"
+DIVERGED = "nan_step_{}.json"  # with the step
+# What training writes besides checkpoints, as patterns of names.
+RESULTS = (
+    SETTINGS_FILE, METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD, PREDICTIONS_FILE, SCORES_FILE, "plots",
+    DIVERGED.format("*"), STRATEGIES,
+)  # fmt: skip
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -24,7 +35,7 @@ def step_folder(output_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint of a run, oldest first. Folders only appear when they are whole."""
+    """(step, folder) of every checkpoint of a run, oldest first. Every folder found is complete."""
     found = []
     for path in (output_dir / CHECKPOINTS).glob("step_*"):
         match = _STEP.fullmatch(path.name)
@@ -45,25 +56,25 @@ def best_checkpoint(output_dir: Path) -> Path:
         CheckpointError: the run has none.
     """
     path = best_file(output_dir)
-    try:
-        folder = step_folder(output_dir, int(json.loads(path.read_text(encoding="utf-8"))["step"]))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; a run keeps its best checkpoint with do_eval and checkpoint.best_metric"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged, it cannot be read ({error!r})") from None
+    missing = "no such file; a run keeps its best checkpoint with do_eval and checkpoint.best_metric"
+    step = read_object(path, CheckpointError, missing).get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{path}: damaged: step is {step!r}, expected a whole number")
+    folder = step_folder(output_dir, step)
     if not folder.is_dir():
         raise CheckpointError(f"{path}: names {folder}, which is missing")
     return folder
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The newest checkpoint if `path` is the output folder of a run, the best one if it is `checkpoint/best` of one,
-    else `path` itself.
+    """The checkpoint that a path means.
+
+    Returns:
+        The newest checkpoint if `path` is the output folder of a run, the best one if it is `checkpoint/best` of a
+        run, else `path` itself.
 
     Raises:
-        CheckpointError: there is nothing at `path`, or a run without checkpoints, or one whose cards have kept slices.
+        CheckpointError: `path` does not exist, or is a run without checkpoints, or a sharded run, which has slices.
     """
     path = Path(path)
     if path.name == BEST and path.parent.name == CHECKPOINTS and not path.exists():
@@ -77,12 +88,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not (path / CHECKPOINTS).is_dir():
         if (path / SLICES).is_dir():
             raise CheckpointError(
-                f"{path}: the output of a sharded run, every card has saved its slices; merge them first: python "
+                f"{path}: is the output of a sharded run, which has slices of every rank; merge them first: python "
                 f"tools/transform_ckpt.py --src_ckpt_strategy {path / STRATEGIES} --src_ckpt_dir {path / SLICES} "
                 f"--dst_ckpt_dir {path}_merged"
             )
         return path
     checkpoints = list_checkpoints(path)
     if not checkpoints:
-        raise CheckpointError(f"{path / CHECKPOINTS}: holds no checkpoint yet")
+        raise CheckpointError(f"{path / CHECKPOINTS}: has no checkpoint yet")
     return checkpoints[-1][1]

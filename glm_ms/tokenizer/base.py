@@ -5,12 +5,12 @@ Behaviour follows `tokenization_chatglm.py` of the released models.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from glm_ms.storage.suggest import did_you_mean
 from glm_ms.tokenizer.padding import pad_features
 from glm_ms.tokenizer.vocabulary import VocabularyError, load_vocabulary
 
@@ -234,9 +234,8 @@ class SentencePieceTokenizer:
             AssertionError: no such special token (the type the reference raises).
         """
         if token not in self._commands:
-            near = difflib.get_close_matches(str(token), self._commands, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(self._commands)}"
-            raise AssertionError(f"{token!r} is no special token of {type(self).__name__}; {hint}")
+            hint = did_you_mean(token, self._commands, f"; it has {', '.join(self._commands)}")
+            raise AssertionError(f"{token!r} is no special token of {type(self).__name__}{hint}")
         return self._commands[token]
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:

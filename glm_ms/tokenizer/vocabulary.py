@@ -6,8 +6,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from glm_ms.storage.errors import FileError
 
-class VocabularyError(ValueError):
+
+class VocabularyError(FileError):
     """A vocabulary file cannot be used; the message names the file and the remedy."""
 
 

@@ -83,7 +83,7 @@ def test_messages_with_tools():
         (conversation("x"), "message 1 must be an object .* found str"),
         (conversation(USER, {"content": "x"}), "message 2: no key 'role', the message has 'content'"),
         (conversation(USER, {}), "message 2: no key 'role', the message has none"),
-        (conversation({**USER, "role": "usr"}), "message 1: role 'usr' is not known; did you mean 'user'"),
+        (conversation({**USER, "role": "usr"}), "message 1: role 'usr' is not known; did you mean user"),
         (conversation({**USER, "role": "human"}), "role 'human' is not known; the roles are system, user"),
         (conversation({**USER, "role": None}), "role None is not known"),
         (conversation({**USER, "role": ["user"]}), r"role \['user'\] is not known"),

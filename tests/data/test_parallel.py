@@ -7,8 +7,8 @@ import os
 import pytest
 
 from glm_ms.data import DataError, parallel
-from glm_ms.data.json_file import RawValue
 from glm_ms.data.parallel import map_batches, processes_for
+from glm_ms.storage.json_lines import RawValue
 
 
 class Lines:

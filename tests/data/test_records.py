@@ -89,7 +89,7 @@ def test_history_column(records_file):
         ("\n[" + "[" * 100000, ":2: not valid JSON"),
         ("[" * 100000, ":1: not valid JSON"),
         ('{"a": ' * 100000, ":1: not valid JSON"),
-        (f'{GOOD}\n{{"content": "x", "sumary": "y"}}', ":2: no column 'summary', .* did you mean 'sumary'"),
+        (f'{GOOD}\n{{"content": "x", "sumary": "y"}}', ":2: no column 'summary', .* did you mean sumary"),
         ("{}", ":1: no column 'content', the record has none"),
         ('{"content": 5, "summary": "y"}', ":1: column 'content' must be a string, found int: 5"),
         ('{"content": ["x"], "summary": "y"}', ":1: column 'content' must be a string, found list"),

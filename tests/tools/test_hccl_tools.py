@@ -117,7 +117,7 @@ def test_an_existing_file_stays_unless_told(run, conf, tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert (
         done.stderr
-        == "error: a.json: exists already; choose another name with --output, or add --overwrite\n"
+        == "error: a.json: exists already; choose another name, or add --overwrite (overwrite=True)\n"
     )
     assert (tmp_path / "folder" / "a.json").read_text() == "mine"
     assert run(*arguments, "--overwrite").returncode == 0

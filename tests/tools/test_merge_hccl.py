@@ -97,7 +97,7 @@ def test_what_is_refused(run, tmp_path):
             (first, small),
             f"error: cannot be merged: servers differ in their numbers of cards (10.0.0.1 ({first}) has 8",
         ),
-        ((first, "broken.json"), "error: broken.json: not valid JSON"),
+        ((first, "broken.json"), "error: broken.json:1: not valid JSON"),
         ((first, "gap.json"), "error: gap.json: rank_id missing: 7; the ranks of 8 cards go from 0 to 7"),
         ((first, "hccl*.json"), "error: hccl*.json: no such file"),
         ((first, second, "--output", "."), "error: .: is a folder"),

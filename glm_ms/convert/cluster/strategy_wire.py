@@ -8,13 +8,13 @@ where 1, 2 and 3 are lists of {1: numbers}. JSON files hold the same under names
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.readers import parse_json
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _SIGN, _RANGE = 1 << 63, 1 << 64
@@ -67,7 +67,7 @@ def read_raw_strategy(path: Path) -> RawStrategy:
 
 
 def _from_json(data: bytes) -> RawStrategy:
-    document = json.loads(data.decode("utf-8"))
+    document = parse_json(data.decode("utf-8-sig"), "JSON")
     operators = document.get("parallel_strategy_item") or {}
     stage = next((int(item["stage"]) for item in operators.values()), None)
     layouts = {

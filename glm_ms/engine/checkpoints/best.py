@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_ms.engine.files import replace_text
 from glm_ms.metrics import HIGHER, METRICS, metric_of
+from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.run_folder import best_file, step_folder
 
 

@@ -16,9 +16,8 @@ from glm_ms.engine.checkpoints.manifest import (
     verify_files,
     weights_flag,
 )
-from glm_ms.engine.files import METRICS_FILE, RESULTS
 from glm_ms.settings import Settings
-from glm_ms.storage.run_folder import CHECKPOINTS, list_checkpoints, resolve_checkpoint
+from glm_ms.storage.run_folder import CHECKPOINTS, METRICS_FILE, RESULTS, list_checkpoints, resolve_checkpoint
 
 EARLIER_RUNS = "earlier_runs"
 

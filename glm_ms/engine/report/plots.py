@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from glm_ms.engine.files import EVAL_METRICS_FILE, METRICS_FILE
 from glm_ms.metrics import METRICS, score_names
+from glm_ms.storage.atomic import replace_bytes
+from glm_ms.storage.run_folder import EVAL_METRICS_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -337,16 +337,9 @@ def _finish(axes: Axes, title: str, label: str, curves: list[Curve], log: bool |
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Draws into memory first, so that the file appears whole."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(image.getvalue())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    replace_bytes(path, image.getvalue())

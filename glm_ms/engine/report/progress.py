@@ -14,8 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from glm_ms.engine.files import EVAL_METRICS_FILE, METRICS_FILE, TENSORBOARD, replace_text
 from glm_ms.metrics import METRICS
+from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.run_folder import EVAL_METRICS_FILE, METRICS_FILE, TENSORBOARD
 
 
 @dataclass(frozen=True)

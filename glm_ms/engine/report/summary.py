@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from glm_ms.convert import CheckpointError
-from glm_ms.engine.files import SETTINGS_FILE
 from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.settings import Settings, SettingsError, parse_args
 from glm_ms.settings.loader import read_settings
@@ -16,6 +15,7 @@ from glm_ms.settings.parallel_checks import is_sharded
 from glm_ms.storage.run_folder import (
     BEST,
     CHECKPOINTS,
+    SETTINGS_FILE,
     SLICES,
     STRATEGIES,
     best_checkpoint,

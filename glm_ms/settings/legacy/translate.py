@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.errors import SettingsError, described, did_you_mean, nearest
+from glm_ms.settings.errors import SettingsError, described
 from glm_ms.settings.legacy.draft import Draft, Source, same, shown
 from glm_ms.settings.legacy.rules import AFTER_CHOICE, BEFORE_CHOICE
 from glm_ms.settings.legacy.table import (
@@ -26,6 +26,7 @@ from glm_ms.settings.legacy.table import (
     Rule,
 )
 from glm_ms.settings.schema import leaf_keys
+from glm_ms.storage.suggest import did_you_mean, nearest
 
 _OUR_CLASSES = frozenset({"GLMConfig", "GLMForCausalLM", "GLMTrainOneStep", "GLMAdamW"})
 # Longer lists of names help nobody.

@@ -10,8 +10,8 @@ import threading
 import pytest
 
 from glm_ms.data import DataError
-from glm_ms.data import json_file as module
-from glm_ms.data.json_file import JsonFile, RawValue, parse_value, raw_values
+from glm_ms.storage import json_lines as module
+from glm_ms.storage.json_lines import JsonFile, RawValue, parse_value, raw_values
 
 VALUES = [
     {"a": "甲\n乙", "b": [1, {"c": '}]\\"'}]},
@@ -24,6 +24,18 @@ VALUES = [
     None,
     -1.5e3,
 ]
+
+
+@pytest.fixture
+def records_file(tmp_path):
+    def write(content):
+        path = tmp_path / "records.json"
+        if isinstance(content, list):
+            content = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+
+    return write
 
 
 @pytest.fixture(params=[1, 2, 3, 7, 64, 1 << 20])

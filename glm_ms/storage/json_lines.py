@@ -1,7 +1,7 @@
-"""JSON values of a file, one after the other or by number, with their place; never the whole file in memory.
+"""Streaming reader of JSON lines and JSON arrays: values with their lines, in order or by number.
 
-A file holds JSON lines (one value a line, blank lines allowed) or one JSON array. UTF-8, with or without byte
-order mark.
+A file has JSON lines (one value per line, blank lines allowed) or one JSON array, in UTF-8 with or without byte order
+mark. Memory does not grow with the size of the file, except 16 bytes for each value of a `JsonFile`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from glm_ms.data.errors import DataError
+from glm_ms.storage.errors import DataError
+from glm_ms.storage.readers import decode_text, not_utf8, parse_json
 
 _BOM = b"\xef\xbb\xbf"
 _WHITESPACE = " \t\r\n"
 _NO_WHITESPACE = re.compile(r"[ \t\r\n]*")
 _CHUNK = 1 << 20
-# "\u1234" and "Infinity" may be cut by the end of what has been read so far.
+# The end of the window may cut "\u1234" or "Infinity".
 _LONGEST_TOKEN = 16
 
 
 class RawValue(NamedTuple):
-    """A JSON value as it stands in the file.
+    """A JSON value that is not parsed yet.
 
     Attributes:
-        line: of the file, from 1, in which the value begins.
-        start: byte of the file at which `text` begins.
-        text: the value, with white space around.
+        line: line of the file, from 1, in which the value begins.
+        start: offset of `text` in the file, in bytes.
+        text: the value, with surrounding white space.
     """
 
     line: int
@@ -40,7 +41,7 @@ class RawValue(NamedTuple):
 
 
 def raw_values(path: str | Path) -> Iterator[RawValue]:
-    """Every value of a file. Lines are not parsed here; an array is, as far as it takes to find its items.
+    """Every value of a file. Lines are not parsed; an array is parsed to find where its items end.
 
     Raises:
         DataError: the file is missing, cannot be read, or an array in it is not valid JSON or not UTF-8.
@@ -50,30 +51,20 @@ def raw_values(path: str | Path) -> Iterator[RawValue]:
 
 
 def parse_value(raw: RawValue, path: Path) -> Any:
-    """What a raw value says.
+    """Parses a raw value.
 
     Raises:
-        DataError: not UTF-8 or not valid JSON.
+        DataError: not UTF-8, not valid JSON, or a key twice in one object.
     """
-    try:
-        # A string and not bytes: json would guess at other encodings.
-        return json.loads(raw.text.decode("utf-8").strip(_WHITESPACE))
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, raw.line, error) from None
-    except json.JSONDecodeError as error:
-        line = raw.line + error.lineno - 1
-        raise DataError(
-            f"{path}:{line}: not valid JSON: {error.msg} at column {error.colno}; "
-            "each line must be one whole JSON object"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{raw.line}: not valid JSON: {error}") from None
+    # `json` guesses the encoding of bytes, so they are decoded first.
+    text = decode_text(raw.text, path, DataError, raw.line).strip(_WHITESPACE)
+    return parse_json(text, path, DataError, raw.line, "; each line must be one whole JSON object")
 
 
 class JsonFile:
-    """The values of one file by number, read when asked for: 16 bytes of memory for each.
+    """Random access to the values of a file, which are read on demand.
 
-    The file must not be changed while this object is in use. Threads may share it, and pickling it is cheap.
+    The file must not change while this object is in use. Threads may share the object; pickling it is cheap.
 
     Args:
         path: file of JSON values.
@@ -98,19 +89,19 @@ class JsonFile:
 
     def raw_values(self) -> Iterator[RawValue]:
         """As `raw_values`."""
-        # Another description of the file: its position is nobody else's.
+        # A file object with a position of its own: other readers of this object do not move it.
         with _opened(self.path) as file:
             self._check(file)
             yield from _values_of(file, self.path)
             self._check(file)
 
     def append(self, raw: RawValue) -> None:
-        """Gives the next number to a value of this file."""
+        """Adds a value of this file under the next number."""
         self._starts.append(raw.start)
         self._sizes.append(len(raw.text))
 
     def __getitem__(self, number: int) -> Any:
-        """The value with a number.
+        """The value with this number.
 
         Raises:
             DataError: the file has changed.
@@ -123,8 +114,7 @@ class JsonFile:
     def _check(self, file: BinaryIO) -> None:
         if _state(file) != self._state:
             raise DataError(
-                f"{self.path}: has been changed since it was read first; leave it alone while it is in use, "
-                "and start again"
+                f"{self.path}: has been changed since it was read first; do not change it during a run, and start again"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,7 +154,7 @@ def _values_of(file: BinaryIO, path: Path) -> Iterator[RawValue]:
 
 
 def _beginning(file: BinaryIO) -> tuple[int, bool]:
-    """The first byte after a byte order mark, where the file is left; and whether an array begins there."""
+    """Seeks behind the byte order mark, and returns that offset and whether an array begins there."""
     start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(start)
     first = b" "
@@ -174,20 +164,12 @@ def _beginning(file: BinaryIO) -> tuple[int, bool]:
     return start, first == b"["
 
 
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
-    line += error.object.count(b"\n", 0, error.start)
-    return DataError(
-        f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); "
-        f"convert the file, for example: iconv -f GB18030 -t UTF-8 {path.name}"
-    )
-
-
 class _Window:
-    """The part of a file that is being parsed. It slides on as values are taken from its front.
+    """The part of a file that is being parsed; it slides through the file.
 
     Attributes:
-        text, position: what has been read, and how much of it is done with.
-        line, offset: line and byte of the file at which `position` stands.
+        text, position: text in memory, and the index in it up to which it is parsed.
+        line, offset: line and byte of the file that belong to `position`.
     """
 
     def __init__(self, file: BinaryIO, path: Path, offset: int) -> None:
@@ -199,7 +181,7 @@ class _Window:
         self._json = json.JSONDecoder()
 
     def next_character(self) -> str:
-        """Steps over white space to the next character and tells it; an empty string at the end of the file."""
+        """Skips white space and returns the next character; an empty string at the end of the file."""
         while True:
             self.advance(_NO_WHITESPACE.match(self.text, self.position).end())
             if self.position < len(self.text):
@@ -208,18 +190,18 @@ class _Window:
                 return ""
 
     def value(self) -> RawValue:
-        """Takes the value that begins at `position`."""
+        """The value that begins at `position`, which then moves to its end."""
         while True:
             try:
                 value, end = self._json.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
-                if self._may_go_on(error) and self._grow():
+                if self._may_be_cut(error) and self._grow():
                     continue
                 line = self.line + self.text.count("\n", self.position, error.pos)
                 raise DataError(f"{self.path}:{line}: not valid JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.path}:{self.line}: not valid JSON: {error}") from None
-            # A number may go on: 1.5 and then e3.
+            # The end of the window may cut a number: 1.5 of 1.5e3.
             is_cut = isinstance(value, (int, float)) and len(self.text) - end < _LONGEST_TOKEN
             if not is_cut or not self._grow():
                 break
@@ -227,37 +209,40 @@ class _Window:
         self.advance(end)
         return raw
 
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether what is wrong may be that the rest has not been read yet."""
+    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
+        """Whether the error may come from the end of the window rather than from the file."""
         return error.msg.startswith("Unterminated") or error.pos >= len(self.text) - _LONGEST_TOKEN
 
     def advance(self, position: int) -> None:
-        """Is done with everything before `position`."""
+        """Moves to `position` and counts the lines and bytes before it."""
         passed = self.text[self.position : position]
         self.line += passed.count("\n")
         self.offset += len(passed.encode("utf-8"))
         self.position = position
 
     def _grow(self) -> bool:
-        """Reads on, as much again as is in hand, and drops what is done with; False at the end of the file, where
-        nothing changes."""
-        in_hand = len(self.text) - self.position
+        """Drops the parsed text and reads on, at least as much as is left, so that long values take linear time.
+
+        Returns:
+            False at the end of the file; nothing changes then.
+        """
+        unparsed = len(self.text) - self.position
         more, ended = "", False
         while not more and not ended:
-            chunk = self._file.read(max(_CHUNK, in_hand))
+            chunk = self._file.read(max(_CHUNK, unparsed))
             ended = not chunk
             try:
                 more = self._decoder.decode(chunk, final=ended)
             except UnicodeDecodeError as error:
                 line = self.line + self.text.count("\n", self.position)
-                raise _not_utf8(self.path, line, error) from None
+                raise DataError(not_utf8(error, self.path, line)) from None
         if more:
             self.text, self.position = self.text[self.position :] + more, 0
         return bool(more)
 
 
 def _array_items(window: _Window) -> Iterator[RawValue]:
-    """Items of a JSON array one by one, so that each has its line."""
+    """Items of a JSON array, each with its line."""
     window.next_character()
     window.advance(window.position + 1)
     closed = window.next_character() == "]"
