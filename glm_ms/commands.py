@@ -9,11 +9,11 @@ import shutil
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
 from glm_ms.resources import resource
+from glm_ms.storage.suggest import did_you_mean
 from glm_ms.version import __version__
 
 RUN_MODES = {
@@ -89,11 +89,6 @@ def _descriptions() -> dict[str, str]:
     """Every command and what it does."""
     others = {name: text for name, (_, text) in (*TOOLS.items(), *LAUNCHERS.items())}
     return {**RUN_MODES, **others, CONFIGS: "list the configurations, or copy them to a folder"}
-
-
-def did_you_mean(word, candidates):
-    close = get_close_matches(word, list(candidates), 1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _usage() -> str:

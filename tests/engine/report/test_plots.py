@@ -181,7 +181,7 @@ def test_a_failed_rename_leaves_the_old_plot_whole(
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots.os, "replace", refuse)
+    monkeypatch.setattr("os.replace", refuse)
     assert write_plots(_write(tmp_path, _training(9)), said.append) == []
     assert {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()} == before
     assert "No space left" in said[0]
