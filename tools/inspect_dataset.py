@@ -10,7 +10,6 @@ needed.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,10 +24,7 @@ from glm_ms.data import DataError, Encoder, section_encoder
 from glm_ms.data.length_report import advice_lines, cut_lines, histogram_lines, summary_lines
 from glm_ms.data.marked import LEGEND, marked_lines
 from glm_ms.data.statistics import LengthStatistics, measure
-from glm_ms.settings import HelpRequested, Settings, SettingsError, parse_args
-from glm_ms.settings.checks import Checker
-from glm_ms.settings.cli import keys_help
-from glm_ms.settings.loader import read_settings
+from glm_ms.settings import Settings, SettingsError, load_data_settings, parse_args
 from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.tokenizer import ChatGLM2Tokenizer, ChatGLM3Tokenizer, VocabularyError
 
@@ -71,9 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.png is not None and Path(options.png).is_dir():
             raise SettingsError(f"command line: --png {options.png}: is a folder; give a file")
         settings, part = _settings(["--config", options.config, *others], options.part)
-    except HelpRequested:  # --help is taken by the parser above
-        print(keys_help(), end="")
-        return 0
     except SettingsError as error:
         for problem in error.problems:
             print(f"{_PROGRAM}: error: {problem}", file=sys.stderr)
@@ -96,16 +89,7 @@ def _settings(arguments: Sequence[str], part: str | None) -> tuple[Settings, str
     """The settings, with every problem that concerns a data set; lengths that do not fit the network are remarks, for
     to find better ones is what this tool is for."""
     config, flags, overrides = parse_args(arguments)
-    settings, problems = read_settings(config, overrides, flags, check_files=False)
-    values = Checker(copy.deepcopy(settings))
-    values.check_values()
-    problems = [problem for problem in problems if problem not in values.problems]
-    if part is None:
-        part = "eval" if settings.run_mode == "eval" else "train"
-    checker = Checker(settings)
-    remarks = checker.check_data_set(part)
-    if problems or checker.problems:
-        raise SettingsError(problems + checker.problems)
+    settings, part, remarks = load_data_settings(config, overrides, flags, part)
     for remark in [*settings.notes, *remarks]:
         print(f"note: {remark}", file=sys.stderr)
     return settings, part

@@ -40,7 +40,7 @@ from glm_ms.engine.step.trainer_config import mindformers_config
 from glm_ms.engine.weights import build_model, build_unfilled_model, fuse
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
-from glm_ms.settings.parallel_checks import is_sharded
+from glm_ms.settings.schema import is_sharded
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.lock import run_lock
 from glm_ms.storage.run_folder import SETTINGS_FILE, list_checkpoints

@@ -17,8 +17,7 @@ from glm_ms.convert import open_checkpoint
 from glm_ms.mindformers_api.generation import LENGTHS, OPTIONS
 from glm_ms.model.config import ConfigError
 from glm_ms.model.config import GLMConfig as Architecture
-from glm_ms.settings.schema import AUTO
-from glm_ms.settings.vocabulary import VOCAB_MULTIPLE
+from glm_ms.settings.schema import AUTO, VOCAB_MULTIPLE
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.storage.suggest import did_you_mean

@@ -12,10 +12,10 @@ from glm_ms.engine.batches import TrainingPlan, training_batches
 from glm_ms.engine.records import labelled_rows
 from glm_ms.mindformers_api.tokenizer import BY_GENERATION
 from glm_ms.settings import SettingsError
-from glm_ms.settings.convert import Converter
 from glm_ms.settings.document import Entry
 from glm_ms.settings.schema import keys_of
 from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
+from glm_ms.settings.values import Converter
 
 _TOKENIZERS = {kind.__name__: kind for kind in BY_GENERATION.values()}
 

@@ -21,8 +21,8 @@ from glm_ms.engine.weights import adapter_config, different_fields
 from glm_ms.mindformers_api.model import GLMForCausalLM
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
 from glm_ms.peft.store import is_adapter_folder
-from glm_ms.settings import Settings, SettingsError, check_device
-from glm_ms.settings.checks import Checker
+from glm_ms.settings import Problem, Settings, SettingsError, check_machine
+from glm_ms.settings.checks import check
 from glm_ms.settings.schema import AUTO
 from glm_ms.storage.run_folder import resolve_checkpoint
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from glm_ms import generation
     from glm_ms.tokenizer import SentencePieceTokenizer
 
-_RECORDS = ": train_dataset.data_loader.dataset_dir: "
+_RECORDS = "train_dataset.data_loader.dataset_dir"
 
 
 def say(line: str) -> None:
@@ -62,17 +62,13 @@ def begin(settings: Settings, with_records: bool = True) -> SentencePieceTokeniz
     """
     from glm_ms.engine.run import build_tokenizer
 
-    checker = Checker(settings)
-    checker.check_values()
-    checker.check_files()
-    problems = [text for text in checker.problems if with_records or _RECORDS not in text]
+    problems = [problem for problem in check(settings) if with_records or problem.key != _RECORDS]
     if settings.use_parallel and not settings.is_training():
-        problems.append(
-            f"{settings.where('use_parallel')}: use_parallel: True: {settings.run_mode} runs in one process"
-        )
+        message = f"True: {settings.run_mode} runs in one process"
+        problems.append(Problem("use_parallel", message, where=settings.where("use_parallel")))
     if problems:
         raise SettingsError(problems)
-    check_device(settings)
+    check_machine(settings)
     Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     restore_signal_handlers()
     # MindFormers keeps a context of its own: left to itself it would turn graph mode off when training begins.

@@ -12,9 +12,9 @@ from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
 
 from glm_ms.mindformers_api.auto import ARCH
 from glm_ms.settings import Settings, SettingsError
-from glm_ms.settings.convert import Converter
 from glm_ms.settings.document import Entry, read_document
 from glm_ms.settings.schema import leaf_keys
+from glm_ms.settings.values import Converter
 from glm_ms.storage.suggest import did_you_mean
 
 # The section of a MindFormerConfig for what MindFormers would misread under its own name.

@@ -33,7 +33,15 @@ _HF_KEYS_WITHOUT_EFFECT = frozenset(
 
 
 class ConfigError(FileError):
-    """A configuration cannot be used; the message names file, key and remedy."""
+    """A configuration cannot be used; the message names file, key and remedy.
+
+    Attributes:
+        field: field of `GLMConfig` that it concerns, empty if none.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 # Joint linear layers of a block -> their parts in the order of their rows.
@@ -99,24 +107,27 @@ class GLMConfig:
             _check_type(field, getattr(self, field.name))
         for name in _POSITIVE_SIZES:
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1", name)
         if self.multi_query_attention and self.num_attention_heads % self.multi_query_group_num:
             raise ConfigError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
-                f"multi_query_group_num = {self.multi_query_group_num}"
+                f"multi_query_group_num = {self.multi_query_group_num}",
+                "num_attention_heads",
             )
         if self.kv_channels % 4:
-            raise ConfigError(f"kv_channels = {self.kv_channels}: must be a multiple of 4 (rotary pairs)")
+            message = f"kv_channels = {self.kv_channels}: must be a multiple of 4 (rotary pairs)"
+            raise ConfigError(message, "kv_channels")
         for name in ("param_init_type", "compute_dtype"):
             if getattr(self, name) not in FLOAT_TYPES:
                 raise ConfigError(
-                    f"{name} = {getattr(self, name)!r}: must be one of {', '.join(FLOAT_TYPES)}"
+                    f"{name} = {getattr(self, name)!r}: must be one of {', '.join(FLOAT_TYPES)}", name
                 )
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be in [0, 1)")
-        if self.layernorm_epsilon <= 0 or self.rope_ratio <= 0:
-            raise ConfigError("layernorm_epsilon and rope_ratio must be positive")
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be in [0, 1)", name)
+        for name in ("layernorm_epsilon", "rope_ratio"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must be above 0", name)
 
     @property
     def num_kv_heads(self) -> int:
@@ -240,7 +251,8 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
     """Holds a value to its annotation; an int may stand for a float, a bool never for a number."""
     allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[str(field.type)]
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise ConfigError(f"{field.name} = {value!r}: expected {field.type}, found {type(value).__name__}")
+        message = f"{field.name} = {value!r}: expected {field.type}, found {type(value).__name__}"
+        raise ConfigError(message, field.name)
 
 
 def _reject_unknown(values: dict[str, Any], source: str) -> None:

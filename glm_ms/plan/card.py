@@ -22,7 +22,7 @@ from glm_ms.plan.parameters import (
     planned_slices,
 )
 from glm_ms.settings import Settings
-from glm_ms.settings.parallel_checks import is_sharded, parallel_of, training_length
+from glm_ms.settings.schema import is_sharded, parallel_of, training_length
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from glm_ms.parallel.slices import Slice, parameter_slices, sharded_shapes
 from glm_ms.peft.lora import target_names
 from glm_ms.peft.ptuning import prefix_shapes
 from glm_ms.settings import Settings
-from glm_ms.settings.parallel_checks import is_sharded
+from glm_ms.settings.schema import is_sharded
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOAT32 = 4

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from glm_ms.plan.card import RunPlan
 from glm_ms.settings import Settings
-from glm_ms.settings.parallel_checks import is_sharded
-from glm_ms.settings.schema import batch_size_key
+from glm_ms.settings.schema import batch_size_key, is_sharded
 
 # What a change costs its user, roughly: whether only time is lost, the batch changes, or the cluster is used otherwise.
 _RECOMPUTE = _GATHER_AGAIN = 1

@@ -5,26 +5,24 @@ Nothing here imports MindSpore or MindFormers: a misspelt key is reported in mil
 
 from __future__ import annotations
 
-from glm_ms.settings.cli import Arguments, HelpRequested, parse_args, settings_from_command_line
-from glm_ms.settings.data_checks import seq_length_problem
-from glm_ms.settings.device import ascend_cards, check_device
-from glm_ms.settings.errors import SettingsError
-from glm_ms.settings.flags import FLAGS
-from glm_ms.settings.loader import load_settings
-from glm_ms.settings.schema import Settings
-from glm_ms.settings.vocabulary import resolve_vocab_size
+from glm_ms.settings.cli import Arguments, parse_args, settings_from_command_line
+from glm_ms.settings.errors import Problem, SettingsError
+from glm_ms.settings.loader import load_data_settings, load_settings, read_settings
+from glm_ms.settings.machine import ascend_cards, check_machine
+from glm_ms.settings.schema import FLAGS, Settings, resolve_vocab_size
 
 __all__ = [
     "FLAGS",
     "Arguments",
-    "HelpRequested",
+    "Problem",
     "Settings",
     "SettingsError",
     "ascend_cards",
-    "check_device",
+    "check_machine",
+    "load_data_settings",
     "load_settings",
     "parse_args",
+    "read_settings",
     "resolve_vocab_size",
-    "seq_length_problem",
     "settings_from_command_line",
 ]

@@ -1,287 +1,178 @@
-"""What single values cannot tell: keys that must fit each other, and files that must be there."""
+"""Keys that must fit each other. Every check yields problems."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
+from glm_ms.metrics import metric_of
 from glm_ms.model.config import ConfigError, GLMConfig
-from glm_ms.settings.adapter_checks import adapter_problems
-from glm_ms.settings.data_checks import (
-    data_notes,
-    data_problems,
-    fill_max_seq_length,
-    loader_problems,
-    parts_in_use,
-)
-from glm_ms.settings.errors import SettingsError
-from glm_ms.settings.parallel_checks import idle_keys, sharding_problems
-from glm_ms.settings.schema import AUTO, Settings
-from glm_ms.settings.sections import LR_SCHEDULE_KEYS
-from glm_ms.settings.training_checks import training_problems
+from glm_ms.settings.data_checks import data_notes, data_problems, fill_max_seq_length
+from glm_ms.settings.errors import Problem, independent
+from glm_ms.settings.files import file_problems
+from glm_ms.settings.parallel_checks import parallel_notes, parallel_problems
+from glm_ms.settings.schema import AUTO, Settings, parts_in_use, unused_keys
 
+_PET = "model.pet_config"
 _SEQ_LENGTH = "model.model_config.seq_length"
-_DATASET_DIR = "{}_dataset.data_loader.dataset_dir"
-_RECORD_ENDINGS = (".json", ".jsonl")
-# In a folder with several record files: the names the field gives to each part.
-_PART_NAMES = {"train": ("train",), "eval": ("dev", "eval", "valid", "validation", "test")}
 
 
-class Checker:
-    """Checks a whole `Settings`, and adjusts what may be adjusted with a note.
+def check(settings: Settings, reported: Iterable[Problem] = (), check_files: bool = True) -> list[Problem]:
+    """Checks converted settings, and adjusts what may be adjusted with a note.
 
     Args:
-        settings: converted settings; `notes`, dataset paths and worker numbers are adjusted in place.
-        unusable: dotted keys already reported; what depends on them is not judged.
-
-    Attributes:
-        problems: a message for each problem found.
+        settings: `notes`, dataset paths, row lengths and the number of workers are adjusted in place.
+        reported: problems that are known already; what follows from them is not reported.
+        check_files: also check that the files and folders of the run mode exist.
     """
+    settle(settings)
+    found = [*value_problems(settings), *(file_problems(settings) if check_files else ())]
+    return placed(settings, independent(found, reported))
 
-    def __init__(self, settings: Settings, unusable: Iterable[str] = ()) -> None:
-        self.settings = settings
-        self.unusable = frozenset(unusable)
-        self.problems: list[str] = []
 
-    def check_values(self) -> None:
-        """Keys against each other."""
-        self._model_config()
-        self._learning_rate()
-        self._parallel()
-        self._generation()
-        self._lower_workers()
-        if "run_mode" in self.unusable:
-            return
-        for key, message, others in adapter_problems(self.settings):
-            self._bad(message, key, *others)
-        if self.settings.is_training():
-            for key, message, others in training_problems(self.settings):
-                self._bad(message, key, *others)
-        self._data()
-        if self.settings.run_mode == "predict" and not self.settings.predict_data:
-            self._bad("missing; give a prompt, a .txt or .jsonl file, or - (--predict_data)", "predict_data")
+def placed(settings: Settings, problems: Iterable[Problem]) -> list[Problem]:
+    """The problems with the places of their keys."""
+    return [dataclasses.replace(problem, where=settings.where(problem.key)) for problem in problems]
 
-    def check_files(self) -> None:
-        """Files and folders that the run mode reads."""
-        if "run_mode" in self.unusable:
-            return
-        self._output_dir()
-        self._vocab_file()
-        self._weights()
-        for part in parts_in_use(self.settings):
-            self._records(part)
-        prompts = self.settings.predict_data
-        is_file = "\n" not in prompts and Path(prompts).suffix.lower() in (".txt", ".jsonl")
-        if self.settings.run_mode == "predict" and is_file:
-            self._must_exist("predict_data", prompts)
 
-    def check_data_set(self, part: str) -> list[str]:
-        """What it takes to read one data set, for tools that neither train nor generate.
-
-        Args:
-            part: "train" or "eval".
-
-        Returns:
-            Remarks: lengths that do not fit the network or the generation.
-        """
-        for key, message, others in loader_problems(self.settings, part):
-            self._bad(message, key, *others)
-        known = list(loader_problems(self.settings, part))
-        remarks = [problem for problem in data_problems(self.settings, part) if problem not in known]
-        self._vocab_file()
-        self._records(part)
-        return [f"{key}: {message}" for key, message, _ in remarks]
-
-    def _bad(self, message: str, *keys: str) -> None:
-        """Reports a problem of the first key, unless one of `keys`, or its section, is in error already."""
-        if not any(key == bad or key.startswith(f"{bad}.") for key in keys for bad in self.unusable):
-            self.problems.append(f"{self.settings.where(keys[0])}: {keys[0]}: {message}")
-
-    def _model_config(self) -> None:
-        values = vars(self.settings.model.model_config).copy()
-        if values["padded_vocab_size"] == AUTO:
-            values["padded_vocab_size"] = 1
-        try:
-            GLMConfig.from_dict(values, source="")
-        except ConfigError as error:
-            message = str(error).removeprefix(": ")
-            name = message.split(" ", 1)[0]
-            key = f"model.model_config.{name if name in values else 'type'}"
-            message = message.removeprefix(f"{name} ").removeprefix("= ") if name in values else message
-            self._bad(message, key)
-
-    def _learning_rate(self) -> None:
-        schedule, runner = self.settings.lr_schedule, self.settings.runner_config
-        for name, kinds in LR_SCHEDULE_KEYS.items():
-            default = type(schedule).__dataclass_fields__[name].default
-            if schedule.type not in kinds and getattr(schedule, name) != default:
-                message = f"has no effect with {schedule.type}; remove it, or use {' or '.join(kinds)}"
-                self._bad(message, f"lr_schedule.{name}", "lr_schedule.type")
-        if schedule.total_steps == 0:
-            self._bad("found 0, must be -1 (all of the run) or at least 1", "lr_schedule.total_steps")
-        if schedule.warmup_ratio is not None and schedule.warmup_steps:
-            self._bad("given together with warmup_steps; keep one", "lr_schedule.warmup_ratio")
-        if schedule.lr_end > schedule.learning_rate:
-            message = f"{schedule.lr_end} is above learning_rate = {schedule.learning_rate}"
-            self._bad(message, "lr_schedule.lr_end", "lr_schedule.learning_rate")
-        limits = {
-            "lr_schedule.total_steps": schedule.total_steps,
-            "runner_config.max_steps": runner.max_steps,
-        }
-        for key, steps in limits.items():
-            if steps is not None and 0 < steps < schedule.warmup_steps:
-                message = f"{schedule.warmup_steps} is more than all steps, {key} = {steps}"
-                self._bad(message, "lr_schedule.warmup_steps", key)
-
-    def _parallel(self) -> None:
-        settings, split = self.settings, self.settings.parallel_config
-        if not settings.use_parallel:
-            settings.notes += idle_keys(settings)
-            return
-        if settings.parallel.full_batch and settings.parallel.parallel_mode == 0:
-            message = (
-                "True needs parallel.parallel_mode: 1; in data parallel mode every card reads its own share"
-            )
-            self._bad(message, "parallel.full_batch", "parallel.parallel_mode")
-        if "run_mode" not in self.unusable:
-            for key, message, others in sharding_problems(settings):
-                self._bad(message, key, *others)
-        if settings.parallel.parallel_mode == 0:
-            needs = {
-                "parallel.enable_parallel_optimizer": (settings.parallel.enable_parallel_optimizer, False),
-                "parallel_config.model_parallel": (split.model_parallel, 1),
-                "parallel_config.pipeline_stage": (split.pipeline_stage, 1),
-                "parallel_config.use_seq_parallel": (split.use_seq_parallel, False),
-                "recompute_config.parallel_optimizer_comm_recompute": (
-                    settings.recompute_config.parallel_optimizer_comm_recompute,
-                    False,
-                ),
-            }
-            for key, (value, plain) in needs.items():
-                if value != plain:
-                    self._bad(f"{value} needs parallel.parallel_mode: 1", key, "parallel.parallel_mode")
-
-    def _generation(self) -> None:
-        generation = self.settings.generation
-        if generation.num_return_sequences > generation.num_beams:
-            key = "generation.num_return_sequences"
-            number = generation.num_return_sequences
-            if generation.num_beams > 1:
-                self._bad(
-                    f"{number} is more than num_beams = {generation.num_beams}", key, "generation.num_beams"
-                )
-            elif not generation.do_sample:
-                message = f"{number} equal answers would come of greedy decoding; set do_sample or num_beams"
-                self._bad(message, key, "generation.do_sample", "generation.num_beams")
-        seq_length = self.settings.model.model_config.seq_length
-        if generation.max_length is not None and generation.max_length > seq_length:
-            message = f"{generation.max_length} is more than {_SEQ_LENGTH} = {seq_length}"
-            self._bad(message, "generation.max_length", _SEQ_LENGTH)
-        if generation.do_sample and generation.num_beams > 1:
-            message = (
-                f"sampling among num_beams = {generation.num_beams} beams is not supported; keep one of both"
-            )
-            self._bad(message, "generation.do_sample", "generation.num_beams")
-
-    def _lower_workers(self) -> None:
-        cores = _cores()
-        dataset = self.settings.train_dataset
-        if dataset.num_parallel_workers > cores:
-            self.settings.notes.append(
-                f"train_dataset.num_parallel_workers: lowered from {dataset.num_parallel_workers} "
-                f"to {cores}, the cores of this machine"
-            )
-            dataset.num_parallel_workers = cores
-
-    def _data(self) -> None:
-        fill_max_seq_length(self.settings)
-        for part in parts_in_use(self.settings):
-            for key, message, others in data_problems(self.settings, part):
-                self._bad(message, key, *others)
-            self.settings.notes += data_notes(self.settings, part)
-
-    def _output_dir(self) -> None:
-        path = Path(self.settings.output_dir)
-        blocked = next((item for item in (path, *path.parents) if item.exists() and not item.is_dir()), None)
-        if blocked is not None:
-            self._bad(f"{blocked} is a file; give a folder, which is made if it is not there", "output_dir")
-
-    def _vocab_file(self) -> None:
-        key, path = "processor.tokenizer.vocab_file", self.settings.processor.tokenizer.vocab_file
-        advice = (
-            "give the tokenizer.model that belongs to the weights, or train one with tools/train_vocab.py"
+def settle(settings: Settings) -> None:
+    """Gives values that depend on other keys, or on this machine, their meaning; adds notes for the user."""
+    settings.notes += parallel_notes(settings)
+    cores, dataset = _cores(), settings.train_dataset
+    if dataset.num_parallel_workers > cores:
+        settings.notes.append(
+            f"train_dataset.num_parallel_workers: lowered from {dataset.num_parallel_workers} to {cores}, the cores "
+            "of this machine"
         )
-        if not path:
-            self._bad(f"missing; {advice}", key)
-        elif Path(path).is_dir():
-            inside = Path(path, "tokenizer.model")
-            self._bad(f"{path} is a folder; give the file{f' {inside}' if inside.is_file() else ''}", key)
-        elif not Path(path).is_file():
-            self._bad(f"{path}: no such file; {advice}", key)
-
-    def _weights(self) -> None:
-        settings = self.settings
-        if settings.load_checkpoint:
-            self._must_exist("load_checkpoint", settings.load_checkpoint)
-        if settings.load_adapter:
-            self._must_exist("load_adapter", settings.load_adapter)
-        resumes = settings.is_training() and settings.resume_training
-        if resumes and isinstance(settings.resume_training, str):
-            self._must_exist("resume_training", settings.resume_training)
-        may_be_random = settings.run_mode == "train" or settings.model.init == "random" or resumes
-        if not settings.load_checkpoint and not may_be_random:
-            message = (
-                f"missing; run_mode {settings.run_mode} begins with given weights. Name them "
-                "(--load_checkpoint PATH), or ask for random ones with model.init=random"
-            )
-            self._bad(message, "load_checkpoint", "model.init")
-        elif not settings.load_checkpoint and not resumes:
-            settings.notes.append("load_checkpoint: empty, so the weights are random")
-
-    def _must_exist(self, key: str, path: str) -> None:
-        # OUTPUT_DIR/checkpoint/best stands for the checkpoint that best.json beside it names.
-        best = Path(path).name == "best" and Path(path).with_name("best.json").is_file()
-        if not best and not Path(path).exists():
-            self._bad(f"{path}: no such file or folder (from {os.getcwd()})", key)
-
-    def _records(self, part: str) -> None:
-        key = _DATASET_DIR.format(part)
-        loader = getattr(self.settings, f"{part}_dataset").data_loader
-        if not loader.dataset_dir:
-            self._bad(f"missing; give the file of records (--{part}_dataset PATH)", key)
-            return
-        try:
-            path = _record_file(Path(loader.dataset_dir), part)
-        except SettingsError as error:
-            self._bad(str(error), key)
-            return
-        if path != Path(loader.dataset_dir):
-            self.settings.notes.append(f"{key}: {loader.dataset_dir} is a folder, {path} is read")
-            loader.dataset_dir = str(path)
+        dataset.num_parallel_workers = cores
+    fill_max_seq_length(settings)
+    for part in parts_in_use(settings):
+        settings.notes += data_notes(settings, part)
 
 
-def _record_file(path: Path, part: str) -> Path:
-    """The file of records that `path` names, or that the folder `path` holds for `part` (train, eval)."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise SettingsError(f"{path}: no such file or folder (from {os.getcwd()})")
-    found = sorted(item for item in path.iterdir() if item.suffix in _RECORD_ENDINGS and item.is_file())
-    if len(found) > 1:
-        names = _PART_NAMES[part]
-        named = sorted(
-            (item for item in found if item.stem in names), key=lambda item: names.index(item.stem)
+def value_problems(settings: Settings) -> Iterator[Problem]:
+    """The problems of keys against each other."""
+    yield from _model_config(settings)
+    yield from _learning_rate(settings)
+    yield from _generation(settings)
+    for problem in _of_run_mode(settings):
+        yield dataclasses.replace(problem, depends_on=(*problem.depends_on, "run_mode"))
+
+
+def _of_run_mode(settings: Settings) -> Iterator[Problem]:
+    yield from parallel_problems(settings)
+    yield from _adapter(settings)
+    if settings.is_training():
+        yield from _evaluation_intervals(settings)
+        yield from _best_metric(settings)
+        yield from unused_keys(settings, "runner_wrapper.scale_sense")
+    for part in parts_in_use(settings):
+        yield from data_problems(settings, part)
+    if settings.run_mode == "predict" and not settings.predict_data:
+        yield Problem("predict_data", "missing; give a prompt, a .txt or .jsonl file, or - (--predict_data)")
+
+
+def _model_config(settings: Settings) -> Iterator[Problem]:
+    values = vars(settings.model.model_config).copy()
+    del values["type"]
+    if values["padded_vocab_size"] == AUTO:
+        values["padded_vocab_size"] = 1
+    try:
+        GLMConfig(**values)
+    except ConfigError as error:
+        yield Problem(f"model.model_config.{error.field}", str(error))
+
+
+def _learning_rate(settings: Settings) -> Iterator[Problem]:
+    schedule = settings.lr_schedule
+    yield from unused_keys(settings, "lr_schedule")
+    if schedule.total_steps == 0:
+        yield Problem("lr_schedule.total_steps", "found 0, must be -1 (all steps of the run) or at least 1")
+    if schedule.warmup_ratio is not None and schedule.warmup_steps:
+        yield Problem("lr_schedule.warmup_ratio", "given together with warmup_steps; keep one")
+    if schedule.lr_end > schedule.learning_rate:
+        message = f"{schedule.lr_end} is above learning_rate = {schedule.learning_rate}"
+        yield Problem("lr_schedule.lr_end", message, ("lr_schedule.learning_rate",))
+    for key in ("lr_schedule.total_steps", "runner_config.max_steps"):
+        steps = settings.get(key)
+        if steps is not None and 0 < steps < schedule.warmup_steps:
+            message = f"{schedule.warmup_steps} is more than all steps, {key} = {steps}"
+            yield Problem("lr_schedule.warmup_steps", message, (key,))
+
+
+def _generation(settings: Settings) -> Iterator[Problem]:
+    generation, seq_length = settings.generation, settings.model.model_config.seq_length
+    number, beams = generation.num_return_sequences, generation.num_beams
+    if number > beams > 1:
+        message = f"{number} is more than num_beams = {beams}"
+        yield Problem("generation.num_return_sequences", message, ("generation.num_beams",))
+    elif number > beams and not generation.do_sample:
+        message = f"greedy decoding gives {number} equal answers; set do_sample or num_beams"
+        others = ("generation.do_sample", "generation.num_beams")
+        yield Problem("generation.num_return_sequences", message, others)
+    if generation.max_length is not None and generation.max_length > seq_length:
+        message = f"{generation.max_length} is more than {_SEQ_LENGTH} = {seq_length}"
+        yield Problem("generation.max_length", message, (_SEQ_LENGTH,))
+    if generation.do_sample and beams > 1:
+        message = f"sampling together with num_beams = {beams} is not supported; keep one of both"
+        yield Problem("generation.do_sample", message, ("generation.num_beams",))
+
+
+def _adapter(settings: Settings) -> Iterator[Problem]:
+    kind, training = settings.model.pet_config.pet_type, settings.is_training()
+    pet_type = f"{_PET}.pet_type"
+    if training or kind is not None:  # the settings of a LoRA run may serve to evaluate its merged weights
+        yield from unused_keys(settings, _PET)
+    if training and kind is None and settings.load_adapter:
+        message = (
+            f"training would change the weights under the adapter; set {pet_type} to continue training the adapter, or "
+            "merge it first (tools/merge_lora.py) and start from the result"
         )
-        found = named[:1] or found
-    if len(found) == 1:
-        return found[0]
-    listing = ", ".join(item.name for item in found) or "none"
-    raise SettingsError(f"{path}: which file is meant? .json and .jsonl files there: {listing}; name one")
+        yield Problem("load_adapter", message, (pet_type,))
+    if training and kind is not None and not settings.load_checkpoint:
+        message = (
+            f"{kind} trains an adapter for given base weights, and random ones are lost after the run; name the base "
+            "(--load_checkpoint PATH)"
+        )
+        yield Problem(pet_type, message, ("load_checkpoint",))
+    if not training and kind is not None and not settings.load_adapter:
+        message = (
+            f"{kind}, but there is no adapter to load; name it (--load_adapter PATH), or set {pet_type}=null for "
+            "the base alone or for merged weights"
+        )
+        yield Problem(pet_type, message, ("load_adapter",))
+    if not training and settings.load_adapter and not settings.load_checkpoint:
+        message = "needs the base it was trained on (--load_checkpoint PATH)"
+        yield Problem("load_adapter", message, ("load_checkpoint",))
+
+
+def _evaluation_intervals(settings: Settings) -> Iterator[Problem]:
+    intervals = ("eval_step_interval", "eval_epoch_interval")
+    for name in intervals:
+        if settings.get(name) == 0:
+            yield Problem(name, "found 0, must be -1 (never) or at least 1")
+    if settings.do_eval and all(settings.get(name) == -1 for name in intervals):
+        message = "True, but eval_step_interval and eval_epoch_interval are both -1; set one of them"
+        yield Problem("do_eval", message, intervals)
+
+
+def _best_metric(settings: Settings) -> Iterator[Problem]:
+    name, key = settings.checkpoint.best_metric, "checkpoint.best_metric"
+    if name is None:
+        return
+    if not settings.do_eval:
+        message = f"{name} is known by evaluation only; set do_eval: True, or best_metric: null"
+        yield Problem(key, message, ("do_eval",))
+    needed = metric_of(name)
+    if needed not in settings.metric.type:
+        chosen = ", ".join(settings.metric.type)
+        message = f"{name} is measured by {needed}, but metric.type is {chosen}; add it"
+        yield Problem(key, message, ("metric.type",))
 
 
 def _cores() -> int:
-    """Cores this process may use: a container may be given fewer than the machine has."""
+    """Cores this process may use: a container may have fewer than the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

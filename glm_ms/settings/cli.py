@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from glm_ms.settings.device import device_problems
-from glm_ms.settings.errors import SettingsError
-from glm_ms.settings.flags import FLAGS, FLAGS_GONE, FORMER_FLAGS
+from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.loader import read_settings
-from glm_ms.settings.schema import Settings, leaf_keys
-from glm_ms.storage.suggest import did_you_mean
+from glm_ms.settings.machine import machine_problems
+from glm_ms.settings.schema import FLAGS, Settings, leaf_keys
+from glm_ms.settings.sections import Flag, default_of
+from glm_ms.storage.suggest import nearest
 
 PROGRAM = "run_glm.py"
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.*", re.DOTALL)
@@ -27,10 +28,38 @@ _EXAMPLES = """examples:
   msrun --worker_num 8 --local_worker_num 8 run_glm.py \\
       --config configs/glm3/run_glm3_6b_finetune_800T_A2_64G.yaml
 """
+# Flags of run_mindformer.py that do not exist here.
+FLAGS_GONE = {
+    "options": "write the overrides alone, key.sub=value",
+    "sink_mode": "every step runs by itself; remove it",
+    "profile": "there is no profiler; remove it",
+    "remote_save_url": "nothing is uploaded; remove it",
+    "auto_trans_ckpt": "whole checkpoints are loaded and need no transformation; remove it",
+    "src_strategy_path_or_dir": "whole checkpoints are loaded; merge slices first with tools/transform_ckpt.py",
+    "strategy_load_checkpoint": "whole checkpoints are loaded; merge slices first with tools/transform_ckpt.py",
+    "only_save_strategy": "there is no run that only writes strategies",
+}
+_OVERRIDES, _ANY_KEY = "--key.sub", "set any key of the YAML, also written key.sub=value"
+_BATCH_SIZE = Flag("batch_size", "N")
+_FLAGS: dict[str, tuple[Flag, str]] = {
+    **{
+        name: (leaf_keys()[key].metadata["flag"], leaf_keys()[key].metadata["doc"])
+        for name, key in FLAGS.items()
+        if key is not None
+    },
+    "batch_size": (_BATCH_SIZE, "batch size of the run mode: training rows, eval rows or prompts"),
+}
+_NAMES = [
+    "config",
+    "help",
+    "help_keys",
+    *_FLAGS,
+    *(flag.former for flag, _ in _FLAGS.values() if flag.former),
+]
 
 
 class Arguments(NamedTuple):
-    """What was typed.
+    """Parsed arguments.
 
     Attributes:
         config: path of the YAML.
@@ -43,88 +72,106 @@ class Arguments(NamedTuple):
     overrides: list[str]
 
 
-class HelpRequested(Exception):  # noqa: N818 - not an error
-    """`--help` or `--help_keys` was given; the message is the text to show."""
-
-
 def parse_args(argv: Sequence[str]) -> Arguments:
-    """Sorts arguments into flags and overrides; values are checked by `load_settings`.
+    """Sorts arguments into flags and overrides; `load_settings` checks their values.
 
-    An override is written `key.sub=value`, `--key.sub=value` or `--key.sub value`.
+    An override is written `key.sub=value`, `--key.sub=value` or `--key.sub value`. `--help` and `--help_keys` print
+    their text and exit with status 0.
 
     Args:
         argv: arguments without the program name.
 
     Raises:
         SettingsError: an unknown flag, a flag without its value, no --config.
-        HelpRequested: --help, -h or --help_keys.
     """
-    reader = _Reader(argv)
-    reader.read()
-    if reader.problems:
-        raise SettingsError([f"command line: {problem}" for problem in reader.problems])
-    return Arguments(reader.config or "", reader.flags, reader.overrides)
+    options, others = build_parser().parse_known_args(_with_equals(argv))
+    values = vars(options)
+    problems = _unknown(others)
+    problems += [f"--{text}: expected one argument" for text in options.overrides if "=" not in text]
+    if options.config is None:
+        problems.append("--config is missing: the YAML file of the run; see configs/")
+    if problems:
+        raise SettingsError([Problem("", problem, where="command line") for problem in problems])
+    flags = {name: values[name] for name in _FLAGS if values[name] is not None}
+    return Arguments(options.config, flags, options.overrides)
 
 
-class _Reader:
-    """Walks the arguments once. argparse is not used: overrides stand anywhere among the flags, and a flag
-    whose value may be left out must not swallow the override that follows it."""
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the arguments that `_with_equals` returns."""
+    parser = _Parser(
+        usage=f"python {PROGRAM} --config FILE [--flag value ...] [key.sub=value ...]",
+        description="Finetune, evaluate and run ChatGLM2 / ChatGLM3 with the settings of a YAML file.",
+        epilog=_EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=36, width=110
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help_keys", action=_HelpKeys, nargs=0, help="show every key with its default")
+    parser.add_argument("--config", metavar="FILE", help="the YAML file of the run (required)")
+    parser.add_argument(
+        _OVERRIDES, dest="overrides", action="append", default=[], metavar="VALUE", help=_ANY_KEY
+    )
+    for name, (flag, doc) in _FLAGS.items():
+        names = [f"--{name}", *([f"--{flag.former}"] if flag.former else [])]
+        bare: dict[str, Any] = {"nargs": "?", "const": "True"} if flag.bare else {}
+        parser.add_argument(*names, dest=name, metavar=flag.value.strip("[]"), help=doc, **bare)
+    return parser
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.rest = list(argv)
-        self.config: str | None = None
-        self.flags: dict[str, str] = {}
-        self.overrides: list[str] = []
-        self.problems: list[str] = []
 
-    def read(self) -> None:
-        while self.rest:
-            token = self.rest.pop(0)
-            if token in ("-h", "--help", "--help_keys"):
-                raise HelpRequested(keys_help() if token == "--help_keys" else usage())
-            if token.startswith("--"):
-                self.flag(*token[2:].partition("="))
-            elif _OVERRIDE.fullmatch(token):
-                self.overrides.append(token)
-            else:
-                self.problems.append(_stray(token))
-        if self.config is None:
-            self.problems.append("--config is missing: the YAML file of the run; see configs/")
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError([Problem("", message.removeprefix("argument "), where="command line")])
 
-    def flag(self, name: str, equals: str, value: str) -> None:
-        name = FORMER_FLAGS.get(name, name)
-        if name != "config" and name not in FLAGS and "." not in name:
-            self.problems.append(f"--{name}: unknown flag{_flag_hint(name)}")
-            follower = self.rest[0] if self.rest and not equals else "-"
-            if not follower.startswith("-") and not _OVERRIDE.fullmatch(follower):
-                self.rest.pop(0)  # most likely its value; to report that as well would only confuse
-            return
-        if not equals:
-            value = self.value_of(name)
-        if name == "config":
-            self.config = value
-        elif name in FLAGS:
-            self.flags[name] = value
-        else:
-            self.overrides.append(f"{name}={value}")
 
-    def value_of(self, name: str) -> str:
-        bare = FLAGS[name].bare if name in FLAGS else None
-        if self.value_follows() and (bare is None or not _OVERRIDE.fullmatch(self.rest[0])):
-            return self.rest.pop(0)
-        if bare is None:
-            self.problems.append(f"--{name}: a value must follow (--{name}=VALUE if it begins with --)")
-            return ""
-        return bare
+class _HelpKeys(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        sys.stdout.write(keys_help())
+        parser.exit(0)
 
-    def value_follows(self) -> bool:
-        return bool(self.rest) and not self.rest[0].startswith("--")
+
+def _with_equals(argv: Sequence[str]) -> list[str]:
+    """Arguments as argparse reads them without doubt: `--flag=value`, and overrides as `--key.sub=key.sub=value`.
+
+    A value may begin with a dash, as in `--predict_data -5`, but not with two. A flag whose value is optional does not
+    take the override that follows it.
+    """
+    rest, result = list(argv), []
+    while rest:
+        token = rest.pop(0)
+        name = token[2:] if token.startswith("--") else ""
+        flag = next((flag for flag, _ in _FLAGS.values() if name and name in (flag.name, flag.former)), None)
+        takes_value = "=" not in name and (flag is not None or name == "config" or "." in name)
+        is_value = bool(rest) and not rest[0].startswith("--")
+        if is_value and flag is not None and flag.bare:
+            is_value = not _OVERRIDE.fullmatch(rest[0])
+        if takes_value and is_value:
+            token = f"{token}={rest.pop(0)}"
+        if _OVERRIDE.fullmatch(token) or "." in name.partition("=")[0]:
+            token = f"{_OVERRIDES}={token.removeprefix('--')}"
+        result.append(token)
+    return result
+
+
+def _unknown(others: list[str]) -> list[str]:
+    """Problems of the arguments that the parser does not know."""
+    problems, rest = [], list(others)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            problems.append(_unexpected(token))
+            continue
+        name, equals, _ = token[2:].partition("=")
+        problems.append(f"--{name}: unknown flag{_flag_hint(name)}")
+        if rest and not equals and not rest[0].startswith("-"):
+            rest.pop(0)  # probably its value
+    return problems
 
 
 def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
-    """The settings a command line asks for, checked also against the devices of this machine.
+    """The settings of a command line, checked also against the devices of this machine.
 
-    On a wrong command line or configuration it writes the report to stderr and exits with status 2;
+    On a wrong command line or configuration it writes the problems to stderr and exits with status 2;
     on --help it writes the help to stdout and exits with status 0.
 
     Args:
@@ -133,12 +180,9 @@ def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
     try:
         config, flags, overrides = parse_args(sys.argv[1:] if argv is None else argv)
         settings, problems = read_settings(config, overrides, flags)
-        problems += device_problems(settings)
+        problems += machine_problems(settings)
         if problems:
             raise SettingsError(problems)
-    except HelpRequested as request:
-        sys.stdout.write(str(request))
-        raise SystemExit(0) from None
     except SettingsError as error:
         report = "".join(f"{PROGRAM}: error: {problem}\n" for problem in error.problems)
         sys.stderr.write(f"{report}Try: python {PROGRAM} --help\n")
@@ -146,36 +190,15 @@ def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
     return settings
 
 
-def usage() -> str:
-    """The text of --help."""
-    rows = [("--config FILE", "the YAML file of the run (required)")]
-    for name, flag in FLAGS.items():
-        former = f" (also --{flag.former})" if flag.former else ""
-        rows.append((f"--{name} {flag.value}", flag.doc + former))
-    rows += [
-        ("key.sub=value", "sets any key of the YAML, also written --key.sub value"),
-        ("--help, --help_keys", "this text; every key with its default"),
-    ]
-    width = max(len(left) for left, _ in rows) + 2
-    lines = "".join(f"  {left:<{width}}{right}\n" for left, right in rows)
-    return (
-        f"usage: python {PROGRAM} --config FILE [--flag value ...] [key.sub=value ...]\n\n"
-        f"Finetune, evaluate and run ChatGLM2 / ChatGLM3 as a YAML file says.\n\n{lines}\n{_EXAMPLES}"
-    )
-
-
 def keys_help() -> str:
-    """The text of --help_keys: each key, its default and what it means."""
-    lines = []
-    for name, field in leaf_keys().items():
-        lines.append(f"{name} = {_shown(field)}\n    {field.metadata['doc']}\n")
-    return "".join(lines)
+    """The text of --help_keys: each key, its default and its documentation."""
+    keys = leaf_keys().items()
+    return "".join(f"{name} = {shown_default(item)}\n    {item.metadata['doc']}\n" for name, item in keys)
 
 
-def _shown(field: dataclasses.Field) -> str:
-    value: Any = field.default
-    if value is dataclasses.MISSING:
-        value = field.default_factory()
+def shown_default(item: dataclasses.Field) -> str:
+    """The default of a key as YAML."""
+    value = default_of(item)
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
     if value is None:
@@ -186,14 +209,14 @@ def _shown(field: dataclasses.Field) -> str:
 def _flag_hint(name: str) -> str:
     if name in FLAGS_GONE:
         return f"; {FLAGS_GONE[name]}"
-    hint = did_you_mean(name.replace("-", "_"), ["config", "help", *FLAGS, *FORMER_FLAGS])
-    if hint:
-        return hint.replace("did you mean ", "did you mean --").replace(" or ", " or --")
-    near = [key for key in leaf_keys() if key.rpartition(".")[2] == name]
-    return f"; as an override: {near[0]}=VALUE" if near else "; see --help"
+    near = nearest(name.replace("-", "_"), _NAMES)
+    if near:
+        return f"; did you mean {' or '.join(f'--{known}' for known in near)}?"
+    keys = [key for key in leaf_keys() if key.rpartition(".")[2] == name]
+    return f"; as an override: {keys[0]}=VALUE" if keys else "; see --help"
 
 
-def _stray(token: str) -> str:
+def _unexpected(token: str) -> str:
     if token.endswith((".yaml", ".yml")):
         return f"{token!r}: unexpected; did you mean --config {token}?"
     return f"{token!r}: unexpected; flags begin with --, overrides are written key.sub=value"

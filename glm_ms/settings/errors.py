@@ -1,27 +1,68 @@
-"""`SettingsError` and the wording shared by its messages."""
+"""`Problem`, `SettingsError` and the wording that messages share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from glm_ms.storage.errors import FileError
 
 
-class SettingsError(FileError):
-    """Settings cannot be used. The message lists every problem, one a line, with place, key and remedy.
+@dataclass(frozen=True)
+class Problem:
+    """Why settings cannot be used.
 
-    Args:
-        problems: one message, or a list of them.
+    Attributes:
+        key: dotted key that it concerns; empty if it concerns none.
+        message: what is wrong, and the remedy.
+        depends_on: other keys that it is about. If one of them has a problem too, this one is not reported.
+        where: place of the value, such as `configs/x.yaml:12`.
+        meant: keys whose value the user probably meant to set, and which therefore are not checked.
     """
 
-    def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
+    key: str
+    message: str
+    depends_on: tuple[str, ...] = ()
+    where: str = ""
+    meant: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.key, self.message) if part)
+
+
+class SettingsError(FileError):
+    """Settings cannot be used. The message lists every problem, one per line, with place, key and remedy.
+
+    Args:
+        problems: one or several; a text is a problem that names its place and key itself.
+
+    Attributes:
+        problems: a list of `Problem`.
+    """
+
+    def __init__(self, problems: str | Problem | Sequence[str | Problem]) -> None:
+        given = [problems] if isinstance(problems, (str, Problem)) else problems
+        self.problems = [Problem("", one) if isinstance(one, str) else one for one in given]
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def independent(problems: Iterable[Problem], reported: Iterable[Problem]) -> list[Problem]:
+    """Those `problems` that do not follow from problems that are reported already."""
+    bad = {key for problem in reported for key in (problem.key, *problem.meant) if key}
+    return [
+        problem
+        for problem in problems
+        if not any(_is_within(key, other) for key in (problem.key, *problem.depends_on) for other in bad)
+    ]
+
+
+def _is_within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
 
 
 def described(value: Any) -> str:
-    """A value with its type, in the words of YAML: `'two' (str)`."""
+    """A value with its type, as in YAML: `'two' (str)`."""
     if value is None:
         return "null"
     if isinstance(value, dict):

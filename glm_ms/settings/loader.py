@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_ms.settings.checks import Checker
-from glm_ms.settings.convert import Converter
+from glm_ms.settings.checks import check, placed, settle
+from glm_ms.settings.data_checks import length_problems, loader_problems
 from glm_ms.settings.document import Entry, parse, read_document
-from glm_ms.settings.errors import SettingsError
-from glm_ms.settings.flags import FLAGS
+from glm_ms.settings.errors import Problem, SettingsError, independent
+from glm_ms.settings.files import record_problems, vocab_file_problems
 from glm_ms.settings.legacy.translate import is_legacy, translate
-from glm_ms.settings.schema import BATCH_SIZE_KEYS, Settings, batch_size_key
+from glm_ms.settings.schema import BATCH_SIZE_KEYS, FLAGS, Settings, batch_size_key
+from glm_ms.settings.values import Converter
 from glm_ms.storage.suggest import did_you_mean
 
 _OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(.*)", re.DOTALL)
@@ -26,21 +27,21 @@ def load_settings(
     flags: Mapping[str, Any] | None = None,
     check_files: bool = True,
 ) -> Settings:
-    """Reads a YAML file, lays flags and overrides over it, and checks the result.
+    """Reads a YAML file, applies flags and overrides, and checks the result.
 
     Args:
         path: YAML file; of this project, or of MindFormers 1.0 to 1.3 (see `glm_ms.settings.legacy.translate`).
-        overrides: `key.sub=value` texts; the value is YAML (`[0.9, 0.95]`, `null`, `{a: 1}`), for keys that
-            hold text it is taken as it stands. Of several for one key the last counts.
+        overrides: `key.sub=value` texts; the value is YAML (`[0.9, 0.95]`, `null`, `{a: 1}`), or, for keys whose
+            value is text, the text itself. Of several for one key the last counts.
         flags: names of `glm_ms.settings.FLAGS` -> text as typed, or a plain value; `None` values are skipped.
-        check_files: also check that the files and folders the run mode reads are there. Relative paths
+        check_files: also check that the files and folders that the run mode reads exist. Relative paths
             start from the current directory.
 
     Returns:
-        Settings; `notes` tells what was adjusted, for the user to read.
+        Settings; `notes` tells the user what was adjusted.
 
     Raises:
-        SettingsError: with every problem found, one a line, each naming its place, key and remedy.
+        SettingsError: with every problem found, one per line, each with its place, key and remedy.
     """
     settings, problems = read_settings(path, overrides, flags, check_files)
     if problems:
@@ -53,126 +54,162 @@ def read_settings(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
     check_files: bool = True,
-) -> tuple[Settings, list[str]]:
-    """As `load_settings`, for callers with checks of their own to report in the same breath.
+) -> tuple[Settings, list[Problem]]:
+    """As `load_settings`, for callers with further checks whose problems are reported together with these.
 
     Returns:
-        Settings, not to be used while there are problems; and a message for each problem.
+        Settings, not to be used if there are problems; and the problems.
 
     Raises:
-        SettingsError: the file cannot be read as YAML at all, or asks for an export.
+        SettingsError: the file cannot be read as YAML at all, or needs an export.
     """
+    settings, problems = _converted(path, overrides, flags or {})
+    return settings, problems + check(settings, problems, check_files)
+
+
+def load_data_settings(
+    path: str | Path, overrides: Sequence[str], flags: Mapping[str, Any], part: str | None = None
+) -> tuple[Settings, str, list[str]]:
+    """As `load_settings`, for tools that only read a data set: only its keys and files are checked.
+
+    Args:
+        path: see `load_settings`.
+        overrides: see there.
+        flags: see there.
+        part: "train" or "eval"; None: the one that the run mode reads.
+
+    Returns:
+        Settings; the part; lengths that do not fit the network or the generation, a line each.
+
+    Raises:
+        SettingsError: see `load_settings`.
+    """
+    settings, problems = _converted(path, overrides, flags)
+    settle(settings)
+    part = part or ("eval" if settings.run_mode == "eval" else "train")
+    found = [
+        *loader_problems(settings, part),
+        *vocab_file_problems(settings),
+        *record_problems(settings, part),
+    ]
+    problems += placed(settings, independent(found, problems))
+    if problems:
+        raise SettingsError(problems)
+    return settings, part, [f"{one.key}: {one.message}" for one in length_problems(settings, part)]
+
+
+def _converted(
+    path: str | Path, overrides: Sequence[str], flags: Mapping[str, Any]
+) -> tuple[Settings, list[Problem]]:
+    """Settings before the checks, and the problems of single keys."""
     document = read_document(path)
     legacy = is_legacy(document)
-    given, problems = _command_line(flags or {}, overrides)
-    _lay_over(document, given, problems)
-    _add_batch_size(document, flags or {}, given, problems)
+    given, problems = _command_line(flags, overrides)
+    problems += _apply(document, given)
+    problems += _apply_batch_size(document, flags.get("batch_size"), given)
     notes: list[str] = []
-    converter = Converter()
     if legacy:
         typed = {entry.where for entry in given.values()}
-        document, notes, untranslated, converter.unusable = translate(document, str(path), typed)
+        document, notes, untranslated = translate(document, str(path), typed)
         problems += untranslated
+    converter = Converter()
     settings = converter.section(Settings, document)
     settings.source, settings.origins, settings.notes = str(path), converter.origins, notes
-    checker = Checker(settings, converter.unusable)
-    checker.check_values()
-    if check_files:
-        checker.check_files()
-    return settings, problems + converter.problems + checker.problems
+    return settings, problems + converter.problems
 
 
-def _command_line(flags: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Entry], list[str]]:
-    """Dotted key -> entry for all flags but --batch_size, then all overrides; and the problems met."""
+def _command_line(
+    flags: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Entry], list[Problem]]:
+    """Dotted key -> entry of all flags except --batch_size, then all overrides; and their problems."""
     given: dict[str, Entry] = {}
-    problems: list[str] = []
+    problems: list[Problem] = []
     by_flag: dict[str, str] = {}
     for name, value in flags.items():
+        key = FLAGS.get(name)
         if name not in FLAGS:
-            problems.append(f"command line: --{name}: unknown flag{did_you_mean(name, FLAGS)}")
-        elif value is not None and FLAGS[name].key is not None:
-            given[FLAGS[name].key] = _flag_entry(name, value)
-            by_flag[FLAGS[name].key] = name
+            problems.append(_problem(f"--{name}: unknown flag{did_you_mean(name, FLAGS)}"))
+        elif value is not None and key is not None:
+            given[key] = _flag_entry(name, value)
+            by_flag[key] = name
     for text in overrides:
         match = _OVERRIDE.fullmatch(text)
         if not match:
-            problems.append(f"command line: {text!r}: expected key.sub=value")
+            problems.append(_problem(f"{text!r}: expected key.sub=value"))
             continue
         key, value = match.groups()
         if key in by_flag:
-            problems.append(
-                f"command line: {key} is given twice, by --{by_flag[key]} and by {text}; remove one"
-            )
+            problems.append(_problem(f"{key} is given twice, by --{by_flag[key]} and by {text}; remove one"))
         given[key] = _typed(value, f"command line ({key}={_short(value)})")
     return given, problems
 
 
+def _problem(message: str) -> Problem:
+    return Problem("", message, where="command line")
+
+
 def _flag_entry(name: str, value: Any) -> Entry:
     where = f"command line (--{name} {_short(str(value))})"
-    return _typed(value, where) if isinstance(value, str) else _plain_entry(value, where)
+    return _typed(value, where) if isinstance(value, str) else plain_entry(value, where)
 
 
-def _plain_entry(value: Any, where: str) -> Entry:
+def plain_entry(value: Any, where: str) -> Entry:
+    """An entry of a plain value or list."""
     if isinstance(value, (list, tuple)):
-        return Entry([_plain_entry(item, where) for item in value], where, where)
+        value = [plain_entry(item, where) for item in value]
     return Entry(value, where, where)
 
 
 def _typed(text: str, where: str) -> Entry:
-    """An entry of what was typed. Text that is no YAML may still be right for a key that holds text."""
+    """An entry of what was typed. Text that is not valid YAML may still be right for a key whose value is text."""
     try:
-        entry = parse(text, where, lines=False)
+        return Entry(parse(text, where, lines=False).value, where, where, text)
     except SettingsError:
         return Entry(text, where, where, text)
-    return Entry(entry.value, where, where, text)
 
 
 def _short(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _lay_over(document: Entry, given: Mapping[str, Entry], problems: list[str]) -> None:
+def _apply(document: Entry, given: Mapping[str, Entry]) -> list[Problem]:
+    """Sets the given keys in a document."""
+    problems = []
     for key, entry in given.items():
         section, names = document, key.split(".")
         for name in names[:-1]:
             inner = section.value.get(name)
             if inner is not None and inner.value is not None and not inner.is_section:
-                problems.append(f"{entry.where}: {key}: {name} is not a section")
+                problems.append(Problem(key, f"{name} is not a section", where=entry.where))
                 break
             # A copy: behind an alias (`eval_dataset: *train_dataset`) two sections share their values.
-            inner = dataclasses.replace(
-                inner or entry, value=dict(inner.value or {}) if inner else {}, text=None
-            )
-            section.value[name] = inner
-            section = inner
+            values = dict(inner.value or {}) if inner else {}
+            section.value[name] = dataclasses.replace(inner or entry, value=values, text=None)
+            section = section.value[name]
         else:
-            _put(section, names[-1], entry)
+            _set(section, names[-1], entry)
+    return problems
 
 
-def _put(section: Entry, name: str, entry: Entry) -> None:
-    """Sets a value; a section given as `{a: 1}` changes only the keys it names."""
+def _set(section: Entry, name: str, entry: Entry) -> None:
+    """Sets a value; a section given as `{a: 1}` changes only the keys in it."""
     old = section.value.get(name)
     if old is not None and old.is_section and entry.is_section:
         merged = section.value[name] = dataclasses.replace(old, value=dict(old.value))
         for inner_name, inner in entry.value.items():
-            _put(merged, inner_name, inner)
+            _set(merged, inner_name, inner)
     else:
         section.value[name] = entry
 
 
-def _add_batch_size(
-    document: Entry, flags: Mapping[str, Any], given: dict[str, Entry], problems: list[str]
-) -> None:
-    """Lays `--batch_size`, the batch size of whichever run mode was set, over the document and adds it to `given`."""
-    value = flags.get("batch_size")
-    if value is None:
-        return
+def _apply_batch_size(document: Entry, value: Any, given: dict[str, Entry]) -> list[Problem]:
+    """Sets `--batch_size`, the batch size of the run mode, in the document and in `given`."""
     mode = document.value.get("run_mode")
     run_mode = Settings.run_mode if mode is None else mode.value
-    if not isinstance(run_mode, str) or run_mode not in BATCH_SIZE_KEYS:
-        return  # the report on run_mode is enough
-    key = batch_size_key(run_mode)
+    if value is None or not isinstance(run_mode, str) or run_mode not in BATCH_SIZE_KEYS:
+        return []  # a wrong run_mode has its own problem
+    key, problems = batch_size_key(run_mode), []
     if key in given:
-        problems.append(f"command line: {key} is given twice, by --batch_size and by an override; remove one")
+        problems.append(_problem(f"{key} is given twice, by --batch_size and by an override; remove one"))
     given[key] = _flag_entry("batch_size", value)
-    _lay_over(document, {key: given[key]}, problems)
+    return problems + _apply(document, {key: given[key]})

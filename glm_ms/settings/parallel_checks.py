@@ -1,15 +1,15 @@
-"""Sharded runs (`parallel.parallel_mode: 1`): what cannot be split so, and what is not done with split weights."""
+"""Runs on several cards: settings that do not fit the split of the work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from glm_ms.model.config import ConfigError, GLMConfig
-from glm_ms.parallel.config import ParallelConfig, parallel_problems
-from glm_ms.settings.schema import AUTO, Settings
+from glm_ms.parallel import config as parallel_config
+from glm_ms.settings.errors import Problem
+from glm_ms.settings.schema import AUTO, SEMI_AUTO, Settings, parallel_of, training_length
 
-Problem = tuple[str, str, tuple[str, ...]]
-SEMI_AUTO = 1
+_MODE = "parallel.parallel_mode"
 # Field of ParallelConfig -> key.
 _KEYS = {
     "data_parallel": "parallel_config.data_parallel",
@@ -20,41 +20,42 @@ _KEYS = {
     "use_seq_parallel": "parallel_config.use_seq_parallel",
     "optimizer_shard": "parallel.enable_parallel_optimizer",
 }
+# Keys that need sharding strategies -> the value that does not.
+_SHARDED_ONLY = {
+    "parallel.full_batch": False,
+    "parallel.enable_parallel_optimizer": False,
+    "parallel_config.model_parallel": 1,
+    "parallel_config.pipeline_stage": 1,
+    "parallel_config.use_seq_parallel": False,
+    "recompute_config.parallel_optimizer_comm_recompute": False,
+}
 
 
-def is_sharded(settings: Settings) -> bool:
-    """Whether strategies split the work, and not only the batch."""
-    return settings.use_parallel and settings.parallel.parallel_mode == SEMI_AUTO
-
-
-def parallel_of(settings: Settings, num_cards: int | None = None) -> ParallelConfig:
-    """How a run splits its work.
-
-    Args:
-        settings: of the run.
-        num_cards: with `parallel_mode: 0`, where every card has the whole network; None: `data_parallel` of them.
-    """
-    split = settings.parallel_config
-    if not is_sharded(settings):
-        cards = (num_cards or split.data_parallel) if settings.use_parallel else 1
-        return ParallelConfig(data_parallel=cards)
-    return ParallelConfig(
-        data_parallel=split.data_parallel,
-        model_parallel=split.model_parallel,
-        pipeline_stages=split.pipeline_stage,
-        micro_batch_num=split.micro_batch_num,
-        vocab_emb_dp=split.vocab_emb_dp,
-        use_seq_parallel=split.use_seq_parallel,
-        optimizer_shard=settings.parallel.enable_parallel_optimizer,
-    )
-
-
-def sharding_problems(settings: Settings) -> Iterator[Problem]:
-    """(key, what is wrong with it, other keys it depends on) for each problem of a sharded run."""
-    if not is_sharded(settings):
+def parallel_notes(settings: Settings) -> Iterator[str]:
+    """A line for every parallel key on the command line of a run with `use_parallel: False`. A file may have such keys
+    for its other runs."""
+    if settings.use_parallel:
         return
-    yield from _not_with_slices(settings)
-    yield from _recomputed(settings)
+    for key, where in settings.origins.items():
+        if key.startswith(("parallel.", "parallel_config.")) and where.startswith("command line"):
+            yield f"{where}: {key} has no effect with use_parallel: False"
+
+
+def parallel_problems(settings: Settings) -> Iterator[Problem]:
+    """The problems of a run with `use_parallel: True`."""
+    if not settings.use_parallel:
+        return
+    if settings.parallel.parallel_mode == SEMI_AUTO:
+        yield from _unsupported_when_sharded(settings)
+        yield from _recompute(settings)
+        yield from _split(settings)
+        return
+    for key, plain in _SHARDED_ONLY.items():
+        if settings.get(key) != plain:
+            yield Problem(key, f"{settings.get(key)} needs {_MODE}: 1", (_MODE,))
+
+
+def _split(settings: Settings) -> Iterator[Problem]:
     parallel, values = parallel_of(settings), vars(settings.model.model_config).copy()
     del values["type"]
     if values["padded_vocab_size"] == AUTO:  # known when the tokenizer is read
@@ -62,92 +63,60 @@ def sharding_problems(settings: Settings) -> Iterator[Problem]:
     try:
         config = GLMConfig(**values)
     except ConfigError:
-        return  # has its own message
+        return  # reported by `checks`
     rows = settings.runner_config.batch_size * parallel.data_parallel
-    seq_length = training_length(settings)
-    for field, reason in parallel_problems(config, parallel, rows, seq_length):
-        yield _KEYS[field], reason, ()
+    length = training_length(settings)
+    for field, reason in parallel_config.parallel_problems(config, parallel, rows, length):
+        yield Problem(_KEYS[field], reason)
 
 
-def training_length(settings: Settings) -> int:
-    """Positions of a training row."""
-    data = settings.train_dataset
-    if data.data_loader.type == "ToolAlpacaDataLoader":
-        return data.max_seq_length or settings.model.model_config.seq_length
-    return data.max_source_length + data.max_target_length + 1
-
-
-def idle_keys(settings: Settings) -> Iterator[str]:
-    """A remark for every key typed for several cards, where `use_parallel` is False. A file may well hold such keys for
-    its other runs."""
-    for key, where in settings.origins.items():
-        if key.startswith(("parallel.", "parallel_config.")) and where.startswith("command line"):
-            yield f"{where}: {key} has no effect with use_parallel: False"
-
-
-def _recomputed(settings: Settings) -> Iterator[Problem]:
+def _recompute(settings: Settings) -> Iterator[Problem]:
     recompute = settings.recompute_config
     if not recompute.mp_comm_recompute and not recompute.recompute:
-        yield "recompute_config.mp_comm_recompute", "False has no effect with recompute: False", ()
-    key = "recompute_config.parallel_optimizer_comm_recompute"
+        yield Problem("recompute_config.mp_comm_recompute", "False has no effect with recompute: False")
     if not recompute.parallel_optimizer_comm_recompute:
         return
+    key, stage = "recompute_config.parallel_optimizer_comm_recompute", "parallel_config.pipeline_stage"
     if not settings.parallel.enable_parallel_optimizer:
-        yield key, "True, but weights are gathered only where enable_parallel_optimizer is True", ()
+        yield Problem(
+            key, "True has no effect with enable_parallel_optimizer: False, which gathers no weights"
+        )
     if settings.parallel_config.pipeline_stage > 1:
-        yield (
-            key,
-            "True, which MindSpore's compiler does not do for pipelines; set it to False",
-            ("parallel_config.pipeline_stage",),
+        yield Problem(
+            key, "True: MindSpore's compiler does not support it in pipelines; set it to False", (stage,)
         )
 
 
-def _not_with_slices(settings: Settings) -> Iterator[Problem]:
-    mode = "parallel.parallel_mode"
+def _unsupported_when_sharded(settings: Settings) -> Iterator[Problem]:
     if not settings.parallel.full_batch:
-        yield (
-            "parallel.full_batch",
-            "False, but with parallel_mode: 1 every card reads the whole batch",
-            (mode,),
-        )
+        message = "False, but with parallel_mode: 1 every card reads the whole batch; set it to True"
+        yield Problem("parallel.full_batch", message, (_MODE,))
     if settings.context.use_fused_kernels:
-        yield (
-            "context.use_fused_kernels",
-            "True, but fused kernels have no strategies yet; set it to False",
-            (mode,),
-        )
+        message = "True, but fused kernels have no sharding strategies; set it to False"
+        yield Problem("context.use_fused_kernels", message, (_MODE,))
     if settings.context.mode != 0:
-        yield "context.mode", "1 (PyNative), but strategies need graph mode; set it to 0", (mode,)
+        yield Problem("context.mode", "1 (PyNative), but sharding needs graph mode; set it to 0", (_MODE,))
     if not settings.is_training():
-        yield (
-            mode,
+        message = (
             f"1, but run_mode: {settings.run_mode} needs whole weights on every card; merge the checkpoint with "
-            "tools/transform_ckpt.py and set parallel_mode: 0, which splits the records over the cards",
-            (),
+            "tools/transform_ckpt.py and set parallel_mode: 0, which splits the records over the cards"
         )
+        yield Problem(_MODE, message)
         return
     if settings.do_eval:
-        yield (
-            "do_eval",
-            "True, but a card of a sharded run has no whole network to evaluate; set it to False, and evaluate "
-            "merged checkpoints (tools/transform_ckpt.py)",
-            (mode,),
+        message = (
+            "True, but no card of a sharded run has the whole network to evaluate; set it to False, and evaluate "
+            "merged checkpoints (tools/transform_ckpt.py)"
         )
+        yield Problem("do_eval", message, (_MODE,))
     if settings.load_adapter:
-        yield (
-            "load_adapter",
-            "an adapter cannot be proven on split weights; train it with parallel_mode: 0",
-            (mode,),
-        )
+        message = "sharded runs cannot load an adapter; train it with parallel_mode: 0"
+        yield Problem("load_adapter", message, (_MODE,))
     if settings.runner_config.gradient_accumulation_steps > 1:
-        yield (
-            "runner_config.gradient_accumulation_steps",
-            "has no place in a sharded step; use pipeline_stage and micro_batch_num, or more rows per step",
-            (mode,),
+        message = (
+            "above 1: not supported if sharded; use pipeline_stage and micro_batch_num, or more rows per step"
         )
+        yield Problem("runner_config.gradient_accumulation_steps", message, (_MODE,))
     if settings.parallel_config.pipeline_stage > 1 and settings.model.pet_config.pet_type == "ptuning2":
-        yield (
-            "parallel_config.pipeline_stage",
-            "above 1, but the prefix of P-Tuning is one weight that every stage would need; set it to 1",
-            ("model.pet_config.pet_type",),
-        )
+        message = "above 1, but the prefix of P-Tuning is one weight that every stage needs; set it to 1"
+        yield Problem("parallel_config.pipeline_stage", message, ("model.pet_config.pet_type",))

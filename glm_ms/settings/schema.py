@@ -1,22 +1,23 @@
-"""The one table of every key a configuration may hold: `Settings`, made of the dataclasses in `sections`.
-
-Reading, checking, the command line and writing back all work from these declarations.
-"""
+"""`Settings`: every key of a configuration, made of the dataclasses in `sections`."""
 
 # ruff: noqa: RUF009 - `key` is `dataclasses.field` with documentation
 # No `from __future__ import annotations`: the annotations are read at run time, also by Python 3.9.
 import dataclasses
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_type_hints
+from typing import Any, Literal, Optional, Union, get_type_hints
 
 import yaml
 
 from glm_ms.model.config import GLMConfig
-from glm_ms.settings.errors import SettingsError
+from glm_ms.parallel.config import ParallelConfig
+from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.sections import (
     CheckpointSettings,
     ContextSettings,
     EvalDatasetSettings,
+    Flag,
     GenerationSettings,
     LoggingSettings,
     LRScheduleSettings,
@@ -30,67 +31,90 @@ from glm_ms.settings.sections import (
     RunnerSettings,
     TrainDatasetSettings,
     WrapperSettings,
+    default_of,
     key,
 )
 
 AUTO = "auto"
 TRAINING_MODES = ("train", "finetune")
+# Value of `parallel.parallel_mode` for sharding strategies.
+SEMI_AUTO = 1
+# The vocabulary is padded to a multiple of this, which splits evenly over cards and suits matrix units.
+VOCAB_MULTIPLE = 64
 
 
 @dataclass
 class Settings:
-    """A whole configuration, checked.
+    """A whole, checked configuration. `glm_ms.settings.load_settings` builds it.
 
-    Built by `glm_ms.settings.load_settings`. `notes`, `source` and `origins` are no keys: `notes` are
-    sentences for the user about what was adjusted; `source` is the path of the YAML; `origins` tells for
-    a dotted key where its value was written.
+    Attributes that are not keys: `notes` are sentences for the user about what was adjusted; `source` is the path of
+    the YAML; `origins` is the place of each value by dotted key.
     """
 
-    seed: int = key(0, "start of every random sequence", at_least=0, at_most=2**32 - 1)
-    run_mode: Literal["train", "finetune", "eval", "predict"] = key("finetune", "what to do")
-    output_dir: str = key("./output", "folder for checkpoints, logs and predictions")
+    seed: int = key(
+        0, "start of every random sequence", at_least=0, at_most=2**32 - 1, flag=Flag("seed", "N")
+    )
+    run_mode: Literal["train", "finetune", "eval", "predict"] = key(
+        "finetune", "what to do", flag=Flag("run_mode", "{train,finetune,eval,predict}")
+    )
+    output_dir: str = key(
+        "./output", "folder for checkpoints, logs and predictions", flag=Flag("output_dir", "PATH")
+    )
     load_checkpoint: str = key(
-        "", "weights to begin with: Hugging Face folder, .safetensors, .ckpt, or output folder of a run"
-    )
+        "", "initial weights: Hugging Face folder, .safetensors, .ckpt, or output folder of a run",
+        flag=Flag("load_checkpoint", "PATH"),
+    )  # fmt: skip
     load_adapter: str = key(
-        "", "LoRA or P-Tuning adapter on top of load_checkpoint: folder or file, or output folder of its run"
-    )
+        "", "LoRA or P-Tuning adapter for load_checkpoint: folder, file, or output folder of its run",
+        flag=Flag("load_adapter", "PATH"),
+    )  # fmt: skip
     resume_training: Union[bool, str] = key(
-        False, "True: go on from the newest whole checkpoint in output_dir; or the path of one"
+        False, "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint",
+        flag=Flag("resume_training", "[BOOL|PATH]", bare=True),
+    )  # fmt: skip
+    use_parallel: bool = key(
+        False, "several cards or processes, started by msrun", flag=Flag("use_parallel", "[BOOL]", bare=True)
     )
-    use_parallel: bool = key(False, "several cards or processes, started by msrun")
-    context: ContextSettings = key(ContextSettings, "where and how MindSpore runs")
-    parallel: ParallelSettings = key(ParallelSettings, "how the cards work together")
-    parallel_config: ParallelConfigSettings = key(ParallelConfigSettings, "how the work is split")
+    context: ContextSettings = key(ContextSettings, "device and execution mode")
+    parallel: ParallelSettings = key(ParallelSettings, "mode of a distributed run")
+    parallel_config: ParallelConfigSettings = key(ParallelConfigSettings, "split of the work")
     recompute_config: RecomputeSettings = key(RecomputeSettings, "memory against time")
     model: ModelSettings = key(ModelSettings, "the network")
     processor: ProcessorSettings = key(ProcessorSettings, "text to ids")
-    runner_config: RunnerSettings = key(RunnerSettings, "length and rhythm of training")
-    runner_wrapper: WrapperSettings = key(WrapperSettings, "one training step")
+    runner_config: RunnerSettings = key(RunnerSettings, "length of training")
+    runner_wrapper: WrapperSettings = key(WrapperSettings, "training step")
     optimizer: OptimizerSettings = key(OptimizerSettings, "optimizer")
     lr_schedule: LRScheduleSettings = key(LRScheduleSettings, "learning rate")
     train_dataset: TrainDatasetSettings = key(TrainDatasetSettings, "training records")
-    eval_dataset: EvalDatasetSettings = key(EvalDatasetSettings, "records of evaluations")
-    metric: MetricSettings = key(MetricSettings, "what eval measures")
-    do_eval: bool = key(False, "evaluate on eval_dataset while training, and at its end")
+    eval_dataset: EvalDatasetSettings = key(EvalDatasetSettings, "evaluation records")
+    metric: MetricSettings = key(MetricSettings, "metrics")
+    do_eval: bool = key(
+        False,
+        "evaluate on eval_dataset during training and at its end",
+        flag=Flag("do_eval", "[BOOL]", bare=True),
+    )
     eval_step_interval: int = key(
-        -1, "evaluate every so many updates (do_eval); -1: not by steps", at_least=-1
+        -1, "evaluate after every so many updates (do_eval); -1: not by updates", at_least=-1
     )
     eval_epoch_interval: int = key(
-        1, "evaluate every so many epochs (do_eval); -1: not by epochs", at_least=-1
+        1, "evaluate after every so many epochs (do_eval); -1: not by epochs", at_least=-1
     )
-    generation: GenerationSettings = key(GenerationSettings, "how text is generated")
-    predict_data: str = key("", "prompt text, a .txt / .jsonl file of prompts, or - for standard input")
+    generation: GenerationSettings = key(GenerationSettings, "text generation")
+    predict_data: str = key(
+        "",
+        "a prompt, a .txt / .jsonl file of prompts, or - for standard input",
+        flag=Flag("predict_data", "TEXT"),
+    )
     predict_batch_size: int = key(1, "prompts generated at a time", at_least=1)
-    checkpoint: CheckpointSettings = key(CheckpointSettings, "what training leaves behind")
-    logging: LoggingSettings = key(LoggingSettings, "what is written while training")
+    checkpoint: CheckpointSettings = key(CheckpointSettings, "checkpoints of training")
+    logging: LoggingSettings = key(LoggingSettings, "reports of training")
 
     notes: list[str] = field(default_factory=list, compare=False)
     source: str = field(default="", compare=False)
     origins: dict[str, str] = field(default_factory=dict, compare=False)
 
     def where(self, dotted: str) -> str:
-        """Where the value of a key (`"runner_config.epochs"`) comes from, to begin an error with."""
+        """Place of the value of a key (`"runner_config.epochs"`), for errors."""
         return self.origins.get(dotted, self.source or "settings")
 
     def is_training(self) -> bool:
@@ -99,22 +123,22 @@ class Settings:
 
     def batch_size(self) -> int:
         """Rows or prompts at a time in the present `run_mode`."""
-        value: Any = self
-        for name in batch_size_key(self.run_mode).split("."):
-            value = getattr(value, name)
-        return value
+        return self.get(batch_size_key(self.run_mode))
+
+    def get(self, dotted: str) -> Any:
+        """The value of a key (`"runner_config.epochs"`)."""
+        return functools.reduce(getattr, dotted.split("."), self)
 
     def glm_config(self) -> GLMConfig:
         """The network's configuration.
 
         Raises:
-            SettingsError: `padded_vocab_size` still is `auto`; see `resolve_vocab_size`.
+            SettingsError: `padded_vocab_size` is `auto`; call `resolve_vocab_size` first.
         """
         values = dataclasses.asdict(self.model.model_config)
         if values["padded_vocab_size"] == AUTO:
-            where = self.where("model.model_config.padded_vocab_size")
             raise SettingsError(
-                f"{where}: model.model_config.padded_vocab_size: auto has not been resolved; "
+                f"{self.where(_VOCAB_KEY)}: {_VOCAB_KEY}: auto has not been resolved; "
                 "call resolve_vocab_size(settings, vocab_size) with the size of the tokenizer first"
             )
         return GLMConfig.from_dict(values, source=self.source or "settings")
@@ -128,6 +152,7 @@ class Settings:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+_VOCAB_KEY = "model.model_config.padded_vocab_size"
 BATCH_SIZE_KEYS = {
     "train": "runner_config.batch_size",
     "finetune": "runner_config.batch_size",
@@ -137,7 +162,7 @@ BATCH_SIZE_KEYS = {
 
 
 def batch_size_key(run_mode: str) -> str:
-    """The key that holds the batch size of a run mode; `--batch_size` sets it."""
+    """The key of the batch size of a run mode; `--batch_size` sets it."""
     return BATCH_SIZE_KEYS[run_mode]
 
 
@@ -146,8 +171,9 @@ def keys_of(section: type) -> list[dataclasses.Field]:
     return [item for item in dataclasses.fields(section) if "doc" in item.metadata]
 
 
+@functools.cache
 def leaf_keys(section: type = Settings, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Dotted name -> field of every key that holds a value, sections flattened, in order."""
+    """Dotted name -> field of every key that has a value, sections flattened, in order. Not to be changed."""
     leaves: dict[str, dataclasses.Field] = {}
     hints = get_type_hints(section)
     for item in keys_of(section):
@@ -156,6 +182,93 @@ def leaf_keys(section: type = Settings, prefix: str = "") -> dict[str, dataclass
         else:
             leaves[prefix + item.name] = item
     return leaves
+
+
+# Flag name -> its key; None for --batch_size, whose key depends on the run mode.
+FLAGS: dict[str, Optional[str]] = {
+    item.metadata["flag"].name: name for name, item in leaf_keys().items() if "flag" in item.metadata
+}
+FLAGS["batch_size"] = None
+
+
+def parts_in_use(settings: Settings) -> tuple[str, ...]:
+    """The data sets that the run reads, of "train" and "eval"."""
+    train, evaluate = settings.is_training(), settings.run_mode == "eval"
+    return ("train",) * train + ("eval",) * (evaluate or (train and settings.do_eval))
+
+
+def unused_keys(settings: Settings, section: str) -> Iterator[Problem]:
+    """Keys of a section that are set, but have no effect with the value of another key."""
+    for dotted, item in leaf_keys().items():
+        path = dotted.rpartition(".")[0]
+        if path != section or "used_with" not in item.metadata:
+            continue
+        other, values = item.metadata["used_with"]
+        chosen = settings.get(f"{path}.{other}")
+        if chosen not in values and settings.get(dotted) != default_of(item):
+            state = f"with {chosen}" if chosen else f"without {other}"
+            message = f"has no effect {state}; remove it, or use {other}: {' or '.join(values)}"
+            yield Problem(dotted, message, (f"{path}.{other}",))
+
+
+def is_sharded(settings: Settings) -> bool:
+    """Whether sharding strategies split the weights, and not only the batch."""
+    return settings.use_parallel and settings.parallel.parallel_mode == SEMI_AUTO
+
+
+def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> ParallelConfig:
+    """The split of a run over cards.
+
+    Args:
+        settings: of the run.
+        num_cards: with `parallel_mode: 0`, where every card has the whole network; None: `data_parallel`.
+    """
+    split = settings.parallel_config
+    if not is_sharded(settings):
+        cards = (num_cards or split.data_parallel) if settings.use_parallel else 1
+        return ParallelConfig(data_parallel=cards)
+    return ParallelConfig(
+        data_parallel=split.data_parallel,
+        model_parallel=split.model_parallel,
+        pipeline_stages=split.pipeline_stage,
+        micro_batch_num=split.micro_batch_num,
+        vocab_emb_dp=split.vocab_emb_dp,
+        use_seq_parallel=split.use_seq_parallel,
+        optimizer_shard=settings.parallel.enable_parallel_optimizer,
+    )
+
+
+def training_length(settings: Settings) -> int:
+    """Positions of a training row."""
+    data = settings.train_dataset
+    if data.data_loader.type == "ToolAlpacaDataLoader":
+        return data.max_seq_length or settings.model.model_config.seq_length
+    return data.max_source_length + data.max_target_length + 1
+
+
+def resolve_vocab_size(settings: Settings, vocab_size: int) -> int:
+    """Replaces `padded_vocab_size: auto` by the size of the tokenizer, rounded up to a multiple of 64.
+
+    Args:
+        settings: changed in place.
+        vocab_size: the highest id of the tokenizer, special tokens included, plus 1.
+
+    Returns:
+        The padded size.
+
+    Raises:
+        SettingsError: a fixed size is smaller than the vocabulary.
+    """
+    config = settings.model.model_config
+    if config.padded_vocab_size == AUTO:
+        config.padded_vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    elif config.padded_vocab_size < vocab_size:
+        raise SettingsError(
+            f"{settings.where(_VOCAB_KEY)}: {_VOCAB_KEY}: {config.padded_vocab_size} is too small for the tokenizer "
+            f"{settings.processor.tokenizer.vocab_file}, which has {vocab_size} ids; use {_VOCAB_KEY}=auto, "
+            "or the tokenizer of the model"
+        )
+    return config.padded_vocab_size
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from glm_ms.engine.step.network import recompute_blocks  # noqa: E402
 from glm_ms.engine.step.sharding import Sharding, parallel_context, stored_shape  # noqa: E402
 from glm_ms.engine.weights import adapter_config  # noqa: E402
 from glm_ms.settings import load_settings, resolve_vocab_size  # noqa: E402
-from glm_ms.settings.parallel_checks import training_length  # noqa: E402
+from glm_ms.settings.schema import training_length  # noqa: E402
 
 path, layers, *overrides = sys.argv[1:]
 settings = load_settings(

@@ -20,7 +20,7 @@ from glm_ms.parallel.config import ParallelConfig
 from glm_ms.plan import planned_parameters
 from glm_ms.plan.parameters import planned_slices
 from glm_ms.settings import Settings, load_settings
-from glm_ms.settings.parallel_checks import parallel_of, training_length
+from glm_ms.settings.schema import parallel_of, training_length
 from tests.parallel.spmd import Card, read_graph, run
 from tests.parallel.test_numbers import apart
 from tests.parallel.test_strategies import CONFIG, SMALL, compile_ranks, pytestmark, split  # noqa: F401

@@ -18,7 +18,7 @@ from glm_ms.engine.step.sharding import ShardedTrainingNetwork
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.weights import adapter_config
 from glm_ms.settings import load_settings
-from glm_ms.settings.parallel_checks import is_sharded, parallel_of, training_length
+from glm_ms.settings.schema import is_sharded, parallel_of, training_length
 from tests.parallel.one_card import use_portable_rotary
 
 ms.set_context(mode=ms.GRAPH_MODE)

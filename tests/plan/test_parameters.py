@@ -9,7 +9,7 @@ from glm_ms.peft import AdapterError
 from glm_ms.plan import planned_parameters
 from glm_ms.plan.parameters import lora_targets
 from glm_ms.settings import load_settings
-from glm_ms.settings.parallel_checks import parallel_of
+from glm_ms.settings.schema import parallel_of
 from tests.plan.test_measured_memory import BASE, CONFIG, LORA, SHARDED, keys
 
 TINY = keys(1, 16, 2, 32, 48, 64)

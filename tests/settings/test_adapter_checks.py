@@ -29,8 +29,8 @@ def test_what_goes_together(kind: str) -> None:
 @pytest.mark.parametrize(
     ("job", "overrides", "message"),
     [
-        ("finetune", [BASE, ADAPTER], "set model.pet_config.pet_type to train the adapter on"),
-        ("finetune", [LORA], "lora trains an adapter for a given base"),
+        ("finetune", [BASE, ADAPTER], "set model.pet_config.pet_type to continue training the adapter"),
+        ("finetune", [LORA], "lora trains an adapter for given base weights"),
         ("eval", [LORA, BASE], "no adapter to load; name it .--load_adapter PATH."),
         ("predict", [PREFIX, BASE], "no adapter to load; name it .--load_adapter PATH."),
         ("eval", [ADAPTER, "load_checkpoint=", "model.init=random"], "needs the base it was trained on"),

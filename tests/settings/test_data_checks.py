@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from glm_ms.settings import SettingsError, load_settings
-from glm_ms.settings.data_checks import parts_in_use
+from glm_ms.settings.schema import parts_in_use
 
 TOOLS = "train_dataset.data_loader.type=ToolAlpacaDataLoader"
 CHAT = "train_dataset.data_loader.type=ConversationDataLoader"

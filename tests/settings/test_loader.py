@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_ms.settings import Settings, SettingsError, load_settings, seq_length_problem
+from glm_ms.settings import Settings, SettingsError, load_settings
 from glm_ms.settings.checks import _cores
 
 
@@ -170,9 +170,9 @@ def test_all_problems_are_reported_together(config: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(config, ["optimizer.eps=0", "nonsense"], {"train_dataset": "gone.json"})
     assert len(caught.value.problems) == 6
-    assert "\n".join(caught.value.problems) == str(caught.value)
+    assert "\n".join(map(str, caught.value.problems)) == str(caught.value)
     for part in ("epoch: unknown", "'two'", "seed", "eps", "'nonsense'", "gone.json"):
-        assert sum(part in problem for problem in caught.value.problems) == 1
+        assert sum(part in str(problem) for problem in caught.value.problems) == 1
 
 
 def test_what_follows_from_a_reported_problem_is_not_reported_again(config: Path) -> None:
@@ -183,13 +183,26 @@ def test_what_follows_from_a_reported_problem_is_not_reported_again(config: Path
     assert len(caught.value.problems) == 2
 
 
-def test_seq_length_problem() -> None:
-    assert seq_length_problem(192, 64, 127) is None
-    message = seq_length_problem(200, 64, 127)
-    assert message is not None
-    for part in ("= 200", "64 + 127 + 1 = 192", "seq_length to 192", "max_target_length to 135"):
-        assert part in message
-    assert "max_target_length to" not in seq_length_problem(60, 64, 127)
+@pytest.mark.parametrize(
+    ("length", "parts"),
+    [
+        (
+            200,
+            [
+                "seq_length: 200 must equal",
+                "64 + 127 + 1 = 192",
+                "seq_length to 192",
+                "max_target_length to 135",
+            ],
+        ),
+        (60, ["64 + 127 + 1 = 192", "seq_length to 192"]),
+    ],
+)
+def test_row_length_and_network(length: int, parts: list[str], config: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(config, [f"model.model_config.seq_length={length}", "generation.max_new_tokens=8"])
+    assert all(part in str(caught.value) for part in parts)
+    assert ("max_target_length to" in str(caught.value)) == (length > 65)
 
 
 def test_shared_aliases_do_not_multiply(config: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.settings import SettingsError, load_settings
-from glm_ms.settings.parallel_checks import parallel_of
+from glm_ms.settings.schema import parallel_of
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "glm3" / "run_glm3_6b_finetune_2k_800_32G.yaml"
 REFUSED = [
@@ -42,18 +42,18 @@ REFUSED = [
     ),
     (
         ["recompute_config.parallel_optimizer_comm_recompute=True", "parallel.enable_parallel_optimizer=False"],
-        ["gathered only where enable_parallel_optimizer is True"],
+        ["has no effect with enable_parallel_optimizer: False"],
     ),
     (
         [
             "recompute_config.parallel_optimizer_comm_recompute=True", "parallel_config.model_parallel=4",
             "parallel_config.pipeline_stage=2", "parallel_config.micro_batch_num=4",
         ],
-        ["does not do for pipelines"],
+        ["does not support it in pipelines"],
     ),
-    (["context.use_fused_kernels=True"], ["fused kernels have no strategies"]),
-    (["context.mode=1"], ["strategies need graph mode"]),
-    (["do_eval=True", "eval_step_interval=5"], ["no whole network to evaluate"]),
+    (["context.use_fused_kernels=True"], ["fused kernels have no sharding strategies"]),
+    (["context.mode=1"], ["sharding needs graph mode"]),
+    (["do_eval=True", "eval_step_interval=5"], ["no card of a sharded run has the whole network"]),
     (["runner_config.gradient_accumulation_steps=2"], ["micro_batch_num"]),
     (["parallel.parallel_mode=0", "parallel.full_batch=False"], ["model_parallel: 8 needs parallel.parallel_mode: 1"]),
     (

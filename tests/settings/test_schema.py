@@ -13,7 +13,7 @@ import pytest
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import FLAGS, Settings, load_settings
 from glm_ms.settings.schema import BATCH_SIZE_KEYS, leaf_keys
-from glm_ms.settings.sections import LR_SCHEDULE_KEYS, PET_KEYS
+from glm_ms.settings.sections import PetSettings, allowed, keys_used_with
 
 # Keys whose other values depend on further keys.
 _COMPANIONS = {
@@ -32,8 +32,8 @@ _COMPANIONS = {
     "model.pet_config.pet_type": ["load_checkpoint=data"],
     **{
         f"model.pet_config.{name}": ["load_checkpoint=data", f"model.pet_config.pet_type={kind}"]
-        for kind, names in PET_KEYS.items()
-        for name in names
+        for kind in ("lora", "ptuning2")
+        for name in keys_used_with(PetSettings, kind)
     },
     **{
         f"runner_wrapper.scale_sense.{name}": ["runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell"]
@@ -77,6 +77,16 @@ def _hint(dotted: str) -> Any:
     return kind
 
 
+def _choices(dotted: str) -> list[Any]:
+    """The allowed values of a key that has a list of them."""
+    field = leaf_keys()[dotted]
+    if "choices" in field.metadata:
+        return list(allowed(field))
+    hint = _hint(dotted)
+    inner = next((item for item in get_args(hint) if get_origin(item) is Literal), hint)
+    return list(get_args(inner)) if get_origin(inner) is Literal else []
+
+
 def _get(settings: Settings, dotted: str) -> Any:
     value: Any = settings
     for name in dotted.split("."):
@@ -88,14 +98,13 @@ def _other_value(dotted: str, present: Any) -> Any:
     """A value of the key that differs from `present`, or None where there is no other."""
     if dotted in _OTHER:
         return _OTHER[dotted]
-    hint = _hint(dotted)
+    hint, choices = _hint(dotted), _choices(dotted)
     if get_origin(hint) is Union:
         hint = next(item for item in get_args(hint) if item is not type(None))
     if get_origin(hint) is list:
-        choices = get_args(get_args(hint)[0])
-        return list(choices) if choices else ["question", "answer"]
-    if get_origin(hint) is Literal:
-        return next((choice for choice in get_args(hint) if choice != present), None)
+        return choices or ["question", "answer"]
+    if choices:
+        return next((choice for choice in choices if choice != present), None)
     if hint is bool:
         return not present
     if hint is str:
@@ -140,13 +149,13 @@ def test_model_config_has_the_fields_of_glm_config() -> None:
 
 def test_tables_name_existing_keys() -> None:
     leaves = leaf_keys()
-    assert {flag.key for flag in FLAGS.values() if flag.key} <= set(leaves)
+    assert {key for key in FLAGS.values() if key} <= set(leaves)
     assert set(BATCH_SIZE_KEYS.values()) <= set(leaves)
     assert set(BATCH_SIZE_KEYS) == set(get_args(_hint("run_mode")))
-    kinds = get_args(_hint("lr_schedule.type"))
-    for name, users in LR_SCHEDULE_KEYS.items():
-        assert f"lr_schedule.{name}" in leaves
-        assert set(users) <= set(kinds)
+    for dotted, field in leaves.items():
+        if "used_with" in field.metadata:
+            other, values = field.metadata["used_with"]
+            assert set(values) <= set(_choices(f"{dotted.rpartition('.')[0]}.{other}")), dotted
 
 
 def test_text_that_looks_like_something_else_round_trips(config: Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from glm_ms.convert import CheckpointError
 from glm_ms.metrics import LOSS, TEXT, takes
-from glm_ms.settings import Settings, SettingsError, parse_args
-from glm_ms.settings.loader import read_settings
-from glm_ms.settings.parallel_checks import is_sharded
+from glm_ms.settings import Settings, SettingsError, parse_args, read_settings
+from glm_ms.settings.schema import is_sharded
 from glm_ms.storage.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -147,7 +146,7 @@ def _missing(command: list[str]) -> str:
         problems = read_settings(*_as_read(command[2:]))[1]
     except SettingsError as error:
         problems = error.problems
-    return f"  (still needs: {'; '.join(problems)})" if problems else ""
+    return f"  (still needs: {'; '.join(map(str, problems))})" if problems else ""
 
 
 def _as_read(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:

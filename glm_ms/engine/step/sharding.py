@@ -38,7 +38,7 @@ from glm_ms.parallel.slices import (
 )
 from glm_ms.peft.adapter import AdapterConfig, files_of, write_adapter_config
 from glm_ms.settings import Settings, SettingsError
-from glm_ms.settings.parallel_checks import is_sharded, parallel_of
+from glm_ms.settings.schema import is_sharded, parallel_of
 from glm_ms.storage.run_folder import (
     SLICES,
     STRATEGIES,

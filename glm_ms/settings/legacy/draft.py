@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.errors import described
+from glm_ms.settings.errors import Problem, described
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Draft:
     chosen: dict[str, Source] = field(default_factory=dict)
     renamed: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    unusable: set[str] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
     idle: dict[str, list[str]] = field(default_factory=dict)
 
     def offer(self, key: str, source: Source) -> None:
@@ -77,7 +76,7 @@ class Draft:
 
     def refuse(self, source: Source, text: str) -> None:
         """A problem with a key as it was written."""
-        self.problems.append(f"{source.entry.where}: {source.name}: {shown(source)}: {text}")
+        self.problems.append(Problem(source.name, f"{shown(source)}: {text}", where=source.entry.where))
 
 
 def same(one: Any, other: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from glm_ms.settings.document import Entry
 from glm_ms.settings.legacy.draft import Draft, Source
 from glm_ms.settings.legacy.table import LEGACY_DEFAULTS, LEGACY_TOP_K, ZOO_NAMES
 from glm_ms.settings.schema import TRAINING_MODES, leaf_keys
-from glm_ms.settings.sections import LR_SCHEDULE_KEYS, PET_KEYS
 
-_DYNAMIC = ("scale_factor", "scale_window")
+_TYPED_SECTIONS = ("lr_schedule", "model.pet_config", "runner_wrapper.scale_sense")
 _SAMPLING = ("generation.temperature", "generation.top_k", "generation.top_p")
 
 
@@ -117,24 +115,23 @@ def _is_zoo_name(source: Source) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(ZOO_NAMES, value)) and not Path(value).exists()
 
 
-def _drop(draft: Draft, section: str, names: Iterable[str], kind: str | None) -> None:
-    """Takes out what the file gives for another type than the one that counts; typed keys stay, and are judged."""
-    for name in names:
-        source = draft.chosen.get(f"{section}.{name}")
-        if source is not None and not source.typed:
-            del draft.chosen[f"{section}.{name}"]
+def _without_use(draft: Draft) -> None:
+    """Drops what the file has for another type than the chosen one; keys of the command line stay, and are checked."""
+    for key, item in leaf_keys().items():
+        section, _, _ = key.rpartition(".")
+        source = draft.chosen.get(key)
+        if (
+            source is None
+            or source.typed
+            or section not in _TYPED_SECTIONS
+            or "used_with" not in item.metadata
+        ):
+            continue
+        other, values = item.metadata["used_with"]
+        kind = draft.value(f"{section}.{other}", _default(f"{section}.{other}"))
+        if kind not in values:
+            del draft.chosen[key]
             draft.without_effect(source, f"{section} has {f'type {kind}' if kind else 'no type'}")
-
-
-def _other_types(draft: Draft) -> None:
-    """The command line may switch an adapter or the loss scale of the file off, or to another type."""
-    pet = draft.value("model.pet_config.pet_type")
-    _drop(
-        draft, "model.pet_config", [n for kind, names in PET_KEYS.items() if kind != pet for n in names], pet
-    )
-    scale = draft.value("runner_wrapper.scale_sense.type")
-    idle = {None: ("loss_scale_value", *_DYNAMIC), "FixedLossScaleUpdateCell": _DYNAMIC}.get(scale, ())
-    _drop(draft, "runner_wrapper.scale_sense", idle, scale)
 
 
 def _data_parallel(draft: Draft) -> None:
@@ -216,8 +213,6 @@ def _schedule(draft: Draft) -> None:
         draft.remark(
             rate, " without lr_schedule is a constant rate: lr_schedule.type is ConstantWarmUpLR here"
         )
-    kind = draft.value("lr_schedule.type", _default("lr_schedule.type"))
-    _drop(draft, "lr_schedule", [name for name, kinds in LR_SCHEDULE_KEYS.items() if kind not in kinds], kind)
     if draft.value("lr_schedule.warmup_ratio") is not None:
         warmup = draft.chosen.get("lr_schedule.warmup_steps")
         if warmup is not None and not warmup.typed:
@@ -242,4 +237,4 @@ def _defaults(draft: Draft) -> None:
 
 # In this order, before and after one source is chosen for each of our keys.
 BEFORE_CHOICE = (_betas, _loss_scale, _prefix, _tokenizer, _weights, _data_parallel)
-AFTER_CHOICE = (_resume, _sampling, _lengths, _schedule, _other_types, _defaults)
+AFTER_CHOICE = (_resume, _sampling, _lengths, _schedule, _without_use, _defaults)

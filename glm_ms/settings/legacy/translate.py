@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.errors import SettingsError, described
+from glm_ms.settings.errors import Problem, SettingsError, described
 from glm_ms.settings.legacy.draft import Draft, Source, same, shown
 from glm_ms.settings.legacy.rules import AFTER_CHOICE, BEFORE_CHOICE
 from glm_ms.settings.legacy.table import (
@@ -26,11 +26,10 @@ from glm_ms.settings.legacy.table import (
     Rule,
 )
 from glm_ms.settings.schema import leaf_keys
-from glm_ms.storage.suggest import did_you_mean, nearest
+from glm_ms.settings.values import unknown_key
+from glm_ms.storage.suggest import did_you_mean
 
 _OUR_CLASSES = frozenset({"GLMConfig", "GLMForCausalLM", "GLMTrainOneStep", "GLMAdamW"})
-# Longer lists of names help nobody.
-_LISTED = 12
 _TYPE_KEYS = (
     "model.model_config.type", "model.arch.type", "trainer.type", "runner_wrapper.type", "optimizer.type",
     "train_dataset_task.type", "eval_dataset_task.type",
@@ -43,14 +42,12 @@ class Translation(NamedTuple):
     Attributes:
         document: the top level, to be converted by the schema.
         notes: lines for the user: what the names of the file mean here.
-        problems: a message for each key that cannot be translated.
-        unusable: dotted keys, in our names, that a problem leaves without the user's value.
+        problems: of keys that cannot be translated.
     """
 
     document: Entry
     notes: list[str]
-    problems: list[str]
-    unusable: set[str]
+    problems: list[Problem]
 
 
 def is_legacy(document: Entry) -> bool:
@@ -91,7 +88,7 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> Translati
     _apply(AFTER_CHOICE, draft)
     notes = [f"{source}: a configuration of MindFormers; what its names mean here:"]
     notes += draft.renamed + _moves(draft) + draft.remarks + _without_effect(draft)
-    return Translation(_nested(draft), notes, draft.problems, draft.unusable)
+    return Translation(_nested(draft), notes, draft.problems)
 
 
 def _apply(rules: tuple[Callable[[Draft], None], ...], draft: Draft) -> None:
@@ -188,20 +185,13 @@ class _Gatherer:
                 self.unknown(path, name, written, entry)
             elif entry.value not in (None, "None", {}):
                 message = f"expected a section, found {described(entry.value)}"
-                self.draft.problems.append(f"{entry.where}: {written}: {message}")
+                self.draft.problems.append(Problem(written, message, where=entry.where))
 
     def unknown(self, path: str, name: str, written: str, entry: Entry) -> None:
-        siblings = self.sections[path]
-        hint = did_you_mean(name, siblings)
-        for near in nearest(name, siblings):
-            rule = LEGACY.get(_joined(path, near))
-            self.draft.unusable.add(rule.key if rule and rule.key else _joined(path, near))
-        if not hint:
-            elsewhere = [key for key in leaf_keys() if key.rpartition(".")[2] == name]
-            hint = f"; the key is {' or '.join(elsewhere[:3])}" if elsewhere else ""
-        if not hint and len(siblings) <= _LISTED:
-            hint = f"; known here: {', '.join(sorted(siblings))}"
-        self.draft.problems.append(f"{entry.key_where or entry.where}: {written}: unknown key{hint}")
+        problem = unknown_key(_joined(path, name), written, entry, sorted(self.sections[path]))
+        rules = {near: LEGACY.get(near) for near in problem.meant}
+        ours = tuple(rule.key if rule and rule.key else near for near, rule in rules.items())
+        self.draft.problems.append(dataclasses.replace(problem, meant=ours))
 
 
 def _joined(path: str, name: str) -> str:
@@ -249,9 +239,8 @@ def _best(sources: list[Source], key: str, draft: Draft) -> Source:
         if other is best or same(other.value, best.value):
             continue
         if typed:
-            draft.problems.append(
-                f"{other.entry.where}: {other.name} and {best.name} both mean {key}; keep one of them"
-            )
+            message = f"{other.name} and {best.name} both mean {key}; keep one of them"
+            draft.problems.append(Problem("", message, where=other.entry.where))
         else:
             place = best.entry.where.replace(f"{draft.source}:", "line ")
             draft.remark(other, f" gives way to {best.name}: {shown(best)} ({place})")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from glm_ms.settings import SettingsError, ascend_cards, check_device, load_settings
-from glm_ms.settings.device import device_problems
+from glm_ms.settings import SettingsError, ascend_cards, check_machine, load_settings
+from glm_ms.settings.machine import machine_problems
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MSRUN = {"MS_WORKER_NUM": "8"}
@@ -40,12 +40,12 @@ def test_cards_are_found_by_their_device_files(cards: Path, no_cards: Path) -> N
 def test_ascend_without_a_card_names_the_way_to_a_cpu(config: Path, no_cards: Path) -> None:
     settings = load_settings(config, flags={"device_target": "Ascend"})
     with pytest.raises(SettingsError) as caught:
-        check_device(settings, no_cards, {})
+        check_machine(settings, no_cards, {})
     for part in ("command line (--device_target Ascend)", "context.device_target", "--device_target CPU"):
         assert part in str(caught.value)
     with pytest.raises(SettingsError, match="software is installed"):
-        check_device(settings, no_cards, {"ASCEND_HOME_PATH": "/usr/local/Ascend"})
-    check_device(settings, no_cards, {"MS_SIMULATION_LEVEL": "0"})
+        check_machine(settings, no_cards, {"ASCEND_HOME_PATH": "/usr/local/Ascend"})
+    check_machine(settings, no_cards, {"MS_SIMULATION_LEVEL": "0"})
 
 
 def test_ascend_with_cards_keeps_types(config: Path, cards: Path) -> None:
@@ -53,7 +53,7 @@ def test_ascend_with_cards_keeps_types(config: Path, cards: Path) -> None:
         config, [ASCEND, "model.model_config.compute_dtype=bfloat16", "context.device_id=1"]
     )
     notes = list(settings.notes)
-    check_device(settings, cards, {})
+    check_machine(settings, cards, {})
     assert settings.model.model_config.compute_dtype == "bfloat16"
     assert settings.notes == notes
 
@@ -61,7 +61,7 @@ def test_ascend_with_cards_keeps_types(config: Path, cards: Path) -> None:
 def test_card_that_is_not_there(config: Path, cards: Path) -> None:
     settings = load_settings(config, [ASCEND, "context.device_id=5"])
     with pytest.raises(SettingsError, match=r"device_id: 5, but the cards here are davinci0, davinci1"):
-        check_device(settings, cards, {})
+        check_machine(settings, cards, {})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -69,7 +69,7 @@ def test_half_types_become_float32_on_a_cpu(dtype: str, config: Path, no_cards: 
     overrides = [f"model.model_config.{name}={dtype}" for name in ("param_init_type", "compute_dtype")]
     settings = load_settings(config, overrides)
     before = len(settings.notes)
-    check_device(settings, no_cards, {})
+    check_machine(settings, no_cards, {})
     assert settings.model.model_config.param_init_type == "float32"
     assert settings.model.model_config.compute_dtype == "float32"
     assert len(settings.notes) == before + 2
@@ -82,30 +82,30 @@ SHARDED = ["use_parallel=True", "parallel.parallel_mode=1", "parallel.full_batch
 def test_sharding_needs_cards(config: Path, no_cards: Path) -> None:
     settings = load_settings(config, [*SHARDED, "parallel_config.data_parallel=8"])
     with pytest.raises(SettingsError, match=r"parallel_mode: 1: .*a CPU has no sharding strategies"):
-        check_device(settings, no_cards, MSRUN)
+        check_machine(settings, no_cards, MSRUN)
 
 
 def test_sharding_needs_as_many_processes(config: Path, cards: Path) -> None:
     ways = ["parallel_config.data_parallel=2", "parallel_config.model_parallel=2"]
     settings = load_settings(config, [*SHARDED, *ways, ASCEND])
     with pytest.raises(SettingsError, match=r"2 x 2 x 1 = 4, but 8 processes were started"):
-        check_device(settings, cards, {"MS_WORKER_NUM": "8"})
-    check_device(settings, cards, {"MS_WORKER_NUM": "4"})
+        check_machine(settings, cards, {"MS_WORKER_NUM": "8"})
+    check_machine(settings, cards, {"MS_WORKER_NUM": "4"})
 
 
 def test_parallel_needs_processes(config: Path, no_cards: Path) -> None:
     settings = load_settings(config, ["use_parallel=True"])
     with pytest.raises(SettingsError, match=r"use_parallel: True.*msrun --worker_num"):
-        check_device(settings, no_cards, {})
-    check_device(settings, no_cards, {"MS_WORKER_NUM": "2"})
-    check_device(settings, no_cards, {"RANK_SIZE": "2"})
+        check_machine(settings, no_cards, {})
+    check_machine(settings, no_cards, {"MS_WORKER_NUM": "2"})
+    check_machine(settings, no_cards, {"RANK_SIZE": "2"})
 
 
 def test_processes_need_parallel(config: Path, no_cards: Path) -> None:
     settings = load_settings(config)
     with pytest.raises(SettingsError, match=r"8 processes were started.*--use_parallel True"):
-        check_device(settings, no_cards, MSRUN)
-    check_device(settings, no_cards, {"MS_WORKER_NUM": "1"})
+        check_machine(settings, no_cards, MSRUN)
+    check_machine(settings, no_cards, {"MS_WORKER_NUM": "1"})
 
 
 PREDICT = ["run_mode=predict", "predict_data=x"]
@@ -116,8 +116,12 @@ LORA = ["model.pet_config.pet_type=lora", "load_checkpoint=data"]
 @pytest.mark.parametrize(
     ("key", "message", "remedy"),
     [
-        ("param_init_type", "float16: not in this version.*=float32", LORA),  # trained are the adapters then
-        ("compute_dtype", "float16: small gradients vanish.*scale_sense.type=DynamicLossScale", [SCALED]),
+        ("param_init_type", "float16: not supported.*=float32", LORA),  # trained are the adapters then
+        (
+            "compute_dtype",
+            "float16: small gradients become zero.*scale_sense.type=DynamicLossScale",
+            [SCALED],
+        ),
     ],
 )
 def test_float16_training_on_ascend_has_its_conditions(
@@ -125,10 +129,10 @@ def test_float16_training_on_ascend_has_its_conditions(
 ) -> None:
     float16 = f"model.model_config.{key}=float16"
     with pytest.raises(SettingsError, match=rf"model_config.{key}: {message}"):
-        check_device(load_settings(config, [ASCEND, float16]), cards, {})
+        check_machine(load_settings(config, [ASCEND, float16]), cards, {})
     for more in (PREDICT, remedy):
         settings = load_settings(config, [ASCEND, float16, *more])
-        check_device(settings, cards, {})
+        check_machine(settings, cards, {})
         assert getattr(settings.model.model_config, key) == "float16"
 
 
@@ -137,5 +141,5 @@ def test_way_to_the_cpu_fits_the_start(environment: dict[str, str], alone: bool,
     settings = load_settings(
         REPOSITORY / "configs" / "glm3" / "run_glm3_6b_lora_800_32G.yaml", check_files=False
     )
-    (problem,) = device_problems(settings, tmp_path, environment)
-    assert problem.endswith("--device_target CPU" + (" --use_parallel False" if alone else ""))
+    (problem,) = machine_problems(settings, tmp_path, environment)
+    assert str(problem).endswith("--device_target CPU" + (" --use_parallel False" if alone else ""))

@@ -1,0 +1,139 @@
+"""Whether this machine has what the settings need. Imports no MindSpore."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from glm_ms.settings.checks import placed
+from glm_ms.settings.errors import Problem, SettingsError
+from glm_ms.settings.schema import Settings, is_sharded, parallel_of
+
+_CARD = re.compile(r"davinci(\d+)")
+# On a CPU, float16 matrix products convert the weights at every call (7 times slower); bfloat16 has none.
+_SLOW_ON_CPU = ("float16", "bfloat16")
+_COMPUTE, _STORED = "model.model_config.compute_dtype", "model.model_config.param_init_type"
+
+
+def ascend_cards(dev: str | Path = "/dev") -> list[str]:
+    """Ascend cards of this machine or container by device file: `["davinci0", ...]`."""
+    names = os.listdir(dev) if Path(dev).is_dir() else []
+    return sorted(filter(_CARD.fullmatch, names), key=lambda name: int(name[len("davinci") :]))
+
+
+def check_machine(
+    settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] | None = None
+) -> None:
+    """Compares settings with the machine, and adapts them to a CPU with a note for each change.
+
+    Args:
+        settings: adjusted in place when `context.device_target` is CPU: `compute_dtype` and
+            `param_init_type` become float32.
+        dev: folder of device files.
+        environment: environment variables; None: those of this process.
+
+    Raises:
+        SettingsError: no Ascend card, a card number that does not exist, training that the device does not support,
+            or `use_parallel` that does not fit the number of processes.
+    """
+    problems = machine_problems(settings, dev, environment)
+    if problems:
+        raise SettingsError(problems)
+
+
+def machine_problems(
+    settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] | None = None
+) -> list[Problem]:
+    """As `check_machine`, but returns the problems."""
+    environment = os.environ if environment is None else environment
+    if settings.context.device_target == "Ascend":
+        problems = list(_card(settings, ascend_cards(dev), environment))
+        if problems:
+            return placed(settings, problems)
+    else:
+        _fit_to_cpu(settings)
+    return placed(settings, [*_unsupported(settings), *_processes(settings, environment)])
+
+
+def _card(settings: Settings, cards: list[str], environment: Mapping[str, str]) -> Iterator[Problem]:
+    if environment.get("MS_SIMULATION_LEVEL"):
+        return  # compiles without a card
+    number = settings.context.device_id
+    if not cards:
+        clue = ""
+        if environment.get("ASCEND_HOME_PATH") or shutil.which("npu-smi", path=environment.get("PATH")):
+            clue = " (the Ascend software is installed; a container needs access to the cards)"
+        alone = "" if _workers(environment) > 1 else " --use_parallel False"
+        message = (
+            f"Ascend, but this machine has no Ascend card: no /dev/davinci*{clue}. To run on the CPU add "
+            f"--device_target CPU{alone}"
+        )
+        yield Problem("context.device_target", message)
+    # Under msrun the rank decides the card of each process.
+    elif not settings.use_parallel and f"davinci{number}" not in cards:
+        yield Problem("context.device_id", f"{number}, but the cards here are {', '.join(cards)}")
+
+
+def _unsupported(settings: Settings) -> Iterator[Problem]:
+    """What would be accepted and then computed wrongly, or not at all."""
+    if is_sharded(settings) and settings.context.device_target == "CPU":
+        message = "1: sharded weights need Ascend cards; a CPU has no sharding strategies, use parallel.parallel_mode=0"
+        yield Problem("parallel.parallel_mode", message)
+    if not settings.is_training():
+        return
+    config = settings.model.model_config
+    if config.param_init_type != "float32" and settings.model.pet_config.pet_type is None:
+        message = (
+            f"{config.param_init_type}: not supported, trained weights are float32; use {_STORED}=float32"
+        )
+        yield Problem(_STORED, message)
+    if config.compute_dtype == "float16" and settings.runner_wrapper.scale_sense.type is None:
+        message = (
+            "float16: small gradients become zero without loss scaling; set runner_wrapper.scale_sense.type="
+            "DynamicLossScaleUpdateCell, or use bfloat16 or float32"
+        )
+        yield Problem(_COMPUTE, message)
+
+
+def _fit_to_cpu(settings: Settings) -> None:
+    config = settings.model.model_config
+    for name in ("param_init_type", "compute_dtype"):
+        if getattr(config, name) in _SLOW_ON_CPU:
+            settings.notes.append(
+                f"model.model_config.{name}: {getattr(config, name)} becomes float32 on CPU; "
+                "weights are converted while loading"
+            )
+            setattr(config, name, "float32")
+
+
+def _workers(environment: Mapping[str, str]) -> int:
+    """Processes that msrun, or a rank table, started; 0 for a program started by itself."""
+    text = environment.get("MS_WORKER_NUM") or environment.get("RANK_SIZE") or ""
+    return int(text) if text.isdecimal() else 0
+
+
+def _processes(settings: Settings, environment: Mapping[str, str]) -> Iterator[Problem]:
+    """`use_parallel` against the number of processes."""
+    workers, parallel = _workers(environment), parallel_of(settings)
+    if settings.use_parallel and not workers:
+        message = (
+            "True, but the program was started as a single process; start it with "
+            "msrun --worker_num N --local_worker_num N run_glm.py ..., or add --use_parallel False"
+        )
+        yield Problem("use_parallel", message)
+    elif not settings.use_parallel and workers > 1:
+        message = (
+            f"False, but {workers} processes were started, which would write the same files. Add "
+            "--use_parallel True, or start with python"
+        )
+        yield Problem("use_parallel", message)
+    elif is_sharded(settings) and workers != parallel.cards:
+        product = f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages}"
+        message = (
+            f"data_parallel x model_parallel x pipeline_stage = {product} = {parallel.cards}, but {workers} processes "
+            "were started; change one of them"
+        )
+        yield Problem("parallel_config.data_parallel", message)

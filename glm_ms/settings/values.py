@@ -1,0 +1,206 @@
+"""Entries of a document -> the dataclasses of the schema, by their type hints; every problem is collected."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from glm_ms.settings.document import Entry
+from glm_ms.settings.errors import Problem, described
+from glm_ms.settings.schema import Settings, keys_of, leaf_keys
+from glm_ms.settings.sections import allowed
+from glm_ms.storage.numbers import exponent_number
+from glm_ms.storage.suggest import did_you_mean, nearest
+
+_EXPECTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+# Text that a type other than text would accept without its quotes.
+_UNQUOTED = {int: r"[-+]?\d+", float: r"[-+]?\d*\.?\d+", bool: r"(?i)true|false"}
+# Longer lists of names are not shown.
+_LISTED = 40
+# Rule of a key -> its words in an error, and the test.
+LIMITS = {
+    "at_least": ("at least", lambda value, bound: value >= bound),
+    "above": ("above", lambda value, bound: value > bound),
+    "at_most": ("at most", lambda value, bound: value <= bound),
+    "below": ("below", lambda value, bound: value < bound),
+}
+
+
+class _BadValueError(Exception):
+    """What is wrong with one value, without its place."""
+
+
+class Converter:
+    """Converts a document.
+
+    Attributes:
+        problems: all that were found.
+        origins: dotted key -> where its value was written.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.origins: dict[str, str] = {}
+
+    def section(self, kind: type, entry: Entry, path: str = "") -> Any:
+        """Builds dataclass `kind` from a mapping; keys that are absent keep their default.
+
+        Args:
+            kind: a settings dataclass.
+            entry: a mapping, or null for an empty section.
+            path: dotted name of the section, "" for the top level.
+        """
+        fields = {item.name: item for item in keys_of(kind)}
+        if not entry.is_section:
+            if entry.value is not None:
+                expected = f"expected a section with {', '.join(list(fields)[:4])} ..."
+                self._bad(path, entry, f"{expected}, found {described(entry.value)}")
+            return kind()
+        values, hints = {}, get_type_hints(kind)
+        for name, item in entry.value.items():
+            dotted = f"{path}.{name}" if path else name
+            if name not in fields:
+                self.problems.append(unknown_key(dotted, dotted, item, fields))
+            elif dataclasses.is_dataclass(hints[name]):
+                values[name] = self.section(hints[name], item, dotted)
+            else:
+                self.origins[dotted] = item.where
+                try:
+                    values[name] = _key_value(fields[name], hints[name], item)
+                except _BadValueError as error:
+                    self._bad(dotted, item, str(error))
+        return kind(**values)
+
+    def _bad(self, dotted: str, entry: Entry, message: str) -> None:
+        self.problems.append(Problem(dotted, message, where=entry.where))
+
+
+def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[str]) -> Problem:
+    """The problem of a key that does not exist.
+
+    Args:
+        dotted: its name.
+        written: its name as the user wrote it.
+        entry: its value.
+        siblings: names that its section has.
+    """
+    path, _, name = dotted.rpartition(".")
+    hint = did_you_mean(name, siblings)
+    if not hint:
+        names = [*leaf_keys(), *(item.name for item in keys_of(Settings))]
+        elsewhere = list(dict.fromkeys(key for key in names if key.rpartition(".")[2] == name))
+        hint = f"; the key is {' or '.join(elsewhere[:3])}" if elsewhere else ""
+    if not hint and len(siblings) <= _LISTED:
+        hint = f"; known here: {', '.join(siblings)}"
+    meant = tuple(f"{path}.{near}" if path else near for near in nearest(name, siblings))
+    return Problem(written, f"unknown key{hint}", where=entry.key_where or entry.where, meant=meant)
+
+
+def _key_value(field: dataclasses.Field, hint: Any, entry: Entry) -> Any:
+    if hint is str and entry.value is None and entry.text is None and field.default == "":
+        return ""  # `load_checkpoint:`
+    return _convert(hint, entry, field)
+
+
+def _convert(hint: Any, entry: Entry, field: dataclasses.Field) -> Any:
+    """The value of an entry as `hint` asks. Raises _BadValueError."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return _one_of(get_args(hint), entry)
+    if origin is Union:
+        return _any_of(get_args(hint), entry, field)
+    if origin is list:
+        return _list(get_args(hint)[0], entry, field)
+    if hint is str and "choices" in field.metadata:
+        return _one_of(allowed(field), entry)
+    return _in_range(_scalar(hint, entry), field)
+
+
+def _any_of(hints: tuple[Any, ...], entry: Entry, field: dataclasses.Field) -> Any:
+    if type(None) in hints and entry.value in (None, "None"):
+        return None
+    kinds = [hint for hint in hints if hint is not type(None)]
+    for hint in kinds:
+        try:
+            return _convert(hint, entry, field)
+        except _BadValueError:
+            if len(kinds) == 1:
+                raise
+    expected = " or ".join(map(expected_type, kinds))
+    raise _BadValueError(f"expected {expected}, found {described(entry.value)}")
+
+
+def expected_type(hint: Any) -> str:
+    """A type in words: "a whole number"."""
+    if hint in _EXPECTED:
+        return _EXPECTED[hint]
+    return "a list" if get_origin(hint) is list else " or ".join(map(repr, get_args(hint)))
+
+
+def _one_of(choices: tuple[Any, ...], entry: Entry) -> Any:
+    value = entry.value
+    if entry.text is not None and isinstance(choices[0], str):
+        value = entry.text
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    names = [str(choice) for choice in choices]
+    hint = did_you_mean(value, names) if isinstance(value, str) else ""
+    raise _BadValueError(f"found {described(value)}, allowed: {', '.join(names)}{hint}")
+
+
+def _list(hint: Any, entry: Entry, field: dataclasses.Field) -> list[Any]:
+    items, or_one = entry.value, field.metadata.get("or_one")
+    if not isinstance(items, list):
+        if not or_one or entry.value is None:
+            raise _BadValueError(f"expected a list, found {described(entry.value)}; write [a, b]")
+        items = [entry]
+    length = field.metadata.get("length", len(items))
+    if len(items) != length:
+        raise _BadValueError(f"expected {length} values, found {len(items)}")
+    if not items:
+        raise _BadValueError("the list is empty; name at least one")
+    values = [_convert(hint, item, field) for item in items]
+    if or_one and len(set(values)) < len(values):
+        raise _BadValueError("a value is given twice")
+    return values
+
+
+def _scalar(kind: type, entry: Entry) -> Any:
+    value = entry.value
+    if kind is str and entry.text is not None:
+        return entry.text
+    if kind is float:
+        value = _float(exponent_number(value))
+    if type(value) is not kind:
+        remedy = ""
+        if kind is str and isinstance(value, (int, float)):
+            remedy = "; put it in quotes"
+        elif kind is not str and isinstance(value, str) and re.fullmatch(_UNQUOTED[kind], value):
+            remedy = "; remove the quotes"
+        raise _BadValueError(f"expected {_EXPECTED[kind]}, found {described(value)}{remedy}")
+    if kind is float and not math.isfinite(value):
+        raise _BadValueError(f"expected a finite number, found {value}")
+    return value
+
+
+def _float(value: Any) -> Any:
+    """A float, if the value is a whole number."""
+    try:
+        return float(value) if type(value) is int else value
+    except OverflowError:
+        raise _BadValueError("expected a finite number, found one with too many digits") from None
+
+
+def _in_range(value: Any, field: dataclasses.Field) -> Any:
+    rules = field.metadata
+    if isinstance(value, str) and "pattern" in rules and not re.fullmatch(rules["pattern"], value):
+        raise _BadValueError(f"found {described(value)}, write it like {rules['example']}")
+    limits = {} if isinstance(value, (str, bool)) else {name: rules[name] for name in LIMITS if name in rules}
+    if all(LIMITS[name][1](value, bound) for name, bound in limits.items()):
+        return value
+    wanted = " and ".join(f"{LIMITS[name][0]} {bound}" for name, bound in limits.items())
+    raise _BadValueError(f"found {value}, must be {wanted}")
