@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.loader import read_settings
 from glm_ms.settings.machine import machine_problems
 from glm_ms.settings.schema import FLAGS, Settings, leaf_keys
-from glm_ms.settings.sections import Flag, default_of
+from glm_ms.settings.sections import Flag
 from glm_ms.storage.suggest import nearest
 
 PROGRAM = "run_glm.py"
@@ -126,6 +125,8 @@ class _Parser(argparse.ArgumentParser):
 
 class _HelpKeys(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from glm_ms.settings.reference import keys_help
+
         sys.stdout.write(keys_help())
         parser.exit(0)
 
@@ -188,22 +189,6 @@ def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
         sys.stderr.write(f"{report}Try: python {PROGRAM} --help\n")
         raise SystemExit(2) from None
     return settings
-
-
-def keys_help() -> str:
-    """The text of --help_keys: each key, its default and its documentation."""
-    keys = leaf_keys().items()
-    return "".join(f"{name} = {shown_default(item)}\n    {item.metadata['doc']}\n" for name, item in keys)
-
-
-def shown_default(item: dataclasses.Field) -> str:
-    """The default of a key as YAML."""
-    value = default_of(item)
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    if value is None:
-        return "null"
-    return '""' if value == "" else str(value)
 
 
 def _flag_hint(name: str) -> str:

@@ -210,7 +210,7 @@ class ModelSettings:
 
 @dataclass
 class TokenizerSettings:
-    """`processor.tokenizer`."""
+    """`processor.tokenizer`: the tokenizer."""
 
     type: str = key(
         "ChatGLM3Tokenizer", "tokenizer class", choices=("ChatGLM2Tokenizer", "ChatGLM3Tokenizer")
@@ -270,7 +270,7 @@ class WrapperSettings:
 
 @dataclass
 class OptimizerSettings:
-    """`optimizer`. The learning rate is in `lr_schedule`."""
+    """`optimizer`: the optimizer. The learning rate is in `lr_schedule`."""
 
     type: str = key(
         "GLMAdamW", "GLMAdamW: AdamW with decoupled weight decay and bias correction", choices=("GLMAdamW",)
@@ -356,7 +356,7 @@ class _DatasetSettings:
 
 @dataclass
 class TrainDatasetSettings(_DatasetSettings):
-    """`train_dataset`. The batch size is in `runner_config`."""
+    """`train_dataset`: training records. The batch size is in `runner_config`."""
 
     data_loader: TrainDataLoaderSettings = key(TrainDataLoaderSettings, "format and place of the records")
     num_parallel_workers: int = key(2, "workers that prepare rows; at most one per core", at_least=1)
@@ -369,7 +369,7 @@ class TrainDatasetSettings(_DatasetSettings):
 
 @dataclass
 class EvalDatasetSettings(_DatasetSettings):
-    """`eval_dataset`. A last batch that is not full is evaluated too."""
+    """`eval_dataset`: evaluation records. A last batch that is not full is evaluated too."""
 
     data_loader: EvalDataLoaderSettings = key(EvalDataLoaderSettings, "format and place of the records")
     batch_size: int = key(8, "rows or prompts at a time, for every metric", at_least=1)
@@ -377,7 +377,7 @@ class EvalDatasetSettings(_DatasetSettings):
 
 @dataclass
 class MetricSettings:
-    """`metric`: a name or a list of names."""
+    """`metric`: metrics of evaluations."""
 
     type: list[str] = key(["ADGENMetric"], "metrics of run_mode eval", or_one=True, choices=lambda: METRICS)
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from glm_ms.settings import FLAGS, SettingsError, load_settings, parse_args
-from glm_ms.settings.cli import FLAGS_GONE, build_parser, keys_help, settings_from_command_line
+from glm_ms.settings.cli import FLAGS_GONE, build_parser, settings_from_command_line
+from glm_ms.settings.reference import keys_help
 from glm_ms.settings.schema import batch_size_key, leaf_keys
 
 # Flag -> text typed, value it must have in the settings.

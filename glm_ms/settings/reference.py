@@ -1,0 +1,93 @@
+"""The page `docs/settings.md`, written from the declarations.
+
+python -m glm_ms.settings.reference > docs/settings.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from glm_ms.settings.schema import Settings, keys_of, leaf_keys
+from glm_ms.settings.sections import allowed, default_of
+from glm_ms.settings.values import LIMITS, expected_type
+
+_HEAD = """# Settings
+
+Every key of a configuration. This page is generated from the declarations in `glm_ms/settings/sections.py` and
+`schema.py`: `python -m glm_ms.settings.reference > docs/settings.md`.
+
+A key is set in the YAML file, or on the command line as `key.sub=value`, which takes precedence. Frequently used keys
+also have a flag. `python run_glm.py --help` lists the flags, `--help_keys` the keys.
+"""
+
+
+def reference() -> str:
+    """The page."""
+    return _HEAD + "".join(_section(Settings, ""))
+
+
+def keys_help() -> str:
+    """The text of --help_keys: each key, its default and its documentation."""
+    keys = leaf_keys().items()
+    return "".join(f"{name} = {_default(item)}\n    {item.metadata['doc']}\n" for name, item in keys)
+
+
+def _section(kind: type, path: str) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    leaves = [item for item in keys_of(kind) if not dataclasses.is_dataclass(hints[item.name])]
+    if leaves:
+        doc = (kind.__doc__ or "").split("\n")[0].partition(": ")[2] if path else "keys outside of sections."
+        yield f"\n## {f'`{path}`' if path else 'Top level'}\n\n{doc[:1].upper()}{doc[1:]}\n\n"
+        yield "| key | default | values | meaning |\n|---|---|---|---|\n"
+    for item in leaves:
+        meaning = item.metadata["doc"]
+        if "used_with" in item.metadata:
+            other, values = item.metadata["used_with"]
+            meaning += f" (with `{other}` {' or '.join(f'`{value}`' for value in values)})"
+        if "flag" in item.metadata:
+            meaning += f"; flag `--{item.metadata['flag'].name}`"
+        row = (f"`{item.name}`", f"`{_default(item)}`", _values(hints[item.name], item), meaning)
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n"
+    for item in keys_of(kind):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _section(hints[item.name], f"{path}.{item.name}" if path else item.name)
+
+
+def _values(hint: Any, item: dataclasses.Field) -> str:
+    """The allowed values of a key in words."""
+    rules = item.metadata
+    inner = [
+        kind for kind in (get_args(hint) if get_origin(hint) is Union else (hint,)) if kind is not type(None)
+    ]
+    if "choices" in rules:
+        words = ", ".join(f"`{name}`" for name in allowed(item))
+        words = f"one or several of {words}" if rules.get("or_one") else words
+    else:
+        words = " or ".join(_type(kind) for kind in inner)
+    words += "".join(f", {LIMITS[rule][0]} {rules[rule]}" for rule in LIMITS if rule in rules)
+    words += f", {rules['length']} values" if "length" in rules else ""
+    words += f" such as `{rules['example']}`" if "example" in rules else ""
+    return f"{words}, or null" if type(None) in get_args(hint) else words
+
+
+def _type(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
+    return expected_type(kind)
+
+
+def _default(item: dataclasses.Field) -> str:
+    """The default of a key as YAML."""
+    value = default_of(item)
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    if value is None:
+        return "null"
+    return '""' if value == "" else str(value)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())
