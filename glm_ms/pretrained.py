@@ -8,6 +8,7 @@ from pathlib import Path
 import mindspore as ms
 
 from glm_ms.convert import CheckpointError, load_parameters, open_checkpoint
+from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft.store import is_adapter_folder
@@ -49,7 +50,7 @@ def load_pretrained(
             )
         config = path
     if not isinstance(config, GLMConfig):
-        config = GLMConfig.from_pretrained(config)
+        config = read_config(config)
     if ms.get_context("device_target") == "CPU":
         config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
     with open_checkpoint(path) as reader:

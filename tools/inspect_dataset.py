@@ -20,16 +20,16 @@ from typing import Any
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glm_ms.data import DataError, Encoder, section_encoder
+from glm_ms.data import DataError, Encoder
 from glm_ms.data.length_report import advice_lines, cut_lines, histogram_lines, summary_lines
 from glm_ms.data.marked import LEGEND, marked_lines
 from glm_ms.data.statistics import LengthStatistics, measure
+from glm_ms.families import build_encoder, family_of
 from glm_ms.settings import Settings, SettingsError, load_data_settings, parse_args
 from glm_ms.storage.json_lines import parse_value, raw_values
-from glm_ms.tokenizer import ChatGLM2Tokenizer, ChatGLM3Tokenizer, VocabularyError
+from glm_ms.tokenizer import VocabularyError
 
 _PROGRAM = "inspect_dataset.py"
-_TOKENIZERS = {kind.__name__: kind for kind in (ChatGLM2Tokenizer, ChatGLM3Tokenizer)}
 _MOST_BAD = 20
 
 
@@ -99,7 +99,7 @@ def _show(settings: Settings, part: str, options: argparse.Namespace) -> None:
     section: Any = getattr(settings, f"{part}_dataset")
     path = Path(section.data_loader.dataset_dir)
     tokenizer = settings.processor.tokenizer
-    encoder = section_encoder(section, _TOKENIZERS[tokenizer.type](tokenizer.vocab_file))
+    encoder = build_encoder(section, family_of(tokenizer.type).tokenizer(tokenizer.vocab_file))
     workers = settings.train_dataset.num_parallel_workers
     statistics = measure(path, encoder, section.num_samples, workers, options.skip_bad)
     _list_bad(statistics)

@@ -20,6 +20,7 @@ from glm_ms.convert.writers import (
     write_file,
     write_hf_folder,
 )
+from glm_ms.families import read_config
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.storage.atomic import check_target
 from glm_ms.storage.errors import CheckpointError
@@ -198,13 +199,13 @@ def _target(output: Path, target: str | None) -> str:
 
 def _config(source: Path, config: str | Path | None) -> GLMConfig:
     if config is not None:
-        return GLMConfig.from_pretrained(config)
+        return read_config(config)
     if not source.is_dir():
         raise CheckpointError(
             f"{source}: a single file says nothing of the architecture; name its config (--config): "
             "a folder with config.json, a .json or a .yaml"
         )
-    return GLMConfig.from_pretrained(source)
+    return read_config(source)
 
 
 def _common_dtype(reader: CheckpointReader) -> str:

@@ -8,18 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from glm_ms.families import FAMILIES, family_of
 from glm_ms.model.config import GLMConfig
-
-# Every name that differs; all others are the same on both sides.
-_HF_TO_GLM = {
-    "transformer.embedding.word_embeddings.weight": "transformer.embedding.embedding_table",
-}
-_GLM_TO_HF = {glm: hf for hf, glm in _HF_TO_GLM.items()}
-
-# Further spellings understood on reading: MindFormers 1.9 writes its embedding this way.
-_READ_ALIASES = {
-    "transformer.embedding.embedding_weight": "transformer.embedding.embedding_table",
-}
 
 # A constant that released Hugging Face checkpoints carry although it follows from the config.
 INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
@@ -41,13 +31,18 @@ _TRAINING_NAMES = frozenset(
 
 
 def to_glm_name(name: str) -> str:
-    """The glm_ms name of a parameter stored under its Hugging Face, MindFormers or glm_ms name."""
-    return _HF_TO_GLM.get(name) or _READ_ALIASES.get(name, name)
+    """The glm_ms name of a parameter stored under its Hugging Face, MindFormers or glm_ms name, in any family."""
+    for family in FAMILIES.values():
+        known = family.parameter_names.get(name) or family.aliases.get(name)
+        if known:
+            return known
+    return name
 
 
-def to_hf_name(name: str) -> str:
-    """The Hugging Face name of a parameter of glm_ms."""
-    return _GLM_TO_HF.get(name, name)
+def to_hf_name(name: str, config: GLMConfig) -> str:
+    """The Hugging Face name of a parameter of glm_ms, in the family of a configuration."""
+    names = family_of(config).parameter_names
+    return next((hf for hf, glm in names.items() if glm == name), name)
 
 
 def is_training_state(name: str) -> bool:

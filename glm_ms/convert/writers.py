@@ -88,12 +88,12 @@ def write_hf_folder(
     """
     path = Path(path)
     inv_freq = convert_dtype(inverse_frequencies(config), "float32", dtype, INV_FREQ)
-    hf_shapes = {to_hf_name(name): shape for name, shape in shapes.items()}
+    hf_shapes = {to_hf_name(name, config): shape for name, shape in shapes.items()}
     hf_shapes[INV_FREQ] = inv_freq.shape
     shards = _split(hf_shapes, dtype, max_shard_size)
     with atomic_output(path, folder=True, overwrite=overwrite) as work:
         check_space(work, path, size_in_bytes(hf_shapes, dtype))
-        arrays = _as_announced(hf_shapes, dtype, _renamed(parameters, inv_freq))
+        arrays = _as_announced(hf_shapes, dtype, _renamed(parameters, config, inv_freq))
         for file, shard in shards.items():
             write_safetensors(work / file, shard, dtype, arrays, {"format": "pt"})
         _check_exhausted(arrays)
@@ -136,9 +136,11 @@ def _check_exhausted(arrays: Iterator[np.ndarray]) -> None:
         raise CheckpointError("more arrays than announced names")
 
 
-def _renamed(parameters: Parameters, inv_freq: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _renamed(
+    parameters: Parameters, config: GLMConfig, inv_freq: np.ndarray
+) -> Iterator[tuple[str, np.ndarray]]:
     for name, array in parameters:
-        yield to_hf_name(name), array
+        yield to_hf_name(name, config), array
         del array
     yield INV_FREQ, inv_freq
 

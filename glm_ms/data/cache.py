@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from glm_ms.data.parallel import check_may_start, map_batches, processes_for
 from glm_ms.data.preparation import EMPTY, WITHOUT_LABELS, PrepareRows, first_rows
+from glm_ms.data.workers import check_may_start, map_batches, processes_for
 from glm_ms.storage.atomic import staged
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.integrity import file_sha256

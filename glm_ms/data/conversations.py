@@ -1,6 +1,6 @@
-"""Conversations as JSON says them, checked, as messages the way ChatGLM3 takes them.
+"""Readers of conversations: JSON values to checked messages.
 
-Two forms are known. That of `finetune_hf.py` of ChatGLM3 (`parse_conversation`):
+There are two forms, that of `finetune_hf.py` of ChatGLM3 (`parse_conversation`):
 
     {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
 
@@ -15,14 +15,14 @@ messages with the role `tool` (a call and its result), and messages that take no
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from glm_ms.data.encoder import Message, Messages
 from glm_ms.data.records import checked_text
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.suggest import did_you_mean, misspelled
-from glm_ms.tokenizer.chatglm3 import ROLES
-from glm_ms.tokenizer.tool_call import ToolCallError, parse_tool_call
+from glm_ms.tokenizer.chatglm3 import ROLES, ToolCallError, parse_tool_call
 
 _CONVERSATIONS, _TOOLS = "conversations", "tools"
 _MESSAGE_KEYS = ("role", "content", "loss", "name", "parameters", "observation", "metadata")
@@ -34,34 +34,16 @@ _TOOLS_INTRODUCTION = (
 )
 
 
-class Message(NamedTuple):
-    """One message in the form of the model.
-
-    Attributes:
-        role: system, user, assistant or observation.
-        content: its text.
-        metadata: name of the tool that an assistant message calls, else empty.
-        loss: whether the model is to learn it.
-    """
-
-    role: str
-    content: str
-    metadata: str = ""
-    loss: bool = False
-
-
-Messages = tuple[Message, ...]
-
-
-def parse_conversation(value: Any, place: str) -> Messages:
-    """The messages of a record for `finetune_hf.py`: assistant and observation bear loss, there are no tools.
+def parse_conversation(value: Any, place: str, columns: Sequence[str] = ()) -> Messages:
+    """Reader of ConversationDataLoader: assistant and observation bear loss, there are no tools.
 
     Args:
-        value: what JSON says.
-        place: `file:line`, to begin an error with.
+        value: a JSON value.
+        place: `file:line`, the beginning of errors.
+        columns: ignored; the keys are fixed.
 
     Raises:
-        DataError: anything that the official script refuses, or would pass over in silence.
+        DataError: anything that the official script refuses or ignores.
     """
     record = _record(value, place)
     remedy = "use data_loader.type: ToolAlpacaDataLoader"
@@ -80,18 +62,17 @@ def parse_conversation(value: Any, place: str) -> Messages:
     return _checked(messages, place)
 
 
-def parse_tool_conversation(value: Any, place: str) -> Messages:
-    """The messages of a record with tools and loss flags.
+def parse_tool_conversation(value: Any, place: str, columns: Sequence[str] = ()) -> Messages:
+    """Reader of ToolAlpacaDataLoader: conversations with tools and loss flags.
 
     The tools come first, as a system message. A message of the role `tool` becomes two: the call, of the assistant,
     and an observation without loss.
 
     Args:
-        value: what JSON says.
-        place: `file:line`, to begin an error with.
+        value, place, columns: as in `parse_conversation`.
 
     Raises:
-        DataError: anything else than the form above, a flag without effect, or a call that could not be read back.
+        DataError: another form than the one above, a flag without effect, or a call that could not be parsed again.
     """
     record = _record(value, place)
     messages = []

@@ -113,7 +113,8 @@ class EvalDataset:
     Attributes:
         skipped: records passed over because prompt or response is empty.
         blank: answers passed over because their reference is white space: there is nothing to compare with.
-        too_long: answers passed over because what stands before them is too long.
+        too_long: answers skipped because their prompt is too long.
+        stop_tokens: see `Encoder`.
 
     Raises:
         DataError: a fault of the file or of a setting, or no usable record.
@@ -121,7 +122,7 @@ class EvalDataset:
 
     def __init__(self, path: str | Path, encoder: Encoder, num_samples: int | None = None) -> None:
         _check_num_samples(num_samples)
-        self.path = Path(path)
+        self.path, self.stop_tokens = Path(path), encoder.stop_tokens
         self._encoder = encoder
         self._file = JsonFile(path)
         # Of every answer: its record, and its number in there.
@@ -177,6 +178,30 @@ class EvalDataset:
         return _described(
             self.path, used, self.skipped + self.blank, [(self.too_long, self._encoder.too_long)]
         )
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """Row numbers in the order of one epoch. It depends on seed and epoch alone, so that a run can be resumed.
+
+    Args:
+        num_rows: rows of the data set.
+        seed, epoch: not negative; every pair has its own order, the same on every machine.
+        shuffle: 0..num_rows-1 if false.
+
+    Returns:
+        int64 [num_rows], a permutation.
+
+    Raises:
+        ValueError: a negative argument.
+    """
+    for name, value in (("num_rows", num_rows), ("seed", seed), ("epoch", epoch)):
+        if value < 0:
+            raise ValueError(f"{name} = {value}: must not be negative")
+    if not shuffle:
+        return np.arange(num_rows, dtype=np.int64)
+    # NumPy keeps the raw stream of a bit generator across versions, but not the result of `permutation`.
+    raw = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
+    return np.argsort(raw, kind="stable").astype(np.int64)
 
 
 def _rows(

@@ -1,24 +1,63 @@
-"""What a kind of records becomes: the interface between files and rows."""
+"""The interface between records and rows: `Encoder`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from glm_ms.data.rows import IGNORED, Row
+from glm_ms.data.rows import IGNORED, Row, check_length, row_length
+from glm_ms.storage.errors import DataError
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import SentencePieceTokenizer
 
 
-class EvalRow(NamedTuple):
-    """One answer to be generated.
+# `[gMASK] sop` and one token of text.
+SHORTEST_PROMPT = 3
+
+
+class Message(NamedTuple):
+    """One message of a record.
 
     Attributes:
-        prompt: its text, for people to read.
+        role: system, user, assistant or observation.
+        content: its text.
+        metadata: name of the tool that an assistant message calls, else empty.
+        loss: whether the model learns it.
+    """
+
+    role: str
+    content: str
+    metadata: str = ""
+    loss: bool = False
+
+
+Messages = tuple[Message, ...]
+# (JSON value, `file:line` for errors, origin_columns) -> messages; None for a record with an empty text.
+Reader = Callable[[Any, str, Sequence[str]], "Messages | None"]
+
+
+class Section(Protocol):
+    """The keys of a `train_dataset` or `eval_dataset` section that decide about rows; see `glm_ms.settings.sections`.
+
+    `data_loader` has `type` and `origin_columns`.
+    """
+
+    data_loader: Any
+    max_source_length: int
+    max_target_length: int
+    max_seq_length: int | None
+    ignore_pad_token_for_loss: bool
+
+
+class EvalRow(NamedTuple):
+    """One answer to generate.
+
+    Attributes:
+        prompt: text for people to read.
         input_ids: prompt ids, unpadded.
-        labels: ids of the answer to compare with.
+        labels: ids of the reference answer.
     """
 
     prompt: str
@@ -30,9 +69,9 @@ class Lengths(NamedTuple):
     """Tokens of one record.
 
     Attributes:
-        prompt: all that bear no loss, `[gMASK] sop` and role tokens included, before anything is cut.
-        answer: all that bear loss, </s> included, before anything is cut.
-        kept_prompt, kept_answer: those that are left in the row.
+        prompt: tokens without loss, `[gMASK] sop` and role tokens included, before cutting.
+        answer: tokens with loss, </s> included, before cutting.
+        kept_prompt, kept_answer: those that remain in the row.
     """
 
     prompt: int
@@ -42,64 +81,115 @@ class Lengths(NamedTuple):
 
 
 class Encoder(ABC):
-    """Records of one kind to ids and labels. It can be pickled: worker processes get it this way.
+    """Turns records into ids and labels. Worker processes receive it by pickle.
+
+    Args:
+        tokenizer: text to ids.
+        read: reader of the data format.
+        section: lengths and columns.
+        max_prompt_length: most ids before an answer to generate, for formats without `max_source_length`.
 
     Attributes:
         seq_length: ids in a row.
-        tokenizer: text to ids.
-        no_labels: why a record may have no label left, and the remedy; follows "N skipped ".
-        too_long: why an answer may have no prompt that fits, and the remedy; follows "N skipped ".
+        needs_roles: whether the tokenizer must have role tokens.
+        learns_padding: whether `ignore_pad_token_for_loss: False` is possible.
+        uses_max_seq_length: whether `max_seq_length` is the length of a row, else `max_source_length` +
+            `max_target_length` + 1.
+        stop_tokens: tokens that end a generated answer, besides those of the tokenizer.
+        layout: pads a row; decides about positions and mask.
+        no_labels: why a record has no label left, and the remedy; follows "N skipped ".
+        too_long: why an answer has no prompt that fits, and the remedy; follows "N skipped ".
+
+    Raises:
+        DataError: the section cannot be used.
     """
 
-    no_labels: ClassVar[str]
-    too_long: ClassVar[str]
-    seq_length: int
-    tokenizer: SentencePieceTokenizer
+    needs_roles: ClassVar[bool] = False
+    learns_padding: ClassVar[bool] = False
+    uses_max_seq_length: ClassVar[bool] = False
+    stop_tokens: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[Callable[..., Row]]
+    no_labels: ClassVar[str] = "with a prompt longer than max_source_length allows for; raise it"
+    too_long: ClassVar[str] = no_labels
 
-    @abstractmethod
-    def read(self, value: Any, place: str) -> Any:
-        """The record that a JSON value stands for, in a form of its own; None if it is to be passed over as empty.
+    def __init__(
+        self,
+        tokenizer: SentencePieceTokenizer,
+        read: Reader,
+        section: Section,
+        max_prompt_length: int | None = None,
+    ) -> None:
+        name = type(tokenizer).__name__
+        if self.needs_roles and not tokenizer.roles:
+            raise DataError(
+                f"{name} has no roles, which {section.data_loader.type} needs; use a tokenizer with roles"
+            )
+        if not section.ignore_pad_token_for_loss and not self.learns_padding:
+            raise DataError(f"ignore_pad_token_for_loss = false is not possible with {name}; set it to true")
+        self.tokenizer = tokenizer
+        self.data_loader: str = section.data_loader.type
+        self._read, self._columns = read, tuple(section.data_loader.origin_columns)
+        self._ignore_pad = section.ignore_pad_token_for_loss
+        self.seq_length = self._set_lengths(section, max_prompt_length)
+
+    def _set_lengths(self, section: Section, max_prompt_length: int | None) -> int:
+        """Checks and keeps the lengths; returns the ids in a row."""
+        check_length("max_source_length", section.max_source_length, SHORTEST_PROMPT)
+        check_length("max_target_length", section.max_target_length)
+        self._max_source_length = section.max_source_length
+        self._max_target_length = section.max_target_length
+        return row_length(section.max_source_length, section.max_target_length)
+
+    def read(self, value: Any, place: str) -> Messages | None:
+        """The messages of a JSON value; None for a record to skip because a text is empty.
 
         Args:
-            value: what JSON says.
-            place: `file:line`, to begin an error with.
+            value: the JSON value.
+            place: `file:line`, the beginning of errors.
 
         Raises:
-            DataError: it is no record of this kind.
+            DataError: not a record of this format.
         """
+        return self._read(value, place, self._columns)
+
+    def row(self, input_ids: Sequence[int], labels: Sequence[int]) -> Row:
+        """The padded row of `train_ids`: int32 [seq_length] each."""
+        return type(self).layout(input_ids, labels, self.seq_length, self.tokenizer.pad_token_id)
 
     @abstractmethod
-    def has_labels(self, record: Any) -> bool:
-        """Whether `train_ids` holds a label that is not -100; cheaper than to make them."""
+    def has_labels(self, record: Messages) -> bool:
+        """Whether `train_ids` has a label that is not -100; cheaper than `train_ids`."""
 
     @abstractmethod
-    def train_ids(self, record: Any) -> tuple[list[int], list[int]]:
+    def train_ids(self, record: Messages) -> tuple[list[int], list[int]]:
         """Ids and labels, cut to at most `seq_length`, unpadded; labels are not shifted."""
 
     @abstractmethod
-    def row(self, input_ids: Sequence[int], labels: Sequence[int]) -> Row:
-        """The row of `train_ids`, padded: int32 [seq_length] each."""
-
-    @abstractmethod
-    def eval_rows(self, record: Any) -> list[EvalRow | None]:
+    def eval_rows(self, record: Messages) -> list[EvalRow | None]:
         """Every answer of a record; None for one whose prompt is too long."""
 
     @abstractmethod
-    def lengths(self, record: Any) -> Lengths:
+    def lengths(self, record: Messages) -> Lengths:
         """Tokens of a record, before and after cutting."""
 
     @abstractmethod
     def limits(self) -> dict[str, tuple[str, int]]:
-        """Where records are cut: "prompt", "answer", "whole" -> the key that says so, and the tokens that are kept.
-        Without an entry for "prompt" and "answer" the two are cut together."""
+        """Limits of "prompt" and "answer", or of "whole" if both are cut together: the key, and the tokens kept."""
 
-    @abstractmethod
     def length_keys(self, seq_length: int, prompt: int) -> dict[str, int]:
-        """Values of the length keys that give rows of `seq_length`, with room for a prompt."""
+        """Values of the length keys for rows of `seq_length` with room for a prompt."""
+        prompt = min(prompt, seq_length - 2)
+        return {"max_source_length": prompt, "max_target_length": seq_length - prompt - 1}
 
-    @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """All that decides what `read` and `train_ids` make of a file, but for the vocabulary; plain values."""
+        """Plain values of all settings that decide about the result of `read` and `train_ids`. It names caches."""
+        return {
+            "data_loader": self.data_loader,
+            "origin_columns": list(self._columns),
+            "max_source_length": self._max_source_length,
+            "max_target_length": self._max_target_length,
+            "ignore_pad_token_for_loss": self._ignore_pad,
+        }
 
 
 def cut_lengths(labels: Sequence[int], length: int) -> Lengths:

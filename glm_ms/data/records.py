@@ -1,4 +1,4 @@
-"""Reading records of prompt and response from JSON files; every fault is reported with file and line."""
+"""Records of prompt and response; errors name file and line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glm_ms.data.encoder import Message, Messages
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.storage.suggest import did_you_mean
@@ -23,53 +24,20 @@ class Record:
     line: int = 0
 
 
-class RecordReader:
-    """Iterates over the usable records of a file, reading as it goes; see `read_records`.
-
-    Attributes:
-        skipped: records passed over so far because prompt or response is empty or null.
-    """
-
-    def __init__(self, path: str | Path, columns: Sequence[str]) -> None:
-        check_columns(columns)
-        self.path = Path(path)
-        self.columns = tuple(columns)
-        self.skipped = 0
-
-    def __iter__(self) -> Iterator[Record]:
-        self.skipped = 0
-        found = False
-        for raw in raw_values(self.path):
-            found = True
-            record = parse_record(
-                parse_value(raw, self.path), self.columns, f"{self.path}:{raw.line}", raw.line
-            )
-            if record is not None:
-                yield record
-            else:
-                self.skipped += 1
-        if not found:
-            raise no_records(self.path)
-
-
-def check_columns(columns: Sequence[str]) -> None:
-    """Raises DataError unless `columns` names prompt and response, and optionally a history."""
-    if isinstance(columns, str) or len(columns) not in (2, 3):
-        raise DataError(f"columns = {columns!r}: must name prompt and response, optionally history")
-
-
 def parse_record(value: Any, columns: Sequence[str], place: str, line: int = 0) -> Record | None:
-    """The record that a JSON value stands for; None where prompt or response is empty or null.
+    """The record of a JSON value; None if prompt or response is empty or null.
 
     Args:
-        value: what JSON says.
+        value: a JSON value.
         columns: as in `read_records`.
-        place: `file:line`, to begin an error with.
+        place: `file:line`, the beginning of errors.
         line: kept in the record.
 
     Raises:
-        DataError: the value is not an object, or a column is missing or not a string.
+        DataError: the value is not an object, a column is missing or not a string, or `columns` names others than
+            prompt, response and history.
     """
+    _check_columns(columns)
     if not isinstance(value, dict):
         raise DataError(
             f"{place}: a record must be a JSON object such as "
@@ -80,29 +48,50 @@ def parse_record(value: Any, columns: Sequence[str], place: str, line: int = 0) 
     return Record(prompt, response, history, line) if prompt and response else None
 
 
+def read_prompt_and_answer(value: Any, place: str, columns: Sequence[str]) -> Messages | None:
+    """Reader of ADGenDataLoader: `parse_record` as messages of user and assistant in turn; only answers bear loss."""
+    record = parse_record(value, columns, place)
+    if record is None:
+        return None
+    rounds = [*record.history, (record.prompt, record.response)]
+    return tuple(
+        message
+        for prompt, response in rounds
+        for message in (Message("user", prompt), Message("assistant", response, loss=True))
+    )
+
+
 def no_records(path: Path) -> DataError:
     """The error about a file without any value."""
     return DataError(f"{path}: holds no records; expected one JSON object a line")
 
 
-def read_records(path: str | Path, columns: Sequence[str]) -> RecordReader:
-    """Reads prompt and response columns of a file.
+def read_records(path: str | Path, columns: Sequence[str]) -> Iterator[Record]:
+    """Yields the records of a file of prompts and responses, as it reads; skips those with an empty text.
 
     Args:
-        path: JSON lines (one object a line, blank lines allowed), or one JSON array of objects. UTF-8, with
-            or without byte order mark.
+        path: JSON lines or a JSON array, see `glm_ms.storage.json_lines`.
         columns: names of the prompt and the response column, and optionally of a history column, whose value
             is a list of [prompt, response] pairs.
 
-    Returns:
-        An iterable of `Record`. Records whose prompt or response is empty or null are passed over, as the
-        reference does, and counted in its `skipped`.
-
     Raises:
-        DataError: on iteration: the file is missing, empty or not UTF-8; a line is not JSON or not an
-            object; a column is missing or its value is not a string. The message begins with `file:line`.
+        DataError: the file is missing, empty or not UTF-8; a line is not JSON or not an object; a column is missing or
+            not a string. The message begins with `file:line`.
     """
-    return RecordReader(path, columns)
+    _check_columns(columns)
+    path, found = Path(path), False
+    for raw in raw_values(path):
+        found = True
+        record = parse_record(parse_value(raw, path), columns, f"{path}:{raw.line}", raw.line)
+        if record is not None:
+            yield record
+    if not found:
+        raise no_records(path)
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    if isinstance(columns, str) or len(columns) not in (2, 3):
+        raise DataError(f"columns = {columns!r}: must name prompt and response, optionally history")
 
 
 def _column(value: dict[str, Any], name: str, place: str) -> Any:
@@ -122,7 +111,7 @@ def _text(value: dict[str, Any], name: str, place: str) -> str:
 
 
 def checked_text(text: Any, place: str) -> str:
-    """`text`, held to be a string that UTF-8 can write; DataError, beginning with `place`, if it is not."""
+    """`text` itself; DataError, beginning with `place`, if it is not a string that UTF-8 can encode."""
     if not isinstance(text, str):
         raise DataError(f"{place} must be a string, found {type(text).__name__}: {str(text)[:60]}")
     try:

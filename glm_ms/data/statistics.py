@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.parallel import check_may_start, map_batches, processes_for
 from glm_ms.data.records import no_records
+from glm_ms.data.workers import check_may_start, map_batches, processes_for
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import JsonFile, RawValue, parse_value
 

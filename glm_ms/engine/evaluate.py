@@ -147,10 +147,7 @@ class _TextPass(_Pass):
         records = prompts_with_references(data, tokenizer, settings.generation)
         say(records.describe())
         options = generation_options(settings, tokenizer, say)
-        stop = list(options["eos_token_id"])
-        if data.data_loader.type != "ADGenDataLoader":
-            # A thought before a tool call is one message, and the call the next: both are the assistant's.
-            stop.append(tokenizer.get_command("<|assistant|>"))
+        stop = list(options["eos_token_id"]) + [tokenizer.get_command(token) for token in records.stop_tokens]
         # One text per reference.
         self._options = {**options, "eos_token_id": stop, "num_return_sequences": 1}
         prompts = [records[i]["input_ids"] for i in range(len(records))]

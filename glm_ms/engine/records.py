@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from glm_ms.data import AdgenEvalDataset, CacheRequest, EvalDataset, TrainDataset, section_encoder
+from glm_ms.data import CacheRequest, EvalDataset, TrainDataset
+from glm_ms.families import build_encoder
 from glm_ms.settings.sections import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -28,7 +29,7 @@ def labelled_rows(
     if isinstance(data, TrainDatasetSettings) and data.cache_dir is not None:
         cache = CacheRequest(data.cache_dir, data.num_parallel_workers)
     return TrainDataset(
-        data.data_loader.dataset_dir, section_encoder(data, tokenizer), data.num_samples, cache, say
+        data.data_loader.dataset_dir, build_encoder(data, tokenizer), data.num_samples, cache, say
     )
 
 
@@ -40,12 +41,8 @@ def prompts_with_references(
     Raises:
         DataError: the records or the keys cannot be used.
     """
-    path, num_samples = data.data_loader.dataset_dir, data.num_samples
-    if data.data_loader.type == "ADGenDataLoader":
-        lengths = data.max_source_length, data.max_target_length
-        return AdgenEvalDataset(path, tokenizer, data.data_loader.origin_columns, *lengths, num_samples)
     most = None
     if data.max_seq_length is not None:
         room = generation.max_new_tokens if generation.max_length is None else 1
         most = min(data.max_seq_length, generation.max_length or data.max_seq_length) - room
-    return EvalDataset(path, section_encoder(data, tokenizer, most), num_samples)
+    return EvalDataset(data.data_loader.dataset_dir, build_encoder(data, tokenizer, most), data.num_samples)

@@ -12,7 +12,6 @@ from typing import Any
 import mindspore as ms
 from mindformers.core.context import build_context
 
-from glm_ms import tokenizer as tokenizers
 from glm_ms.ascend_hints import overflow_mode_note
 from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.predict import RESULTS_FILE, predict
@@ -22,6 +21,7 @@ from glm_ms.engine.signals import restore_signal_handlers
 from glm_ms.engine.step.trainer_config import mindformers_config
 from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model, fuse
+from glm_ms.families import family_of
 from glm_ms.ops.ascend import soc_version
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.storage.atomic import replace_text
@@ -98,7 +98,7 @@ def _shared(settings: dict[str, Any], section: str = "") -> dict[str, Any]:
 def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
     """The tokenizer of `processor.tokenizer`."""
     chosen = settings.processor.tokenizer
-    return getattr(tokenizers, chosen.type)(chosen.vocab_file)
+    return family_of(chosen.type).tokenizer(chosen.vocab_file)
 
 
 def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None]) -> None:

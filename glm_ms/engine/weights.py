@@ -14,6 +14,7 @@ from glm_ms.convert import (
     open_checkpoint,
 )
 from glm_ms.engine.checkpoints.manifest import read_manifest, weights_fingerprint
+from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.layers import DTYPES
@@ -215,7 +216,7 @@ def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> Non
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not (folder / "config.json").is_file():
         return
-    different = different_fields(config, GLMConfig.from_pretrained(folder), "config.json")
+    different = different_fields(config, read_config(folder), "config.json")
     if different:
         raise CheckpointError(
             f"{folder / 'config.json'} and {source} describe different networks: {'; '.join(different)}"

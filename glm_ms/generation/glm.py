@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn.utils import no_init_parameters
 
+from glm_ms.families import family_of
 from glm_ms.generation.adapter import AdapterReport, load_adapter
 from glm_ms.generation.cached_decoder import CachedDecoder, DecoderPool, graph_mode
 from glm_ms.generation.cells import Logits
@@ -46,7 +47,7 @@ class GLMForCausalLM:
     """
 
     def __init__(self, config: GLMConfig) -> None:
-        self._build(config, GLMNetwork(config))
+        self._build(config, family_of(config).build_network(config))
 
     @classmethod
     def from_parameters(
@@ -62,7 +63,7 @@ class GLMForCausalLM:
             ValueError: a name or shape does not fit, or a parameter is missing.
         """
         with no_init_parameters():
-            network = GLMNetwork(config)
+            network = family_of(config).build_network(config)
         model = cls.__new__(cls)
         model._build(config, network)
         model.load_parameters(parameters)

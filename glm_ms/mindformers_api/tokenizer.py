@@ -17,7 +17,7 @@ from mindformers.models.tokenization_utils_base import (
     to_py_obj,
 )
 
-from glm_ms import tokenizer as tokenizers
+from glm_ms.families import FAMILIES, family_of
 from glm_ms.mindformers_api.auto import TOKENIZER_CLASS, made_folder
 from glm_ms.mindformers_api.vocabulary import CONFIG_FILE, GENERATION_KEY, VOCABULARY_FILE, find_vocabulary
 from glm_ms.mindformers_api.yaml import is_run_yaml
@@ -333,14 +333,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             SettingsError: a YAML that cannot be read.
         """
         path = Path(str(kwargs.pop("pretrained_model_name_or_path", None) or name_or_path))
-        own = None if cls.core_class is None else cls.core_class.model_generation
+        own = None if cls.core_class is None else family_of(cls.core_class.__name__).generation
         generation, vocab_file = find_vocabulary(path, kwargs.pop(GENERATION_KEY, None) or own)
         return BY_GENERATION[generation](str(vocab_file), **{**kwargs, "name_or_path": str(path)})
 
     def save_pretrained(self, save_directory: str, *_: Any, **kwargs: Any) -> tuple[str, ...]:
         """Writes tokenizer.model and tokenizer_config.json, which AutoTokenizer reads; returns their paths."""
         folder = made_folder(save_directory)
-        config = {"tokenizer_class": TOKENIZER_CLASS, GENERATION_KEY: self.core.model_generation}
+        config = {"tokenizer_class": TOKENIZER_CLASS, GENERATION_KEY: family_of(self.core).generation}
         replace_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         return (*self.save_vocabulary(str(folder)), str(folder / CONFIG_FILE))
 
@@ -355,13 +355,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 class GLM2Tokenizer(ChatGLMTokenizer):
     """`glm_ms.ChatGLM2Tokenizer` for MindFormers, whose registry has a stock class by that name."""
 
-    core_class = tokenizers.ChatGLM2Tokenizer
+    core_class = FAMILIES["chatglm2"].tokenizer
 
 
 class GLM3Tokenizer(ChatGLMTokenizer):
     """`glm_ms.ChatGLM3Tokenizer` for MindFormers, whose registry has a stock class by that name."""
 
-    core_class = tokenizers.ChatGLM3Tokenizer
+    core_class = FAMILIES["chatglm3"].tokenizer
 
 
 BY_GENERATION = {2: GLM2Tokenizer, 3: GLM3Tokenizer}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glm_ms import tokenizer as tokenizers
+from glm_ms.families import FAMILIES
 from glm_ms.settings.document import Entry, read_document
+from glm_ms.settings.sections import TokenizerSettings
 from glm_ms.storage.readers import read_object
 from glm_ms.tokenizer import VocabularyError
 
@@ -13,15 +14,9 @@ VOCABULARY_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer_config.json"
 # Vocabularies of ChatGLM2 and ChatGLM3 are the same file. Which one a folder is for its tokenizer_config.json tells: by
 # this key, which `save_pretrained` writes, or by the name under which the model was released.
 GENERATION_KEY = "model_generation"
-_RELEASED = {
-    **dict.fromkeys(("chatglm2-6b", "chatglm2-6b-32k", "chatglm2-6b-int4", "codegeex2-6b"), 2),
-    **dict.fromkeys(("chatglm3-6b", "chatglm3-6b-base", "chatglm3-6b-32k", "chatglm3-6b-128k"), 3),
-}
+_RELEASED = {name: family.generation for family in FAMILIES.values() for name in family.released}
 _PUBLISHERS = ("THUDM", "zai-org", "ZhipuAI")
-_GENERATIONS = {
-    kind.__name__: kind.model_generation
-    for kind in (tokenizers.ChatGLM2Tokenizer, tokenizers.ChatGLM3Tokenizer)
-}
+_GENERATIONS = {family.tokenizer.__name__: family.generation for family in FAMILIES.values()}
 
 
 def find_vocabulary(path: Path, generation: int | None = None) -> tuple[int, Path]:
@@ -67,7 +62,7 @@ def _in_yaml(path: Path, generation: int | None) -> tuple[int, Path]:
         raise VocabularyError(
             f"{path}: processor.tokenizer.vocab_file: missing; give the path of a {VOCABULARY_FILE}"
         )
-    name = keys["type"].value if "type" in keys else tokenizers.ChatGLM3Tokenizer.__name__
+    name = keys["type"].value if "type" in keys else TokenizerSettings().type
     if name not in _GENERATIONS:
         raise VocabularyError(
             f"{keys['type'].where}: processor.tokenizer.type: {name!r}: must be one of {', '.join(_GENERATIONS)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -78,6 +78,8 @@ class GLMConfig:
     Raises:
         ConfigError: a size is not positive, or sizes do not fit each other.
     """
+
+    model_type: ClassVar[str] = "chatglm"  # of a config.json
 
     num_layers: int = 28
     padded_vocab_size: int = 65024
@@ -169,7 +171,7 @@ class GLMConfig:
         if fields["rope_ratio"] == 1:  # older reference code does not know the key
             del fields["rope_ratio"]
         return {
-            "model_type": "chatglm",
+            "model_type": self.model_type,
             "architectures": ["ChatGLMModel"],
             "tie_word_embeddings": False,
             **fields,
@@ -220,8 +222,8 @@ class GLMConfig:
     def _from_hf(cls, path: Path) -> GLMConfig:
         values = read_object(path, ConfigError)
         model_type = values.pop("model_type", None)
-        if model_type != "chatglm":
-            raise ConfigError(f"{path}: model_type = {model_type!r}: expected 'chatglm'")
+        if model_type != cls.model_type:
+            raise ConfigError(f"{path}: model_type = {model_type!r}: expected {cls.model_type!r}")
         if values.pop("tie_word_embeddings", False):
             raise ConfigError(f"{path}: tie_word_embeddings = true: ChatGLM has a separate output layer")
         if values.get("quantization_bit"):

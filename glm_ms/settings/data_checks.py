@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 
+from glm_ms.data.formats import FORMATS
+from glm_ms.families import FAMILIES, family_of
 from glm_ms.metrics import LOSS, METRICS, TEXT, takes
 from glm_ms.settings.errors import Problem
 from glm_ms.settings.files import folder_problems
@@ -12,13 +15,6 @@ from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
 
 _SEQ_LENGTH = "model.model_config.seq_length"
 _TOKENIZER = "processor.tokenizer.type"
-_CHAT_LOADERS = ("ConversationDataLoader", "ToolAlpacaDataLoader")
-_TOOL_LOADER = "ToolAlpacaDataLoader"
-# Keys of `*_dataset` that a data loader does not use.
-_UNUSED = {
-    "ConversationDataLoader": ("data_loader.origin_columns",),
-    _TOOL_LOADER: ("data_loader.origin_columns", "max_source_length", "max_target_length"),
-}
 # `[gMASK] sop`, a role token and one token of text.
 _SHORTEST_PROMPT = 4
 
@@ -26,7 +22,7 @@ _SHORTEST_PROMPT = 4
 def fill_max_seq_length(settings: Settings) -> None:
     """Replaces `max_seq_length: null` by the length of the network, if the data loader uses the key."""
     for data in (settings.train_dataset, settings.eval_dataset):
-        if data.data_loader.type == _TOOL_LOADER and data.max_seq_length is None:
+        if FORMATS[data.data_loader.type].uses_max_seq_length and data.max_seq_length is None:
             data.max_seq_length = settings.model.model_config.seq_length
 
 
@@ -34,10 +30,8 @@ def data_notes(settings: Settings, part: str) -> Iterator[str]:
     """A line for every key without effect. These are no problems: a file for one data loader also serves another."""
     data = _section(settings, part)
     default = type(data)()
-    for name in _UNUSED.get(data.data_loader.type, ()):
-        inner, _, last = name.rpartition(".")
-        given, usual = (data.data_loader, default.data_loader) if inner else (data, default)
-        if getattr(given, last) != getattr(usual, last):
+    for name in FORMATS[data.data_loader.type].unused_keys:
+        if attrgetter(name)(data) != attrgetter(name)(default):
             yield f"{part}_dataset.{name}: no effect with {data.data_loader.type}"
 
 
@@ -56,12 +50,14 @@ def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
     """The problems of a data set that concern neither the network nor generation."""
     section, data = f"{part}_dataset", _section(settings, part)
     kind, loader = data.data_loader.type, f"{section}.data_loader.type"
-    tokenizer = settings.processor.tokenizer.type
-    if kind in _CHAT_LOADERS and tokenizer != "ChatGLM3Tokenizer":
-        message = f"{kind} needs {_TOKENIZER}: ChatGLM3Tokenizer, found {tokenizer}, which has no roles"
+    data_format, family = FORMATS[kind], family_of(settings.processor.tokenizer.type)
+    name, encoder = family.tokenizer.__name__, data_format.encoder or family.encoder
+    if data_format.needs_roles and not family.tokenizer.roles:
+        usable = [item.tokenizer.__name__ for item in FAMILIES.values() if item.tokenizer.roles]
+        message = f"{kind} needs {_TOKENIZER}: {' or '.join(usable)}, found {name}, which has no roles"
         yield Problem(loader, message, (_TOKENIZER,))
-    if not data.ignore_pad_token_for_loss and tokenizer == "ChatGLM3Tokenizer":
-        message = "False is a setting of ChatGLM2; remove it for ChatGLM3"
+    elif not data.ignore_pad_token_for_loss and not encoder.learns_padding:
+        message = f"False is not possible with {kind} and {name}; remove it"
         yield Problem(f"{section}.ignore_pad_token_for_loss", message, (_TOKENIZER,))
     yield from unused_keys(settings, section)
     if isinstance(data, TrainDatasetSettings) and data.cache_dir is not None:
@@ -75,7 +71,7 @@ def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
 def length_problems(settings: Settings, part: str) -> Iterator[Problem]:
     """The lengths of a data set that do not fit the network or the generation."""
     data, seq_length = _section(settings, part), settings.model.model_config.seq_length
-    tools = data.data_loader.type == _TOOL_LOADER
+    tools = FORMATS[data.data_loader.type].uses_max_seq_length
     if isinstance(data, EvalDatasetSettings):
         yield from _length_of_tool_answers(settings) if tools else _length_of_answers(settings)
     elif tools and data.max_seq_length != seq_length:

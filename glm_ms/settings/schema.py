@@ -10,6 +10,8 @@ from typing import Any, Literal, Optional, Union, get_type_hints
 
 import yaml
 
+from glm_ms.data.formats import FORMATS
+from glm_ms.families import family_of
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.settings.errors import Problem, SettingsError
@@ -33,6 +35,7 @@ from glm_ms.settings.sections import (
     WrapperSettings,
     default_of,
     key,
+    used_with,
 )
 
 AUTO = "auto"
@@ -141,7 +144,9 @@ class Settings:
                 f"{self.where(_VOCAB_KEY)}: {_VOCAB_KEY}: auto has not been resolved; "
                 "call resolve_vocab_size(settings, vocab_size) with the size of the tokenizer first"
             )
-        return GLMConfig.from_dict(values, source=self.source or "settings")
+        del values["type"]  # the family decides about the class
+        config = family_of(self.processor.tokenizer.type).config
+        return config.from_dict(values, source=self.source or "settings")
 
     def to_dict(self) -> dict[str, Any]:
         """Every key as nested plain values."""
@@ -203,7 +208,7 @@ def unused_keys(settings: Settings, section: str) -> Iterator[Problem]:
         path = dotted.rpartition(".")[0]
         if path != section or "used_with" not in item.metadata:
             continue
-        other, values = item.metadata["used_with"]
+        other, values = used_with(item)
         chosen = settings.get(f"{path}.{other}")
         if chosen not in values and settings.get(dotted) != default_of(item):
             state = f"with {chosen}" if chosen else f"without {other}"
@@ -241,7 +246,7 @@ def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> Parallel
 def training_length(settings: Settings) -> int:
     """Positions of a training row."""
     data = settings.train_dataset
-    if data.data_loader.type == "ToolAlpacaDataLoader":
+    if FORMATS[data.data_loader.type].uses_max_seq_length:
         return data.max_seq_length or settings.model.model_config.seq_length
     return data.max_source_length + data.max_target_length + 1
 

@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Optional, Union, get_type_hints
 
+from glm_ms.data.formats import FORMATS, formats_with_max_seq_length
+from glm_ms.families import tokenizer_names
 from glm_ms.metrics import METRICS, score_names
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 
@@ -39,7 +41,8 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
         rules: `at_least`, `above`, `at_most`, `below` bound numbers; `pattern` (with `example`) is the regular
             expression of a text; `choices` are the allowed texts, or a function that returns them; `length` fixes a
             list's length; `or_one` allows a single value in place of a list; `used_with` = (key of the same section,
-            values): with other values of that key, this one has no effect; `flag` is a `Flag`.
+            values, or a function that returns them): with other values of that key, this one has no effect; `flag` is
+            a `Flag`.
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, list):
@@ -58,6 +61,12 @@ def allowed(item: dataclasses.Field) -> tuple[str, ...]:
     """The allowed texts of a key declared with `choices`."""
     choices = item.metadata["choices"]
     return tuple(choices() if callable(choices) else choices)
+
+
+def used_with(item: dataclasses.Field) -> tuple[str, tuple[str, ...]]:
+    """The deciding key and its values of a key declared with `used_with`."""
+    other, values = item.metadata["used_with"]
+    return other, tuple(values() if callable(values) else values)
 
 
 @dataclass
@@ -212,9 +221,7 @@ class ModelSettings:
 class TokenizerSettings:
     """`processor.tokenizer`: the tokenizer."""
 
-    type: str = key(
-        "ChatGLM3Tokenizer", "tokenizer class", choices=("ChatGLM2Tokenizer", "ChatGLM3Tokenizer")
-    )
+    type: str = key("ChatGLM3Tokenizer", "tokenizer class", choices=tokenizer_names)
     vocab_file: str = key("", "path of tokenizer.model")
 
 
@@ -313,7 +320,7 @@ class DataLoaderSettings:
         "ADGenDataLoader",
         "format: prompt and answer (ADGen); conversations as in finetune_hf.py of ChatGLM3 (Conversation); "
         "conversations with tools and loss flags, one JSON object per line (ToolAlpaca)",
-        choices=("ADGenDataLoader", "ConversationDataLoader", "ToolAlpacaDataLoader"),
+        choices=lambda: FORMATS,
     )
     dataset_dir: str = key("", "the .json / .jsonl file, or its folder")
     shuffle: bool = key(True, "a new order in every epoch, drawn from `seed`")
@@ -348,7 +355,7 @@ class _DatasetSettings:
     max_target_length: int = key(127, "tokens of the answer", at_least=1)
     max_seq_length: Optional[int] = key(
         None, "tokens of a row; null: model.model_config.seq_length", at_least=4,
-        used_with=("data_loader.type", ("ToolAlpacaDataLoader",)),
+        used_with=("data_loader.type", formats_with_max_seq_length),
     )  # fmt: skip
     ignore_pad_token_for_loss: bool = key(True, "padding has no loss")
     num_samples: Optional[int] = key(None, "use only the first records, this many; null: all", at_least=1)
@@ -421,5 +428,5 @@ class LoggingSettings:
 
 def keys_used_with(section: type, value: str) -> tuple[str, ...]:
     """The keys of a section that have an effect with a value of its deciding key, such as "lora"."""
-    rules = {item.name: item.metadata.get("used_with") for item in dataclasses.fields(section)}
-    return tuple(name for name, rule in rules.items() if rule and value in rule[1])
+    ruled = [item for item in dataclasses.fields(section) if "used_with" in item.metadata]
+    return tuple(item.name for item in ruled if value in used_with(item)[1])

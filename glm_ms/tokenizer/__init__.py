@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from glm_ms.tokenizer.base import SentencePieceTokenizer, VocabularyError
 from glm_ms.tokenizer.chatglm2 import ChatGLM2Tokenizer
-from glm_ms.tokenizer.chatglm3 import ChatGLM3Tokenizer
+from glm_ms.tokenizer.chatglm3 import ChatGLM3Tokenizer, ToolCallError
 from glm_ms.tokenizer.streaming import IncrementalDecoder
-from glm_ms.tokenizer.tool_call import ToolCallError
 
 __all__ = [
     "ChatGLM2Tokenizer",

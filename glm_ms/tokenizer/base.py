@@ -1,4 +1,4 @@
-"""What ChatGLM2 and ChatGLM3 tokenizers share: SentencePiece, special tokens, truncation and padding.
+"""Base of the tokenizers: SentencePiece, special tokens, truncation and padding.
 
 Behaviour follows `tokenization_chatglm.py` of the released models.
 """
@@ -8,30 +8,35 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import sentencepiece
+
+from glm_ms.storage.errors import FileError
 from glm_ms.storage.suggest import did_you_mean
-from glm_ms.tokenizer.padding import pad_features
-from glm_ms.tokenizer.vocabulary import VocabularyError, load_vocabulary
 
-__all__ = ["SentencePieceTokenizer", "VocabularyError"]
-
-# The end of ChatGLM's training data stood in its answers as this mark.
+# The models write this mark in place of the end of their training data.
 _TRAINING_DATE = ("[[训练时间]]", "2023年")
 _TEMPLATE_OPENING = re.compile(r"\[gMASK\] *sop")
+_FEATURE_KEYS = ("input_ids", "attention_mask", "position_ids")
+
+
+class VocabularyError(FileError):
+    """A vocabulary file cannot be used. The message names the file and the remedy."""
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece vocabulary followed by special tokens; a subclass adds the prompt of its model.
+    """A SentencePiece vocabulary followed by special tokens; a subclass adds the prompt template of its model.
 
-    Special tokens take the ids from `sp.GetPieceSize()` on, in the order of `special_tokens`. Text is
-    encoded by SentencePiece alone, so text that spells a special token never becomes one.
+    Special tokens have the ids from `sp.GetPieceSize()` on, in the order of `special_tokens`. SentencePiece alone
+    encodes text, so text that spells a special token never becomes one.
 
     Args:
         vocab_file: the SentencePiece model (`tokenizer.model`); any vocabulary with <unk> and </s> works.
 
     Attributes:
-        model_generation: 2 or 3, the ChatGLM whose prompts are built.
+        roles: roles of messages that the prompt template knows; none if it has no role tokens.
+        stop_tokens: tokens that end an answer.
         vocab_size: pieces and special tokens together.
         pad_token_id, eos_token_id: `pad` is <unk>, as in the released models.
         prefix_tokens: ids of `[gMASK] sop`, which open every text.
@@ -40,13 +45,14 @@ class SentencePieceTokenizer:
         VocabularyError: the file is missing or not a SentencePiece model.
     """
 
-    model_generation: int
-    special_tokens: tuple[str, ...]
+    special_tokens: ClassVar[tuple[str, ...]]
+    roles: ClassVar[tuple[str, ...]] = ()
+    stop_tokens: ClassVar[tuple[str, ...]] = ("<eos>",)
     padding_side = "left"
 
     def __init__(self, vocab_file: str | Path) -> None:
         self.vocab_file = str(vocab_file)
-        self.sp = load_vocabulary(vocab_file)
+        self.sp = _load_vocabulary(vocab_file)
         self._num_pieces = self.sp.GetPieceSize()
         self.vocab_size = self._num_pieces + len(self.special_tokens)
         self.pad_token_id = self.sp.unk_id()
@@ -59,19 +65,34 @@ class SentencePieceTokenizer:
         self._commands.update({"<eos>": self.eos_token_id, "<pad>": self.pad_token_id})
         if self.sp.bos_id() >= 0:
             self._commands["<bos>"] = self.sp.bos_id()
-        # Ids whose token is the empty string: a negative id stands for "not defined".
+        # Ids whose token is the empty string. A vocabulary without <s> has the negative id of it.
         self._silent_ids = {self.eos_token_id, self.pad_token_id, self.sp.bos_id()}
         self.prefix_tokens = [self.get_command("[gMASK]"), self.get_command("sop")]
         self._adds_space = self.sp.EncodeAsPieces("a")[0].startswith("▁")
 
-    # ------------------------------------------------------------------ hooks
+    # ------------------------------------------------------------------ for subclasses
+
+    def build_chat_input(
+        self, query: str, history: Sequence[Any] | None = None, role: str = "user"
+    ) -> dict[str, list[int]]:
+        """Ids of a conversation that end where the answer begins: the prompt template.
+
+        Args:
+            query: new message.
+            history: earlier messages, oldest first.
+            role: role of the new message.
+
+        Returns:
+            `input_ids`, `attention_mask`, `position_ids`, each a list [S] of int.
+        """
+        raise NotImplementedError
 
     def _special_piece(self, token: str) -> str:
-        """What `decode` writes for a special token."""
+        """Text that `decode` writes for a special token."""
         raise NotImplementedError
 
     def _unknown_piece(self, index: int) -> str:
-        """What `decode` writes for an id beyond the vocabulary."""
+        """Text that `decode` writes for an id beyond the vocabulary."""
         raise NotImplementedError
 
     def _encode_template_body(self, body: str) -> list[int]:
@@ -85,7 +106,7 @@ class SentencePieceTokenizer:
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: `text` holds half of a surrogate pair.
+            ValueError: `text` has half of a surrogate pair.
         """
         return self.sp.EncodeAsPieces(_checked(text))
 
@@ -168,13 +189,7 @@ class SentencePieceTokenizer:
             {"input_ids": self.encode(first, second, add_special_tokens, truncation, max_length)}
             for first, second in zip(texts, pairs)
         ]
-        padded = pad_features(
-            rows,
-            self.pad_token_id,
-            padding,
-            max_length if padding == "max_length" else None,
-            pad_to_multiple_of,
-        )
+        padded = self.pad(rows, padding, max_length if padding == "max_length" else None, pad_to_multiple_of)
         return {name: rows[0] for name, rows in padded.items()} if single else padded
 
     def pad(
@@ -184,11 +199,11 @@ class SentencePieceTokenizer:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> dict[str, list]:
-        """Pads encoded texts on the left.
+        """Pads encoded texts on the left: ids with `pad_token_id`, masks and positions with 0.
 
         Args:
-            features: mappings with `input_ids` and optionally `attention_mask`, `position_ids`; or one
-                mapping of lists.
+            features: mappings with `input_ids` and optionally `attention_mask` (default ones) and `position_ids`
+                (default 0..n-1); or one mapping of lists. A row longer than the target length stays as it is.
             padding, max_length, pad_to_multiple_of: as in `__call__`.
 
         Returns:
@@ -200,7 +215,23 @@ class SentencePieceTokenizer:
         """
         if isinstance(features, Mapping):
             features = [dict(zip(features, values)) for values in zip(*features.values())]
-        return pad_features(features, self.pad_token_id, padding, max_length, pad_to_multiple_of)
+        if padding not in (False, True, "longest", "max_length"):
+            raise ValueError(f"padding = {padding!r}: must be False, True, 'longest' or 'max_length'")
+        if (padding == "max_length") != (max_length is not None):
+            raise ValueError(
+                f"padding = {padding!r} with max_length = {max_length}: max_length goes with 'max_length'"
+            )
+        rows = [_completed(feature) for feature in features]
+        target = 0
+        if padding:
+            longest = max((len(row["input_ids"]) for row in rows), default=0)
+            target = max_length if max_length is not None else longest
+            if pad_to_multiple_of:
+                target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
+        fill = dict(zip(_FEATURE_KEYS, (self.pad_token_id, 0, 0)))
+        return {
+            key: [[fill[key]] * (target - len(row[key])) + row[key] for row in rows] for key in _FEATURE_KEYS
+        }
 
     # ------------------------------------------------------------------ chat template in text form
 
@@ -209,9 +240,9 @@ class SentencePieceTokenizer:
         return _TEMPLATE_OPENING.match(text) is not None
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of text that is already written in the chat template, the way `decode` writes it.
+        """Ids of text in the chat template, as `decode` writes it.
 
-        This is the one way in which text becomes special tokens, so do not put text of strangers through it.
+        This is the only way in which text becomes special tokens, so do not use it for untrusted text.
 
         Raises:
             ValueError: the text does not begin with `[gMASK]sop`, or breaks the template of this model.
@@ -222,10 +253,15 @@ class SentencePieceTokenizer:
         return self.prefix_tokens + self._encode_template_body(self._without_space(text[opening.end() :]))
 
     def _without_space(self, text: str) -> str:
-        """`text` less the space that `decode` writes for the vocabulary's own leading space."""
+        """`text` without the space that `decode` writes for the leading space of the vocabulary."""
         return text[1:] if self._adds_space and text.startswith(" ") else text
 
     # ------------------------------------------------------------------ ids to text
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer."""
+        return [self.get_command(token) for token in self.stop_tokens]
 
     def get_command(self, token: str) -> int:
         """Id of a special token, or of <bos>, <eos>, <pad>.
@@ -235,7 +271,7 @@ class SentencePieceTokenizer:
         """
         if token not in self._commands:
             hint = did_you_mean(token, self._commands, f"; it has {', '.join(self._commands)}")
-            raise AssertionError(f"{token!r} is no special token of {type(self).__name__}{hint}")
+            raise AssertionError(f"{token!r} is not a special token of {type(self).__name__}{hint}")
         return self._commands[token]
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
@@ -267,11 +303,11 @@ class SentencePieceTokenizer:
         return self._unknown_piece(index)
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Text of pieces; a string that is no piece stands for itself."""
+        """Text of pieces; a string that is not a piece is written as it is."""
         return self.sp.DecodePieces(list(tokens)) if tokens else ""
 
     def byte_value(self, index: int) -> int | None:
-        """The byte (0 to 255) that a byte-fallback piece stands for, None for any other id."""
+        """The byte (0 to 255) of a byte-fallback piece, None for any other id."""
         if not 0 <= index < self._num_pieces or not self.sp.IsByte(index):
             return None
         return int(self.sp.IdToPiece(index)[3:5], 16)  # a byte piece is spelled <0xE4>
@@ -281,9 +317,8 @@ class SentencePieceTokenizer:
 
         Args:
             ids: one id or a list or array of them.
-            skip_special_tokens: accepted for callers that pass it. As in the reference it changes nothing:
-                <unk>, <s> and </s> are never written, ChatGLM2 writes no special token, and ChatGLM3 writes
-                all of its own ones.
+            skip_special_tokens: no effect, as in the reference: <unk>, <s> and </s> are never written, ChatGLM2
+                writes no special token, and ChatGLM3 writes all of its own.
 
         Raises:
             IndexError: ChatGLM2 only: an id beyond the vocabulary.
@@ -334,3 +369,51 @@ def _truncate(
         else:
             keep_second -= 1
     return first[:keep_first], second[:keep_second]
+
+
+def _completed(feature: Mapping[str, Any]) -> dict[str, list[int]]:
+    unknown = [key for key in feature if key not in _FEATURE_KEYS]
+    if unknown or "input_ids" not in feature:
+        problem = f"unknown key {unknown[0]!r}" if unknown else "input_ids is missing"
+        raise ValueError(f"{problem}; a feature has {', '.join(_FEATURE_KEYS)}")
+    row = {key: [int(value) for value in feature[key]] for key in feature}
+    length = len(row["input_ids"])
+    row.setdefault("attention_mask", [1] * length)
+    row.setdefault("position_ids", list(range(length)))
+    for key in _FEATURE_KEYS:
+        if len(row[key]) != length:
+            raise ValueError(f"{key} has {len(row[key])} values, input_ids {length}")
+    return row
+
+
+def _load_vocabulary(vocab_file: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """Reads a `tokenizer.model`.
+
+    Args:
+        vocab_file: a SentencePiece model of any size; it must define <unk> and </s>.
+
+    Raises:
+        VocabularyError: the file is missing, a folder, unreadable, not a SentencePiece model, or lacks </s>.
+    """
+    path = Path(vocab_file)
+    if path.is_dir():
+        raise VocabularyError(f"{path}: is a folder; give the SentencePiece file in it (tokenizer.model)")
+    try:
+        serialized = path.read_bytes()
+    except FileNotFoundError:
+        raise VocabularyError(
+            f"{path}: no such file; give the SentencePiece vocabulary (tokenizer.model)"
+        ) from None
+    except OSError as error:
+        raise VocabularyError(f"{path}: cannot be read: {error.strerror}") from None
+    vocabulary = sentencepiece.SentencePieceProcessor()
+    try:
+        vocabulary.LoadFromSerializedProto(serialized)
+    except (RuntimeError, OSError):
+        hint = "it is a Git LFS pointer, " if serialized.startswith(b"version https://git-lfs") else ""
+        raise VocabularyError(
+            f"{path}: {hint}not a whole SentencePiece model ({len(serialized)} bytes); fetch it again"
+        ) from None
+    if vocabulary.eos_id() < 0:
+        raise VocabularyError(f"{path}: defines no </s>; train the vocabulary with eos_id >= 0")
+    return vocabulary

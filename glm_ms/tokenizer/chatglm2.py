@@ -1,4 +1,4 @@
-"""ChatGLM2: a prompt of numbered rounds in plain text, no role tokens."""
+"""ChatGLM2: a prompt template of numbered rounds in plain text, without role tokens."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ _ROLE_TOKEN = re.compile(r"\s*<\|(system|user|assistant|observation)\|>")
 class ChatGLM2Tokenizer(SentencePieceTokenizer):
     """Tokenizer of ChatGLM2-6B (CodeGeeX2 shares it)."""
 
-    model_generation = 2
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Ids that end an answer."""
-        return [self.eos_token_id]
 
     def _special_piece(self, token: str) -> str:
         return ""
@@ -30,12 +24,7 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         raise IndexError(f"token id {index} is beyond the vocabulary of {self.vocab_size} ids")
 
     def build_prompt(self, query: str, history: Sequence[Sequence[str]] | None = None) -> str:
-        """The prompt text of a conversation.
-
-        Args:
-            query: the new question.
-            history: (question, answer) pairs, oldest first.
-        """
+        """Text of a conversation: `history` are (question, answer) pairs, oldest first."""
         rounds = [*(history or []), (query, None)]
         return "\n\n".join(
             _ROUND.format(number, question) + (answer or "")

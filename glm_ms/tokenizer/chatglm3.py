@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import re
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.tokenizer.base import SentencePieceTokenizer, replace_training_date, sequence_dict
-from glm_ms.tokenizer.tool_call import parse_tool_call
 
 ROLES = ("system", "user", "assistant", "observation")
 _ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
 _ROLE_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in _ROLE_TOKENS) + ")")
+
+
+class ToolCallError(ValueError):
+    """An answer of the model is not a tool call with plain values."""
 
 
 class ChatGLM3Tokenizer(SentencePieceTokenizer):
@@ -26,17 +30,17 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
             role tokens. For text under your own control only. Chat messages are never affected.
     """
 
-    model_generation = 3
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_ROLE_TOKENS)
+    roles = ROLES
+    stop_tokens = (
+        "<eos>",
+        "<|user|>",
+        "<|observation|>",
+    )  # </s>, or the beginning of a message of another role
 
     def __init__(self, vocab_file: str | Path, encode_special_tokens: bool = False) -> None:
         super().__init__(vocab_file)
         self.encode_special_tokens = encode_special_tokens
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Ids that end an answer: </s>, or the opening of somebody else's message."""
-        return [self.eos_token_id, self.get_command("<|user|>"), self.get_command("<|observation|>")]
 
     def _special_piece(self, token: str) -> str:
         return token
@@ -158,3 +162,23 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
             else:
                 raise ValueError(f"{(token + text)[:40]!r}: a message is written '{token} \\n text'")
         return ids
+
+
+def parse_tool_call(code: str) -> dict[str, Any]:
+    """Arguments of `tool_call(city='Beijing', days=3)` as a dict.
+
+    Values may be strings, numbers, True, False, None, and lists, tuples, sets and dicts of them.
+
+    Raises:
+        ToolCallError: another syntax, another function, positional or repeated arguments, computed values.
+    """
+    try:
+        call = ast.parse(code.strip(), mode="eval").body
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call":
+            names = [keyword.arg for keyword in call.keywords]
+            if not call.args and None not in names and len(set(names)) == len(names):
+                return {name: ast.literal_eval(keyword.value) for name, keyword in zip(names, call.keywords)}
+    # Deep nesting exhausts the parser's stack: RecursionError or MemoryError by Python version.
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        pass
+    raise ToolCallError(f"not a call tool_call(name=value, ...) with plain values: {code[:200]!r}")

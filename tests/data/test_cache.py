@@ -14,18 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import adgen_encoder, adgen_rows, conversation_encoder, tool_encoder
 
-from glm_ms.data import (
-    AdgenDataset,
-    AdgenEncoder,
-    CacheRequest,
-    ConversationEncoder,
-    DataError,
-    ToolAlpacaEncoder,
-    TrainDataset,
-    parallel,
-)
+from glm_ms.data import CacheRequest, DataError, TrainDataset, workers
 from glm_ms.data import cache as module
+from glm_ms.data.messages import MessageEncoder
 
 RECORDS = [
     {"content": "类型#上衣*颜色#白色", "summary": "白色的上衣，清新自然。"},
@@ -57,11 +50,11 @@ def same_rows(one: TrainDataset, other: TrainDataset) -> bool:
 
 
 ENCODERS = {
-    "adgen glm2": lambda glm2, glm3: AdgenEncoder(glm2, max_source_length=16, max_target_length=24),
-    "adgen glm2, padding": lambda glm2, glm3: AdgenEncoder(glm2, ignore_pad_token_for_loss=False),
-    "adgen glm3": lambda glm2, glm3: AdgenEncoder(glm3, max_source_length=16, max_target_length=24),
-    "conversations": lambda glm2, glm3: ConversationEncoder(glm3, 24, 24),
-    "tools": lambda glm2, glm3: ToolAlpacaEncoder(glm3, 48),
+    "adgen glm2": lambda glm2, glm3: adgen_encoder(glm2, max_source_length=16, max_target_length=24),
+    "adgen glm2, padding": lambda glm2, glm3: adgen_encoder(glm2, ignore_pad_token_for_loss=False),
+    "adgen glm3": lambda glm2, glm3: adgen_encoder(glm3, max_source_length=16, max_target_length=24),
+    "conversations": lambda glm2, glm3: conversation_encoder(glm3, 24, 24),
+    "tools": lambda glm2, glm3: tool_encoder(glm3, 48),
 }
 
 
@@ -94,14 +87,14 @@ def test_same_rows_with_and_without(kind, num_samples, as_array, glm2, glm3, rec
 def test_made_once(glm3, records_file, tmp_path, monkeypatch):
     path = records_file(RECORDS)
     request = CacheRequest(tmp_path / "cache")
-    first = AdgenDataset(path, glm3, cache=request)
+    first = adgen_rows(path, glm3, cache=request)
 
     def refuse(*_):
         raise AssertionError("made again")
 
     monkeypatch.setattr(module, "_write", refuse)
-    monkeypatch.setattr(AdgenEncoder, "train_ids", refuse)
-    assert same_rows(AdgenDataset(path, glm3, cache=request), first)
+    monkeypatch.setattr(MessageEncoder, "train_ids", refuse)
+    assert same_rows(adgen_rows(path, glm3, cache=request), first)
 
 
 def test_all_that_decides_the_rows_decides_the_name(glm2, glm3, records_file, tmp_path):
@@ -110,20 +103,20 @@ def test_all_that_decides_the_rows_decides_the_name(glm2, glm3, records_file, tm
     other = records_file([*RECORDS, RECORDS[0]], "other.json")
     columns = records_file([{"a": "甲", "b": "乙", **RECORDS[0]}], "columns.json")
     made = [
-        AdgenDataset(path, glm3, cache=request),
-        AdgenDataset(path, glm2, cache=request),
-        AdgenDataset(path, glm2, ignore_pad_token_for_loss=False, cache=request),
-        AdgenDataset(path, glm3, max_source_length=65, cache=request),
-        AdgenDataset(path, glm3, max_target_length=65, cache=request),
-        AdgenDataset(path, glm3, num_samples=1, cache=request),
-        AdgenDataset(other, glm3, cache=request),
-        AdgenDataset(columns, glm3, cache=request),
-        AdgenDataset(columns, glm3, ("a", "b"), cache=request),
+        adgen_rows(path, glm3, cache=request),
+        adgen_rows(path, glm2, cache=request),
+        adgen_rows(path, glm2, ignore_pad_token_for_loss=False, cache=request),
+        adgen_rows(path, glm3, max_source_length=65, cache=request),
+        adgen_rows(path, glm3, max_target_length=65, cache=request),
+        adgen_rows(path, glm3, num_samples=1, cache=request),
+        adgen_rows(other, glm3, cache=request),
+        adgen_rows(columns, glm3, cache=request),
+        adgen_rows(columns, glm3, ("a", "b"), cache=request),
     ]
     assert len(caches(tmp_path / "cache")) == len(made)
     # The same bytes under another name are the same records.
     shutil.copy(path, tmp_path / "copy.json")
-    AdgenDataset(tmp_path / "copy.json", glm3, cache=CacheRequest(tmp_path / "cache", num_workers=2))
+    adgen_rows(tmp_path / "copy.json", glm3, cache=CacheRequest(tmp_path / "cache", num_workers=2))
     assert len(caches(tmp_path / "cache")) == len(made)
 
 
@@ -151,22 +144,22 @@ def test_a_damaged_cache_is_named_and_made_again(name, damage, glm3, records_fil
     if name == "cache.json" and damage is _flip:
         pytest.skip("white space")
     path, request = records_file(RECORDS), CacheRequest(tmp_path / "cache")
-    first = AdgenDataset(path, glm3, cache=request)
+    first = adgen_rows(path, glm3, cache=request)
     (folder,) = caches(tmp_path / "cache")
-    plain = AdgenDataset(path, glm3)
+    plain = adgen_rows(path, glm3)
     del first
     damage(folder / name)
     if name == "cache.json" and damage is _pickled:
         shutil.move(folder / "cache.json.npy", folder / "cache.json")
     said: list[str] = []
-    assert same_rows(AdgenDataset(path, glm3, cache=request, say=said.append), plain)
+    assert same_rows(adgen_rows(path, glm3, cache=request, say=said.append), plain)
     assert len(said) == 1
     assert str(folder) in said[0]
     assert name in said[0]
     assert "is damaged" in said[0]
     assert "it is made again" in said[0]
     said.clear()
-    assert same_rows(AdgenDataset(path, glm3, cache=request, say=said.append), plain)
+    assert same_rows(adgen_rows(path, glm3, cache=request, say=said.append), plain)
     assert said == []
     assert caches(tmp_path / "cache") == [folder]
     assert [item.suffix for item in (tmp_path / "cache").iterdir() if item != folder] == [".lock"]
@@ -177,14 +170,14 @@ def test_a_folder_that_cannot_be_used(glm3, records_file, tmp_path, monkeypatch)
     (tmp_path / "file").write_text("x", encoding="utf-8")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(DataError, match=r"cache_dir: .*file.*: cannot be written: .*; choose another"):
-            AdgenDataset(path, glm3, cache=CacheRequest(folder))
+            adgen_rows(path, glm3, cache=CacheRequest(folder))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module._NpyWriter, "write", full)
     with pytest.raises(DataError, match="No space left on device; choose another folder"):
-        AdgenDataset(path, glm3, cache=CacheRequest(tmp_path / "cache"))
+        adgen_rows(path, glm3, cache=CacheRequest(tmp_path / "cache"))
     assert caches(tmp_path / "cache") == []
     assert not list((tmp_path / "cache").glob(".*.partial"))
 
@@ -203,7 +196,7 @@ def test_faults_of_the_records_are_those_without_a_cache(glm3, records_file, tmp
         messages = []
         for cache in (None, CacheRequest(tmp_path / "cache")):
             with pytest.raises(DataError) as caught:
-                AdgenDataset(path, glm3, cache=cache)
+                adgen_rows(path, glm3, cache=cache)
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
         assert not (tmp_path / "cache").exists() or caches(tmp_path / "cache") == []
@@ -213,11 +206,11 @@ def test_num_samples_reads_no_further(glm3, records_file, tmp_path, monkeypatch)
     good = json.dumps(RECORDS[0])
     path = records_file(f"{good}\n{good}\nbroken\n")
     for batch in (1, 1 << 20):
-        monkeypatch.setattr(parallel, "_BATCH_BYTES", batch)
+        monkeypatch.setattr(workers, "_BATCH_BYTES", batch)
         request = CacheRequest(tmp_path / str(batch))
-        assert len(AdgenDataset(path, glm3, num_samples=2, cache=request)) == 2
+        assert len(adgen_rows(path, glm3, num_samples=2, cache=request)) == 2
         with pytest.raises(DataError, match=r"records\.json:3: not valid JSON"):
-            AdgenDataset(path, glm3, num_samples=3, cache=request)
+            adgen_rows(path, glm3, num_samples=3, cache=request)
 
 
 # ---------------------------------------------------------------------- several processes
@@ -226,13 +219,14 @@ _PROGRAM = """
 import sys
 from pathlib import Path
 {imports}
-from glm_ms.data import AdgenDataset, CacheRequest, parallel
+from data_helpers import adgen_rows
+from glm_ms.data import CacheRequest, workers
 from glm_ms.tokenizer import ChatGLM3Tokenizer
 
 if __name__ == "__main__":
     path, vocabulary, cache = sys.argv[1:]
-    parallel._WORTH_PROCESSES, parallel._BATCH_BYTES = 0, 2000
-    rows = AdgenDataset(path, ChatGLM3Tokenizer(vocabulary), cache=CacheRequest(cache, 2), say=print)
+    workers._WORTH_PROCESSES, workers._BATCH_BYTES = 0, 2000
+    rows = adgen_rows(path, ChatGLM3Tokenizer(vocabulary), cache=CacheRequest(cache, 2), say=print)
     print(len(rows), sum(int(row["labels"].sum()) for row in rows), flush=True)
 """
 
@@ -247,14 +241,14 @@ def start(tmp_path, small_vocabulary, repository):
         return subprocess.Popen(
             [sys.executable, str(script), str(path), str(small_vocabulary), str(tmp_path / "cache")],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(repository)},
+            env={**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'tests'}"},
         )  # fmt: skip
 
     return start
 
 
 def expected(path: Path, tokenizer) -> list[str]:
-    rows = AdgenDataset(path, tokenizer)
+    rows = adgen_rows(path, tokenizer)
     return [str(len(rows)), str(sum(int(row["labels"].sum()) for row in rows))]
 
 
@@ -307,8 +301,8 @@ def test_a_killed_program_leaves_neither_processes_nor_half_a_cache(
     assert caches(tmp_path / "cache") == []
     assert list((tmp_path / "cache").glob(".*.partial"))  # what it had begun
 
-    again = AdgenDataset(path, glm3, cache=CacheRequest(tmp_path / "cache"))
-    assert len(again) == len(AdgenDataset(path, glm3))
+    again = adgen_rows(path, glm3, cache=CacheRequest(tmp_path / "cache"))
+    assert len(again) == len(adgen_rows(path, glm3))
     assert not list((tmp_path / "cache").glob(".*.partial"))
 
 

@@ -5,14 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from data_helpers import conversation_encoder, tool_encoder
 
-from glm_ms.data import (
-    ConversationEncoder,
-    DataError,
-    EvalDataset,
-    ToolAlpacaEncoder,
-    TrainDataset,
-)
+from glm_ms.data import DataError, EvalDataset, TrainDataset
 from glm_ms.data.conversations import (
     Message,
     format_tool_call,
@@ -21,7 +16,7 @@ from glm_ms.data.conversations import (
     tool_call_problem,
 )
 from glm_ms.data.encoder import Lengths
-from glm_ms.tokenizer.tool_call import parse_tool_call
+from glm_ms.tokenizer.chatglm3 import parse_tool_call
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TOOL = {"role": "tool", "name": "f", "parameters": {"x": 1}, "observation": {"y": [2]}}
@@ -180,26 +175,26 @@ def test_rows_and_counts(records_file, glm3):
     long = conversation({"role": "user", "content": "颜色" * 200}, ANSWER)
     quiet = conversation(USER, {**ANSWER, "loss": False})
     path = records_file([conversation(USER, ANSWER), long, quiet])
-    dataset = TrainDataset(path, ToolAlpacaEncoder(glm3, 64))
+    dataset = TrainDataset(path, tool_encoder(glm3, 64))
     assert (len(dataset), dataset.skipped, dataset.without_labels) == (1, 0, 2)
     assert dataset.seq_length == 64
     assert (
         "1 records used, 2 skipped with nothing to learn within max_seq_length tokens" in dataset.describe()
     )
     path = records_file([conversation(USER, ANSWER), long], "two.json")
-    dataset = TrainDataset(path, ConversationEncoder(glm3, 31, 32))
+    dataset = TrainDataset(path, conversation_encoder(glm3, 31, 32))
     assert (len(dataset), dataset.without_labels, dataset.seq_length) == (1, 1, 64)
     assert "1 skipped with no answer within max_source_length + max_target_length" in dataset.describe()
     with pytest.raises(DataError, match="0 records used, 1 skipped with no answer"):
-        TrainDataset(records_file([long], "long.json"), ConversationEncoder(glm3, 31, 32))
+        TrainDataset(records_file([long], "long.json"), conversation_encoder(glm3, 31, 32))
     with pytest.raises(DataError, match="holds no records"):
-        TrainDataset(records_file("\n", "empty.json"), ConversationEncoder(glm3, 31, 32))
+        TrainDataset(records_file("\n", "empty.json"), conversation_encoder(glm3, 31, 32))
 
 
 def test_place_of_a_fault(records_file, glm3):
     path = records_file([conversation(USER, ANSWER), conversation(USER)])
     for kind in (TrainDataset, EvalDataset):
-        for encoder in (ConversationEncoder(glm3, 31, 32), ToolAlpacaEncoder(glm3, 64)):
+        for encoder in (conversation_encoder(glm3, 31, 32), tool_encoder(glm3, 64)):
             with pytest.raises(DataError) as caught:
                 kind(path, encoder)
             assert str(caught.value).startswith(f"{path}:2: no message of the assistant")
@@ -214,47 +209,45 @@ def test_answers_left_out_are_counted(records_file, glm3):
             conversation(USER, {"role": "assistant", "content": " "}),
         ]
     )
-    dataset = EvalDataset(path, ConversationEncoder(glm3, 31, 32))
+    dataset = EvalDataset(path, conversation_encoder(glm3, 31, 32))
     assert (len(dataset), dataset.too_long, dataset.blank, dataset.skipped) == (1, 2, 1, 0)
     assert "1 records used, 1 skipped with an empty" in dataset.describe()
-    roomy = EvalDataset(path, ConversationEncoder(glm3, 500, 32))
+    roomy = EvalDataset(path, conversation_encoder(glm3, 500, 32))
     assert (len(roomy), roomy.too_long) == (3, 0)
     assert "3 answers of 1 records used" in roomy.describe()
     sizes = [len(item["input_ids"]) for item in roomy]
     assert sizes == sorted(sizes)
     # The network has room for the prompt and for what is to be generated.
-    tools = EvalDataset(path, ToolAlpacaEncoder(glm3, 500, sizes[1]))
+    tools = EvalDataset(path, tool_encoder(glm3, 500, sizes[1]))
     assert (len(tools), tools.too_long) == (2, 1)
     assert len(tools[1]["input_ids"]) == sizes[1]
-    assert len(EvalDataset(path, ConversationEncoder(glm3, 500, 32), num_samples=1)) == 3
+    assert len(EvalDataset(path, conversation_encoder(glm3, 500, 32), num_samples=1)) == 3
 
 
 def test_answers_without_loss_are_not_asked_for(records_file, glm3):
     quiet = {**ANSWER, "content": "b", "loss": False}
-    dataset = EvalDataset(
-        records_file([conversation(USER, quiet, USER, ANSWER)]), ToolAlpacaEncoder(glm3, 100)
-    )
+    dataset = EvalDataset(records_file([conversation(USER, quiet, USER, ANSWER)]), tool_encoder(glm3, 100))
     assert [item["reference"] for item in dataset] == ["a"]
     assert "b" in dataset[0]["prompt"]
 
 
 def test_lengths(glm3):
     record = parse_tool_conversation(conversation(USER, ANSWER), "f:1")
-    ids, labels = ToolAlpacaEncoder(glm3, 500).train_ids(record)
+    ids, labels = tool_encoder(glm3, 500).train_ids(record)
     answer = sum(label != -100 for label in labels)
-    whole = ToolAlpacaEncoder(glm3, 500).lengths(record)
+    whole = tool_encoder(glm3, 500).lengths(record)
     assert whole == Lengths(len(ids) - answer, answer, len(ids) - answer, answer)
-    cut = ToolAlpacaEncoder(glm3, len(ids) - 2).lengths(record)
+    cut = tool_encoder(glm3, len(ids) - 2).lengths(record)
     assert cut == Lengths(len(ids) - answer, answer, len(ids) - answer, answer - 2)
 
 
 def test_settings_that_cannot_be_used(glm2, glm3):
-    for build in (lambda: ConversationEncoder(glm2, 31, 32), lambda: ToolAlpacaEncoder(glm2, 64)):
-        with pytest.raises(DataError, match="ChatGLM2Tokenizer knows no roles"):
+    for build in (lambda: conversation_encoder(glm2, 31, 32), lambda: tool_encoder(glm2, 64)):
+        with pytest.raises(DataError, match="ChatGLM2Tokenizer has no roles"):
             build()
     with pytest.raises(DataError, match="max_seq_length = 3: must be an integer of at least 4"):
-        ToolAlpacaEncoder(glm3, 3)
+        tool_encoder(glm3, 3)
     with pytest.raises(DataError, match="max_source_length = 2"):
-        ConversationEncoder(glm3, 2, 32)
+        conversation_encoder(glm3, 2, 32)
     with pytest.raises(DataError, match="max_target_length = 0"):
-        ConversationEncoder(glm3, 31, 0)
+        conversation_encoder(glm3, 31, 0)

@@ -7,9 +7,11 @@ import pickle
 
 import numpy as np
 import pytest
+from data_helpers import adgen_prompts, adgen_rows
 
-from glm_ms.data import AdgenDataset, AdgenEvalDataset, DataError, Record
-from glm_ms.data.glm3 import message_ids, messages_of
+from glm_ms.data import DataError
+from glm_ms.data.messages import message_ids
+from glm_ms.data.records import read_prompt_and_answer
 
 COLUMNS = ("content", "summary")
 RECORDS = [
@@ -21,7 +23,7 @@ RECORDS = [
 
 
 def test_rows(records_file, any_tokenizer):
-    dataset = AdgenDataset(records_file(RECORDS), any_tokenizer, COLUMNS, 32, 48)
+    dataset = adgen_rows(records_file(RECORDS), any_tokenizer, COLUMNS, 32, 48)
     assert (len(dataset), dataset.skipped, dataset.seq_length) == (2, 2, 81)
     for row in dataset:
         assert sorted(row) == ["attention_mask", "input_ids", "labels", "position_ids"]
@@ -39,12 +41,12 @@ def test_rows(records_file, any_tokenizer):
 
 def test_padding_side(records_file, glm2, glm3):
     path = records_file(RECORDS)
-    right = AdgenDataset(path, glm2, COLUMNS, 64, 64)[0]
+    right = adgen_rows(path, glm2, COLUMNS, 64, 64)[0]
     assert right["input_ids"][:2].tolist() == glm2.prefix_tokens
     assert right["input_ids"][-1] == glm2.pad_token_id
     assert right["attention_mask"].all()
     assert right["position_ids"].tolist() == list(range(129))
-    left = AdgenDataset(path, glm3, COLUMNS, 64, 64)[0]
+    left = adgen_rows(path, glm3, COLUMNS, 64, 64)[0]
     size = int(left["attention_mask"].sum())
     assert left["input_ids"][-size : 2 - size].tolist() == glm3.prefix_tokens
     assert left["input_ids"][-1] == glm3.eos_token_id
@@ -56,12 +58,12 @@ def test_rows_without_labels_are_left_out_and_counted(records_file, glm2, glm3):
     """A prompt that fills the row leaves a ChatGLM3 row nothing to predict: its mean loss would be 0 / 0."""
     long = {"content": "颜色" * 200, "summary": "白色"}
     path = records_file([long, RECORDS[0]])
-    dataset = AdgenDataset(path, glm3, COLUMNS, 32, 32)
+    dataset = adgen_rows(path, glm3, COLUMNS, 32, 32)
     assert (len(dataset), dataset.without_labels, dataset.skipped) == (1, 1, 0)
     assert "1 skipped with a prompt longer" in dataset.describe()
-    assert len(AdgenDataset(path, glm2, COLUMNS, 32, 32)) == 2
+    assert len(adgen_rows(path, glm2, COLUMNS, 32, 32)) == 2
     with pytest.raises(DataError, match="0 records used, 1 skipped with a prompt longer"):
-        AdgenDataset(records_file([long], "long.json"), glm3, COLUMNS, 32, 32)
+        adgen_rows(records_file([long], "long.json"), glm3, COLUMNS, 32, 32)
 
 
 def test_label_count_at_the_edge(glm3, records_file):
@@ -69,34 +71,33 @@ def test_label_count_at_the_edge(glm3, records_file):
     path = records_file(RECORDS[:1])
     seen = set()
     for source in range(3, 24):
-        record = Record(RECORDS[0]["content"], RECORDS[0]["summary"])
-        _, labels = message_ids(glm3, messages_of(record))
+        _, labels = message_ids(glm3, read_prompt_and_answer(RECORDS[0], "here", COLUMNS))
         some = any(label != -100 for label in labels[: source + 2])
         seen.add(some)
         if some:
-            assert len(AdgenDataset(path, glm3, COLUMNS, source, 1)) == 1
+            assert len(adgen_rows(path, glm3, COLUMNS, source, 1)) == 1
         else:
             with pytest.raises(DataError, match="0 records used"):
-                AdgenDataset(path, glm3, COLUMNS, source, 1)
+                adgen_rows(path, glm3, COLUMNS, source, 1)
     assert seen == {True, False}
 
 
 def test_history_becomes_earlier_messages(records_file, glm2, glm3):
     item = {"q": "好", "a": "是", "h": [["你", "我"]]}
     path = records_file([item])
-    row = AdgenDataset(path, glm3, ("q", "a", "h"), 64, 64)[0]
+    row = adgen_rows(path, glm3, ("q", "a", "h"), 64, 64)[0]
     want = glm3.build_chat_input(
         "好", [{"role": "user", "content": "你"}, {"role": "assistant", "content": "我"}]
     )["input_ids"]
     size = int(row["attention_mask"].sum())
     assert row["input_ids"][-size:].tolist()[: len(want)] == want
-    prompt = AdgenEvalDataset(path, glm2, ("q", "a", "h"), 64, 64)[0]["input_ids"].tolist()
+    prompt = adgen_prompts(path, glm2, ("q", "a", "h"), 64, 64)[0]["input_ids"].tolist()
     assert prompt == glm2.build_chat_input("好", [("你", "我")])["input_ids"]
-    assert AdgenEvalDataset(path, glm3, ("q", "a", "h"), 64, 64)[0]["input_ids"].tolist() == want
+    assert adgen_prompts(path, glm3, ("q", "a", "h"), 64, 64)[0]["input_ids"].tolist() == want
 
 
 def test_eval_items(records_file, any_tokenizer):
-    dataset = AdgenEvalDataset(records_file(RECORDS), any_tokenizer, COLUMNS, 64, 64)
+    dataset = adgen_prompts(records_file(RECORDS), any_tokenizer, COLUMNS, 64, 64)
     assert (len(dataset), dataset.skipped, dataset.too_long) == (2, 2, 0)
     item = dataset[0]
     assert item["prompt"] == RECORDS[0]["content"]
@@ -109,12 +110,12 @@ def test_eval_items(records_file, any_tokenizer):
 def test_num_samples_reads_no_further(records_file, any_tokenizer):
     good = json.dumps(RECORDS[0], ensure_ascii=False)
     path = records_file(f"{good}\n{good}\nbroken\n")
-    assert len(AdgenDataset(path, any_tokenizer, COLUMNS, 32, 32, num_samples=2)) == 2
-    assert len(AdgenEvalDataset(path, any_tokenizer, COLUMNS, 32, 32, num_samples=1)) == 1
+    assert len(adgen_rows(path, any_tokenizer, COLUMNS, 32, 32, num_samples=2)) == 2
+    assert len(adgen_prompts(path, any_tokenizer, COLUMNS, 32, 32, num_samples=1)) == 1
     with pytest.raises(DataError, match=r"records\.json:3: not valid JSON"):
-        AdgenDataset(path, any_tokenizer, COLUMNS, 32, 32, num_samples=3)
+        adgen_rows(path, any_tokenizer, COLUMNS, 32, 32, num_samples=3)
     with pytest.raises(DataError, match="num_samples = 0"):
-        AdgenDataset(path, any_tokenizer, COLUMNS, 32, 32, num_samples=0)
+        adgen_rows(path, any_tokenizer, COLUMNS, 32, 32, num_samples=0)
 
 
 def test_settings_that_cannot_be_used(records_file, glm2, glm3):
@@ -126,8 +127,8 @@ def test_settings_that_cannot_be_used(records_file, glm2, glm3):
         ((8, True), "max_target_length = True"),
     ):
         with pytest.raises(DataError, match=message):
-            AdgenDataset(path, glm2, COLUMNS, *lengths)
-    with pytest.raises(DataError, match="a setting of ChatGLM2"):
-        AdgenDataset(path, glm3, COLUMNS, 32, 32, ignore_pad_token_for_loss=False)
+            adgen_rows(path, glm2, COLUMNS, *lengths)
+    with pytest.raises(DataError, match="is not possible with ChatGLM3Tokenizer"):
+        adgen_rows(path, glm3, COLUMNS, 32, 32, ignore_pad_token_for_loss=False)
     with pytest.raises(DataError, match="0 records used, 2 skipped with an empty"):
-        AdgenDataset(records_file(RECORDS[1::2], "empty.json"), glm2, COLUMNS, 32, 32)
+        adgen_rows(records_file(RECORDS[1::2], "empty.json"), glm2, COLUMNS, 32, 32)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_helpers import adgen_prompts, adgen_rows, conversation_encoder
 
-from glm_ms.data import AdgenDataset, AdgenEvalDataset, Record
-from glm_ms.data import glm2 as prepare2
-from glm_ms.data import glm3 as prepare3
-from glm_ms.data.rows import left_padded_row
+from glm_ms.data.rows import left_padded_row, right_padded_row
+from glm_ms.data.source_target import source_target_ids
 from glm_ms.tokenizer import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 
@@ -49,13 +48,13 @@ def test_glm2_train(want, glm2, records_file):
         chosen = _chosen(want, case["records"])
         assert len(chosen) == len(case["rows"]) > 0
         prefix = case.get("source_prefix", "")
-        dataset = AdgenDataset(
+        dataset = adgen_rows(
             records_file(chosen), glm2, ("content", "summary"), *lengths, ignore_pad_token_for_loss=ignore
         )
         for number, expected in enumerate(case["rows"]):
-            record = Record(chosen[number]["content"], chosen[number]["summary"])
-            ids = prepare2.train_ids(glm2, record, *lengths, ignore, prefix)
-            _check(prepare2.pad_row(glm2, *ids, sum(lengths) + 1, ignore), expected)
+            prompt = prefix + glm2.build_prompt(chosen[number]["content"])
+            ids = source_target_ids(glm2, prompt, chosen[number]["summary"], *lengths, ignore)
+            _check(right_padded_row(*ids, sum(lengths) + 1, 0, -100 if ignore else 0), expected)
             if not prefix:
                 _check(dataset[number], expected)
 
@@ -63,7 +62,7 @@ def test_glm2_train(want, glm2, records_file):
 def test_glm2_skips_empty(want, glm2, records_file):
     case = want["glm2_ptuning_train_skips_empty"]
     lengths = case["max_source_length"], case["max_target_length"]
-    dataset = AdgenDataset(records_file(case["records"]), glm2, ("content", "summary"), *lengths)
+    dataset = adgen_rows(records_file(case["records"]), glm2, ("content", "summary"), *lengths)
     assert len(dataset) == len(case["rows"])
     assert dataset.skipped == len(case["records"]) - len(case["rows"]) > 0
     for row, expected in zip(dataset, case["rows"]):
@@ -73,7 +72,7 @@ def test_glm2_skips_empty(want, glm2, records_file):
 def test_glm2_history(want, glm2, records_file):
     case = want["glm2_ptuning_train_history"]
     lengths = case["max_source_length"], case["max_target_length"]
-    dataset = AdgenDataset(records_file(case["records"]), glm2, case["columns"], *lengths)
+    dataset = adgen_rows(records_file(case["records"]), glm2, case["columns"], *lengths)
     assert len(dataset) == len(case["rows"]) > 0
     for row, expected in zip(dataset, case["rows"]):
         _check(row, expected)
@@ -84,7 +83,7 @@ def test_glm2_collated(want, glm2, records_file):
     assert expected["from"] == "glm2_ptuning_train[2].rows[0:2]"
     lengths = source["max_source_length"], source["max_target_length"]
     chosen = _chosen(want, source["records"])[:2]
-    dataset = AdgenDataset(records_file(chosen), glm2, ("content", "summary"), *lengths)
+    dataset = adgen_rows(records_file(chosen), glm2, ("content", "summary"), *lengths)
     for number, row in enumerate(dataset):
         assert sorted(row) == ["attention_mask", "input_ids", "labels", "position_ids"]
         for name, values in row.items():
@@ -95,7 +94,7 @@ def test_glm2_eval(want, glm2, records_file):
     case = want["glm2_ptuning_eval"]
     lengths = case["max_source_length"], case["max_target_length"]
     chosen = _chosen(want, case["records"])
-    dataset = AdgenEvalDataset(records_file(chosen), glm2, ("content", "summary"), *lengths)
+    dataset = adgen_prompts(records_file(chosen), glm2, ("content", "summary"), *lengths)
     assert len(dataset) == len(case["input_ids"]) > 0
     padded = glm2.pad([{"input_ids": item["input_ids"]} for item in dataset])
     for name, values in padded.items():
@@ -112,7 +111,8 @@ def test_glm3_conversations(want, glm3):
         lengths = case["max_input_length"], case["max_output_length"]
         assert len(case["records"]) == len(case["rows"]) > 0
         for conversation, expected in zip(case["records"], case["rows"]):
-            input_ids, labels = prepare3.conversation_ids(glm3, conversation, *lengths)
+            encoder = conversation_encoder(glm3, *lengths)
+            input_ids, labels = encoder.train_ids(encoder.read(conversation, "here"))
             assert input_ids == expected["input_ids"]
             assert labels == expected["labels"]
 
@@ -130,10 +130,12 @@ def test_glm3_collated(want, glm3):
 def test_glm3_eval(want, glm3):
     for case in want["glm3_process_batch_eval"]:
         lengths = case["max_input_length"], case["max_output_length"]
+        encoder = conversation_encoder(glm3, *lengths)
         rows = [
-            row
+            (row.input_ids, row.labels)
             for conversation in case["records"]
-            for row in prepare3.conversation_eval_ids(glm3, conversation, *lengths)
+            for row in encoder.eval_rows(encoder.read(conversation, "here"))
+            if row is not None
         ]
         assert rows == [(row["input_ids"], row["output_ids"]) for row in case["rows"]]
     expected = want["glm3_collated_eval"]
@@ -141,15 +143,6 @@ def test_glm3_eval(want, glm3):
     for name, values in padded.items():
         assert values == expected[name], name
     assert [row[1] for row in rows[:3]] == expected["output_ids"]
-
-
-def test_glm3_tools_are_refused(want, glm3):
-    for case in want["glm3_process_batch_raises"]:
-        assert case["error"] == "NotImplementedError"
-        for conversation in case["records"]:
-            for prepare in (prepare3.conversation_ids, prepare3.conversation_eval_ids):
-                with pytest.raises(NotImplementedError, match="cannot be prepared"):
-                    prepare(glm3, conversation, 256, 512)
 
 
 def test_glm3_records_are_conversations(want, glm3, records_file):
@@ -163,7 +156,7 @@ def test_glm3_records_are_conversations(want, glm3, records_file):
     ]
     assert pairs
     records = [{"content": first["content"], "summary": second["content"]} for (first, second), _ in pairs]
-    dataset = AdgenDataset(records_file(records), glm3, ("content", "summary"), *lengths)
+    dataset = adgen_rows(records_file(records), glm3, ("content", "summary"), *lengths)
     for row, (_, expected) in zip(dataset, pairs):
         size = len(expected["input_ids"])
         assert row["input_ids"].shape == (sum(lengths) + 1,)
@@ -178,21 +171,21 @@ def test_glm3_plain_prompt(want, glm3):
     lengths = case["max_source_length"], case["max_target_length"]
     assert len(case["records"]) == len(case["rows"]) > 0
     for record, expected in zip(case["records"], case["rows"]):
-        ids = prepare2.source_target_ids(glm3, record["prompt"], record["response"], *lengths)
-        _check(prepare2.pad_row(glm3, *ids, sum(lengths) + 1), expected)
+        ids = source_target_ids(glm3, record["prompt"], record["response"], *lengths)
+        _check(right_padded_row(*ids, sum(lengths) + 1, glm3.pad_token_id), expected)
 
 
 def test_all_adgen_records(adgen_file, glm2, glm3):
     for tok in (glm2, glm3):
-        dataset = AdgenDataset(adgen_file, tok)
+        dataset = adgen_rows(adgen_file, tok)
         assert (len(dataset), dataset.skipped, dataset.without_labels) == (1070, 0, 0)
         for row in dataset:
             assert all(values.shape == (193,) and values.dtype == "int32" for values in row.values())
             assert (row["labels"] != -100).any()
     # The release of ChatGLM3 leaves prompts of max_source_length ids and more out of the evaluation.
     short, roomy = (
-        AdgenEvalDataset(adgen_file, glm3),
-        AdgenEvalDataset(adgen_file, glm3, max_source_length=128),
+        adgen_prompts(adgen_file, glm3),
+        adgen_prompts(adgen_file, glm3, max_source_length=128),
     )
     assert (len(short) + short.too_long, len(roomy), roomy.too_long) == (1070, 1070, 0)
     assert short.too_long > 0

@@ -8,20 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_helpers import conversation_encoder, tool_encoder
 
-from glm_ms.data import (
-    CacheRequest,
-    ConversationEncoder,
-    DataError,
-    EvalDataset,
-    ToolAlpacaEncoder,
-    TrainDataset,
-)
+from glm_ms.data import CacheRequest, DataError, EvalDataset, TrainDataset
 from glm_ms.data.conversations import format_tool_call, parse_tool_conversation
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.glm3 import message_ids
+from glm_ms.data.messages import message_ids
 from glm_ms.tokenizer import ChatGLM3Tokenizer
-from glm_ms.tokenizer.tool_call import parse_tool_call
+from glm_ms.tokenizer.chatglm3 import parse_tool_call
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +35,7 @@ def _both_ways(path: Path, encoder: Encoder, folder: Path) -> list[TrainDataset]
 def test_conversations(want, glm3, records_file, tmp_path):
     for case in want["glm3_process_batch"]:
         lengths = case["max_input_length"], case["max_output_length"]
-        encoder = ConversationEncoder(glm3, *lengths)
+        encoder = conversation_encoder(glm3, *lengths)
         for dataset in _both_ways(records_file(case["records"]), encoder, tmp_path / "cache"):
             labelled = [row for row in case["rows"] if set(row["labels"]) != {-100}]
             assert len(dataset) == len(labelled) > 0
@@ -58,7 +52,7 @@ def test_collated(want, glm3, records_file):
     """The collator pads to the longest of a batch, a data set to one length for all: the ends are the same."""
     case, expected = want["glm3_process_batch"][1], want["glm3_collated_train"]
     assert expected["from"] == "glm3_process_batch[1].rows[1:4]"
-    encoder = ConversationEncoder(glm3, case["max_input_length"], case["max_output_length"])
+    encoder = conversation_encoder(glm3, case["max_input_length"], case["max_output_length"])
     records = case["records"][1:4]
     for number, record in enumerate(records):
         row = TrainDataset(records_file([record]), encoder)[0]
@@ -68,7 +62,7 @@ def test_collated(want, glm3, records_file):
 
 def test_answers(want, glm3, records_file):
     for case in want["glm3_process_batch_eval"]:
-        encoder = ConversationEncoder(glm3, case["max_input_length"], case["max_output_length"])
+        encoder = conversation_encoder(glm3, case["max_input_length"], case["max_output_length"])
         dataset = EvalDataset(records_file(case["records"]), encoder)
         # An answer of white space has nothing to be compared with.
         rows = [row for row in case["rows"] if glm3.decode(row["output_ids"]).strip()]
@@ -85,7 +79,7 @@ def test_answers(want, glm3, records_file):
 
 
 def test_what_the_official_script_refuses(want, glm3, records_file):
-    encoder = ConversationEncoder(glm3, 256, 512)
+    encoder = conversation_encoder(glm3, 256, 512)
     cases = want["glm3_process_batch_raises"]
     assert len(cases) == 2
     for case, message in zip(cases, ("'tools' is not known", "message 2: role 'tool' is not known")):
@@ -102,7 +96,7 @@ def test_tools(want, glm3, records_file, tmp_path):
         length = case["max_seq_length"]
         assert len(case["records"]) == len(case["rows"]) > 0
         path = records_file(case["records"])
-        encoder = ToolAlpacaEncoder(glm3, length)
+        encoder = tool_encoder(glm3, length)
         for dataset in _both_ways(path, encoder, tmp_path / "cache"):
             labelled = [row for row in case["rows"] if set(row["labels"]) != {-100}]
             assert len(dataset) == len(labelled) > 0
@@ -133,7 +127,7 @@ def test_tool_calls(want):
 def test_answers_with_tools(want, glm3, records_file):
     """One for each message that bears loss; it begins where `<|assistant|>` ends, and the row has the same ids."""
     case = want["glm3_multiturn_legacy"][0]
-    encoder = ToolAlpacaEncoder(glm3, case["max_seq_length"])
+    encoder = tool_encoder(glm3, case["max_seq_length"])
     for record, row in zip(case["records"], case["rows"]):
         if set(row["labels"]) == {-100}:
             continue

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from data_helpers import adgen_encoder, adgen_rows, conversation_encoder, tool_encoder
 
-from glm_ms.data import (
-    AdgenDataset,
-    AdgenEncoder,
-    ConversationEncoder,
-    DataError,
-    ToolAlpacaEncoder,
-    TrainDataset,
-    parallel,
-)
+from glm_ms.data import DataError, TrainDataset, workers
 from glm_ms.data.length_plot import write_length_plot
 from glm_ms.data.length_report import advice_lines, cut_lines, histogram_lines, summary_lines
 from glm_ms.data.marked import LOSS, PADDING_LABEL, SILENT, marked_lines, parts
@@ -31,8 +24,8 @@ def statistics_of(prompt, answer, seq_length=100, limits=LIMITS):
 
 def test_lengths_are_those_of_the_rows(any_tokenizer, records_file):
     path = records_file([*RECORDS, {"content": "", "summary": "x"}])
-    roomy = AdgenEncoder(any_tokenizer, max_source_length=200, max_target_length=200)
-    narrow = AdgenEncoder(any_tokenizer, max_source_length=40, max_target_length=10)
+    roomy = adgen_encoder(any_tokenizer, max_source_length=200, max_target_length=200)
+    narrow = adgen_encoder(any_tokenizer, max_source_length=40, max_target_length=10)
     whole, cut = measure(path, roomy), measure(path, narrow)
     assert whole.skipped == 1
     assert (whole.prompt == cut.prompt).all()
@@ -59,16 +52,16 @@ def test_lengths_are_those_of_the_rows(any_tokenizer, records_file):
 @pytest.mark.parametrize("share", [1.0, 0.99, 0.9, 0.5])
 def test_fitting_lengths_fit_and_shorter_ones_do_not(any_tokenizer, records_file, share):
     path = records_file(RECORDS)
-    statistics = measure(path, AdgenEncoder(any_tokenizer, max_source_length=40, max_target_length=10))
+    statistics = measure(path, adgen_encoder(any_tokenizer, max_source_length=40, max_target_length=10))
     seq_length, prompt = statistics.fitting(share)
     assert seq_length % 16 == 0
 
     def whole_share(keys):
-        again = measure(path, AdgenEncoder(any_tokenizer, **keys))
+        again = measure(path, adgen_encoder(any_tokenizer, **keys))
         assert again.seq_length == keys["max_source_length"] + keys["max_target_length"] + 1
         return 1 - again.cut()["anything"] / len(again)
 
-    encoder = AdgenEncoder(any_tokenizer)
+    encoder = adgen_encoder(any_tokenizer)
     keys = encoder.length_keys(seq_length, prompt)
     assert sum(keys.values()) + 1 == seq_length
     assert whole_share(keys) >= share
@@ -95,21 +88,21 @@ def test_quantiles_are_lengths_that_occur():
 
 
 def test_keys_of_each_loader(glm2, glm3):
-    assert ToolAlpacaEncoder(glm3, 64).length_keys(96, 10) == {"max_seq_length": 96}
-    keys = ConversationEncoder(glm3, 100, 20).length_keys(64, 10)
+    assert tool_encoder(glm3, 64).length_keys(96, 10) == {"max_seq_length": 96}
+    keys = conversation_encoder(glm3, 100, 20).length_keys(64, 10)
     assert keys == {"max_source_length": 43, "max_target_length": 20}
-    assert ConversationEncoder(glm3, 100, 200).length_keys(16, 10) == {
+    assert conversation_encoder(glm3, 100, 200).length_keys(16, 10) == {
         "max_source_length": 3,
         "max_target_length": 12,
     }
     for tokenizer in (glm2, glm3):
-        keys = AdgenEncoder(tokenizer).length_keys(32, 500)
+        keys = adgen_encoder(tokenizer).length_keys(32, 500)
         assert keys == {"max_source_length": 30, "max_target_length": 1}
 
 
 def test_num_samples_measures_what_training_reads(glm3, records_file):
     path = records_file(RECORDS)
-    encoder = AdgenEncoder(glm3, max_source_length=20, max_target_length=10)
+    encoder = adgen_encoder(glm3, max_source_length=20, max_target_length=10)
     for number in (1, 7):
         statistics = measure(path, encoder, number)
         assert (statistics.kept_answer > 0).sum() == number
@@ -119,13 +112,13 @@ def test_num_samples_measures_what_training_reads(glm3, records_file):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_processes_and_bad_records(glm3, records_file, monkeypatch, num_workers):
-    monkeypatch.setattr(parallel, "_WORTH_PROCESSES", 0)
-    monkeypatch.setattr(parallel, "_BATCH_BYTES", 500)
+    monkeypatch.setattr(workers, "_WORTH_PROCESSES", 0)
+    monkeypatch.setattr(workers, "_BATCH_BYTES", 500)
     records = [dict(record) for record in RECORDS]
     records[5]["content"] = 5
     del records[30]["summary"]
     path = records_file(records)
-    encoder = AdgenEncoder(glm3)
+    encoder = adgen_encoder(glm3)
     with pytest.raises(DataError, match=r"records\.json:6: column 'content' must be a string"):
         measure(path, encoder, None, num_workers)
     statistics = measure(path, encoder, None, num_workers, skip_bad=True)
@@ -138,7 +131,7 @@ def test_processes_and_bad_records(glm3, records_file, monkeypatch, num_workers)
 
 
 def test_nothing_to_measure(glm3, records_file):
-    encoder = AdgenEncoder(glm3)
+    encoder = adgen_encoder(glm3)
     with pytest.raises(DataError, match="holds no records"):
         measure(records_file(""), encoder)
     with pytest.raises(DataError, match="no record to measure; 1 are empty, 1 are malformed"):
@@ -195,7 +188,7 @@ def test_what_is_cut_and_advice(glm3):
     ):
         assert any(line.split() == [*name.split(), str(number), share] for line in text.splitlines()), name
     assert "passed over in training" in text
-    advice = list(advice_lines(statistics, ToolAlpacaEncoder(glm3, 100), "eval"))
+    advice = list(advice_lines(statistics, tool_encoder(glm3, 100), "eval"))
     assert "model.model_config.seq_length=144 eval_dataset.max_seq_length=144" in advice[1]
     assert "passed over" not in "\n".join(cut_lines(statistics_of([10], [20])))
 
@@ -210,7 +203,7 @@ def test_marked_records(glm2, glm3):
             {"role": "assistant", "content": "LOSS | 舒适\n自然"},
         ],
     }
-    encoder = ToolAlpacaEncoder(glm3, 400)
+    encoder = tool_encoder(glm3, 400)
     record = encoder.read(value, "here")
     lines = list(marked_lines(encoder, record))
     text = [line[len(SILENT) :] for line in lines[:-1]]
@@ -231,13 +224,13 @@ def test_marked_records(glm2, glm3):
     colored = list(marked_lines(encoder, record, color=True))
     assert [line.replace("\x1b[32m", "").replace("\x1b[0m", "") for line in colored] == lines
     assert [line.startswith("\x1b[32m") for line in colored] == [line.startswith(LOSS) for line in lines]
-    cut = list(marked_lines(ToolAlpacaEncoder(glm3, 400 - padding - 3), record))
+    cut = list(marked_lines(tool_encoder(glm3, 400 - padding - 3), record))
     assert cut[-1].strip() == "cut: 0 tokens without and 3 with loss"
 
 
 def test_all_tokens_of_a_row_are_marked(any_tokenizer, records_file):
     path = records_file(RECORDS)
-    dataset = AdgenDataset(path, any_tokenizer, max_source_length=64, max_target_length=30)
+    dataset = adgen_rows(path, any_tokenizer, max_source_length=64, max_target_length=30)
     for number in (0, 20, 39):
         ids, labels = dataset._rows[number]
         found = list(parts(any_tokenizer, ids, labels))
@@ -246,12 +239,12 @@ def test_all_tokens_of_a_row_are_marked(any_tokenizer, records_file):
 
 
 def test_labels_that_are_padding_are_told_apart(glm2, glm3):
-    encoder = AdgenEncoder(glm2, ignore_pad_token_for_loss=False)
+    encoder = adgen_encoder(glm2, ignore_pad_token_for_loss=False)
     record = encoder.read(RECORDS[0], "here")
     lines = list(marked_lines(encoder, record))
     assert {line[: len(SILENT)] for line in lines[:-1]} == {PADDING_LABEL, LOSS}
     assert "WITH loss (ignore_pad_token_for_loss: False)" in lines[-1]
-    left = list(marked_lines(AdgenEncoder(glm3), record))
+    left = list(marked_lines(adgen_encoder(glm3), record))
     assert "tokens on the left, without loss" in left[-1]
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import jieba
 import numpy as np
 import pytest
+from data_helpers import adgen_rows
 from engine_helpers import DEV_RECORDS, TRAINED_NETWORK, read_jsonl, run_here, tiny_arguments
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 from tolerances import LOSS, METRIC
 
 from glm_ms import ChatGLM3Tokenizer, GLMForCausalLM, load_pretrained
-from glm_ms.data import AdgenDataset
 from glm_ms.settings import settings_from_command_line
 
 NUM_RECORDS = 11  # no multiple of any batch size below
@@ -120,7 +120,7 @@ def test_batch_size_changes_no_prediction(evaluate, decoding: tuple[str, ...]) -
 
 
 def test_perplexity(evaluate, model: GLMForCausalLM, vocabulary: Path) -> None:
-    rows = AdgenDataset(DEV_RECORDS, ChatGLM3Tokenizer(vocabulary), max_target_length=63)
+    rows = adgen_rows(DEV_RECORDS, ChatGLM3Tokenizer(vocabulary), max_target_length=63)
     total, tokens = 0.0, 0
     for i in range(NUM_RECORDS):
         row = {name: value[None] for name, value in rows[i].items()}

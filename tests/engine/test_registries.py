@@ -1,15 +1,34 @@
-"""A metric that only a test knows, through the command line: one class and one line in its table."""
+"""A metric, a data format and a family of models that only these tests know: each is one line in its table."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import DEV_RECORDS, read_jsonl
+from engine_helpers import (
+    DEV_RECORDS,
+    SMALL_TRAINING,
+    TRAIN_RECORDS,
+    curve,
+    read_jsonl,
+    run_here,
+    tiny_arguments,
+)
+from safetensors.numpy import load_file
 
+from glm_ms import ChatGLM3Tokenizer, GLMConfig, load_pretrained
+from glm_ms.convert import plan_conversion
+from glm_ms.data import FORMATS, DataError, DataFormat
+from glm_ms.data.encoder import Message, Messages
+from glm_ms.data.messages import LastAnswerEncoder
+from glm_ms.families import FAMILIES
 from glm_ms.metrics import LOWER, METRICS, TEXT, Metric
+from glm_ms.settings import settings_from_command_line
+from glm_ms.storage.run_folder import resolve_checkpoint
 
 
 class LengthMetric(Metric):
@@ -48,3 +67,99 @@ def test_metric(finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [line["characters"] for line in predictions] == [len(line["prediction"]) for line in predictions]
     assert all("rouge-l" in line for line in predictions)
     assert (run / "plots" / "eval_scores.png").is_file()
+
+
+def read_pair(value: Any, place: str, columns: Sequence[str]) -> Messages | None:
+    """A list of two texts, `["question", "answer"]`."""
+    if not isinstance(value, list) or len(value) != 2:
+        raise DataError(f"{place}: expected [question, answer]")
+    question, answer = value
+    return (Message("user", question), Message("assistant", answer, loss=True)) if answer else None
+
+
+def test_data_format(vocabulary, finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows, the losses and the evaluated prompts are those of the same records in another format."""
+    monkeypatch.setitem(
+        FORMATS, "PairDataLoader", DataFormat(read_pair, unused_keys=("data_loader.origin_columns",))
+    )
+    records = read_jsonl(TRAIN_RECORDS)[:26]
+    pairs, ends = tmp_path / "pairs.json", []
+    lines = [[item["content"], item["summary"]] for item in records] + [["empty", ""]]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    plain = [f"eval_dataset.data_loader.dataset_dir={TRAIN_RECORDS}"]
+    toy = [
+        f"{part}_dataset.data_loader.{key}"
+        for part in ("train", "eval")
+        for key in ("type=PairDataLoader", f"dataset_dir={pairs}")
+    ]
+    for name, arguments in (("plain", plain), ("toy", toy)):
+        run = finetune(
+            tmp_path / name, *arguments, "runner_config.max_steps=2", "do_eval=True", "generation.max_new_tokens=4",
+            "eval_dataset.num_samples=3",
+        )  # fmt: skip
+        ends.append((curve(run), read_jsonl(run / "eval_predictions.jsonl")))
+    assert ends[0] == ends[1]
+    assert [line["prompt"] for line in ends[1][1]] == [item["content"] for item in records[:3]]
+    settings = settings_from_command_line(
+        tiny_arguments("finetune", vocabulary, *toy, "train_dataset.data_loader.origin_columns=[a,b]")
+    )
+    assert "train_dataset.data_loader.origin_columns: no effect with PairDataLoader" in settings.notes
+
+
+class ToyTokenizer(ChatGLM3Tokenizer):
+    """ChatGLM3 with another prompt template and another stop token."""
+
+    stop_tokens = ("<|system|>",)
+
+    def build_chat_input(self, query: str, history: Any = None, role: str = "user") -> dict[str, list[int]]:
+        return super().build_chat_input(f"Q: {query}", history, role)
+
+
+class ToyEncoder(LastAnswerEncoder):
+    def read(self, value: Any, place: str) -> Messages | None:
+        messages = super().read(value, place)
+        return messages and tuple(
+            message._replace(content=f"Q: {message.content}") if message.role == "user" else message
+            for message in messages
+        )
+
+
+class ToyConfig(GLMConfig):
+    model_type = "toyglm"
+
+
+def test_family(finetune, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = dataclasses.replace(
+        FAMILIES["chatglm3"], name="toy", generation=9, tokenizer=ToyTokenizer, encoder=ToyEncoder, config=ToyConfig,
+        parameter_names={"toy.embedding.weight": "transformer.embedding.embedding_table"},
+    )  # fmt: skip
+    monkeypatch.setitem(FAMILIES, "toy", toy)
+    chosen = "processor.tokenizer.type=ToyTokenizer"
+    run = finetune(
+        tmp_path / "run", chosen, "runner_config.max_steps=2", "do_eval=True", "metric.type=ADGENMetric",
+        f"eval_dataset.data_loader.dataset_dir={DEV_RECORDS}", "eval_dataset.num_samples=2",
+        "generation.max_new_tokens=6",
+    )  # fmt: skip
+    assert all(line["prompt"].startswith("Q: ") for line in read_jsonl(run / "eval_predictions.jsonl"))
+
+    line = tiny_arguments(
+        "predict", vocabulary, *SMALL_TRAINING[:4], chosen, "--predict_data", "类型#裙", "--output_dir",
+        tmp_path / "out", "--load_checkpoint", run, "generation.max_new_tokens=6",
+    )  # fmt: skip
+    assert run_here(line) == 0
+    model, tokenizer = load_pretrained(run), ToyTokenizer(vocabulary)
+    assert type(model.config) is ToyConfig
+    ids = ChatGLM3Tokenizer(vocabulary).build_chat_input("Q: 类型#裙")["input_ids"]
+    (sequence,) = model.generate(ids, max_new_tokens=6, eos_token_id=[tokenizer.get_command("<|system|>")])
+    from glm_ms.engine.generate import answer_text
+
+    (answer,) = read_jsonl(tmp_path / "out" / "predict_results.jsonl")[0]["answers"]
+    assert answer == answer_text(tokenizer, sequence[len(ids) :])
+
+    folder = tmp_path / "hf"
+    plan_conversion(resolve_checkpoint(run), folder).run()
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "toyglm"
+    assert "toy.embedding.weight" in load_file(folder / "model.safetensors")
+    again = load_pretrained(folder)
+    for name, value in model.parameters().items():
+        assert (again.parameters()[name].asnumpy() == value.asnumpy()).all(), name

@@ -8,12 +8,12 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+from data_helpers import adgen_rows
 from engine_helpers import TRAIN_RECORDS, curve, read_jsonl
 from mindspore import Tensor, ops
 from tolerances import GRAD_NORM, LOGITS, LOSS, LOSS_CURVE
 
 from glm_ms import ChatGLM2Tokenizer, ChatGLM3Tokenizer, load_pretrained
-from glm_ms.data import AdgenDataset
 from glm_ms.generation import GLMForCausalLM
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
@@ -22,7 +22,7 @@ TOKENIZERS = {2: ChatGLM2Tokenizer, 3: ChatGLM3Tokenizer}
 
 def sample_rows(vocabulary: Path, generation: int, indices: list[int]) -> dict[str, np.ndarray]:
     """Training rows of the sample, int32 [rows, 128] each."""
-    rows = AdgenDataset(TRAIN_RECORDS, TOKENIZERS[generation](vocabulary), max_target_length=63)
+    rows = adgen_rows(TRAIN_RECORDS, TOKENIZERS[generation](vocabulary), max_target_length=63)
     return {name: np.stack([rows[i][name] for i in indices]) for name in COLUMNS}
 
 

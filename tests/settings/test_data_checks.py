@@ -35,7 +35,7 @@ def test_no_max_seq_length_means_that_of_the_network(config: Path) -> None:
         ([CHAT, "train_dataset.max_seq_length=192"], "max_seq_length: has no effect with ConversationDataLoader"),
         (["train_dataset.max_seq_length=192"], "max_seq_length: has no effect with ADGenDataLoader"),
         ([CHAT, "train_dataset.max_target_length=100"], "192 must equal train_dataset.max_source_length"),
-        (["train_dataset.ignore_pad_token_for_loss=False"], "False is a setting of ChatGLM2"),
+        (["train_dataset.ignore_pad_token_for_loss=False"], "False is not possible with ADGenDataLoader and ChatGLM3"),
         (["run_mode=eval", EVAL_TOOLS, "eval_dataset.max_seq_length=193"], "193 is more than model.model_config"),
         (
             ["run_mode=eval", EVAL_TOOLS, "eval_dataset.max_seq_length=128"],

@@ -13,7 +13,7 @@ import pytest
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import FLAGS, Settings, load_settings
 from glm_ms.settings.schema import BATCH_SIZE_KEYS, leaf_keys
-from glm_ms.settings.sections import PetSettings, allowed, keys_used_with
+from glm_ms.settings.sections import PetSettings, allowed, keys_used_with, used_with
 
 # Keys whose other values depend on further keys.
 _COMPANIONS = {
@@ -154,7 +154,7 @@ def test_tables_name_existing_keys() -> None:
     assert set(BATCH_SIZE_KEYS) == set(get_args(_hint("run_mode")))
     for dotted, field in leaves.items():
         if "used_with" in field.metadata:
-            other, values = field.metadata["used_with"]
+            other, values = used_with(field)
             assert set(values) <= set(_choices(f"{dotted.rpartition('.')[0]}.{other}")), dotted
 
 

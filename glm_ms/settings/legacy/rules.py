@@ -11,6 +11,7 @@ from glm_ms.settings.document import Entry
 from glm_ms.settings.legacy.draft import Draft, Source
 from glm_ms.settings.legacy.table import LEGACY_DEFAULTS, LEGACY_TOP_K, ZOO_NAMES
 from glm_ms.settings.schema import TRAINING_MODES, leaf_keys
+from glm_ms.settings.sections import used_with
 
 _TYPED_SECTIONS = ("lr_schedule", "model.pet_config", "runner_wrapper.scale_sense")
 _SAMPLING = ("generation.temperature", "generation.top_k", "generation.top_p")
@@ -127,7 +128,7 @@ def _without_use(draft: Draft) -> None:
             or "used_with" not in item.metadata
         ):
             continue
-        other, values = item.metadata["used_with"]
+        other, values = used_with(item)
         kind = draft.value(f"{section}.{other}", _default(f"{section}.{other}"))
         if kind not in values:
             del draft.chosen[key]

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from glm_ms.data import DataError, parallel
-from glm_ms.data.parallel import map_batches, processes_for
+from glm_ms.data import DataError, workers
+from glm_ms.data.workers import map_batches, processes_for
 from glm_ms.storage.json_lines import RawValue
 
 
@@ -32,7 +32,7 @@ def values(last, fault=None):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(parallel, "_BATCH_BYTES", 3)
+    monkeypatch.setattr(workers, "_BATCH_BYTES", 3)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -1,0 +1,56 @@
+"""The data formats: `data_loader.type` of a configuration -> how its records are read and encoded.
+
+A new format is a reader, with an encoder if none of the existing ones fits, in a file of its own and a line in FORMATS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from glm_ms.data.conversations import parse_conversation, parse_tool_conversation
+from glm_ms.data.encoder import Encoder, Reader
+from glm_ms.data.messages import ConversationEncoder, ToolAlpacaEncoder
+from glm_ms.data.records import read_prompt_and_answer
+
+
+@dataclass(frozen=True)
+class DataFormat:
+    """One format of records.
+
+    Attributes:
+        read: reader of a JSON value.
+        encoder: class that makes ids and labels; None for prompt and answer, which the model family encodes.
+        unused_keys: keys of a section that have no effect.
+    """
+
+    read: Reader
+    encoder: type[Encoder] | None = None
+    unused_keys: tuple[str, ...] = ()
+
+    @property
+    def uses_max_seq_length(self) -> bool:
+        """See `Encoder`."""
+        return self.encoder is not None and self.encoder.uses_max_seq_length
+
+    @property
+    def needs_roles(self) -> bool:
+        """See `Encoder`."""
+        return self.encoder is not None and self.encoder.needs_roles
+
+
+FORMATS: dict[str, DataFormat] = {
+    "ADGenDataLoader": DataFormat(read_prompt_and_answer),
+    "ConversationDataLoader": DataFormat(
+        parse_conversation, ConversationEncoder, unused_keys=("data_loader.origin_columns",)
+    ),
+    "ToolAlpacaDataLoader": DataFormat(
+        parse_tool_conversation,
+        ToolAlpacaEncoder,
+        unused_keys=("data_loader.origin_columns", "max_source_length", "max_target_length"),
+    ),
+}
+
+
+def formats_with_max_seq_length() -> tuple[str, ...]:
+    """The formats whose rows have `max_seq_length` ids."""
+    return tuple(name for name, data_format in FORMATS.items() if data_format.uses_max_seq_length)

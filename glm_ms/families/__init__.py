@@ -1,0 +1,88 @@
+"""The families of models: FAMILIES, and what follows from it.
+
+A new family is a `Family` in a file of its own and a line in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from glm_ms.data.encoder import Encoder, Section
+from glm_ms.data.formats import FORMATS
+from glm_ms.families.chatglm2 import CHATGLM2
+from glm_ms.families.chatglm3 import CHATGLM3
+from glm_ms.families.family import Family
+from glm_ms.model.config import GLMConfig
+from glm_ms.storage.errors import DataError
+from glm_ms.tokenizer import SentencePieceTokenizer
+
+__all__ = ["FAMILIES", "Family", "build_encoder", "family_of", "read_config", "tokenizer_names"]
+
+FAMILIES: dict[str, Family] = {
+    "chatglm2": CHATGLM2,
+    "chatglm3": CHATGLM3,
+}
+
+
+def family_of(item: str | SentencePieceTokenizer | GLMConfig) -> Family:
+    """The family of a name, of a tokenizer or its class name, or of a configuration.
+
+    A configuration belongs to the first family of its class: families that share it have the same network.
+
+    Raises:
+        KeyError: no family has it.
+    """
+    kinds: dict[Any, Family] = {}
+    for name, family in FAMILIES.items():
+        for key in (name, family.tokenizer.__name__, family.tokenizer, family.config):
+            kinds.setdefault(key, family)
+    for kind in [item] if isinstance(item, str) else type(item).__mro__:
+        if kind in kinds:
+            return kinds[kind]
+    raise KeyError(f"{item!r}: belongs to none of the model families {', '.join(FAMILIES)}")
+
+
+def tokenizer_names() -> tuple[str, ...]:
+    """The values of `processor.tokenizer.type`."""
+    return tuple(family.tokenizer.__name__ for family in FAMILIES.values())
+
+
+def build_encoder(
+    section: Section, tokenizer: SentencePieceTokenizer, max_prompt_length: int | None = None
+) -> Encoder:
+    """The encoder of the records of a `train_dataset` or `eval_dataset` section.
+
+    Args:
+        section: of a configuration.
+        tokenizer: of the records.
+        max_prompt_length: see `Encoder`.
+
+    Raises:
+        DataError: keys that cannot be used.
+    """
+    data_format = FORMATS.get(section.data_loader.type)
+    if data_format is None:
+        raise DataError(
+            f"data_loader.type: {section.data_loader.type!r} is not known; use one of {', '.join(FORMATS)}"
+        )
+    encoder = data_format.encoder or family_of(tokenizer).encoder
+    return encoder(tokenizer, data_format.read, section, max_prompt_length)
+
+
+def read_config(path: str | Path) -> GLMConfig:
+    """The configuration of a Hugging Face folder, a `config.json` or a YAML of this project.
+
+    The `model_type` of a `config.json` decides about the family.
+
+    Raises:
+        ConfigError: see `GLMConfig.from_pretrained`.
+    """
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    kinds = {family.config.model_type: family.config for family in FAMILIES.values()}
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):  # another file; the class says what is wrong with it
+        model_type = None
+    return kinds.get(model_type, GLMConfig).from_pretrained(path)

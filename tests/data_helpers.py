@@ -1,0 +1,70 @@
+"""Encoders and data sets of tests, by the arguments of a section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from glm_ms.data import CacheRequest, Encoder, EvalDataset, TrainDataset
+from glm_ms.families import build_encoder
+from glm_ms.tokenizer import SentencePieceTokenizer
+
+COLUMNS = ("content", "summary")
+
+
+def encoder_of(
+    data_format: str, tokenizer: SentencePieceTokenizer, max_prompt_length: int | None = None, **keys: Any
+) -> Encoder:
+    """The encoder of a format; `keys` are those of a section, `columns` its origin_columns."""
+    loader = SimpleNamespace(type=data_format, origin_columns=keys.pop("columns", COLUMNS))
+    lengths = {"max_source_length": 64, "max_target_length": 128, "max_seq_length": None}
+    section = SimpleNamespace(data_loader=loader, **{**lengths, "ignore_pad_token_for_loss": True, **keys})
+    return build_encoder(section, tokenizer, max_prompt_length)
+
+
+def adgen_encoder(
+    tokenizer: SentencePieceTokenizer, columns: Sequence[str] = COLUMNS, **keys: Any
+) -> Encoder:
+    return encoder_of("ADGenDataLoader", tokenizer, columns=columns, **keys)
+
+
+def conversation_encoder(tokenizer: SentencePieceTokenizer, source: int, target: int) -> Encoder:
+    return encoder_of("ConversationDataLoader", tokenizer, max_source_length=source, max_target_length=target)
+
+
+def tool_encoder(
+    tokenizer: SentencePieceTokenizer, length: int, max_prompt_length: int | None = None
+) -> Encoder:
+    return encoder_of("ToolAlpacaDataLoader", tokenizer, max_prompt_length, max_seq_length=length)
+
+
+def adgen_rows(
+    path: str | Path,
+    tokenizer: SentencePieceTokenizer,
+    columns: Sequence[str] = COLUMNS,
+    max_source_length: int = 64,
+    max_target_length: int = 128,
+    ignore_pad_token_for_loss: bool = True,
+    num_samples: int | None = None,
+    cache: CacheRequest | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TrainDataset:
+    encoder = adgen_encoder(
+        tokenizer, columns, max_source_length=max_source_length, max_target_length=max_target_length,
+        ignore_pad_token_for_loss=ignore_pad_token_for_loss,
+    )  # fmt: skip
+    return TrainDataset(path, encoder, num_samples, cache, say)
+
+
+def adgen_prompts(
+    path: str | Path,
+    tokenizer: SentencePieceTokenizer,
+    columns: Sequence[str] = COLUMNS,
+    max_source_length: int = 64,
+    max_target_length: int = 128,
+    num_samples: int | None = None,
+) -> EvalDataset:
+    keys = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    return EvalDataset(path, adgen_encoder(tokenizer, columns, **keys), num_samples)
