@@ -6,8 +6,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from glm_ms.data import DataError
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options, known_ids
@@ -22,8 +22,7 @@ RESULTS_FILE = "predict_results.jsonl"
 _PROMPT_KEYS = ("prompt", "content", "query", "text")
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """A prompt and its answers (several with `num_return_sequences`)."""
 
     prompt: str
@@ -31,7 +30,7 @@ class Prediction:
 
 
 def read_prompts(predict_data: str) -> list[str]:
-    """Prompts from what `--predict_data` says.
+    """Prompts of `--predict_data`.
 
     Args:
         predict_data: `-` for standard input (a prompt a line), a path ending in .txt (a prompt a line) or
@@ -39,22 +38,27 @@ def read_prompts(predict_data: str) -> list[str]:
             the prompt itself.
 
     Raises:
-        DataError: a file is missing, empty or broken; it names file and line.
+        DataError: a file is missing, empty or broken; the message has file and line.
     """
-    if predict_data == "-":
-        text = decode_text(sys.stdin.buffer.read(), "standard input", DataError)
-        return _non_empty([line.rstrip("\r") for line in text.split("\n")], "standard input")
     suffix = Path(predict_data).suffix.lower() if "\n" not in predict_data else ""
-    if suffix not in (".txt", ".jsonl"):
-        if _is_path(predict_data):
-            raise DataError(f"{predict_data}: prompts are read from .txt and .jsonl files only")
-        return _non_empty([predict_data], "predict_data")
-    path = Path(predict_data)
-    missing = f"no such file; give an existing {suffix} file, or a prompt"
-    lines = read_text(path, DataError, missing).split("\n")
-    if suffix == ".jsonl":
-        lines = [_prompt_of(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
-    return _non_empty(lines, str(path))
+    source, prompts = predict_data, [predict_data]
+    if predict_data == "-":
+        source = "standard input"
+        text = decode_text(sys.stdin.buffer.read(), source, DataError)
+        prompts = [line.rstrip("\r") for line in text.split("\n")]
+    elif suffix in (".txt", ".jsonl"):
+        missing = f"no such file; give an existing {suffix} file, or a prompt"
+        prompts = read_text(Path(predict_data), DataError, missing).split("\n")
+        if suffix == ".jsonl":
+            prompts = [_prompt_of(line, source, i) for i, line in enumerate(prompts, 1) if line.strip()]
+    elif _is_path(predict_data):
+        raise DataError(f"{source}: prompts are read from .txt and .jsonl files only")
+    else:
+        source = "predict_data"
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise DataError(f"{source}: no prompt; give a text, a .txt or .jsonl file, or - for standard input")
+    return prompts
 
 
 def predict(
@@ -66,17 +70,15 @@ def predict(
 ) -> list[Prediction]:
     """Answers every prompt and writes `predict_results.jsonl` into the output folder.
 
-    A plain text becomes a chat prompt of its model; text in the chat template already is taken as it is. A single
-    prompt that is decoded greedily or sampled appears while it is generated.
-
-    The ranks of a parallel run take the batches in turn; the answers are those of one process, whose batches are the
-    same. The first rank shows and writes.
+    The template of the tokenizer makes a chat prompt of a plain text; text in the template stays as it is. A single
+    prompt without beams is shown while it is generated. The ranks of a parallel run take the batches in turn, with the
+    batches and answers of a single process; the first rank shows and writes.
 
     Args:
         settings: the run.
         model, tokenizer: network and vocabulary.
         show: takes pieces of text for the user, line breaks included.
-        say: takes remarks.
+        say: takes notes.
 
     Returns:
         All predictions in the order of the prompts, on every rank.
@@ -109,7 +111,8 @@ def predict(
             if not streamed and ranks.first:
                 show("".join(f"{text}\n -> {one}\n" for one in found))
     if ranks.first:
-        _write(Path(settings.output_dir) / RESULTS_FILE, results)
+        lines = (json.dumps(result._asdict(), ensure_ascii=False) + "\n" for result in results)
+        replace_text(Path(settings.output_dir) / RESULTS_FILE, "".join(lines))
     return results
 
 
@@ -122,15 +125,9 @@ def _prompt_ids(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
 def _answers(
     model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, prompts: list[list[int]], options: dict
 ) -> list[list[str]]:
-    sequences = model.generate(prompts, **options)
-    count = options["num_return_sequences"]
-    return [
-        [
-            answer_text(tokenizer, sequence[len(prompt) :])
-            for sequence in sequences[i * count : (i + 1) * count]
-        ]
-        for i, prompt in enumerate(prompts)
-    ]
+    sequences, count = model.generate(prompts, **options), options["num_return_sequences"]
+    texts = [answer_text(tokenizer, ids[len(prompts[i // count]) :]) for i, ids in enumerate(sequences)]
+    return [texts[start : start + count] for start in range(0, len(texts), count)]
 
 
 def _stream(
@@ -162,27 +159,12 @@ def _is_path(text: str) -> bool:
         return False
 
 
-def _prompt_of(line: str, path: Path, number: int) -> str:
-    value = parse_json(line, path, DataError, number)
+def _prompt_of(line: str, source: str, number: int) -> str:
+    value = parse_json(line, source, DataError, number)
     if isinstance(value, dict):
         value = next((value[key] for key in _PROMPT_KEYS if key in value), None)
     if not isinstance(value, str) or not value.strip():
         raise DataError(
-            f"{path}:{number}: expected a text that is not empty, or an object with one as {', '.join(_PROMPT_KEYS)}"
+            f"{source}:{number}: expected a text that is not empty, or an object with one as {', '.join(_PROMPT_KEYS)}"
         )
     return value
-
-
-def _non_empty(lines: list[str], source: str) -> list[str]:
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise DataError(f"{source}: no prompt; give a text, a .txt or .jsonl file, or - for standard input")
-    return prompts
-
-
-def _write(path: Path, results: list[Prediction]) -> None:
-    lines = [
-        json.dumps({"prompt": result.prompt, "answers": result.answers}, ensure_ascii=False)
-        for result in results
-    ]
-    replace_text(path, "\n".join(lines) + "\n")

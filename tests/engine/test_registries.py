@@ -70,10 +70,10 @@ def test_metric(finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def read_pair(value: Any, place: str, columns: Sequence[str]) -> Messages | None:
-    """A list of two texts, `["question", "answer"]`."""
-    if not isinstance(value, list) or len(value) != 2:
-        raise DataError(f"{place}: expected [question, answer]")
-    question, answer = value
+    """An object of two texts, `{"q": question, "a": answer}`."""
+    if not isinstance(value, dict) or set(value) != {"q", "a"}:
+        raise DataError(f"{place}: expected q and a")
+    question, answer = value["q"], value["a"]
     return (Message("user", question), Message("assistant", answer, loss=True)) if answer else None
 
 
@@ -84,7 +84,7 @@ def test_data_format(vocabulary, finetune, tmp_path: Path, monkeypatch: pytest.M
     )
     records = read_jsonl(TRAIN_RECORDS)[:26]
     pairs, ends = tmp_path / "pairs.json", []
-    lines = [[item["content"], item["summary"]] for item in records] + [["empty", ""]]
+    lines = [{"q": item["content"], "a": item["summary"]} for item in records] + [{"q": "empty", "a": ""}]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     plain = [f"eval_dataset.data_loader.dataset_dir={TRAIN_RECORDS}"]
     toy = [
