@@ -1,6 +1,6 @@
-"""Trains, evaluates and asks ChatGLM2 / ChatGLM3 networks as a YAML file and flags say.
+"""Trains, evaluates and prompts ChatGLM2 / ChatGLM3 networks from a YAML file and flags.
 
-The flags are explained by `python run_glm.py --help`.
+`python run_glm.py --help` explains the flags.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from glm_ms.ascend_hints import error_lines, hints
+from glm_ms.engine.process import is_verbose, quiet_imports
 from glm_ms.settings import SettingsError, settings_from_command_line
 
 
@@ -19,9 +20,8 @@ def main(argv: list[str]) -> int:
     settings = settings_from_command_line(argv)
     try:
         _make_output_dir(settings.output_dir)
-        # MindFormers opens its log files under this folder when it is imported.
-        os.environ["LOCAL_DEFAULT_PATH"] = settings.output_dir
-        from glm_ms.engine.run import run  # seconds of imports, only once the settings are right
+        with quiet_imports(log_folder=settings.output_dir):
+            from glm_ms.engine.run import run  # takes seconds, so only after the settings are checked
 
         run(settings)
     except SettingsError as error:
@@ -31,14 +31,14 @@ def main(argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Who reads the output has seen enough (`| head`): no error, and nothing more to write at exit either.
+        # The reader of the output has closed it (`| head`): not an error, and nothing more to write at exit.
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
     except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
-        # Errors of cards and their libraries come as the last two; unknown ones keep their traceback.
+        # Cards and their libraries raise RuntimeError and ImportError; unknown ones keep their traceback.
         unknown = isinstance(error, (RuntimeError, ImportError)) and not hints(str(error))
-        if unknown or os.environ.get("GLM_MS_VERBOSE", "0") != "0":
+        if unknown or is_verbose():
             raise
         for line in error_lines(error):
             print(line, file=sys.stderr)
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 
 def _make_output_dir(path: str) -> None:
-    """Raises SettingsError where the folder cannot be made."""
+    """Raises SettingsError if the folder cannot be made."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:

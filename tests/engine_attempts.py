@@ -15,8 +15,8 @@ from engine_helpers import REPOSITORY, environment_of_a_user
 # micro batch STEP_SECONDS more. Neither changes a number.
 SLOW_RUN = """
 import runpy, sys, time
-from glm_ms.engine import callbacks
-from glm_ms.engine.checkpoints import checkpoint
+from glm_ms.engine.callbacks import UpdateCallback
+from glm_ms.engine.checkpoints import parameters_file
 from glm_ms.peft import lora, ptuning
 
 def slow(path, shapes, dtype, arrays, metadata):
@@ -24,11 +24,11 @@ def slow(path, shapes, dtype, arrays, metadata):
     pause = {file_seconds} / len(shapes) if whole else 0
     write(path, shapes, dtype, (time.sleep(pause) or array for array in arrays), metadata)
 
-write = checkpoint.write_safetensors
-for module in (checkpoint, lora, ptuning):
+write = parameters_file.write_safetensors
+for module in (parameters_file, lora, ptuning):
     module.write_safetensors = slow
-end = callbacks.UpdateCallback.on_train_step_end
-callbacks.UpdateCallback.on_train_step_end = lambda *arguments: time.sleep({step_seconds}) or end(*arguments)
+end = UpdateCallback.on_train_step_end
+UpdateCallback.on_train_step_end = lambda *arguments: time.sleep({step_seconds}) or end(*arguments)
 runpy.run_path({program!r}, run_name="__main__")
 """
 

@@ -1,17 +1,33 @@
-"""Training rows in the order of training: a function of seed and step, so that any step can be resumed."""
+"""Training rows in the order of training, a function of seed and step: a run can resume at any step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from mindspore import dataset as ds
 
-from glm_ms.data import IGNORED, DataError, Row, TrainDataset, epoch_order
+from glm_ms.data import IGNORED, DataError, Row, epoch_order
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 SEEDS = "dropout_seeds"
 TRAINING_COLUMNS = (*COLUMNS, SEEDS)
+
+
+class TrainingRows(Protocol):
+    """Random access to training rows of one length."""
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of every row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+    def describe(self) -> str:
+        """One line for the user."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,7 @@ class TrainingPlan:
         max_steps: at most so many steps, None for all.
         seed, shuffle: order of each epoch, see `epoch_order`.
         drop_remainder: leave out the rows of an epoch that do not fill a step; otherwise the last step is
-            filled with rows that carry no loss.
+            filled up with rows without loss.
 
     Raises:
         DataError: fewer rows than one step takes, with `drop_remainder`.
@@ -70,7 +86,7 @@ class TrainingPlan:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def rows_of(self, step: int) -> np.ndarray:
-        """Row indices of a step (from 0), int64 [rows_per_step]; -1 stands for a row without loss."""
+        """Row indices of a step (from 0), int64 [rows_per_step]; -1 for a row without loss."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order = epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
         rows = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
@@ -79,8 +95,8 @@ class TrainingPlan:
     def dropout_seed(self, step: int, place: int) -> int:
         """Seed of the dropout masks of the row at `place` of a step (from 0), an int32.
 
-        It depends on the run's seed, on the step and on the place in the whole step alone, so that neither
-        accumulation nor the number of ranks changes a mask, and a resumed run repeats it.
+        It depends only on the run's seed, the step and the place in the whole step, so that neither accumulation nor
+        the number of ranks changes a mask, and a resumed run repeats it.
         """
         mixed = 0
         for value in (self.seed, step, place):
@@ -100,7 +116,7 @@ def _splitmix64(value: int) -> int:
 class _Rows:
     """Random access to the rows of the remaining steps of one rank, for `GeneratorDataset`."""
 
-    def __init__(self, rows: TrainDataset, plan: TrainingPlan, start: int, rank: int) -> None:
+    def __init__(self, rows: TrainingRows, plan: TrainingPlan, start: int, rank: int) -> None:
         self._rows, self._plan, self._start = rows, plan, start
         self._per_rank = plan.batch_size * plan.accumulation_steps
         self._first = rank * self._per_rank
@@ -117,7 +133,7 @@ class _Rows:
         return (*(row[name] for name in COLUMNS), seed)
 
     def _order_of(self, step: int) -> np.ndarray:
-        # Several worker threads ask; a pair replaced as a whole needs no lock.
+        # Called from several worker threads; a tuple that is replaced as a whole needs no lock.
         known_step, order = self._known
         if known_step != step:
             order = self._plan.rows_of(step)
@@ -133,11 +149,11 @@ class _Rows:
 
 
 def training_batches(
-    rows: TrainDataset, plan: TrainingPlan, start_step: int = 0, rank: int = 0, num_workers: int = 1
+    rows: TrainingRows, plan: TrainingPlan, start_step: int = 0, rank: int = 0, num_workers: int = 1
 ) -> ds.Dataset:
     """The micro batches of one rank from `start_step` to the end of the run, as a MindSpore data set.
 
-    The whole run is one pass of this data set: epochs are inside the order, so that a run can go on at any step.
+    The whole run is one pass of this data set: the order contains the epochs, so that a run can resume at any step.
 
     Returns:
         batches of TRAINING_COLUMNS, int32 [batch_size, seq_length] each, the seeds int32 [batch_size].

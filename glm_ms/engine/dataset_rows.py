@@ -39,7 +39,7 @@ class DatasetRows:
             for name in found:
                 parts[name].append(np.atleast_2d(item[name]))
         if not parts["input_ids"]:
-            raise DataError("train_dataset: holds no rows")
+            raise DataError("train_dataset: has no rows")
         self.batch_size = len(parts["input_ids"][0])
         self._columns = {name: _joined(name, arrays) for name, arrays in parts.items()}
         self._fill_in()

@@ -1,65 +1,55 @@
-"""The step at which a run has diverged, written to a file with the records that it was given."""
+"""The step at which a run has diverged, written to a file with the records of that step."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from glm_ms.data import IGNORED, Row
-from glm_ms.engine.batches import TrainingPlan
+from glm_ms.data import IGNORED
 from glm_ms.engine.report.progress import StepRecord
+from glm_ms.engine.training_run import TrainingRun
 from glm_ms.storage.atomic import replace_text
-from glm_ms.storage.run_folder import DIVERGED
+from glm_ms.storage.run_folder import DIVERGED, list_checkpoints
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 
-class Rows(Protocol):
-    """Random access to training rows."""
+def report_divergence(run: TrainingRun, record: StepRecord, reason: str) -> str:
+    """Writes `nan_step_<step>.json`: the numbers of the step and all its rows, of all micro batches and ranks.
 
-    def __getitem__(self, index: int) -> Row:
-        """One row."""
-
-
-def write_divergence(
-    output_dir: Path,
-    record: StepRecord,
-    reason: str,
-    plan: TrainingPlan,
-    rows: Rows,
-    tokenizer: SentencePieceTokenizer,
-) -> Path:
-    """Writes `nan_step_<step>.json`: the numbers of the step and every row of it, of all micro batches and ranks.
+    All ranks call it; the first writes, and the others wait, because the process ends after it.
 
     Args:
-        output_dir: folder of the run.
-        record: the step; its loss or norm is not finite, or it has overflowed once too often.
+        run: of the step.
+        record: the step; its loss or norm is not finite, or the loss scale is exhausted.
         reason: why the run stops.
-        plan, rows: which rows the step had.
-        tokenizer: turns ids into text.
 
     Returns:
-        The file.
+        Sentences for the user: which file has the records, and which checkpoint is the last.
     """
-    values = {name: _plain(value) for name, value in vars(record).items()}
-    indices = plan.rows_of(record.step - 1).tolist()
-    described = [
-        _describe(place, index, plan, rows, tokenizer) for place, index in enumerate(indices) if index >= 0
-    ]
-    path = output_dir / DIVERGED.format(f"{record.step:08d}")
-    document = {**values, "reason": reason, "rows_without_loss": indices.count(-1), "rows": described}
+    if not run.ranks.first:
+        run.ranks.from_first(None)
+        return "The first rank writes its records."
+    indices = run.plan.rows_of(record.step - 1).tolist()
+    document = {
+        **{name: _plain(value) for name, value in vars(record).items()},
+        "reason": reason,
+        "rows_without_loss": indices.count(-1),
+        "rows": [_describe(run, place, index) for place, index in enumerate(indices) if index >= 0],
+    }
+    path = run.output_dir / DIVERGED.format(f"{record.step:08d}")
     replace_text(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    return path
+    run.ranks.from_first(None)
+    saved = [str(folder) for _, folder in list_checkpoints(run.training.checkpoints.folder)][-1:]
+    last = f"The last checkpoint is {saved[0]}." if saved else "No checkpoint had been saved before."
+    return f"Its records: {path}. {last}"
 
 
-def _describe(
-    place: int, index: int, plan: TrainingPlan, rows: Rows, tokenizer: SentencePieceTokenizer
-) -> dict[str, Any]:
-    row = rows[index]
+def _describe(run: TrainingRun, place: int, index: int) -> dict[str, Any]:
+    row, plan = run.rows[index], run.plan
     per_rank = plan.batch_size * plan.accumulation_steps
     seen = row["input_ids"][row["attention_mask"] != 0]
     return {
@@ -67,14 +57,14 @@ def _describe(
         "rank": place // per_rank,
         "micro_batch": place % per_rank // plan.batch_size,
         "row": index,
-        "text": _text(tokenizer, seen),
-        "text_with_loss": _text(tokenizer, row["labels"][row["labels"] != IGNORED]),
+        "text": _text(run.tokenizer, seen),
+        "text_with_loss": _text(run.tokenizer, row["labels"][row["labels"] != IGNORED]),
         **{name: row[name].tolist() for name in ("input_ids", "labels", "position_ids")},
     }
 
 
 def _text(tokenizer: SentencePieceTokenizer, ids: Sequence[int] | np.ndarray) -> str:
-    """Special tokens are shown, padding at the end is not."""
+    """Shows special tokens, but no padding at the end."""
     kept = [int(index) for index in ids]
     while kept and kept[-1] == tokenizer.pad_token_id:
         kept.pop()
@@ -82,5 +72,5 @@ def _text(tokenizer: SentencePieceTokenizer, ids: Sequence[int] | np.ndarray) ->
 
 
 def _plain(value: Any) -> Any:
-    """JSON has neither NaN nor infinity, and here they are what matters."""
+    """JSON has neither NaN nor infinity: as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,9 +13,9 @@ import numpy as np
 
 from glm_ms.data import IGNORED, DataError, Row
 from glm_ms.engine.batches import COLUMNS
+from glm_ms.engine.from_settings import labelled_rows, prompts_with_references
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
-from glm_ms.engine.records import labelled_rows, prompts_with_references
 from glm_ms.engine.report.progress import progress_bar
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import LOSS, METRICS, TEXT, Metric, takes

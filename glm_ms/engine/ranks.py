@@ -1,7 +1,6 @@
-"""What the processes (ranks) of a data parallel run tell one another.
+"""Exchange of values between the ranks (processes) of a parallel run.
 
-Values travel by AllGather, which every target has; nothing is handed over in files, so that servers need no common
-file system.
+It uses AllGather, which every target has, and no files, so that servers need no common file system.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from mindspore.communication import get_group_size, get_rank
 
 from glm_ms.settings import Settings
 
-# Texts of a length within a factor of two share a shape: some targets prepare every shape anew.
+# Message sizes are powers of two: some targets compile every new shape.
 _SMALLEST_MESSAGE = 64
-# Seconds. MindSpore's collectives on CPU give up after 30, less than an evaluation or a checkpoint may take.
+# Seconds. MindSpore's collectives on CPU time out after 30, less than an evaluation or a checkpoint may take.
 _CPU_PATIENCE = "3600"
 
 Item = TypeVar("Item")
 
 
 class RankError(ValueError):
-    """Ranks that should hold the same do not, or one of them has failed."""
+    """Ranks have different values where they must be equal, or one of them has failed."""
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among all of a run.
 
-    Every method but the properties is called by all ranks, in the same order; with one rank they cost nothing.
+    All ranks call the methods in the same order; with one rank they cost nothing.
 
     Attributes:
         rank: of this process, from 0.
@@ -48,7 +47,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that shows and writes."""
+        """Whether this process shows and writes for all."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -70,14 +69,14 @@ class Ranks:
         return [json.loads(texts[i].tobytes()[: lengths[i]]) for i in range(self.size)]
 
     def from_first(self, value: Any) -> Any:
-        """The value of the first rank, on every rank; those of the others do not matter."""
+        """The value of the first rank, on every rank; those of the others are ignored."""
         return self.gather(value if self.first else None)[0]
 
     def share_out(self, items: Sequence[Item], work: Callable[[Item], Any]) -> Iterator[Any]:
-        """Does work on all items, each on one rank.
+        """Calls `work` for all items, each on one rank.
 
-        The ranks take turns, and what they found is exchanged after every round: an item is done by the same call
-        as in a single process, whatever the number of ranks.
+        The ranks take turns and exchange their results after every round: the call for an item is the same as in a
+        single process, for any number of ranks.
 
         Args:
             items: the same on all ranks; there may be fewer than ranks.
@@ -107,10 +106,10 @@ class Ranks:
             yield from (value for value, _ in found[: len(items) - start])
 
     def agree(self, what: str, value: Mapping[str, Any]) -> None:
-        """Holds all ranks to the same values.
+        """Checks that all ranks have the same values.
 
         Args:
-            what: what the values belong to, for the error.
+            what: name of the values, for the error.
             value: JSON by name.
 
         Raises:
@@ -133,13 +132,13 @@ def ranks_of(settings: Settings) -> Ranks:
 
 
 def check_equal_on_ranks(parameters: Iterable[Parameter], ranks: Ranks) -> None:
-    """Proves that parameters which every rank holds whole are the same on all, bit by bit.
+    """Checks that replicated parameters are the same on all ranks, bit by bit.
 
-    Data parallel ranks make the same updates; one that has gone astray (memory, a card, an old checkpoint on one
-    server) would spoil the run without a word.
+    Data parallel ranks make the same updates; one that differs (faulty memory, an old checkpoint on one server) would
+    spoil the run silently.
 
     Args:
-        parameters: the same ones on all ranks, not split.
+        parameters: the same on all ranks, not sliced.
         ranks: of the run.
 
     Raises:
@@ -154,15 +153,15 @@ def check_equal_on_ranks(parameters: Iterable[Parameter], ranks: Ranks) -> None:
             more = f" and {len(different) - 1} more" if len(different) > 1 else ""
             raise RankError(
                 f"the weights of rank {ranks.rank} are not those of rank {rank}: {different[0]}{more} differ. Nothing "
-                "is saved any more. Begin or resume with the same weights on every server; if that was so, a card or "
-                "its memory is at fault"
+                "more is saved. Start or resume with the same weights on every server; if they were equal, a card or "
+                "its memory is faulty"
             )
 
 
 def be_patient(settings: Settings) -> None:
-    """Lets collectives on CPU wait for a rank that evaluates or saves; to be called before ranks are connected.
+    """Makes collectives on CPU wait for a rank that evaluates or saves; call it before the ranks are connected.
 
-    MS_NODE_TIMEOUT in the environment goes first. The scheduler keeps its own: there it is how soon the loss of a
+    MS_NODE_TIMEOUT in the environment has priority. The scheduler keeps its own value: there it decides how soon a lost
     server is noticed.
     """
     if settings.context.device_target == "CPU" and os.environ.get("MS_ROLE") != "MS_SCHED":

@@ -1,4 +1,4 @@
-"""The model a run begins with: architecture from the settings, weights from load_checkpoint, adapter."""
+"""The model at the start of a run: architecture from the settings, weights from load_checkpoint, adapter."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from glm_ms.storage.errors import capped
 from glm_ms.storage.integrity import MANIFEST
 from glm_ms.storage.run_folder import resolve_checkpoint
 
-# Fields that may differ from the config.json beside the weights: storage, length and training, not the function.
+# Fields that may differ from the config.json beside the weights: they do not change the function.
 _FREE = frozenset(
     {"seq_length", "param_init_type", "compute_dtype", "hidden_dropout", "attention_dropout",
      "eos_token_id", "pad_token_id"}
 )  # fmt: skip
 _EMBEDDING = "transformer.embedding.embedding_table"
-# Field of a stored adapter -> key that must agree with it when training goes on.
+# Field of a stored adapter -> key that must be equal when its training continues.
 _LORA_KEYS = {"rank": "lora_rank", "alpha": "lora_alpha"}
 _PREFIX_KEYS = {name: name for name in ("pre_seq_len", "prefix_projection", "projection_dim")}
 
@@ -50,8 +50,8 @@ def build_model(
         settings: the run.
         vocab_size: ids of the tokenizer.
         say: takes lines for the user.
-        checkpoint: of the run that is being resumed. It takes the place of `load_checkpoint`, or, as that of an
-            adapter holds no base, of `load_adapter`.
+        checkpoint: of the run that is resumed; replaces `load_checkpoint`, or `load_adapter` if the run trains an
+            adapter, because that checkpoint contains no base weights.
 
     Raises:
         CheckpointError: the weights cannot be read, or do not belong to the configured network.
@@ -63,12 +63,12 @@ def build_model(
         base = resolve_checkpoint(settings.load_checkpoint)
     model = _base_model(settings, vocab_size, say, base)
     if adapter is not None and checkpoint is not None:
-        # With the config it was saved with: it may have begun as an adapter of `peft` that settings cannot express.
-        model.restore_adapter(_held_to_settings(model, read_adapter(checkpoint), adapter))
+        # With its stored config: it may be an adapter from `peft` that the settings cannot express.
+        model.restore_adapter(_checked_against_settings(model, read_adapter(checkpoint), adapter))
     elif settings.load_adapter:
         stored = read_adapter(settings.load_adapter)
         if adapter is not None:
-            stored = _held_to_settings(model, stored, adapter)
+            stored = _checked_against_settings(model, stored, adapter)
         say(str(model.load_adapter(stored)))
         _remark_on_base(stored, base, say)
     elif adapter is not None:
@@ -77,14 +77,14 @@ def build_model(
 
 
 def fuse(settings: Settings, model: GLMForCausalLM, say: Callable[[str], None]) -> None:
-    """Puts fused kernels into a network that has not been compiled, if the settings ask for them."""
+    """Installs fused kernels in a network that is not compiled yet, if the settings ask for them."""
     if settings.context.use_fused_kernels:
         for line in fuse_kernels(model.network, DTYPES[model.config.compute_dtype]):
             say(line)
 
 
 def adapter_config(settings: Settings) -> AdapterConfig | None:
-    """What `model.pet_config` asks for; None for training of all weights."""
+    """The adapter of `model.pet_config`; None for training of all weights."""
     pet = settings.model.pet_config
     if pet.pet_type is None:
         return None
@@ -99,11 +99,13 @@ def adapter_config(settings: Settings) -> AdapterConfig | None:
     )
 
 
-def _held_to_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig) -> StoredAdapter:
-    """A stored adapter with the dropout of the settings, which counts where it is trained on.
+def _checked_against_settings(
+    model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig
+) -> StoredAdapter:
+    """A stored adapter with the dropout of the settings, for further training.
 
     Raises:
-        AdapterError: it is not of the kind or the sizes the settings ask for.
+        AdapterError: its kind or its sizes are not those of the settings.
     """
     then = stored.config
     if type(then) is not type(wanted):
@@ -112,7 +114,7 @@ def _held_to_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: Adap
             f"{stored.path}: a {kinds[type(then)]} adapter, but model.pet_config.pet_type is {kinds[type(wanted)]}"
         )
     keys = _LORA_KEYS if isinstance(wanted, LoraConfig) else _PREFIX_KEYS
-    if isinstance(wanted, PrefixConfig):  # tensors tell the width of an MLP where there is one
+    if isinstance(wanted, PrefixConfig):  # stored tensors give the width of the MLP
         width = wanted.projection_dim or model.config.hidden_size
         wanted = dataclasses.replace(wanted, projection_dim=width if wanted.prefix_projection else None)
     different = [
@@ -121,7 +123,7 @@ def _held_to_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: Adap
         if getattr(then, name) != getattr(wanted, name)
     ]
     if isinstance(wanted, LoraConfig):
-        # The modules and not the patterns: the same ones can be written in many ways.
+        # The modules and not the patterns: many patterns name the same modules.
         targets = target_names(wanted.target_modules, linear_modules(model.network))
         odd = sorted(set(targets) ^ set(stored.modules))
         if odd:
@@ -132,9 +134,9 @@ def _held_to_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: Adap
 
 
 def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Callable[[str], None]) -> None:
-    """Says if an adapter of a run of ours was trained on other weights than those below it now.
+    """Remarks if an adapter was trained on other base weights.
 
-    A remark and no error: the fingerprint also changes when the same weights are stored in another form.
+    Not an error: the fingerprint also changes if the same weights are stored in another format.
     """
     folder = stored.path.parent
     if base is None or not (folder / MANIFEST).is_file():
@@ -142,8 +144,8 @@ def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Callable[[str
     then = read_manifest(folder).position.get("base_weights")
     if then is not None and then != weights_fingerprint(base):
         say(
-            f"note: {folder} was trained on other weights than {base}, or on the same in another form; unless they "
-            "were only converted, it does not belong there"
+            f"note: {folder} was trained on other weights than {base}, or on the same in another format; unless they "
+            "were only converted, the adapter does not fit them"
         )
 
 
@@ -156,8 +158,8 @@ def _base_model(
         return GLMForCausalLM(settings.glm_config())
     if is_adapter_folder(checkpoint):
         raise CheckpointError(
-            f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} holds an adapter, not weights; name "
-            "it with --load_adapter, and with --load_checkpoint the base it was trained on"
+            f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter, not weights; "
+            "name it with --load_adapter, and with --load_checkpoint the base weights it was trained on"
         )
     with open_checkpoint(checkpoint) as reader:
         config = _config_for(settings, vocab_size, checkpoint, reader)
@@ -167,7 +169,7 @@ def _base_model(
 
 
 def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str], None]) -> GLMForCausalLM:
-    """The network of a sharded run with a new adapter, if it trains one; the weights come when it is split.
+    """The network of a sharded run, with a new adapter if it trains one; its weights are loaded after it is sliced.
 
     Raises:
         CheckpointError: `load_checkpoint` does not belong to the configured network.
@@ -191,24 +193,24 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str
 
 
 def _config_for(settings: Settings, vocab_size: int, checkpoint: Path, reader: CheckpointReader) -> GLMConfig:
-    """The architecture, held to the checkpoint it is filled from."""
+    """The architecture, checked against the checkpoint of its weights."""
     model_config = settings.model.model_config
     if model_config.padded_vocab_size == AUTO and _EMBEDDING in reader.names():
         model_config.padded_vocab_size = reader.shape(_EMBEDDING)[0]
     resolve_vocab_size(settings, vocab_size)
     config = settings.glm_config()
-    # Shapes alone do not tell head sizes or rope_ratio.
+    # Shapes do not determine head sizes or rope_ratio.
     check_config_beside(checkpoint, config, settings.source)
     return config
 
 
 def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> None:
-    """Holds a config to the config.json that lies beside the weights, where there is one.
+    """Checks a config against the config.json beside the weights, if there is one.
 
     Args:
         checkpoint: file or folder of weights.
-        config: what is to be built.
-        source: where `config` was read, for the error.
+        config: of the network to build.
+        source: the file of `config`, for the error.
 
     Raises:
         CheckpointError: both describe different networks.
@@ -225,7 +227,7 @@ def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> Non
 
 def different_fields(config: GLMConfig, other: GLMConfig, place: str) -> list[str]:
     """`model.model_config.name: value, in <place> value` for every field in which two configs describe different
-    networks; `place` is where `other` was read."""
+    networks; `place` names the source of `other`."""
     return [
         f"model.model_config.{name}: {value}, in {place} {getattr(other, name)}"
         for name, value in config.to_dict().items()

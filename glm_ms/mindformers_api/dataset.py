@@ -9,7 +9,7 @@ from mindformers import MindFormerConfig
 from mindspore import dataset as ds
 
 from glm_ms.engine.batches import TrainingPlan, training_batches
-from glm_ms.engine.records import labelled_rows
+from glm_ms.engine.from_settings import labelled_rows
 from glm_ms.mindformers_api.tokenizer import BY_GENERATION
 from glm_ms.settings import SettingsError
 from glm_ms.settings.document import Entry

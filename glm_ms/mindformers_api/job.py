@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 from mindformers import MindFormerConfig
-from mindformers.core.context import build_context
 from mindformers.tools.utils import get_real_rank
 from mindspore.dataset import Dataset
 
 from glm_ms.convert import CheckpointError
 from glm_ms.data import DataError
 from glm_ms.engine.dataset_rows import DatasetRows
-from glm_ms.engine.signals import restore_signal_handlers
-from glm_ms.engine.step.trainer_config import mindformers_config
+from glm_ms.engine.process import restore_signal_handlers
 from glm_ms.engine.weights import adapter_config, different_fields
 from glm_ms.mindformers_api.model import GLMForCausalLM
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
@@ -60,7 +58,8 @@ def begin(settings: Settings, with_records: bool = True) -> SentencePieceTokeniz
         SettingsError: with every problem found.
         VocabularyError: the tokenizer's file cannot be used.
     """
-    from glm_ms.engine.run import build_tokenizer
+    from glm_ms.engine.from_settings import build_tokenizer
+    from glm_ms.engine.run import set_device
 
     problems = [problem for problem in check(settings) if with_records or problem.key != _RECORDS]
     if settings.use_parallel and not settings.is_training():
@@ -71,8 +70,7 @@ def begin(settings: Settings, with_records: bool = True) -> SentencePieceTokeniz
     check_machine(settings)
     Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     restore_signal_handlers()
-    # MindFormers keeps a context of its own: left to itself it would turn graph mode off when training begins.
-    build_context(mindformers_config(settings, total_steps=1))
+    set_device(settings)
     ms.set_seed(settings.seed)
     for note in settings.notes:
         say(note)

@@ -11,7 +11,6 @@ from mindformers import MindFormerConfig
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.train import Callback
 
-from glm_ms.engine import process as quiet
 from glm_ms.mindformers_api import job
 from glm_ms.mindformers_api import prompts as mf_prompts
 from glm_ms.mindformers_api.job import say
@@ -45,7 +44,6 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
 
     def __init__(self, model_name: str | None = None) -> None:
         super().__init__(model_name)
-        quiet.after_import()  # the Trainer has made MindFormers' loggers anew
         self.scores: dict[str, Any] = {}
         # Keys of the settings after a training without a given model; what the last job built, and from what.
         self._trained: dict[str, str] | None = None

@@ -14,6 +14,7 @@ from glm_ms.data.formats import FORMATS, formats_with_max_seq_length
 from glm_ms.families import tokenizer_names
 from glm_ms.metrics import METRICS, score_names
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
 
 
 class Flag(NamedTuple):
@@ -280,7 +281,9 @@ class OptimizerSettings:
     """`optimizer`: the optimizer. The learning rate is in `lr_schedule`."""
 
     type: str = key(
-        "GLMAdamW", "GLMAdamW: AdamW with decoupled weight decay and bias correction", choices=("GLMAdamW",)
+        "GLMAdamW",
+        "GLMAdamW: AdamW with decoupled weight decay and bias correction",
+        choices=lambda: tuple(OPTIMIZERS),
     )
     betas: list[float] = key([0.9, 0.999], "decay rates of both moments", length=2, **_DROPOUT)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
@@ -293,7 +296,7 @@ class LRScheduleSettings:
 
     type: str = key(
         "LinearWithWarmUpLR", "shape of the decay after the warm-up",
-        choices=("LinearWithWarmUpLR", "CosineWithWarmUpLR", "ConstantWarmUpLR", "PolynomialWithWarmUpLR"),
+        choices=lambda: tuple(SCHEDULES),
     )  # fmt: skip
     learning_rate: float = key(5e-5, "highest learning rate, reached at the end of the warm-up", at_least=0)
     lr_end: float = key(

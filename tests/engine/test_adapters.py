@@ -147,7 +147,7 @@ def lora(base: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory)
         ("model.pet_config.lora_rank=2", "model.pet_config.lora_rank: 2, in the adapter 4"),
         ("model.pet_config.lora_alpha=7", "model.pet_config.lora_alpha"),
         ("model.pet_config.target_modules=[dense]", "model.pet_config.target_modules"),
-        ("--load_checkpoint={adapter}", "holds an adapter, not weights"),
+        ("--load_checkpoint={adapter}", "contains an adapter, not weights"),
         ("--load_adapter={base}", "no adapter"),
         ("model.model_config.hidden_size=32", "describe different networks"),
     ],
@@ -195,7 +195,7 @@ def test_the_folder_of_the_base_is_not_for_its_adapter(base: Path, vocabulary: P
         "finetune", vocabulary, *TRAINING, *KINDS["lora"], "--load_checkpoint", base, "--output_dir", base
     )
     assert run_here(line) == 1
-    assert "holds the base of this run" in capsys.readouterr().err
+    assert "contains the base weights of this run" in capsys.readouterr().err
     assert list_checkpoints(base) == before
 
 

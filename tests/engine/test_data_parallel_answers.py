@@ -67,14 +67,14 @@ def test_one_prompt_is_streamed_by_the_first_rank(
 
 
 def test_standard_input_is_refused(vocabulary: Path, tmp_path: Path) -> None:
-    from glm_ms.engine.run import _check_input
+    from glm_ms.engine.run import _check_prompts
 
     files = ("--output_dir", tmp_path, "--load_checkpoint", tmp_path)
     line = tiny_arguments("predict", vocabulary, "--predict_data", "-", *files)
     settings = settings_from_command_line(line)
-    _check_input(settings)
+    _check_prompts(settings)
     settings.use_parallel = True
     with pytest.raises(
         SettingsError, match=r"predict_data: -: the ranks of msrun get no standard input; put"
     ):
-        _check_input(settings)
+        _check_prompts(settings)

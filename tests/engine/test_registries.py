@@ -1,4 +1,4 @@
-"""A metric, a data format and a family of models that only these tests know: each is one line in its table."""
+"""A metric, a data format, a family, an optimizer and a schedule that only these tests know: a line in a table each."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from engine_helpers import (
     run_here,
     tiny_arguments,
 )
+from mindspore import Tensor, nn, ops
 from safetensors.numpy import load_file
 
 from glm_ms import ChatGLM3Tokenizer, GLMConfig, load_pretrained
@@ -28,6 +29,7 @@ from glm_ms.data.messages import LastAnswerEncoder
 from glm_ms.families import FAMILIES
 from glm_ms.metrics import LOWER, METRICS, TEXT, Metric
 from glm_ms.settings import settings_from_command_line
+from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 
@@ -163,3 +165,56 @@ def test_family(finetune, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.
     again = load_pretrained(folder)
     for name, value in model.parameters().items():
         assert (again.parameters()[name].asnumpy() == value.asnumpy()).all(), name
+
+
+class HalvingLR(nn.learning_rate_schedule.LearningRateSchedule):
+    """Half the rate after every update."""
+
+    def __init__(self, learning_rate: float, warmup_steps: int, total_steps: int) -> None:
+        super().__init__()
+        assert (warmup_steps, total_steps) == (0, 4)
+        self.rate = Tensor(learning_rate)
+
+    def construct(self, global_step: Tensor) -> Tensor:
+        return self.rate * ops.pow(0.5, global_step)
+
+
+class SignDescent(nn.Optimizer):
+    """Moves every weight by the learning rate against the sign of its gradient."""
+
+    def __init__(self, params: Any, learning_rate: Any, weight_decay: float, **_: Any) -> None:
+        super().__init__(learning_rate, params)
+        assert weight_decay == 0.25
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        rate = ops.reshape(self.get_lr(), ())
+        self.assignadd(self.global_step, self.global_step_increase_tensor)
+        for i in range(len(gradients)):
+            ops.assign_sub(self.parameters[i], rate * ops.sign(gradients[i]))
+        return rate
+
+
+@pytest.mark.parametrize("optimizer", ["GLMAdamW", "SignDescent"])
+def test_optimizer_and_schedule(
+    finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    monkeypatch.setitem(SCHEDULES, "HalvingLR", f"{__name__}:HalvingLR")
+    monkeypatch.setitem(OPTIMIZERS, "SignDescent", f"{__name__}:SignDescent")
+    run = finetune(
+        tmp_path, "runner_config.max_steps=4", "lr_schedule.type=HalvingLR", "lr_schedule.learning_rate=0.125",
+        f"optimizer.type={optimizer}", "optimizer.weight_decay=0.25",
+    )  # fmt: skip
+    lines = curve(run)
+    assert [line["learning_rate"] for line in lines] == [0.125, 0.0625, 0.03125, 0.015625]
+    assert lines[-1]["loss"] != lines[0]["loss"]
+    state = load_file(run / "checkpoint" / "step_00000004" / "optimizer.safetensors")
+    assert any(name.startswith("adam_m") for name in state) == (optimizer == "GLMAdamW")
+
+
+def test_unknown_optimizer_is_refused(
+    vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = tiny_arguments("finetune", vocabulary, "--output_dir", tmp_path, "optimizer.type=GLMAdam")
+    with pytest.raises(SystemExit):
+        run_here(line)
+    assert "did you mean GLMAdamW" in capsys.readouterr().err

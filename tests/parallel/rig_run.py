@@ -17,19 +17,21 @@ os.environ["MS_WORKER_NUM"] = os.environ["RANK_SIZE"]
 
 import run_glm
 from glm_ms.convert.safetensors_file import write_safetensors
-from glm_ms.engine import callbacks, ranks
+from glm_ms.engine.callbacks import UpdateCallback
+from glm_ms.engine.checkpoints import slices
+from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.report.progress import StepRecord
-from glm_ms.engine.step import sharding
+from glm_ms.engine.step.sharding import ShardedTraining
 
 held = {}
-fill = sharding.Sharding.fill
+fill = ShardedTraining.fill
 
 
-def fill_and_hold(self, step, *arguments):
+def fill_and_hold(self, step):
     """Later, a card's memory would be read, which is not there: what was put into it is kept here."""
-    fill(self, step, *arguments)
+    fill(self, step)
     held.update({parameter.name: parameter.asnumpy().copy() for parameter in step.get_parameters()})
-    held.update({parameter.name: parameter.asnumpy().copy() for parameter in self.net.get_parameters()})
+    held.update({parameter.name: parameter.asnumpy().copy() for parameter in self.network.get_parameters()})
 
 
 def write_held(path, parameters, dtype, prefix, metadata):
@@ -39,12 +41,10 @@ def write_held(path, parameters, dtype, prefix, metadata):
     write_safetensors(path, shapes, dtype, values, {"format": "np", **metadata})
 
 
-sharding.Sharding.fill = fill_and_hold
-sharding.write_parameters = write_held
-ranks.Ranks.gather = lambda self, value: [value] * self.size
-callbacks.UpdateCallback._record = lambda self, step, outputs, scale: StepRecord(
-    step, 0.0, 1.0, 0.0, 1.0, 1.0
-)
+ShardedTraining.fill = fill_and_hold
+slices.write_parameters = write_held
+Ranks.gather = lambda self, value: [value] * self.size
+UpdateCallback._record = lambda self, step, outputs, scale: StepRecord(step, 0.0, 1.0, 0.0, 1.0, 1.0)
 
 status = run_glm.main(sys.argv[1:])
 if status == 0:

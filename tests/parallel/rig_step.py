@@ -17,9 +17,11 @@ rank, size = rig.start()
 import mindspore as ms  # noqa: E402
 
 from glm_ms import GLMForCausalLM  # noqa: E402
+from glm_ms.engine.checkpoints.slices import stored_shape  # noqa: E402
+from glm_ms.engine.ranks import Ranks  # noqa: E402
 from glm_ms.engine.step.adamw import GLMAdamW  # noqa: E402
-from glm_ms.engine.step.network import recompute_blocks  # noqa: E402
-from glm_ms.engine.step.sharding import Sharding, parallel_context, stored_shape  # noqa: E402
+from glm_ms.engine.step.sharding import ShardedTraining  # noqa: E402
+from glm_ms.engine.step.trainer_config import parallel_context  # noqa: E402
 from glm_ms.engine.weights import adapter_config  # noqa: E402
 from glm_ms.settings import load_settings, resolve_vocab_size  # noqa: E402
 from glm_ms.settings.schema import training_length  # noqa: E402
@@ -37,16 +39,15 @@ if settings.parallel_config.pipeline_stage > 1:
     context["pipeline_stages"] = settings.parallel_config.pipeline_stage
 ms.set_auto_parallel_context(device_num=size, global_rank=rank, **context)
 
-sharding = Sharding(settings, rank)
 model = GLMForCausalLM(settings.glm_config())
 adapter = adapter_config(settings)
 if adapter is not None:
     model.add_adapter(adapter)
-network = sharding.network(model.network, training_length(settings))
-recompute_blocks(model.network, settings)
-step = sharding.step(GLMAdamW(sharding.trained(), 1e-3))
-layouts = sharding.compile(step)
-moments = {f"adam_m.{parameter.name}" for parameter in sharding.trained()}
+training = ShardedTraining(settings, Ranks(rank, size), print, model)
+network = training.build_network(training_length(settings))
+step = training.build_step(GLMAdamW(training.trained_parameters(), 1e-3))
+layouts = training.compile(step)
+moments = {f"adam_m.{parameter.name}" for parameter in training.trained_parameters()}
 found = {name: stored_shape(step.parameter_layout_dict[name]) for name in [*layouts, *sorted(moments)]}
 for name in moments:
     assert found[name] == found[name.removeprefix("adam_m.")], name

@@ -13,8 +13,7 @@ from mindspore import Parameter, Tensor
 
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.convert.joint import split_joint
-from glm_ms.engine.step.network import TrainingNetwork
-from glm_ms.engine.step.sharding import ShardedTrainingNetwork
+from glm_ms.engine.step.network import ShardedTrainingNetwork, TrainingNetwork
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.peft import LoraConfig, PrefixConfig
 from tests.parallel.one_card import use_portable_rotary

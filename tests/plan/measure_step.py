@@ -13,8 +13,7 @@ from mindspore import Tensor
 
 from glm_ms import GLMForCausalLM
 from glm_ms.engine.step.adamw import GLMAdamW
-from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
-from glm_ms.engine.step.sharding import ShardedTrainingNetwork
+from glm_ms.engine.step.network import ShardedTrainingNetwork, TrainingNetwork, recompute_blocks
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.weights import adapter_config
 from glm_ms.settings import load_settings

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from glm_ms import GLMForCausalLM
-from glm_ms.engine.step.sharding import ShardedTrainingNetwork
+from glm_ms.engine.step.network import ShardedTrainingNetwork
 from glm_ms.engine.weights import adapter_config
 from glm_ms.peft import AdapterError
 from glm_ms.plan import planned_parameters

@@ -16,14 +16,14 @@ from glm_ms.storage.run_folder import best_file, step_folder
 class BestEvaluation:
     """Which evaluation was the best so far.
 
-    The record goes into the manifest of every checkpoint, from which a resumed run takes it, and into
-    `checkpoint/best.json`, for which `OUTPUT_DIR/checkpoint/best` stands as a path.
+    The record is written into the manifest of every checkpoint, from which a resumed run reads it, and into
+    `checkpoint/best.json`, to which the path `OUTPUT_DIR/checkpoint/best` refers.
 
     Args:
         output_dir: folder of the run.
         metric: name of the score; None: nothing is kept.
-        known: the record of the checkpoint that the run goes on from. It is dropped when it is of another score, or
-            when its checkpoint is not in `output_dir`.
+        known: the record of the checkpoint that the run resumes from. It is dropped if it has another score, or if
+            its checkpoint is not in `output_dir`.
 
     Attributes:
         record: {"step", "metric", "value"}; None before the first finite score.
@@ -45,11 +45,11 @@ class BestEvaluation:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The step whose checkpoint must stay, if any."""
+        """The step whose checkpoint is kept, if any."""
         return () if self.record is None else (self.record["step"],)
 
     def improves(self, step: int, scores: Mapping[str, Any]) -> bool:
-        """Whether an evaluation is better than all before; it then is the best."""
+        """Whether an evaluation is better than all before; if so, it becomes the best."""
         if self.metric is None:
             return False
         value = scores.get(self.metric)
@@ -63,7 +63,7 @@ class BestEvaluation:
         return True
 
     def write(self) -> None:
-        """Brings `best.json` up to date; to be called when the checkpoint of the record stands."""
+        """Updates `best.json`; call it after the checkpoint of the record is written."""
         path = best_file(self._output_dir)
         if self.record is None:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`manifest.json` of a training checkpoint: what it belongs to, and the SHA-256 of every file in it."""
+"""`manifest.json` of a training checkpoint: its run, its step, and the SHA-256 of every file in it."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _FINGERPRINT_WHOLE, _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 1 << 26, 64, 1 << 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says about itself.
+    """The contents of `manifest.json`.
 
     Attributes:
         step: updates (and skipped updates) made.
         epoch, row: the next row in the order of training: pass over the data and place in its order.
-        position: the settings that decide how the run goes on, see `glm_ms.engine.checkpoints.position`.
+        position: what a resumed run must share, see `glm_ms.engine.checkpoints.position`.
         best: the best evaluation so far, see `glm_ms.engine.checkpoints.best`; None without one.
         files: name -> {"bytes", "sha256"} of every other file.
-        device: kind of device it was computed on.
+        device: kind of device that computed it.
         config_sha256: of `position`.
         format_version, glm_ms, mindspore: versions of the layout and of the programs.
     """
@@ -68,7 +68,7 @@ def write_manifest(
     """Reads every file of `folder` once and writes the manifest beside them.
 
     Args:
-        folder: a checkpoint that is complete but for its manifest.
+        folder: a checkpoint that is complete except for its manifest.
         step, position, best, device: see `Manifest`.
         place: `epoch` and `row` of `Manifest`.
     """
@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is damaged, or of another version or step than it should be.
+        CheckpointError: there is none, or it is damaged, or has another version of the layout.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -90,13 +90,13 @@ def read_manifest(folder: Path) -> Manifest:
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: layout {values.get('format_version')}, this version of glm_ms ({__version__}) reads layout "
-            f"{FORMAT_VERSION}; go on with the version that wrote it, {values.get('glm_ms')}"
+            f"{FORMAT_VERSION}; resume with the version that wrote it, {values.get('glm_ms')}"
         )
     return Manifest(**values)
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Holds every file of a checkpoint to its size and SHA-256, reading each once.
+    """Checks size and SHA-256 of every file of a checkpoint, reading each once.
 
     Raises:
         CheckpointError: a file is missing, cut short, damaged or that of another checkpoint.
@@ -106,16 +106,16 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
 
 
 def weights_fingerprint(path: Path) -> str:
-    """Tells weights apart whatever their path, in seconds even for those of a 6B network.
+    """Identifies weights by their content, in seconds even for a 6B network.
 
-    SHA-256 over names, sizes and contents of the weight files; of a file above 64 MB 64 blocks of 64 KiB, spread
-    evenly from its first to its last byte, stand for the content. Training moves every weight, so weights of
-    another training differ in every block.
+    SHA-256 over names, sizes and contents of the weight files; of a file above 64 MB only 64 blocks of 64 KiB are read,
+    spread evenly from its first to its last byte. Training changes every weight, so weights of another training differ
+    in every block.
 
     Args:
-        path: a file, or a folder of which the weight files count.
+        path: a file, or a folder with weight files.
     """
-    files = [path] if path.is_file() else [item for item in sorted(path.iterdir()) if _holds_weights(item)]
+    files = [path] if path.is_file() else [item for item in sorted(path.iterdir()) if _is_weight_file(item)]
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -144,11 +144,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
 
 
 def weights_flag(folder: Path) -> str:
-    """The flag that begins a new run with what a checkpoint holds."""
+    """The flag that starts a new run from a checkpoint."""
     return "--load_adapter" if is_adapter_folder(folder) else "--load_checkpoint"
 
 
-def _holds_weights(path: Path) -> bool:
+def _is_weight_file(path: Path) -> bool:
     return (
         path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
         and path.name != "optimizer.safetensors"
@@ -161,12 +161,12 @@ def _why_no_manifest(folder: Path) -> str:
             f"{folder}: written by an earlier version of glm_ms ({_EARLIER_FORMAT} in place of {MANIFEST}), which "
             f"cannot be resumed; start a new run from its weights with {weights_flag(folder)} {folder}"
         )
-    if folder.is_file() or any(_holds_weights(path) for path in folder.iterdir()):
+    if folder.is_file() or any(_is_weight_file(path) for path in folder.iterdir()):
         return (
-            f"{folder}: is no training checkpoint but weights alone (no {MANIFEST}); start a new run from them with "
+            f"{folder}: not a training checkpoint, only weights (no {MANIFEST}); start a new run from them with "
             f"{weights_flag(folder)} {folder}"
         )
     return (
-        f"{folder}: is no training checkpoint ({MANIFEST} is missing); a run resumes from a folder such as "
+        f"{folder}: not a training checkpoint ({MANIFEST} is missing); a run resumes from a folder such as "
         "OUTPUT_DIR/checkpoint/step_00000100"
     )

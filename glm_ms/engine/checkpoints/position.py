@@ -1,4 +1,4 @@
-"""What decides how a run goes on: equal values continue the same loss curve to the last digit."""
+"""The values that decide the rest of a run: with equal values it continues the same loss curve to the last digit."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from glm_ms.settings.sections import PetSettings, keys_used_with
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.run_folder import resolve_checkpoint
 
-# Keys of train_dataset that change no row; the records themselves are compared by their SHA-256 and number.
+# Keys of train_dataset that change no row; the records are compared by their SHA-256 and number.
 _NO_ROWS = ("num_parallel_workers", "cache_dir", "num_samples", "drop_remainder")
 
 
 def position_state(settings: Settings, plan: TrainingPlan, records: str | None = None) -> dict[str, Any]:
     """The values that a resumed run must share with the run that wrote the checkpoint; JSON.
 
-    Rows and their order, network, what of it is trained, dropout, optimizer, schedule, loss scaling. Not the paths of
-    files but what is in them; not what evaluates, saves or logs.
+    Rows and their order, network, trained parameters, dropout, optimizer, schedule, loss scaling. The contents of files
+    count, not their paths; evaluation, saving and logging do not.
 
     Args:
         settings: of the run.
         plan: of the run.
-        records: SHA-256 of the rows, where they do not come from the file that the settings name.
+        records: SHA-256 of the rows, if they do not come from the file that the settings name.
     """
     whole = settings.to_dict()
     wrapper = whole["runner_wrapper"]
@@ -63,7 +63,7 @@ def _pet_keys(pet: dict[str, Any]) -> dict[str, Any]:
 def _base_weights(settings: Settings) -> str | None:
     """Identity of the frozen weights under an adapter, see `weights_fingerprint`.
 
-    None when all weights are trained: then the checkpoint holds them.
+    None if all weights are trained: then the checkpoint contains them.
     """
     if settings.model.pet_config.pet_type is None:
         return None

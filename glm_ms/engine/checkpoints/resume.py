@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint, whether it is whole, and whether it belongs to these settings."""
+"""Resuming a run: whether a checkpoint is intact and belongs to these settings; moving an earlier run aside."""
 
 from __future__ import annotations
 
@@ -22,37 +22,17 @@ from glm_ms.storage.run_folder import CHECKPOINTS, METRICS_FILE, RESULTS, list_c
 EARLIER_RUNS = "earlier_runs"
 
 
-def find_checkpoint(settings: Settings) -> Path | None:
-    """The checkpoint to go on from; None for a new run.
-
-    Raises:
-        CheckpointError: `resume_training` is set and there is no checkpoint.
-    """
-    if settings.resume_training is False:
-        return None
-    if isinstance(settings.resume_training, str):
-        return resolve_checkpoint(settings.resume_training)
-    output_dir = Path(settings.output_dir)
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
-        raise CheckpointError(
-            f"{settings.where('resume_training')}: resume_training: {output_dir / CHECKPOINTS} holds no checkpoint; "
-            "give the output_dir of the run to go on with, or leave resume_training out to start anew"
-        )
-    return checkpoints[-1][1]
-
-
 def check_checkpoint(folder: Path, position: dict[str, Any], verify: bool = True) -> Manifest:
-    """Refuses a checkpoint that this run cannot go on from.
+    """Checks that this run can resume from a checkpoint.
 
     Args:
         folder: the checkpoint.
         position: `position_state` of this run.
-        verify: hold every file to its SHA-256; one rank of a parallel run is enough.
+        verify: check the SHA-256 of every file; one rank of a parallel run is enough.
 
     Raises:
-        CheckpointError: it is no training checkpoint, damaged or foreign (the message offers the newest other
-            checkpoint of the run that is good), or was made with other settings.
+        CheckpointError: it is not a training checkpoint, damaged or of another run (the message names the newest intact
+            checkpoint of this run), or was made with other settings.
     """
     try:
         manifest = read_manifest(folder)
@@ -71,17 +51,17 @@ def check_checkpoint(folder: Path, position: dict[str, Any], verify: bool = True
 
 
 def remark_on_versions(manifest: Manifest, device: str, say: Callable[[str], None]) -> None:
-    """Says what may move the last digits of the resumed curve: another MindSpore or kind of device."""
+    """Names what may change the last digits of the resumed curve: another MindSpore or kind of device."""
     now = {"mindspore": mindspore.__version__, "device": device}
     changed = differences({"mindspore": manifest.mindspore, "device": manifest.device}, now)
     if changed:
         say(
-            f"the checkpoint was written elsewhere ({'; '.join(changed)}): the last digits of the losses may differ"
+            f"the checkpoint is from another platform ({'; '.join(changed)}): the last digits of the losses may differ"
         )
 
 
 def check_base_stays(settings: Settings) -> None:
-    """Refuses a new adapter run in the folder of its base, which `set_aside` would move away from under it.
+    """Refuses a new adapter run in the output folder of its base weights, which `set_aside` would move.
 
     Raises:
         CheckpointError: `load_checkpoint` lies in the output folder.
@@ -91,22 +71,22 @@ def check_base_stays(settings: Settings) -> None:
     checkpoints = (Path(settings.output_dir) / CHECKPOINTS).resolve()
     if checkpoints in resolve_checkpoint(settings.load_checkpoint).resolve().parents:
         raise CheckpointError(
-            f"{settings.where('output_dir')}: output_dir: {settings.output_dir} holds the base of this run "
-            f"(load_checkpoint: {settings.load_checkpoint}), and what an earlier run left there is moved aside; give "
+            f"{settings.where('output_dir')}: output_dir: {settings.output_dir} contains the base weights of this run "
+            f"(load_checkpoint: {settings.load_checkpoint}), and a new run moves the files of an earlier one; give "
             "another --output_dir"
         )
 
 
 def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
-    """Moves what does not belong to the run that begins to `earlier_runs/N`; nothing is deleted.
+    """Moves the files of an earlier run to `earlier_runs/N`; nothing is deleted.
 
     Args:
         output_dir: folder of the run.
-        checkpoint: where it goes on from; None for a new run. From a checkpoint in this very folder, only later
-            checkpoints are moved: they lie on a branch that is being left.
+        checkpoint: to resume from; None for a new run. If it is in this folder, only later checkpoints are moved: the
+            resumed run writes them again.
 
     Returns:
-        Where things went; None if there was nothing to move.
+        The new folder; None if there was nothing to move.
     """
     found = list_checkpoints(output_dir)
     if checkpoint is not None and checkpoint.resolve() in [path.resolve() for _, path in found]:
@@ -135,11 +115,13 @@ def _check_name(folder: Path, manifest: Manifest) -> None:
     steps = {path.resolve(): step for step, path in list_checkpoints(folder.parent.parent)}
     step = steps.get(folder.resolve())
     if step is not None and step != manifest.step:
-        raise CheckpointError(f"{folder}: holds the checkpoint of step {manifest.step}: it has been renamed")
+        raise CheckpointError(
+            f"{folder}: contains the checkpoint of step {manifest.step}: it has been renamed"
+        )
 
 
 def _offer(folder: Path, position: dict[str, Any]) -> str:
-    """The remedy for an unusable checkpoint: the newest other one that is whole and belongs to this run."""
+    """The remedy for an unusable checkpoint: the newest other one that is intact and belongs to this run."""
     others = [path for _, path in reversed(list_checkpoints(folder.parent.parent)) if path != folder]
     for other in others:
         try:
@@ -149,5 +131,5 @@ def _offer(folder: Path, position: dict[str, Any]) -> str:
         except CheckpointError:
             continue
         if not differences(manifest.position, position):
-            return f"; the last good checkpoint is {other}: go on with --resume_training {other}"
+            return f"; the last good checkpoint is {other}: resume with --resume_training {other}"
     return "; no other checkpoint of this run is good" if others else ""

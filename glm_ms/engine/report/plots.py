@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 PLOTS = "plots"
 TRAINING_NUMBERS = ("epoch", "loss", "learning_rate", "grad_norm", "overflow", "loss_scale")
-# A plot is about a thousand pixels wide: more points would only cost time.
+# A plot is about a thousand pixels wide: more points would not be visible.
 MAX_POINTS = 2000
-_MARKED_POINTS = 40  # curves of so few points show each of them
-_FEWEST_SMOOTHED = 20  # lines; below that, a smoothed curve says nothing
-_LOG_SCALE_FROM = 20.0  # a logarithmic axis where the largest value is so many times the smallest
+_MARKED_POINTS = 40  # curves of at most so many points have a marker at each
+_FEWEST_SMOOTHED = 20  # shorter curves are not smoothed
+_LOG_SCALE_FROM = 20.0  # a logarithmic axis if the largest value is that many times the smallest
 _RAW, _LINE, _EVALUATION, _WARNING = "#9ec5e8", "#1f5f99", "#d9541e", "#c00000"
 _SCORE_COLORS = ("#1f5f99", "#4c9f70", "#8457a8", "#b8860b")
 
@@ -52,19 +52,17 @@ Curves = dict[str, Curve]
 
 
 def write_plots(output_dir: Path, say: Callable[[str], None] = warnings.warn) -> list[Path]:
-    """Draws `metrics.jsonl` and, where it exists, `eval_metrics.jsonl` into `plots/*.png`.
+    """Draws `metrics.jsonl` and, if it exists, `eval_metrics.jsonl` into `plots/*.png`.
 
-    A finished run must not fail for want of a picture, so nothing is raised: what cannot be read, drawn or
-    written is left out, and `say` gets a line with the reason. Each file is whole or absent; one for which
-    there are no numbers (any more) is removed.
+    A finished run must not fail because of a picture, so nothing is raised: `say` gets a line with the reason for a
+    plot that cannot be drawn. Each file is whole or absent; one without numbers is removed.
 
     Args:
         output_dir: folder of the run.
         say: takes lines for the user.
 
     Returns:
-        The files written: `loss.png`, `learning_rate.png`, `grad_norm.png`, `loss_scale.png` (float16 only),
-        `eval_scores.png`, as far as there are numbers for them.
+        The files written, of `loss.png`, `learning_rate.png`, `grad_norm.png`, `loss_scale.png` and `eval_scores.png`.
     """
     try:
         import matplotlib.backends.backend_agg  # noqa: F401 - half a second that only plots need
@@ -74,7 +72,7 @@ def write_plots(output_dir: Path, say: Callable[[str], None] = warnings.warn) ->
     training = _read(output_dir / METRICS_FILE, TRAINING_NUMBERS, say)
     evaluation = _read(output_dir / EVAL_METRICS_FILE, score_names(), say)
     if not any(curve.finite().steps.size for curve in (*training.values(), *evaluation.values())):
-        say(f"no plots: {output_dir / METRICS_FILE} holds no numbers")
+        say(f"no plots: {output_dir / METRICS_FILE} has no numbers")
     written = []
     for name, draw in _FIGURES.items():
         path = output_dir / PLOTS / f"{name}.png"
@@ -111,7 +109,7 @@ def _read(path: Path, names: Iterable[str], say: Callable[[str], None]) -> Curve
                 points[record["step"]] = _number(record[name])
     if broken:
         say(
-            f"{path}: lines that are no record of a step are left out of the plots: {len(broken)} of "
+            f"{path}: lines that are not a record of a step are left out of the plots: {len(broken)} of "
             f"{len(lines)}, the first is line {broken[0]}"
         )
     return {name: _curve(points) for name, points in found.items() if points}
@@ -127,7 +125,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _number(value: Any) -> float:
-    """NaN for null, which stands for a value that is not finite, and for anything that is no number."""
+    """NaN for null, which a run writes for a value that is not finite, and for anything that is not a number."""
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else float("nan")
 
 
@@ -137,15 +135,15 @@ def _curve(points: dict[int, float]) -> Curve:
 
 
 def thin(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
-    """At most `max_points` points: smallest and largest of equal stretches, so that no spike is lost."""
+    """At most `max_points` points: smallest and largest of equal intervals, so that no spike is lost."""
     if curve.steps.size <= max_points:
         return curve
     curve = curve.finite()
     kept: set[int] = set()
-    for stretch in np.array_split(np.arange(curve.steps.size), max_points // 2):
-        if stretch.size:
-            values = curve.values[stretch]
-            kept.update((int(stretch[values.argmin()]), int(stretch[values.argmax()])))
+    for part in np.array_split(np.arange(curve.steps.size), max_points // 2):
+        if part.size:
+            values = curve.values[part]
+            kept.update((int(part[values.argmin()]), int(part[values.argmax()])))
     order = sorted(kept)
     return Curve(curve.steps[order], curve.values[order])
 
@@ -162,58 +160,41 @@ def smooth(curve: Curve, span: float) -> Curve:
 
 
 def _loss_figure(training: Curves, evaluation: Curves) -> Figure | None:
-    curves = [each["loss"] for each in (training, evaluation) if _known(each, "loss")]
+    curves = [each["loss"] for each in (training, evaluation) if _has_points(each, "loss")]
     if not curves:
         return None
     figure, (axes,) = _axes(training)
     if "loss" in training:
         _noisy_line(axes, training["loss"], "training")
         _mark_unusable(axes, training, "loss")
-    if _known(evaluation, "loss"):
+    if _has_points(evaluation, "loss"):
         _line(axes, evaluation["loss"], _EVALUATION, "evaluation", marked=True)
     _finish(axes, "Loss", "loss (nats a token)", curves)
     return figure
 
 
-def _learning_rate_figure(training: Curves, _: Curves) -> Figure | None:
-    if not _known(training, "learning_rate"):
+def _training_figure(name: str, title: str, label: str, training: Curves) -> Figure | None:
+    """Learning rate, gradient norm or loss scale."""
+    if not _has_points(training, name):
         return None
+    curve = training[name]
     figure, (axes,) = _axes(training)
-    _line(axes, training["learning_rate"], _LINE)
-    _finish(axes, "Learning rate", "learning rate", [training["learning_rate"]], log=False)
+    if name == "grad_norm":
+        _noisy_line(axes, curve, "every update")
+    else:
+        _line(axes, curve, _LINE, drawstyle="steps-post" if name == "loss_scale" else "default")
+    if name != "learning_rate":
+        _mark_unusable(axes, training, name)
+    _finish(axes, title, label, [curve], log=None if name == "grad_norm" else False)
+    if name == "loss_scale":
+        axes.set_yscale("log", base=2)  # it is halved and doubled
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     return figure
-
-
-def _grad_norm_figure(training: Curves, _: Curves) -> Figure | None:
-    if not _known(training, "grad_norm"):
-        return None
-    figure, (axes,) = _axes(training)
-    _noisy_line(axes, training["grad_norm"], "every update")
-    _mark_unusable(axes, training, "grad_norm")
-    _finish(axes, "Gradient norm", "global norm, before clipping", [training["grad_norm"]])
-    return figure
-
-
-def _loss_scale_figure(training: Curves, _: Curves) -> Figure | None:
-    if not _known(training, "loss_scale"):
-        return None
-    figure, (axes,) = _axes(training)
-    _line(axes, training["loss_scale"], _LINE, drawstyle="steps-post")
-    _mark_unusable(axes, training, "loss_scale")
-    _finish(axes, "Loss scale", "loss scale", [training["loss_scale"]], log=False)
-    axes.set_yscale("log", base=2)  # it is halved and doubled
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-    return figure
-
-
-def _known(curves: Curves, name: str) -> bool:
-    """Whether there is a point to draw."""
-    return name in curves and bool(curves[name].finite().steps.size)
 
 
 def _eval_scores_figure(training: Curves, evaluation: Curves) -> Figure | None:
     panels = [
-        (metric, {name: evaluation[name] for name in metric.plotted if _known(evaluation, name)})
+        (metric, {name: evaluation[name] for name in metric.plotted if _has_points(evaluation, name)})
         for metric in METRICS.values()
     ]
     panels = [(metric, curves) for metric, curves in panels if curves]
@@ -235,17 +216,25 @@ def _eval_scores_figure(training: Curves, evaluation: Curves) -> Figure | None:
     return figure
 
 
+def _has_points(curves: Curves, name: str) -> bool:
+    return name in curves and bool(curves[name].finite().steps.size)
+
+
 _FIGURES: dict[str, Callable[[Curves, Curves], Any]] = {
     "loss": _loss_figure,
-    "learning_rate": _learning_rate_figure,
-    "grad_norm": _grad_norm_figure,
-    "loss_scale": _loss_scale_figure,
+    "learning_rate": lambda training, _: _training_figure(
+        "learning_rate", "Learning rate", "learning rate", training
+    ),
+    "grad_norm": lambda training, _: _training_figure(
+        "grad_norm", "Gradient norm", "global norm, before clipping", training
+    ),
+    "loss_scale": lambda training, _: _training_figure("loss_scale", "Loss scale", "loss scale", training),
     "eval_scores": _eval_scores_figure,
 }
 
 
 def _axes(training: Curves, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of panels above one another. No pyplot: it would keep figures and choose a backend for all."""
+    """A figure of panels above one another. Without pyplot, which keeps figures and sets the backend of the process."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.5 + 3.2 * panels), dpi=110, layout="constrained", facecolor="white")
@@ -267,7 +256,7 @@ def _epochs_on_top(axes: Axes, training: Curves) -> None:
 
 
 def _noisy_line(axes: Axes, curve: Curve, label: str) -> None:
-    """A curve and, where it is long enough, the smoothed one upon it."""
+    """A curve and, if it is long enough, the smoothed one on top of it."""
     if curve.steps.size < _FEWEST_SMOOTHED:
         _line(axes, curve, _LINE, label)
         return
@@ -280,7 +269,7 @@ def _noisy_line(axes: Axes, curve: Curve, label: str) -> None:
 def _line(
     axes: Axes, curve: Curve, color: str, label: str | None = None, marked: bool = False, **style: Any
 ) -> None:
-    """A line with gaps where values are missing. Points without a neighbour get a marker, or none would show."""
+    """A line with gaps at missing values. Points without a neighbour get a marker, or they would be invisible."""
     curve = thin(curve)
     known = np.isfinite(curve.values)
     beside = np.zeros_like(known)
@@ -294,7 +283,7 @@ def _line(
 
 
 def _mark_unusable(axes: Axes, training: Curves, name: str) -> None:
-    """Crosses at the foot where a value is not finite, and where an overflow made the update be skipped."""
+    """Crosses at the bottom for values that are not finite and for updates skipped after an overflow."""
     overflow = training.get("overflow", Curve(np.zeros(0, np.int64), np.zeros(0)))
     overflows = overflow.steps[overflow.values > 0]
     curve = training[name]

@@ -1,4 +1,4 @@
-"""What a run shows and writes: one bar, JSON lines, TensorBoard."""
+"""Progress of a run: one bar, JSON lines, TensorBoard."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class StepRecord:
     Attributes:
         step: updates made, this one included, and those that were skipped.
         epoch: passes over the data, fractional.
-        loss: mean over the labelled tokens of the step; NaN where it was skipped.
+        loss: mean over the labelled tokens of the step; NaN if the update was skipped.
         learning_rate: of this update.
-        grad_norm: global, before clipping.
+        grad_norm: global norm before clipping.
         tokens_per_second: positions computed (rows x sequence length) over the wall time of the step.
-        overflow: the update was skipped for an overflow; None without loss scaling.
+        overflow: the update was skipped because of an overflow; None without loss scaling.
         loss_scale: of the next step; None without loss scaling.
     """
 
@@ -47,17 +47,17 @@ class StepRecord:
 def progress_bar(
     total: int, description: str, unit: str, done: int = 0, show: bool = True, leave: bool = True
 ) -> tqdm:
-    """A bar on standard error; every 10 seconds where that is a file, which keeps every state of the bar.
+    """A bar on standard error; updated only every 10 seconds in a file, which keeps every state of the bar.
 
     Args:
-        leave: it stays when it is full; one below another bar should not.
+        leave: the full bar stays visible; False for a bar below another one.
     """
     return tqdm(
         total=total,
         initial=done,
         desc=description,
         unit=unit,
-        # What goes into a file keeps every bar: there, one below another would only be noise.
+        # A file keeps every bar: a bar below another one would only be noise there.
         disable=not show or not (leave or sys.stderr.isatty()),
         leave=leave,
         dynamic_ncols=True,
@@ -66,12 +66,12 @@ def progress_bar(
 
 
 class ProgressLog:
-    """Bar and files of a training run. With `show=False` (ranks other than the first) it does nothing.
+    """Bar and files of a training run. With `show=False`, on ranks other than the first, it does nothing.
 
     Args:
-        output_dir: where `metrics.jsonl`, `eval_metrics.jsonl` and `tensorboard/` go.
+        output_dir: folder of `metrics.jsonl`, `eval_metrics.jsonl` and `tensorboard/`.
         total_steps: updates of the whole run.
-        start_step: updates already made; lines of later steps, left by a killed run, are dropped.
+        start_step: updates already made; lines of later steps, from a killed run, are removed.
         log_steps: write a line every so many steps (and for the last one).
         tensorboard: also write event files.
         show: False for silence.
@@ -95,7 +95,7 @@ class ProgressLog:
                 _drop_after(output_dir / name, start_step)
             self._file = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
         if show and tensorboard:
-            from tensorboardX import SummaryWriter  # 0.5 s to import, and not always wanted
+            from tensorboardX import SummaryWriter  # takes 0.5 s, and is optional
 
             self._writer = SummaryWriter(str(output_dir / TENSORBOARD), purge_step=start_step + 1)
         self._clock = time.perf_counter()
@@ -112,7 +112,7 @@ class ProgressLog:
         self._shown = self._postfix(record)
         self._bar.set_postfix_str(self._shown + self._evaluated, refresh=False)
         self._bar.update(1)
-        # Every skipped step has its line: it is seldom, and what a reader looks for.
+        # Every skipped step has a line: such steps are rare, and readers look for them.
         due = record.overflow or record.step % self._log_steps == 0 or record.step == self._total
         if self._file is None or not due:
             return
@@ -136,7 +136,7 @@ class ProgressLog:
         self._plot(step, {f"eval/{name}": value for name, value in scores.items()})
 
     def _plot(self, step: int, values: Mapping[str, Any]) -> None:
-        """TensorBoard; it has no place for values that are not finite."""
+        """Writes finite values for TensorBoard, which takes no others."""
         if self._writer is not None:
             for name, value in values.items():
                 if math.isfinite(value):
@@ -151,12 +151,12 @@ class ProgressLog:
         )
 
     def sync(self) -> None:
-        """Puts the lines on the disk: a checkpoint must not outlive those before it in a power cut."""
+        """Forces the lines to the disk: after a power cut no checkpoint must exist without the lines before it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Ends bar and files."""
+        """Closes bar and files."""
         self._bar.close()
         if self._file is not None:
             self._file.close()
@@ -165,12 +165,12 @@ class ProgressLog:
 
 
 def _json_line(values: Mapping[str, Any]) -> str:
-    """JSON has no NaN; a diverged run must still leave lines that every reader accepts."""
+    """null for values that are not finite: JSON has no NaN, and every reader must accept the lines."""
     return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n"
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Removes the lines of later steps, and a line cut short by a kill."""
+    """Removes the lines of later steps, and an incomplete last line of a killed run."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""The last lines of a training run: where its result lies, and commands that use it."""
+"""The last lines of a training run: where its result is, and commands that use it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PLACEHOLDER = "RECORDS.json"
 def summary(settings: Settings) -> list[str]:
     """Lines for the user at the end of a run.
 
-    Every command is held to the settings it would run with; what is still missing to run it stands beside it.
+    Every command is checked; the problems that prevent it from running are named beside it.
 
     Args:
         settings: of the run, whose output folder holds `settings.yaml` and checkpoints.
@@ -52,7 +52,7 @@ def summary(settings: Settings) -> list[str]:
 
 
 def _sharded(settings: Settings) -> list[str]:
-    """Every card has written its slices: they are merged first."""
+    """A sharded run: its slices must be merged first."""
     output_dir, merged = Path(settings.output_dir), f"{settings.output_dir}_merged"
     tool = _program().parent / "tools" / "transform_ckpt.py"
     merge = [
@@ -77,7 +77,7 @@ def _best(output_dir: Path) -> Path | None:
 
 
 def _commands(settings: Settings, result: Path) -> Iterator[tuple[str, list[str]]]:
-    """(purpose, command) of each use of the result, an output folder or one of its checkpoints."""
+    """(purpose, command) for each use of the result, which is an output folder or a checkpoint."""
     weights = _weights_flags(settings, result)
     yield "to evaluate", [*_run(settings, "eval"), *weights, *_evaluation_flags(settings)]
     yield "to predict", [*_run(settings, "predict"), *weights, "--predict_data", _PROMPT, *_length(settings)]
@@ -88,19 +88,19 @@ def _commands(settings: Settings, result: Path) -> Iterator[tuple[str, list[str]
             "python", str(_program().parent / "tools" / "merge_lora.py"), "--base", base, "--adapter", str(result),
             "--output", f"{settings.output_dir}_merged",
         ]  # fmt: skip
-        if not config.is_file():  # the weights alone do not tell the network
+        if not config.is_file():  # weights do not describe the network
             command += ["--config", str(Path(settings.output_dir) / SETTINGS_FILE)]
         yield "to merge", command
 
 
 def _program() -> Path:
-    """The program as it was started, so that the commands work from the same folder."""
+    """The path of the program as it was started, so that the commands work from the same folder."""
     started = Path(sys.argv[0])
     return started if started.name == PROGRAM else Path(PROGRAM)
 
 
 def _run(settings: Settings, mode: str) -> list[str]:
-    """The settings of the run hold vocabulary, network and data."""
+    """The settings of the run contain vocabulary, network and data."""
     command = ["python", str(_program()), "--config", str(Path(settings.output_dir) / SETTINGS_FILE)]
     command += ["--run_mode", mode]
     return [*command, "--use_parallel", "False"] if settings.use_parallel else command
@@ -124,22 +124,22 @@ def _evaluation_flags(settings: Settings) -> list[str]:
         ]
         data = train
     longest, generation = room - data.max_source_length, settings.generation
-    bounded = generation.max_length is not None  # by which every answer fits
+    bounded = generation.max_length is not None
     if not bounded and generation.max_new_tokens > longest and takes(TEXT, settings.metric.type):
         flags.append(f"generation.max_new_tokens={longest}")
     return flags
 
 
 def _length(settings: Settings) -> list[str]:
-    """A short answer where the configured one leaves no room for a prompt."""
+    """A short answer, if the configured length leaves no room for a prompt."""
     half = max(settings.model.model_config.seq_length // 2, 1)
     generation = settings.generation
-    bounded = generation.max_length is not None  # by which every answer fits
+    bounded = generation.max_length is not None
     return [f"generation.max_new_tokens={half}"] if generation.max_new_tokens > half and not bounded else []
 
 
 def _missing(command: list[str]) -> str:
-    """What keeps a command of run_glm.py from running as it stands."""
+    """The problems that prevent a command of run_glm.py from running."""
     if not command[1].endswith(PROGRAM):
         return ""
     try:

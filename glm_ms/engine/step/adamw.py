@@ -13,9 +13,8 @@ class GLMAdamW(nn.Optimizer):
     """Loshchilov & Hutter 2019 (arXiv:1711.05101), as torch.optim.AdamW computes it.
 
     Every parameter decays, norms and biases too. MindSpore's `AdamWeightDecay` operator updates moments and
-    weight in one pass but knows no bias correction; with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t) the same
-    operator gives the corrected update when it is called with learning rate lr c2 / c1, eps c2 and decay
-    wd c1 / c2.
+    weight in one pass but has no bias correction; with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t) it gives the
+    corrected update if it is called with learning rate lr c2 / c1, eps c2 and decay wd c1 / c2.
 
     Args:
         params: parameters to train.

@@ -1,4 +1,4 @@
-"""Loss scaling for float16: a scale before the backward pass, and what an overflow does to it.
+"""Loss scaling for float16.
 
 Small float16 gradients vanish, large ones become infinite. The loss is multiplied by a scale before it is
 differentiated and the gradients are divided by it in float32 (Micikevicius et al. 2018, "Mixed precision
@@ -7,25 +7,23 @@ training", arXiv:1710.03740). An update whose gradients are not finite is skippe
 
 from __future__ import annotations
 
-from typing import Any
-
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.ops.ascend import FloatStatus, saturates
 
 DYNAMIC, FIXED = "DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"
-# A dynamic scale doubles as long as all goes well; beyond this a power of two has nothing left to rescue.
+# A dynamic scale grows without overflows; above this value it cannot rescue smaller gradients.
 _LARGEST = 2.0**32
-# More skipped updates in a row than any first scale needs to come down to 1.
+# More skipped updates in a row than any first scale needs to fall to 1.
 MOST_OVERFLOWS = 50
 
 
 class OverflowDetector(nn.Cell):
     """Whether the gradients of a step are unusable.
 
-    Portable: infinities and NaN in any gradient make their global norm infinite or NaN. Where an Ascend card
-    saturates in place of giving infinities (`glm_ms.ops.ascend.saturates`), its overflow register is read as well.
+    Infinities and NaN in any gradient make the global norm infinite or NaN. Some Ascend cards saturate instead
+    (`glm_ms.ops.ascend.saturates`): there the overflow register is read as well.
 
     Args:
         all_reduce: sums a tensor over the ranks; None on a single one.
@@ -41,14 +39,13 @@ class OverflowDetector(nn.Cell):
             self.no_flag = Tensor(0.0, ms.float32)
 
     def watch(self, loss: Tensor, gradients: tuple[Tensor, ...]) -> Tensor:
-        """To be called with loss sum and gradients of each micro batch; returns the loss sum."""
+        """Reads the register after each micro batch; returns the loss sum."""
         if self.register is None:
             return loss
         return ops.depend(loss, ops.assign_add(self.flags, self.register(gradients)))
 
     def construct(self, norm: Tensor) -> Tensor:
-        """At the end of a step. norm, float32 scalar: global gradient norm, the same on all ranks -> bool scalar, the
-        same on all ranks."""
+        """At the end of a step: global gradient norm, float32 scalar -> bool scalar; both are equal on all ranks."""
         overflow = ops.logical_not(self.is_finite(norm))
         if self.register is None:
             return overflow
@@ -60,7 +57,7 @@ class OverflowDetector(nn.Cell):
 
 
 class LossScale(nn.Cell):
-    """The scale and how it moves: parameters, so that a checkpoint holds them.
+    """The scale and its counters, as parameters so that checkpoints contain them.
 
     Args:
         type: DYNAMIC or FIXED.
@@ -86,7 +83,7 @@ class LossScale(nn.Cell):
         self.no_steps = Tensor(0, ms.int32)
 
     def construct(self, overflow: Tensor) -> Tensor:
-        """After a step: overflow, bool scalar. Moves scale and counters; returns the number of overflows in a row."""
+        """After a step: updates scale and counters by `overflow`, bool scalar; returns the overflows in a row."""
         good = self.select(overflow, self.no_steps, self.good_steps + 1)
         if self.dynamic:
             grow = good >= self.window
@@ -97,7 +94,7 @@ class LossScale(nn.Cell):
         return ops.assign(self.overflows, self.select(overflow, self.overflows + 1, self.no_steps))
 
     def parameters(self) -> list[Parameter]:
-        """What a checkpoint holds of it."""
+        """The parameters that a checkpoint contains."""
         return [self.scale, self.good_steps, self.overflows]
 
     def skipped(self) -> bool:
@@ -109,7 +106,7 @@ class LossScale(nn.Cell):
         return float(self.scale.asnumpy())
 
     def exhausted(self) -> str | None:
-        """Why scaling cannot help any more; None while it can."""
+        """Why scaling cannot help any more; None if it still can."""
         overflows = int(self.overflows.asnumpy())
         if not overflows:
             return None
@@ -121,10 +118,10 @@ class LossScale(nn.Cell):
 
 
 class ScaledLoss(nn.Cell):
-    """A network whose loss sum is differentiated as a scaled mean.
+    """A network whose scaled mean loss is differentiated.
 
-    The mean over the labelled tokens and not their sum is scaled, as in the field: a sum over some thousand tokens
-    would leave float16 that much less room.
+    The mean over the labelled tokens is scaled and not the sum, which is thousands of times larger and would overflow
+    float16 earlier.
 
     Args:
         network: cell that returns (loss sum, number of labelled tokens).
@@ -138,8 +135,3 @@ class ScaledLoss(nn.Cell):
         """-> mean loss times scale; loss sum; number of labelled tokens. float32 scalars."""
         loss, tokens = self.network(*inputs)
         return loss * (scale / ops.maximum(tokens, 1.0)), loss, tokens
-
-
-def build_loss_scale(values: dict[str, Any] | None) -> LossScale | None:
-    """`runner_wrapper.scale_sense` as a cell; None where it has no type."""
-    return LossScale(**values) if values and values.get("type") else None

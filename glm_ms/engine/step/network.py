@@ -1,4 +1,4 @@
-"""The network as the MindFormers Trainer wants it."""
+"""The network and its loss as one cell, which the training step differentiates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.model.loss import GLMWithLoss
+from glm_ms.model.loss import NextTokenLoss
+from glm_ms.parallel.config import ParallelConfig
+from glm_ms.parallel.loss import VocabularyParallelLoss
+from glm_ms.parallel.shard import shard_glm
 from glm_ms.settings import Settings
 
 
@@ -16,12 +19,15 @@ class TrainingNetwork(nn.Cell):
     Args:
         network: weights; parameter names stay as they are.
         seq_length: length of every row.
+        loss: (logits, labels) -> (loss sum, number of labelled tokens).
     """
 
-    def __init__(self, network: GLMNetwork, seq_length: int) -> None:
+    def __init__(self, network: GLMNetwork, seq_length: int, loss: nn.Cell | None = None) -> None:
         super().__init__(auto_prefix=False)
         self.config = network.config
-        self.with_loss = GLMWithLoss(network)
+        self.seq_length = seq_length
+        self.network = network
+        self.loss = NextTokenLoss() if loss is None else loss
         self.slots = Tensor(np.arange(seq_length, dtype=np.int32))
 
     def construct(
@@ -34,17 +40,34 @@ class TrainingNetwork(nn.Cell):
     ) -> tuple[Tensor, Tensor]:
         """All int32 [B, S], seeds int32 [B] or None for no dropout -> (loss sum, number of labelled tokens),
         float32 scalars."""
-        return self.with_loss(input_ids, labels, attention_mask, position_ids, self.slots, dropout_seeds)
+        logits = self.network(input_ids, attention_mask, position_ids, self.slots, dropout_seeds)
+        return self.loss(logits, labels)
 
     def get_model_parameters(self, only_trainable: bool = True) -> list[Parameter]:
         """MindFormers lists the parameters in its log through this method."""
         return self.trainable_params() if only_trainable else list(self.get_parameters())
 
 
+class ShardedTrainingNetwork(TrainingNetwork):
+    """Loss of a global batch of fixed length, split over the cards.
+
+    Args:
+        network: is sharded in place.
+        parallel: the split.
+        seq_length: length of every row.
+    """
+
+    def __init__(self, network: GLMNetwork, parallel: ParallelConfig, seq_length: int) -> None:
+        shard_glm(network, parallel)
+        loss = VocabularyParallelLoss(network.config.padded_vocab_size, parallel)
+        if parallel.pipeline_stages > 1:
+            loss.pipeline_stage = parallel.pipeline_stages - 1
+        super().__init__(network, seq_length, loss)
+
+
 def recompute_blocks(network: GLMNetwork, settings: Settings) -> None:
-    """Lets every block of a network keep its input alone, where the settings say so."""
+    """Makes every block keep only its input for the backward pass, if the settings ask for it."""
     recompute = settings.recompute_config
-    if not recompute.recompute:
-        return
-    for layer in network.transformer.encoder.layers:
-        layer.recompute(mp_comm_recompute=recompute.mp_comm_recompute)
+    if recompute.recompute:
+        for layer in network.transformer.encoder.layers:
+            layer.recompute(mp_comm_recompute=recompute.mp_comm_recompute)

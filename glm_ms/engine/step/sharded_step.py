@@ -1,7 +1,7 @@
-"""Training steps for networks whose weights are split over cards by MindSpore's parallel compiler.
+"""Training steps for networks whose weights MindSpore's parallel compiler splits over the cards.
 
-The compiler itself sums what the strategies split: loss and token count come out whole on every card, and every
-gradient is that of the whole batch, cut like its weight.
+The compiler inserts the sums over what the strategies split: every card gets the whole loss and token count, and the
+gradient of the whole batch for its slice of each weight.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.communication import create_group
 from mindspore.nn import Optimizer
-from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 
-from glm_ms.engine.step.loss_scale import OverflowDetector
-from glm_ms.engine.step.train_step import GLMTrainOneStep
+from glm_ms.engine.mindformers_internals import VirtualDatasetCell
+from glm_ms.engine.step.train_step import TrainOneStep
 from glm_ms.parallel.config import ParallelConfig
 
 
 class Stacked(nn.Cell):
     """Loss sum and token count as one tensor.
 
-    A pipeline adds one tensor over its micro batches. And the compiler divides the derivative of a network by the cards
-    that all have its output only where it has a single one; of several outputs every gradient would be that many times
-    too large.
+    A pipeline adds one tensor over its micro batches. And the compiler divides a derivative by the number of cards that
+    have the same output only if the network has one output; with several, every gradient would be that many times too
+    large.
 
     Args:
         network: cell that returns (loss sum, number of labelled tokens).
@@ -44,7 +43,7 @@ class Stacked(nn.Cell):
 
 
 def spread(network: nn.Cell, parallel: ParallelConfig) -> nn.Cell:
-    """A network whose inputs are given out to the cards, and to micro batches where there are stages.
+    """A network whose inputs are distributed over the cards and, with pipeline stages, over micro batches.
 
     Args:
         network: cell that returns (loss sum, number of labelled tokens) of a micro batch.
@@ -58,19 +57,19 @@ def spread(network: nn.Cell, parallel: ParallelConfig) -> nn.Cell:
         step = nn.PipelineCell(step, parallel.micro_batch_num)
         for add in step.add_list:
             add.shard(((1,), (1,)))
-    return _VirtualDatasetCell(step)
+    return VirtualDatasetCell(step)
 
 
-class ShardedTrainOneStep(GLMTrainOneStep):
-    """`GLMTrainOneStep` on slices: only the norm of the gradients needs a sum over the cards.
+class ShardedTrainOneStep(TrainOneStep):
+    """A training step on slices: only the norm of the gradients needs a sum over the cards.
 
     Args:
         network: of `spread`.
         optimizer: of the slices.
-        copies: for each parameter of the optimizer, how many cards hold each of its elements.
-        positions: of all rows of a step; with a loss scale that part of the loss sum is differentiated.
-        max_grad_norm: as in `GLMTrainOneStep`.
-        loss_scale: as in `GLMTrainOneStep`.
+        copies: for each parameter of the optimizer, how many cards have each of its elements.
+        positions: tokens of all rows of a step, padding included; with loss scaling, the loss sum divided by it is
+            differentiated.
+        max_grad_norm, loss_scale: as in `TrainOneStep`.
     """
 
     def __init__(
@@ -82,13 +81,15 @@ class ShardedTrainOneStep(GLMTrainOneStep):
         max_grad_norm: float | None = None,
         loss_scale: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(network, optimizer, max_grad_norm, loss_scale=loss_scale)
+        super().__init__(network, optimizer, ops.AllReduce(), max_grad_norm, loss_scale)
         self.gradient = ops.GradOperation(get_by_list=True, sens_param=True)
         self.part = 1.0 / positions
         self.shares = tuple(1.0 / number for number in copies)
-        self.sum_over_cards = ops.AllReduce()
-        if self.loss_scale is not None:
-            self.overflow = OverflowDetector(self.sum_over_cards)
+
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One whole step; returns what `finish` returns."""
+        loss, tokens, gradients = self.differentiate(inputs)
+        return self.finish(loss, tokens, gradients)
 
     def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Loss sum, number of labelled tokens and gradients of the loss sum of the whole step."""
@@ -97,15 +98,17 @@ class ShardedTrainOneStep(GLMTrainOneStep):
         if self.loss_scale is not None:
             scale = self.loss_scale.scale * self.part
         gradients = self.gradient(self.network, self.weights)(*inputs, ops.ones_like(both) * scale)
-        both, gradients = self.gathered(both, gradients)
+        both, gradients = self.sum_over_stages(both, gradients)
         loss, tokens = both[0], both[1]
         if self.loss_scale is not None:
             loss = self.overflow.watch(loss, gradients)
             gradients = self.scaled(gradients, 1.0 / scale)
         return loss, tokens, gradients
 
-    def gathered(self, both: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss sum and token count [2] where every card has them, and whole gradients."""
+    def sum_over_stages(
+        self, both: Tensor, gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss sum and token count [2], and gradients, of all micro batches, on every card."""
         return both, gradients
 
     def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
@@ -114,23 +117,18 @@ class ShardedTrainOneStep(GLMTrainOneStep):
         for i in range(len(gradients)):
             square = self.square_sum(ops.square(ops.cast(gradients[i], ms.float32)))
             squares = squares + square * self.shares[i]
-        return self.sum_over_cards(squares)
+        return self.all_reduce(squares)
 
 
 class PipelineTrainOneStep(ShardedTrainOneStep):
-    """A step in which several micro batches are under way through the stages.
+    """A step in which several micro batches are in the pipeline at the same time.
 
-    The gradients of a card are those of its own stage; the last stage alone knows the loss.
+    The gradients of a card are those of its own stage; only the last stage knows the loss.
 
     Args:
-        network: of `spread`.
-        optimizer: of the slices of this card's stage.
-        copies: as in `ShardedTrainOneStep`.
-        positions: as in `ShardedTrainOneStep`.
+        network, optimizer, copies, positions, max_grad_norm, loss_scale: as in `ShardedTrainOneStep`.
         parallel: stages and micro batches.
         rank: of this card.
-        max_grad_norm: as in `GLMTrainOneStep`.
-        loss_scale: as in `GLMTrainOneStep`.
     """
 
     def __init__(
@@ -139,20 +137,22 @@ class PipelineTrainOneStep(ShardedTrainOneStep):
         optimizer: Optimizer,
         copies: Sequence[int],
         positions: int,
+        max_grad_norm: float | None,
+        loss_scale: dict[str, Any] | None,
         parallel: ParallelConfig,
         rank: int,
-        max_grad_norm: float | None = None,
-        loss_scale: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(network, optimizer, copies, positions, max_grad_norm, loss_scale)
         self.network.add_flags(defer_inline=True)
         self.reducer = nn.PipelineGradReducer(optimizer.parameters)
-        self.sum_over_stages = ops.AllReduce(group=_stage_group(parallel, rank))
+        self.all_reduce_stages = ops.AllReduce(group=_stage_group(parallel, rank))
 
-    def gathered(self, both: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss from the last stage, the gradients of all micro batches."""
+    def sum_over_stages(
+        self, both: Tensor, gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Loss and token count from the last stage, gradients of all micro batches."""
         gradients = self.reducer(gradients)
-        return self.sum_over_stages(both), gradients
+        return self.all_reduce_stages(both), gradients
 
 
 def _stage_group(parallel: ParallelConfig, rank: int) -> str:

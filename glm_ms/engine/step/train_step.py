@@ -9,29 +9,25 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 from mindspore.communication import get_group_size
 from mindspore.nn import Optimizer
 
-from glm_ms.engine.step.loss_scale import OverflowDetector, ScaledLoss, build_loss_scale
+from glm_ms.engine.step.loss_scale import LossScale, OverflowDetector, ScaledLoss
 
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6.
 _CLIP_EPS = 1e-6
 
 
-class GLMTrainOneStep(nn.Cell):
-    """Sums loss and gradients over micro batches and ranks, divides by the labelled tokens, clips, updates.
-
-    Dividing once, by all tokens of the step, makes a step with N micro batches or N ranks equal to one with a
-    batch N times as large.
+class TrainOneStep(nn.Cell):
+    """Clipping, loss scaling and update of a training step; a subclass computes the gradients.
 
     With loss scaling a step that overflows changes neither weights nor moments nor the optimizer's counter of
     updates, so the learning rate, a function of that counter, waits as well: a run with k skipped steps ends k
     updates before the end of its schedule. All ranks decide alike, by the norm of the summed gradients.
 
     Args:
-        network: cell that returns (loss sum, number of labelled tokens).
+        network: cell that the subclass differentiates.
         optimizer: returns the learning rate it used.
+        all_reduce: sums a tensor over the ranks; None on a single one.
         max_grad_norm: largest global gradient norm, None for no clipping.
-        accumulation_steps: micro batches per update.
-        use_parallel: sum over all ranks of a data parallel run.
-        loss_scale: arguments of `LossScale`; None, or no `type` in it: no scaling.
+        loss_scale: arguments of `LossScale`; None for no scaling.
 
     Attributes:
         loss_scale: the `LossScale`, or None.
@@ -41,75 +37,36 @@ class GLMTrainOneStep(nn.Cell):
         self,
         network: nn.Cell,
         optimizer: Optimizer,
-        max_grad_norm: float | None = None,
-        accumulation_steps: int = 1,
-        use_parallel: bool = False,
-        loss_scale: dict[str, Any] | None = None,
+        all_reduce: nn.Cell | None,
+        max_grad_norm: float | None,
+        loss_scale: dict[str, Any] | None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.network = network
         self.network.set_grad()
         self.optimizer = optimizer
         self.weights: ParameterTuple = optimizer.parameters
+        self.all_reduce = all_reduce
         self.max_grad_norm = max_grad_norm
-        self.accumulation_steps = accumulation_steps
         self.square_sum = ops.ReduceSum()
-        self.all_reduce = ops.AllReduce() if use_parallel and get_group_size() > 1 else None
-        self.loss_scale = build_loss_scale(loss_scale)
-        if self.loss_scale is None:
-            self.value_and_grad = ops.value_and_grad(network, None, self.weights, has_aux=True)
-        else:
-            self.overflow = OverflowDetector(self.all_reduce)
-            self.value_and_grad = ops.value_and_grad(ScaledLoss(network), None, self.weights, has_aux=True)
-        if accumulation_steps > 1:
-            self.gradient_sums = self.weights.clone(prefix="gradient_sum", init="zeros")
-            self.loss_sum = ms.Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
-            self.token_sum = ms.Parameter(Tensor(0.0, ms.float32), name="token_sum", requires_grad=False)
-            self.micro_step = ms.Parameter(Tensor(0, ms.int32), name="micro_step", requires_grad=False)
+        self.loss_scale = None if loss_scale is None else LossScale(**loss_scale)
+        if self.loss_scale is not None:
+            self.overflow = OverflowDetector(all_reduce)
         self.zero = Tensor(0.0, ms.float32)
-
-    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One micro batch.
-
-        Returns:
-            mean loss over the labelled tokens of the step, global gradient norm before clipping, learning
-            rate, number of labelled tokens; float32 scalars. Zeros while micro batches are being gathered.
-        """
-        loss, tokens, gradients = self.differentiate(inputs)
-        if self.accumulation_steps == 1:
-            return self.finish(loss, tokens, gradients)
-        for i in range(len(gradients)):
-            ops.assign_add(self.gradient_sums[i], gradients[i])
-        ops.assign_add(self.loss_sum, loss)
-        ops.assign_add(self.token_sum, tokens)
-        ops.assign_add(self.micro_step, 1)
-        if self.micro_step == self.accumulation_steps:
-            result = self.finish(self.loss_sum + 0.0, self.token_sum + 0.0, self.gradient_sums)
-            for total in self.gradient_sums:
-                ops.assign(total, ops.zeros_like(total))
-            ops.assign(self.loss_sum, self.zero)
-            ops.assign(self.token_sum, self.zero)
-            ops.assign(self.micro_step, 0)
-            return result
-        return self.zero, self.zero, self.zero, self.zero
-
-    def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Loss sum, number of labelled tokens and gradients of the loss sum of a micro batch."""
-        if self.loss_scale is None:
-            (loss, tokens), gradients = self.value_and_grad(*inputs)
-            return loss, tokens, gradients
-        scale = self.loss_scale.scale + 0.0
-        (_, loss, tokens), gradients = self.value_and_grad(scale, *inputs)
-        loss = self.overflow.watch(loss, gradients)
-        return loss, tokens, self.scaled(gradients, ops.maximum(tokens, 1.0) / scale)
 
     def finish(
         self, loss: Tensor, tokens: Tensor, gradients: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, clip, update."""
-        if self.all_reduce is not None:
-            loss, tokens = self.all_reduce(loss), self.all_reduce(tokens)
-            gradients = self.reduced(gradients)
+        """Mean, clip, update.
+
+        Args:
+            loss, tokens, gradients: loss sum, number of labelled tokens and gradients of the loss sum, of the whole
+                step.
+
+        Returns:
+            mean loss over the labelled tokens, global gradient norm before clipping, learning rate, number of labelled
+            tokens; float32 scalars.
+        """
         tokens = ops.maximum(tokens, 1.0)
         norm = ops.sqrt(self.squares(gradients)) / tokens
         scale = 1.0 / tokens
@@ -134,16 +91,84 @@ class GLMTrainOneStep(nn.Cell):
             rate = self.optimizer(self.scaled(gradients, scale))
         return ops.depend(rate, self.loss_scale(overflow))
 
-    def reduced(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Gradients summed over the ranks."""
-        total = ()
-        for gradient in gradients:
-            total += (self.all_reduce(gradient),)
-        return total
-
     def scaled(self, gradients: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
         """Every gradient times a scalar."""
-        result = ()
+        result: tuple[Tensor, ...] = ()
         for gradient in gradients:
             result += (gradient * ops.cast(scale, gradient.dtype),)
         return result
+
+
+class GLMTrainOneStep(TrainOneStep):
+    """Sums loss and gradients over micro batches and ranks, divides by the labelled tokens, clips, updates.
+
+    Dividing once, by all tokens of the step, makes a step with N micro batches or N ranks equal to one with a
+    batch N times as large.
+
+    Args:
+        network: cell that returns (loss sum, number of labelled tokens).
+        optimizer, max_grad_norm, loss_scale: as in `TrainOneStep`.
+        accumulation_steps: micro batches per update.
+        use_parallel: sum over all ranks of a data parallel run.
+    """
+
+    def __init__(
+        self,
+        network: nn.Cell,
+        optimizer: Optimizer,
+        max_grad_norm: float | None = None,
+        accumulation_steps: int = 1,
+        use_parallel: bool = False,
+        loss_scale: dict[str, Any] | None = None,
+    ) -> None:
+        all_reduce = ops.AllReduce() if use_parallel and get_group_size() > 1 else None
+        super().__init__(network, optimizer, all_reduce, max_grad_norm, loss_scale)
+        differentiated = network if self.loss_scale is None else ScaledLoss(network)
+        self.value_and_grad = ops.value_and_grad(differentiated, None, self.weights, has_aux=True)
+        self.accumulation_steps = accumulation_steps
+        if accumulation_steps > 1:
+            self.gradient_sums = self.weights.clone(prefix="gradient_sum", init="zeros")
+            self.loss_sum = ms.Parameter(Tensor(0.0, ms.float32), name="loss_sum", requires_grad=False)
+            self.token_sum = ms.Parameter(Tensor(0.0, ms.float32), name="token_sum", requires_grad=False)
+            self.micro_step = ms.Parameter(Tensor(0, ms.int32), name="micro_step", requires_grad=False)
+
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One micro batch. Returns what `finish` returns, or zeros if the step needs more micro batches."""
+        loss, tokens, gradients = self.differentiate(inputs)
+        if self.accumulation_steps == 1:
+            return self.reduce_and_finish(loss, tokens, gradients)
+        for i in range(len(gradients)):
+            ops.assign_add(self.gradient_sums[i], gradients[i])
+        ops.assign_add(self.loss_sum, loss)
+        ops.assign_add(self.token_sum, tokens)
+        ops.assign_add(self.micro_step, 1)
+        if self.micro_step == self.accumulation_steps:
+            result = self.reduce_and_finish(self.loss_sum + 0.0, self.token_sum + 0.0, self.gradient_sums)
+            for total in self.gradient_sums:
+                ops.assign(total, ops.zeros_like(total))
+            ops.assign(self.loss_sum, self.zero)
+            ops.assign(self.token_sum, self.zero)
+            ops.assign(self.micro_step, 0)
+            return result
+        return self.zero, self.zero, self.zero, self.zero
+
+    def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Loss sum, number of labelled tokens and gradients of the loss sum of a micro batch."""
+        if self.loss_scale is None:
+            (loss, tokens), gradients = self.value_and_grad(*inputs)
+            return loss, tokens, gradients
+        scale = self.loss_scale.scale + 0.0
+        (_, loss, tokens), gradients = self.value_and_grad(scale, *inputs)
+        loss = self.overflow.watch(loss, gradients)
+        return loss, tokens, self.scaled(gradients, ops.maximum(tokens, 1.0) / scale)
+
+    def reduce_and_finish(
+        self, loss: Tensor, tokens: Tensor, gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`finish` with the sums over all ranks."""
+        if self.all_reduce is None:
+            return self.finish(loss, tokens, gradients)
+        total: tuple[Tensor, ...] = ()
+        for gradient in gradients:
+            total += (self.all_reduce(gradient),)
+        return self.finish(self.all_reduce(loss), self.all_reduce(tokens), total)

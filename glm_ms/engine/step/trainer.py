@@ -2,54 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from mindformers.core.optim import build_optim
 from mindformers.trainer import CausalLanguageModelingTrainer
-from mindformers.wrapper import build_wrapper
 from mindspore import nn
 from mindspore.nn import Optimizer
+from mindspore.train.callback import Callback, LambdaCallback
 
-from glm_ms.engine.step.loss_scale import LossScale
-from glm_ms.engine.step.sharding import Sharding
+from glm_ms.engine.mindformers_internals import MindFormerModuleType, build_optim, register_class
+from glm_ms.engine.process import hidden_stdout
+from glm_ms.engine.step.optimizers import build_schedule, optimizer_class
+from glm_ms.engine.step.train_step import GLMTrainOneStep
+from glm_ms.engine.step.training import Training
+from glm_ms.settings import Settings
 
 
 class GLMTrainer(CausalLanguageModelingTrainer):
-    """Stock causal language model training, but for two steps of its construction.
+    """The causal language model training of MindFormers with other steps of its construction.
 
     Attributes:
-        when_built: called when network, optimizer and training step stand and before the first step, if set.
-        loss_scale: that of the training step, None before it is built or without loss scaling.
-        step: the training step, None before it is built.
-        sharding: this card's part of a sharded run, None where every card has the whole network.
+        training: builds and fills network and training step; set before `train`.
+        total_steps: updates of the whole run, over which the learning rate is scheduled; set before `train`.
     """
 
-    when_built: Callable[[], None] | None = None
-    loss_scale: LossScale | None = None
-    step: nn.Cell | None = None
-    sharding: Sharding | None = None
+    training: Training
+    total_steps: int
+
+    def train(self, *args: Any, callbacks: Sequence[Callback] | None = None, **kwargs: Any) -> None:
+        """Trains. Before the first step MindFormers prints its configuration, which is hidden."""
+        with hidden_stdout() as show:
+            begin = LambdaCallback(on_train_begin=lambda _: show())
+            super().train(*args, callbacks=[begin, *(callbacks or ())], **kwargs)
 
     def create_optimizer_scheduler(self, network: nn.Cell, *_: Any, **__: Any) -> Optimizer:
         """One group of parameters: the reference decays all of them, MindFormers exempts norms and biases."""
-        self.lr_scheduler = self.create_lr_scheduler(self.config.lr_schedule)
-        params = network.trainable_params() if self.sharding is None else self.sharding.trained()
-        arguments = {"params": params, "learning_rate": self.lr_scheduler}
+        self.lr_scheduler = build_schedule(self.training.settings.lr_schedule, self.total_steps)
+        arguments = {"params": self.training.trained_parameters(), "learning_rate": self.lr_scheduler}
         self.optimizer = build_optim(self.config.optimizer, default_args=arguments)
         return self.optimizer
 
     def wrap_network_with_tool_cells(self, network: nn.Cell) -> nn.Cell:
-        """Micro batches and the split of the batch are in our own step."""
+        """Unchanged: our step splits the batch and accumulates micro batches itself."""
         return network
 
     def create_model_wrapper(self, network: nn.Cell, optimizer: Optimizer) -> nn.Cell:
-        """Our step takes network and optimizer only; the stock one needs an Ascend operator to start."""
-        if self.sharding is None:
-            step = build_wrapper(self.config.runner_wrapper, {"network": network, "optimizer": optimizer})
-        else:
-            step = self.sharding.step(optimizer)
-        self.step = step
-        self.loss_scale = step.loss_scale
-        if self.when_built is not None:
-            self.when_built()
+        """Our step, with all weights and states loaded."""
+        step = self.training.build_step(optimizer)
+        self.training.fill(step)
         return step
+
+
+def register_classes(settings: Settings) -> None:
+    """Enters the classes that the settings name into MindFormers' registry: optimizer, training step, trainer.
+
+    Raises:
+        NameTakenError: another package has registered a class under one of their names.
+    """
+    register_class(optimizer_class(settings.optimizer.type), MindFormerModuleType.OPTIMIZER)
+    register_class(GLMTrainOneStep, MindFormerModuleType.WRAPPER)
+    register_class(GLMTrainer, MindFormerModuleType.TRAINER)

@@ -29,7 +29,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_checkpoint_is_the_trained_network(finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm_ms.engine import train as module
+    from glm_ms.engine.step import training as module
 
     built, original = [], module.build_model
     monkeypatch.setattr(module, "build_model", lambda *args: built.append(original(*args)) or built[0])

@@ -190,7 +190,7 @@ def test_a_folder_of_weights_cannot_be_resumed_from(tmp_path: Path, resume, gold
     status, shown = resume(tmp_path, f"resume_training={golden / 'models' / 'glm3_tiny'}")
     assert status == 1
     assert str(golden / "models" / "glm3_tiny") in shown
-    assert "is no training checkpoint but weights alone" in shown
+    assert "not a training checkpoint, only weights" in shown
     assert f"--load_checkpoint {golden / 'models' / 'glm3_tiny'}" in shown
 
 
@@ -223,7 +223,7 @@ def test_damage_is_named(broken: Path, resume, name: str, damage: Callable[[Path
     assert status == 1
     assert name in shown
     assert str(second) in shown
-    assert f"the last good checkpoint is {first}: go on with --resume_training {first}" in shown
+    assert f"the last good checkpoint is {first}: resume with --resume_training {first}" in shown
     assert steps(broken) == [4, 8]
 
 
@@ -261,7 +261,7 @@ def test_a_renamed_checkpoint_is_refused(broken: Path, resume) -> None:
     folder.rename(folder.with_name("step_00000010"))
     status, shown = resume(broken)
     assert status == 1
-    assert "step_00000010: holds the checkpoint of step 8" in shown
+    assert "step_00000010: contains the checkpoint of step 8" in shown
 
 
 def test_checkpoints_of_earlier_versions_are_told_apart(broken: Path, resume) -> None:

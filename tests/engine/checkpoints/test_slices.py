@@ -22,7 +22,7 @@ from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
 from glm_ms.convert.names import INV_FREQ
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.checkpoints.manifest import write_manifest
-from glm_ms.engine.step.sharding import SliceState, rank_folder
+from glm_ms.engine.checkpoints.slices import SliceState, rank_folder
 from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
 from glm_ms.storage.run_folder import step_folder
 
@@ -248,9 +248,7 @@ def test_swapped_slices_are_refused(weights_run: Path, tmp_path: Path, file: str
     arrays = {
         part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)
     }
-    with pytest.raises(
-        CheckpointError, match=r"header says rank 2, but it lies where that of rank 1 belongs"
-    ):
+    with pytest.raises(CheckpointError, match=r"header says rank 2, but the file is in the place of rank 1"):
         state_of(arrays, 1, config, None).restore(step_folder(rank_folder(weights_run, 1), 2))
 
 

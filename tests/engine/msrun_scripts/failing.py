@@ -15,34 +15,34 @@ rank = int(os.environ["RANK_ID"]) if os.environ["MS_ROLE"] == "MS_WORKER" else -
 
 
 if fault == "reading" and rank == 1:
-    from glm_ms.engine import batches
+    from glm_ms.engine.batches import _Rows
 
-    read = batches._Rows.__getitem__
+    read = _Rows.__getitem__
 
-    def broken(self: batches._Rows, index: int) -> tuple:
+    def broken(self: _Rows, index: int) -> tuple:
         if index >= 12:
             raise OSError(errno.EIO, "Input/output error", "train.json")
         return read(self, index)
 
-    batches._Rows.__getitem__ = broken
+    _Rows.__getitem__ = broken
 elif fault == "disk full" and rank == 0:
-    from glm_ms.engine.checkpoints import checkpoint
+    from glm_ms.engine.checkpoints import parameters_file
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
-    checkpoint.write_safetensors = full
+    parameters_file.write_safetensors = full
 elif fault == "slow disk" and rank == 0:
-    from glm_ms.engine import train
+    from glm_ms.engine.checkpoints.checkpoints import Checkpoints
 
-    save = train.save_checkpoint
+    save = Checkpoints.write
 
-    def slowly(*values: object) -> Path:
+    def slowly(*values: object) -> None:
         if values[1] == 1:
             time.sleep(35)  # collectives on CPU give up after 30 unless told otherwise
-        return save(*values)
+        save(*values)
 
-    train.save_checkpoint = slowly
+    Checkpoints.write = slowly
 elif fault == "evaluating" and rank == 1:
     from glm_ms.generation import GLMForCausalLM
 

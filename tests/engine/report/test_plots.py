@@ -155,7 +155,7 @@ def test_values_that_are_no_numbers_are_gaps(tmp_path: Path, said: list[str]) ->
 @pytest.mark.parametrize("lines", [[], ["\n"], [{"step": 1}], [{"step": 1, "loss": None, "grad_norm": None}]])
 def test_no_numbers_no_plots(tmp_path: Path, said: list[str], lines: list[Any]) -> None:
     assert write_plots(_write(tmp_path, lines), said.append) == []
-    assert "metrics.jsonl holds no numbers" in said[-1]
+    assert "metrics.jsonl has no numbers" in said[-1]
     assert not (tmp_path / "plots").exists()
 
 
@@ -194,7 +194,7 @@ def test_without_matplotlib(tmp_path: Path, said: list[str], monkeypatch: pytest
 
 
 def test_reasons_are_warnings_where_nobody_listens(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="holds no numbers"):
+    with pytest.warns(UserWarning, match="has no numbers"):
         write_plots(tmp_path)
 
 

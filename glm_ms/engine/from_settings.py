@@ -1,11 +1,12 @@
-"""The data sets of a `train_dataset` or `eval_dataset` section."""
+"""The tokenizer and the data sets that the settings name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from glm_ms.data import CacheRequest, EvalDataset, TrainDataset
-from glm_ms.families import build_encoder
+from glm_ms.families import build_encoder, family_of
+from glm_ms.settings import Settings
 from glm_ms.settings.sections import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -15,7 +16,7 @@ def labelled_rows(
     tokenizer: SentencePieceTokenizer,
     say: Callable[[str], None] | None = None,
 ) -> TrainDataset:
-    """The rows with labels of a section, kept on disk if it has a `cache_dir`.
+    """The rows with labels of a section, cached on disk if it has a `cache_dir`.
 
     Args:
         data: the section.
@@ -36,7 +37,7 @@ def labelled_rows(
 def prompts_with_references(
     data: EvalDatasetSettings, tokenizer: SentencePieceTokenizer, generation: GenerationSettings
 ) -> EvalDataset:
-    """What is to be generated from the records of a section, and the texts to compare with.
+    """The prompts of a section, and the reference texts that answers are compared with.
 
     Raises:
         DataError: the records or the keys cannot be used.
@@ -46,3 +47,9 @@ def prompts_with_references(
         room = generation.max_new_tokens if generation.max_length is None else 1
         most = min(data.max_seq_length, generation.max_length or data.max_seq_length) - room
     return EvalDataset(data.data_loader.dataset_dir, build_encoder(data, tokenizer, most), data.num_samples)
+
+
+def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
+    """The tokenizer of `processor.tokenizer`."""
+    chosen = settings.processor.tokenizer
+    return family_of(chosen.type).tokenizer(chosen.vocab_file)
