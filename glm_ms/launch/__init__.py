@@ -1,4 +1,1 @@
-"""Starting a run on many cards: rank tables of Ascend servers, and the start of one process a card.
-
-Nothing here needs MindSpore: rank tables are also made where it is not installed.
-"""
+"""Starts a run on many cards: rank tables of Ascend servers, and one process per card. Needs no MindSpore."""

@@ -1,4 +1,4 @@
-"""Starts run_glm.py on this server's cards of a rank table: the program behind scripts/run_distribute.sh."""
+"""Starts run_glm.py on this server's cards of a rank table: the program of scripts/run_distribute.sh."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_ms.launch.addresses import is_local
-from glm_ms.launch.guard import Guard
-from glm_ms.launch.msrun import say_on_stderr, show_on_stdout
-from glm_ms.launch.msrun_arguments import LaunchError
-from glm_ms.launch.processes import Interrupts, adopt_orphans, claim, clean_environment
-from glm_ms.launch.rank_job import Member, RankJob, end_started
-from glm_ms.launch.rank_logs import keep_earlier_logs
-from glm_ms.launch.rank_table import RankTable, RankTableError, Server, name_numbers, read_rank_table
+from glm_ms.launch.processes import Interrupts, claim, clean_environment, is_local
+from glm_ms.launch.rank_job import (
+    LaunchError,
+    Member,
+    Say,
+    Show,
+    make_room_for_logs,
+    run_command,
+    run_ranks,
+)
+from glm_ms.launch.rank_table import RankTable, Server, name_numbers, read_rank_table
 
 USAGE = """\
 usage: run_distribute.sh RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE RUN_STATUS [RANK_SIZE] [--flag value ...]
@@ -33,9 +36,9 @@ traceback and log are named. With several servers, start it on each of them.
   RUN_STATUS       train, finetune, eval or predict
   RANK_SIZE        number of cards of all servers together; needed for several servers
   PREDICT_DATA     a prompt, or a .txt or .jsonl file of prompts
-  --flag value     and all that follows goes to run_glm.py as it is; see python run_glm.py --help
+  --flag value     and all that follows is passed to run_glm.py unchanged; see python run_glm.py --help
 
-Which server of the table this one is, its addresses tell; where they do not (in a container), set SERVER_ID to its
+The launcher finds this server in the table by its addresses. If that fails (in a container), set SERVER_ID to its
 server_id or its number in the table, from 0. Logs: output/distribute_log/rank_N/run_glm.log.
 """
 LOG_DIR = Path("output/distribute_log")
@@ -46,14 +49,7 @@ _RANGE = re.compile(r"\[(\d{1,5}),\s*(\d{1,5})[)\]]", re.ASCII)
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of the launcher.
-
-    Attributes:
-        numbers: the cards, or ranks, of DEVICE_RANGE.
-        rank_size: None if not given.
-        predict_data: None if not given.
-        flags: for run_glm.py.
-    """
+    """Arguments of the launcher, see `USAGE`; `numbers` are the cards, or ranks, of DEVICE_RANGE."""
 
     rank_table: str
     config: str
@@ -64,7 +60,7 @@ class Request:
     flags: tuple[str, ...]
 
     def command(self) -> list[str]:
-        """The command line of every rank."""
+        """Command line of every rank."""
         script = Path(__file__).resolve().parents[2] / "run_glm.py"
         predict_data = [] if self.predict_data is None else ["--predict_data", self.predict_data]
         return [
@@ -77,7 +73,7 @@ def parse(arguments: Sequence[str]) -> Request:
     """Reads the arguments.
 
     Raises:
-        LaunchError: what is wrong with which argument.
+        LaunchError: an argument is wrong.
     """
     number = next((n for n, word in enumerate(arguments) if word.startswith("--")), len(arguments))
     words, flags = list(arguments[:number]), tuple(arguments[number:])
@@ -88,33 +84,26 @@ def parse(arguments: Sequence[str]) -> Request:
         )
     table, config, cards, run_status, *rest = words
     if Path(table).suffix in (".yaml", ".yml") and Path(config).suffix == ".json":
-        raise LaunchError(f"RANK_TABLE_FILE stands before CONFIG_PATH; did you mean {config} {table}?")
+        raise LaunchError(f"RANK_TABLE_FILE comes before CONFIG_PATH; did you mean {config} {table}?")
     for name, path in (("RANK_TABLE_FILE", table), ("CONFIG_PATH", config)):
         if not Path(path).is_file():
             raise LaunchError(f"{name} {path}: no such file in {Path.cwd()}; check the path")
     if run_status not in RUN_STATUSES:
-        raise LaunchError(f"RUN_STATUS {run_status}: {', '.join(RUN_STATUSES)} are possible")
+        raise LaunchError(f"RUN_STATUS {run_status}: must be one of {', '.join(RUN_STATUSES)}")
     predict_data = None
     if run_status == "predict" and rest:
         predict_data = rest.pop()
         if predict_data.isdecimal() and not rest:
             raise LaunchError(
-                f"{predict_data}: with predict, the last argument is PREDICT_DATA, and RANK_SIZE stands before it. A "
-                "prompt that is a number goes into a .txt file"
+                f"{predict_data}: with predict, the last argument is PREDICT_DATA, and RANK_SIZE comes before it; "
+                "write a prompt that is a number into a .txt file"
             )
+    flag_form = "flags of run_glm.py begin with -- (write key.sub=value as --key.sub value)"
     if len(rest) > 1:
-        raise LaunchError(
-            f"{rest[1]}: one argument too many; what goes to run_glm.py begins with a --flag (write key.sub=value as "
-            "--key.sub value)"
-        )
-    rank_size = None
-    if rest:
-        if not (rest[0].isascii() and rest[0].isdecimal()) or int(rest[0]) < 1:
-            raise LaunchError(
-                f"RANK_SIZE {rest[0]}: not a number of cards; what goes to run_glm.py begins with a --flag (write "
-                "key.sub=value as --key.sub value)"
-            )
-        rank_size = int(rest[0])
+        raise LaunchError(f"{rest[1]}: one argument too many; {flag_form}")
+    if rest and (not (rest[0].isascii() and rest[0].isdecimal()) or int(rest[0]) < 1):
+        raise LaunchError(f"RANK_SIZE {rest[0]}: not a number of cards; {flag_form}")
+    rank_size = int(rest[0]) if rest else None
     return Request(table, config, device_range(cards), run_status, rank_size, predict_data, flags)
 
 
@@ -122,7 +111,7 @@ def device_range(text: str) -> range:
     """Numbers of "[0,8)". "[0,8]" means the same, as in the scripts of MindFormers.
 
     Raises:
-        LaunchError: it is not such a range, or empty.
+        LaunchError: not such a range, or empty.
     """
     match = _RANGE.fullmatch(text.strip())
     if match is None or int(match[1]) >= int(match[2]):
@@ -133,14 +122,14 @@ def device_range(text: str) -> range:
 
 
 def this_server(table: RankTable, server_id: str | None) -> Server:
-    """The server of a table that this machine is.
+    """Finds this machine in a table.
 
     Args:
         table: of one or several servers.
         server_id: the environment variable SERVER_ID: a server_id of the table, or a number in it.
 
     Raises:
-        LaunchError: it cannot be told.
+        LaunchError: no server, or several, can be this machine.
     """
     known = ", ".join(f"{number}: {server.server_id}" for number, server in enumerate(table.servers))
     if server_id:
@@ -156,34 +145,25 @@ def this_server(table: RankTable, server_id: str | None) -> Server:
     if len(here) != 1:
         which = "none" if not here else ", ".join(server.server_id for server in here)
         raise LaunchError(
-            f"{table.source}: of its servers ({known}) {which} has an address of this machine; say which one this "
-            "is: SERVER_ID=0 bash scripts/run_distribute.sh ..."
+            f"{table.source}: of its servers ({known}) {which} has an address of this machine; select one: "
+            "SERVER_ID=0 bash scripts/run_distribute.sh ..."
         )
     return here[0]
 
 
 def check_size(request: Request, table: RankTable) -> None:
-    """Whether RANK_SIZE says what the table says.
-
-    Raises:
-        LaunchError: it differs, or is needed.
-    """
-    size = table.rank_size
+    """Raises `LaunchError` if RANK_SIZE differs from the table, or is needed and missing."""
     if len(table.servers) > 1 and request.rank_size is None:
         raise LaunchError(
-            f"{table.source}: has {len(table.servers)} servers; for a run on all of them add RANK_SIZE {size}, for one "
-            "server alone give the table of its own"
+            f"{table.source}: has {len(table.servers)} servers; for a run on all of them add RANK_SIZE "
+            f"{table.rank_size}, for one server give a table of that server alone"
         )
-    if request.rank_size not in (None, size):
-        raise LaunchError(f"RANK_SIZE {request.rank_size}, but {table.source} has {size} cards")
+    if request.rank_size not in (None, table.rank_size):
+        raise LaunchError(f"RANK_SIZE {request.rank_size}, but {table.source} has {table.rank_size} cards")
 
 
 def check_cards(request: Request, table: RankTable, server: Server) -> None:
-    """Whether DEVICE_RANGE says what the table says of this server.
-
-    Raises:
-        LaunchError: it differs.
-    """
+    """Raises `LaunchError` if DEVICE_RANGE differs from the cards, or ranks, of this server in the table."""
     several = len(table.servers) > 1
     cards = sorted(device.device_id for device in server.devices)
     ranks = sorted(device.rank_id for device in server.devices)
@@ -192,20 +172,21 @@ def check_cards(request: Request, table: RankTable, server: Server) -> None:
         as_ranks = f" (ranks {name_numbers(ranks)})" if several else ""
         raise LaunchError(
             f"DEVICE_RANGE names {name_numbers(wanted)}, but in {table.source} server {server.server_id} has the cards "
-            f"{name_numbers(cards)}{as_ranks}; a table of other cards is made by tools/hccl_tools.py --device_num"
+            f"{name_numbers(cards)}{as_ranks}; make a table of other cards with tools/hccl_tools.py --device_num"
         )
 
 
-def launch(request: Request, say: Callable[[str], None], show: Callable[[bytes], None]) -> int:
+def launch(arguments: Sequence[str], say: Say, show: Show) -> int:
     """Starts the ranks of this server and waits for their end.
 
     Returns:
         The exit status: see `RankJob.wait`.
 
     Raises:
-        LaunchError, RankTableError: it cannot be started.
+        LaunchError, RankTableError: the job cannot be started.
         OSError: the logs cannot be written.
     """
+    request = parse(arguments)
     table = read_rank_table(request.rank_table)
     check_size(request, table)
     server = this_server(table, os.environ.get("SERVER_ID"))
@@ -216,83 +197,46 @@ def launch(request: Request, say: Callable[[str], None], show: Callable[[bytes],
         raise LaunchError(
             f"{LOG_DIR}: another job is writing its logs there; start this one in another folder"
         )
+    alone = len(table.servers) == 1
     logs = {device.rank_id: LOG_DIR / f"rank_{device.rank_id}" / LOG_NAME for device in server.devices}
-    kept = _make_room(logs.values(), alone=len(table.servers) == 1)
-    if kept is not None:
-        say(f"logs of a former job: {kept}")
+    # Other servers may share the folder and have started: then only the logs of these ranks are old.
+    make_room_for_logs(
+        LOG_DIR,
+        lambda: LOG_DIR.glob(f"rank_*/{LOG_NAME}") if alone else logs.values(),
+        logs.values(),
+        str(LOG_DIR),
+        say,
+    )
     environment = clean_environment(say)
     environment["RANK_TABLE_FILE"] = str(Path(request.rank_table).resolve())
     environment["RANK_SIZE"] = str(table.rank_size)
-    adopt_orphans()
-    guard = Guard(environment)
-    try:
-        members = _start(request, server, guard.environment, logs)
+
+    def start(environment: dict[str, str]) -> dict[int, Member]:
+        members = {}
+        for device in sorted(server.devices, key=lambda device: device.rank_id):
+            log = logs[device.rank_id]
+            own = {"RANK_ID": str(device.rank_id), "DEVICE_ID": str(device.device_id)}
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    request.command(), env={**environment, **own}, stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=file, start_new_session=True,
+                )  # fmt: skip
+            process.returncode = 0  # so that only the job waits for it, not this object
+            members[process.pid] = Member(f"rank {device.rank_id}", log)
         ranks = sorted(logs)
         say(
             f"ranks {name_numbers(ranks)} of {table.rank_size} started; rank {ranks[0]} follows, all logs: {LOG_DIR}"
         )
-        return RankJob(members, interrupts, say, show, alone=len(table.servers) == 1).wait()
-    except BaseException:
-        end_started()
-        raise
-    finally:
-        guard.dismiss()
-        holder.close()
+        return members
+
+    with holder:
+        return run_ranks(start, environment, interrupts, say, show, alone)
 
 
-def _make_room(logs: Iterable[Path], alone: bool) -> Path | None:
-    """Makes the folders of logs and moves former ones away; where those are now, if there were any.
-
-    Raises:
-        LaunchError: logs cannot be written.
-    """
-    logs = list(logs)
-    try:
-        # Alone, logs of more ranks than there are now go too; other servers may share the folder and have begun.
-        former = LOG_DIR.glob(f"rank_*/{LOG_NAME}") if alone else (log for log in logs if log.exists())
-        kept = keep_earlier_logs(LOG_DIR, list(former))
-        for log in logs:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.touch()
-    except OSError as error:
-        raise LaunchError(
-            f"{LOG_DIR}: logs cannot be written there ({error.strerror}: {error.filename}); start it in a folder that "
-            "you may write to"
-        ) from None
-    return kept
-
-
-def _start(
-    request: Request, server: Server, environment: dict[str, str], logs: dict[int, Path]
-) -> dict[int, Member]:
-    members = {}
-    for device in sorted(server.devices, key=lambda device: device.rank_id):
-        log = logs[device.rank_id]
-        own = {"RANK_ID": str(device.rank_id), "DEVICE_ID": str(device.device_id)}
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                request.command(), env={**environment, **own}, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                start_new_session=True,
-            )  # fmt: skip
-        process.returncode = 0  # the job waits for it: nobody is to ask this object
-        members[process.pid] = Member(f"rank {device.rank_id}", log)
-    return members
-
-
-def main(arguments: Sequence[str], say: Callable[[str], None], show: Callable[[bytes], None]) -> int:
-    """Returns the exit status: 2 for wrong arguments or a job that cannot be started, else as `launch`."""
-    if not arguments:
-        say(USAGE)
-        return 2
-    if arguments[0] in ("-h", "--help"):
-        show(USAGE.encode())
-        return 0
-    try:
-        return launch(parse(arguments), say, show)
-    except (LaunchError, RankTableError, OSError) as error:
-        say(f"error: {error}")
-        return 2
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    return run_command(USAGE, launch, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], say_on_stderr, show_on_stdout))
+    sys.exit(main(sys.argv[1:]))

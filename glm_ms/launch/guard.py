@@ -1,7 +1,7 @@
-"""Ends the ranks of a launcher that cannot do it any more, as after SIGKILL: they would go on and keep their cards.
+"""Ends the ranks of a launcher that was killed; otherwise they would continue and keep their cards. Linux only.
 
-The guard is a small process in a session of its own. It waits for the end of a pipe that the launcher alone holds,
-then ends every process whose environment has the launcher's mark, whoever their parent is by then. Linux only.
+The guard is a small process in its own session. It waits for the end of a pipe whose other end only the launcher has
+open, then kills every process whose environment has the launcher's mark, whatever its parent is by then.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 MARK = "GLM_MS_LAUNCH"  # of all processes of one launcher
-_SECONDS = 60.0  # a process in a call of a device driver may take that long to end
+_SECONDS = 60.0  # a process in a call of a device driver may need this long to end
 _PAUSE = 0.05
 
 
 class Guard:
-    """Watches this process from its making to `dismiss`.
-
-    Args:
-        environment: for the processes of the job; theirs is `self.environment`.
+    """Watches this process until `dismiss`.
 
     Attributes:
-        environment: the same, with the mark that the guard knows them by.
+        environment: for the processes of the job: that of the constructor, and the mark by which the guard finds them.
 
     Raises:
         OSError: no process can be started.
@@ -37,7 +34,7 @@ class Guard:
         token = secrets.token_hex(8)
         self.environment = {**environment, MARK: token}
         reading, self._writing = os.pipe()
-        # Without a mark, so that neither this guard nor that of an outer launcher takes it for a rank.
+        # Without a mark: neither this guard nor that of an outer launcher must kill it.
         own = {name: value for name, value in environment.items() if name != MARK}
         try:
             self._process = subprocess.Popen(
@@ -52,21 +49,21 @@ class Guard:
             os.close(reading)
 
     def dismiss(self) -> None:
-        """Ends the guard alone; the processes of the job are left as they are."""
+        """Ends the guard, not the processes of the job."""
         self._process.kill()
         self._process.wait()
         os.close(self._writing)
 
 
 def marked(token: str) -> list[int]:
-    """Processes of this user with a mark, but for this one; those that have ended have no environment."""
+    """Running processes of this user with a mark, except this one."""
     wanted, found = f"{MARK}={token}".encode(), []
     for entry in os.listdir("/proc"):
         if not entry.isdecimal() or int(entry) == os.getpid():
             continue
         try:
             variables = Path("/proc", entry, "environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
         if wanted in variables:
             found.append(int(entry))
@@ -74,9 +71,9 @@ def marked(token: str) -> list[int]:
 
 
 def keep_watch(descriptor: int, token: str) -> None:
-    """Waits for the end of the pipe, then ends all marked processes."""
+    """Waits for the end of the pipe, then kills all marked processes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends with the launcher
+        signal.signal(number, signal.SIG_IGN)  # only the end of the pipe counts
     while os.read(descriptor, 64):
         pass
     deadline = time.monotonic() + _SECONDS

@@ -1,4 +1,4 @@
-"""The cards of this server and the addresses of their network ports: from hccn.conf, else from hccn_tool."""
+"""Cards of this server and the addresses of their network ports, from hccn.conf or hccn_tool."""
 
 from __future__ import annotations
 
@@ -13,37 +13,35 @@ from pathlib import Path
 from glm_ms.launch.rank_table import RankTableError, check_address, name_numbers
 
 HCCN_CONF = Path("/etc/hccn.conf")
-# Where drivers put the tool; the first one found is used, after PATH.
+# Where drivers install the tool; searched after PATH.
 HCCN_TOOL_PLACES = (Path("/usr/local/Ascend/driver/tools/hccn_tool"), Path("/usr/local/bin/hccn_tool"))
-# Far above any server there is: a slip in a range must not ask for thousands of cards.
+# More than any server has: a typing error in a range must not ask for thousands of cards.
 MOST_CARDS = 64
 _HALF = 4
-_TIMEOUT = 30  # seconds for one answer of hccn_tool, which takes far less than one
+_TIMEOUT = 30  # seconds for one call of hccn_tool, which usually takes less than one
 
-_RANGE = re.compile(r"\[\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*\)")
-_CLOSED_RANGE = re.compile(r"\[\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*\]")
+_RANGE = re.compile(r"\[\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*([)\]])")
 _COUNT = re.compile(r"[0-9]{1,6}")
 _ADDRESS_LINE = re.compile(r"address_([^=\s]*)\s*=\s*(\S*)")
 _TOOL_ADDRESS = re.compile(r"^\s*ipaddr\s*:\s*(\S+)\s*$", re.MULTILINE)
 
 
 def card_range(text: str) -> range:
-    """Logical cards of "[0,8)", which are 0 to 7, or of "8", which are the first 8.
+    """Logical cards of "[0,8)", which is 0 to 7, or of "8", which is the first 8.
 
     Raises:
         RankTableError: another form, an empty or reversed range, or too many cards.
     """
     text = text.strip()
-    closed = _CLOSED_RANGE.fullmatch(text)
-    if closed:
-        first, last = map(int, closed.groups())
+    match = _RANGE.fullmatch(text)
+    if match and match[3] == "]":
+        first, last = int(match[1]), int(match[2])
         raise RankTableError(
             f'--device_num "{text}": the end is not part of a range; '
             f'write "[{first},{last})" for cards up to {last - 1}, "[{first},{last + 1})" for cards up to {last}'
         )
-    half_open = _RANGE.fullmatch(text)
-    if half_open:
-        cards = range(int(half_open[1]), int(half_open[2]))
+    if match:
+        cards = range(int(match[1]), int(match[2]))
     elif _COUNT.fullmatch(text):
         cards = range(int(text))
     else:
@@ -78,10 +76,10 @@ def visible_cards(text: str) -> tuple[int, ...]:
 
 
 def physical_cards(logical: Sequence[int], visible: Sequence[int] | None) -> tuple[int, ...]:
-    """Physical numbers of logical cards; without `visible` they are the same.
+    """Physical numbers of logical cards; the same numbers without `visible`.
 
     Raises:
-        RankTableError: fewer cards are visible than asked for.
+        RankTableError: a card is not visible.
     """
     if visible is None:
         return tuple(logical)
@@ -95,30 +93,30 @@ def physical_cards(logical: Sequence[int], visible: Sequence[int] | None) -> tup
 
 
 def note_on_halves(cards: Sequence[int]) -> str | None:
-    """What to say on physical cards of both halves of an 8-card server; None if there is nothing to say."""
+    """A remark if the cards are of both halves of an 8-card server, but not all 8; else None."""
     chosen = set(cards)
     low = {card for card in chosen if card < _HALF}
     if max(chosen) >= 2 * _HALF or low in (set(), chosen) or len(chosen) == 2 * _HALF:
         return None
     return (
         f"cards {name_numbers(sorted(chosen))} are of both halves of the server (0-3 and 4-7); on Atlas 800 "
-        "training servers with Ascend 910A, HCCL takes cards of one half, or all 8"
+        "training servers with Ascend 910A, HCCL accepts cards of one half, or all 8"
     )
 
 
 def read_addresses(
     cards: Sequence[int], conf: str | Path | None = None, say: Callable[[str], None] = lambda _: None
 ) -> tuple[dict[int, str], str]:
-    """Addresses of physical cards, and in words where they are from.
+    """Addresses of physical cards, and the file or program that they are from.
 
     Args:
         cards: physical cards.
-        conf: file of lines such as `address_0=192.98.92.107`. It must be there; the default, /etc/hccn.conf, need
-            not be. `hccn_tool` is asked for cards that it lacks.
-        say: takes remarks.
+        conf: file of lines such as `address_0=192.98.92.107`, which must exist; by default /etc/hccn.conf, if it
+            exists. hccn_tool gives the addresses that the file lacks.
+        say: receives remarks.
 
     Raises:
-        RankTableError: a card has no address in either place, or one that is wrong or that of another card.
+        RankTableError: a card has no address, or one that is wrong or also that of another card.
     """
     path = HCCN_CONF if conf is None else Path(conf)
     try:
@@ -128,7 +126,7 @@ def read_addresses(
             raise RankTableError(f"{path}: --hccn_conf: cannot be read: {error.strerror}") from None
         listed, conf_lacks = {}, f"cannot be read ({error.strerror})"
         if not isinstance(error, FileNotFoundError):
-            say(f"{path}: {conf_lacks}; hccn_tool is asked instead")
+            say(f"{path}: {conf_lacks}; using hccn_tool")
     origins = {card: str(path) for card in cards if card in listed}
     found = {card: listed[card] for card in cards if card in listed}
     missing = [card for card in cards if card not in listed]
@@ -147,15 +145,15 @@ def read_addresses(
     found = {card: found[card] for card in cards}
     _check_addresses(found, origins)
     if 0 < len(missing) < len(cards):
-        say(f"{path}: has no address of {_name_cards(missing)}; hccn_tool is asked for it")
+        say(f"{path}: has no address of {_name_cards(missing)}; using hccn_tool for it")
     return found, " and ".join(sorted(set(origins.values())))
 
 
 def read_hccn_conf(path: Path) -> dict[int, str]:
-    """Address of each card in a file; its other lines (netmask_0=..., comments) are passed over.
+    """Card -> address; ignores other lines of the file (netmask_0=..., comments).
 
     Raises:
-        RankTableError: a line for an address is not whole, or differs from an earlier one of its card.
+        RankTableError: a line with an address is incomplete, or differs from an earlier one for its card.
         OSError: the file cannot be read.
     """
     addresses: dict[int, str] = {}
@@ -176,7 +174,7 @@ def read_hccn_conf(path: Path) -> dict[int, str]:
 
 
 def find_hccn_tool() -> Path | None:
-    """The program on PATH, else where drivers put it; None if it is nowhere."""
+    """The program on PATH, else where drivers install it, else None."""
     on_path = shutil.which("hccn_tool")
     if on_path:
         return Path(on_path)
@@ -184,25 +182,21 @@ def find_hccn_tool() -> Path | None:
 
 
 def _ask_for_all(tool: Path, cards: Iterable[int]) -> tuple[dict[int, str], dict[int, str]]:
-    """Addresses of the cards that have one, and for the others the reason."""
+    """Card -> address, and card -> reason why it has none."""
     addresses: dict[int, str] = {}
     reasons: dict[int, str] = {}
     for card in cards:
         command = [str(tool), "-i", str(card), "-ip", "-g"]
         try:
             done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=_TIMEOUT,
-                check=False,
-            )
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                timeout=_TIMEOUT, check=False,
+            )  # fmt: skip
         except OSError as error:
             raise RankTableError(f"{tool}: cannot be started: {error.strerror}") from None
         except subprocess.TimeoutExpired:
             raise RankTableError(
-                f"{' '.join(command)}: no answer for {_TIMEOUT} s; see whether the driver works (npu-smi info), "
+                f"{' '.join(command)}: no answer for {_TIMEOUT} s; check that the driver works (npu-smi info), "
                 "or give the addresses in a file with --hccn_conf"
             ) from None
         output = done.stdout.decode("utf-8", errors="replace")
@@ -241,10 +235,10 @@ def _check_addresses(addresses: dict[int, str], origins: dict[int, str]) -> None
 
 
 def host_address() -> str:
-    """The address that the name of this host stands for.
+    """The address to which the name of this host resolves.
 
     Raises:
-        RankTableError: there is none, or none that other servers can reach, or several. The message has those found.
+        RankTableError: there is none, or none that other servers can reach, or several.
     """
     name = socket.gethostname()
     try:
@@ -260,21 +254,21 @@ def host_address() -> str:
         raise RankTableError(
             f"this host ({name}) has several addresses: {', '.join(usable)}; give one as --server_ip"
         )
-    means = f"stands for {', '.join(named)}" if named else "stands for no address"
+    means = f"resolves to {', '.join(named)}" if named else "resolves to no address"
     route = _route_address()
     offer = f", perhaps {route} (its default route)" if route else ""
     raise RankTableError(
-        f"the name of this host ({name}) {means}, where no other server reaches it; "
+        f"the name of this host ({name}) {means}, where no other server can reach it; "
         f"give the address of this server as --server_ip{offer}"
     )
 
 
 def _route_address() -> str | None:
-    """Address from which this host reaches others; None if it does not."""
+    """Address of this host on its default route; None without one."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # Connecting a datagram socket sends nothing; it only looks up the route. The address is of those kept
-            # for documentation (RFC 5737).
+            # Connecting a datagram socket sends nothing, it only looks up the route. The address is reserved for
+            # documentation (RFC 5737).
             probe.connect(("203.0.113.1", 9))
             return str(probe.getsockname()[0])
     except OSError:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from glm_ms.launch.rank_job import LaunchError
+
 USAGE = """\
 usage: msrun_launcher.sh "SCRIPT ARGUMENTS"
        msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM
@@ -25,7 +27,7 @@ one server; with the last one, start it on every server, with NODE_RANK 0 on tha
   MASTER_PORT         free port of the first server      (8118, or another one if that is taken)
   NODE_RANK           number of this server, from 0      (0)
   LOG_DIR             for worker_N.log, scheduler.log, msrun.log; earlier logs are kept there (output/msrun_log)
-  JOIN                False: return at once and watch nothing   (True)
+  JOIN                False: return at once, do not watch the ranks (True)
   CLUSTER_TIME_OUT    seconds until all ranks must have connected (7200)
 """
 _ONE_SERVER = ("WORKER_NUM", "MASTER_PORT", "LOG_DIR", "JOIN", "CLUSTER_TIME_OUT")
@@ -36,19 +38,9 @@ DEFAULT_PORT = 8118
 _LAUNCHERS = ("msrun", "mpirun", "torchrun", "bash", "sh")
 
 
-class LaunchError(ValueError):
-    """A job that cannot be started, with the reason and what to do."""
-
-
 @dataclass(frozen=True)
 class Job:
-    """What is to be started.
-
-    Attributes:
-        command: script and its arguments.
-        port: of the scheduler on the first server; None: any free one.
-        others: as in `USAGE`.
-    """
+    """Arguments of the launcher, see `USAGE`; `port` is None for any free one."""
 
     command: tuple[str, ...]
     worker_num: int = 8
@@ -67,18 +59,17 @@ class Job:
 
     @property
     def first_rank(self) -> int:
-        """Of this server."""
+        """First rank of this server."""
         return 0 if self.alone else self.node_rank * self.local_worker
 
     def worker_log(self, rank: int) -> Path:
-        """Where msrun sends what a rank writes."""
+        """File for the output of a rank."""
         return self.log_dir / f"worker_{rank}.log"
 
     def former_logs(self) -> list[Path]:
-        """Logs in `log_dir` that are not of this job, to be asked for before it starts.
+        """Existing logs of earlier jobs in `log_dir`.
 
-        Alone, all of them, those of more ranks than this job has too. With other servers, which may share the folder
-        and have begun, those that this server is going to write.
+        Other servers may share the folder and have started: then only the logs that this server is going to write.
         """
         if not self.alone:
             return [path for path in self.logs() if path.exists()]
@@ -86,21 +77,21 @@ class Job:
         return sorted(path for name in names for path in self.log_dir.glob(name) if path.is_file())
 
     def logs(self) -> list[Path]:
-        """All logs that this server writes."""
+        """Logs that this server writes."""
         own = [self.worker_log(self.first_rank + number) for number in range(self.local_worker)]
         return [*own, *([self.log_dir / "scheduler.log"] if self.node_rank == 0 else []), self.msrun_log]
 
     @property
     def msrun_log(self) -> Path:
-        """What msrun itself says."""
+        """File for the output of msrun itself."""
         return self.log_dir / ("msrun.log" if self.alone else f"msrun_node_{self.node_rank}.log")
 
 
 def parse(arguments: Sequence[str]) -> Job:
-    """A job from the arguments of the launcher; nothing is looked up on the machine.
+    """Reads the arguments of the launcher.
 
     Raises:
-        LaunchError: what is wrong with which argument.
+        LaunchError: an argument is wrong.
     """
     names = _names(arguments)
     given = dict(zip(names, arguments[1:]))
@@ -109,7 +100,8 @@ def parse(arguments: Sequence[str]) -> Job:
     local_worker = _whole("LOCAL_WORKER", given.get("LOCAL_WORKER", str(worker_num)), 1)
     if worker_num % local_worker:
         raise LaunchError(
-            f"WORKER_NUM {worker_num} is no multiple of LOCAL_WORKER {local_worker}; all servers start the same number"
+            f"WORKER_NUM {worker_num} is not a multiple of LOCAL_WORKER {local_worker}; "
+            "all servers start the same number"
         )
     node_rank = _whole("NODE_RANK", given.get("NODE_RANK", "0"), 0)
     if node_rank >= worker_num // local_worker:
@@ -120,9 +112,9 @@ def parse(arguments: Sequence[str]) -> Job:
     port = _whole("MASTER_PORT", given["MASTER_PORT"], 1024, 65535) if "MASTER_PORT" in given else None
     join = given.get("JOIN", "True")
     if join not in ("True", "False"):
-        raise LaunchError(f"JOIN {join}: True or False")
+        raise LaunchError(f"JOIN {join}: must be True or False")
     if not given.get("LOG_DIR", "output"):
-        raise LaunchError("LOG_DIR is empty; the usual one is output/msrun_log")
+        raise LaunchError("LOG_DIR is empty; the default is output/msrun_log")
     return Job(
         command,
         worker_num,
@@ -137,11 +129,11 @@ def parse(arguments: Sequence[str]) -> Job:
 
 
 def _names(arguments: Sequence[str]) -> tuple[str, ...]:
-    """What the arguments after the script are, by their number."""
+    """Names of the arguments after the script; their number selects the form."""
     number = len(arguments)
     if number in (1, 2):
         return _ONE_SERVER[: number - 1]
-    # Two forms have 6. The fifth word is JOIN in one, MASTER_PORT in the other.
+    # Two forms have 6 arguments. The fifth is JOIN in one, MASTER_PORT in the other.
     if number == 6 and not arguments[4].isdecimal():
         return _ONE_SERVER
     if 6 <= number <= 9:
@@ -163,7 +155,7 @@ def _whole(name: str, text: str, least: int, most: int | None = None) -> int:
 
 
 def _command(text: str) -> tuple[str, ...]:
-    """Script and arguments, split as a shell does."""
+    """Splits script and arguments like a shell."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -179,14 +171,11 @@ def _command(text: str) -> tuple[str, ...]:
         )
     if script.isdecimal():
         raise LaunchError(
-            f"{script}: no script; the first argument is the script with its arguments in quotes, the numbers follow"
+            f"{script}: not a script; the first argument is the script with its arguments in quotes, the numbers follow"
         )
     if not Path(script).is_file():
         beside = Path(__file__).resolve().parents[2] / script
-        remedy = (
-            f"it is {beside}: cd {beside.parent} first, or give that path"
-            if beside.is_file()
-            else "check the path"
-        )
+        found = f"it is {beside}: cd {beside.parent} first, or give that path"
+        remedy = found if beside.is_file() else "check the path"
         raise LaunchError(f"{script}: no such file in {Path.cwd()}; {remedy}")
     return tuple(words)

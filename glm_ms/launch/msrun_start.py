@@ -1,11 +1,11 @@
-"""Runs msrun in this process and reports which processes it starts; a program of its own, for `launch.msrun`.
+"""Runs msrun in this process and reports the processes that it starts; a separate program, for `launch.msrun`.
 
     python -m glm_ms.launch.msrun_start DESCRIPTOR MSRUN ARGUMENTS ...
 
-DESCRIPTOR receives a line for each process: its id, MS_ROLE and RANK_ID ("-" where one is not set).
+DESCRIPTOR receives a line for each process: its id, MS_ROLE and RANK_ID ("-" if not set).
 
-msrun keeps these numbers to itself, and when it returns, Python waits for those of its processes that have ended
-already and forgets their exit statuses. Neither can be had from outside, hence the subclass of Popen here.
+msrun does not report these numbers. When it returns, Python also waits for its processes that have ended already and
+drops their exit statuses. The subclass of Popen here prevents both.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 
 def start(descriptor: int, script: str, arguments: list[str]) -> NoReturn:
-    """Runs the script of msrun with arguments, and ends this process with its exit status."""
-    kept: list[subprocess.Popen] = []  # Python waits for a process when its object goes
+    """Runs msrun with arguments, and ends this process with its exit status."""
+    kept: list[subprocess.Popen] = []  # Python waits for a process when its object is deleted
 
     class ReportedProcess(subprocess.Popen):
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -41,7 +41,7 @@ def start(descriptor: int, script: str, arguments: list[str]) -> NoReturn:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # before `kept` goes
+    os._exit(status)  # before `kept` is deleted
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Processes of this machine: parents, environments, ends; and names that only one process may hold. Linux only."""
+"""Processes, addresses and ports of this machine. Linux only."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 _PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
-# What msrun and other launchers tell their processes; of no use to the processes of another job.
+# Set by msrun and other launchers for their own processes; wrong for the processes of another job.
 JOB_VARIABLES = (
     "MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_SERVER_NUM", "MS_NODE_ID", "MS_TOPO_TIMEOUT",
     "RANK_ID", "RANK_SIZE", "RANK_TABLE_FILE", "MINDSPORE_HCCL_CONFIG_PATH", "DEVICE_ID", "DEVICE_NUM",
@@ -22,7 +23,7 @@ JOB_VARIABLES = (
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of descendants whose own parent ends, so that it learns how they end.
+    """Makes this process the parent of orphaned descendants, so that it receives their exit statuses.
 
     Raises:
         OSError: the system refuses.
@@ -32,10 +33,9 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def _children() -> dict[int, list[int]]:
-    """Process -> its children, of all processes of the machine; those that have ended and that nobody has waited
-    for are among them."""
-    found: dict[int, list[int]] = {}
+def descendants(process: int) -> list[int]:
+    """Children of a process, their children, and so on, zombies included."""
+    children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdecimal():
             continue
@@ -43,41 +43,33 @@ def _children() -> dict[int, list[int]]:
             stat = Path("/proc", entry, "stat").read_text(encoding="utf-8", errors="replace")
         except OSError:  # it has ended meanwhile
             continue
-        # The name, in parentheses, may hold anything.
+        # The name of the program, in parentheses, may contain spaces and parentheses.
         parent = int(stat.rpartition(")")[2].split()[1])
-        found.setdefault(parent, []).append(int(entry))
-    return found
-
-
-def descendants(process: int) -> list[int]:
-    """Children of a process, their children, and so on."""
-    family = _children()
-    found, waiting = [], list(family.get(process, ()))
+        children.setdefault(parent, []).append(int(entry))
+    found, waiting = [], children.get(process, [])
     while waiting:
         child = waiting.pop()
         found.append(child)
-        waiting += family.get(child, ())
+        waiting += children.get(child, ())
     return found
 
 
 def send(process: int, number: int) -> None:
-    """Sends a signal to a process, and to the group that it leads."""
+    """Sends a signal to a process and, if it leads a process group, to the group."""
     try:
         if os.getpgid(process) == process:
             os.killpg(process, number)
         else:
             os.kill(process, number)
-    except ProcessLookupError:
-        pass
-    except PermissionError:  # a group whose members have all ended
+    except (ProcessLookupError, PermissionError):  # the latter: a group of zombies
         pass
 
 
 def kill_descendants(seconds: float = 10) -> list[int]:
-    """SIGKILL to all descendants of this process, until there are none.
+    """Sends SIGKILL to all descendants of this process until none is left.
 
     Returns:
-        Those that are there still after that time (a process in a call of a device driver cannot be ended).
+        Those left after `seconds`; a process in a call of a device driver cannot be killed.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -96,11 +88,11 @@ def kill_descendants(seconds: float = 10) -> list[int]:
 
 
 class Interrupts:
-    """Notes SIGINT, SIGTERM and SIGHUP instead of ending the process. One that is ignored (nohup) stays so.
+    """Records SIGINT, SIGTERM and SIGHUP; the process continues. An ignored signal (nohup) stays ignored.
 
     Attributes:
         received: number of the first signal; 0 before.
-        count: how many there were.
+        count: number of signals received.
     """
 
     def __init__(self) -> None:
@@ -115,10 +107,10 @@ class Interrupts:
 
 
 def claim(what: str) -> socket.socket | None:
-    """Takes a name that only one process of this machine can hold; it is free again when that one ends.
+    """Claims a name for this process on this machine; the kernel frees it when the process ends.
 
     Returns:
-        An object to keep; None when another process holds the name.
+        An object to keep; None if another process has the name.
     """
     holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     name = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()
@@ -130,15 +122,43 @@ def claim(what: str) -> socket.socket | None:
     return holder
 
 
+def claim_port(port: int) -> socket.socket | None:
+    """Claims a TCP port, as `claim`, that no program of this machine listens on."""
+    holder = claim(f"port {port}")
+    if holder is None:
+        return None
+    with socket.socket() as probe:
+        # As the scheduler does: lingering connections of an earlier job do not matter.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen()
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            holder.close()
+            return None
+    return holder
+
+
+def is_local(address: str) -> bool:
+    """Whether this machine has an IP address; False for names."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
 def clean_environment(say: Callable[[str], None]) -> dict[str, str]:
-    """The environment without what an outer job tells its processes, and with this interpreter's programs first:
-    msrun starts the `python` of PATH."""
+    """The environment without the variables of an outer job, and with this interpreter first on PATH, because msrun
+    starts the `python` of PATH."""
     dropped = [name for name in JOB_VARIABLES if name in os.environ]
     if dropped:
         say(f"note: not passed on, as each rank gets its own: {', '.join(dropped)}")
     environment = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
     programs = str(Path(sys.executable).absolute().parent)
     environment["PATH"] = os.pathsep.join([programs, *filter(None, [os.environ.get("PATH")])])
-    # What a rank says is to be seen when it says it.
-    environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment.setdefault("PYTHONUNBUFFERED", "1")  # the output of ranks is shown live
     return environment

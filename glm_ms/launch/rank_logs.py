@@ -1,4 +1,4 @@
-"""Log files of ranks: followed while they grow, searched for the reason of a failure, kept when a new job begins."""
+"""Log files of ranks: follows them while they grow, finds the reason of a failure, keeps those of earlier jobs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-EARLIER = "earlier"  # folder, within that of the logs, for those of former jobs
+EARLIER = "earlier"  # subfolder for logs of earlier jobs
 
 _TRACEBACK = "Traceback (most recent call last):"
-# Joins a traceback to the one before it (PEP 3134, the texts of the traceback module).
+# Lines between chained tracebacks (PEP 3134; texts of the traceback module).
 _CHAINED = (
     "During handling of the above exception, another exception occurred:",
     "The above exception was the direct cause of the following exception:",
 )
-# Tracebacks under these lines do not end a program; they are written while it ends for another reason.
+# Tracebacks under these lines are not the reason why a program ends.
 _AFTERMATH = ("Exception ignored in", "Error in atexit", "Exception ignored while")
 # Lines of MindSpore's own log: "[WARNING] DISTRIBUTED(123,7f..,python):2026-01-01-..."
 _MINDSPORE = re.compile(r"^\[(?P<level>DEBUG|INFO|TRACE|WARNING|ERROR|CRITICAL|MS_\w+)\] ?\w*\(")
@@ -27,15 +27,14 @@ _TAIL_BYTES = 1 << 20
 
 
 class LogWatch:
-    """One log file, read as far as it has been written.
+    """Reads a log file while it grows.
 
     Args:
-        path: need not exist yet.
-        show: gets every piece of new bytes; None: nobody does.
+        path: may be missing at first.
+        show: receives new bytes, if given.
 
     Attributes:
-        traceback_time: when the last traceback was written, on the clock of `time.monotonic()`, about; None without
-            one.
+        traceback_time: approximate time, as `time.monotonic()`, of the last traceback; None without one.
     """
 
     def __init__(self, path: Path, show: Callable[[bytes], None] | None = None) -> None:
@@ -46,8 +45,8 @@ class LogWatch:
         self._end = b""
 
     def update(self) -> bool:
-        """Reads what is new; whether there was anything."""
-        # Opened once: a later job may rename the file, which stays this job's all the same.
+        """Reads the new bytes; returns whether there were any."""
+        # Opened once: a later job may rename the file.
         if self._descriptor < 0:
             try:
                 self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -58,7 +57,7 @@ class LogWatch:
             anything = True
             marker = _TRACEBACK.encode()
             if marker in self._end + piece:
-                # It may have been there for a while; with it a process usually falls silent.
+                # It may be older than this call. Usually a process writes nothing after its traceback.
                 silent = time.time() - os.fstat(self._descriptor).st_mtime
                 self.traceback_time = time.monotonic() - max(silent, 0.0)
                 self._end = b""
@@ -78,23 +77,23 @@ class LogWatch:
         return os.pread(self._descriptor, size - start, start).decode("utf-8", errors="replace")
 
     def close(self) -> None:
-        """Ends the reading."""
+        """Closes the file."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def reason_in(text: str) -> str:
-    """Why a process failed, from its log: its last traceback with those it is chained to, or its last lines.
+    """Why a process failed, from its log: the last traceback with those chained to it, or the last lines.
 
-    Lines of MindSpore's log and the C++ call stack for its developers are left out, and tracebacks that are written
-    while a program ends for another reason. At most 80 lines. Empty if the log says nothing.
+    Omits lines of MindSpore's log, its C++ call stack, and tracebacks that are not the reason why the program ended.
+    At most 80 lines; empty if nothing is left.
     """
     lines = _as_seen(text)
     found = _last_traceback(lines)
     if found is None:
-        told = [line for line in lines if not _is_noise(line, ("ERROR", "CRITICAL"))]
-        return "\n".join(told[-_LAST_LINES:]).strip("\n")
+        kept = [line for line in lines if not _is_noise(line, ("ERROR", "CRITICAL"))]
+        return "\n".join(kept[-_LAST_LINES:]).strip("\n")
     start, end = found
     block = [line for line in lines[start:end] if not _is_noise(line, ())]
     if _CPP_STACK in block:
@@ -104,12 +103,12 @@ def reason_in(text: str) -> str:
     if len(block) > _MOST_LINES:
         left_out = len(block) - _MOST_LINES
         half = _MOST_LINES // 2
-        block = [*block[:half], f"... {left_out} lines are left out, the log has them ...", *block[-half:]]
+        block = [*block[:half], f"... {left_out} lines left out, see the log ...", *block[-half:]]
     return "\n".join(block).strip("\n")
 
 
 def ends_with_traceback(text: str) -> bool:
-    """Whether a log has nothing but lines of MindSpore after its last traceback: that process is about to end."""
+    """Whether a log has only lines of MindSpore after its last traceback: then the process is ending."""
     lines = _as_seen(text)
     found = _last_traceback(lines)
     if found is None:
@@ -124,7 +123,7 @@ def ends_with_traceback(text: str) -> bool:
 
 
 def _as_seen(text: str) -> list[str]:
-    """Lines as a terminal shows them: of a progress bar, its last state."""
+    """Lines as a terminal shows them: a progress bar is a line with its last state."""
     return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
 
 
@@ -134,7 +133,7 @@ def _is_noise(line: str, but: Iterable[str]) -> bool:
 
 
 def _last_traceback(lines: list[str]) -> tuple[int, int] | None:
-    """First line of the last traceback, of the whole chain, and the line where other tracebacks follow."""
+    """First line of the last chain of tracebacks, and the line at which tracebacks begin that are not the reason."""
     starts = [number for number, line in enumerate(lines) if line.endswith(_TRACEBACK)]
     end = len(lines)
     while starts:
@@ -149,7 +148,7 @@ def _last_traceback(lines: list[str]) -> tuple[int, int] | None:
 
 
 def _end_of_traceback(lines: list[str], start: int) -> int:
-    """The line after the exception that the last traceback from `start` ends with."""
+    """The line after the last traceback from `start`."""
     number = max(n for n in range(start, len(lines)) if n == start or lines[n].endswith(_TRACEBACK)) + 1
     while number < len(lines) and (lines[number].startswith(" ") or _is_noise(lines[number], ())):
         number += 1
@@ -157,17 +156,14 @@ def _end_of_traceback(lines: list[str], start: int) -> int:
 
 
 def keep_earlier_logs(folder: Path, logs: Iterable[Path]) -> Path | None:
-    """Moves logs of a former job out of the way of a new one's.
+    """Moves logs of an earlier job to `earlier/DATE_TIME/`, with the time at which it last wrote.
 
     Args:
-        folder: that of the logs; receives `earlier/DATE_TIME/` with the time of the former job's last word.
-        logs: files within `folder`; those that exist are moved.
+        folder: folder of the logs.
+        logs: files in `folder`; those that exist are moved.
 
     Returns:
-        The folder they were moved to; None when there were none.
-
-    Raises:
-        OSError: they cannot be moved.
+        The folder they were moved to; None if there were none.
     """
     old = [path for path in logs if path.exists()]
     if not old:

@@ -1,4 +1,4 @@
-"""Rank tables of Ascend servers: made for one server, merged, checked, read and written."""
+"""Rank tables of Ascend servers: makes, merges, checks, reads and writes them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
-from glm_ms.launch.rank_table_file import parse_rank_table
-from glm_ms.launch.rank_table_types import Device, RankTable, RankTableError, Server
+from glm_ms.launch.rank_table_file import Device, RankTable, RankTableError, Server, parse_rank_table
 from glm_ms.storage.atomic import check_target, replace_text
-
-__all__ = [
-    "Device",
-    "RankTable",
-    "RankTableError",
-    "Server",
-    "check_address",
-    "merge",
-    "name_numbers",
-    "read_rank_table",
-    "single_server",
-    "validate",
-    "write_rank_table",
-]
 
 LONGEST_SERVER_ID = 64
 _MOST_PROBLEMS = 5
@@ -35,7 +20,7 @@ def single_server(server_id: str, addresses: Mapping[int, str]) -> RankTable:
 
     Args:
         server_id: address of the server.
-        addresses: `device_ip` of each `device_id`; ranks are given in this order, from 0.
+        addresses: `device_id` -> `device_ip`; ranks follow this order, from 0.
 
     Raises:
         RankTableError: a name or address is wrong or used twice, or there are no cards.
@@ -47,10 +32,10 @@ def single_server(server_id: str, addresses: Mapping[int, str]) -> RankTable:
 
 
 def merge(tables: Sequence[RankTable]) -> RankTable:
-    """One table of all servers, in the order of the tables; ranks go on from table to table.
+    """One table of all servers; the ranks of a table follow those of the table before.
 
     Raises:
-        RankTableError: fewer than two tables, one of them is wrong, a server or an address is in two of them, or
+        RankTableError: fewer than two tables, one of them is wrong, two of them have the same server or address, or
             the servers differ in their numbers of cards.
     """
     if len(tables) < 2:
@@ -65,20 +50,19 @@ def merge(tables: Sequence[RankTable]) -> RankTable:
             servers.append(replace(server, devices=tuple(devices)))
             names.append(table.source or f"table {number}")
         ranks += table.rank_size
-    problems = list(_between_servers(servers, names))
     several = [table.source for table in tables if table.source and len(table.servers) > 1]
-    hint = f" ({several[0]} has several servers already: is it of an earlier merge?)" if several else ""
-    _raise(problems, f"cannot be merged{hint}")
+    hint = f" ({several[0]} has several servers: is it the result of an earlier merge?)" if several else ""
+    _raise(_between_servers(servers, names), f"cannot be merged{hint}")
     merged = RankTable(tuple(servers))
     validate(merged)
     return merged
 
 
 def validate(table: RankTable) -> None:
-    """Checks everything that HCCL asks of a table and that the table alone can tell.
+    """Checks all that HCCL requires and the table alone can show.
 
     Raises:
-        RankTableError: all that is wrong, with the names of the servers, cards and ranks.
+        RankTableError: lists the problems, with servers, cards and ranks.
     """
     where = table.source or "rank table"
     if not table.servers:
@@ -88,8 +72,8 @@ def validate(table: RankTable) -> None:
     _raise(problems or _rank_problems(table), where)
 
 
-def _raise(problems: Iterable[str], where: str) -> None:
-    problems = list(problems)
+def _raise(found: Iterable[str], where: str) -> None:
+    problems = list(found)
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         shown = "; ".join(problems[:_MOST_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
@@ -115,7 +99,7 @@ def _within_server(server: Server) -> Iterator[str]:
 
 
 def _between_servers(servers: Sequence[Server], names: Sequence[str]) -> Iterator[str]:
-    """Servers and addresses that are there twice, and differing numbers of cards; `names` are those of files."""
+    """Duplicate servers and addresses, and differing numbers of cards; `names` are those of files."""
     labels = [server.server_id + (f" ({name})" if name else "") for server, name in zip(servers, names)]
     first: dict[Any, int] = {}
     for number, server in enumerate(servers):
@@ -127,7 +111,7 @@ def _between_servers(servers: Sequence[Server], names: Sequence[str]) -> Iterato
         if len(servers) > 1 and not isinstance(key, str) and key.is_loopback:
             yield f"server {labels[number]}: a loopback address; make its table again with another --server_ip"
     if len(first) < len(servers):
-        return  # a server's second copy has its addresses and perhaps other cards, which needs no second complaint
+        return  # a second copy of a server would only repeat the problem for its addresses
     yield from _shared_addresses(servers, labels)
     if len({len(server.devices) for server in servers}) > 1:
         counts = ", ".join(f"{label} has {len(server.devices)}" for server, label in zip(servers, labels))
@@ -135,7 +119,7 @@ def _between_servers(servers: Sequence[Server], names: Sequence[str]) -> Iterato
 
 
 def _shared_addresses(servers: Sequence[Server], labels: Sequence[str]) -> Iterator[str]:
-    """One problem for each two servers, or each one, with cards of the same address."""
+    """One problem for each server, or pair of servers, with cards of the same address."""
     first: dict[Any, tuple[int, Device]] = {}
     shared: dict[tuple[int, int], list[str]] = {}
     for number, server in enumerate(servers):
@@ -145,13 +129,10 @@ def _shared_addresses(servers: Sequence[Server], labels: Sequence[str]) -> Itera
                 cards = f"{device.device_ip} (cards {twin.device_id} and {device.device_id})"
                 shared.setdefault((other, number), []).append(cards)
     for (one, other), found in shared.items():
-        who = (
-            f"server {labels[one]} has"
-            if one == other
-            else f"servers {labels[one]} and {labels[other]} both have"
-        )
+        both = f"servers {labels[one]} and {labels[other]} both have"
+        who = f"server {labels[one]} has" if one == other else both
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        yield f"{who} device_ip {', '.join(found[:3])}{more}; each card needs an address of its own"
+        yield f"{who} device_ip {', '.join(found[:3])}{more}; each card needs its own address"
 
 
 def _rank_problems(table: RankTable) -> Iterator[str]:
@@ -161,9 +142,8 @@ def _rank_problems(table: RankTable) -> Iterator[str]:
         yield f"rank_id there twice: {name_numbers(twice)}"
     missing = sorted(set(range(len(ranks))) - set(ranks))
     if missing:
-        yield (
-            f"rank_id missing: {name_numbers(missing)}; the ranks of {len(ranks)} cards go from 0 to {len(ranks) - 1}"
-        )
+        last = len(ranks) - 1
+        yield f"rank_id missing: {name_numbers(missing)}; the ranks of {len(ranks)} cards go from 0 to {last}"
     if twice or missing:
         return
     for server in table.servers:
@@ -171,7 +151,7 @@ def _rank_problems(table: RankTable) -> Iterator[str]:
         if own[-1] - own[0] + 1 != len(own):
             yield (
                 f"server {server.server_id}: its ranks are {name_numbers(own)}, with gaps; "
-                "the ranks of one server follow each other"
+                "the ranks of one server must be consecutive"
             )
 
 
@@ -187,7 +167,7 @@ def name_numbers(numbers: Sequence[int]) -> str:
 
 
 def check_address(text: str, *, loopback: bool = False) -> str:
-    """Returns an address of one machine or card.
+    """Returns the address of one machine or card unchanged.
 
     Raises:
         RankTableError: not an IPv4 or IPv6 address, or one that no single card or server has.
@@ -203,7 +183,7 @@ def check_address(text: str, *, loopback: bool = False) -> str:
 
 
 def _comparable(name: str) -> IPv4Address | IPv6Address | str:
-    """An address as a value, so that two spellings of it are one; other names as they are."""
+    """An address as a value, because one address has several spellings; other names unchanged."""
     try:
         return ip_address(name)
     except ValueError:
@@ -211,26 +191,24 @@ def _comparable(name: str) -> IPv4Address | IPv6Address | str:
 
 
 def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = False) -> None:
-    """Writes the file of a table; it appears, or replaces the former one, only when it is whole.
+    """Writes the file of a table, whole or not at all.
 
     Raises:
         RankTableError: the table is wrong, `path` exists without `overwrite`, or cannot be written.
     """
     validate(table)
-    path = Path(path)
     check_target(path, overwrite=overwrite, error=RankTableError)
     try:
-        replace_text(path, table.to_json())
+        replace_text(Path(path), table.to_json())
     except OSError as error:
         raise RankTableError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def read_rank_table(path: str | Path) -> RankTable:
-    """Reads the file of a table.
+    """Reads and checks the file of a table.
 
     Raises:
-        RankTableError: the file cannot be read, is no JSON, is no rank table of version 1.0, is not completed, or
-            is wrong in itself (`validate`). The message names the file and the key.
+        RankTableError: see `parse_rank_table` and `validate`; the message names the file and the key.
     """
     table = parse_rank_table(path)
     validate(table)

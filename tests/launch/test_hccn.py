@@ -159,7 +159,7 @@ def test_the_tool_is_asked_for_what_the_file_lacks(tmp_path, tool):
     assert found == {0: "192.1.27.6", 1: "192.1.27.7", 2: "192.1.27.8", 3: "192.98.92.103", 4: "192.1.27.10"}
     assert list(found) == [0, 1, 2, 3, 4]
     assert origin == f"{tool} and {path}"
-    assert remarks == [f"{path}: has no address of card 3; hccn_tool is asked for it"]
+    assert remarks == [f"{path}: has no address of card 3; using hccn_tool for it"]
     assert (tool.parent / "calls").read_text() == "-i 3 -ip -g\n"
 
 
@@ -198,7 +198,7 @@ def test_a_default_file_that_cannot_be_read_is_noted(tool):
     hccn.HCCN_CONF.mkdir(parents=True)  # permissions would not stop root
     remarks: list[str] = []
     assert hccn.read_addresses([0], None, remarks.append)[0] == {0: "192.98.92.100"}
-    assert remarks == [f"{hccn.HCCN_CONF}: cannot be read (Is a directory); hccn_tool is asked instead"]
+    assert remarks == [f"{hccn.HCCN_CONF}: cannot be read (Is a directory); using hccn_tool"]
 
 
 @pytest.mark.parametrize(
@@ -287,10 +287,10 @@ def test_address_of_the_host(monkeypatch, named, address):
         (
             ["127.0.1.1"],
             "10.0.0.1",
-            r"stands for 127\.0\.1\.1, where no other .* --server_ip, perhaps 10\.0\.0\.1",
+            r"resolves to 127\.0\.1\.1, where no other .* --server_ip, perhaps 10\.0\.0\.1",
         ),
-        (["127.0.1.1"], None, r"\(node\) stands for 127\.0\.1\.1, .* as --server_ip$"),
-        ([], None, "stands for no address"),
+        (["127.0.1.1"], None, r"\(node\) resolves to 127\.0\.1\.1, .* as --server_ip$"),
+        ([], None, "resolves to no address"),
         (
             ["10.0.0.1", "10.0.1.1"],
             None,

@@ -110,7 +110,7 @@ raise RuntimeError("a fellow has gone")
     begin = time.monotonic()
     status, _, said = finish(start(script))
     assert status == 1
-    assert "rank 1 says last:\nTraceback (most recent call last):\n" in said
+    assert "last output of rank 1:\nTraceback (most recent call last):\n" in said
     assert "ValueError: ill\n" in said
     assert "RuntimeError" not in said
     assert "after it: rank 0 failed (exit status 1)\n" in said
@@ -131,7 +131,7 @@ def test_a_killed_rank_ends_the_job_within_seconds(start, tmp_path: Path):
     status, _, said = finish(process)
     assert time.monotonic() - begin < 5
     assert status == 128 + signal.SIGKILL
-    assert "rank 1 was ended by signal 9 (SIGKILL; by hand, or by the system for want of memory" in said
+    assert "rank 1 was ended by signal 9 (SIGKILL; by a user, or by the system for lack of memory" in said
     assert left_of(tmp_path) == []
 
 
@@ -167,7 +167,7 @@ def test_a_rank_that_ignores_the_request_ends_too(start, tmp_path: Path):
         start(ignoring + "if rank == '1': sys.exit('error: no such file: train.json')\n" + WAIT)
     )
     assert status == 1
-    assert "rank 1 says last:" in said
+    assert "last output of rank 1:" in said
     assert "\nerror: no such file: train.json\n" in said
     assert said.endswith("error: rank 1 failed (exit status 1), log: output/msrun_log/worker_1.log\n")
     assert left_of(tmp_path) == []
@@ -208,7 +208,7 @@ def test_what_msrun_refuses_is_shown(start, tmp_path: Path):
     script = (
         f"import sys\nfrom glm_ms.launch import msrun as m\nm.shutil.which = lambda *a, **k: {str(msrun)!r}\n"
     )
-    script += "sys.exit(m.main(['job.py', '2'], m.say_on_stderr, m.show_on_stdout))\n"
+    script += "sys.exit(m.main(['job.py', '2']))\n"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True, text=True, timeout=60, check=False,

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from glm_ms.launch import processes
-from glm_ms.launch.msrun import check_machine, make_room_for_logs, msrun_command, reserve_port
-from glm_ms.launch.msrun_arguments import Job, LaunchError, parse
+from glm_ms.launch.msrun import check_machine, msrun_command, reserve_port
+from glm_ms.launch.msrun_arguments import Job, parse
+from glm_ms.launch.rank_job import LaunchError, make_room_for_logs
 
 
 @pytest.fixture
@@ -76,20 +77,20 @@ def test_quotes_within_the_first_argument(script: str):
         (["python"], "the first argument is empty"),
         (["msrun run.py"], "the launcher calls msrun itself"),
         (["--worker_num 8 run.py"], "begins with a Python script"),
-        (["2", "run.py"], "2: no script; the first argument is the script with its arguments in quotes"),
+        (["2", "run.py"], "2: not a script; the first argument is the script with its arguments in quotes"),
         (["missing.py"], "missing.py: no such file in "),
         (["run_glm.py"], "cd "),
         (["run.py", "0"], "WORKER_NUM 0: must be at least 1"),
         (["run.py", "two"], "WORKER_NUM two: not a whole number"),
         (["run.py", "8", "80", "logs", "True", "60"], "MASTER_PORT 80: must be 1024 to 65535"),
-        (["run.py", "8", "9000", "logs", "yes", "60"], "JOIN yes: True or False"),
+        (["run.py", "8", "9000", "logs", "yes", "60"], "JOIN yes: must be True or False"),
         (["run.py", "8", "9000", "", "True", "60"], "LOG_DIR is empty"),
         (["run.py", "8", "9000", "logs", "True", "1h"], "CLUSTER_TIME_OUT 1h"),
-        (["run.py", "8", "80", "logs", "9000", "0"], "no multiple of LOCAL_WORKER 80"),
-        (["run.py", "16", "8", "10.0.0.1", "9000", "0", "logs", "60"], "JOIN 60: True or False"),
+        (["run.py", "8", "80", "logs", "9000", "0"], "not a multiple of LOCAL_WORKER 80"),
+        (["run.py", "16", "8", "10.0.0.1", "9000", "0", "logs", "60"], "JOIN 60: must be True or False"),
         (
             ["run.py", "12", "8", "10.0.0.1", "9000", "0", "logs", "True", "60"],
-            "no multiple of LOCAL_WORKER 8",
+            "not a multiple of LOCAL_WORKER 8",
         ),
         (["run.py", "16", "8", "10.0.0.1", "9000", "2", "logs", "True", "60"], "there are 2 servers"),
     ],
@@ -170,7 +171,7 @@ def test_log_dir_that_cannot_be_written(tmp_path: Path):
     with pytest.raises(
         LaunchError, match=r"LOG_DIR .*file/logs: logs cannot be written there \(Not a directory"
     ):
-        make_room_for_logs(Job(("run.py",), 2, 2, log_dir=tmp_path / "file" / "logs"))
+        make_room_for_logs(tmp_path / "file" / "logs", list, [], f"LOG_DIR {tmp_path}/file/logs", print)
 
 
 def test_the_command_of_msrun():

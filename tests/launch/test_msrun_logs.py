@@ -71,7 +71,7 @@ def test_long_tracebacks_are_cut_in_the_middle():
     shown = reason_in(f"Traceback (most recent call last):\n{frames}ValueError: deep\n").split("\n")
     assert len(shown) == 81
     assert shown[0] == "Traceback (most recent call last):"
-    assert shown[40] == "... 422 lines are left out, the log has them ..."
+    assert shown[40] == "... 422 lines left out, see the log ..."
     assert shown[-1] == "ValueError: deep"
 
 

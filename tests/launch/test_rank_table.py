@@ -175,7 +175,7 @@ def test_merge_refuses_two_files_of_one_server_and_names_them(write, tmp_path):
 
 def test_merge_names_the_file_of_an_earlier_merge(write):
     with pytest.raises(
-        RankTableError, match=r"c\.json has several servers already: is it of an earlier merge"
+        RankTableError, match=r"c\.json has several servers: is it the result of an earlier merge"
     ) as error:
         merge(from_files(write, table_of(1), table_of(2), merge([table_of(1), table_of(2)])))
     assert "server 10.0.0.2 is there twice" in str(error.value)
@@ -230,7 +230,7 @@ REFUSED_VALUES = [
     ("version", "1.2", r'version is "1.2"; only "1.0" is supported'),
     ("version", 1.0, 'version: is a number, but a string is needed; all values .* write "1.0"'),
     ("version", None, "version: is missing$"),
-    ("status", "initializing", 'status is "initializing" and not "completed"'),
+    ("status", "initializing", 'status is "initializing", not "completed"'),
     ("status", None, "status: is missing$"),
     ("server_count", "3", "server_count is 3, but server_list has 2 servers"),
     ("server_count", 2, 'server_count: is a number, .* write "2"'),
@@ -242,9 +242,9 @@ REFUSED_VALUES = [
     ("server_list.1.server_id", "n" * 65, "longer than 64 characters"),
     ("server_list.1.device", [], "server node_1: has no cards"),
     ("server_list.0.device.1.device_id", 1, r'\[0\]\.device\[1\]\.device_id: is a number, .* write "1"'),
-    ("server_list.0.device.1.device_id", "01", 'device_id: "01" is not a number from 0 upwards'),
-    ("server_list.0.device.1.device_id", "-1", 'device_id: "-1" is not a number'),
-    ("server_list.0.device.1.device_id", "٣", "is not a number"),
+    ("server_list.0.device.1.device_id", "01", 'device_id: "01" is not a whole number from 0'),
+    ("server_list.0.device.1.device_id", "-1", 'device_id: "-1" is not a whole number'),
+    ("server_list.0.device.1.device_id", "٣", "is not a whole number"),
     ("server_list.0.device.1.device_id", True, "is true or false, but a string is needed$"),
     ("server_list.0.device.1.device_id", "0", "server node_0: device_id 0 is there twice"),
     (
@@ -326,7 +326,7 @@ def test_reading_refuses_other_files(write, text, message):
 
 
 def test_reading_refuses_what_is_no_file(tmp_path):
-    with pytest.raises(RankTableError, match=r"none\.json: no such file; tools/hccl_tools.py makes one"):
+    with pytest.raises(RankTableError, match=r"none\.json: no such file; make it with tools/hccl_tools.py"):
         read_rank_table(tmp_path / "none.json")
     with pytest.raises(RankTableError, match="is a folder; give a file"):
         read_rank_table(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from processes import left_of
 
 from glm_ms.launch.distribute import device_range, parse, this_server
-from glm_ms.launch.msrun_arguments import LaunchError
+from glm_ms.launch.rank_job import LaunchError
 from glm_ms.launch.rank_table import RankTable, merge, single_server, write_rank_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def project(tmp_path: Path) -> Path:
     """A project in a folder with a space in its name, with a configuration and rank tables."""
     folder = tmp_path / "my project"
     shutil.copytree(REPOSITORY / "scripts", folder / "scripts")
-    for name in ("glm_ms/launch", "glm_ms/__init__.py", "glm_ms/version.py"):
+    for name in ("glm_ms/launch", "glm_ms/storage", "glm_ms/__init__.py", "glm_ms/version.py"):
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         (folder / name).parent.mkdir(exist_ok=True)
         copy(REPOSITORY / name, folder / name)
@@ -180,14 +180,14 @@ def test_logs_that_cannot_be_written(project: Path):
         ("one.json X.yaml", "2 arguments; RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE RUN_STATUS are needed"),
         ("no.json X.yaml [0,2) eval", "RANK_TABLE_FILE no.json: no such file in "),
         ("one.json Y.yaml [0,2) eval", "CONFIG_PATH Y.yaml: no such file in "),
-        ("X.yaml X.yaml [0,2) eval", "X.yaml: "),
+        ("X.yaml X.yaml [0,2) eval", "X.yaml:1: not valid JSON"),
         (
             "X.yaml one.json [0,2) eval",
-            "RANK_TABLE_FILE stands before CONFIG_PATH; did you mean one.json X.yaml?",
+            "RANK_TABLE_FILE comes before CONFIG_PATH; did you mean one.json X.yaml?",
         ),
         (
             "one.json X.yaml [0,2) eval seed=3",
-            "RANK_SIZE seed=3: not a number of cards; what goes to run_glm.py ",
+            "RANK_SIZE seed=3: not a number of cards; flags of run_glm.py begin with --",
         ),
         ("one.json X.yaml 0,2 eval", 'DEVICE_RANGE 0,2: not a range such as "[0,8)"'),
         ("one.json X.yaml [2,2) eval", "DEVICE_RANGE [2,2): not a range"),
@@ -195,7 +195,7 @@ def test_logs_that_cannot_be_written(project: Path):
             "one.json X.yaml [0,8) eval",
             "DEVICE_RANGE names 0-7, but in one.json server 192.0.2.50 has the cards 0-1",
         ),
-        ("one.json X.yaml [0,2) test", "RUN_STATUS test: train, finetune, eval, predict are possible"),
+        ("one.json X.yaml [0,2) test", "RUN_STATUS test: must be one of train, finetune, eval, predict"),
         ("one.json X.yaml [0,2) eval 8", "RANK_SIZE 8, but one.json has 2 cards"),
         ("one.json X.yaml [0,2) eval two", "RANK_SIZE two: not a number of cards"),
         ("one.json X.yaml [0,2) eval 2 seed=3", "seed=3: one argument too many"),

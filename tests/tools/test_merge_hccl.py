@@ -75,7 +75,7 @@ def test_a_second_merge_of_everything_names_the_first(run, tmp_path):
     assert run(*names).returncode == 0
     done = run(*sorted(path.name for path in tmp_path.glob("hccl*.json")), "--overwrite")
     assert done.returncode == 1
-    assert "hccl_2s_16p.json has several servers already: is it of an earlier merge?" in done.stderr
+    assert "hccl_2s_16p.json has several servers: is it the result of an earlier merge?" in done.stderr
 
 
 def test_what_is_refused(run, tmp_path):
