@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from glm_ms.settings.schema import Settings, keys_of, leaf_keys
-from glm_ms.settings.sections import allowed, default_of
+from glm_ms.settings.sections import allowed, default_of, used_with
 from glm_ms.settings.values import LIMITS, expected_type
 
 _HEAD = """# Settings
@@ -45,7 +45,7 @@ def _section(kind: type, path: str) -> Iterator[str]:
     for item in leaves:
         meaning = item.metadata["doc"]
         if "used_with" in item.metadata:
-            other, values = item.metadata["used_with"]
+            other, values = used_with(item)
             meaning += f" (with `{other}` {' or '.join(f'`{value}`' for value in values)})"
         if "flag" in item.metadata:
             meaning += f"; flag `--{item.metadata['flag'].name}`"

@@ -1,15 +1,16 @@
-"""Configurations of MindFormers 1.0 to 1.3 for ChatGLM2 and ChatGLM3, read as they are.
+"""Configurations of MindFormers 1.0 to 1.3 for ChatGLM2 and ChatGLM3 in our names.
 
-A file counts as one of them by its first sign: a class name that only they know (`ChatGLM2Config`,
-`FP32StateAdamWeightDecay` ...) or a section that only they have (`trainer`, `callbacks` ...); and not if it names
-one of our classes. In other files the old names stay unknown keys. `legacy_table.LEGACY` says what becomes of each
-key; here it is applied to the entries of file and command line, before the schema sees them.
+One sign makes a file one of them: a class name that only they know (`ChatGLM2Config`, `FP32StateAdamWeightDecay` ...),
+or a section that only they have (`trainer`, `callbacks` ...), unless it names one of our classes. In other files the
+old names are unknown keys. One pass over file and command line applies the rule of `table.LEGACY` to every key; then
+`rules` settle keys that act together, and one source is chosen for each of our keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from glm_ms.settings.document import Entry
@@ -23,7 +24,8 @@ from glm_ms.settings.legacy.table import (
     LEGACY_SECTIONS,
     NETWORKS,
     SECTION_ALIASES,
-    Rule,
+    Ignored,
+    Renamed,
 )
 from glm_ms.settings.schema import leaf_keys
 from glm_ms.settings.values import unknown_key
@@ -77,23 +79,17 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> Translati
     _refuse_export(document)
     _refuse_other_networks(document)
     draft = Draft(source)
-    spellings = _Gatherer(draft, typed).gather(_with_callbacks(document))
-    for name, sources in spellings.items():
-        draft.found[name] = _best(sources, name, draft)
-    _apply(BEFORE_CHOICE, draft)
-    for name, one in draft.found.items():
-        _sort(name, one, draft)
+    _read(_with_callbacks(document), draft, typed)
+    for combine in BEFORE_CHOICE:
+        combine(draft)
     for key, sources in draft.targets.items():
-        draft.chosen[key] = _best(sources, key, draft)
-    _apply(AFTER_CHOICE, draft)
+        if sources:
+            draft.chosen[key] = _best(sources, key, draft)
+    for combine in AFTER_CHOICE:
+        combine(draft)
     notes = [f"{source}: a configuration of MindFormers; what its names mean here:"]
     notes += draft.renamed + _moves(draft) + draft.remarks + _without_effect(draft)
     return Translation(_nested(draft), notes, draft.problems)
-
-
-def _apply(rules: tuple[Callable[[Draft], None], ...], draft: Draft) -> None:
-    for rule in rules:
-        rule(draft)
 
 
 def _entry(document: Entry, dotted: str) -> Entry | None:
@@ -152,83 +148,75 @@ def _with_callbacks(document: Entry) -> Entry:
     return dataclasses.replace(document, value=sections)
 
 
-class _Gatherer:
-    """Walks the document once; what stands in neither table nor schema is a problem."""
+@functools.cache
+def _sections() -> dict[str, set[str]]:
+    """Section of our or of MindFormers' files -> names in it."""
+    sections: dict[str, set[str]] = {}
+    for key in (*LEGACY, *leaf_keys(), *SECTION_ALIASES):
+        names = key.split(".")
+        for depth, name in enumerate(names):
+            sections.setdefault(".".join(names[:depth]), set()).add(name)
+    return sections
 
-    def __init__(self, draft: Draft, typed: Collection[str]) -> None:
-        self.draft = draft
-        self.typed = typed
-        self.known = {*LEGACY, *leaf_keys()}
-        self.sections: dict[str, set[str]] = {}
-        for key in (*self.known, *SECTION_ALIASES):
-            names = key.split(".")
-            for depth, name in enumerate(names):
-                self.sections.setdefault(".".join(names[:depth]), set()).add(name)
-        self.spellings: dict[str, list[Source]] = {}
 
-    def gather(self, document: Entry) -> dict[str, list[Source]]:
-        """Key, aliases resolved -> all its spellings."""
-        self.walk(document, "", "", 0)
-        return self.spellings
+def _read(
+    section: Entry, draft: Draft, typed: Collection[str], path: str = "", spelled: str = "", rank: int = 0
+) -> None:
+    """The one pass: applies the rule of every key of a section and of the sections in it."""
+    sections = _sections()
+    for name, entry in section.value.items():
+        dotted, written = _joined(path, name), _joined(spelled, name)
+        key = SECTION_ALIASES.get(dotted, dotted)
+        source = Source(written, entry, entry.where in typed, key, (0, rank + (key != dotted)))
+        if key in sections and entry.is_section and entry.value:
+            _read(entry, draft, typed, key, written, source.rank[1])
+        elif key in LEGACY or key in leaf_keys():
+            _apply(source, draft)
+        elif key not in sections:
+            problem = unknown_key(dotted, written, entry, sorted(sections[path]))
+            meant = tuple(_our_name(near) for near in problem.meant)
+            draft.problems.append(dataclasses.replace(problem, meant=meant))
+        elif entry.value not in (None, "None", {}):
+            message = f"expected a section, found {described(entry.value)}"
+            draft.problems.append(Problem(written, message, where=entry.where))
 
-    def walk(self, section: Entry, path: str, spelled: str, rank: int) -> None:
-        for name, entry in section.value.items():
-            dotted, written = _joined(path, name), _joined(spelled, name)
-            key = SECTION_ALIASES.get(dotted, dotted)
-            inner_rank = rank + (key != dotted)
-            if key in self.sections and entry.is_section and entry.value:
-                self.walk(entry, key, written, inner_rank)
-            elif key in self.known:
-                source = Source(written, entry, entry.where in self.typed, inner_rank)
-                self.spellings.setdefault(key, []).append(source)
-            elif key not in self.sections:
-                self.unknown(path, name, written, entry)
-            elif entry.value not in (None, "None", {}):
-                message = f"expected a section, found {described(entry.value)}"
-                self.draft.problems.append(Problem(written, message, where=entry.where))
 
-    def unknown(self, path: str, name: str, written: str, entry: Entry) -> None:
-        problem = unknown_key(_joined(path, name), written, entry, sorted(self.sections[path]))
-        rules = {near: LEGACY.get(near) for near in problem.meant}
-        ours = tuple(rule.key if rule and rule.key else near for near, rule in rules.items())
-        self.draft.problems.append(dataclasses.replace(problem, meant=ours))
+def _apply(source: Source, draft: Draft) -> None:
+    """Applies the rule of a key."""
+    known, rule = draft.found.get(source.key), LEGACY.get(source.key)
+    if known is not None and same(known.value, source.value) and known.typed >= source.typed:
+        return  # the same section again, behind an alias
+    if known is None or source.typed > known.typed:
+        draft.found[source.key] = source
+    if rule is None:
+        draft.offer(source.key, source)
+    elif isinstance(rule, Renamed):
+        value = source.entry.value
+        if isinstance(value, str) and value in rule.values:
+            remark = f" ({rule.remark})" if rule.remark else ""
+            draft.renamed.append(
+                f"{source.entry.where}: {source.name}: {value} is {rule.values[value]} here{remark}"
+            )
+            source = source.with_value(rule.values[value])
+        rank = 0 if rule.key == source.key else rule.rank
+        draft.offer(rule.key, dataclasses.replace(source, rank=(rank, source.rank[1])))
+    elif isinstance(rule, Ignored) or any(same(value, source.value) for value in rule.unless):
+        draft.without_effect(source, rule.reason)
+    else:
+        said = [text for value, text in rule.accepted.items() if same(value, source.value)]
+        if said:
+            draft.remark(source, f": {said[0]}")
+        else:
+            draft.refuse(source, rule.remedy)
+
+
+def _our_name(key: str) -> str:
+    rule = LEGACY.get(key)
+    return rule.key if isinstance(rule, Renamed) else key
 
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _sort(name: str, source: Source, draft: Draft) -> None:
-    """Applies the row of a key, if it has one."""
-    rule = LEGACY.get(name)
-    if rule is None:
-        draft.offer(name, dataclasses.replace(source, rank=0))
-    elif rule.key is None:
-        _judge_idle(rule, source, draft)
-    else:
-        value = source.entry.value
-        if isinstance(value, str) and value in rule.values:
-            ours = rule.values[value]
-            place = f"{source.entry.where}: {source.name}"
-            draft.renamed.append(
-                f"{place}: {value} is {ours} here{f' ({rule.remark})' if rule.remark else ''}"
-            )
-            source = dataclasses.replace(
-                source, entry=dataclasses.replace(source.entry, value=ours, text=None)
-            )
-        rank = 0 if rule.key == name else rule.rank
-        draft.offer(rule.key, dataclasses.replace(source, rank=rank))
-
-
-def _judge_idle(rule: Rule, source: Source, draft: Draft) -> None:
-    value = source.value
-    said = [text for known, text in rule.said.items() if same(known, value)]
-    if said:
-        draft.remark(source, f": {said[0]}")
-    elif rule.neutral is None or any(same(known, value) for known in rule.neutral):
-        draft.without_effect(source, rule.reason)
-    else:
-        draft.refuse(source, rule.remedy)
 
 
 def _best(sources: list[Source], key: str, draft: Draft) -> Source:
@@ -275,7 +263,7 @@ def _move(old_section: str, section: str, moved: list[tuple[str, Source]]) -> st
 def _without_effect(draft: Draft) -> list[str]:
     """One line with every key that has no effect, by reason."""
     parts = []
-    for reason, names in draft.idle.items():
+    for reason, names in draft.unused.items():
         by_section: dict[str, list[str]] = {}
         for name in names:
             section, _, last = name.rpartition(".")
