@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from glm_ms.data import CacheRequest, Encoder, EvalDataset, TrainDataset
+from glm_ms.data.records import read_prompt_and_answer
 from glm_ms.families import build_encoder
+from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 COLUMNS = ("content", "summary")
+
+
+class Record(NamedTuple):
+    prompt: str
+    response: str
+    history: tuple[tuple[str, str], ...]
+    line: int
+
+
+def read_records(path: str | Path, columns: Sequence[str]) -> Iterator[Record]:
+    """The records of a file of prompts and answers, by `read_prompt_and_answer`."""
+    for raw in raw_values(path):
+        messages = read_prompt_and_answer(parse_value(raw, Path(path)), f"{path}:{raw.line}", columns)
+        if messages is not None:
+            *earlier, prompt, answer = (message.content for message in messages)
+            yield Record(prompt, answer, tuple(zip(earlier[::2], earlier[1::2])), raw.line)
 
 
 def encoder_of(

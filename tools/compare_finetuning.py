@@ -30,7 +30,9 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.convert import CheckpointError
 from glm_ms.convert.safetensors_file import SafetensorsFile
-from glm_ms.data import DataError, epoch_order, read_records
+from glm_ms.data import DataError, epoch_order
+from glm_ms.data.records import read_prompt_and_answer
+from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,7 +129,12 @@ class Comparison:
 
     def prepare(self) -> None:
         """Splits the records and sees to the vocabulary."""
-        records = list(read_records(self.options.records, COLUMNS))
+        path = Path(self.options.records)
+        found = (
+            read_prompt_and_answer(parse_value(raw, path), f"{path}:{raw.line}", COLUMNS)
+            for raw in raw_values(path)
+        )
+        records = [record for record in found if record is not None]
         held_out, half = self.options.held_out, len(records) // 2
         if held_out < 1 or half <= held_out:
             raise DataError(
@@ -138,7 +145,9 @@ class Comparison:
         self.folder.mkdir(parents=True, exist_ok=True)
         for part, chosen in parts.items():
             lines = (
-                json.dumps({"content": records[i].prompt, "summary": records[i].response}, ensure_ascii=False)
+                json.dumps(
+                    dict(zip(COLUMNS, (message.content for message in records[i]))), ensure_ascii=False
+                )
                 for i in chosen
             )
             self._records(part).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

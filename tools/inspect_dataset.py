@@ -106,7 +106,7 @@ def _show(settings: Settings, part: str, options: argparse.Namespace) -> None:
     title = f"{path}: {len(statistics):,} records"
     print(f"{title}, {section.data_loader.type}, {tokenizer.type}")
     if statistics.skipped:
-        print(f"{statistics.skipped:,} more are passed over, with an empty prompt or response")
+        print(f"{statistics.skipped:,} more are skipped, with an empty prompt or response")
     for lines in (
         summary_lines(statistics),
         histogram_lines(statistics),

@@ -99,7 +99,7 @@ def _fields(line: str, columns: Sequence[str], path: Path, number: int) -> list[
         if not isinstance(text, str):
             raise VocabularyError(f"{where}: column {column!r} is {type(text).__name__}, expected a string")
         if re.search("[\ud800-\udfff]", text):  # JSON can spell them, UTF-8 cannot
-            raise VocabularyError(f"{where}: column {column!r} holds half of a surrogate pair")
+            raise VocabularyError(f"{where}: column {column!r} has half of a surrogate pair")
     return [record[column] for column in columns]
 
 

@@ -9,7 +9,6 @@ from glm_ms.data.cache import CacheRequest
 from glm_ms.data.datasets import EvalDataset, TrainDataset, epoch_order
 from glm_ms.data.encoder import Encoder
 from glm_ms.data.formats import FORMATS, DataFormat
-from glm_ms.data.records import Record, read_records
 from glm_ms.data.rows import IGNORED, Row, row_length
 from glm_ms.storage.errors import DataError
 
@@ -21,10 +20,8 @@ __all__ = [
     "DataFormat",
     "Encoder",
     "EvalDataset",
-    "Record",
     "Row",
     "TrainDataset",
     "epoch_order",
-    "read_records",
     "row_length",
 ]

@@ -93,29 +93,25 @@ def parse_tool_conversation(value: Any, place: str, columns: Sequence[str] = ())
 
 
 def format_tool_call(parameters: Mapping[str, Any]) -> str:
-    """`tool_call(city='Beijing', days=3)`: the text in which ChatGLM3 calls a tool; `parse_tool_call` reads it."""
+    """`tool_call(city='Beijing', days=3)`: the text of a tool call of ChatGLM3, which `parse_tool_call` reads."""
     return f"tool_call({', '.join(f'{name}={value!r}' for name, value in parameters.items())})"
 
 
 def tool_call_problem(parameters: Mapping[str, Any]) -> str | None:
-    """Why a call with these parameters could not be read back from what the model writes; None if it could."""
-    try:
-        if parse_tool_call(format_tool_call(parameters)) == parameters:
-            return None
-    except ToolCallError:
-        pass
-    unusable = [name for name in parameters if tool_call_problem_of_name(name)]
-    if unusable:
-        return f"parameter {unusable[0]!r} cannot be the name of an argument in Python; rename it, here and in 'tools'"
+    """Why `parse_tool_call` cannot read a call with these parameters; None if it can."""
+    if _is_readable(parameters):
+        return None
+    for name in parameters:
+        if not _is_readable({name: None}):
+            return f"parameter {name!r} cannot be the name of an argument in Python; rename it, here and in 'tools'"
     return "the values of 'parameters' cannot be written as Python values (NaN or Infinity?); replace them"
 
 
-def tool_call_problem_of_name(name: str) -> bool:
-    """Whether a parameter of this name could not be read back."""
+def _is_readable(parameters: Mapping[str, Any]) -> bool:
     try:
-        return parse_tool_call(format_tool_call({name: None})) != {name: None}
+        return parse_tool_call(format_tool_call(parameters)) == parameters
     except ToolCallError:
-        return True
+        return False
 
 
 def _record(value: Any, place: str) -> Mapping[str, Any]:
@@ -133,13 +129,13 @@ def _record(value: Any, place: str) -> Mapping[str, Any]:
 
 
 def _items(record: Mapping[str, Any], place: str) -> list[tuple[Mapping[str, Any], str]]:
-    """The messages with their place; each is an object that has a known role."""
+    """The messages with their places; each is an object with a known role."""
     items = record[_CONVERSATIONS]
     if not isinstance(items, list):
         raise DataError(f"{place}: {_CONVERSATIONS!r} must be a list of messages, found {_kind(items)}")
     if not items:
         raise DataError(f"{place}: {_CONVERSATIONS!r} is empty; remove the record")
-    found = []
+    found: list[tuple[Mapping[str, Any], str]] = []
     for number, item in enumerate(items, start=1):
         where = f"{place}: message {number}"
         if not isinstance(item, dict):
@@ -161,7 +157,7 @@ def _items(record: Mapping[str, Any], place: str) -> list[tuple[Mapping[str, Any
 
 
 def _refuse_near_misses(value: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
-    """More keys are allowed, but one that is nearly a known key is a slip."""
+    """More keys are allowed, but one that is nearly a known key is a typing error."""
     for key in value:
         if key not in known:
             near = misspelled(key, known)
@@ -210,9 +206,9 @@ def _tool_messages(item: Mapping[str, Any], where: str, loss: bool) -> list[Mess
 
 
 def _checked(messages: list[Message], place: str, with_tools: bool = False) -> Messages:
-    """What holds for the conversation as a whole."""
+    """Checks of the conversation as a whole."""
     systems = [number for number, message in enumerate(messages) if message.role == "system"]
-    allowed = 1 + with_tools  # the tools have made one of their own
+    allowed = 1 + with_tools  # the tools are a system message, too
     if len(systems) > allowed:
         raise DataError(f"{place}: {len(systems) - with_tools} system messages; at most one is allowed")
     if systems and systems[-1] != len(systems) - 1:

@@ -1,4 +1,4 @@
-"""Map-style data sets over files of records: rows for training, prompts and references for evaluation."""
+"""Map-style data sets of files of records: rows for training, prompts and references for evaluation."""
 
 from __future__ import annotations
 
@@ -10,25 +10,22 @@ from typing import Any
 import numpy as np
 
 from glm_ms.data.cache import CachedRows, CacheRequest, NoRows, cached_rows
-from glm_ms.data.encoder import Encoder
+from glm_ms.data.encoder import Encoder, Messages
 from glm_ms.data.records import no_records
 from glm_ms.data.rows import Row
 from glm_ms.storage.errors import DataError
-from glm_ms.storage.json_lines import JsonFile, parse_value
+from glm_ms.storage.json_lines import JsonFile
 
 
 class RowsOnDemand:
-    """Ids and labels of the rows of a file, made when asked for; in memory is where each record stands.
-
-    Args, attributes and errors: as `TrainDataset`.
-    """
+    """Ids and labels of the rows of a file, encoded on access. Args, attributes and errors as in `TrainDataset`."""
 
     def __init__(self, path: Path, encoder: Encoder, num_samples: int | None) -> None:
         self._encoder = encoder
         self._file = JsonFile(path)
         self.skipped = self.without_labels = 0
         for raw in self._file.raw_values():
-            record = encoder.read(parse_value(raw, path), f"{path}:{raw.line}")
+            record = encoder.read_raw(raw, path)
             if record is None:
                 self.skipped += 1
             elif not encoder.has_labels(record):
@@ -43,7 +40,9 @@ class RowsOnDemand:
 
     def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
         """Ids and labels of a row, unpadded."""
-        return self._encoder.train_ids(self._encoder.read(self._file[index], str(self._file.path)))
+        record = self._encoder.read(self._file[index], str(self._file.path))
+        assert record is not None
+        return self._encoder.train_ids(record)
 
 
 class TrainDataset:
@@ -51,19 +50,19 @@ class TrainDataset:
 
     Args:
         path: JSON lines or a JSON array.
-        encoder: what becomes of a record.
-        num_samples: usable records at most, from the start of the file; all when None.
-        cache: keep the rows on disk; else they are made when asked for.
+        encoder: of the records.
+        num_samples: usable records at most, from the start of the file; None for all.
+        cache: keeps the rows on disk; without it they are encoded on access.
         say: takes a line for the user about the cache.
 
     Attributes:
         seq_length: ids in a row.
-        skipped: records passed over because prompt or response is empty.
-        without_labels: records passed over because no label is left after cutting: with nothing to predict they
-            would make the mean loss of their batch undefined.
+        skipped: records skipped because prompt or answer is empty.
+        without_labels: records skipped because cutting leaves no label: the mean loss of their batch could be
+            undefined.
 
     Raises:
-        DataError: a fault of the file or of a setting, or no usable record.
+        DataError: an error in the file or the settings, or no usable record.
     """
 
     def __init__(
@@ -77,10 +76,17 @@ class TrainDataset:
         _check_num_samples(num_samples)
         self.path, self.seq_length = Path(path), encoder.seq_length
         self._encoder = encoder
-        self._rows = _rows(self.path, encoder, num_samples, cache, say or (lambda line: None))
+        self._rows: RowsOnDemand | CachedRows
+        try:
+            if cache is None:
+                raise NoRows
+            self._rows = cached_rows(self.path, encoder, num_samples, cache, say or (lambda line: None))
+        except NoRows:  # RowsOnDemand counts the reasons for the error
+            self._rows = RowsOnDemand(self.path, encoder, num_samples)
         self.skipped, self.without_labels = self._rows.skipped, self._rows.without_labels
         if not len(self):
-            raise self._nothing()
+            skipped = self.skipped or self.without_labels
+            raise DataError(self.describe()) if skipped else no_records(self.path)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -90,34 +96,28 @@ class TrainDataset:
         return self._encoder.row(*self._rows[_within(index, len(self))])
 
     def describe(self) -> str:
-        """One line: the file, its usable records and those passed over."""
+        """One line: the file, its usable and its skipped records."""
         refused = [(self.without_labels, self._encoder.no_labels)]
         line = _described(self.path, f"{len(self)} records used", self.skipped, refused)
         if isinstance(self._rows, CachedRows):
-            line += f"; its rows are kept in {self._rows.folder}"
+            line += f"; its rows are cached in {self._rows.folder}"
         return line
-
-    def _nothing(self) -> DataError:
-        if self.skipped or self.without_labels:
-            return DataError(self.describe())
-        return no_records(self.path)
 
 
 class EvalDataset:
-    """Prompts to generate from and the texts to compare with: one for each answer of a record.
+    """Prompts to generate from and texts to compare with, one for each answer of a record.
 
     Args:
-        path, num_samples: as `TrainDataset`.
-        encoder: what becomes of a record.
+        path, encoder, num_samples: as in `TrainDataset`.
 
     Attributes:
-        skipped: records passed over because prompt or response is empty.
-        blank: answers passed over because their reference is white space: there is nothing to compare with.
+        skipped: records skipped because prompt or answer is empty.
+        blank: answers skipped because their reference is white space: there is nothing to compare with.
         too_long: answers skipped because their prompt is too long.
         stop_tokens: see `Encoder`.
 
     Raises:
-        DataError: a fault of the file or of a setting, or no usable record.
+        DataError: an error in the file or the settings, or no usable record.
     """
 
     def __init__(self, path: str | Path, encoder: Encoder, num_samples: int | None = None) -> None:
@@ -125,11 +125,11 @@ class EvalDataset:
         self.path, self.stop_tokens = Path(path), encoder.stop_tokens
         self._encoder = encoder
         self._file = JsonFile(path)
-        # Of every answer: its record, and its number in there.
+        # Of every answer its record, and its number in the record.
         self._records, self._numbers = array("q"), array("q")
         self.skipped = self.blank = self.too_long = 0
         for raw in self._file.raw_values():
-            record = encoder.read(parse_value(raw, self.path), f"{path}:{raw.line}")
+            record = encoder.read_raw(raw, self.path)
             if record is None:
                 self.skipped += 1
             elif self._add(record):
@@ -137,10 +137,10 @@ class EvalDataset:
             if len(self._file) == num_samples:
                 break
         if not len(self):
-            passed_over = self.skipped or self.blank or self.too_long
-            raise DataError(self.describe()) if passed_over else no_records(self.path)
+            skipped = self.skipped or self.blank or self.too_long
+            raise DataError(self.describe()) if skipped else no_records(self.path)
 
-    def _add(self, record: Any) -> bool:
+    def _add(self, record: Messages) -> bool:
         """Whether a record has an answer that can be used."""
         before = len(self._numbers)
         for number, row in enumerate(self._encoder.eval_rows(record)):
@@ -161,7 +161,7 @@ class EvalDataset:
         texts."""
         index = _within(index, len(self))
         record = self._encoder.read(self._file[self._records[index]], str(self.path))
-        row = self._encoder.eval_rows(record)[self._numbers[index]]
+        row = None if record is None else self._encoder.eval_rows(record)[self._numbers[index]]
         assert row is not None
         return {
             "input_ids": np.array(row.input_ids, np.int32),
@@ -171,7 +171,7 @@ class EvalDataset:
         }
 
     def describe(self) -> str:
-        """One line: the file, its usable records and those passed over."""
+        """One line: the file, its usable and its skipped records."""
         used = f"{len(self._file)} records used"
         if len(self) != len(self._file):
             used = f"{len(self)} answers of {used}"
@@ -202,21 +202,6 @@ def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool = True) -> n
     # NumPy keeps the raw stream of a bit generator across versions, but not the result of `permutation`.
     raw = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_rows)
     return np.argsort(raw, kind="stable").astype(np.int64)
-
-
-def _rows(
-    path: Path,
-    encoder: Encoder,
-    num_samples: int | None,
-    cache: CacheRequest | None,
-    say: Callable[[str], None],
-) -> RowsOnDemand | CachedRows:
-    if cache is not None:
-        try:
-            return cached_rows(path, encoder, num_samples, cache, say)
-        except NoRows:
-            pass  # the other way counts why, for the error
-    return RowsOnDemand(path, encoder, num_samples)
 
 
 def _check_num_samples(num_samples: int | None) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from glm_ms.data.rows import IGNORED, Row, check_length, row_length
 from glm_ms.storage.errors import DataError
+from glm_ms.storage.json_lines import RawValue, parse_value
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import SentencePieceTokenizer
@@ -151,6 +153,10 @@ class Encoder(ABC):
             DataError: not a record of this format.
         """
         return self._read(value, place, self._columns)
+
+    def read_raw(self, raw: RawValue, path: Path) -> Messages | None:
+        """`read` of a value of a file."""
+        return self.read(parse_value(raw, path), f"{path}:{raw.line}")
 
     def row(self, input_ids: Sequence[int], labels: Sequence[int]) -> Row:
         """The padded row of `train_ids`: int32 [seq_length] each."""

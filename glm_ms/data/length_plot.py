@@ -1,4 +1,4 @@
-"""`LengthStatistics` as a picture."""
+"""Histograms of `LengthStatistics`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _MOST_BARS = 60
 
 
 def write_length_plot(statistics: LengthStatistics, path: str | Path, title: str) -> None:
-    """Writes histograms of prompt, answer and both as PNG; what is beyond a limit is red.
+    """Writes histograms of prompt, answer and both as PNG; lengths beyond a limit are red.
 
     Args:
         statistics: of a file.
-        path: of the picture, replaced if it exists; its folder is made if it is not there.
-        title: stands above it.
+        path: of the picture, replaced if it exists; its folder is created if missing.
+        title: of the picture.
 
     Raises:
         OSError: the file cannot be written.
     """
-    # No pyplot: it would keep figures and choose a backend for all.
+    # Not pyplot: it keeps figures and changes the backend of the process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -82,7 +82,7 @@ def _draw(axes: Axes, statistics: LengthStatistics, kind: str) -> None:
     axes.grid(True, axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    # Beside the title: inside it would hide bars.
+    # Beside the title: inside the axes it hides bars.
     axes.legend(
         loc="lower right", bbox_to_anchor=(1.01, 0.98), ncols=3, frameon=False, fontsize=9, borderpad=0.2,
         columnspacing=1.4, handlelength=1.6,
@@ -90,13 +90,13 @@ def _draw(axes: Axes, statistics: LengthStatistics, kind: str) -> None:
 
 
 def _right_end(values: np.ndarray) -> int:
-    """Where the picture ends: a few very long records must not press all others together."""
+    """Right end of the picture: a few very long records must not compress all others."""
     return min(int(values.max()), int(1.5 * quantile(values, 0.99))) + 1
 
 
 def _edges(right: int, limit: int | None) -> np.ndarray:
-    """Edges of bars of equal width: a bar counts what is longer than its first edge, up to its second one. One edge
-    is at the limit, so that no bar is cut in part."""
+    """Edges of bars of equal width; one edge is at the limit. A bar counts lengths above its first edge, up to its
+    second."""
     width = max(-(-right // _MOST_BARS), 1)
     first = (0 if limit is None else limit % width) - width
     return np.arange(first, right + width + 1, width)

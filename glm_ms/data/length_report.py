@@ -1,4 +1,4 @@
-"""`LengthStatistics` as lines of text."""
+"""Lines of text about `LengthStatistics`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def summary_lines(statistics: LengthStatistics) -> Iterator[str]:
 
 
 def histogram_lines(statistics: LengthStatistics) -> Iterator[str]:
-    """Bars of how many records have how many tokens, and where rows end."""
+    """A histogram of the tokens of records, with the end of rows."""
     whole, end = statistics.whole, statistics.seq_length
-    # A few very long records must not press all others into one bar.
+    # A few very long records must not compress all others into one bar.
     top = min(int(whole.max()), 2 * max(quantile(whole, 0.99), end))
     step = _step(top)
     last = -(-top // step) - 1  # number of the last bin, which is open
@@ -55,7 +55,7 @@ def _step(top: int) -> int:
 
 
 def cut_lines(statistics: LengthStatistics) -> Iterator[str]:
-    """What is cut at the configured lengths."""
+    """Records that the configured lengths cut."""
     keys = ", ".join(f"{key} = {limit}" for key, limit in statistics.limits.values())
     yield f"cut at {keys} (rows of {statistics.seq_length}):"
     cut = statistics.cut()
@@ -68,12 +68,12 @@ def cut_lines(statistics: LengthStatistics) -> Iterator[str]:
     for name, number in rows.items():
         yield f"  {name:<16}{number:>9,}  {number / len(statistics):>7.2%}"
     if cut["all labels"]:
-        yield "  records without a label left are passed over in training"
+        yield "  training skips records without a label"
     yield f"  {'padding in rows':<16}{'':>9}  {statistics.padding_share():>7.2%}"
 
 
 def advice_lines(statistics: LengthStatistics, encoder: Encoder, part: str) -> Iterator[str]:
-    """Lengths that would cut nothing, and that would leave 99 % of the records whole.
+    """Lengths that cut nothing, and that cut nothing of 99 % of the records.
 
     Args:
         part: "train" or "eval", for the names of the keys.

@@ -1,4 +1,4 @@
-"""Rows turned back into text, with the parts that bear loss marked."""
+"""Rows decoded to text, with the parts that have loss marked."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from glm_ms.data.encoder import Encoder
+from glm_ms.data.encoder import Encoder, Messages
 from glm_ms.data.rows import IGNORED
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import SentencePieceTokenizer
 
-# What stands before a line of a part: without loss; with loss; with the padding id as label.
+# Markers of lines: without loss; with loss; with the padding id as label.
 SILENT, LOSS, PADDING_LABEL = "     | ", "LOSS | ", "PAD  | "
 LEGEND = (
-    "LOSS | is learnt, PAD | is to become padding (ignore_pad_token_for_loss: False), other lines are read only; "
+    "LOSS | has loss, PAD | has the padding id as label (ignore_pad_token_for_loss: False), other lines have no loss; "
     "⏎ is a line break in the text, </s> its end"
 )
 _GREEN, _NORMAL = "\x1b[32m", "\x1b[0m"
@@ -26,7 +26,7 @@ _GREEN, _NORMAL = "\x1b[32m", "\x1b[0m"
 def parts(
     tokenizer: SentencePieceTokenizer, input_ids: Sequence[int], labels: Sequence[int]
 ) -> Iterator[tuple[str, str]]:
-    """(marker, text) of each run of tokens that are treated alike. Special tokens are shown by name."""
+    """(marker, text) of each run of tokens with the same treatment; special tokens by name."""
 
     def kind(pair: tuple[int, int]) -> str:
         index, label = pair
@@ -39,24 +39,18 @@ def parts(
 
 
 def spelled(tokenizer: SentencePieceTokenizer, ids: Sequence[int]) -> str:
-    """Text of ids; special tokens, </s> and <unk> are written by their names, which `decode` may leave out."""
+    """Text of ids, with the names of special tokens, </s> and <unk>, which `decode` may omit."""
     names = {tokenizer.get_command(token): token for token in tokenizer.special_tokens}
     names.update({tokenizer.eos_token_id: tokenizer.eos_token, tokenizer.pad_token_id: tokenizer.pad_token})
     text = ""
-    for name, run in groupby(ids, names.get):
-        run = list(run)
+    for name, group in groupby(ids, names.get):
+        run = list(group)
         text += tokenizer.decode(run) if name is None else name * len(run)
     return text
 
 
-def marked_lines(encoder: Encoder, record: object, color: bool = False) -> Iterator[str]:
-    """A record as training gets it, a line for each line of text, each with its marker.
-
-    Args:
-        encoder: of the record.
-        record: what `Encoder.read` made.
-        color: lines that bear loss in green, for terminals.
-    """
+def marked_lines(encoder: Encoder, record: Messages, color: bool = False) -> Iterator[str]:
+    """The lines of a record as it is trained, each with its marker; `color`: lines with loss in green."""
     input_ids, labels = encoder.train_ids(record)
     lengths = encoder.lengths(record)
     for marker, text in parts(encoder.tokenizer, input_ids, labels):
@@ -84,7 +78,7 @@ def _padding(encoder: Encoder, input_ids: Sequence[int], labels: Sequence[int]) 
 
 
 def _printable(line: str) -> str:
-    """A terminal must not obey what stands in a record."""
+    """Escapes control characters: a terminal must not obey the text of a record."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in line

@@ -1,4 +1,4 @@
-"""Training rows of one fixed length, so that a graph is compiled once."""
+"""Training rows, padded to one length so that a graph is compiled once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from glm_ms.storage.errors import DataError
 
-IGNORED = -100  # label of a position that takes no part in the loss
+IGNORED = -100  # label without loss
 
 # input_ids, labels, attention_mask, position_ids: int32 [seq_length] each.
 Row = dict[str, np.ndarray]
@@ -32,10 +32,7 @@ def right_padded_row(
     pad_token_id: int,
     pad_label: int = IGNORED,
 ) -> Row:
-    """ChatGLM2 row: padded on the right, and visible, as the reference has it.
-
-    Padding labels are `pad_label`; positions count through the padding.
-    """
+    """A row padded on the right. As in the reference, padding is visible (mask 1) and positions count through it."""
     row = {
         "input_ids": np.full(length, pad_token_id, np.int32),
         "labels": np.full(length, pad_label, np.int32),
@@ -48,7 +45,7 @@ def right_padded_row(
 
 
 def left_padded_row(input_ids: Sequence[int], labels: Sequence[int], length: int, pad_token_id: int) -> Row:
-    """ChatGLM3 row: padded on the left with mask 0, position 0 and ignored labels; tokens count from 0."""
+    """A row padded on the left with mask 0 and position 0; the positions of tokens count from 0."""
     padding = length - len(input_ids)
     row = {
         "input_ids": np.full(length, pad_token_id, np.int32),

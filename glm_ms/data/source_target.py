@@ -8,7 +8,7 @@ from typing import Any
 from glm_ms.data.encoder import SHORTEST_PROMPT, Encoder, EvalRow, Lengths, Messages
 from glm_ms.data.rows import IGNORED, Row, check_length, right_padded_row
 from glm_ms.storage.errors import DataError
-from glm_ms.tokenizer import SentencePieceTokenizer
+from glm_ms.tokenizer import ChatGLM2Tokenizer, SentencePieceTokenizer
 
 
 class SourceTargetEncoder(Encoder):
@@ -18,6 +18,7 @@ class SourceTargetEncoder(Encoder):
     """
 
     learns_padding = True
+    tokenizer: ChatGLM2Tokenizer
     layout = staticmethod(right_padded_row)
 
     def read(self, value: Any, place: str) -> Messages | None:

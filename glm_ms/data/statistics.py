@@ -1,7 +1,8 @@
-"""How long the records of a file are, what the configured lengths cut, and which lengths would cut less."""
+"""Lengths of the records of a file, what the configured lengths cut, and which lengths would cut less."""
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,57 +15,37 @@ from glm_ms.data.encoder import Encoder
 from glm_ms.data.records import no_records
 from glm_ms.data.workers import check_may_start, map_batches, processes_for
 from glm_ms.storage.errors import DataError
-from glm_ms.storage.json_lines import JsonFile, RawValue, parse_value
+from glm_ms.storage.json_lines import JsonFile, RawValue
 
 # The matrix units (Cube of Ascend, tensor cores) compute blocks of 16 x 16: 178 tokens take 12 blocks, as 192 do.
 MULTIPLE = 16
 KINDS = ("prompt", "answer", "whole")
 
 
-class Measured(NamedTuple):
-    """Lengths of the records of a batch.
-
-    Attributes:
-        lengths: int32 [records, 4], see `Lengths`.
-        skipped: records passed over as empty.
-        bad: what was wrong with each record that is none.
-    """
+class _Measured(NamedTuple):
+    """Lengths of the records of a batch, int32 [records, 4], see `Lengths`; records skipped as empty; errors."""
 
     lengths: np.ndarray
     skipped: int
     bad: list[DataError]
 
 
-@dataclass(frozen=True)
-class MeasureRecords:
-    """Makes `Measured`; to be given to `map_batches`.
-
-    Args:
-        encoder: of the records.
-        path: of their file, for errors.
-        skip_bad: go on behind a record that is none.
-    """
-
-    encoder: Encoder
-    path: Path
-    skip_bad: bool
-
-    def __call__(self, batch: list[RawValue]) -> Measured:
-        """Without `skip_bad` stops at the first record that is none."""
-        lengths, skipped, bad = array("i"), 0, []
-        for raw in batch:
-            try:
-                record = self.encoder.read(parse_value(raw, self.path), f"{self.path}:{raw.line}")
-            except DataError as error:
-                bad.append(error)
-                if not self.skip_bad:
-                    break
-                continue
-            if record is None:
-                skipped += 1
-            else:
-                lengths.extend(self.encoder.lengths(record))
-        return Measured(np.array(lengths, np.int32).reshape(-1, 4), skipped, bad)
+def _measure(encoder: Encoder, path: Path, skip_bad: bool, batch: list[RawValue]) -> _Measured:
+    """Without `skip_bad` stops at the first value that is not a record."""
+    lengths, skipped, bad = array("i"), 0, []
+    for raw in batch:
+        try:
+            record = encoder.read_raw(raw, path)
+        except DataError as error:
+            bad.append(error)
+            if not skip_bad:
+                break
+            continue
+        if record is None:
+            skipped += 1
+        else:
+            lengths.extend(encoder.lengths(record))
+    return _Measured(np.array(lengths, np.int32).reshape(-1, 4), skipped, bad)
 
 
 @dataclass
@@ -72,12 +53,12 @@ class LengthStatistics:
     """Lengths of all records of a file, in tokens.
 
     Attributes:
-        prompt, answer: int32 [records], what bears no loss and what bears loss, before anything is cut.
-        kept_prompt, kept_answer: what is left of them in the row.
+        prompt, answer: int32 [records], tokens without and with loss, before cutting.
+        kept_prompt, kept_answer: those that remain in the row.
         seq_length: tokens of a row.
         limits: see `Encoder.limits`.
-        skipped: records passed over as empty.
-        bad: what was wrong with each record that is none.
+        skipped: records skipped as empty.
+        bad: errors of the values that are not records.
     """
 
     prompt: np.ndarray
@@ -102,8 +83,7 @@ class LengthStatistics:
         return getattr(self, kind)
 
     def cut(self) -> dict[str, int]:
-        """Number of records by what they lose: "prompt", "answer", "all labels" (no row is made of those), and
-        "anything"."""
+        """Number of records that lose "prompt", "answer", "all labels" (these make no row), or "anything"."""
         prompt, answer = self.kept_prompt < self.prompt, self.kept_answer < self.answer
         return {
             "prompt": int(prompt.sum()),
@@ -113,18 +93,15 @@ class LengthStatistics:
         }
 
     def padding_share(self) -> float:
-        """Share of padding in the rows, those without labels left out."""
+        """Share of padding in the rows that have labels."""
         used = self.kept_answer > 0
         if not used.any():
             return 0.0
         return 1 - float((self.kept_prompt + self.kept_answer)[used].mean()) / self.seq_length
 
     def fitting(self, share: float) -> tuple[int, int]:
-        """The smallest row that leaves a share of the records whole.
-
-        Returns:
-            `seq_length`, a multiple of MULTIPLE, and the tokens of it that a prompt may have.
-        """
+        """The smallest row that cuts nothing of a share of the records: its length, a multiple of MULTIPLE, and the
+        tokens for the prompt."""
         if "prompt" in self.limits:
             prompt, answer = _smallest_pair(self.prompt, self.answer, share)
             return _round_up(prompt + answer), prompt
@@ -133,7 +110,7 @@ class LengthStatistics:
 
 
 def quantile(values: np.ndarray, share: float) -> int:
-    """The smallest of the values that at least a share of them does not exceed."""
+    """The smallest value that at least a share of the values does not exceed."""
     return int(np.partition(values, _rank(len(values), share))[_rank(len(values), share)])
 
 
@@ -144,17 +121,15 @@ def measure(
     num_workers: int = 1,
     skip_bad: bool = False,
 ) -> LengthStatistics:
-    """Measures the records of a file, as many as training would read.
+    """Measures the records of a file, as many as training reads.
 
     Args:
-        path: JSON lines or a JSON array.
-        encoder: what becomes of a record.
-        num_samples: usable records at most, as in `TrainDataset`.
+        path, encoder, num_samples: as in `TrainDataset`.
         num_workers: processes for a large file.
-        skip_bad: note what is no record, and go on.
+        skip_bad: list values that are not records, and continue.
 
     Raises:
-        DataError: the file cannot be read, holds no record to measure, or, without `skip_bad`, one that is none.
+        DataError: the file cannot be read or has no record to measure; without `skip_bad`, a value is not a record.
     """
     file = JsonFile(path)
     num_processes = processes_for(file.num_bytes, num_workers)
@@ -162,14 +137,15 @@ def measure(
         check_may_start()
     parts, skipped, usable = [], 0, 0
     bad: list[str] = []
-    results = map_batches(MeasureRecords(encoder, file.path, skip_bad), file.raw_values(), num_processes)
+    work = functools.partial(_measure, encoder, file.path, skip_bad)
+    results = map_batches(work, file.raw_values(), num_processes)
     for part in results:
         lengths = part.lengths
         if num_samples is not None:
             ends = np.flatnonzero(lengths[:, 3] > 0)
             if usable + len(ends) >= num_samples:
                 parts.append(lengths[: ends[num_samples - usable - 1] + 1])
-                results.close()  # type: ignore[attr-defined] - a generator
+                results.close()
                 break
             usable += len(ends)
         parts.append(lengths)
@@ -180,12 +156,14 @@ def measure(
     if not sum(map(len, parts)):
         nothing = f"{path}: no record to measure; {skipped} are empty, {len(bad)} are malformed"
         raise DataError(nothing) if skipped or bad else no_records(file.path)
-    columns = np.ascontiguousarray(np.concatenate(parts).T)
-    return LengthStatistics(*columns, encoder.seq_length, encoder.limits(), skipped, bad)
+    prompt, answer, kept_prompt, kept_answer = np.ascontiguousarray(np.concatenate(parts).T)
+    return LengthStatistics(
+        prompt, answer, kept_prompt, kept_answer, encoder.seq_length, encoder.limits(), skipped, bad
+    )
 
 
 def _smallest_pair(prompt: np.ndarray, answer: np.ndarray, share: float) -> tuple[int, int]:
-    """Limits of prompt and answer with the smallest sum under which a share of the records has both whole."""
+    """Limits of prompt and answer with the smallest sum that cut nothing of a share of the records."""
     needed = _rank(len(prompt), share) + 1
     ordered = np.sort(prompt)
     best: tuple[int, int] | None = None
@@ -199,7 +177,7 @@ def _smallest_pair(prompt: np.ndarray, answer: np.ndarray, share: float) -> tupl
 
 
 def _rank(number: int, share: float) -> int:
-    """Place, from 0, of the value up to which a share of sorted values stands."""
+    """Index of the last of a share of sorted values."""
     return max(int(np.ceil(number * share - 1e-9)) - 1, 0)
 
 

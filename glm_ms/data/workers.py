@@ -1,4 +1,4 @@
-"""Work on the values of a file in several processes, in the order of the file."""
+"""Processes that work on the values of a file; results come in the order of the file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -19,7 +19,7 @@ from glm_ms.storage.json_lines import RawValue
 Result = TypeVar("Result")
 
 _BATCH_BYTES = 1 << 19
-# To start processes takes longer than to prepare less than this.
+# Preparing a smaller file takes less time than starting processes.
 _WORTH_PROCESSES = 4 << 20
 
 _NO_GUARD = (
@@ -31,34 +31,32 @@ _work: Callable[[list[RawValue]], Any] | None = None  # of a worker process
 
 
 def processes_for(num_bytes: int, num_workers: int) -> int:
-    """How many processes are worth starting for a file of a size; 1 stands for the present process."""
+    """Number of processes that pay for a file of this size; 1 is the present process."""
     return num_workers if num_bytes >= _WORTH_PROCESSES else 1
 
 
 def check_may_start() -> None:
-    """Raises DataError in a process that is only just importing the script of its parent: that script goes on to
-    work where it should have been guarded."""
-    # What multiprocessing itself looks at before it starts a process.
+    """Raises DataError in a process that imports the script of its parent: the script has no guard."""
+    # multiprocessing itself checks this attribute before it starts a process.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise DataError(_NO_GUARD)
 
 
 def map_batches(
     work: Callable[[list[RawValue]], Result], values: Iterable[RawValue], num_processes: int
-) -> Iterator[Result]:
-    """Yields `work(batch)` for every batch of values, in order; few batches are in memory at any time.
+) -> Generator[Result, None, None]:
+    """Yields `work(batch)` for every batch of values, in order, with few batches in memory.
 
-    Processes are started afresh, not forked: that also works where MindSpore and its threads are loaded. Python then
-    imports the running script in each of them, so a script must not do its work without
-    `if __name__ == "__main__":`.
+    Processes are spawned and not forked, because a fork breaks the threads of MindSpore. Python imports the running
+    script in each of them, so the script needs `if __name__ == "__main__":`.
 
     Args:
-        work: can be pickled if `num_processes` is above 1; each process gets it once.
+        work: can be pickled if `num_processes` is above 1; each process receives it once.
         values: of a file.
         num_processes: 1 works in the present process.
 
     Raises:
-        DataError: a process was lost; and whatever `values` and `work` raise, at the batch that comes first.
+        DataError: a process ended early; and the first error of `values` or `work`.
     """
     if num_processes == 1:
         for batch, error in _batches(values):
@@ -94,7 +92,7 @@ def _in_order(pool: ProcessPoolExecutor, values: Iterable[RawValue], most: int) 
 
 
 def _batches(values: Iterable[RawValue]) -> Iterator[tuple[list[RawValue], DataError | None]]:
-    """Batches of about one size; with the last one the error that ended the values, if any."""
+    """Batches of about one size; the last one has the error that ended the values, if any."""
     batch: list[RawValue] = []
     size = 0
     try:
@@ -114,14 +112,14 @@ def _begin(work: Callable[[list[RawValue]], Any]) -> None:
     """Prepares a worker process."""
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, too, and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C, too, and ends its workers
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
 
 
 def _end_with(sentinel: int) -> None:
-    """Ends this process when its parent has been killed; it would wait for work for ever."""
+    """Ends this process when its parent is killed; otherwise it would wait for work for ever."""
     wait([sentinel])
     os._exit(1)
 

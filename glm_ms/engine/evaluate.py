@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from glm_ms.data import IGNORED, DataError, Row
+from glm_ms.data import IGNORED, DataError, EvalDataset, Row, TrainDataset
 from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.from_settings import labelled_rows, prompts_with_references
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
@@ -82,7 +82,7 @@ class Evaluator:
         ranks_of(settings).agree(
             "SHA-256 of files", {name: file_sha256(Path(path)) for name, path in files.items()}
         )
-        kinds: dict[str, type[_Pass]] = {TEXT: _TextPass, LOSS: _LossPass}
+        kinds: dict[str, Callable[..., _Pass]] = {TEXT: _TextPass, LOSS: _LossPass}
         inputs = dict.fromkeys(METRICS[name].input for name in settings.metric.type)
         self._names = settings.metric.type
         self._passes = [kinds[kind](settings, tokenizer, say, leave) for kind in inputs]
@@ -105,7 +105,9 @@ class _Pass(ABC):
     input: ClassVar[str]
     label: ClassVar[str]
 
-    def __init__(self, settings: Settings, records: Sequence[Any], say: Say, leave: bool) -> None:
+    def __init__(
+        self, settings: Settings, records: EvalDataset | TrainDataset, say: Say, leave: bool
+    ) -> None:
         number, size = len(records), settings.eval_dataset.batch_size
         self._records, self._batch_size, self._leave = records, size, leave
         self._batches = [range(start, min(start + size, number)) for start in range(0, number, size)]

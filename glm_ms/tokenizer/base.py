@@ -181,8 +181,10 @@ class SentencePieceTokenizer:
         if max_length is not None and not truncation and padding != "max_length":
             raise ValueError("max_length has no effect without truncation=True or padding='max_length'")
         single = isinstance(text, str)
-        texts = [text] if single else list(text)
-        pairs = [text_pair] if single else [None] * len(texts) if text_pair is None else list(text_pair)
+        texts: list[Any] = [text] if single else list(text)
+        pairs: list[Any] = (
+            [text_pair] if single else [None] * len(texts) if text_pair is None else list(text_pair)
+        )
         if len(pairs) != len(texts):
             raise ValueError(f"{len(texts)} texts but {len(pairs)} text pairs")
         rows = [
@@ -274,15 +276,18 @@ class SentencePieceTokenizer:
             raise AssertionError(f"{token!r} is not a special token of {type(self).__name__}{hint}")
         return self._commands[token]
 
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """Id of a piece or special token, or of each in a list; <unk> where there is none."""
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """Id of a piece or special token, or a list of the ids of several; that of <unk> for any other text."""
         if isinstance(tokens, str):
             index = self._special_ids.get(tokens)
             return self.sp.PieceToId(tokens) if index is None else index
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
-    def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
-        """Piece of an id, or of each in a list; "" for <unk>, <s>, </s> and negative ids.
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """Piece of an id, or a list of the pieces of several; "" for <unk>, <s>, </s> and negative ids.
+
+        Args:
+            ids: an int, an iterable of ints, or an array.
 
         Raises:
             IndexError: ChatGLM2 only: an id beyond the vocabulary.

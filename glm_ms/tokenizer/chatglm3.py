@@ -1,4 +1,4 @@
-"""ChatGLM3: messages opened by role tokens, tools and observations."""
+"""ChatGLM3: a prompt template of messages that begin with role tokens; tools and observations."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
 
     Args:
         vocab_file: the SentencePiece model (`tokenizer.model`).
-        encode_special_tokens: role tokens spelled in a text given to `tokenize`, `encode` or a call become
-            role tokens. For text under your own control only. Chat messages are never affected.
+        encode_special_tokens: `tokenize`, `encode` and a call turn text that spells role tokens into role
+            tokens. For trusted text only. It has no effect on chat messages.
     """
 
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_ROLE_TOKENS)
@@ -52,7 +52,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
         """Pieces of a text; with `encode_special_tokens` role tokens are pieces of their own."""
         if not self.encode_special_tokens:
             return super().tokenize(text)
-        pieces = []
+        pieces: list[str] = []
         for part in _ROLE_SPLIT.split(text):
             pieces += [part] if part in _ROLE_TOKENS else super().tokenize(part)
         return pieces
@@ -113,22 +113,22 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
     def process_response(
         self, output: str, history: Sequence[Mapping[str, Any]]
     ) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
-        """Splits what the model wrote into messages.
+        """Splits an answer of the model into messages.
 
         Args:
-            output: decoded answer, without the `<|assistant|>` that opened it and without stop tokens.
-            history: messages so far, the question included. It is not changed.
+            output: decoded answer, without the `<|assistant|>` before it and without stop tokens.
+            history: messages so far with the question. It is not changed.
 
         Returns:
-            The answer and the history with the new messages. The answer is a text; or, where the model calls
+            The answer and the history with the new messages. The answer is a text; or, if the model calls
             a tool, `{"name", "parameters"}` (tools given in the first, system, message) or
             `{"name", "content"}` (code to run).
 
         Raises:
             ToolCallError: the text of a tool call is not `tool_call(name=value, ...)` with plain values.
         """
-        history = copy.deepcopy(list(history))
-        has_tools = bool(history) and history[0]["role"] == "system" and "tools" in history[0]
+        messages: list[Any] = copy.deepcopy(list(history))
+        has_tools = bool(messages) and messages[0]["role"] == "system" and "tools" in messages[0]
         answer: str | dict[str, Any] = ""
         for part in output.split("<|assistant|>"):
             metadata, line_break, content = part.partition("\n")
@@ -137,7 +137,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
             name = metadata.strip()
             if not name:
                 content = content.strip()
-            history.append({"role": "assistant", "metadata": metadata, "content": content})
+            messages.append({"role": "assistant", "metadata": metadata, "content": content})
             if not name:
                 answer = replace_training_date(content)
             elif has_tools:
@@ -145,7 +145,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
                 answer = {"name": name, "parameters": parse_tool_call(code)}
             else:
                 answer = {"name": name, "content": content}
-        return answer, history
+        return answer, messages
 
     def _encode_template_body(self, body: str) -> list[int]:
         r"""Ids of `<|role|> metadata\n message` one after the other; a last role token may stand alone."""
@@ -177,7 +177,7 @@ def parse_tool_call(code: str) -> dict[str, Any]:
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call":
             names = [keyword.arg for keyword in call.keywords]
             if not call.args and None not in names and len(set(names)) == len(names):
-                return {name: ast.literal_eval(keyword.value) for name, keyword in zip(names, call.keywords)}
+                return {str(item.arg): ast.literal_eval(item.value) for item in call.keywords}
     # Deep nesting exhausts the parser's stack: RecursionError or MemoryError by Python version.
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         pass

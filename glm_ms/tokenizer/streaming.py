@@ -1,18 +1,17 @@
-"""Text of ids that arrive one at a time."""
+"""Text of ids that arrive one by one."""
 
 from __future__ import annotations
 
 from glm_ms.tokenizer.base import SentencePieceTokenizer
 
-# A vocabulary drops the space before the first piece of a text. Pieces in the middle of a text are
-# therefore decoded behind this stand-in for what was already written.
+# Decoding drops the space before the first piece of a text. This stand-in for the text so far keeps it.
 _ANCHOR = "."
 
 
 class IncrementalDecoder:
-    """Turns ids into text as they come: what is returned is final and never half of a character.
+    """Decodes ids one by one; the returned text is final and never has half of a character.
 
-    The strings of all `push` calls and the last `flush` together are `tokenizer.decode` of all ids.
+    The strings of all `push` calls and of `flush` together are `tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
@@ -22,7 +21,7 @@ class IncrementalDecoder:
         self._started = False
 
     def push(self, token_id: int) -> str:
-        """Adds an id; returns the text that became final, often "".
+        """Adds an id; returns the text that is final now, often "".
 
         Raises:
             IndexError: ChatGLM2 only: an id beyond the vocabulary. The decoder stays usable.
@@ -34,7 +33,7 @@ class IncrementalDecoder:
         return self._take(len(self._pieces) - _incomplete_tail(self._byte_run))
 
     def flush(self) -> str:
-        """Ends the text: returns what was held back. The next `push` begins a new text."""
+        """Ends the text and returns the rest. The next `push` begins a new text."""
         text = self._take(len(self._pieces))
         self._pieces, self._byte_run, self._started = [], [], False
         return text
@@ -43,7 +42,7 @@ class IncrementalDecoder:
         pieces = self._pieces[:count]
         if not self._started:
             text = self._tokenizer.convert_tokens_to_string(pieces)
-            if not text:  # spaces to come depend on these pieces
+            if not text:  # later spaces depend on these pieces
                 return ""
             self._started = True
         else:

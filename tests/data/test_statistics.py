@@ -132,7 +132,7 @@ def test_processes_and_bad_records(glm3, records_file, monkeypatch, num_workers)
 
 def test_nothing_to_measure(glm3, records_file):
     encoder = adgen_encoder(glm3)
-    with pytest.raises(DataError, match="holds no records"):
+    with pytest.raises(DataError, match="has no records"):
         measure(records_file(""), encoder)
     with pytest.raises(DataError, match="no record to measure; 1 are empty, 1 are malformed"):
         measure(records_file('{"content": "", "summary": ""}\nx\n'), encoder, skip_bad=True)
@@ -187,10 +187,10 @@ def test_what_is_cut_and_advice(glm3):
         ("anything cut", 2, "66.67%"),
     ):
         assert any(line.split() == [*name.split(), str(number), share] for line in text.splitlines()), name
-    assert "passed over in training" in text
+    assert "training skips records without a label" in text
     advice = list(advice_lines(statistics, tool_encoder(glm3, 100), "eval"))
     assert "model.model_config.seq_length=144 eval_dataset.max_seq_length=144" in advice[1]
-    assert "passed over" not in "\n".join(cut_lines(statistics_of([10], [20])))
+    assert "training skips" not in "\n".join(cut_lines(statistics_of([10], [20])))
 
 
 def test_marked_records(glm2, glm3):

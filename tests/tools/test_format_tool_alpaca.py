@@ -175,8 +175,8 @@ BAD = [
     (with_step(["getFacts", None, "t"]), "step 2: action_input must be an object, found NoneType"),
     (with_step(["getFacts", '{"from": "EUR"}', "t"]), "step 2: action_input: parameter 'from' cannot be the name"),
     (with_step(["getFacts", '{"x": NaN}', "t"]), "step 2: action_input: the values of 'parameters'"),
-    (with_step(["getFacts", {"x": "\ud83d"}, "t"]), "instance 1 holds half of a surrogate pair"),
-    (with_instance(input="\ud83d"), "message 1: 'content' holds half of a surrogate pair"),
+    (with_step(["getFacts", {"x": "\ud83d"}, "t"]), "instance 1 has half of a surrogate pair"),
+    (with_instance(input="\ud83d"), "message 1: 'content' has half of a surrogate pair"),
 ]  # fmt: skip
 
 

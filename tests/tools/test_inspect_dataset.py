@@ -142,7 +142,7 @@ def test_bad_records(inspect, tmp_path):
     status, out, err = inspect("tiny/finetune_glm3_tiny", "--train_dataset", path, "--skip_bad")
     assert status == 0
     assert "2 records, ADGenDataLoader" in out
-    assert "1 more are passed over, with an empty prompt or response" in out
+    assert "1 more are skipped, with an empty prompt or response" in out
     assert f"skipped: {path}:2: " in err
     assert f"skipped: {path}:3: " in err
     assert "2 malformed records skipped; training stops at the first one" in err

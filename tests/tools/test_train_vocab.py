@@ -154,7 +154,7 @@ def test_check_rejects_another_size(tool, trained):
         (
             ['{"content": "\\ud800"}'],
             ["content"],
-            r"data\.json:1: column 'content' holds half of a surrogate",
+            r"data\.json:1: column 'content' has half of a surrogate",
         ),
         (["[1]"], ["content"], r"data\.json:1: expected a JSON object, found list"),
         (
