@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from glm_ms.plan.card import CardMemory, RunPlan, plan_run
-from glm_ms.plan.parameters import PlannedParameter, planned_parameters
+from glm_ms.plan.planned_parameters import PlannedParameter, planned_parameters
 from glm_ms.plan.report import describe
+from glm_ms.plan.run_plan import CardMemory, RunPlan, plan_run
 from glm_ms.plan.search import nearest_fit
 
 __all__ = [

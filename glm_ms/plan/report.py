@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from glm_ms.plan.card import CardMemory, RunPlan
+from glm_ms.plan.run_plan import CardMemory, RunPlan
 
 GIB = 2**30
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from glm_ms.plan.card import RunPlan
+from glm_ms.plan.run_plan import RunPlan
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import batch_size_key, is_sharded
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from glm_ms.model.config import GLMConfig
-from glm_ms.parallel.config import ParallelConfig
-from glm_ms.parallel.slices import Slice
 from glm_ms.plan.activations import Work
-from glm_ms.plan.parameters import FLOAT32, ITEM_BYTES, PlannedParameter
+from glm_ms.plan.planned_parameters import FLOAT32, ITEM_BYTES, StoredPart
 
 
 def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int, int]:
@@ -51,48 +48,31 @@ def gather_bytes(size: float, cards: int) -> float:
     return size * (cards - 1) / cards
 
 
-def gradient_traffic(
-    parameters: Mapping[str, PlannedParameter], slices: Mapping[str, Slice], stage: int
-) -> float:
-    """Bytes a card sends to sum the gradients of what it trains over the cards with other rows."""
+def gradient_traffic(parts: Iterable[StoredPart]) -> float:
+    """Bytes a card sends to sum float32 gradients: scattered over its optimizer shards, then over equal copies."""
     total = 0.0
-    for name, parameter in parameters.items():
-        piece = slices[name]
-        if not parameter.trained or piece.stage != stage:
-            continue
-        gradient = math.prod(piece.shape) * FLOAT32
-        total += gather_bytes(gradient * piece.shards, piece.shards)
-        total += all_reduce_bytes(gradient, piece.copies)
+    for part in parts:
+        if part.parameter.trained:
+            gradient = FLOAT32 * part.elements
+            total += gather_bytes(FLOAT32 * part.whole, part.slice.shards)
+            total += all_reduce_bytes(gradient, part.slice.copies)
     return total
 
 
-def weight_traffic(
-    parameters: Mapping[str, PlannedParameter],
-    slices: Mapping[str, Slice],
-    stage: int,
-    item: int,
-    passes: int,
-) -> float:
-    """Bytes a card sends so that weights split by optimizer sharding are whole where they are multiplied.
+def weight_traffic(parts: Iterable[StoredPart], item: int, passes: int) -> float:
+    """Bytes a card sends to gather weights that optimizer sharding splits.
 
-    The micro batches of a pipeline share what was gathered.
+    The micro batches of a pipeline share the gathered weights.
 
     Args:
-        parameters: of the network.
-        slices: of them.
-        stage: of the card.
-        item: bytes of an element of the compute type, in which weights travel.
-        passes: times that each weight is gathered in a step; the embedding, as it is stored, once.
+        parts: what the card stores.
+        item: bytes of an element of the compute type, in which weights are sent.
+        passes: times that each weight is gathered in a step; the embedding is gathered once, in its storage type.
     """
     total = 0.0
-    for name, parameter in parameters.items():
-        piece = slices[name]
-        if piece.stage == stage:
-            whole = math.prod(piece.shape) * piece.shards
-            if ".embedding." in name:
-                total += gather_bytes(whole * parameter.item_bytes, piece.shards)
-            else:
-                total += passes * gather_bytes(whole * item, piece.shards)
+    for part in parts:
+        size = part.parameter.item_bytes if ".embedding." in part.name else passes * item
+        total += gather_bytes(size * part.whole, part.slice.shards)
     return total
 
 
@@ -128,7 +108,7 @@ def tensor_traffic(work: Work, layers: int, recompute: bool, first: bool, last: 
     return total
 
 
-def stage_traffic(work: Work, parallel: ParallelConfig, stage: int) -> float:
-    """Bytes a card sends to the stages beside it for one micro batch: hidden states forward, gradients back."""
-    neighbours = (stage > 0) + (stage < parallel.pipeline_stages - 1)
+def stage_traffic(work: Work, stage: int) -> float:
+    """Bytes a card sends to the neighbouring stages for one micro batch: hidden states forward, gradients back."""
+    neighbours = (stage > 0) + (stage < work.parallel.pipeline_stages - 1)
     return neighbours * work.item * work.residual

@@ -18,7 +18,7 @@ from glm_ms.engine.weights import adapter_config
 from glm_ms.ops.rotary import pair_rotation, rotary_tables
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.plan import planned_parameters
-from glm_ms.plan.parameters import planned_slices
+from glm_ms.plan.planned_parameters import stored_parts
 from glm_ms.settings import Settings, load_settings
 from glm_ms.settings.schema import parallel_of, training_length
 from tests.parallel.spmd import Card, read_graph, run
@@ -124,7 +124,8 @@ def check(settings: Settings, graphs: Path) -> None:
     rows = settings.runner_config.batch_size * parallel.data_parallel * parallel.micro_batch_num
     inputs = batch(rows, config.padded_vocab_size)
     loss, norm, expected = whole_step(settings, inputs)
-    slices = planned_slices(config, parallel, planned_parameters(settings, config))
+    parts = stored_parts(config, parallel, planned_parameters(settings, config))
+    slices = {part.name: part.slice for part in parts}
     places = {name: (s.axis, s.ways, s.shards) for name, s in slices.items()}
     values = apart({p.name: p.asnumpy() for p in network(settings).network.get_parameters()}, config)
     cards = [

@@ -40,7 +40,7 @@ class PlannedParameter:
 
 
 def lora_targets(settings: Settings, config: GLMConfig) -> list[str]:
-    """Modules that a LoRA run gives an update; empty for other runs.
+    """Modules with a low-rank update; empty if the run has no LoRA adapter.
 
     Raises:
         AdapterError: `target_modules` matches none.
@@ -51,7 +51,7 @@ def lora_targets(settings: Settings, config: GLMConfig) -> list[str]:
 
 
 def planned_parameters(settings: Settings, config: GLMConfig) -> dict[str, PlannedParameter]:
-    """Name -> parameter of the network that a run works with, in a sharded run with joint layers in parts.
+    """Name -> parameter of the network of a run; sharded runs have the parts of joint layers.
 
     Args:
         settings: of the run.
@@ -77,16 +77,38 @@ def planned_parameters(settings: Settings, config: GLMConfig) -> dict[str, Plann
     return result
 
 
-def planned_slices(
+@dataclass(frozen=True)
+class StoredPart:
+    """What a card stores of a parameter."""
+
+    name: str
+    parameter: PlannedParameter
+    slice: Slice
+
+    @property
+    def elements(self) -> int:
+        """Elements on the card."""
+        return math.prod(self.slice.shape)
+
+    @property
+    def stored(self) -> int:
+        """Bytes on the card."""
+        return self.elements * self.parameter.item_bytes
+
+    @property
+    def whole(self) -> int:
+        """Elements once the parts of sharded optimizers are gathered."""
+        return self.elements * self.slice.shards
+
+
+def stored_parts(
     config: GLMConfig, parallel: ParallelConfig, parameters: Mapping[str, PlannedParameter]
-) -> dict[str, Slice]:
+) -> list[StoredPart]:
     """What a card of each stage stores of every parameter; see `glm_ms.parallel.slices`."""
-    return parameter_slices(
-        config,
-        parallel,
-        {name: parameter.shape for name, parameter in parameters.items()},
-        {name: parameter.item_bytes for name, parameter in parameters.items()},
-    )
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    items = {name: parameter.item_bytes for name, parameter in parameters.items()}
+    slices = parameter_slices(config, parallel, shapes, items)
+    return [StoredPart(name, parameters[name], slices[name]) for name in parameters]
 
 
 def _linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

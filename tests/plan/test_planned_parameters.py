@@ -7,7 +7,7 @@ from glm_ms.engine.step.network import ShardedTrainingNetwork
 from glm_ms.engine.weights import adapter_config
 from glm_ms.peft import AdapterError
 from glm_ms.plan import planned_parameters
-from glm_ms.plan.parameters import lora_targets
+from glm_ms.plan.planned_parameters import lora_targets
 from glm_ms.settings import load_settings
 from glm_ms.settings.schema import parallel_of
 from tests.plan.test_measured_memory import BASE, CONFIG, LORA, SHARDED, keys
