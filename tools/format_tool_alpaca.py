@@ -1,11 +1,11 @@
-"""Turns ToolAlpaca (train_data.json) into conversations with tools, for ToolAlpacaDataLoader.
+"""Converts ToolAlpaca (train_data.json) to conversations with tools, for ToolAlpacaDataLoader.
 
     python tools/format_tool_alpaca.py --path train_data.json --output tool_alpaca.jsonl
 
-Every instance becomes a line {"tools": [...], "conversations": [...]}, as finetune_chatmodel_demo of ChatGLM3 has it:
-`tools` holds the documentation of the record, each step gives the thought of the assistant and a message of the role
-`tool`, and the answer of the assistant is the final thought and the output. Records and instances that cannot be
-turned are all listed; then nothing is written, unless --skip_bad is given.
+Every instance becomes a line {"tools": [...], "conversations": [...]}, the form of finetune_chatmodel_demo of
+ChatGLM3: `tools` is the documentation of the record, each step becomes the thought of the assistant and a message of
+the role `tool`, and the answer of the assistant is the final thought and the output. The tool lists all records and
+instances that it cannot convert, and then writes nothing, unless --skip_bad is given.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from glm_ms.storage.json_lines import parse_value, raw_values
 _INSTANCE_KEYS = ("input", "output", "Final Thought", "intermediate_steps")
 # Under this key Function_Description explains types, not a function.
 _COMPONENTS = "components"
-# With it the agent of ToolAlpaca asks the user for more; it needs no description.
+# The function with which the agent of ToolAlpaca asks the user; it has no description.
 _ASK_USER = "getDetails"
-# Where a log goes over from the thought to the call.
+# Separates the thought from the call in a log.
 _ACTION = re.compile(r"(?:ASSISTANT\s+)?Action\s*\d*\s*:")
 
 
 class BadRecordError(ValueError):
-    """Something of a record cannot be turned; the message says what."""
+    """A part of a record cannot be converted; the message has the reason."""
 
 
 @dataclass
 class Report:
-    """What was met on the way.
+    """Counts and errors of a conversion.
 
     Attributes:
         records, conversations: read and written.
         questions: steps that ask the user.
-        bad: a line for each record or instance that cannot be turned.
+        bad: a line for each record or instance that cannot be converted.
     """
 
     records: int = 0
@@ -70,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", default="tool_alpaca.jsonl", metavar="FILE", help="JSON lines (default: %(default)s)"
     )
     parser.add_argument(
-        "--skip_bad", action="store_true", help="leave out what cannot be turned; it is listed all the same"
+        "--skip_bad",
+        action="store_true",
+        help="list what cannot be converted, and skip it",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report, output = Report(), Path(options.output)
     try:
         if output.exists() and output.resolve() == Path(options.path).resolve():
-            raise BadRecordError(f"{output}: is what is to be read; choose another --output")
+            raise BadRecordError(f"{output}: is the input; choose another --output")
         whole = atomic_output(output, overwrite=options.overwrite)
         with whole as partial, partial.open("w", encoding="utf-8") as file:
             write_conversations(Path(options.path), file, report)
@@ -110,17 +112,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(report: Report, skip_bad: bool, path: str) -> None:
     if report.bad and not skip_bad:
         raise BadRecordError(
-            f"{path}: {len(report.bad)} malformed records or instances; mend them, or leave them out with --skip_bad"
+            f"{path}: {len(report.bad)} malformed records or instances; correct them, or skip them with --skip_bad"
         )
     if not report.conversations:
-        raise BadRecordError(f"{path}: holds no conversation that can be turned")
+        raise BadRecordError(f"{path}: has no conversation that can be converted")
 
 
 def write_conversations(path: Path, file: TextIO, report: Report) -> None:
-    """Streams over the records; writes a line for every instance and notes every fault in `report`.
+    """Streams over the records; writes a line for every instance and adds every error to `report`.
 
     Raises:
-        DataError: the file cannot be read, or holds an array that is not valid JSON.
+        DataError: the file cannot be read, or has an array that is not valid JSON.
     """
     for number, raw in enumerate(raw_values(path), start=1):
         place = f"{path}:{raw.line}: record {number}"
@@ -140,7 +142,7 @@ def write_conversations(path: Path, file: TextIO, report: Report) -> None:
             try:
                 conversation = _conversation(instance, functions)
                 record = {"tools": tools, "conversations": conversation}
-                parse_tool_conversation(record, where)  # what is written can be trained on
+                parse_tool_conversation(record, where)  # the output can be trained on
                 line = checked_text(json.dumps(record, ensure_ascii=False), where)
             except BadRecordError as error:
                 report.bad.append(f"{where}: {error}")
@@ -153,7 +155,7 @@ def write_conversations(path: Path, file: TextIO, report: Report) -> None:
 
 
 def _tools(record: Any) -> tuple[list[str], set[str]]:
-    """The documentation of the tools, and the names of the functions that may be called."""
+    """The documentation of the tools, and the names of their functions."""
     if not isinstance(record, dict):
         raise BadRecordError(
             f"must be an object with Name, Function_Description and Instances, found {_kind(record)}"
@@ -171,7 +173,7 @@ def _tools(record: Any) -> tuple[list[str], set[str]]:
 
 
 def _documentation(descriptions: Mapping[str, str]) -> str:
-    """NLDocumentation as ToolAlpaca makes it of the descriptions, for records that have none."""
+    """NLDocumentation made of the descriptions as in ToolAlpaca, for records without it."""
     functions = "".join(f"{name}: {text}\n" for name, text in descriptions.items() if name != _COMPONENTS)
     components = descriptions.get(_COMPONENTS)
     return f"{functions}\n{components}\n" if components else functions
@@ -213,7 +215,7 @@ def _step(step: Any, functions: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def _parameters(action_input: Any) -> dict[str, Any]:
-    """The arguments of a call, which stand there as an object or as its JSON."""
+    """The arguments of a call, an object or its JSON."""
     parameters = action_input
     if isinstance(action_input, str):
         try:

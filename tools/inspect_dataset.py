@@ -1,10 +1,10 @@
-"""Shows what a configuration makes of a data set: lengths, what is cut, better lengths, records as they are learnt.
+"""Shows a data set of a configuration: lengths, records that are cut, better lengths, records as they are trained.
 
     python tools/inspect_dataset.py --config configs/tiny/finetune_glm3_tiny.yaml --png output/lengths.png
     python tools/inspect_dataset.py --config configs/tiny/multiturn_glm3_tiny.yaml --part eval --num_records 1
 
-Flags and key.sub=value are those of run_glm.py and lie on top of the configuration. Neither weights nor a device are
-needed.
+Flags and key.sub=value are those of run_glm.py and override the configuration. The tool needs neither weights nor a
+device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MOST_BAD = 20
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of this tool; all others are left to `glm_ms.settings`."""
+    """The flags of this tool; `glm_ms.settings` reads all others."""
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         description=(__doc__ or "").split("\n")[0],
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--png", metavar="PATH", help="also draw the lengths into this PNG file")
     parser.add_argument(
-        "--skip_bad", action="store_true", help="list records that cannot be used, and go on without them"
+        "--skip_bad", action="store_true", help="list records that cannot be used, and continue without them"
     )
     return parser
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _show(settings, part, options)
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` ends early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (DataError, VocabularyError, OSError) as error:
@@ -86,8 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settings(arguments: Sequence[str], part: str | None) -> tuple[Settings, str]:
-    """The settings, with every problem that concerns a data set; lengths that do not fit the network are remarks, for
-    to find better ones is what this tool is for."""
+    """The settings. Lengths that do not fit the network are notes and not errors: this tool finds better ones."""
     config, flags, overrides = parse_args(arguments)
     settings, part, remarks = load_data_settings(config, overrides, flags, part)
     for remark in [*settings.notes, *remarks]:
@@ -120,7 +119,7 @@ def _show(settings: Settings, part: str, options: argparse.Namespace) -> None:
     if options.png is not None:
         from glm_ms.data.length_plot import write_length_plot  # matplotlib takes half a second
 
-        # The font of the picture knows no Chinese.
+        # The font of the picture has no Chinese characters.
         name = path.name.encode("ascii", "replace").decode()
         write_length_plot(statistics, options.png, f"{name}: {len(statistics):,} records")
         print(f"\n{options.png}: histograms of prompt, answer and both")
@@ -138,13 +137,13 @@ def _list_bad(statistics: LengthStatistics) -> None:
 
 def _records(path: Path, encoder: Encoder, number: int, skip_bad: bool) -> Iterator[str]:
     if number:
-        yield f"records as they are learnt. {LEGEND}"
+        yield f"records as they are trained. {LEGEND}"
     for line, record in islice(_usable(path, encoder, skip_bad), number):
         lengths = encoder.lengths(record)
         yield ""
         yield (
             f"{path.name}:{line}: {lengths.prompt} tokens without loss, {lengths.answer} with loss"
-            + ("" if lengths.kept_answer else "; NO LABEL IS LEFT, training passes it over")
+            + ("" if lengths.kept_answer else "; NO LABEL IS LEFT, training skips it")
         )
         yield from marked_lines(encoder, record, color=sys.stdout.isatty())
 

@@ -1,13 +1,13 @@
-"""Writes the sample records of configs/tiny/sample, byte for byte the same each time.
+"""Writes the sample records of configs/tiny/sample, with the same bytes each time.
 
     python tools/make_sample_data.py --output_dir configs/tiny/sample
 
-The records have the form of ADGEN (attributes of a garment -> advert), but no word of it: garments are drawn
-from the tables below, and the advert follows from the attributes. What each sentence says is settled by one
-attribute or two, so that a model of two layers can learn the rule and be right about garments it never saw.
+The records have the form of ADGEN (attributes of a garment -> advert) without its texts: garments are drawn from
+the tables below, and the attributes decide about the advert. One or two attributes decide about each clause, so
+that a model of two layers can learn the rule and apply it to new garments.
 
-Two further tasks of the same world are for adapters and dialogues: short titles in place of adverts, and
-conversations with a shop in which the assistant asks the stock by a tool.
+Two further tasks are for adapters and dialogues: short titles in place of adverts, and conversations with a shop in
+which the assistant queries the stock with a tool.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ STYLES = {
     "通勤": "通勤路上穿上这{measure}{garment}，{clauses}。",
     "街头": "这{measure}{garment}，{clauses}，穿出街头态度。",
 }
-# Classes differ in what their adverts speak of first.
+# Order of the clauses in the adverts of each class.
 DETAIL_ORDER = {
     "裙": ("图案", "版型", "detail"),
     "上衣": ("版型", "detail", "图案"),
@@ -99,7 +99,7 @@ def make_garment(generator: random.Random) -> dict[str, str]:
     """Draws a garment.
 
     Args:
-        generator: source of chance; only `random()` is used, whose sequence Python keeps stable.
+        generator: random numbers; only `random()` is used, whose sequence is the same in all versions of Python.
 
     Returns:
         Attribute -> value in the order of a record. Of fit, pattern and detail one or two may be absent.
@@ -127,7 +127,7 @@ def make_garment(generator: random.Random) -> dict[str, str]:
 
 
 def describe(attributes: dict[str, str]) -> str:
-    """Writes the advert of a garment; the same garment always gets the same one."""
+    """The advert of a garment, a function of its attributes."""
     kind = attributes["类型"]
     measure, (garment_key, _), (detail_key, details) = CLASSES[kind]
     clauses = {
@@ -144,7 +144,7 @@ def describe(attributes: dict[str, str]) -> str:
 
 
 def title(attributes: dict[str, str]) -> str:
-    """Writes the title of a garment: what there is to say in one breath, in a fixed order."""
+    """The title of a garment: its attributes in a fixed order."""
     _, (garment_key, _), (detail_key, _) = CLASSES[attributes["类型"]]
     extras = "，".join(attributes[key] for key in (detail_key, "图案") if key in attributes)
     name = f"{attributes['风格']}{attributes.get('版型', '')}{attributes['颜色']}{attributes['材质']}"
@@ -152,9 +152,9 @@ def title(attributes: dict[str, str]) -> str:
 
 
 def make_conversation(generator: random.Random) -> Record:
-    """A customer asks for a garment in some color; the assistant asks the stock, answers, and writes the advert.
+    """A customer asks for a garment in some color; the assistant queries the stock, answers, and writes the advert.
 
-    Of three conversations one has no tools but a system message, and an answer that bears no loss.
+    One in three conversations has a system message in place of tools, and an answer without loss.
 
     Returns:
         {"tools", "conversations"}, the latter messages of the roles system, user, assistant and tool.
@@ -194,7 +194,7 @@ def make_records(
 
     Args:
         number: of records.
-        generator: source of chance.
+        generator: random numbers.
         write: attributes of a garment to text.
         known: contents that may not occur.
 
@@ -219,7 +219,7 @@ def make_sample(num_train: int, num_dev: int, seed: int) -> dict[str, Records]:
         seed: of all draws.
 
     Returns:
-        File name -> records. No content of adverts and titles occurs twice, in whichever file.
+        File name -> records. No content of adverts and titles occurs twice in all files together.
     """
     generator = random.Random(seed)
     adverts = make_records(num_train + num_dev, generator, describe)

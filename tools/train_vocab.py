@@ -1,4 +1,4 @@
-"""Trains a SentencePiece vocabulary with the conventions of the ChatGLM one.
+"""Trains a SentencePiece vocabulary with the conventions of the one of ChatGLM.
 
     python tools/train_vocab.py --input configs/tiny/sample/train.json --columns content summary \
         --vocab_size 1000 --output output/tokenizer.model
@@ -6,7 +6,7 @@
 Input is UTF-8: JSON lines when --columns names the fields to read, plain text otherwise. The model is BPE
 with byte fallback and without normalization: ids 0, 1, 2 are <unk>, <s>, </s>, ids 3 to 258 the 256 bytes.
 Line ends and tabs are never part of a piece; they are written as bytes. The special tokens of ChatGLM2 and
-ChatGLM3 are no pieces: the tokenizers number them after the vocabulary.
+ChatGLM3 are not pieces: the tokenizers number them after the vocabulary.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ CONVENTIONS = {
     "eos_id": 2,
     "pad_id": -1,
 }
-# The chat prompt of ChatGLM2 is written in these; as bytes it would fill half of a short prompt.
+# The prompt template of ChatGLM2 consists of these; as bytes it would be half of a short prompt.
 PROMPT_CHARACTERS = "[Round0123456789]问答："
-# What sentencepiece may not see: line ends and tabs would become pieces, NUL ends a string in its C++
-# part, and it leaves out whole lines that hold U+2585, its private boundary mark.
+# Not for sentencepiece: line ends and tabs would become pieces, NUL ends a string in its C++ part, and it skips
+# lines with U+2585, its private boundary mark.
 _SEPARATORS = re.compile("[\n\r\t\0\u2585]+")
 _NUM_FIXED_PIECES = 3 + 256
 # Blanks in a row, a line end, a tab, digits, and characters that no training text is likely to hold.
@@ -104,7 +104,7 @@ def _fields(line: str, columns: Sequence[str], path: Path, number: int) -> list[
 
 
 def _reject_json(path: Path, line: str) -> None:
-    """Quotes and key names would become pieces without any sign of it."""
+    """Refuses JSON lines without --columns: quotes and key names would silently become pieces."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -149,12 +149,12 @@ def train_vocabulary(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            # Older releases of sentencepiece abort on required characters that no sentence holds.
+            # Older releases of sentencepiece abort on required characters that no sentence has.
             sentence_iterator=iter([*sentences, *PROMPT_CHARACTERS]),
             model_writer=model,
             vocab_size=vocab_size,
             required_chars=PROMPT_CHARACTERS,
-            max_sentence_length=1 << 30,  # bytes; longer lines would be left out silently
+            max_sentence_length=1 << 30,  # bytes; sentencepiece silently skips longer lines
             num_threads=1,  # is stored in the model
             minloglevel=0 if verbose else 2,
             **{**CONVENTIONS, "character_coverage": character_coverage},
@@ -165,7 +165,7 @@ def train_vocabulary(
 
 
 def _explain(message: str, vocab_size: int) -> str:
-    """Says sentencepiece's two size errors in terms of the options here."""
+    """The two size errors of sentencepiece in terms of the options of this tool."""
     too_large = re.search(r"value <= (\d+)", message)
     if too_large:
         return (
@@ -183,7 +183,7 @@ def _explain(message: str, vocab_size: int) -> str:
 
 
 def check_vocabulary(model: bytes, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """Loads a model and holds it to the conventions.
+    """Loads a model and checks it against the conventions.
 
     Args:
         model: serialized SentencePiece model.
@@ -208,7 +208,7 @@ def check_vocabulary(model: bytes, vocab_size: int) -> sentencepiece.SentencePie
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is either whole or absent, whenever the process may end.
+    """Writes a file that is always complete or absent.
 
     Raises:
         VocabularyError: the place cannot be written to.
@@ -227,7 +227,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME",
-                        help="the files hold JSON lines; read these fields")  # fmt: skip
+                        help="fields to read; the files are JSON lines")  # fmt: skip
     parser.add_argument("--vocab_size", type=int, required=True, metavar="N",
                         help="pieces, with 3 control pieces and 256 bytes")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="tokenizer.model to write")

@@ -186,7 +186,7 @@ def test_faults(convert, record, message):
     assert (status, conversations, out) == (1, None, "")
     assert message in err
     assert "train_data.json:" in err
-    assert "1 malformed records or instances; mend them, or leave them out with --skip_bad" in err
+    assert "1 malformed records or instances; correct them, or skip them with --skip_bad" in err
     assert "nothing was written" in err
 
 
@@ -211,10 +211,10 @@ def test_all_faults_are_listed_and_skipped_on_demand(convert):
 
 def test_nothing_is_left_of_what_fails(convert, tool, tmp_path, capsys):
     for text, message in (
-        ("", "holds no conversation"),
-        ("[]", "holds no conversation"),
+        ("", "has no conversation"),
+        ("[]", "has no conversation"),
         ('[{"Name": ', "not valid JSON"),
-        (json.dumps([{**RECORD, "Instances": []}]), "holds no conversation"),
+        (json.dumps([{**RECORD, "Instances": []}]), "has no conversation"),
     ):
         status, conversations, _, err = convert(text, "--skip_bad")
         assert (status, conversations) == (1, None)
@@ -239,7 +239,7 @@ def test_the_input_is_not_replaced(tool, tmp_path, capsys):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(RECORD), encoding="utf-8")
     assert tool.main(["--path", str(path), "--output", str(path), "--overwrite"]) == 1
-    assert "is what is to be read" in capsys.readouterr().err
+    assert "is the input" in capsys.readouterr().err
     assert json.loads(path.read_text(encoding="utf-8")) == RECORD
 
 
