@@ -1,8 +1,8 @@
 """Bytes of intermediate results on one card, counted from the operators of the network.
 
-What stays between the forward and the backward pass is what some derivative needs; each term below names the operator.
-On top comes what the backward pass of a block, or of the loss, holds for a moment. The counts are held to the memory
-statistics of MindSpore by tests/plan/test_measured_memory.py. Gaps between tensors are not in them.
+A step keeps what derivatives need from the forward to the backward pass; each term below names the operator. The
+backward pass of a block, or of the loss, adds temporary results. tests/plan/test_measured_memory.py compares the counts
+with the memory statistics of MindSpore. Gaps between tensors are not counted.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig, kv_copies
 
 _FLOAT32 = 4
-# Float32 arrays of the size of the scores that the derivative of softmax holds at once: of its output and of its input.
+# Float32 arrays of the size of the scores in the derivative of softmax: of its output and of its input.
 _SOFTMAX_BACKWARD = 2
-# Arrays of the MLP's width that the derivative of SwiGLU holds beyond what the forward pass kept.
+# Arrays of the MLP's width in the derivative of SwiGLU, in addition to those of the forward pass.
 _SWIGLU_BACKWARD = 2
 # Float32 arrays of the size of the logits: logits, log probabilities, gradient.
 _LOSS_ARRAYS = 3
@@ -33,7 +33,7 @@ class Work:
         rows: rows of a micro batch on this card.
         length: positions of a row.
         prefix: positions of a P-Tuning prefix before them.
-        sharded: the network is one of `shard_glm`.
+        sharded: the network has sharding strategies.
         base_trained: the network's own weights have gradients.
         lora_targets: endings of the modules of a block that have a low-rank update, such as "mlp.dense_4h_to_h".
         lora_dropout: their inputs have dropout.
@@ -65,7 +65,7 @@ class Work:
 
     @property
     def residual(self) -> int:
-        """The same between two layers, where sequence parallelism splits them."""
+        """The same between two layers, which sequence parallelism splits."""
         split = self.parallel.model_parallel if self.parallel.use_seq_parallel else 1
         return self.hidden // split
 
@@ -101,12 +101,12 @@ class Work:
 
 
 def needs_input(work: Work, module: str) -> bool:
-    """Whether the gradient of a weight needs what goes into a linear layer."""
+    """Whether a gradient needs the input of a linear layer."""
     return work.base_trained or module in work.lora_targets
 
 
 def norm_bytes(work: Work, following: tuple[str, ...]) -> int:
-    """What a norm keeps, with the input of the linear layers that follow it."""
+    """Bytes that a norm keeps, with the input of the linear layers after it."""
     kept = _FLOAT32 * work.residual  # its input, for the square and the product
     if work.base_trained and work.config.rmsnorm:
         kept += _FLOAT32 * work.residual  # the normalised rows, for the gradient of the scale
@@ -116,25 +116,25 @@ def norm_bytes(work: Work, following: tuple[str, ...]) -> int:
 
 
 def attention_bytes(work: Work) -> int:
-    """What attention keeps: queries, keys and values, the weights, and the input of its last layer."""
+    """Bytes that attention keeps: queries, keys, values, weights, and the input of its last layer."""
     item, dropout = work.item, work.config.attention_dropout > 0
     weights = _FLOAT32 * work.scores  # softmax
     if item != _FLOAT32 or dropout:
-        weights += item * work.scores  # cast, or thinned out: multiplied with the values
+        weights += item * work.scores  # cast, or with dropout, for the product with the values
     if dropout:
-        weights += item * work.scores  # which ones stay
+        weights += item * work.scores  # the dropout mask
     kept = item * (work.query + 2 * work.key) + weights
     return kept + (item * work.query if needs_input(work, "self_attention.dense") else 0)
 
 
 def mlp_bytes(work: Work) -> int:
-    """What the MLP keeps: gate, up, sigmoid, silu; and their product where the last layer's weight is trained."""
+    """Bytes that the MLP keeps: gate, up, sigmoid, silu; and their product if the last layer's weight is trained."""
     arrays = 4 + needs_input(work, "mlp.dense_4h_to_h")
     return arrays * work.item * work.ffn
 
 
 def dropout_bytes(work: Work) -> int:
-    """Which elements stay, for dropouts of hidden states and of low-rank updates, with the thinned inputs of these."""
+    """Dropout masks of hidden states and of inputs of low-rank updates, with these inputs after dropout."""
     kept = 2 * work.item * work.residual if work.config.hidden_dropout > 0 else 0
     if work.lora_dropout:
         inputs = {"mlp.dense_4h_to_h": work.ffn, "self_attention.dense": work.query}
@@ -143,13 +143,13 @@ def dropout_bytes(work: Work) -> int:
 
 
 def block_bytes(work: Work) -> int:
-    """What one block keeps between the forward and the backward pass."""
+    """Bytes that one block keeps from the forward to the backward pass."""
     norms = norm_bytes(work, ("self_attention.query_key_value",)) + norm_bytes(work, ("mlp.dense_h_to_4h",))
     return norms + attention_bytes(work) + mlp_bytes(work) + dropout_bytes(work)
 
 
 def backward_bytes(work: Work) -> int:
-    """What one block holds at most in its backward pass, what it had kept included."""
+    """Peak of one block in its backward pass, including what it kept."""
     kept, gradient = block_bytes(work), work.item * work.hidden
     in_mlp = kept + _SWIGLU_BACKWARD * work.item * work.ffn
     in_attention = kept - mlp_bytes(work) + _SOFTMAX_BACKWARD * _FLOAT32 * work.scores
@@ -157,7 +157,7 @@ def backward_bytes(work: Work) -> int:
 
 
 def loss_bytes(work: Work) -> int:
-    """What output layer and loss hold at most; the last norm included."""
+    """Peak of output layer and loss, including the last norm."""
     arrays = _SHARDED_LOSS_ARRAYS if work.sharded else _LOSS_ARRAYS
     half = work.item * work.logits if work.item != _FLOAT32 else 0
     return arrays * _FLOAT32 * work.logits + half + norm_bytes(work, ("output_layer",))
@@ -171,13 +171,13 @@ def bias_bytes(work: Work) -> int:
 def activation_bytes(
     work: Work, layers: int, in_flight: int = 1, recompute: bool = False, has_loss: bool = True
 ) -> int:
-    """The most that one card holds of intermediate results in a training step.
+    """Peak of the intermediate results on one card in a training step.
 
     Args:
         work: of a micro batch.
         layers: blocks of this card's stage.
-        in_flight: micro batches whose results a stage keeps at once.
-        recompute: blocks keep their input alone.
+        in_flight: micro batches whose results a stage keeps at the same time.
+        recompute: blocks keep only their input.
         has_loss: the stage ends with output layer and loss.
     """
     sums = work.hidden if work.keeps_sums and work.parallel.model_parallel > 1 else 0
@@ -190,7 +190,7 @@ def activation_bytes(
 
 
 def prefill_bytes(work: Work) -> int:
-    """The most that one card holds of intermediate results while it reads prompts."""
+    """Peak of the intermediate results on one card while it reads prompts."""
     item = work.item
     in_attention = item * (2 * work.query + 2 * work.key) + (2 * _FLOAT32 + item) * work.scores
     in_mlp = 5 * item * work.ffn

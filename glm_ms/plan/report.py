@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""A plan as text for the user."""
 
 from __future__ import annotations
 

@@ -9,13 +9,13 @@ from glm_ms.plan.run_plan import RunPlan
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import batch_size_key, is_sharded
 
-# What a change costs its user, roughly: whether only time is lost, the batch changes, or the cluster is used otherwise.
+# Rough cost of a change for the user: more time, another batch size, or another use of the cluster.
 _RECOMPUTE = _GATHER_AGAIN = 1
 _SHARD_OPTIMIZER = _SEQUENCE = 2
 _HALVE = _DOUBLE_MODEL = 3
-_LEAVE_DATA_PARALLEL = 3  # evaluation during training ends, and checkpoints are to be merged
+_LEAVE_DATA_PARALLEL = 3  # no evaluation during training, and checkpoints must be merged
 _DOUBLE_STAGES = 5
-# What a run with split weights has to be like.
+# Settings that a run with sharded weights needs.
 _ALL_SHARDED = (
     "parallel.parallel_mode=1",
     "parallel.full_batch=True",
@@ -34,13 +34,13 @@ def nearest_fit(
     """The cheapest change with which the run fits.
 
     Args:
-        settings: that do not fit.
-        num_cards: cards there are.
+        settings: of a run that does not fit.
+        num_cards: of the run.
         memory: bytes of a card for the run.
-        replan: overrides -> plan of the settings with them, None where they are refused.
+        replan: overrides -> plan of the settings with them, None if they are refused.
 
     Returns:
-        (overrides, plan), or None: nothing tried here fits.
+        (overrides, plan); None if no tried change fits.
     """
     for overrides in _candidates(settings, num_cards):
         plan = replan(overrides)
@@ -79,7 +79,7 @@ def _recompute(settings: Settings) -> list[Change]:
 
 
 def _splits(settings: Settings, num_cards: int) -> list[Change]:
-    """Ways to use the cards, with what each costs."""
+    """Other splits of the cards, with their costs."""
     split, sharded = settings.parallel_config, is_sharded(settings)
     again = settings.recompute_config.parallel_optimizer_comm_recompute
     choices: list[Change] = [(0, ())]

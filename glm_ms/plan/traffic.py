@@ -13,12 +13,12 @@ def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int, 
     """Floating point operations of a forward pass: (of the blocks' linear layers, of attention, of the output layer).
 
     Two for each product of a weight with a token, and for each of a query, or of attention weights, with a key or
-    value; masked pairs are computed too. Hoffmann et al. 2022, arXiv:2203.15556, appendix F.
+    value; masked pairs count too. Hoffmann et al. 2022, arXiv:2203.15556, appendix F.
 
     Args:
         config: architecture.
         tokens: positions of all rows, padding included.
-        keys: positions that each of them is compared with.
+        keys: positions that each token attends to, masked ones included.
     """
     linear = config.hidden_size * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size)
     passed = 2 * tokens * config.num_layers
@@ -30,8 +30,8 @@ def step_flops(config: GLMConfig, tokens: int, keys: int, base_trained: bool, re
     """Floating point operations of one update on all cards together.
 
     The backward pass costs as much as the forward pass for the gradients of the inputs, and as much again for those of
-    the weights, which frozen ones do not have; both factors of a product of attention have a gradient. Recomputed
-    blocks run forward twice.
+    the trained weights; both factors of an attention product have a gradient. Recomputed blocks run the forward pass
+    twice.
     """
     linear, attention, head = forward_flops(config, tokens, keys)
     passes = 3 if base_trained else 2

@@ -1,4 +1,4 @@
-"""YAML text -> a tree of entries that remember file and line, for errors that point at the place."""
+"""YAML text -> a tree of entries with file and line, for errors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Entry:
 
     Attributes:
         value: a scalar, a list of entries, or a dict of name -> entry.
-        where: the place, to begin an error with: `configs/x.yaml:12`.
-        key_where: place of the key that holds the value, for errors about the key.
-        text: what was typed on the command line; None for values of a file. A key that holds text takes
-            it literally, so that `#`, `:` and numbers need no quotes there.
+        where: place of the value, for errors: `configs/x.yaml:12`.
+        key_where: place of its key.
+        text: the text on the command line; None for values of a file. Keys whose value is text take it literally:
+            `#`, `:` and numbers need no quotes there.
     """
 
     value: Any
@@ -47,13 +47,13 @@ def read_document(path: str | Path) -> Entry:
         The top level; its value is a dict of name -> Entry.
 
     Raises:
-        SettingsError: missing or unreadable file, broken YAML, a key given twice, a key that is no text,
+        SettingsError: missing or unreadable file, broken YAML, a duplicate key, a key that is not text,
             an alias that contains itself, a tag that is not plain YAML.
     """
     path = Path(path)
     entry = parse(_read_text(path), str(path), lines=True)
     if entry.value is None:
-        raise SettingsError(f"{path}: holds no settings")
+        raise SettingsError(f"{path}: has no settings")
     if not entry.is_section:
         raise SettingsError(f"{entry.where}: expected `key: value` lines at the top level")
     return entry
@@ -64,7 +64,7 @@ def parse(text: str, source: str, lines: bool) -> Entry:
 
     Args:
         text: the document.
-        source: what to call its origin.
+        source: name of its origin, for errors.
         lines: errors name `source:line` instead of `source`.
 
     Raises:
@@ -95,7 +95,7 @@ def _reason(error: yaml.MarkedYAMLError) -> str:
 
 
 class _Builder:
-    """Turns composed YAML nodes into entries. A node behind an alias is built once and shared."""
+    """Converts composed YAML nodes to entries. A node behind an alias is built once and shared."""
 
     def __init__(self, loader: yaml.SafeLoader, source: str, lines: bool) -> None:
         self.loader = loader
@@ -139,7 +139,7 @@ class _Builder:
         return result
 
     def merged(self, node: yaml.Node) -> dict[str, Entry]:
-        """What `<<: *anchor` or `<<: [*a, *b]` brings in; of equal names the first counts."""
+        """Keys of `<<: *anchor` or `<<: [*a, *b]`; of equal names the first counts."""
         sources = self.entry(node)
         result: dict[str, Entry] = {}
         for source in sources.value if isinstance(sources.value, list) else [sources]:

@@ -55,7 +55,7 @@ def read_settings(
     flags: Mapping[str, Any] | None = None,
     check_files: bool = True,
 ) -> tuple[Settings, list[Problem]]:
-    """As `load_settings`, for callers with further checks whose problems are reported together with these.
+    """As `load_settings`, for callers with further checks whose problems are reported together.
 
     Returns:
         Settings, not to be used if there are problems; and the problems.

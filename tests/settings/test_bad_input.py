@@ -154,8 +154,8 @@ def test_mistake_on_the_command_line(text: str, parts: list[str], config: Path) 
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (b"", ["holds no settings"]),
-        (b"# nothing but a comment\n", ["holds no settings"]),
+        (b"", ["has no settings"]),
+        (b"# nothing but a comment\n", ["has no settings"]),
         (b"- a\n- b\n", ["bad.yaml:1", "key: value"]),
         (b"just text\n", ["key: value"]),
         (b"\xff\xfe\x00\x01", ["not UTF-8"]),

@@ -42,8 +42,8 @@ class Translation(NamedTuple):
     """A document in our names.
 
     Attributes:
-        document: the top level, to be converted by the schema.
-        notes: lines for the user: what the names of the file mean here.
+        document: the top level, for the schema to convert.
+        notes: lines for the user about the meaning of names and values.
         problems: of keys that cannot be translated.
     """
 
@@ -65,16 +65,16 @@ def is_legacy(document: Entry) -> bool:
 def translate(document: Entry, source: str, typed: Collection[str]) -> Translation:
     """Puts a configuration of MindFormers into our names.
 
-    A key counts, in this order: from the command line, in whichever spelling; from the file, where of several keys
-    with one meaning MindFormers' own choice is kept.
+    The command line takes precedence over the file, in either spelling. Of several keys of a file with one meaning
+    MindFormers' choice counts.
 
     Args:
-        document: a file that `is_legacy`, with flags and overrides laid over it.
+        document: a file that `is_legacy`, with flags and overrides applied.
         source: path of the file.
         typed: `Entry.where` of everything that comes from the command line.
 
     Raises:
-        SettingsError: the file asks for an export, which there is none of, or describes another network.
+        SettingsError: the file is for an export, which is not supported, or for another network.
     """
     _refuse_export(document)
     _refuse_other_networks(document)
@@ -112,13 +112,13 @@ def _refuse_export(document: Entry) -> None:
         run_mode = dataclasses.replace(document.value["infer"], value="export")
     if run_mode is not None and run_mode.value == "export":
         raise SettingsError(
-            f"{run_mode.where}: run_mode: export: MindIR files are not made here. tools/convert_weight.py turns "
-            "weights into the format that is wanted; --run_mode predict answers prompts with the keys of this file"
+            f"{run_mode.where}: run_mode: export: MindIR files are not supported. tools/convert_weight.py converts "
+            "weights to other formats; --run_mode predict answers prompts with the keys of this file"
         )
 
 
 def _refuse_other_networks(document: Entry) -> None:
-    """One error in place of one for each key of another model."""
+    """Raises one error in place of one for each key of another model."""
     for key, known in (("model.model_config.type", CONFIGS), ("model.arch.type", NETWORKS)):
         entry = _entry(document, key)
         if entry is not None and isinstance(entry.value, str) and entry.value not in (*known, *_OUR_CLASSES):
@@ -220,7 +220,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _best(sources: list[Source], key: str, draft: Draft) -> Source:
-    """The source that counts; one that says the same in our name is preferred, for it needs no line."""
+    """The source that counts; of equal ones that in our name, which needs no line."""
     typed = [source for source in sources if source.typed]
     best = min(typed or sources, key=lambda source: source.rank)
     for other in typed or sources:
@@ -231,7 +231,7 @@ def _best(sources: list[Source], key: str, draft: Draft) -> Source:
             draft.problems.append(Problem("", message, where=other.entry.where))
         else:
             place = best.entry.where.replace(f"{draft.source}:", "line ")
-            draft.remark(other, f" gives way to {best.name}: {shown(best)} ({place})")
+            draft.remark(other, f" is overridden by {best.name}: {shown(best)} ({place})")
     ours = [one for one in typed or sources if one.name == key and same(one.value, best.value)]
     return ours[0] if ours else best
 

@@ -145,7 +145,7 @@ def test_each_group_of_names_has_one_line(load_legacy) -> None:
         "belong to generation here",
         f"{line('top_k')}: model.model_config.top_k: 1 keeps one token, so model.model_config.do_sample: True is "
         "greedy decoding here",
-        f"{line('batch_size', 2)}: train_dataset.batch_size: 1 gives way to runner_config.batch_size: 8 "
+        f"{line('batch_size', 2)}: train_dataset.batch_size: 1 is overridden by runner_config.batch_size: 8 "
         f"({line('batch_size', 4).replace('old.yaml:', 'line ')})",
     ):
         assert notes.count(note) == 1, note
@@ -253,7 +253,7 @@ def test_flags_win_too(load_legacy) -> None:
     settings = load_legacy(legacy_yaml(), flags=flags)
     assert (settings.runner_config.epochs, settings.runner_config.batch_size) == (3, 5)
     assert settings.train_dataset.data_loader.dataset_dir == "a.json"
-    assert not any("train_dataset.batch_size: 1 gives way" in note for note in settings.notes)
+    assert not any("train_dataset.batch_size: 1 is overridden" in note for note in settings.notes)
 
 
 def test_names_of_the_online_zoo_are_no_paths(load_legacy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +307,8 @@ def test_lengths(load_legacy) -> None:
     settings = load_legacy(both)
     assert (settings.generation.max_length, settings.generation.max_new_tokens) == (100, 100)
     assert any(
-        "max_decode_length: 256 gives way to model.model_config.max_length: 100" in n for n in settings.notes
+        "max_decode_length: 256 is overridden by model.model_config.max_length: 100" in n
+        for n in settings.notes
     )
     capped = load_legacy(legacy_yaml(), WEIGHTS, "run_mode=eval", "metric.type=ADGENMetric")
     assert capped.generation.max_length == 193
@@ -372,14 +373,16 @@ def test_tokenizers_of_the_run_mode(load_legacy) -> None:
     assert load_legacy(text).processor.tokenizer.vocab_file == "/path/to/tokenizer.model"
     predict = load_legacy(text, "run_mode=predict", "predict_data=x")
     assert predict.processor.tokenizer.vocab_file == "/other/to/tokenizer.model"
-    assert any("gives way to processor.tokenizer.vocab_file" in note for note in predict.notes)
+    assert any("is overridden by processor.tokenizer.vocab_file" in note for note in predict.notes)
 
 
 def test_a_dataset_task_of_its_own_gives_way(load_legacy) -> None:
     text = legacy_yaml(("dataset_config: *train_dataset", "dataset_config: {max_source_length: 9}"))
     settings = load_legacy(text)
     assert settings.train_dataset.max_source_length == 64
-    assert any("dataset_config.max_source_length: 9 gives way to train_dataset" in n for n in settings.notes)
+    assert any(
+        "dataset_config.max_source_length: 9 is overridden by train_dataset" in n for n in settings.notes
+    )
 
 
 def test_what_is_missing_but_harmless_is_said(load_legacy) -> None:
