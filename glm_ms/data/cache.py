@@ -44,7 +44,7 @@ _EMPTY, _WITHOUT_LABELS = -1, -2
 Say = Callable[[str], None]
 
 
-class NoRows(Exception):  # noqa: N818 - an outcome, which `TrainDataset` reports
+class _NoRows(Exception):  # noqa: N818 - an outcome, which `TrainDataset` reports
     """No record of a file makes a row."""
 
 
@@ -106,8 +106,8 @@ class CachedRows:
 
 def cached_rows(
     path: Path, encoder: Encoder, num_samples: int | None, request: CacheRequest, say: Say
-) -> CachedRows:
-    """The rows of a file from its cache, which is prepared first if it does not exist.
+) -> CachedRows | None:
+    """The rows of a file from its cache, which is prepared first if it does not exist; None if there are none.
 
     If several processes need the same cache, one prepares it and the others wait.
 
@@ -120,7 +120,6 @@ def cached_rows(
 
     Raises:
         DataError: the file or the folder of caches cannot be used.
-        NoRows: no record makes a row.
     """
     file = JsonFile(path)
     num_processes = processes_for(file.num_bytes, request.num_workers)
@@ -143,6 +142,8 @@ def cached_rows(
                 say(f"{folder}: this cache of prepared rows is damaged ({found}); it is made again")
             with staged(folder, folder=True) as partial:
                 _write(partial, file, encoder, num_samples, num_processes, identity, say)
+    except _NoRows:
+        return None
     except OSError as error:
         # Without file locks another process may have been first; its rows are the same.
         if isinstance(found := _found(folder), CachedRows):
@@ -281,7 +282,7 @@ def _write(
     finally:
         files = {name: writer.close() for name, writer in writers.items()}
     if not end:
-        raise NoRows
+        raise _NoRows
     about = {
         "skipped": counts[_EMPTY],
         "without_labels": counts[_WITHOUT_LABELS],

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_ms.data.cache import CachedRows, CacheRequest, NoRows, cached_rows
+from glm_ms.data.cache import CachedRows, CacheRequest, cached_rows
 from glm_ms.data.encoder import Encoder, Messages
 from glm_ms.data.records import no_records
 from glm_ms.data.rows import Row
@@ -76,13 +76,11 @@ class TrainDataset:
         _check_num_samples(num_samples)
         self.path, self.seq_length = Path(path), encoder.seq_length
         self._encoder = encoder
-        self._rows: RowsOnDemand | CachedRows
-        try:
-            if cache is None:
-                raise NoRows
-            self._rows = cached_rows(self.path, encoder, num_samples, cache, say or (lambda line: None))
-        except NoRows:  # RowsOnDemand counts the reasons for the error
-            self._rows = RowsOnDemand(self.path, encoder, num_samples)
+        rows: RowsOnDemand | CachedRows | None = None
+        if cache is not None:
+            rows = cached_rows(self.path, encoder, num_samples, cache, say or (lambda line: None))
+        # Without any row RowsOnDemand counts the reasons for the error.
+        self._rows = RowsOnDemand(self.path, encoder, num_samples) if rows is None else rows
         self.skipped, self.without_labels = self._rows.skipped, self._rows.without_labels
         if not len(self):
             skipped = self.skipped or self.without_labels

@@ -42,7 +42,7 @@ class SentencePieceTokenizer:
         prefix_tokens: ids of `[gMASK] sop`, which open every text.
 
     Raises:
-        VocabularyError: the file is missing or not a SentencePiece model.
+        VocabularyError: the file is missing, unreadable or not a SentencePiece model, or lacks </s>.
     """
 
     special_tokens: ClassVar[tuple[str, ...]]
@@ -392,14 +392,6 @@ def _completed(feature: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _load_vocabulary(vocab_file: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """Reads a `tokenizer.model`.
-
-    Args:
-        vocab_file: a SentencePiece model of any size; it must define <unk> and </s>.
-
-    Raises:
-        VocabularyError: the file is missing, a folder, unreadable, not a SentencePiece model, or lacks </s>.
-    """
     path = Path(vocab_file)
     if path.is_dir():
         raise VocabularyError(f"{path}: is a folder; give the SentencePiece file in it (tokenizer.model)")

@@ -32,11 +32,8 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
 
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_ROLE_TOKENS)
     roles = ROLES
-    stop_tokens = (
-        "<eos>",
-        "<|user|>",
-        "<|observation|>",
-    )  # </s>, or the beginning of a message of another role
+    # </s>, or the beginning of a message of another role.
+    stop_tokens = ("<eos>", "<|user|>", "<|observation|>")
 
     def __init__(self, vocab_file: str | Path, encode_special_tokens: bool = False) -> None:
         super().__init__(vocab_file)
