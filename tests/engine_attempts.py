@@ -17,7 +17,7 @@ SLOW_RUN = """
 import runpy, sys, time
 from glm_ms.engine.callbacks import UpdateCallback
 from glm_ms.engine.checkpoints import parameters_file
-from glm_ms.peft import lora, ptuning
+from glm_ms.peft import adapter
 
 def slow(path, shapes, dtype, arrays, metadata):
     whole = list(path.parent.parent.glob("step_*"))
@@ -25,7 +25,7 @@ def slow(path, shapes, dtype, arrays, metadata):
     write(path, shapes, dtype, (time.sleep(pause) or array for array in arrays), metadata)
 
 write = parameters_file.write_safetensors
-for module in (parameters_file, lora, ptuning):
+for module in (parameters_file, adapter):
     module.write_safetensors = slow
 end = UpdateCallback.on_train_step_end
 UpdateCallback.on_train_step_end = lambda *arguments: time.sleep({step_seconds}) or end(*arguments)

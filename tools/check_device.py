@@ -1,11 +1,11 @@
-"""Checks this device before a run is trusted to it: fused kernels, operators, a training step, a generation.
+"""Checks this device before a real run: fused kernels, operators, a training step, a generation.
 
     python tools/check_device.py
     python tools/check_device.py --device_target Ascend --device_id 3
 
-On an Ascend card each fused kernel is compared with the portable operator at the sizes of the 6B models. On a CPU the
-portable operators are compared with NumPy. On both, a two-layer network is trained and generates as the reference
-implementation does. A table tells what passed.
+On an Ascend card each fused kernel is compared with the portable operator at the sizes of the 6B models. On every
+device the portable operators are compared with NumPy, and training and generation of a two-layer network with the
+reference implementation. A table shows what passed.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(target: str, device_id: int) -> int:
     try:
-        from glm_ms.selfcheck.device import check_device, set_device  # seconds of imports
+        from glm_ms.selfcheck.device import run_checks, set_device  # seconds of imports
 
         set_device(target, device_id)
-        return 0 if check_device(_GOLDEN, print_line) else 1
+        return 0 if run_checks(_GOLDEN, print_line) else 1
     except (RuntimeError, ValueError, ImportError, OSError) as error:
         for line in error_lines(error):
             print(line, file=sys.stderr)
@@ -69,20 +69,20 @@ def _run(target: str, device_id: int) -> int:
 
 
 def print_line(line: str) -> None:
-    """Prints at once: a card takes minutes to compile everything."""
+    """Prints without buffering: a card takes minutes to compile everything."""
     print(line, flush=True)
 
 
 def _device_id(parser: argparse.ArgumentParser, target: str, wanted: int | None, cards: list[str]) -> int:
-    """The number of the card; leaves the program where it is not there."""
+    """The number of the card; ends the program if there is no such card."""
     if target == "CPU":
         if wanted is not None:
             parser.error(f"--device_id {wanted}: a CPU has no number; add --device_target Ascend")
         return 0
     if not cards:
         parser.error(
-            "--device_target Ascend: this machine shows no Ascend card (no /dev/davinci*); into a container the cards "
-            "must be passed"
+            "--device_target Ascend: this machine shows no Ascend card (no /dev/davinci*); a container must be started "
+            "with access to the cards"
         )
     numbers = [int(name[len("davinci") :]) for name in cards]
     if wanted is not None and wanted not in numbers:

@@ -1,10 +1,10 @@
-"""Merges a LoRA adapter into its base, one tensor at a time, or takes it out again.
+"""Merges a LoRA adapter into its base weights, one tensor at a time, or removes a merged adapter.
 
     python tools/merge_lora.py --base chatglm3-6b --adapter output/lora --output chatglm3-6b-merged
     python tools/merge_lora.py --base chatglm3-6b-merged --adapter output/lora --output chatglm3-6b-again --remove
 
-The base may be a Hugging Face folder, a .ckpt, a .safetensors or the output folder of a run; so may the output, which
-appears only when it is whole. The memory needed is that of the largest weight three times over, in float32.
+Base and output may be a Hugging Face folder, a .ckpt, a .safetensors; the base also the output folder of a run. The
+output appears only when it is complete. Needs memory for three copies of the largest weight in float32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)",
     )
     parser.add_argument(
-        "--remove", action="store_true", help="take the adapter out of a base it was merged into"
+        "--remove", action="store_true", help="remove the adapter from a base it was merged into"
     )
     parser.add_argument(
         "--config", metavar="PATH", help="folder with config.json, a .json or .yaml; needed for a single file"
@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         stored = read_adapter(options.adapter)
         if is_adapter_folder(resolve_checkpoint(options.base)):
-            raise AdapterError(f"{options.base}: --base: an adapter; give the weights that it was trained on")
+            raise AdapterError(
+                f"{options.base}: --base: this is an adapter; give the weights that it was trained on"
+            )
         conversion = plan_merge(
             plan_conversion(
                 options.base,
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    done = "taken out of" if options.remove else "merged into"
+    done = "removed from" if options.remove else "merged into"
     print(
         f"{conversion.output}: adapter {done} {len(conversion.deltas)} of {len(conversion.shapes)} tensors "
         f"({conversion.dtype}), {time.monotonic() - start:.1f} s"
@@ -99,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan_merge(conversion: Conversion, stored: StoredAdapter, remove: bool) -> Conversion:
-    """A conversion that also adds the adapter, or takes it out.
+    """A conversion that also adds or removes the adapter.
 
     Raises:
-        AdapterError: the adapter does not belong to the base, is no LoRA, or changes nothing.
+        AdapterError: the adapter does not belong to the base, is not LoRA, or changes nothing.
     """
     deltas = lora_deltas(stored, remove)
     problems = [f"{name}: the base has no such weight" for name in deltas if name not in conversion.shapes]

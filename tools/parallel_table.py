@@ -1,10 +1,10 @@
-"""The table of layouts in the README: what one card stores of the 6B network, as MindSpore's compiler cuts it.
+"""Prints the table of layouts in the documentation: what one card stores of the 6B network in each layout.
 
     python tools/parallel_table.py --rig ../shared/rig/run.sh
 
-Compiles the training step of ChatGLM3-6B at full width with two blocks a stage for the first card of a pretended Ascend
-cluster of 8, once for each layout, and counts each block as often as the first stage has one of the 28: they are cut
-alike. Needs gcc and the rig, a launcher that lets MindSpore's Ascend compiler run without a card.
+For each layout it compiles the training step of ChatGLM3-6B, full width, two blocks a stage, for the first card of a
+simulated Ascend cluster of 8, and multiplies the bytes of a block by the number of blocks of the first stage, which are
+all cut in the same way. Needs gcc and the rig, a launcher that runs MindSpore's Ascend compiler without a card.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--rig",
         required=True,
         metavar="PATH",
-        help="launcher that lets MindSpore's Ascend compiler run without a card; not part of this project",
+        help="launcher that runs the Ascend compiler of MindSpore without a card; not part of this project",
     )
     options = parser.parse_args(arguments)
     print(

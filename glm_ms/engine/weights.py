@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from glm_ms.convert import (
     CheckpointError,
@@ -18,13 +19,12 @@ from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.layers import DTYPES
-from glm_ms.ops.fusion import fuse_kernels
-from glm_ms.peft import AdapterConfig, AdapterError, LoraConfig, PrefixConfig, StoredAdapter, read_adapter
-from glm_ms.peft.lora import linear_modules, target_names
+from glm_ms.ops.registry import fuse_kernels
+from glm_ms.parallel.layers import sharded_glm
+from glm_ms.peft import ADAPTERS, AdapterConfig, AdapterError, StoredAdapter, read_adapter
 from glm_ms.peft.store import is_adapter_folder
 from glm_ms.settings import Settings, resolve_vocab_size
-from glm_ms.settings.schema import AUTO
-from glm_ms.storage.errors import capped
+from glm_ms.settings.schema import AUTO, parallel_of
 from glm_ms.storage.integrity import MANIFEST
 from glm_ms.storage.run_folder import resolve_checkpoint
 
@@ -34,9 +34,6 @@ _FREE = frozenset(
      "eos_token_id", "pad_token_id"}
 )  # fmt: skip
 _EMBEDDING = "transformer.embedding.embedding_table"
-# Field of a stored adapter -> key that must be equal when its training continues.
-_LORA_KEYS = {"rank": "lora_rank", "alpha": "lora_alpha"}
-_PREFIX_KEYS = {name: name for name in ("pre_seq_len", "prefix_projection", "projection_dim")}
 
 
 def build_model(
@@ -86,17 +83,7 @@ def fuse(settings: Settings, model: GLMForCausalLM, say: Callable[[str], None]) 
 def adapter_config(settings: Settings) -> AdapterConfig | None:
     """The adapter of `model.pet_config`; None for training of all weights."""
     pet = settings.model.pet_config
-    if pet.pet_type is None:
-        return None
-    if pet.pet_type == "ptuning2":
-        return PrefixConfig(pet.pre_seq_len, pet.prefix_projection, pet.projection_dim, pet.dropout_prob)
-    targets = pet.target_modules
-    return LoraConfig(
-        pet.lora_rank,
-        pet.lora_alpha,
-        pet.lora_dropout,
-        targets if isinstance(targets, str) else tuple(targets),
-    )
+    return None if pet.pet_type is None else ADAPTERS[pet.pet_type].config(pet)
 
 
 def _checked_against_settings(
@@ -107,27 +94,12 @@ def _checked_against_settings(
     Raises:
         AdapterError: its kind or its sizes are not those of the settings.
     """
-    then = stored.config
-    if type(then) is not type(wanted):
-        kinds = {LoraConfig: "lora", PrefixConfig: "ptuning2"}
+    then: Any = stored.config
+    if then.kind != wanted.kind:
         raise AdapterError(
-            f"{stored.path}: a {kinds[type(then)]} adapter, but model.pet_config.pet_type is {kinds[type(wanted)]}"
+            f"{stored.path}: a {then.kind} adapter, but model.pet_config.pet_type is {wanted.kind}"
         )
-    keys = _LORA_KEYS if isinstance(wanted, LoraConfig) else _PREFIX_KEYS
-    if isinstance(wanted, PrefixConfig):  # stored tensors give the width of the MLP
-        width = wanted.projection_dim or model.config.hidden_size
-        wanted = dataclasses.replace(wanted, projection_dim=width if wanted.prefix_projection else None)
-    different = [
-        f"model.pet_config.{key}: {getattr(wanted, name)}, in the adapter {getattr(then, name)}"
-        for name, key in keys.items()
-        if getattr(then, name) != getattr(wanted, name)
-    ]
-    if isinstance(wanted, LoraConfig):
-        # The modules and not the patterns: many patterns name the same modules.
-        targets = target_names(wanted.target_modules, linear_modules(model.network))
-        odd = sorted(set(targets) ^ set(stored.modules))
-        if odd:
-            different.append(f"model.pet_config.target_modules: {capped(odd)} in only one of both")
+    different = ADAPTERS[wanted.kind].load().differences(stored, wanted, model.network)
     if different:
         raise AdapterError(f"{stored.path}: does not fit the settings: {'; '.join(different)}")
     return dataclasses.replace(stored, config=dataclasses.replace(then, dropout=wanted.dropout))
@@ -185,7 +157,7 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str
         resolve_vocab_size(settings, vocab_size)
         config = settings.glm_config()
         say("weights: random")
-    model = GLMForCausalLM(config)
+    model = GLMForCausalLM(config, sharded_glm(config, parallel_of(settings)))
     adapter = adapter_config(settings)
     if adapter is not None:
         model.add_adapter(adapter, settings.seed)

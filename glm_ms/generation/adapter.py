@@ -12,8 +12,7 @@ from mindspore import Tensor
 from glm_ms.generation.cached_decoder import graph_mode
 from glm_ms.generation.cells import Logits
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.peft import Adapter, AdapterError, StoredAdapter, attach_stored, read_adapter
-from glm_ms.peft.adapter import detach
+from glm_ms.peft import Adapter, AdapterError, StoredAdapter, attach, read_adapter
 
 _PROBE_LENGTH = 16
 
@@ -50,7 +49,7 @@ def load_adapter(network: GLMNetwork, source: str | Path | StoredAdapter) -> tup
     """Attaches a stored adapter to a network; see `GLMForCausalLM.load_adapter`."""
     stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
     before = _probe(network)
-    adapter = attach_stored(network, stored)
+    adapter = attach(network, stored.config, stored=stored)
     try:
         adapter.assign(stored.tensors, stored.path)
         change = float(np.abs(_probe(network) - before).max())
@@ -64,7 +63,7 @@ def load_adapter(network: GLMNetwork, source: str | Path | StoredAdapter) -> tup
                 "Was it saved before training, or for another model?"
             )
     except AdapterError:
-        detach(network)
+        adapter.detach()
         raise
     count = sum(tensor.size for tensor in stored.tensors.values())
     report = AdapterReport(stored.path, adapter.kind, len(stored.tensors), count, stored.norm, change)

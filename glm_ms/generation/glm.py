@@ -23,7 +23,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
-from glm_ms.peft import Adapter, AdapterConfig, StoredAdapter, attach_new, attach_stored
+from glm_ms.peft import Adapter, AdapterConfig, StoredAdapter, attach
 
 _IDS = Tensor(shape=[None, None], dtype=ms.int32)
 _VECTOR = Tensor(shape=[None], dtype=ms.int32)
@@ -39,6 +39,7 @@ class GLMForCausalLM:
 
     Args:
         config: architecture. Weights are random; `glm_ms.load_pretrained` builds one with weights.
+        network: built for this config, for example of other linear layers; None: the plain network.
 
     Attributes:
         config: the architecture.
@@ -46,8 +47,8 @@ class GLMForCausalLM:
         adapter: LoRA or P-Tuning on the network, which then is frozen; None without one.
     """
 
-    def __init__(self, config: GLMConfig) -> None:
-        self._build(config, family_of(config).build_network(config))
+    def __init__(self, config: GLMConfig, network: GLMNetwork | None = None) -> None:
+        self._build(config, family_of(config).build_network(config) if network is None else network)
 
     @classmethod
     def from_parameters(
@@ -101,7 +102,7 @@ class GLMForCausalLM:
         Raises:
             AdapterError: a target that matches no module, or there is an adapter already.
         """
-        self.adapter = attach_new(self.network, config, seed)
+        self.adapter = attach(self.network, config, seed)
         self._build_cells()
         return self.adapter
 
@@ -111,7 +112,7 @@ class GLMForCausalLM:
         Raises:
             AdapterError: it was made for another base, or there is an adapter already.
         """
-        adapter = attach_stored(self.network, stored)
+        adapter = attach(self.network, stored.config, stored=stored)
         adapter.assign(stored.tensors, stored.path)
         self.adapter = adapter
         self._build_cells()

@@ -16,8 +16,8 @@ from glm_ms.storage.suggest import did_you_mean
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 
-# Keys of a Hugging Face config.json that say nothing about the mathematics of this package: file
-# bookkeeping, and switches of the reference code that choose between equal ways of computing.
+# Keys of a Hugging Face config.json without effect here: bookkeeping of files, and switches of the reference code
+# between equal ways of computing.
 # `apply_query_key_layer_scaling` divides by the layer number and multiplies back; `attention_softmax_in_fp32`
 # and `fp32_residual_connection` differ only below float32.
 _HF_KEYS_WITHOUT_EFFECT = frozenset(
@@ -62,7 +62,7 @@ class GLMConfig:
         ffn_hidden_size: width of each SwiGLU half.
         kv_channels: width of one attention head.
         num_attention_heads: query heads.
-        seq_length: longest sequence (tokens) the rotary table is meant for.
+        seq_length: longest sequence, in tokens.
         multi_query_attention: queries share key/value groups; qkv rows are [q | k | v]. When false
             every head has its own key and value and qkv rows are interleaved head by head.
         multi_query_group_num: key/value groups when `multi_query_attention`.
@@ -148,7 +148,7 @@ class GLMConfig:
 
     @property
     def joint_parts(self) -> dict[str, dict[str, int]]:
-        """Joint linear layer of a block -> the rows that each of its parts has, for networks that keep them apart."""
+        """Joint linear layer of a block -> part -> rows."""
         kv_size = self.num_kv_heads * self.kv_channels
         rows = {"query": self.query_size, "key": kv_size, "value": kv_size}
         rows.update({"gate": self.ffn_hidden_size, "up": self.ffn_hidden_size})
@@ -183,7 +183,7 @@ class GLMConfig:
 
         Args:
             values: field name -> value. A `type` key, if present, must be "GLMConfig".
-            source: what to call the origin in errors.
+            source: name of the origin, for errors.
 
         Raises:
             ConfigError: an unknown key or an unusable value.
@@ -192,7 +192,10 @@ class GLMConfig:
         kind = values.pop("type", cls.__name__)
         if kind != cls.__name__:
             raise ConfigError(f"{source}: type = {kind!r}: expected {cls.__name__}")
-        _reject_unknown(values, source)
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
         try:
             return cls(**values)
         except ConfigError as error:
@@ -203,8 +206,7 @@ class GLMConfig:
         """Reads a Hugging Face folder or `config.json`, or a YAML of this project.
 
         Args:
-            path: folder that holds `config.json`; a `.json` file; or a `.yaml`, whose
-                `model.model_config` section is read.
+            path: folder with `config.json`; a `.json` file; or a `.yaml`, whose `model.model_config` section is read.
 
         Raises:
             ConfigError: the file is missing, broken, of another model type, or has unknown keys.
@@ -228,12 +230,12 @@ class GLMConfig:
             raise ConfigError(f"{path}: tie_word_embeddings = true: ChatGLM has a separate output layer")
         if values.get("quantization_bit"):
             raise ConfigError(
-                f"{path}: quantization_bit = {values['quantization_bit']}: quantized weights cannot be read; "
+                f"{path}: quantization_bit = {values['quantization_bit']}: quantized weights are not supported; "
                 "use the unquantized release"
             )
         if values.pop("pre_seq_len", None):
             raise ConfigError(
-                f"{path}: pre_seq_len is set, so this is a P-Tuning prefix and no model; give it as adapter "
+                f"{path}: pre_seq_len is set, so this is a P-Tuning prefix and not a model; give it as adapter "
                 "(--load_adapter), and the model it was trained on as weights"
             )
         dtype = values.get("torch_dtype", values.get("dtype"))
@@ -250,18 +252,11 @@ _POSITIVE_SIZES = (
 
 
 def _check_type(field: dataclasses.Field, value: Any) -> None:
-    """Holds a value to its annotation; an int may stand for a float, a bool never for a number."""
+    """Compares a value with its annotation; an int is a float, a bool is not a number."""
     allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[str(field.type)]
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         message = f"{field.name} = {value!r}: expected {field.type}, found {type(value).__name__}"
         raise ConfigError(message, field.name)
-
-
-def _reject_unknown(values: dict[str, Any], source: str) -> None:
-    known = [field.name for field in dataclasses.fields(GLMConfig)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
 
 
 def _yaml_model_section(path: Path) -> dict[str, Any]:
@@ -278,7 +273,7 @@ def _yaml_model_section(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: model.model_config must be a mapping")
     if section.get("padded_vocab_size") == "auto":
         raise ConfigError(
-            f"{path}: model.model_config.padded_vocab_size: auto: fitted to the tokenizer of a run, so this file alone "
-            "does not tell it; give the config.json that lies beside the weights, or a number"
+            f"{path}: model.model_config.padded_vocab_size: auto: known only with the tokenizer "
+            "of a run; give the config.json beside the weights, or a number"
         )
     return {key: exponent_number(value) for key, value in section.items()}

@@ -6,30 +6,41 @@ Attribute names are chosen so that parameter names equal those of the released c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
 from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.model.config import GLMConfig
-from glm_ms.model.layers import DTYPES, Embedding, Linear, build_norm
+from glm_ms.model.layers import DTYPES, Embedding, build_norm
+from glm_ms.model.linear import build_linear
 from glm_ms.model.mask import AttentionBias
 from glm_ms.ops.activation import SwiGLU
 from glm_ms.ops.attention import GroupedAttention
 from glm_ms.ops.dropout import SeededDropout
 from glm_ms.ops.rotary import ApplyRotary, rotary_tables
 
-# Dropouts of a block, each with a stream of its own: block index * DROPOUTS_PER_BLOCK + one of these.
+# Each dropout has its own random stream: block index * DROPOUTS_PER_BLOCK + one of these.
 DROPOUTS_PER_BLOCK = 3
 _ATTENTION_WEIGHTS, _AFTER_ATTENTION, _AFTER_MLP = range(DROPOUTS_PER_BLOCK)
+# Of dropout, int32 [B]; None: no dropout.
+Seeds = Optional[Tensor]
+# Keys and values [B, P, G, D] before those of the tokens; None: P is 0.
+Prefix = Optional[tuple[Tensor, Tensor]]
+
+
+def grouped_attention(config: GLMConfig, index: int, groups: int) -> GroupedAttention:
+    """Attention of block `index` over `groups` key/value heads."""
+    stream = index * DROPOUTS_PER_BLOCK + _ATTENTION_WEIGHTS
+    heads, dim = config.num_attention_heads, config.kv_channels
+    return GroupedAttention(heads, groups, dim, config.attention_dropout, stream)
 
 
 class SelfAttention(nn.Cell):
-    """Joint qkv projection, rotary embedding, grouped attention, output projection.
+    """Joint qkv projection, rotary embedding, grouped attention, output projection of block `index`."""
 
-    Args:
-        config: architecture.
-        index: of the block.
-    """
-
-    def __init__(self, config: GLMConfig, index: int) -> None:
+    def __init__(self, config: GLMConfig, index: int, linear: str = "plain") -> None:
         super().__init__()
         self.heads, self.groups, self.dim = (
             config.num_attention_heads,
@@ -37,22 +48,21 @@ class SelfAttention(nn.Cell):
             config.kv_channels,
         )
         self.interleaved = not config.multi_query_attention
-        self.query_key_value = Linear(
-            config, config.hidden_size, config.qkv_size, config.add_bias_linear or config.add_qkv_bias
+        self.query_key_value = build_linear(
+            linear, config, config.hidden_size, config.qkv_size, config.add_bias_linear or config.add_qkv_bias,
+            config.joint_parts["self_attention.query_key_value"],
+        )  # fmt: skip
+        self.dense = build_linear(
+            linear, config, config.query_size, config.hidden_size, config.add_bias_linear
         )
-        self.dense = Linear(config, config.query_size, config.hidden_size, config.add_bias_linear)
         self.rotary = ApplyRotary(config.kv_channels, DTYPES[config.compute_dtype])
-        stream = index * DROPOUTS_PER_BLOCK + _ATTENTION_WEIGHTS
-        self.attention = GroupedAttention(self.heads, self.groups, self.dim, config.attention_dropout, stream)
+        self.attention = grouped_attention(config, index, self.groups)
         self.prepend = ops.Concat(axis=1)
-        self.reshape = ops.Reshape()
-        self.transpose = ops.Transpose()
+        self.reshape, self.transpose = ops.Reshape(), ops.Transpose()
         self.write = ops.ScatterUpdate()
 
-    def project(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seeds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, H] -> query [B, S, N, D], key and value [B, S, G, D]; query and key turned."""
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, seeds: Seeds = None) -> tuple[Tensor, ...]:
+        """x [B, S, H] -> query [B, S, N, D], key and value [B, S, G, D]; query and key rotated."""
         heads, groups = self.heads, self.groups
         batch, length = ops.shape(x)[0], ops.shape(x)[1]
         qkv = self.query_key_value(x, seeds)
@@ -63,16 +73,9 @@ class SelfAttention(nn.Cell):
         return turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + groups :]
 
     def construct(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor,
-        seeds: Tensor | None = None,
-        prefix: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None
     ) -> Tensor:
-        """x [B, S, H], cos/sin [B, S, 1, D], bias [B, 1, S, P + S], seeds int32 [B] or None, prefix: keys and values
-        [B, P, G, D] that stand before all others, or None for P = 0 -> [B, S, H]."""
+        """x [B, S, H], cos and sin [B, S, 1, D], bias [B, 1, S, P + S] -> [B, S, H]."""
         query, key, value = self.project(x, cos, sin, seeds)
         if prefix is not None:
             key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
@@ -109,54 +112,57 @@ class SelfAttention(nn.Cell):
 class MLP(nn.Cell):
     """dense_4h_to_h(SwiGLU(dense_h_to_4h(x)))."""
 
-    def __init__(self, config: GLMConfig) -> None:
+    def __init__(self, config: GLMConfig, linear: str = "plain") -> None:
         super().__init__()
-        self.dense_h_to_4h = Linear(
-            config, config.hidden_size, 2 * config.ffn_hidden_size, config.add_bias_linear
+        hidden, ffn, has_bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
+        self.dense_h_to_4h = build_linear(
+            linear, config, hidden, 2 * ffn, has_bias, config.joint_parts["mlp.dense_h_to_4h"]
         )
         self.activation = SwiGLU()
-        self.dense_4h_to_h = Linear(
-            config, config.ffn_hidden_size, config.hidden_size, config.add_bias_linear
-        )
+        self.dense_4h_to_h = build_linear(linear, config, ffn, hidden, has_bias)
 
-    def construct(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """x [B, S, H], seeds int32 [B] or None -> [B, S, H]."""
+    def construct(self, x: Tensor, seeds: Seeds = None) -> Tensor:
+        """x [B, S, H] -> [B, S, H]."""
         return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x, seeds)), seeds)
 
 
-class GLMBlock(nn.Cell):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)).
+@dataclass(frozen=True)
+class Cells:
+    """The classes that a network is built of, chosen once by its builder.
 
-    Args:
-        config: architecture.
-        index: of the block.
+    Attributes:
+        linear: kind of all linear layers, a key of `LINEARS`.
+        embedding, attention, mlp, dropout: called with (config), (config, block, kind), (config, kind), (p, stream).
     """
 
-    def __init__(self, config: GLMConfig, index: int) -> None:
+    linear: str = "plain"
+    embedding: Callable[[GLMConfig], nn.Cell] = Embedding
+    attention: Callable[[GLMConfig, int, str], nn.Cell] = SelfAttention
+    mlp: Callable[[GLMConfig, str], nn.Cell] = MLP
+    dropout: Callable[[float, int], nn.Cell] = SeededDropout
+
+
+class GLMBlock(nn.Cell):
+    """Pre-norm block number `index`: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GLMConfig, index: int, cells: Cells) -> None:
         super().__init__()
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
         self.input_layernorm = build_norm(config)
-        self.self_attention = SelfAttention(config, index)
+        self.self_attention = cells.attention(config, index, cells.linear)
         self.post_attention_layernorm = build_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = cells.mlp(config, cells.linear)
         self.dropouts = config.hidden_dropout > 0
         if self.dropouts:
             stream = index * DROPOUTS_PER_BLOCK
-            self.drop_attention = SeededDropout(config.hidden_dropout, stream + _AFTER_ATTENTION)
-            self.drop_mlp = SeededDropout(config.hidden_dropout, stream + _AFTER_MLP)
-        self.add_attention = ops.Add()
-        self.add_mlp = ops.Add()
+            self.drop_attention = cells.dropout(config.hidden_dropout, stream + _AFTER_ATTENTION)
+            self.drop_mlp = cells.dropout(config.hidden_dropout, stream + _AFTER_MLP)
+        self.add_attention, self.add_mlp = ops.Add(), ops.Add()
 
     def construct(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor,
-        seeds: Tensor | None = None,
-        prefix: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None
     ) -> Tensor:
-        """x [B, S, H] -> [B, S, H]; the other arguments as in `SelfAttention.construct`."""
+        """As `SelfAttention.construct`."""
         normed = self.input_layernorm(x)
         return self.finish(x, normed, self.self_attention(normed, cos, sin, bias, seeds, prefix), seeds)
 
@@ -173,7 +179,7 @@ class GLMBlock(nn.Cell):
         normed = self.input_layernorm(x)
         return self.finish(x, normed, self.self_attention.cached(normed, cos, sin, bias, rows, cache))
 
-    def finish(self, x: Tensor, normed: Tensor, attended: Tensor, seeds: Tensor | None = None) -> Tensor:
+    def finish(self, x: Tensor, normed: Tensor, attended: Tensor, seeds: Seeds = None) -> Tensor:
         """Residual, norm, MLP, residual; with dropout if the config asks for it and there are seeds."""
         drop = self.dropouts and seeds is not None
         if drop:
@@ -187,11 +193,11 @@ class GLMBlock(nn.Cell):
 
 
 class GLMEncoder(nn.Cell):
-    """The stack of blocks and the final norm. A container for names; `GLMTransformer` runs it."""
+    """The blocks and the final norm: a level of parameter names, run by `GLMTransformer`."""
 
-    def __init__(self, config: GLMConfig) -> None:
+    def __init__(self, config: GLMConfig, cells: Cells) -> None:
         super().__init__()
-        self.layers = nn.CellList([GLMBlock(config, index) for index in range(config.num_layers)])
+        self.layers = nn.CellList([GLMBlock(config, index, cells) for index in range(config.num_layers)])
         self.final_layernorm = build_norm(config) if config.post_layer_norm else None
 
     def finish(self, x: Tensor) -> Tensor:
@@ -203,24 +209,24 @@ class GLMTransformer(nn.Cell):
     """Token ids to logits.
 
     Attributes:
-        prefix_encoder: a cell that gives for (batch size, seeds) the keys and values [B, P, G, D] of every layer that
-            stand before those of the tokens, and has their number P as `length`; None without one, see
-            `glm_ms.peft`.
+        prefix_encoder: a cell that gives for (batch size, seeds) the keys and values [B, P, G, D] of every layer before
+            those of the tokens, and has P as `length`; None without one, see `glm_ms.peft`.
     """
 
-    def __init__(self, config: GLMConfig) -> None:
+    def __init__(self, config: GLMConfig, cells: Cells) -> None:
         super().__init__()
-        self.embedding = Embedding(config)
-        self.encoder = GLMEncoder(config)
-        self.output_layer = Linear(config, config.hidden_size, config.padded_vocab_size, has_bias=False)
-        self.prefix_encoder: nn.Cell | None = None
+        self.embedding = cells.embedding(config)
+        self.encoder = GLMEncoder(config, cells)
+        self.output_layer = build_linear(
+            cells.linear, config, config.hidden_size, config.padded_vocab_size, has_bias=False
+        )
+        self.prefix_encoder: Any = None
         self.attention_bias = AttentionBias()
         self.join_slots, self.join_masks = ops.Concat(axis=0), ops.Concat(axis=1)
         dtype = DTYPES[config.compute_dtype]
         cos, sin = rotary_tables(config.seq_length, config.kv_channels, config.rope_ratio)
         self.cos_table, self.sin_table = Tensor(cos, dtype), Tensor(sin, dtype)
-        self.gather = ops.Gather()
-        self.expand = ops.ExpandDims()
+        self.gather, self.expand = ops.Gather(), ops.ExpandDims()
 
     def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids int32 [B, S] -> cos, sin [B, S, 1, D]."""
@@ -229,10 +235,10 @@ class GLMTransformer(nn.Cell):
         return self.expand(cos, 2), self.expand(sin, 2)
 
     def prefixed_bias(self, attention_mask: Tensor, slots: Tensor) -> Tensor:
-        """The attention bias [B, 1, S, P + S] where P keys stand before the tokens.
+        """The attention bias [B, 1, S, P + S] with P keys before the tokens.
 
-        Every query sees those keys; a query that is padding sees nothing else, as in the reference, which grants
-        it the whole row only where there is no past.
+        Every query sees those keys. A query that is padding sees nothing else: the reference shows it the whole row
+        only without a past.
         """
         length = self.prefix_encoder.length
         ones = ops.fill(attention_mask.dtype, (ops.shape(attention_mask)[0], length), 1)
@@ -247,9 +253,9 @@ class GLMTransformer(nn.Cell):
         attention_mask: Tensor,
         position_ids: Tensor,
         slots: Tensor,
-        seeds: Tensor | None = None,
+        seeds: Seeds = None,
     ) -> Tensor:
-        """The hidden states that the output layer sees.
+        """The input of the output layer.
 
         Args:
             input_ids: int32 [B, S].
@@ -277,17 +283,24 @@ class GLMTransformer(nn.Cell):
 
 
 class GLMNetwork(nn.Cell):
-    """The complete network: `construct` gives logits.
+    """The complete network; `cells` are the classes it is built of."""
 
-    Args:
-        config: architecture.
-    """
-
-    def __init__(self, config: GLMConfig) -> None:
+    def __init__(self, config: GLMConfig, cells: Cells | None = None) -> None:
         super().__init__()
         self.config = config
-        self.transformer = GLMTransformer(config)
+        self.transformer = GLMTransformer(config, cells or Cells())
         self.cast = ops.Cast()
+
+    def linears(self) -> dict[str, nn.Cell]:
+        """Name -> every linear layer, in the order of the network."""
+        found = {}
+        for index, layer in enumerate(self.transformer.encoder.layers):
+            attention, mlp, block = layer.self_attention, layer.mlp, f"transformer.encoder.layers.{index}"
+            found[f"{block}.self_attention.query_key_value"] = attention.query_key_value
+            found[f"{block}.self_attention.dense"] = attention.dense
+            found[f"{block}.mlp.dense_h_to_4h"] = mlp.dense_h_to_4h
+            found[f"{block}.mlp.dense_4h_to_h"] = mlp.dense_4h_to_h
+        return {**found, "transformer.output_layer": self.transformer.output_layer}
 
     def construct(
         self,
@@ -295,7 +308,7 @@ class GLMNetwork(nn.Cell):
         attention_mask: Tensor,
         position_ids: Tensor,
         slots: Tensor,
-        seeds: Tensor | None = None,
+        seeds: Seeds = None,
     ) -> Tensor:
         """As `GLMTransformer.construct`; returns logits float32 [B, S, V]."""
         hidden = self.transformer(input_ids, attention_mask, position_ids, slots, seeds)

@@ -11,20 +11,16 @@ IGNORED_LABEL = -100
 class NextTokenLoss(nn.Cell):
     """Sum of -log p(token t+1 | tokens <= t) over the labelled tokens, and their number.
 
-    Sum and count are returned apart so that batches of unequal token counts can be averaged exactly. The labels
-    are shifted rather than the logits: shifting logits would copy [B, S, V].
+    Sum and count are separate, so that batches of unequal token counts can be averaged exactly. The labels are
+    shifted rather than the logits: shifting logits would copy [B, S, V].
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.concat = ops.Concat(axis=1)
-        self.not_equal = ops.NotEqual()
-        self.log_softmax = ops.LogSoftmax(axis=-1)
-        self.gather = ops.GatherD()
-        self.multiply = ops.Mul()
-        self.sum = ops.ReduceSum()
-        self.cast = ops.Cast()
-        self.reshape = ops.Reshape()
+        self.concat, self.not_equal = ops.Concat(axis=1), ops.NotEqual()
+        self.log_softmax, self.gather = ops.LogSoftmax(axis=-1), ops.GatherD()
+        self.multiply, self.sum = ops.Mul(), ops.ReduceSum()
+        self.cast, self.reshape = ops.Cast(), ops.Reshape()
 
     def per_token(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """logits float32 [B, S, V], labels int32 [B, S] -> loss float32 [B, S] and weight float32 [B, S].
@@ -47,7 +43,7 @@ class NextTokenLoss(nn.Cell):
 
 
 class GLMWithLoss(nn.Cell):
-    """Network and loss as one cell, the thing that training differentiates.
+    """Network and loss as one cell, which training differentiates.
 
     Args:
         network: a `GLMNetwork`.

@@ -11,19 +11,15 @@ from glm_ms.ops.attention import HIDDEN_SCORE
 class AttentionBias(nn.Cell):
     """0 where a query may look at a key, HIDDEN_SCORE elsewhere.
 
-    A key is hidden if it lies after the query or is padding. Queries that are padding themselves see every key,
-    future and padding too: the reference's way to keep their rows free of NaN.
+    A key is hidden if it comes after the query or is padding. Queries that are padding see every key, future and
+    padding too: the reference does this to keep their rows free of NaN.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.later = ops.Greater()
-        self.is_padding = ops.Equal()
-        self.is_real = ops.NotEqual()
-        self.either = ops.LogicalOr()
-        self.both = ops.LogicalAnd()
-        self.cast = ops.Cast()
-        self.multiply = ops.Mul()
+        self.later, self.is_padding, self.is_real = ops.Greater(), ops.Equal(), ops.NotEqual()
+        self.either, self.both = ops.LogicalOr(), ops.LogicalAnd()
+        self.cast, self.multiply = ops.Cast(), ops.Mul()
         self.expand_slots, self.expand_mask, self.expand_heads = (ops.ExpandDims() for _ in range(3))
 
     def construct(

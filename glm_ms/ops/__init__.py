@@ -1,2 +1,2 @@
-"""Portable operators. Each is a cell built from MindSpore primitives held as attributes, so that a parallel
-strategy can be attached to a primitive from outside. `fusion` puts Ascend's fused kernels in their place."""
+"""Portable operators and the fused kernels of devices. A portable operator is a cell whose MindSpore primitives are
+attributes, so that a parallel strategy can be attached to each from outside."""

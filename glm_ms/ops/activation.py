@@ -11,9 +11,7 @@ class SwiGLU(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.split = ops.Split(axis=-1, output_num=2)
-        self.sigmoid = ops.Sigmoid()
-        self.gate = ops.Mul()
-        self.mul = ops.Mul()
+        self.sigmoid, self.gate, self.mul = ops.Sigmoid(), ops.Mul(), ops.Mul()
 
     def construct(self, x: Tensor) -> Tensor:
         """x [..., 2F] -> [..., F]."""

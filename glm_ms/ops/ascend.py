@@ -1,9 +1,8 @@
-"""Ascend kernels: the only file that names them. Nothing here has a kernel on a CPU.
+"""Ascend kernels: the only file that names them. None of them runs on a CPU.
 
-A fused cell takes the same arguments as the portable one it stands for and gives the same result but for rounding;
-`glm_ms.ops.fusion` puts it in its place, `tools/check_device.py` compares the two on a card. Limits of shapes and types
-are those of CANN's operator reference (aclnnRmsNorm, aclnnRotaryPositionEmbedding, aclnnFlashAttentionScore,
-aclnnWeightQuantBatchMatmulV2).
+`glm_ms.ops.registry` puts a fused cell in the place of the portable one, `tools/check_device.py` compares the two on a
+card. Limits of shapes and types are those of CANN's operator reference (aclnnRmsNorm, aclnnRotaryPositionEmbedding,
+aclnnFlashAttentionScore).
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import os
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore._c_expression import MSContext
-from mindspore.ops.auto_generate import (
-    FlashAttentionScore,
-    RmsNorm,
-    RotaryPositionEmbedding,
-    WeightQuantBatchMatmul,
-)
+from mindspore.ops.auto_generate import FlashAttentionScore, RmsNorm, RotaryPositionEmbedding
 from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloatStatusV2
+
+from glm_ms.ops.attention import GroupedAttention
+from glm_ms.ops.norm import RMSNormalize
+from glm_ms.ops.rotary import ApplyRotary
 
 # Words of the float status register.
 _WORDS = 8
-# What the runtime calls the first generation of training cards (Atlas 800, 910A).
+# Name of the first generation of training cards (Atlas 800, 910A) in the runtime.
 _FIRST_GENERATION = "ascend910"
 # Mode of RotaryPositionEmbedding that turns channels (2i, 2i + 1); 0 would pair i with i + D/2.
 _INTERLEAVED = 1
@@ -38,9 +36,9 @@ def soc_version() -> str:
 
 
 def saturates() -> bool:
-    """Whether overflows give the largest number and set a register, in place of infinities.
+    """Whether an overflow gives the largest number and sets a register, in place of infinity.
 
-    So it is on the 910A, and on later cards where MS_ASCEND_CHECK_OVERFLOW_MODE=SATURATION_MODE is set.
+    True on the 910A, and on later cards with MS_ASCEND_CHECK_OVERFLOW_MODE=SATURATION_MODE.
     """
     if ms.get_context("device_target") != "Ascend":
         return False
@@ -50,26 +48,18 @@ def saturates() -> bool:
 
 
 def why_not_fused() -> str | None:
-    """Why this device has no fused kernels; None where it has them."""
-    target = ms.get_context("device_target")
-    if target != "Ascend":
-        return f"the device is {target}, the fused kernels are Ascend's"
+    """Why this card has no fused kernels; None if it has them."""
     if soc_version() == _FIRST_GENERATION:
         return "this card (910A) lacks them, cards from 800T A2 on have them"
     return None
 
 
 class FloatStatus(nn.Cell):
-    """Reads the float status register and clears it.
-
-    The operators have no data in common with what they watch; `depend` puts them in order.
-    """
+    """Reads the float status register and clears it. `depend` orders these operators, which share no data."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.read = NPUGetFloatStatusV2()
-        self.clear = NPUClearFloatStatusV2()
-        self.any = ops.ReduceMax()
+        self.read, self.clear, self.any = NPUGetFloatStatusV2(), NPUClearFloatStatusV2(), ops.ReduceMax()
         self.base = Tensor([0] * _WORDS, ms.int32)
 
     def construct(self, computed: tuple[Tensor, ...]) -> Tensor:
@@ -83,8 +73,8 @@ class FloatStatus(nn.Cell):
 class FusedRMSNormalize(nn.Cell):
     """`glm_ms.ops.norm.RMSNormalize` in one kernel, which computes in float32 inside.
 
-    A weight of another type than x takes both through float32: rounding it to the type of x would cost digits, and
-    not every card mixes types.
+    If the weight has another type than x, both are cast to float32: rounding the weight to the type of x would lose
+    digits, and not every card mixes types.
 
     Args:
         eps: added to the mean square.
@@ -92,8 +82,12 @@ class FusedRMSNormalize(nn.Cell):
 
     def __init__(self, eps: float) -> None:
         super().__init__()
-        self.normalize = RmsNorm(eps)
-        self.cast = ops.Cast()
+        self.normalize, self.cast = RmsNorm(eps), ops.Cast()
+
+    @staticmethod
+    def replacing(cell: RMSNormalize, dtype: ms.Type) -> FusedRMSNormalize:
+        """See `glm_ms.ops.registry.Kernel`."""
+        return FusedRMSNormalize(cell.eps)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., H], weight [H] -> [..., H], type of x."""
@@ -106,17 +100,23 @@ class FusedRMSNormalize(nn.Cell):
 class FusedRotary(nn.Cell):
     """`glm_ms.ops.rotary.ApplyRotary` in one kernel.
 
-    The tables have cosine 1 and sine 0 on the half of a head that is not turned, so the kernel runs over whole heads.
-    In the interleaved mode it takes one table for all rows of a batch only; batch and sequence are therefore laid into
-    one axis, which copies nothing.
+    The tables have cosine 1 and sine 0 on the half of a head that is not rotated, so the kernel runs over whole heads.
+    In the interleaved mode it takes one table for all rows of a batch; batch and sequence therefore become one axis,
+    which copies nothing.
     """
 
     MAX_HEAD_DIM = 895
 
     def __init__(self) -> None:
         super().__init__()
-        self.turn = RotaryPositionEmbedding()
-        self.reshape = ops.Reshape()
+        self.turn, self.reshape = RotaryPositionEmbedding(), ops.Reshape()
+
+    @staticmethod
+    def replacing(cell: ApplyRotary, dtype: ms.Type) -> FusedRotary | str:
+        """See `glm_ms.ops.registry.Kernel`."""
+        if cell.head_dim > FusedRotary.MAX_HEAD_DIM:
+            return f"kv_channels {cell.head_dim} is above {FusedRotary.MAX_HEAD_DIM}"
+        return FusedRotary()
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B, S, N, D], cos and sin [B, S, 1, D], all of one type -> [B, S, N, D]."""
@@ -128,11 +128,10 @@ class FusedRotary(nn.Cell):
 
 
 class FlashAttention(nn.Cell):
-    """`glm_ms.ops.attention.GroupedAttention` without dropout, in one kernel that never holds all scores.
+    """`glm_ms.ops.attention.GroupedAttention` without dropout, in one kernel that does not store all scores.
 
-    The kernel hides by a mask and not by an additive bias, so the bias may only say "seen" (0) or "hidden" (below
-    0), as that of `glm_ms.model.mask` does. A query that sees nothing, which never happens there, has an undefined
-    result.
+    The kernel takes a mask in place of an additive bias, so the bias may only be 0 (seen) or below 0 (hidden), as
+    that of `glm_ms.model.mask` is. A query that sees no key, which does not happen there, has an undefined result.
 
     Args:
         num_heads: query heads N.
@@ -148,11 +147,20 @@ class FlashAttention(nn.Cell):
         self.attention = FlashAttentionScore(
             head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="BNSD"
         )
-        self.hidden = ops.Less()
-        self.split_heads = ops.Transpose()
-        self.merge_heads = ops.Transpose()
-        self.reshape = ops.Reshape()
-        self.cast = ops.Cast()
+        self.hidden, self.reshape, self.cast = ops.Less(), ops.Reshape(), ops.Cast()
+        self.split_heads, self.merge_heads = ops.Transpose(), ops.Transpose()
+
+    @staticmethod
+    def replacing(cell: GroupedAttention, dtype: ms.Type) -> FlashAttention | str:
+        """See `glm_ms.ops.registry.Kernel`."""
+        unit, largest = FlashAttention.HEAD_DIM_UNIT, FlashAttention.MAX_HEAD_DIM
+        if dtype not in FlashAttention.DTYPES:
+            return f"compute_dtype {str(dtype).lower()}; the kernel takes float16 and bfloat16"
+        if cell.dropout is not None:
+            return "attention_dropout is above 0"
+        if cell.head_dim % unit or cell.head_dim > largest:
+            return f"kv_channels {cell.head_dim}; must be a multiple of {unit} up to {largest}"
+        return FlashAttention(cell.num_heads, cell.head_dim)
 
     def construct(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None
@@ -165,30 +173,3 @@ class FlashAttention(nn.Cell):
         # Inputs after value: real_shift, drop_mask, padding_mask, attn_mask, prefix, lengths of packed sequences.
         mixed = self.attention(query, key, value, None, None, None, mask, None, None, None)[3]
         return self.reshape(self.merge_heads(mixed, (0, 2, 1, 3)), (batch, length, self.width))
-
-
-class FusedQuantizedMatMul(nn.Cell):
-    """`glm_ms.ops.quantized.QuantizedMatMul` in one kernel that never holds the weight in floating point.
-
-    The kernel has no gradient of its own. That of x is (dy * scale) weight, the same kernel with scales of 1.
-    """
-
-    DTYPES = (ms.float16, ms.bfloat16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.multiply = WeightQuantBatchMatmul(transpose_weight=True)
-        self.multiply_back = WeightQuantBatchMatmul()
-        self.weigh = ops.Mul()
-        self.zeros = ops.ZerosLike()
-        self.cast = ops.Cast()
-
-    def construct(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """x [M, K] float16 or bfloat16, weight int8 [N, K], scale [N] -> [M, N], type of x."""
-        return self.multiply(x, weight, self.cast(scale, x.dtype))
-
-    def bprop(self, x: Tensor, weight: Tensor, scale: Tensor, out: Tensor, dout: Tensor) -> tuple:
-        """Gradient of x; zeros for weight and scale, which are frozen."""
-        ones = ops.ones((ops.shape(weight)[1],), x.dtype)
-        weighed = self.weigh(dout, self.cast(scale, x.dtype))
-        return self.multiply_back(weighed, weight, ones), self.zeros(weight), self.zeros(scale)

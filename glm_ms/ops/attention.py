@@ -10,15 +10,14 @@ from mindspore import Tensor, nn, ops
 
 from glm_ms.ops.dropout import SeededDropout
 
-# Added to hidden scores. Finite, so that a row that sees nothing gives a uniform distribution and not NaN.
+# Added to hidden scores. Finite, so that a row that sees no key gives a uniform distribution and not NaN.
 HIDDEN_SCORE = float(np.finfo(np.float32).min)
 
 
 class GroupedAttention(nn.Cell):
     """softmax(q k^T / sqrt(D) + bias) v, where every key/value group serves N/G query heads.
 
-    The query heads of a group are laid beside each other along the sequence axis, so that keys and values are
-    used without being repeated.
+    The query heads of a group are joined along the sequence axis, so that keys and values need not be repeated.
 
     Args:
         num_heads: query heads N.
@@ -32,18 +31,12 @@ class GroupedAttention(nn.Cell):
         self, num_heads: int, num_groups: int, head_dim: int, dropout: float = 0.0, stream: int = 0
     ) -> None:
         super().__init__()
-        self.num_groups, self.per_group, self.head_dim = num_groups, num_heads // num_groups, head_dim
-        self.num_heads = num_heads
-        self.scale = 1.0 / math.sqrt(head_dim)
-        self.multiply = ops.Mul()
-        self.scores = ops.BatchMatMul(transpose_b=True)
-        self.add_bias = ops.Add()
-        self.softmax = ops.Softmax(axis=-1)
-        self.mix = ops.BatchMatMul()
-        self.split_heads = ops.Transpose()
-        self.merge_heads = ops.Transpose()
-        self.reshape = ops.Reshape()
-        self.cast = ops.Cast()
+        self.num_heads, self.num_groups, self.per_group = num_heads, num_groups, num_heads // num_groups
+        self.head_dim, self.scale = head_dim, 1.0 / math.sqrt(head_dim)
+        self.multiply, self.add_bias, self.softmax = ops.Mul(), ops.Add(), ops.Softmax(axis=-1)
+        self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
+        self.split_heads, self.merge_heads = ops.Transpose(), ops.Transpose()
+        self.reshape, self.cast = ops.Reshape(), ops.Cast()
         self.dropout = SeededDropout(dropout, stream) if dropout > 0 else None
 
     def construct(

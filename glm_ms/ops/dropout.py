@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed, so that a resumed run repeats it without any saved state."""
+"""Dropout whose mask is a function of a seed: a resumed run repeats it without saved state."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from mindspore import Tensor, nn, ops
 
 # Multipliers of a 32-bit integer hash with little bias (C. Wellons, "Prospecting for hash functions", 2018).
 _FIRST, _SECOND = (np.array([0x7FEB352D, 0x846CA68B], np.uint32).view(np.int32)).tolist()
-# Odd constants near 2^32 divided by the golden ratio, which keep neighbouring places apart before they are mixed.
+# 2^32 divided by the golden ratio, odd: spreads neighbouring places over all integers before they are mixed.
 _STRIDE = int(np.array([0x9E3779B9], np.uint32).view(np.int32)[0])
 
 
 class SeededDropout(nn.Cell):
     """Zeroes elements with probability p and scales the others by 1 / (1 - p).
 
-    Whether an element stays depends on the seed of its row, on `stream` and on its place in the row alone: not on
-    how rows are put into batches, nor on how many devices share them. After the counter-based generators of Salmon
-    et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    Whether an element stays depends only on the seed of its row, on `stream` and on its place in the row, not on the
+    batch or the number of devices. After the counter-based generators of Salmon et al. 2011, "Parallel random numbers:
+    as easy as 1, 2, 3".
 
     Args:
         p: probability of zero, in (0, 1).
-        stream: tells the dropouts of a network apart; each needs its own.
+        stream: number of this dropout in its network, so that no two dropouts have equal masks.
     """
 
     def __init__(self, p: float, stream: int) -> None:
@@ -30,17 +30,10 @@ class SeededDropout(nn.Cell):
         self.scale = 1.0 / (1.0 - p)
         self.threshold = round(p * 2.0**32) - 2**31  # of 32 random bits, read as int32
         self.offset = int(np.array([stream * 0x85EBCA6B % 2**32], np.uint32).view(np.int32)[0])
-        self.xor = ops.BitwiseXor()
-        self.bits = ops.BitwiseAnd()
-        self.shift = ops.RightShift()
-        self.add_stream = ops.Add()
-        self.add_place = ops.Add()
-        self.mul = ops.Mul()
-        self.keep = ops.GreaterEqual()
-        self.apply = ops.Mul()
-        self.rescale = ops.Mul()
-        self.cast = ops.Cast()
-        self.reshape = ops.Reshape()
+        self.xor, self.bits, self.shift = ops.BitwiseXor(), ops.BitwiseAnd(), ops.RightShift()
+        self.add_stream, self.add_place, self.mul = ops.Add(), ops.Add(), ops.Mul()
+        self.keep, self.apply, self.rescale = ops.GreaterEqual(), ops.Mul(), ops.Mul()
+        self.cast, self.reshape = ops.Cast(), ops.Reshape()
 
     def fold(self, h: Tensor, distance: int) -> Tensor:
         """h ^ (h >> distance) with zeros shifted in: int32 shifts copy the sign."""

@@ -1,4 +1,4 @@
-"""Normalisation in float32, whatever type comes in."""
+"""Normalisation, computed in float32 for inputs of any type."""
 
 from __future__ import annotations
 
@@ -18,14 +18,9 @@ class RMSNormalize(nn.Cell):
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.square = ops.Square()
-        self.mean = ops.ReduceMean(keep_dims=True)
-        self.add = ops.Add()
-        self.rsqrt = ops.Rsqrt()
-        self.scale = ops.Mul()
-        self.weigh = ops.Mul()
-        self.cast = ops.Cast()
-        self.cast_weight = ops.Cast()
+        self.square, self.mean, self.add = ops.Square(), ops.ReduceMean(keep_dims=True), ops.Add()
+        self.rsqrt, self.scale, self.weigh = ops.Rsqrt(), ops.Mul(), ops.Mul()
+        self.cast, self.cast_weight = ops.Cast(), ops.Cast()
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., H], weight [H] -> [..., H], type of x."""
@@ -44,8 +39,7 @@ class LayerNormalize(nn.Cell):
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.normalize = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
-        self.cast = ops.Cast()
-        self.cast_weight = ops.Cast()
+        self.cast, self.cast_weight = ops.Cast(), ops.Cast()
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x [..., H], weight [H], bias [H] -> [..., H], type of x."""

@@ -13,8 +13,8 @@ def rotary_tables(
     """Cosine and sine of every position, laid out for a whole head.
 
     Pair i of the rotated half turns by position * theta_i, theta_i = (10000 * rope_ratio)^(-2i / (head_dim/2));
-    the other half has cosine 1 and sine 0. The angle is formed in float32 as in the reference, so that both
-    round alike at far positions.
+    the other half has cosine 1 and sine 0. Angles are computed in float32 as in the reference, so that both round
+    equally at far positions.
 
     Returns:
         (cos, sin), float32 [num_positions, head_dim].
@@ -44,7 +44,7 @@ def pair_rotation(head_dim: int) -> np.ndarray:
 
 
 class ApplyRotary(nn.Cell):
-    """Turns heads to their positions: x cos + (x R) sin.
+    """Rotates heads by their positions: x cos + (x R) sin.
 
     The quarter turn is a product with a constant matrix: exact, and on a CPU 3 to 9 times faster than
     slicing or reversing pairs (4 x 192 x 34 heads x 128: 12 ms against 65 and 107).
@@ -58,10 +58,7 @@ class ApplyRotary(nn.Cell):
         super().__init__()
         self.head_dim = head_dim
         self.rotation = Tensor(pair_rotation(head_dim), dtype)
-        self.turn = ops.MatMul()
-        self.mul_cos = ops.Mul()
-        self.mul_sin = ops.Mul()
-        self.add = ops.Add()
+        self.turn, self.mul_cos, self.mul_sin, self.add = ops.MatMul(), ops.Mul(), ops.Mul(), ops.Add()
         self.reshape = ops.Reshape()
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

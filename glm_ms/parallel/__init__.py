@@ -1,4 +1,5 @@
-"""Parallel strategies, attached to a network from outside, and what they mean for every parameter.
+"""Networks whose weights are split over cards: their cells, the strategies of their operators, the slices of their
+parameters.
 
-`config` and `slices` need no MindSpore.
+`config` and `partition` need no MindSpore.
 """

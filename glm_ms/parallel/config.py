@@ -1,4 +1,4 @@
-"""How the work is split over cards, and whether a network can be split so. No MindSpore."""
+"""How work is split over cards, and which networks a split does not fit. No MindSpore."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ParallelConfig:
         pipeline_stages: stages that the blocks are spread over.
         micro_batch_num: micro batches in flight with more than one stage.
         vocab_emb_dp: the embedding is copied to every card; False: its rows are split by `model_parallel`.
-        use_seq_parallel: norms, residuals and dropout are split over the model-parallel cards too, by rows of the
-            batch's positions. Korthikanti et al. 2022, arXiv:2205.05198.
-        optimizer_shard: weights, gradients and moments are also split over the cards that would hold equal copies.
-            Rajbhandari et al. 2020, arXiv:1910.02054.
+        use_seq_parallel: norms, residuals and dropout are also split over the model-parallel cards, by positions.
+            Korthikanti et al. 2022, arXiv:2205.05198.
+        optimizer_shard: weights, gradients and moments are also split over the cards that otherwise store equal
+            copies. Rajbhandari et al. 2020, arXiv:1910.02054.
     """
 
     data_parallel: int = 1
@@ -34,7 +34,7 @@ class ParallelConfig:
 
     @property
     def cards(self) -> int:
-        """Cards that the whole takes."""
+        """Cards of a run."""
         return self.stage_cards * self.pipeline_stages
 
     @property
@@ -48,8 +48,7 @@ class ParallelConfig:
         return self.stage_cards if self.use_seq_parallel else self.data_parallel
 
     def stage_of(self, layer: int, num_layers: int) -> int:
-        """The pipeline stage of a block: as even as can be, the later stages take the remainder, since the first
-        holds the embedding."""
+        """The pipeline stage of a block. Later stages get the remainder, since the first has the embedding."""
         short, longer = divmod(num_layers, self.pipeline_stages)
         first_long = self.pipeline_stages - longer
         if layer < first_long * short:
@@ -65,7 +64,7 @@ def kv_copies(config: GLMConfig, parallel: ParallelConfig) -> int:
 def parallel_problems(
     config: GLMConfig, parallel: ParallelConfig, rows: int, seq_length: int
 ) -> Iterator[tuple[str, str]]:
-    """Why a network cannot be split so: (field of `ParallelConfig`, reason) for every problem.
+    """Why a split does not fit a network: (field of `ParallelConfig`, reason) for every problem.
 
     Args:
         config: architecture.
@@ -73,33 +72,19 @@ def parallel_problems(
         rows: rows of one micro batch over all data-parallel cards.
         seq_length: positions of a row.
     """
-    yield from _tensors(config, parallel)
-    yield from _batch(parallel, rows, seq_length)
-    yield from _stages(config, parallel)
-
-
-def _tensors(config: GLMConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
     ways = parallel.model_parallel
     if not config.multi_query_attention:
         yield "model_parallel", "multi_query_attention: False has no sharding strategies"
-    sizes = {
-        "num_attention_heads": config.num_attention_heads,
-        "ffn_hidden_size": config.ffn_hidden_size,
-        "padded_vocab_size": config.padded_vocab_size,
-    }
-    for name, size in sizes.items():
+    for name in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+        size = getattr(config, name)
         if size % ways:
             yield "model_parallel", f"{name} = {size} is not divisible by model_parallel = {ways}"
     groups = config.num_kv_heads
     if groups % ways and ways % groups:
         yield (
             "model_parallel",
-            f"{groups} key/value heads and model_parallel = {ways}: neither is divisible by the other, so "
-            "heads cannot be given out evenly",
+            f"{groups} key/value heads and model_parallel = {ways}: one must be divisible by the other",
         )
-
-
-def _batch(parallel: ParallelConfig, rows: int, seq_length: int) -> Iterator[tuple[str, str]]:
     if rows % parallel.data_parallel:
         yield (
             "data_parallel",
@@ -114,16 +99,13 @@ def _batch(parallel: ParallelConfig, rows: int, seq_length: int) -> Iterator[tup
         )
     if parallel.use_seq_parallel and parallel.model_parallel == 1:
         yield "use_seq_parallel", "True needs model_parallel above 1"
-
-
-def _stages(config: GLMConfig, parallel: ParallelConfig) -> Iterator[tuple[str, str]]:
     stages = parallel.pipeline_stages
     if stages > config.num_layers:
         yield "pipeline_stages", f"{stages} stages for num_layers = {config.num_layers} blocks"
     if stages > 1 and parallel.micro_batch_num < stages:
         yield (
             "micro_batch_num",
-            f"{parallel.micro_batch_num} is below pipeline_stage = {stages}, so that a stage would always wait",
+            f"{parallel.micro_batch_num} is below pipeline_stage = {stages}, so that some stage is always idle",
         )
     if stages == 1 and parallel.micro_batch_num > 1:
         yield "micro_batch_num", f"{parallel.micro_batch_num} has no effect with pipeline_stage = 1"

@@ -1,23 +1,29 @@
-"""Cells that take the place of a network's own where a weight is split over cards.
+"""Cells of a network whose weights are split over cards, and the network built of them.
 
-Between two layers hidden states have two axes, [M, H] with M = B * S, so that their rows can be split over all cards
-of a stage, whatever the batch.
+Between two layers hidden states have two axes, [M, H] with M = B * S: their rows can then be split over all cards of a
+stage, whatever the batch size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from glm_ms.model.config import GLMConfig
-from glm_ms.model.glm import MLP, SelfAttention
-from glm_ms.model.layers import DTYPES, Embedding, Linear
+from glm_ms.model.glm import MLP, Cells, GLMNetwork, Prefix, Seeds, SelfAttention, grouped_attention
+from glm_ms.model.layers import DTYPES, Embedding
+from glm_ms.model.linear import LINEARS, build_linear
+from glm_ms.ops.dropout import SeededDropout
 from glm_ms.ops.rotary import pair_rotation
 from glm_ms.parallel.config import ParallelConfig, kv_copies
 
 
 class FlatEmbedding(Embedding):
-    """An embedding that gives rows without a batch axis."""
+    """An embedding whose result has no batch axis."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__(config)
@@ -30,82 +36,74 @@ class FlatEmbedding(Embedding):
         return self.reshape(x, (-1, self.width))
 
 
-class FlatRows(nn.Cell):
-    """Gives the cell it holds, which needs the batch axis for its dropout, rows with one.
+class FlatDropout(nn.Cell):
+    """`SeededDropout` of rows without a batch axis. The mask depends on the batch row, so the axis is added for it."""
 
-    Args:
-        cell: maps (x [B, S, C], seeds [B]) to [B, S, C'].
-        width: C'.
-    """
-
-    def __init__(self, cell: nn.Cell, width: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.cell, self.width = cell, width
+    def __init__(self, p: float, stream: int, width: int) -> None:
+        super().__init__()
+        self.drop, self.width = SeededDropout(p, stream), width
         self.reshape = ops.Reshape()
 
-    def construct(self, x: Tensor, seeds: Tensor | None) -> Tensor:
-        """x [M, C], seeds int32 [B] or None -> [M, C']."""
-        if seeds is not None:
-            x = self.reshape(x, (ops.shape(seeds)[0], -1, ops.shape(x)[-1]))
-        return self.reshape(self.cell(x, seeds), (-1, self.width))
+    def construct(self, x: Tensor, seeds: Tensor) -> Tensor:
+        """x [M, H], seeds int32 [B] -> [M, H]."""
+        x = self.reshape(x, (ops.shape(seeds)[0], -1, self.width))
+        return self.reshape(self.drop(x, seeds), (-1, self.width))
 
 
 class PartedLinear(nn.Cell):
-    """A linear layer whose output rows are several parameters, so that each can be split evenly over the cards.
+    """A linear layer with one weight for each part, so that every part can be split evenly over the cards.
 
-    A joint weight [q | k | v] cut into equal pieces would give no card whole heads of its own.
+    If the joint weight [q | k | v] were cut into equal pieces, no card would have whole heads.
 
-    Args:
-        config: architecture.
-        in_features: inputs.
-        parts: name -> output rows, in the order of the joint weight.
-        has_bias: each part has a bias.
+    Args and attributes: as `Linear`; the name of a part is the name of its cell.
     """
 
-    def __init__(self, config: GLMConfig, in_features: int, parts: dict[str, int], has_bias: bool) -> None:
+    def __init__(
+        self, config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Mapping[str, int]
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, sum(parts.values())
-        self.sizes = tuple(parts.values())
-        self.names = tuple(parts)
-        for name, rows in parts.items():
-            setattr(self, name, Linear(config, in_features, rows, has_bias))
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype = DTYPES[config.compute_dtype]
         self.lora: nn.Cell | None = None
+        self.sizes = tuple(parts.values())
+        for name, rows in parts.items():
+            setattr(self, name, build_linear("plain", config, in_features, rows, has_bias))
+        self.parts = tuple(getattr(self, name) for name in parts)
         self.slices = [ops.StridedSlice() for _ in parts]
         self.adds = [ops.Add() for _ in parts]
 
-    def layers(self) -> list[Linear]:
-        """The parts in order."""
-        return [getattr(self, name) for name in self.names]
-
-    def updated(self, results: tuple[Tensor, ...], x: Tensor, seeds: Tensor | None) -> tuple[Tensor, ...]:
-        """Adds to each part its rows of the low-rank update, which is computed for all of them."""
+    def construct(self, x: Tensor, seeds: Seeds = None) -> tuple[Tensor, ...]:
+        """x [M, in] -> one [M, rows] for each part. The low-rank update of all parts is one product."""
+        results = ()  # type: tuple
+        for part in self.parts:
+            results += (part(x),)
         if self.lora is None:
             return results
         update = self.lora(x, seeds)
         rows, begin = ops.shape(update)[0], 0
-        updated = ()
+        updated = ()  # type: tuple
         for i in range(len(self.sizes)):
             end = begin + self.sizes[i]
-            part = self.slices[i](update, (0, begin), (rows, end), (1, 1))
-            updated += (self.adds[i](results[i], part),)
+            piece = self.slices[i](update, (0, begin), (rows, end), (1, 1))
+            updated += (self.adds[i](results[i], piece),)
             begin = end
         return updated
 
 
-class QueryKeyValue(PartedLinear):
-    """The joint projection in three parts."""
+def sharded_linear(
+    config: GLMConfig,
+    in_features: int,
+    out_features: int,
+    has_bias: bool,
+    parts: Mapping[str, int] | None = None,
+) -> nn.Cell:
+    """A joint layer as its parts, any other layer as it is: how it is cut is said by `glm_ms.parallel.strategies`."""
+    if parts is None:
+        return build_linear("plain", config, in_features, out_features, has_bias)
+    return PartedLinear(config, in_features, out_features, has_bias, parts)
 
-    def construct(self, x: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, ...]:
-        """x [M, H] -> query [M, N * D], key and value [M, G * D]."""
-        return self.updated((self.query(x), self.key(x), self.value(x)), x, seeds)
 
-
-class GateUp(PartedLinear):
-    """The first layer of the MLP in two parts."""
-
-    def construct(self, x: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, ...]:
-        """x [M, H] -> gate and up [M, F]."""
-        return self.updated((self.gate(x), self.up(x)), x, seeds)
+LINEARS["sharded"] = sharded_linear
 
 
 class HeadRotary(nn.Cell):
@@ -115,8 +113,7 @@ class HeadRotary(nn.Cell):
         super().__init__()
         self.rotation = Tensor(pair_rotation(head_dim)[None, None], dtype)
         self.turn = ops.BatchMatMul()
-        self.mul_cos = ops.Mul()
-        self.mul_sin = ops.Mul()
+        self.mul_cos, self.mul_sin = ops.Mul(), ops.Mul()
         self.add = ops.Add()
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,11 +122,7 @@ class HeadRotary(nn.Cell):
 
 
 class RepeatHeads(nn.Cell):
-    """Repeats every key/value head, so that each card of the model-parallel group has one.
-
-    Args:
-        copies: of each head.
-    """
+    """Repeats every key/value head `copies` times, so that each card of the model-parallel group has one."""
 
     def __init__(self, copies: int) -> None:
         super().__init__()
@@ -145,37 +138,20 @@ class RepeatHeads(nn.Cell):
 
 
 class ShardedAttention(SelfAttention):
-    """Attention with projections of their own for query, key and value, over rows without a batch axis.
+    """Attention with separate projections and `copies` of each key/value head, over rows without a batch axis."""
 
-    Args:
-        config: architecture, with grouped queries.
-        index: of the block.
-        parallel: how heads are split.
-    """
-
-    def __init__(self, config: GLMConfig, index: int, parallel: ParallelConfig) -> None:
-        super().__init__(config, index)
-        copies = kv_copies(config, parallel)
-        has_bias = config.add_bias_linear or config.add_qkv_bias
-        parts = config.joint_parts["self_attention.query_key_value"]
-        self.query_key_value = QueryKeyValue(config, config.hidden_size, parts, has_bias)
+    def __init__(self, config: GLMConfig, index: int, linear: str, copies: int) -> None:
+        super().__init__(config, index, linear)
         dtype = DTYPES[config.compute_dtype]
         self.rotary, self.rotary_key = HeadRotary(self.dim, dtype), HeadRotary(self.dim, dtype)
         self.split_key, self.split_value = ops.Transpose(), ops.Transpose()
         self.prepend_key, self.prepend_value = ops.Concat(axis=1), ops.Concat(axis=1)
-        self.repeat_key = RepeatHeads(copies) if copies > 1 else None
-        self.repeat_value = RepeatHeads(copies) if copies > 1 else None
-        self.attention.num_groups = self.groups * copies
-        self.attention.per_group = self.heads // self.attention.num_groups
+        self.repeat_key: Any = RepeatHeads(copies) if copies > 1 else None
+        self.repeat_value: Any = RepeatHeads(copies) if copies > 1 else None
+        self.attention = grouped_attention(config, index, self.groups * copies)
 
     def construct(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor,
-        seeds: Tensor | None = None,
-        prefix: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None
     ) -> Tensor:
         """x [M, H] -> [M, H]; the other arguments as in `SelfAttention.construct`."""
         batch, length = ops.shape(cos)[0], ops.shape(cos)[1]
@@ -193,14 +169,27 @@ class ShardedAttention(SelfAttention):
 
 
 class ShardedMLP(MLP):
-    """The MLP with weights of their own for both halves of its first layer."""
+    """The MLP with a separate weight for each half of its first layer."""
 
-    def __init__(self, config: GLMConfig) -> None:
-        super().__init__(config)
-        parts = config.joint_parts["mlp.dense_h_to_4h"]
-        self.dense_h_to_4h = GateUp(config, config.hidden_size, parts, config.add_bias_linear)
-
-    def construct(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+    def construct(self, x: Tensor, seeds: Seeds = None) -> Tensor:
         """x [M, H] -> [M, H]."""
         gate, up = self.dense_h_to_4h(x, seeds)
         return self.dense_4h_to_h(self.activation.gated(gate, up), seeds)
+
+
+def sharded_glm(config: GLMConfig, parallel: ParallelConfig) -> GLMNetwork:
+    """A network that takes batches and gives logits of two axes, [B * S, V]; joint layers are in parts.
+
+    Build it in semi-automatic parallel mode, in which MindSpore does not fill parameters before they are cut. Then
+    attach an adapter, attach strategies (`glm_ms.parallel.strategies`), compile, and load the weights.
+    """
+    return GLMNetwork(
+        config,
+        Cells(
+            linear="sharded",
+            embedding=FlatEmbedding,
+            attention=partial(ShardedAttention, copies=kv_copies(config, parallel)),
+            mlp=ShardedMLP,
+            dropout=partial(FlatDropout, width=config.hidden_size),
+        ),
+    )

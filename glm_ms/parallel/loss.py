@@ -10,10 +10,9 @@ from glm_ms.parallel.config import ParallelConfig
 
 
 class VocabularyParallelLoss(nn.Cell):
-    """`NextTokenLoss` by operators that each card can do for its own part of the vocabulary.
+    """`NextTokenLoss` of operators that each card computes for its part of the vocabulary.
 
-    log softmax is formed from a maximum and a sum, which are reduced over the cards; no card ever has all logits of
-    a row.
+    log softmax takes a maximum and a sum, which are reduced over the cards; no card has all logits of a row.
 
     Args:
         vocab_size: V.
@@ -24,24 +23,21 @@ class VocabularyParallelLoss(nn.Cell):
         super().__init__()
         d, m = parallel.data_parallel, parallel.model_parallel
         self.vocab_size = vocab_size
-        self.tail = ops.StridedSlice().shard(((d, 1),))
-        self.concat = ops.Concat(axis=1).shard(((d, 1), (d, 1)))
-        self.not_equal = ops.NotEqual().shard(((d, 1), ()))
-        self.to_float = ops.Cast().shard(((d, 1),))
-        self.to_int = ops.Cast().shard(((d, 1),))
-        self.mask_target = ops.Mul().shard(((d, 1), (d, 1)))
-        self.maximum = ops.ReduceMax(keep_dims=True).shard(((d, m),))
-        self.shift = ops.Sub().shard(((d, m), (d, 1)))
-        self.exp = ops.Exp().shard(((d, m),))
-        self.sum_exp = ops.ReduceSum(keep_dims=True).shard(((d, m),))
-        self.log = ops.Log().shard(((d, 1),))
-        self.one_hot = ops.OneHot().shard(((d, m), (), ()))
-        self.pick = ops.Mul().shard(((d, m), (d, m)))
-        self.sum_picked = ops.ReduceSum(keep_dims=True).shard(((d, m),))
-        self.subtract = ops.Sub().shard(((d, 1), (d, 1)))
-        self.weigh = ops.Mul().shard(((d, 1), (d, 1)))
-        self.total = ops.ReduceSum().shard(((d, 1),))
-        self.count = ops.ReduceSum().shard(((d, 1),))
+        rows, cards = (d, 1), (d, m)
+        self.tail = ops.StridedSlice().shard((rows,))
+        self.concat = ops.Concat(axis=1).shard((rows, rows))
+        self.not_equal = ops.NotEqual().shard((rows, ()))
+        self.to_float, self.to_int = ops.Cast().shard((rows,)), ops.Cast().shard((rows,))
+        self.mask_target = ops.Mul().shard((rows, rows))
+        self.maximum = ops.ReduceMax(keep_dims=True).shard((cards,))
+        self.shift = ops.Sub().shard((cards, rows))
+        self.exp, self.log = ops.Exp().shard((cards,)), ops.Log().shard((rows,))
+        self.sum_exp = ops.ReduceSum(keep_dims=True).shard((cards,))
+        self.one_hot = ops.OneHot().shard((cards, (), ()))
+        self.pick = ops.Mul().shard((cards, cards))
+        self.sum_picked = ops.ReduceSum(keep_dims=True).shard((cards,))
+        self.subtract, self.weigh = ops.Sub().shard((rows, rows)), ops.Mul().shard((rows, rows))
+        self.total, self.count = ops.ReduceSum().shard((rows,)), ops.ReduceSum().shard((rows,))
         self.reshape = ops.Reshape()
         self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 

@@ -1,122 +1,170 @@
-"""One interface to adapters of both kinds: attached anew for training, or with stored values."""
+"""What all types of adapters have in common: attach, assign, save, restore."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, Union
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from mindspore import Parameter
+from mindspore import Parameter, Tensor
 
-from glm_ms.convert.adapter_files import LORA, PREFIX, AdapterFiles
+from glm_ms.convert.reader import open_checkpoint
+from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.peft import lora, ptuning
-from glm_ms.peft.errors import AdapterError
-from glm_ms.peft.lora import LoraAdapter, LoraConfig, linear_modules
-from glm_ms.peft.ptuning import PrefixAdapter, PrefixConfig
-from glm_ms.peft.store import StoredAdapter
-
-AdapterConfig = Union[LoraConfig, PrefixConfig]
+from glm_ms.peft import ADAPTERS
+from glm_ms.peft.store import AdapterError, StoredAdapter
+from glm_ms.storage.errors import capped
 
 
-class Adapter(Protocol):
-    """Trainable float32 parameters on a frozen network.
+class AdapterConfig(Protocol):
+    """Settings of an adapter: a frozen dataclass, whose `kind` is a key of `ADAPTERS`."""
 
-    Attributes:
-        kind: "lora" or "ptuning2".
-        config: its settings.
+    kind: ClassVar[str]
+
+    @property
+    def dropout(self) -> float:
+        """Probability of zero in training."""
+
+
+class Adapter(ABC):
+    """Trainable float32 parameters on a network. A subclass for each type in `ADAPTERS` fills `_parameters`.
+
+    Args:
+        network: gets the adapter.
+        config: its settings, of `config_class`.
     """
 
-    kind: str
-    config: AdapterConfig
+    kind: ClassVar[str]
+    config_class: ClassVar[type]
+
+    def __init__(self, network: GLMNetwork, config: Any) -> None:
+        self.network, self.config = network, config
+        self._parameters: dict[str, Parameter] = {}
+
+    @classmethod
+    @abstractmethod
+    def attach(cls, network: GLMNetwork, config: Any, seed: int, stored: StoredAdapter | None) -> Adapter:
+        """Attaches an adapter with random values.
+
+        Args:
+            network: changed in place, unless there is an error.
+            config: settings.
+            seed: of the random values.
+            stored: gives the structure, as far as the config does not.
+
+        Raises:
+            AdapterError: the adapter does not fit the network.
+        """
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Removes the cells of the adapter from the network."""
+
+    @classmethod
+    @abstractmethod
+    def stored_config(cls, path: Path, tensors: Mapping[str, np.ndarray]) -> Any:
+        """Settings of a stored adapter, from its tensors and the files beside them; AdapterError if not supported."""
+
+    @classmethod
+    @abstractmethod
+    def write_config(cls, folder: Path, config: Any, network: GLMConfig, base_model: str) -> None:
+        """Writes the file that describes an adapter into an existing folder; `base_model` is the path of its base."""
+
+    @classmethod
+    @abstractmethod
+    def shapes(
+        cls, config: Any, network: GLMConfig, base: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the parameters of an adapter on a network whose parameters have the shapes `base`."""
+
+    @classmethod
+    def differences(cls, stored: StoredAdapter, wanted: Any, network: GLMNetwork) -> list[str]:
+        """Settings that differ between a stored adapter and `wanted`, and so forbid further training; as messages."""
+        return [
+            f"model.pet_config.{key}: {getattr(wanted, field)}, in the adapter {getattr(stored.config, field)}"
+            for key, field in ADAPTERS[cls.kind].keys.items()
+            if field != "dropout" and getattr(stored.config, field) != getattr(wanted, field)
+        ]
+
+    @classmethod
+    def plain_name(cls, stored: str) -> str:
+        """Name of a parameter, from its name in a file."""
+        return stored.removeprefix(ADAPTERS[cls.kind].files.prefix)
 
     def parameters(self) -> list[Parameter]:
-        """The parameters that are trained and saved."""
+        """The parameters that are trained and saved, float32."""
+        return list(self._parameters.values())
 
     def assign(self, tensors: Mapping[str, np.ndarray], source: Path) -> None:
-        """Overwrites every parameter; raises AdapterError where names or shapes differ."""
+        """Overwrites every parameter.
+
+        Args:
+            tensors: name of the parameter -> float32 array.
+            source: where the tensors come from, for errors.
+
+        Raises:
+            AdapterError: a tensor is missing or unexpected, has another shape, or contains NaN or infinity.
+        """
+        problems = [f"{name}: missing" for name in self._parameters if name not in tensors]
+        for name, value in tensors.items():
+            if name not in self._parameters:
+                problems.append(f"{name}: not expected here")
+            elif tuple(value.shape) != tuple(self._parameters[name].shape):
+                wanted = list(self._parameters[name].shape)
+                problems.append(f"{name}: shape {list(value.shape)}, this network needs {wanted}")
+            elif not np.isfinite(value).all():
+                problems.append(f"{name}: contains NaN or infinity")
+        if problems:
+            separator = "\n    "
+            raise AdapterError(
+                f"{source}: the adapter does not fit this network; was it made for another base?"
+                f"{separator}{capped(problems, separator)}"
+            )
+        for name, parameter in self._parameters.items():
+            parameter.set_data(Tensor(np.ascontiguousarray(tensors[name], np.float32)))
 
     def restore(self, folder: Path) -> None:
-        """Overwrites every parameter with what `save` has written into a folder."""
+        """Overwrites every parameter with what `save` has written.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or has other tensors.
+        """
+        path = folder / ADAPTERS[self.kind].files.weights
+        with open_checkpoint(path) as reader:
+            tensors = {self.plain_name(name): reader.read(name, "float32") for name in reader.names()}
+        self.assign(tensors, path)
 
     def save(self, folder: Path, base_model: str = "") -> None:
-        """Writes the files of the adapter into an existing folder."""
+        """Writes the tensors and the file that describes them into an existing folder; see `write_config`."""
+        files = ADAPTERS[self.kind].files
+        shapes = {files.stored(name): tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        arrays = (parameter.asnumpy() for parameter in self._parameters.values())
+        write_safetensors(folder / files.weights, shapes, "float32", arrays, {"format": "pt"})
+        self.write_config(folder, self.config, self.network.config, base_model)
 
 
-def attach_new(network: GLMNetwork, config: AdapterConfig, seed: int = 0) -> Adapter:
-    """Attaches an adapter with random values and freezes everything else.
+def attach(
+    network: GLMNetwork, config: AdapterConfig, seed: int = 0, stored: StoredAdapter | None = None
+) -> Adapter:
+    """Attaches an adapter and freezes the rest of a network.
 
     Args:
         network: without an adapter.
-        config: kind and sizes.
+        config: type and sizes.
         seed: of the random values.
+        stored: gives the structure; its values are assigned with `Adapter.assign`.
 
     Raises:
-        AdapterError: a target that matches no module, or there is an adapter already.
+        AdapterError: the adapter does not fit the network, or the network has an adapter already.
     """
-    _prepare(network)
-    adapter: Adapter
-    if isinstance(config, LoraConfig):
-        adapter = LoraAdapter(network, config, seed=seed)
-    else:
-        adapter = PrefixAdapter(network, config, seed=seed)
-    return adapter
-
-
-def attach_stored(network: GLMNetwork, stored: StoredAdapter) -> Adapter:
-    """Attaches the structure of a stored adapter, without its values: call `assign` with `stored.tensors`.
-
-    Raises:
-        AdapterError: a module of the adapter is not in the network, or there is an adapter already.
-    """
-    if isinstance(stored.config, PrefixConfig):
-        return attach_new(network, stored.config)
-    modules = stored.modules
-    unknown = [name for name in modules if name not in linear_modules(network)]
-    if unknown:
-        raise AdapterError(
-            f"{stored.path}: made for another base: this network has no linear layer {unknown[0]}"
-            + (f" ({len(unknown)} of {len(modules)} modules are unknown)" if len(unknown) > 1 else "")
-        )
-    _prepare(network)
-    return LoraAdapter(network, stored.config, modules)
-
-
-def files_of(config: AdapterConfig) -> AdapterFiles:
-    """How an adapter of a kind is stored."""
-    return LORA if isinstance(config, LoraConfig) else PREFIX
-
-
-def write_adapter_config(
-    folder: Path, config: AdapterConfig, network: GLMConfig, base_model: str = ""
-) -> None:
-    """Writes what `Adapter.save` writes beside the tensors into an existing folder.
-
-    Args:
-        folder: without that file.
-        config: of the adapter.
-        network: of the base.
-        base_model: where the base weights came from, for the reader of the file.
-    """
-    if isinstance(config, LoraConfig):
-        lora.write_config(folder, config, base_model)
-    else:
-        ptuning.write_config(folder, config, network, base_model)
-
-
-def _prepare(network: GLMNetwork) -> None:
-    """Freezes the base."""
-    attached = [name for name, cell in linear_modules(network).items() if cell.lora is not None]
-    if attached or network.transformer.prefix_encoder is not None:
-        raise AdapterError("this network has an adapter already; load the base anew for another one")
+    updated = any(linear.lora is not None for linear in network.linears().values())
+    if updated or network.transformer.prefix_encoder is not None:
+        raise AdapterError("this network has an adapter already; load the base again for another one")
+    adapter = ADAPTERS[config.kind].load().attach(network, config, seed, stored)
+    own = {id(parameter) for parameter in adapter.parameters()}
     for parameter in network.get_parameters():
-        parameter.requires_grad = False
-
-
-def detach(network: GLMNetwork) -> None:
-    """Takes the adapter away; the base stays frozen."""
-    for cell in linear_modules(network).values():
-        cell.lora = None
-    network.transformer.prefix_encoder = None
+        parameter.requires_grad = id(parameter) in own
+    return adapter

@@ -8,38 +8,46 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.convert.adapter_files import LORA
-from glm_ms.convert.safetensors_file import write_safetensors
+from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
-from glm_ms.model.layers import Linear
 from glm_ms.ops.dropout import SeededDropout
-from glm_ms.peft.errors import AdapterError
-from glm_ms.peft.parameters import assign_all, stored_tensors
+from glm_ms.peft.adapter import Adapter
+from glm_ms.peft.store import AdapterError, StoredAdapter
+from glm_ms.storage.errors import capped
+from glm_ms.storage.readers import read_object
 
-CONFIG_FILE, WEIGHTS_FILE, HF_PREFIX = LORA.config, LORA.weights, LORA.prefix
 A, B = "lora_A.weight", "lora_B.weight"
+# Settings of `peft` that change the function and are not supported -> their neutral values.
+_NEUTRAL: dict[str, tuple] = {
+    "bias": ("none",), "use_dora": (False, None), "fan_in_fan_out": (False, None), "modules_to_save": (None, []),
+    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What `pet_config` says of LoRA.
+    """Settings of LoRA.
 
     Args:
         rank: rows of A and columns of B.
         alpha: the update is B A alpha / rank.
         dropout: probability of zero on the input of A while training.
-        target_modules: a regular expression that must match the whole name of a module, or names, each standing for
-            every module that ends in it.
+        target_modules: a regular expression that must match the whole name of a module, or a list of names, each
+            for all modules that end in it.
         use_rslora: the update is B A alpha / sqrt(rank) (rank-stabilised LoRA).
     """
 
+    kind: ClassVar[str] = "lora"
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.1
@@ -56,25 +64,22 @@ class LowRankUpdate(nn.Cell):
     """B A x times a factor. A [r, in] and B [out, r] are float32; the products have the compute type.
 
     Args:
-        linear: the layer it stands beside.
+        linear: the layer whose result it is added to.
         config: rank, factor, dropout.
         stream: of the dropout.
-        generator: draws A as torch.nn.Linear draws its weights; B begins with zeros, so that nothing is changed.
+        generator: draws A as torch.nn.Linear draws its weights; B starts as zeros, so that nothing is changed.
     """
 
     def __init__(
-        self, linear: Linear, config: LoraConfig, stream: int, generator: np.random.Generator
+        self, linear: nn.Cell, config: LoraConfig, stream: int, generator: np.random.Generator
     ) -> None:
         super().__init__()
         bound = 1 / math.sqrt(linear.in_features)
         a = generator.uniform(-bound, bound, (config.rank, linear.in_features)).astype(np.float32)
         self.a = Parameter(Tensor(a))
         self.b = Parameter(Tensor(np.zeros((linear.out_features, config.rank), np.float32)))
-        self.in_features, self.out_features, self.dtype = (
-            linear.in_features,
-            linear.out_features,
-            linear.dtype,
-        )
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.dtype
         self.scaling = config.scaling
         self.dropout = SeededDropout(config.dropout, stream) if config.dropout > 0 else None
         self.down, self.up = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
@@ -83,140 +88,201 @@ class LowRankUpdate(nn.Cell):
         self.cast_down, self.cast_up, self.cast = ops.Cast(), ops.Cast(), ops.Cast()
 
     def construct(self, x: Tensor, seeds: Tensor | None) -> Tensor:
-        """x [B, ..., in] of the compute type, seeds int32 [B] or None for no dropout -> [B, ..., out]."""
+        """x [B, ..., in] of the compute type, seeds int32 [B] or None for no dropout -> [B, ..., out];
+        or x [B * S, in] -> [B * S, out]."""
         shape = ops.shape(x)
         if self.dropout is not None and seeds is not None:
-            x = self.dropout(x, seeds)
+            x = self.dropout(self.reshape(x, (ops.shape(seeds)[0], -1, self.in_features)), seeds)
         y = self.down(self.reshape(x, (-1, self.in_features)), self.cast_down(self.a, self.dtype))
         y = self.scale(self.up(y, self.cast_up(self.b, self.dtype)), self.cast(self.scaling, self.dtype))
         return self.reshape(y, shape[:-1] + (self.out_features,))  # noqa: RUF005, the graph compiler wants +
 
 
-class LoraAdapter:
-    """LoRA on a network, which is frozen.
-
-    Args:
-        network: gets the updates.
-        config: which modules, which rank.
-        modules: names of the modules; None: those `config.target_modules` stands for.
-        seed: of the random start.
-
-    Raises:
-        AdapterError: no module has such a name.
-    """
+class LoraAdapter(Adapter):
+    """LoRA on linear layers of a network, whose parameters are frozen."""
 
     kind = "lora"
+    config_class = LoraConfig
 
-    def __init__(
-        self, network: GLMNetwork, config: LoraConfig, modules: Iterable[str] | None = None, seed: int = 0
-    ) -> None:
-        self.config = config
-        linears = linear_modules(network)
-        self.modules = list(target_names(config.target_modules, linears) if modules is None else modules)
-        generator = np.random.default_rng(seed)
+    @classmethod
+    def attach(
+        cls, network: GLMNetwork, config: LoraConfig, seed: int, stored: StoredAdapter | None
+    ) -> LoraAdapter:
+        """Without a stored adapter `config.target_modules` selects the modules."""
+        linears = network.linears()
+        if stored is None:
+            modules = target_names(config.target_modules, linears)
+        else:
+            modules = stored.modules
+            unknown = [name for name in modules if name not in linears]
+            if unknown:
+                raise AdapterError(
+                    f"{stored.path}: made for another base: this network has no linear layers {capped(unknown)}"
+                )
+        adapter, generator = cls(network, config), np.random.default_rng(seed)
         first_stream = network.config.num_layers * DROPOUTS_PER_BLOCK
-        self._parameters: dict[str, Parameter] = {}
-        for place, name in enumerate(self.modules):
+        for place, name in enumerate(modules):
             update = LowRankUpdate(linears[name], config, first_stream + place, generator)
             linears[name].lora = update
             for ending, parameter in ((A, update.a), (B, update.b)):
-                parameter.name = f"{name}.{ending}"  # attaching has named it by its place
-                self._parameters[parameter.name] = parameter
+                parameter.name = f"{name}.{ending}"  # MindSpore has named it by its place in the layer
+                adapter._parameters[parameter.name] = parameter
+        return adapter
 
-    def parameters(self) -> list[Parameter]:
-        """A and B of every module, float32."""
-        return list(self._parameters.values())
+    def detach(self) -> None:
+        for linear in self.network.linears().values():
+            linear.lora = None
 
-    def assign(self, tensors: Mapping[str, np.ndarray], source: Path) -> None:
-        """Overwrites every parameter; `tensors` by name without the prefix of `peft`.
+    @classmethod
+    def plain_name(cls, stored: str) -> str:
+        """`peft` adds its prefix, and in memory the adapter's name, to a module and its A or B."""
+        name = super().plain_name(stored)
+        for middle in LORA.marks:
+            module, found, ending = name.rpartition(middle)
+            if found:
+                return f"{module}{middle}{ending.rpartition('.')[2]}"
+        return name
 
-        Raises:
-            AdapterError: names or shapes differ.
-        """
-        assign_all(self._parameters, tensors, source)
+    @classmethod
+    def stored_config(cls, path: Path, tensors: Mapping[str, np.ndarray]) -> LoraConfig:
+        """Reads the `adapter_config.json` beside the file."""
+        config = _read_config(path.parent / LORA.config)
+        for name, value in tensors.items():
+            rank = value.shape[0 if name.endswith(A) else -1] if value.ndim == 2 else None
+            if rank != config.rank:
+                raise AdapterError(
+                    f"{path}: {name} has shape {list(value.shape)}, but {LORA.config} says r = {config.rank}"
+                )
+        return config
 
-    def restore(self, folder: Path) -> None:
-        """Overwrites every parameter with what `save` has written.
+    @classmethod
+    def write_config(cls, folder: Path, config: LoraConfig, network: GLMConfig, base_model: str) -> None:
+        """Writes the `adapter_config.json` of `peft`."""
+        targets = config.target_modules
+        document = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "r": config.rank,
+            "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+            "lora_dropout": config.dropout,
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "use_rslora": config.use_rslora,
+            "modules_to_save": None,
+        }
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        (folder / LORA.config).write_text(text, encoding="utf-8")
 
-        Raises:
-            CheckpointError: the file is missing or damaged, or holds other tensors.
-        """
-        path = folder / WEIGHTS_FILE
-        self.assign(stored_tensors(path, HF_PREFIX), path)
+    @classmethod
+    def shapes(
+        cls, config: LoraConfig, network: GLMConfig, base: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """`base` is of a network that is not sharded."""
+        found: dict[str, tuple[int, ...]] = {}
+        for module in target_names(config.target_modules, linear_names(base)):
+            rows, columns = base[f"{module}.weight"]
+            found.update({f"{module}.{A}": (config.rank, columns), f"{module}.{B}": (rows, config.rank)})
+        return found
 
-    def save(self, folder: Path, base_model: str = "") -> None:
-        """Writes `adapter_config.json` and `adapter_model.safetensors` as `peft` does.
-
-        Args:
-            folder: an existing folder without these files.
-            base_model: where the base weights came from, for the reader of the file.
-        """
-        shapes = {f"{HF_PREFIX}{name}": tuple(p.shape) for name, p in self._parameters.items()}
-        arrays = (parameter.asnumpy() for parameter in self._parameters.values())
-        write_safetensors(folder / WEIGHTS_FILE, shapes, "float32", arrays, {"format": "pt"})
-        write_config(folder, self.config, base_model)
+    @classmethod
+    def differences(cls, stored: StoredAdapter, wanted: LoraConfig, network: GLMNetwork) -> list[str]:
+        """Compares modules and not patterns: different patterns can select the same modules."""
+        odd = sorted(set(target_names(wanted.target_modules, network.linears())) ^ set(stored.modules))
+        keys = [
+            line for line in super().differences(stored, wanted, network) if ".target_modules:" not in line
+        ]
+        return keys + ([f"model.pet_config.target_modules: {capped(odd)} in only one of both"] if odd else [])
 
 
-def linear_modules(network: GLMNetwork) -> dict[str, Linear]:
-    """Name -> every linear layer of a network."""
-    return {name: cell for name, cell in network.cells_and_names() if isinstance(cell, Linear)}
+def linear_names(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of the linear layers among parameters given by their shapes."""
+    matrices = (name for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight"))
+    return [name.removesuffix(".weight") for name in matrices]
 
 
 def target_names(target_modules: str | Sequence[str], names: Iterable[str]) -> list[str]:
     """Names of the modules that get an update, in the order of the network.
 
     Raises:
-        AdapterError: a pattern, or a name of the list, that stands for no module; it lists the modules there are.
+        AdapterError: a pattern, or an ending, that matches no module; the message lists the modules.
     """
     names = list(names)
     if isinstance(target_modules, str):
         try:
             found = [name for name in names if re.fullmatch(target_modules, name)]
         except re.error as error:
-            raise AdapterError(
-                f"target_modules: {target_modules!r} is no regular expression: {error}"
-            ) from None
+            message = f"target_modules: {target_modules!r} is not a regular expression: {error}"
+            raise AdapterError(message) from None
         missing = [] if found else [target_modules]
     else:
-        found = [name for name in names if any(_ends_in(name, ending) for ending in target_modules)]
-        missing = [e for e in target_modules if not any(_ends_in(name, e) for name in names)]
+        endings = {ending: f".{ending}" for ending in target_modules}
+        found = [name for name in names if any(f".{name}".endswith(end) for end in endings.values())]
+        missing = [one for one, end in endings.items() if not any(f".{name}".endswith(end) for name in names)]
     if missing:
+        modules = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names)
         raise AdapterError(
             f"target_modules: {', '.join(map(repr, missing))} matches no module; a text is a regular expression for "
-            f"the whole name, a list holds endings of names. Modules: {', '.join(_kinds(names))}"
+            f"the whole name, a list gives endings of names. Modules: {', '.join(modules)}"
         )
     return found
 
 
-def write_config(folder: Path, config: LoraConfig, base_model: str) -> None:
-    """Writes the `adapter_config.json` of `peft` into an existing folder."""
-    text = json.dumps(hf_config(config, base_model), indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callable[[], np.ndarray]]:
+    """What merging adds to each weight.
+
+    Args:
+        stored: a LoRA adapter.
+        remove: subtract a merged adapter.
+
+    Returns:
+        Name of the weight -> function that computes the difference, float32 [out, in], when it is needed: one of
+        the 6B has the size of its weight.
+
+    Raises:
+        AdapterError: a P-Tuning prefix, which is no change of weights; half a pair; an adapter that changes nothing.
+    """
+    if not isinstance(stored.config, LoraConfig):
+        raise AdapterError(
+            f"{stored.path}: a P-Tuning prefix cannot be merged into weights; use it as an adapter"
+        )
+    factor = -stored.config.scaling if remove else stored.config.scaling
+    deltas: dict[str, Callable[[], np.ndarray]] = {}
+    for module in stored.modules:
+        halves = [stored.tensors.get(f"{module}.{ending}") for ending in (A, B)]
+        if halves[0] is None or halves[1] is None:
+            raise AdapterError(f"{stored.path}: {module} has only one of lora_A and lora_B")
+        deltas[f"{module}.weight"] = partial(_product, halves[1], halves[0], factor)
+    if not any(stored.tensors[f"{module}.{B}"].any() for module in stored.modules):
+        raise AdapterError(
+            f"{stored.path}: every lora_B is zero, so this adapter changes nothing; was it trained?"
+        )
+    return deltas
 
 
-def hf_config(config: LoraConfig, base_model: str) -> dict[str, object]:
-    """The `adapter_config.json` of `peft`."""
-    targets = config.target_modules
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": config.use_rslora,
-        "modules_to_save": None,
-    }
+def _product(b: np.ndarray, a: np.ndarray, factor: float) -> np.ndarray:
+    return (b @ a) * np.float32(factor)
 
 
-def _ends_in(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
-
-
-def _kinds(names: Iterable[str]) -> list[str]:
-    """Names with the number of the block left open, each once."""
-    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
+def _read_config(path: Path) -> LoraConfig:
+    document = read_object(path, AdapterError, "missing; without it the scale of the adapter is not known")
+    if document.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type {document.get('peft_type')!r}: only LORA is supported")
+    for key, neutral in _NEUTRAL.items():
+        if key in document and document[key] not in neutral:
+            raise AdapterError(f"{path}: {key} = {document[key]!r}: not supported")
+    try:
+        targets = document.get("target_modules") or []
+        if not (int(document["r"]) >= 1 and 0 < float(document["lora_alpha"]) < math.inf):
+            raise ValueError(f"r = {document['r']}, lora_alpha = {document['lora_alpha']}")
+        return LoraConfig(
+            rank=int(document["r"]),
+            alpha=float(document["lora_alpha"]),
+            dropout=float(document.get("lora_dropout") or 0),
+            target_modules=targets if isinstance(targets, str) else tuple(sorted(map(str, targets))),
+            use_rslora=bool(document.get("use_rslora", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: r and lora_alpha must be positive numbers: {error!r}") from None

@@ -1,36 +1,36 @@
-"""P-Tuning v2: learnt keys and values before those of the tokens, in every layer. Liu et al. 2021, arXiv:2110.07602.
+"""P-Tuning v2: trained keys and values before those of the tokens, in every layer. Liu et al. 2021, arXiv:2110.07602.
 
 The encoder and its names are those of the original ChatGLM2 code (`PrefixEncoder`), computed in float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.convert.adapter_files import PREFIX
-from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.ops.dropout import SeededDropout
-from glm_ms.peft.errors import AdapterError
-from glm_ms.peft.parameters import assign_all, stored_tensors
+from glm_ms.peft.adapter import Adapter
+from glm_ms.peft.store import AdapterError, StoredAdapter
 
-CONFIG_FILE, WEIGHTS_FILE = PREFIX.config, PREFIX.weights
 HF_PREFIX = "transformer.prefix_encoder."
 EMBEDDING, HIDDEN, OUTPUT = "embedding.weight", "trans.0", "trans.2"
 
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """What `pet_config` says of P-Tuning v2.
+    """Settings of P-Tuning v2.
 
     Args:
         pre_seq_len: positions P of the prefix.
@@ -39,22 +39,24 @@ class PrefixConfig:
         dropout: probability of zero on keys and values of the prefix while training.
     """
 
+    kind: ClassVar[str] = "ptuning2"
     pre_seq_len: int = 128
     prefix_projection: bool = False
     projection_dim: int | None = None
     dropout: float = 0.1
 
+    def inner_width(self, network: GLMConfig) -> int | None:
+        """Width of the MLP between embedding and prefix; None without one."""
+        return (self.projection_dim or network.hidden_size) if self.prefix_projection else None
 
-def prefix_shapes(config: GLMConfig, length: int, inner: int | None) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters of a prefix.
 
-    Args:
-        config: of the network it stands before.
-        length: positions.
-        inner: width of the MLP between embedding and prefix, None without one.
-    """
-    width = 2 * config.num_layers * config.num_kv_heads * config.kv_channels
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (length, width)}
+def prefix_shapes(network: GLMConfig, config: PrefixConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters of a prefix."""
+    width, inner = (
+        2 * network.num_layers * network.num_kv_heads * network.kv_channels,
+        config.inner_width(network),
+    )
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.pre_seq_len, width)}
     if inner is not None:
         shapes.update({f"{HIDDEN}.weight": (inner, width), f"{HIDDEN}.bias": (inner,)})
         shapes.update({f"{OUTPUT}.weight": (width, inner), f"{OUTPUT}.bias": (width,)})
@@ -65,7 +67,7 @@ class PrefixEncoder(nn.Cell):
     """Keys and values of P positions for every layer, from parameters alone.
 
     Args:
-        network: the network it stands before.
+        network: gets the prefix.
         config: sizes and dropout.
         generator: draws the parameters as torch draws those of Embedding and Linear.
 
@@ -79,8 +81,7 @@ class PrefixEncoder(nn.Cell):
         self.length, self.num_layers = config.pre_seq_len, glm.num_layers
         self.groups, self.dim, self.dtype = glm.num_kv_heads, glm.kv_channels, DTYPES[glm.compute_dtype]
         self.projected = config.prefix_projection
-        inner = (config.projection_dim or glm.hidden_size) if self.projected else None
-        shapes = prefix_shapes(glm, self.length, inner)
+        shapes = prefix_shapes(glm, config)
         self.embedding = _drawn(shapes, EMBEDDING, generator)
         if self.projected:
             self.hidden_weight, self.hidden_bias, self.output_weight, self.output_bias = (
@@ -103,106 +104,82 @@ class PrefixEncoder(nn.Cell):
             seeds: int32 [B]; None: no dropout.
 
         Returns:
-            For each layer (keys, values), [B, P, G, D] each, of the compute type. Keys are not turned.
+            For each layer (keys, values), [B, P, G, D] each, of the compute type. Keys are not rotated.
         """
         x = self.embedding
         if self.projected:
             x = self.tanh(self.add(self.multiply(x, self.hidden_weight), self.hidden_bias))
             x = self.add(self.multiply(x, self.output_weight), self.output_bias)
-        shape = (1, self.length, 2 * self.num_layers, self.groups, self.dim)
-        x = self.tile(self.reshape(self.cast(x, self.dtype), shape), (batch, 1, 1, 1, 1))
+        whole = (1, self.length, 2 * self.num_layers, self.groups, self.dim)
+        x = self.tile(self.reshape(self.cast(x, self.dtype), whole), (batch, 1, 1, 1, 1))
         if self.dropout is not None and seeds is not None:
             x = self.dropout(x, seeds)
         parts = self.split(x)
         shape = (batch, self.length, self.groups, self.dim)
-        layers = ()
+        layers = ()  # type: tuple
         for i in range(self.num_layers):
             layers += ((self.reshape(parts[2 * i], shape), self.reshape(parts[2 * i + 1], shape)),)
         return layers
 
 
-class PrefixAdapter:
-    """P-Tuning v2 on a network, which is frozen.
-
-    Args:
-        network: gets the prefix.
-        config: sizes and dropout.
-        seed: of the random start.
-    """
+class PrefixAdapter(Adapter):
+    """P-Tuning v2 on a network, whose parameters are frozen."""
 
     kind = "ptuning2"
+    config_class = PrefixConfig
 
-    def __init__(self, network: GLMNetwork, config: PrefixConfig, seed: int = 0) -> None:
-        self.config = config
-        self._glm = network.config
+    @classmethod
+    def attach(
+        cls, network: GLMNetwork, config: PrefixConfig, seed: int, stored: StoredAdapter | None
+    ) -> PrefixAdapter:
+        adapter = cls(network, config)
         encoder = PrefixEncoder(network, config, np.random.default_rng(seed))
-        self._parameters = {parameter.name: parameter for parameter in encoder.get_parameters()}
+        adapter._parameters = {parameter.name: parameter for parameter in encoder.get_parameters()}
         network.transformer.prefix_encoder = encoder
-        for name, parameter in self._parameters.items():
-            parameter.name = name  # attaching has put the place of the cell before it
+        for name, parameter in adapter._parameters.items():
+            parameter.name = name  # attaching has added the names of the cells around it
+        return adapter
 
-    def parameters(self) -> list[Parameter]:
-        """The parameters of the encoder, float32."""
-        return list(self._parameters.values())
+    def detach(self) -> None:
+        self.network.transformer.prefix_encoder = None
 
-    def assign(self, tensors: Mapping[str, np.ndarray], source: Path) -> None:
-        """Overwrites every parameter; `tensors` by their official names.
+    @classmethod
+    def stored_config(cls, path: Path, tensors: Mapping[str, np.ndarray]) -> PrefixConfig:
+        """The tensors give the sizes; the dropout is not stored and becomes 0."""
+        embedding = tensors.get(HF_PREFIX + EMBEDDING)
+        if embedding is None or embedding.ndim != 2:
+            raise AdapterError(f"{path}: has no {HF_PREFIX}{EMBEDDING} [positions, width]")
+        hidden = tensors.get(f"{HF_PREFIX}{HIDDEN}.weight")
+        inner = None if hidden is None else int(hidden.shape[0])
+        return PrefixConfig(int(embedding.shape[0]), hidden is not None, inner, 0.0)
 
-        Raises:
-            AdapterError: names or shapes differ.
-        """
-        assign_all(self._parameters, tensors, source)
+    @classmethod
+    def write_config(cls, folder: Path, config: PrefixConfig, network: GLMConfig, base_model: str) -> None:
+        """Writes the `config.json` of the network with `pre_seq_len`."""
+        document = {
+            **network.to_hf_dict(),
+            "pre_seq_len": config.pre_seq_len,
+            "prefix_projection": config.prefix_projection,
+            "_name_or_path": base_model,
+        }
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        (folder / PREFIX.config).write_text(text, encoding="utf-8")
 
-    def restore(self, folder: Path) -> None:
-        """Overwrites every parameter with what `save` has written.
+    @classmethod
+    def shapes(
+        cls, config: PrefixConfig, network: GLMConfig, base: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        return {HF_PREFIX + name: shape for name, shape in prefix_shapes(network, config).items()}
 
-        Raises:
-            CheckpointError: the file is missing or damaged, or holds other tensors.
-        """
-        path = folder / WEIGHTS_FILE
-        self.assign(stored_tensors(path), path)
-
-    def save(self, folder: Path, base_model: str = "") -> None:
-        """Writes `prefix_encoder.safetensors` under the official names, and `config.json` with `pre_seq_len`.
-
-        Args:
-            folder: an existing folder without these files.
-            base_model: where the base weights came from, for the reader of the file.
-        """
-        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        arrays = (parameter.asnumpy() for parameter in self._parameters.values())
-        write_safetensors(folder / WEIGHTS_FILE, shapes, "float32", arrays, {"format": "pt"})
-        write_config(folder, self.config, self._glm, base_model)
-
-
-def write_config(folder: Path, config: PrefixConfig, network: GLMConfig, base_model: str) -> None:
-    """Writes the `config.json` of the network, with `pre_seq_len`, into an existing folder."""
-    document = {
-        **network.to_hf_dict(),
-        "pre_seq_len": config.pre_seq_len,
-        "prefix_projection": config.prefix_projection,
-        "_name_or_path": base_model,
-    }
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-
-
-def prefix_config_of(tensors: Mapping[str, np.ndarray], source: Path) -> PrefixConfig:
-    """The sizes that stored tensors tell; dropout is 0, which they do not tell.
-
-    Raises:
-        AdapterError: there is no embedding of two axes, or half an MLP.
-    """
-    embedding = tensors.get(HF_PREFIX + EMBEDDING)
-    if embedding is None or embedding.ndim != 2:
-        raise AdapterError(f"{source}: holds no {HF_PREFIX}{EMBEDDING} [positions, width]")
-    hidden = tensors.get(f"{HF_PREFIX}{HIDDEN}.weight")
-    inner = None if hidden is None else int(hidden.shape[0])
-    return PrefixConfig(int(embedding.shape[0]), hidden is not None, inner, 0.0)
+    @classmethod
+    def differences(cls, stored: StoredAdapter, wanted: PrefixConfig, network: GLMNetwork) -> list[str]:
+        """A stored adapter always has the width of its MLP."""
+        wanted = dataclasses.replace(wanted, projection_dim=wanted.inner_width(network.config))
+        return super().differences(stored, wanted, network)
 
 
 def _drawn(shapes: dict[str, tuple[int, ...]], name: str, generator: np.random.Generator) -> Parameter:
-    """A parameter as torch begins it: normal for an embedding, uniform in 1 / sqrt(inputs) for a linear layer."""
+    """A parameter as torch initialises it: normal for an embedding, uniform in 1 / sqrt(inputs) for a linear layer."""
     shape = shapes[name]
     if name == EMBEDDING:
         values = generator.standard_normal(shape)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from glm_ms.convert import expected_shapes
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
-from glm_ms.parallel.slices import Slice, parameter_slices, sharded_shapes
-from glm_ms.peft.lora import target_names
-from glm_ms.peft.ptuning import prefix_shapes
+from glm_ms.parallel.partition import Slice, parameter_slices, sharded_shapes
+from glm_ms.peft import ADAPTERS
+from glm_ms.peft.lora import linear_names, target_names
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import is_sharded
 
@@ -47,7 +47,7 @@ def lora_targets(settings: Settings, config: GLMConfig) -> list[str]:
     """
     if settings.model.pet_config.pet_type != "lora":
         return []
-    return target_names(settings.model.pet_config.target_modules, _linear_modules(expected_shapes(config)))
+    return target_names(settings.model.pet_config.target_modules, linear_names(expected_shapes(config)))
 
 
 def planned_parameters(settings: Settings, config: GLMConfig) -> dict[str, PlannedParameter]:
@@ -66,14 +66,10 @@ def planned_parameters(settings: Settings, config: GLMConfig) -> dict[str, Plann
     trained = training and pet.pet_type is None
     stored = ITEM_BYTES[config.param_init_type]
     result = {name: PlannedParameter(tuple(shape), stored, trained) for name, shape in base_shapes.items()}
-    for module in lora_targets(settings, config):
-        rows, columns = shapes[f"{module}.weight"]
-        result[f"{module}.lora_A.weight"] = PlannedParameter((pet.lora_rank, columns), FLOAT32, training)
-        result[f"{module}.lora_B.weight"] = PlannedParameter((rows, pet.lora_rank), FLOAT32, training)
-    if pet.pet_type == "ptuning2":
-        inner = (pet.projection_dim or config.hidden_size) if pet.prefix_projection else None
-        for name, shape in prefix_shapes(config, pet.pre_seq_len, inner).items():
-            result[f"transformer.prefix_encoder.{name}"] = PlannedParameter(shape, FLOAT32, training)
+    if pet.pet_type is not None:
+        adapter = ADAPTERS[pet.pet_type]
+        for name, shape in adapter.load().shapes(adapter.config(pet), config, shapes).items():
+            result[name] = PlannedParameter(shape, FLOAT32, training)
     return result
 
 
@@ -104,13 +100,8 @@ class StoredPart:
 def stored_parts(
     config: GLMConfig, parallel: ParallelConfig, parameters: Mapping[str, PlannedParameter]
 ) -> list[StoredPart]:
-    """What a card of each stage stores of every parameter; see `glm_ms.parallel.slices`."""
+    """What a card of each stage stores of every parameter; see `glm_ms.parallel.partition`."""
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     items = {name: parameter.item_bytes for name, parameter in parameters.items()}
     slices = parameter_slices(config, parallel, shapes, items)
     return [StoredPart(name, parameters[name], slices[name]) for name in parameters]
-
-
-def _linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    matrices = (name for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight"))
-    return [name.removesuffix(".weight") for name in matrices]

@@ -247,7 +247,7 @@ def _prefix(settings: Settings) -> int:
 
 
 def _fuses_attention(settings: Settings, config: GLMConfig) -> bool:
-    """Whether attention is one kernel, on cards that have it; see `glm_ms.ops.fusion`."""
+    """Whether attention is one kernel, on cards that have it; see `glm_ms.ops.registry`."""
     half = ITEM_BYTES[config.compute_dtype] < FLOAT32
     return settings.context.use_fused_kernels and half and not config.attention_dropout
 

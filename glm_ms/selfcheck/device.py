@@ -1,4 +1,4 @@
-"""Self check of a device: are its results those of the portable operators and of the reference?"""
+"""Checks a device: its results are compared with those of the portable operators and of the reference."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import mindspore as ms
 
 from glm_ms.ascend_hints import host_log_folder, overflow_mode_note
-from glm_ms.ops.ascend import soc_version, why_not_fused
+from glm_ms.ops.ascend import soc_version
+from glm_ms.ops.registry import device, why_portable
 from glm_ms.selfcheck.golden import MODEL, golden_rows
 from glm_ms.selfcheck.kernels import REAL, SMALL, fused_rows, portable_rows
 from glm_ms.selfcheck.rows import Row, head_lines, row_lines
 
-HALF_TYPES = ("float16", "bfloat16")
+# Device -> types in which its kernels are checked; float32 on others.
+_TYPES = {"Ascend": ("float16", "bfloat16")}
 
 
 def set_device(device_target: str, device_id: int) -> None:
@@ -30,12 +32,12 @@ def set_device(device_target: str, device_id: int) -> None:
         ms.set_device(device_target, device_id)
 
 
-def check_device(golden: Path | None, say: Callable[[str], None]) -> bool:
+def run_checks(golden: Path | None, say: Callable[[str], None]) -> bool:
     """Runs every check that the current device allows and prints a table as it grows.
 
     Args:
-        golden: tests/golden of the repository; None, or a folder without the numbers, leaves those checks out, and
-            says so.
+        golden: tests/golden of the repository; None or a folder without the numbers: those checks are left out, and
+            a line says so.
         say: takes lines for the user.
 
     Returns:
@@ -53,18 +55,18 @@ def check_device(golden: Path | None, say: Callable[[str], None]) -> bool:
             say(line)
     if not _has_numbers(golden):
         say(
-            "training and generation were not checked: the numbers of the reference (tests/golden) are not here; "
-            "run this tool in a checkout of the repository"
+            "training and generation were not checked: the reference numbers (tests/golden) are missing; run this tool "
+            "in a checkout of the repository"
         )
     say(f"{total - failed} of {total} passed" + (f", {failed} FAILED" if failed else ""))
     return not failed
 
 
 def _rows(golden: Path | None) -> Iterator[Row]:
-    fused = why_not_fused() is None
+    fused = why_portable() is None
     yield from portable_rows(SMALL)
     if fused:
-        for dtype in HALF_TYPES:
+        for dtype in _TYPES.get(device(), ("float32",)):
             for sizes in (SMALL, REAL):
                 yield from fused_rows(sizes, dtype)
     if golden is None or not _has_numbers(golden):
@@ -88,7 +90,7 @@ def _device_lines() -> Iterator[str]:
     note = overflow_mode_note(soc)
     if note is not None:
         yield f"note: {note}"
-    reason = why_not_fused()
+    reason = why_portable()
     if reason is None:
         yield "float32 rows of operators: portable ones against NumPy; others: fused kernels against portable operators"
     else:

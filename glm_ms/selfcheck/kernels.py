@@ -1,21 +1,21 @@
-"""Fused kernels against portable operators, portable operators against NumPy."""
+"""Fused kernels against portable operators, portable operators against NumPy: all that `glm_ms.ops.registry` has."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from glm_ms.ops import ascend
+from glm_ms.ops import registry
 from glm_ms.ops.attention import HIDDEN_SCORE, GroupedAttention
 from glm_ms.ops.norm import RMSNormalize
-from glm_ms.ops.quantized import QuantizedMatMul
 from glm_ms.ops.rotary import ApplyRotary, rotary_tables
-from glm_ms.selfcheck.rows import Row, guarded
+from glm_ms.selfcheck.rows import Numbers, Row, guarded
 
 # Distance from 1 to the next number, by which differences are measured.
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -23,13 +23,13 @@ _REPEATS = 10
 _EPS_OF_NORM = 1e-5
 # A gradient passes through the kernel and its adjoint.
 _GRADIENT_FACTOR = 2
-# Half types are summed in float32, so that their last place is lost a few times only; float32 itself loses more.
+# Half types are summed in float32 and rounded a few times; float32 is rounded at every addition.
 _FLOAT32_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a network's operators: rows, tokens of a row, widths, heads, key/value groups, channels of a head."""
+    """Rows, tokens of a row, width, query heads, key/value groups, channels of a head."""
 
     batch: int
     length: int
@@ -37,12 +37,11 @@ class Sizes:
     heads: int
     groups: int
     dim: int
-    out: int
 
 
-SMALL = Sizes(batch=2, length=24, hidden=64, heads=4, groups=2, dim=16, out=352)
-# Of ChatGLM2-6B and ChatGLM3-6B; `out` is dense_h_to_4h.
-REAL = Sizes(batch=1, length=1024, hidden=4096, heads=32, groups=2, dim=128, out=2 * 13696)
+SMALL = Sizes(batch=2, length=24, hidden=64, heads=4, groups=2, dim=16)
+# Of ChatGLM2-6B and ChatGLM3-6B.
+REAL = Sizes(batch=1, length=1024, hidden=4096, heads=32, groups=2, dim=128)
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,22 @@ class KernelCase:
     """One operator with inputs.
 
     Args:
-        kernel: its name.
+        name: of the check.
+        operator: key of `glm_ms.ops.registry.OPERATORS`.
         shape: of its main input.
-        portable, fused: build the cells, given the type.
+        portable: builds the portable cell, given the type.
         inputs: float32 ones take the type under test unless `kept`.
-        kept: positions of the inputs that keep their own type.
+        kept: positions of the inputs that keep their type.
         differentiable: positions of the inputs whose gradients are compared.
         exact: the result by NumPy in float64.
         roundings: allowed difference, in units of the last place of the largest result. In float16 the portable
             operators themselves differ from the exact result by a tenth to a fifth of it.
     """
 
-    kernel: str
+    name: str
+    operator: str
     shape: str
     portable: Callable[[ms.Type], nn.Cell]
-    fused: Callable[[], nn.Cell]
     inputs: tuple[np.ndarray, ...]
     kept: tuple[int, ...]
     differentiable: tuple[int, ...]
@@ -78,17 +78,24 @@ class KernelCase:
             for i, array in enumerate(self.inputs)
         ]
 
+    def fused(self, dtype: str) -> nn.Cell:
+        """The kernel of this device.
+
+        Raises:
+            ValueError: it cannot take these sizes or this type.
+        """
+        kernel = registry.operators_of(registry.device())[self.operator]
+        cell = kernel.replacing(self.portable(getattr(ms, dtype)), getattr(ms, dtype))
+        if isinstance(cell, str):
+            raise ValueError(cell)
+        return cell
+
 
 def kernel_cases(sizes: Sizes) -> list[KernelCase]:
-    """The four operators at the given sizes, with seeded normal inputs; attention also for a single new token."""
+    """Every operator at the given sizes, with seeded normal inputs; attention also for a single new token."""
     rng = np.random.default_rng(0)
-    return [
-        _norm_case(sizes, rng),
-        _rotary_case(sizes, rng),
-        _attention_case(sizes, rng, sizes.length),
-        _attention_case(sizes, rng, 1),
-        _quantized_case(sizes, rng),
-    ]
+    attention = (_attention_case(sizes, rng, length) for length in (sizes.length, 1))
+    return [_norm_case(sizes, rng), _rotary_case(sizes, rng), *attention]
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -106,8 +113,7 @@ def _norm_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
     shape = (sizes.batch, sizes.length, sizes.hidden)
     inputs = (_normal(rng, *shape), 1 + 0.2 * _normal(rng, sizes.hidden))
     return KernelCase(
-        "RMS norm", _by(*shape), lambda _: RMSNormalize(_EPS_OF_NORM),
-        lambda: ascend.FusedRMSNormalize(_EPS_OF_NORM), inputs, (), (0, 1), exact, 2,
+        "RMS norm", "RMS norm", _by(*shape), lambda _: RMSNormalize(_EPS_OF_NORM), inputs, (), (0, 1), exact, 2,
     )  # fmt: skip
 
 
@@ -122,8 +128,8 @@ def _rotary_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
         for table in rotary_tables(sizes.length, sizes.dim)
     )
     return KernelCase(
-        "rotary embedding", _by(*shape), lambda dtype: ApplyRotary(sizes.dim, dtype),
-        ascend.FusedRotary, (_normal(rng, *shape), *tables), (), (0,), exact, 4,
+        "rotary embedding", "rotary embedding", _by(*shape), lambda dtype: ApplyRotary(sizes.dim, dtype),
+        (_normal(rng, *shape), *tables), (), (0,), exact, 4,
     )  # fmt: skip
 
 
@@ -149,55 +155,55 @@ def _attention_case(sizes: Sizes, rng: np.random.Generator, length: int) -> Kern
     bias = np.where(hidden, np.float32(HIDDEN_SCORE), np.float32(0))
     name = "attention" if length > 1 else "attention, one token"
     return KernelCase(
-        name, f"{_by(*shape)}, {sizes.groups}x{sizes.length}",
+        name, "attention", f"{_by(*shape)}, {sizes.groups}x{sizes.length}",
         lambda _: GroupedAttention(sizes.heads, sizes.groups, sizes.dim),
-        lambda: ascend.FlashAttention(sizes.heads, sizes.dim),
         (_normal(rng, *shape), _normal(rng, *keys), _normal(rng, *keys), bias), (3,),
         (0, 1, 2) if length > 1 else (), exact, 4,
     )  # fmt: skip
 
 
-def _quantized_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
-    def exact(x: np.ndarray, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        return x @ (weight * scale[:, None]).T
-
-    shape = (sizes.batch * sizes.length, sizes.hidden)
-    weight = rng.integers(-127, 128, (sizes.out, sizes.hidden), np.int8)
-    scale = (0.02 / 127 * (1 + rng.random(sizes.out))).astype(np.float32)
-    return KernelCase(
-        "int8 matmul", f"{_by(*shape)}, {sizes.out}", lambda _: QuantizedMatMul(),
-        ascend.FusedQuantizedMatMul, (_normal(rng, *shape), weight, scale), (1, 2), (0,), exact, 4,
-    )  # fmt: skip
-
-
 def portable_rows(sizes: Sizes) -> Iterator[Row]:
     """Every portable operator in float32 against NumPy."""
-    for case in kernel_cases(sizes):
-        yield guarded(case.kernel, case.shape, "float32", lambda case=case: _portable_row(case))
+    cases = kernel_cases(sizes)
+    for case in cases:
+        yield guarded(case.name, case.shape, "float32", partial(_against_numpy, case))
+    yield from _unchecked(registry.PORTABLE, cases, "float32")
 
 
 def fused_rows(sizes: Sizes, dtype: str) -> Iterator[Row]:
-    """Every fused kernel against the portable operator, forward and, where it is trained through, backward."""
-    for case in kernel_cases(sizes):
-        yield guarded(case.kernel, case.shape, dtype, lambda case=case: _fused_row(case, dtype))
+    """Every fused kernel of this device against the portable operator: results, and gradients if there are any."""
+    kernels, cases = registry.operators_of(registry.device()), kernel_cases(sizes)
+    for case in cases:
+        if case.operator not in kernels:
+            continue
+        yield guarded(case.name, case.shape, dtype, partial(_against_portable, case, dtype))
         if case.differentiable:
-            name = f"{case.kernel}, gradient"
-            yield guarded(name, case.shape, dtype, lambda case=case: _gradient_row(case, dtype))
+            name = f"{case.name}, gradient"
+            yield guarded(name, case.shape, dtype, partial(_against_portable, case, dtype, gradients=True))
+    yield from _unchecked(registry.device(), cases, dtype)
 
 
-def _portable_row(case: KernelCase) -> Row:
-    found, elapsed = _timed(case.portable(ms.float32), case.tensors("float32"))
+def _unchecked(device: str, cases: Sequence[KernelCase], dtype: str) -> Iterator[Row]:
+    """A failed row for every operator that has a cell for the device and no case here."""
+    for operator in registry.operators_of(device).keys() - {case.operator for case in cases}:
+        yield Row(operator, "-", dtype, message="glm_ms.selfcheck.kernels has no case for this operator")
+
+
+def _against_numpy(case: KernelCase) -> Numbers:
+    found, portable_ms = _timed(case.portable(ms.float32), case.tensors("float32"))
     expected = case.exact(*(array.astype(np.float64) for array in case.inputs))
-    difference, allowed = _compare([found], [expected], "float32", case.roundings * _FLOAT32_FACTOR)
-    return Row(case.kernel, case.shape, "float32", difference, allowed, None, elapsed)
+    return (*_compare(found, [expected], "float32", case.roundings), None, portable_ms)
 
 
-def _fused_row(case: KernelCase, dtype: str) -> Row:
-    inputs = case.tensors(dtype)
-    expected, portable_ms = _timed(case.portable(getattr(ms, dtype)), inputs)
-    found, fused_ms = _timed(case.fused(), inputs)
-    difference, allowed = _compare([found], [_array(expected)], dtype, case.roundings)
-    return Row(case.kernel, case.shape, dtype, difference, allowed, fused_ms, portable_ms)
+def _against_portable(case: KernelCase, dtype: str, gradients: bool = False) -> Numbers:
+    inputs, cells = case.tensors(dtype), [case.portable(getattr(ms, dtype)), case.fused(dtype)]
+    roundings = case.roundings
+    if gradients:
+        weights = _normal(np.random.default_rng(1), *cells[0](*inputs).shape)
+        inputs, cells = [Tensor(weights), *inputs], [_Gradients(cell, case.differentiable) for cell in cells]
+        roundings *= _GRADIENT_FACTOR
+    (expected, portable_ms), (found, fused_ms) = (_timed(cell, inputs) for cell in cells)
+    return (*_compare(found, list(map(_array, expected)), dtype, roundings), fused_ms, portable_ms)
 
 
 class _Weighed(nn.Cell):
@@ -205,8 +211,7 @@ class _Weighed(nn.Cell):
 
     def __init__(self, cell: nn.Cell) -> None:
         super().__init__()
-        self.cell = cell
-        self.total = ops.ReduceSum()
+        self.cell, self.total = cell, ops.ReduceSum()
 
     def construct(self, weights: Tensor, *inputs: Tensor) -> Tensor:
         """weights float32 of the shape of the result -> float32 scalar."""
@@ -225,32 +230,17 @@ class _Gradients(nn.Cell):
         return self.gradients(weights, *inputs)
 
 
-def _gradient_row(case: KernelCase, dtype: str) -> Row:
-    inputs = case.tensors(dtype)
-    portable = case.portable(getattr(ms, dtype))
-    shape = portable(*inputs).shape
-    inputs = [Tensor(_normal(np.random.default_rng(1), *shape)), *inputs]
-    expected, portable_ms = _timed(_Gradients(portable, case.differentiable), inputs)
-    found, fused_ms = _timed(_Gradients(case.fused(), case.differentiable), inputs)
-    difference, allowed = _compare(
-        _listed(found), list(map(_array, _listed(expected))), dtype, case.roundings * _GRADIENT_FACTOR
-    )
-    return Row(f"{case.kernel}, gradient", case.shape, dtype, difference, allowed, fused_ms, portable_ms)
-
-
-def _listed(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return list(result) if isinstance(result, (tuple, list)) else [result]
-
-
-def _timed(cell: nn.Cell, inputs: Sequence[Tensor]) -> tuple[Tensor | tuple[Tensor, ...], float]:
-    """Result, and milliseconds of a call after the one that compiles. The device is waited for."""
+def _timed(cell: nn.Cell, inputs: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """Results, and milliseconds of a call after the one that compiles; reading a result waits for the device."""
     result = cell(*inputs)
-    _array(_listed(result)[0])
+    results = [result] if isinstance(result, Tensor) else list(result)
+    _array(results[0])
     start = time.perf_counter()
     for _ in range(_REPEATS):
         result = cell(*inputs)
-    _array(_listed(result)[0])
-    return result, (time.perf_counter() - start) / _REPEATS * 1e3
+    results = [result] if isinstance(result, Tensor) else list(result)
+    _array(results[0])
+    return results, (time.perf_counter() - start) / _REPEATS * 1e3
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -260,11 +250,12 @@ def _array(tensor: Tensor) -> np.ndarray:
 def _compare(
     found: Sequence[Tensor], expected: Sequence[np.ndarray], dtype: str, roundings: int
 ) -> tuple[float, float]:
-    """Largest difference and allowed one, of the result that is nearest to its limit or farthest beyond.
+    """Largest difference and allowed one, of the result with the largest ratio of both.
 
     Raises:
-        ValueError: a result has another shape than it should.
+        ValueError: a result has a wrong shape.
     """
+    roundings *= _FLOAT32_FACTOR if dtype == "float32" else 1
     worst = (0.0, 0.0, -1.0)
     for tensor, wanted in zip(found, expected):
         if tuple(tensor.shape) != wanted.shape:

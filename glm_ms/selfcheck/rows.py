@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Optional
 
 from glm_ms.ascend_hints import essence, hints
 
-# Everything a kernel that is missing, refused or broken has been seen to raise, and what it would plausibly raise.
+# What a kernel that is missing, refused or broken raises.
 DEVICE_ERRORS = (
     RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, MemoryError,
 )  # fmt: skip
@@ -27,10 +28,10 @@ class Row:
         check: what was compared.
         shape: sizes, for the reader.
         dtype: type that was computed in.
-        difference: largest absolute difference, or number of differing tokens; None if it was not reached.
+        difference: largest absolute difference, or number of differing tokens; None after an error.
         allowed: largest difference that passes.
-        fused_ms, portable_ms: milliseconds of one call; None where it was not run.
-        message: why it failed before there was a difference.
+        fused_ms, portable_ms: milliseconds of one call; None: not run.
+        message: the error.
     """
 
     check: str
@@ -48,10 +49,14 @@ class Row:
         return self.difference is not None and self.allowed is not None and self.difference <= self.allowed
 
 
-def guarded(check: str, shape: str, dtype: str, compute: Callable[[], Row]) -> Row:
-    """The row that `compute` gives, or a failed one with the error, so that one broken kernel hides no other."""
+# Difference, allowed difference, milliseconds fused and portable; see `Row`.
+Numbers = tuple[Optional[float], Optional[float], Optional[float], Optional[float]]
+
+
+def guarded(check: str, shape: str, dtype: str, compute: Callable[[], Numbers]) -> Row:
+    """The row that `compute` gives, or a failed one with the error: the checks after a broken kernel still run."""
     try:
-        return compute()
+        return Row(check, shape, dtype, *compute())
     except DEVICE_ERRORS as error:
         return Row(check, shape, dtype, message=f"{type(error).__name__}: {error}")
 
@@ -63,7 +68,7 @@ def head_lines() -> list[str]:
 
 
 def row_lines(row: Row) -> Iterator[str]:
-    """A row, and under a row that broke the error and what is known about it."""
+    """A row, followed by its error and hints on that, if there is one."""
     cells = (
         row.check, row.shape, row.dtype, _number(row.difference), _number(row.allowed),
         _milliseconds(row.fused_ms), _milliseconds(row.portable_ms),
@@ -71,7 +76,8 @@ def row_lines(row: Row) -> Iterator[str]:
     texts = " | ".join(cell.ljust(width) for cell, (_, width) in zip(cells, _COLUMNS))
     yield f"{texts} | {'pass' if row.passed else 'FAIL'}"
     if row.message:
-        yield f"    {_short(row.message)}"
+        text = " ".join(essence(row.message).split())
+        yield "    " + (text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ...")
         for hint in hints(row.message):
             yield f"    hint: {hint}"
 
@@ -82,9 +88,3 @@ def _number(value: float | None) -> str:
 
 def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _short(message: str) -> str:
-    """What names the fault, on one line."""
-    kept = " ".join(essence(message).split())
-    return kept if len(kept) <= _LONGEST_MESSAGE else kept[:_LONGEST_MESSAGE] + " ..."

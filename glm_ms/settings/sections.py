@@ -14,6 +14,7 @@ from glm_ms.data.formats import FORMATS, formats_with_max_seq_length
 from glm_ms.families import tokenizer_names
 from glm_ms.metrics import METRICS, score_names
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+from glm_ms.peft import ADAPTERS
 from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
 
 
@@ -185,7 +186,7 @@ class PetSettings:
 
     pet_type: Optional[str] = key(
         None, "lora: low-rank adapters, ptuning2: a learnt prefix of keys and values; null: train all weights",
-        choices=("lora", "ptuning2"),
+        choices=lambda: ADAPTERS,
     )  # fmt: skip
     lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_LORA)
     lora_alpha: float = key(

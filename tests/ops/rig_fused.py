@@ -12,7 +12,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.loss import GLMWithLoss
 from glm_ms.ops import ascend
-from glm_ms.ops.fusion import fuse_kernels
+from glm_ms.ops.registry import fuse_kernels
 
 BATCH, LENGTH, HEADS, GROUPS, DIM, HIDDEN, CAPACITY = 2, 6, 4, 2, 16, 64, 16
 
@@ -76,11 +76,6 @@ def cases(dtype: ms.Type) -> list[tuple[str, type, tuple, tuple[Tensor, ...]]]:
     query = tensor(BATCH, 1, HEADS, DIM, dtype=dtype)
     bias = tensor(BATCH, 1, 1, LENGTH, dtype=ms.float32)
     found.append(("flash_step", ascend.FlashAttention, (HEADS, DIM), (query, *qkv[1:], bias)))
-    weight = tensor(2 * HIDDEN, HIDDEN, dtype=ms.int8)
-    scale = tensor(2 * HIDDEN, dtype=ms.float32)
-    found.append(
-        ("int8", ascend.FusedQuantizedMatMul, (), (tensor(LENGTH, HIDDEN, dtype=dtype), weight, scale))
-    )
     return found
 
 

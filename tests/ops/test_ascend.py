@@ -18,12 +18,11 @@ from tolerances import LOGITS
 from glm_ms.generation.cached_decoder import graph_mode
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.ops import ascend, fusion
+from glm_ms.ops import ascend, registry
 from glm_ms.ops.attention import GroupedAttention
 from glm_ms.ops.norm import RMSNormalize
-from glm_ms.ops.quantized import QuantizedMatMul
 from glm_ms.ops.rotary import ApplyRotary
-from glm_ms.selfcheck.kernels import SMALL, KernelCase, kernel_cases
+from glm_ms.selfcheck.kernels import SMALL, KernelCase, fused_rows, kernel_cases
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"
@@ -72,20 +71,6 @@ class FlashByFormula(nn.Cell):
         return None, None, None, ops.matmul(ops.softmax(scores, -1), value)
 
 
-class QuantizedByFormula(nn.Cell):
-    """aclnnWeightQuantBatchMatmulV2: the scales belong to the columns of the product."""
-
-    def __init__(self, transposed: bool) -> None:
-        super().__init__()
-        self.transposed = transposed
-
-    def construct(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        weight = weight.astype(x.dtype)
-        weight = weight.T if self.transposed else weight
-        assert scale.shape == (weight.shape[1],)
-        return ops.matmul(x, weight * scale)
-
-
 def with_stand_in(cell: nn.Cell) -> nn.Cell:
     """A fused cell whose kernel is replaced by its formula, told what the cell told the kernel."""
     if isinstance(cell, ascend.FusedRMSNormalize):
@@ -94,16 +79,11 @@ def with_stand_in(cell: nn.Cell) -> nn.Cell:
     elif isinstance(cell, ascend.FusedRotary):
         del cell.turn
         cell.turn = RotaryByFormula()
-    elif isinstance(cell, ascend.FlashAttention):
+    else:
         kernel = cell.attention
         assert kernel.keep_prob == 1.0
         del cell.attention
         cell.attention = FlashByFormula(kernel.head_num, kernel.scale_value)
-    else:
-        for name in ("multiply", "multiply_back"):
-            transposed = getattr(cell, name).transpose_weight
-            delattr(cell, name)
-            setattr(cell, name, QuantizedByFormula(transposed))
     return cell
 
 
@@ -131,11 +111,13 @@ class Weighed(nn.Cell):
 
 
 @pytest.mark.usefixtures("call_by_call")
-@pytest.mark.parametrize("case", CASES, ids=[case.kernel for case in CASES])
-def test_fused_cell_is_the_portable_operator(case: KernelCase) -> None:
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_fused_cell_is_the_portable_operator(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layouts, scale, mask and modes that the fused cell passes on, forward and backward."""
+    monkeypatch.setattr(registry, "device", lambda: "Ascend")
+    monkeypatch.setattr(ascend.FlashAttention, "DTYPES", (ms.float32,))
     inputs = case.tensors("float32")
-    portable, fused = case.portable(ms.float32), with_stand_in(case.fused())
+    portable, fused = case.portable(ms.float32), with_stand_in(case.fused("float32"))
     expected, found = portable(*inputs), fused(*inputs)
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
@@ -186,19 +168,19 @@ def kinds(network: nn.Cell) -> list[type]:
 def test_on_a_cpu_nothing_is_fused() -> None:
     network = tiny_network()
     before = kinds(network)
-    assert fusion.fuse_kernels(network, ms.float16) == [
-        "portable operators: the device is CPU, the fused kernels are Ascend's"
+    assert registry.fuse_kernels(network, ms.float16) == [
+        "portable operators: the device is CPU, the fused kernels are for Ascend"
     ]
     assert kinds(network) == before
 
 
 def test_fusing_replaces_operators_and_keeps_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ascend, "why_not_fused", lambda: None)
+    monkeypatch.setattr(registry, "device", lambda: "Ascend")
     network = tiny_network()
     names = [parameter.name for parameter in network.get_parameters()]
-    assert fusion.fuse_kernels(network, ms.bfloat16) == [
+    assert registry.fuse_kernels(network, ms.bfloat16) == [
         "RMS norm: fused kernel in 5 cells",
-        "flash attention: fused kernel in 2 cells",
+        "attention: fused kernel in 2 cells",
         "rotary embedding: fused kernel in 2 cells",
     ]
     assert [parameter.name for parameter in network.get_parameters()] == names
@@ -212,7 +194,7 @@ def test_fusing_replaces_operators_and_keeps_parameters(monkeypatch: pytest.Monk
 
 def test_a_fused_network_gives_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network runs the cells that were put in, with the formulas in place of the kernels."""
-    monkeypatch.setattr(ascend, "why_not_fused", lambda: None)
+    monkeypatch.setattr(registry, "device", lambda: "Ascend")
     monkeypatch.setattr(ascend.FlashAttention, "DTYPES", (ms.float32,))
     network = tiny_network()
     ids = Tensor(np.random.default_rng(0).integers(0, 64, (2, 12)), ms.int32)
@@ -221,7 +203,7 @@ def test_a_fused_network_gives_the_same_hidden_states(monkeypatch: pytest.Monkey
     slots = Tensor(np.arange(12), ms.int32)
     with graph_mode():
         expected = network(ids, mask, positions, slots).asnumpy()
-        fusion.fuse_kernels(network, ms.float32)
+        registry.fuse_kernels(network, ms.float32)
         for _, cell in list(network.cells_and_names()):
             if type(cell).__module__ == ascend.__name__:
                 with_stand_in(cell)
@@ -242,24 +224,40 @@ def test_a_fused_network_gives_the_same_hidden_states(monkeypatch: pytest.Monkey
 def test_what_a_kernel_cannot_do_stays_portable(
     monkeypatch: pytest.MonkeyPatch, changes: dict, dtype: ms.Type, reason: str
 ) -> None:
-    monkeypatch.setattr(ascend, "why_not_fused", lambda: None)
+    monkeypatch.setattr(registry, "device", lambda: "Ascend")
     network = tiny_network(**changes)
-    lines = fusion.fuse_kernels(network, dtype)
-    assert f"flash attention: portable operator in 2 cells ({reason})" in lines
+    lines = registry.fuse_kernels(network, dtype)
+    assert f"attention: portable operator in 2 cells ({reason})" in lines
     assert kinds(network).count(GroupedAttention) == 2
 
 
-def test_quantized_matmul_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ascend, "why_not_fused", lambda: None)
+class ToyNorm(nn.Cell):
+    """A kernel of a CPU: the formula of the norm in one line."""
 
-    class Layer(nn.Cell):
-        def __init__(self) -> None:
-            super().__init__()
-            self.matmul = QuantizedMatMul()
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
 
-    layer = Layer()
-    assert fusion.fuse_kernels(layer, ms.float16) == ["int8 matmul: fused kernel in 1 cell"]
-    assert type(layer.matmul) is ascend.FusedQuantizedMatMul
+    @staticmethod
+    def replacing(cell: RMSNormalize, dtype: ms.Type) -> nn.Cell | str:
+        return ToyNorm(cell.eps) if dtype == ms.float32 else "float32 only"
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x * ops.rsqrt((x * x).mean(-1, True) + self.eps) * weight
+
+
+def test_a_kernel_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network uses it, and the check of the device compares it with the portable operator."""
+    monkeypatch.setitem(registry.OPERATORS, ("RMS norm", "CPU"), ToyNorm)
+    network = tiny_network()
+    assert registry.fuse_kernels(network, ms.float32) == ["RMS norm: fused kernel in 5 cells"]
+    assert kinds(network).count(ToyNorm) == 5
+    with graph_mode():
+        rows = list(fused_rows(SMALL, "float32"))
+    assert [row.check for row in rows] == ["RMS norm", "RMS norm, gradient"]
+    assert all(row.passed for row in rows), rows
+    lines = registry.fuse_kernels(tiny_network(), ms.float16)
+    assert lines == ["RMS norm: portable operator in 5 cells (float32 only)"]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +302,7 @@ def test_mindspore_accepts_the_kernels(tmp_path: Path) -> None:
     half = [
         f"{way} {name}"
         for way in ("forward", "backward")
-        for name in ("flash", "flash_one_mask", "flash_step", "int8")
+        for name in ("flash", "flash_one_mask", "flash_step")
     ]
     expected = {f"{name} {dtype}" for name in both for dtype in ("Float32", "Float16", "BFloat16")}
     expected |= {f"{name} {dtype}" for name in half for dtype in ("Float16", "BFloat16")}

@@ -23,8 +23,9 @@ from glm_ms.engine.step.adamw import GLMAdamW  # noqa: E402
 from glm_ms.engine.step.sharding import ShardedTraining  # noqa: E402
 from glm_ms.engine.step.trainer_config import parallel_context  # noqa: E402
 from glm_ms.engine.weights import adapter_config  # noqa: E402
+from glm_ms.parallel.layers import sharded_glm  # noqa: E402
 from glm_ms.settings import load_settings, resolve_vocab_size  # noqa: E402
-from glm_ms.settings.schema import training_length  # noqa: E402
+from glm_ms.settings.schema import parallel_of, training_length  # noqa: E402
 
 path, layers, *overrides = sys.argv[1:]
 settings = load_settings(
@@ -39,11 +40,13 @@ if settings.parallel_config.pipeline_stage > 1:
     context["pipeline_stages"] = settings.parallel_config.pipeline_stage
 ms.set_auto_parallel_context(device_num=size, global_rank=rank, **context)
 
-model = GLMForCausalLM(settings.glm_config())
+config = settings.glm_config()
+model = GLMForCausalLM(config, sharded_glm(config, parallel_of(settings)))
 adapter = adapter_config(settings)
 if adapter is not None:
     model.add_adapter(adapter)
-training = ShardedTraining(settings, Ranks(rank, size), print, model)
+training = ShardedTraining(settings, Ranks(rank, size), print)
+training.model = model
 network = training.build_network(training_length(settings))
 step = training.build_step(GLMAdamW(training.trained_parameters(), 1e-3))
 layouts = training.compile(step)

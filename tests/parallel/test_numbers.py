@@ -15,6 +15,7 @@ from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.convert.joint import split_joint
 from glm_ms.engine.step.network import ShardedTrainingNetwork, TrainingNetwork
 from glm_ms.parallel.config import ParallelConfig
+from glm_ms.parallel.layers import sharded_glm
 from glm_ms.peft import LoraConfig, PrefixConfig
 from tests.parallel.one_card import use_portable_rotary
 from tests.tolerances import GRADIENT, LOSS
@@ -91,7 +92,9 @@ def test_equals_the_network_it_was_made_of(name: str) -> None:
     values = {parameter.name: parameter.asnumpy().copy() for parameter in whole.network.get_parameters()}
     loss, tokens, gradients = loss_and_gradients(TrainingNetwork(whole.network, LENGTH), inputs)
 
-    model = build(config, adapter)
+    model = GLMForCausalLM(config, sharded_glm(config, parallel))
+    if adapter is not None:
+        model.add_adapter(adapter)
     sharded = ShardedTrainingNetwork(model.network, parallel, LENGTH)
     use_portable_rotary(model.network)
     parts = apart(values, config)

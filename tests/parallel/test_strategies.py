@@ -155,7 +155,7 @@ EVERY_DAY = ("dp2 x mp4",)
     "name", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
 def test_slices_of_every_parameter(name: str, tmp_path: Path) -> None:
-    """The script holds each slice to the rules of `glm_ms.parallel.slices`; here they stand as numbers."""
+    """The script holds each slice to the rules of `glm_ms.parallel.partition`; here they stand as numbers."""
     keys, block, embedding, head = LAYOUTS[name]
     ranks = "0,5" if name in EVERY_DAY else ""
     compile_ranks("rig_step.py", tmp_path / "out", CONFIG, 2, *SMALL, *keys, ranks=ranks)

@@ -16,6 +16,7 @@ from glm_ms.engine.step.adamw import GLMAdamW
 from glm_ms.engine.step.network import ShardedTrainingNetwork, TrainingNetwork, recompute_blocks
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.weights import adapter_config
+from glm_ms.parallel.layers import sharded_glm
 from glm_ms.settings import load_settings
 from glm_ms.settings.schema import is_sharded, parallel_of, training_length
 from tests.parallel.one_card import use_portable_rotary
@@ -23,7 +24,7 @@ from tests.parallel.one_card import use_portable_rotary
 ms.set_context(mode=ms.GRAPH_MODE)
 settings = load_settings(sys.argv[1], sys.argv[2:], check_files=False)
 config, rows, length = settings.glm_config(), settings.runner_config.batch_size, training_length(settings)
-model = GLMForCausalLM(config)
+model = GLMForCausalLM(config, sharded_glm(config, parallel_of(settings)) if is_sharded(settings) else None)
 adapter = adapter_config(settings)
 if adapter is not None:
     model.add_adapter(adapter)

@@ -5,6 +5,7 @@ import pytest
 from glm_ms import GLMForCausalLM
 from glm_ms.engine.step.network import ShardedTrainingNetwork
 from glm_ms.engine.weights import adapter_config
+from glm_ms.parallel.layers import sharded_glm
 from glm_ms.peft import AdapterError
 from glm_ms.plan import planned_parameters
 from glm_ms.plan.planned_parameters import lora_targets
@@ -35,12 +36,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equal_those_of_the_network(name: str) -> None:
     settings = load_settings(CONFIG, [*TINY, *CASES[name]], check_files=False)
-    model = GLMForCausalLM(settings.glm_config())
+    config, parallel = settings.glm_config(), parallel_of(settings)
+    sharded = name.startswith("sharded")
+    model = GLMForCausalLM(config, sharded_glm(config, parallel) if sharded else None)
     adapter = adapter_config(settings)
     if adapter is not None:
         model.add_adapter(adapter)
-    if name.startswith("sharded"):
-        ShardedTrainingNetwork(model.network, parallel_of(settings), 16)
+    if sharded:
+        ShardedTrainingNetwork(model.network, parallel, 16)
     planned = planned_parameters(settings, settings.glm_config())
     found = {p.name: (tuple(p.shape), p.itemsize, p.requires_grad) for p in model.network.get_parameters()}
     assert {n: (p.shape, p.item_bytes, p.trained) for n, p in planned.items()} == found

@@ -16,7 +16,7 @@ REFUSED = [
     (["parallel_config.model_parallel=32"], []),
     (
         ["model.model_config.multi_query_group_num=4", "parallel_config.model_parallel=6"],
-        ["4 key/value heads and model_parallel = 6: neither is divisible by the other"],
+        ["4 key/value heads and model_parallel = 6: one must be divisible by the other"],
     ),
     (
         ["parallel_config.pipeline_stage=4", "parallel_config.micro_batch_num=2"],

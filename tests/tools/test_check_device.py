@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,10 +15,13 @@ import mindspore as ms
 import pytest
 from mindspore import Tensor, nn
 
+from glm_ms.ops import registry
+from glm_ms.ops.attention import GroupedAttention
+from glm_ms.ops.norm import RMSNormalize
+from glm_ms.ops.rotary import ApplyRotary
 from glm_ms.selfcheck import device as engine
-from glm_ms.selfcheck import kernels as check_kernels
 from glm_ms.selfcheck.golden import golden_rows
-from glm_ms.selfcheck.kernels import SMALL, fused_rows, kernel_cases
+from glm_ms.selfcheck.kernels import SMALL, fused_rows
 from glm_ms.selfcheck.rows import Row, row_lines
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -63,10 +65,10 @@ def test_a_cpu_as_a_user_checks_it(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == f"device: CPU, MindSpore {ms.__version__}"
     assert lines[1].startswith("Fused kernels are NOT run: the device is CPU")
-    assert lines[-1] == "8 of 8 passed"
+    assert lines[-1] == "7 of 7 passed"
     rows = table(lines)
     assert [row[0] for row in rows] == [
-        "RMS norm", "rotary embedding", "attention", "attention, one token", "int8 matmul",
+        "RMS norm", "rotary embedding", "attention", "attention, one token",
         "portable training: loss", "portable training: gradient", "portable generation: tokens",
     ]  # fmt: skip
     for _, shape, dtype, difference, allowed, fused, portable, verdict in rows:
@@ -78,20 +80,17 @@ def test_a_cpu_as_a_user_checks_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def with_fused(monkeypatch: pytest.MonkeyPatch, cells: dict[str, type[nn.Cell]]) -> None:
-    """Stands cells in for the fused kernels, by kernel; the portable operator itself for the others."""
+def with_fused(monkeypatch: pytest.MonkeyPatch, cells: dict[str, Callable[[ms.Type], nn.Cell]]) -> None:
+    """Registers kernels for this device: those given, the portable operator itself for the others."""
+    for operator in registry.operators_of(registry.PORTABLE):
+        build = cells.get(operator)
 
-    def changed(sizes: check_kernels.Sizes) -> list[check_kernels.KernelCase]:
-        cases = kernel_cases(sizes)
-        return [
-            dataclasses.replace(
-                case,
-                fused=lambda case=case: cells.get(case.kernel, case.portable)(ms.float16),
-            )
-            for case in cases
-        ]
+        class Kernel:
+            @staticmethod
+            def replacing(cell: nn.Cell, dtype: ms.Type, build=build) -> nn.Cell:
+                return cell if build is None else build(dtype)
 
-    monkeypatch.setattr(check_kernels, "kernel_cases", changed)
+        monkeypatch.setitem(registry.OPERATORS, (operator, "CPU"), Kernel)
 
 
 class Wrong(nn.Cell):
@@ -99,21 +98,21 @@ class Wrong(nn.Cell):
 
     def __init__(self, dtype: ms.Type) -> None:
         super().__init__()
-        self.norm = check_kernels.RMSNormalize(1e-5)
+        self.norm = RMSNormalize(1e-5)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.norm(x, weight) * 1.01
 
 
 class Cut(nn.Cell):
-    """A product that forgets its last column."""
+    """Rotary that forgets its last channel."""
 
     def __init__(self, dtype: ms.Type) -> None:
         super().__init__()
-        self.matmul = check_kernels.QuantizedMatMul()
+        self.rotary = ApplyRotary(SMALL.dim, dtype)
 
-    def construct(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        return self.matmul(x, weight, scale)[:, :-1]
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.rotary(x, cos, sin)[..., :-1]
 
 
 class NotFinite(nn.Cell):
@@ -135,28 +134,45 @@ class Missing(nn.Cell):
 
 
 @pytest.mark.usefixtures("compiled")
-def test_wrong_broken_and_missing_kernels_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {"RMS norm": Wrong, "int8 matmul": Cut, "rotary embedding": NotFinite, "attention": Missing}
-    with_fused(monkeypatch, broken)
+@pytest.mark.parametrize("rotary", [NotFinite, Cut])
+def test_wrong_broken_and_missing_kernels_fail_alone(
+    monkeypatch: pytest.MonkeyPatch, rotary: type[nn.Cell]
+) -> None:
+    def flash(dtype: ms.Type) -> nn.Cell:
+        built.append(dtype)
+        return Missing(dtype) if len(built) < 3 else GroupedAttention(SMALL.heads, SMALL.groups, SMALL.dim)
+
+    built: list[ms.Type] = []
+    with_fused(monkeypatch, {"RMS norm": Wrong, "rotary embedding": rotary, "attention": flash})
     rows = {row.check: row for row in fused_rows(SMALL, "float16")}
     assert list(rows) == [
         "RMS norm", "RMS norm, gradient", "rotary embedding", "rotary embedding, gradient",
-        "attention", "attention, gradient", "attention, one token", "int8 matmul", "int8 matmul, gradient",
+        "attention", "attention, gradient", "attention, one token",
     ]  # fmt: skip
     assert [name for name, row in rows.items() if row.passed] == ["attention, one token"]
     assert rows["RMS norm"].allowed < rows["RMS norm"].difference < 0.1
-    assert "shape (48, 351), expected (48, 352)" in rows["int8 matmul"].message
-    assert rows["rotary embedding"].difference != rows["rotary embedding"].difference
+    if rotary is Cut:
+        assert "shape (2, 24, 6, 15), expected (2, 24, 6, 16)" in rows["rotary embedding"].message
+    else:
+        assert rows["rotary embedding"].difference != rows["rotary embedding"].difference
     assert list(row_lines(rows["attention"]))[1].strip() == (
         "RuntimeError: Unsupported op [FlashAttentionScore]"
     )
 
 
 @pytest.mark.usefixtures("compiled")
+def test_a_cell_without_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.OPERATORS, ("new operator", "CPU"), nn.Cell)
+    (row,) = fused_rows(SMALL, "float32")
+    assert (row.check, row.passed) == ("new operator", False)
+    assert "no case for this operator" in row.message
+
+
+@pytest.mark.usefixtures("compiled")
 def test_right_kernels_pass_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     with_fused(monkeypatch, {})
     rows = list(fused_rows(SMALL, "float16"))
-    assert len(rows) == 9
+    assert len(rows) == 7
     for row in rows:
         assert row.passed, (row.check, row.message)
         assert row.difference == 0
@@ -168,13 +184,14 @@ def test_right_kernels_pass_forward_and_backward(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("compiled")
 def test_kernels_that_are_not_there_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused kernels themselves, on a device without them."""
+    monkeypatch.setattr(registry, "device", lambda: "Ascend")
     rows = list(fused_rows(SMALL, "float16"))
-    assert len(rows) == 9
+    assert len(rows) == 7
     assert not any(row.passed for row in rows)
     assert all(row.message for row in rows)
 
 
-def test_hints_stand_under_a_failed_row() -> None:
+def test_hints_follow_a_failed_row() -> None:
     lines = list(row_lines(Row("RMS norm", "2x2", "float16", message="RuntimeError: Memory not enough: 3")))
     assert lines[0].endswith("| FAIL")
     assert "recompute_config.recompute=True" in lines[2]
@@ -206,7 +223,7 @@ def test_without_golden_numbers_it_says_so(
 ) -> None:
     monkeypatch.setattr(engine, "portable_rows", lambda sizes: iter([Row("x", "1", "float32", 0.0, 1.0)]))
     lines: list[str] = []
-    assert engine.check_device(golden_folder, lines.append)
+    assert engine.run_checks(golden_folder, lines.append)
     assert lines[-1] == "1 of 1 passed"
     assert lines[-2].startswith("training and generation were not checked")
 
@@ -215,7 +232,7 @@ def test_one_failure_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row("x", "1", "float32", 0.0, 1.0), Row("y", "1", "float32", 2.0, 1.0)]
     monkeypatch.setattr(engine, "portable_rows", lambda sizes: iter(rows))
     lines: list[str] = []
-    assert not engine.check_device(None, lines.append)
+    assert not engine.run_checks(None, lines.append)
     assert lines[-1] == "1 of 2 passed, 1 FAILED"
 
 
@@ -255,7 +272,7 @@ def test_which_device_is_checked(
     monkeypatch.setattr(tool, "ascend_cards", lambda: cards)
     chosen = []
     monkeypatch.setattr(engine, "set_device", lambda *device: chosen.append(device))
-    monkeypatch.setattr(engine, "check_device", lambda golden, say: golden.is_dir())
+    monkeypatch.setattr(engine, "run_checks", lambda golden, say: golden.is_dir())
     assert tool.main(arguments) == 0
     assert chosen == [device]
 

@@ -19,7 +19,7 @@ from glm_ms.convert.cluster.layout import Layout
 from glm_ms.engine.checkpoints.checkpoints import WEIGHTS, Checkpoints, optimizer_state, write_config
 from glm_ms.engine.checkpoints.parameters_file import read_parameters, write_parameters
 from glm_ms.model.config import GLMConfig
-from glm_ms.peft.adapter import AdapterConfig, files_of, write_adapter_config
+from glm_ms.peft import ADAPTERS, AdapterConfig
 from glm_ms.settings import Settings
 from glm_ms.storage.run_folder import SLICES, list_checkpoints, step_folder
 
@@ -79,7 +79,7 @@ class SliceState:
     ) -> None:
         self._config, self._metadata = network.config, metadata
         self._adapter, self._base_model = adapter, base_model
-        files = None if adapter is None else files_of(adapter)
+        files = None if adapter is None else ADAPTERS[adapter.kind].files
         self._file, self._prefix = (WEIGHTS, "") if files is None else (files.weights, files.prefix)
         self._weights = [p for p in network.trainable_params() if p.name in mine]
         self._optimizer = optimizer_state(step, network)
@@ -90,7 +90,8 @@ class SliceState:
         if self._adapter is None:
             write_config(folder, self._config)
         else:
-            write_adapter_config(folder, self._adapter, self._config, self._base_model)
+            kind = ADAPTERS[self._adapter.kind].load()
+            kind.write_config(folder, self._adapter, self._config, self._base_model)
 
     def restore(self, folder: Path) -> None:
         read_parameters(folder / self._file, self._weights, self._prefix, self._metadata)

@@ -9,7 +9,7 @@ from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.loss import NextTokenLoss
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.loss import VocabularyParallelLoss
-from glm_ms.parallel.shard import shard_glm
+from glm_ms.parallel.strategies import attach_strategies
 from glm_ms.settings import Settings
 
 
@@ -52,13 +52,13 @@ class ShardedTrainingNetwork(TrainingNetwork):
     """Loss of a global batch of fixed length, split over the cards.
 
     Args:
-        network: is sharded in place.
+        network: of `glm_ms.parallel.layers.sharded_glm`, with its adapter if it has one.
         parallel: the split.
         seq_length: length of every row.
     """
 
     def __init__(self, network: GLMNetwork, parallel: ParallelConfig, seq_length: int) -> None:
-        shard_glm(network, parallel)
+        attach_strategies(network, parallel)
         loss = VocabularyParallelLoss(network.config.padded_vocab_size, parallel)
         if parallel.pipeline_stages > 1:
             loss.pipeline_stage = parallel.pipeline_stages - 1

@@ -29,7 +29,7 @@ from glm_ms.engine.step.training import Training
 from glm_ms.engine.weights import adapter_config, build_unfilled_model
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.parallel.config import parallel_problems
-from glm_ms.parallel.slices import Slice, parameter_slices, stage_of_parameter
+from glm_ms.parallel.partition import Slice, parameter_slices, stage_of_parameter
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.schema import parallel_of
 from glm_ms.storage.run_folder import resolve_checkpoint
@@ -60,7 +60,8 @@ class ShardedTraining(Training):
 
     def build_model(self, vocab_size: int, checkpoint: Path | None) -> None:
         self.checkpoint = checkpoint
-        self.model = self.given_model or build_unfilled_model(self.settings, vocab_size, self.say)
+        # A given model is not sharded; its weights come from `load_checkpoint` as well.
+        self.model = build_unfilled_model(self.settings, vocab_size, self.say)
 
     def build_network(self, seq_length: int) -> ShardedTrainingNetwork:
         """The network with its strategies and its loss.
@@ -123,7 +124,7 @@ class ShardedTraining(Training):
 
         Raises:
             CheckpointError: the compiler has sliced a parameter differently from the rules of
-                `glm_ms.parallel.slices`, by which norms are summed.
+                `glm_ms.parallel.partition`, by which norms are summed.
         """
         expected = self._slices()  # before compiling, which changes the shapes
         self.strategy_file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 from mindformers import MindFormerConfig
 
 from glm_ms.engine.batches import TRAINING_COLUMNS
-from glm_ms.parallel.slices import OPTIMIZER_SHARD_THRESHOLD_KB
+from glm_ms.parallel.partition import OPTIMIZER_SHARD_THRESHOLD_KB
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import is_sharded
 from glm_ms.storage.run_folder import STRATEGIES

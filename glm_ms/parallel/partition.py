@@ -1,28 +1,29 @@
-"""What every card holds of every parameter, by rule. No MindSpore; the tests hold the rules to its compiler."""
+"""The part of every parameter that each card stores, by rule. Tests compare the rules with MindSpore's compiler."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig, kv_copies
 
-# Parameters below this many bytes (before any cut) stay whole under optimizer sharding: gathering them would cost
-# more than they take. MindSpore's own default, in KB as its setting wants it.
+# Optimizer sharding does not cut parameters below this size (before any cut): gathering them costs more than it saves.
+# MindSpore's default, in KB as in its setting.
 OPTIMIZER_SHARD_THRESHOLD_KB = 64
 _BLOCK = "encoder.layers."
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one parameter that one card holds.
+    """The part of one parameter that one card stores.
 
     Attributes:
         full: shape of the whole.
-        axis: the axis cut by model parallelism, None for none.
-        ways: pieces of that axis, 1 for none.
-        shards: pieces of axis 0 of that, by optimizer sharding; 1 for none.
+        axis: the axis cut by model parallelism; None: not cut.
+        ways: pieces of that axis.
+        shards: pieces of axis 0 of such a piece, by optimizer sharding.
         stage: pipeline stage.
         stage_cards: cards of the stage.
     """
@@ -45,7 +46,7 @@ class Slice:
 
     @property
     def copies(self) -> int:
-        """Cards that hold each element."""
+        """Cards that store each element."""
         return self.stage_cards // (self.ways * self.shards)
 
 
@@ -61,30 +62,24 @@ def parameter_slices(
     Args:
         config: architecture.
         parallel: the split.
-        shapes: name -> whole shape, joint layers by their parts; see `sharded_shapes`. Adapters too.
+        shapes: name -> whole shape, joint layers in parts (`sharded_shapes`); with those of an adapter.
         item_bytes: name -> bytes of an element.
         threshold_kb: smallest parameter that optimizer sharding cuts.
     """
     slices = {}
     for name, shape in shapes.items():
         axis, ways = _tensor_cut(name, config, parallel)
-        remaining = list(shape)
-        if axis is not None:
-            remaining[axis] //= ways
-        shards = 1
-        size = item_bytes[name]
-        for length in shape:
-            size *= length
-        if parallel.optimizer_shard and size >= threshold_kb * 1024:
-            group = parallel.stage_cards // ways
-            shards = group if remaining[0] % group == 0 else 1
+        rows = shape[0] // ways if axis == 0 else shape[0]
+        group, size = parallel.stage_cards // ways, item_bytes[name] * math.prod(shape)
+        sharded = parallel.optimizer_shard and size >= threshold_kb * 1024 and rows % group == 0
+        shards = group if sharded else 1
         stage = stage_of_parameter(name, config, parallel)
         slices[name] = Slice(tuple(shape), axis, ways, shards, stage, parallel.stage_cards)
     return slices
 
 
 def sharded_shapes(config: GLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a network's parameters -> those after `shard_glm`, which keeps the parts of joint layers apart."""
+    """Shapes of a network's parameters -> those of a sharded network, which has joint layers in parts."""
     result = {}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
@@ -97,7 +92,7 @@ def sharded_shapes(config: GLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def stage_of_parameter(name: str, config: GLMConfig, parallel: ParallelConfig) -> int:
-    """The pipeline stage that holds a parameter."""
+    """The pipeline stage of a parameter."""
     if _BLOCK in name:
         block = int(name.partition(_BLOCK)[2].partition(".")[0])
         return parallel.stage_of(block, config.num_layers)
