@@ -130,9 +130,9 @@ def test_files_that_are_missing_or_broken(lora: Path, tmp_path: Path) -> None:
     (lora / "adapter_config.json").unlink()
     assert "the scale of the adapter is not known" in refused(lora)
     (lora / "adapter_model.safetensors").unlink()
-    assert "holds no adapter" in refused(lora)
+    assert "contains no adapter" in refused(lora)
     assert "no such file" in refused(tmp_path / "nowhere")
-    with pytest.raises(AdapterError, match="no adapter: holds transformer"):
+    with pytest.raises(AdapterError, match="no adapter: contains transformer"):
         read_adapter(FOLDER / "glm2_tiny")
 
 
