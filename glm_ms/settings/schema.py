@@ -264,16 +264,17 @@ def resolve_vocab_size(settings: Settings, vocab_size: int) -> int:
     Raises:
         SettingsError: a fixed size is smaller than the vocabulary.
     """
-    config = settings.model.model_config
-    if config.padded_vocab_size == AUTO:
-        config.padded_vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    elif config.padded_vocab_size < vocab_size:
+    size = settings.model.model_config.padded_vocab_size
+    if isinstance(size, str):
+        size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        settings.model.model_config.padded_vocab_size = size
+    elif size < vocab_size:
         raise SettingsError(
-            f"{settings.where(_VOCAB_KEY)}: {_VOCAB_KEY}: {config.padded_vocab_size} is too small for the tokenizer "
+            f"{settings.where(_VOCAB_KEY)}: {_VOCAB_KEY}: {size} is too small for the tokenizer "
             f"{settings.processor.tokenizer.vocab_file}, which has {vocab_size} ids; use {_VOCAB_KEY}=auto, "
             "or the tokenizer of the model"
         )
-    return config.padded_vocab_size
+    return size
 
 
 def _plain(value: Any) -> Any:

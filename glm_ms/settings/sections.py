@@ -8,7 +8,7 @@ command line, `docs/settings.md` and writing back all use these declarations. Ke
 # No `from __future__ import annotations`: the annotations are read at run time, also by Python 3.9.
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Optional, Union, get_type_hints
+from typing import Any, Literal, NamedTuple, Optional, Union
 
 from glm_ms.data.formats import FORMATS, formats_with_max_seq_length
 from glm_ms.families import tokenizer_names
@@ -56,7 +56,7 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
 
 def default_of(item: dataclasses.Field) -> Any:
     """The default of a key."""
-    return item.default_factory() if item.default is dataclasses.MISSING else item.default
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def allowed(item: dataclasses.Field) -> tuple[str, ...]:
@@ -127,47 +127,47 @@ class RecomputeSettings:
 
 
 _DROPOUT = {"at_least": 0, "below": 1}
-# Documentation and allowed values of the fields of GLMConfig.
-_MODEL_KEYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "num_layers": ("transformer blocks", {}),
-    "padded_vocab_size": ("rows of embedding and output layer; auto: fitted to the tokenizer", {}),
-    "hidden_size": ("width of the hidden states", {}),
-    "ffn_hidden_size": ("width of each SwiGLU half", {}),
-    "kv_channels": ("width of an attention head", {}),
-    "num_attention_heads": ("query heads", {}),
-    "seq_length": ("longest sequence, in tokens", {}),
-    "multi_query_attention": ("query heads share key/value groups", {}),
-    "multi_query_group_num": ("key/value groups with multi_query_attention", {}),
-    "rope_ratio": ("factor of the rotary base 10000 (32K models: 50)", {}),
-    "rmsnorm": ("RMSNorm (False: LayerNorm)", {}),
-    "layernorm_epsilon": ("added to the variance in a norm", {}),
-    "apply_residual_connection_post_layernorm": ("the residual branch starts after the norm", {}),
-    "post_layer_norm": ("a final norm follows the last block", {}),
-    "add_bias_linear": ("linear layers have a bias", {}),
-    "add_qkv_bias": ("the projection to queries, keys and values has a bias", {}),
-    "hidden_dropout": ("dropout on hidden states", {}),
-    "attention_dropout": ("dropout on attention weights", {}),
-    "param_init_type": ("storage type of the parameters", {"choices": FLOAT_TYPES}),
-    "compute_dtype": ("type of matrix products; norms, softmax and loss use float32", {"choices": FLOAT_TYPES}),
-    "eos_token_id": ("token that ends an answer", {}),
-    "pad_token_id": ("token of padding", {}),
-}  # fmt: skip
 
 
-def _model_config_fields() -> list[Any]:
-    hints = get_type_hints(GLMConfig)
-    hints["padded_vocab_size"] = Union[int, Literal["auto"]]
-    fields: list[Any] = [("type", Literal["GLMConfig"], key("GLMConfig", "kind of configuration"))]
-    for item in dataclasses.fields(GLMConfig):
-        doc, rules = _MODEL_KEYS[item.name]
-        fields.append((item.name, hints[item.name], key(item.default, doc, **rules)))
-    return fields
+@dataclass
+class ModelConfigSettings:
+    """`model.model_config`: sizes and switches of the network; names and defaults are those of `glm_ms.GLMConfig`."""
 
-
-ModelConfigSettings = dataclasses.make_dataclass("ModelConfigSettings", _model_config_fields())
-ModelConfigSettings.__doc__ = (
-    "`model.model_config`: sizes and switches of the network; see `glm_ms.GLMConfig`."
-)
+    type: Literal["GLMConfig"] = key("GLMConfig", "kind of configuration")
+    num_layers: int = key(GLMConfig.num_layers, "transformer blocks")
+    padded_vocab_size: Union[int, Literal["auto"]] = key(
+        GLMConfig.padded_vocab_size, "rows of embedding and output layer; auto: fitted to the tokenizer"
+    )
+    hidden_size: int = key(GLMConfig.hidden_size, "width of the hidden states")
+    ffn_hidden_size: int = key(GLMConfig.ffn_hidden_size, "width of each SwiGLU half")
+    kv_channels: int = key(GLMConfig.kv_channels, "width of an attention head")
+    num_attention_heads: int = key(GLMConfig.num_attention_heads, "query heads")
+    seq_length: int = key(GLMConfig.seq_length, "longest sequence, in tokens")
+    multi_query_attention: bool = key(GLMConfig.multi_query_attention, "query heads share key/value groups")
+    multi_query_group_num: int = key(
+        GLMConfig.multi_query_group_num, "key/value groups with multi_query_attention"
+    )
+    rope_ratio: float = key(GLMConfig.rope_ratio, "factor of the rotary base 10000 (32K models: 50)")
+    rmsnorm: bool = key(GLMConfig.rmsnorm, "RMSNorm (False: LayerNorm)")
+    layernorm_epsilon: float = key(GLMConfig.layernorm_epsilon, "added to the variance in a norm")
+    apply_residual_connection_post_layernorm: bool = key(
+        GLMConfig.apply_residual_connection_post_layernorm, "the residual branch starts after the norm"
+    )
+    post_layer_norm: bool = key(GLMConfig.post_layer_norm, "a final norm follows the last block")
+    add_bias_linear: bool = key(GLMConfig.add_bias_linear, "linear layers have a bias")
+    add_qkv_bias: bool = key(GLMConfig.add_qkv_bias, "the projection to queries, keys and values has a bias")
+    hidden_dropout: float = key(GLMConfig.hidden_dropout, "dropout on hidden states")
+    attention_dropout: float = key(GLMConfig.attention_dropout, "dropout on attention weights")
+    param_init_type: str = key(
+        GLMConfig.param_init_type, "storage type of the parameters", choices=FLOAT_TYPES
+    )
+    compute_dtype: str = key(
+        GLMConfig.compute_dtype,
+        "type of matrix products; norms, softmax and loss use float32",
+        choices=FLOAT_TYPES,
+    )
+    eos_token_id: int = key(GLMConfig.eos_token_id, "token that ends an answer")
+    pad_token_id: int = key(GLMConfig.pad_token_id, "token of padding")
 
 
 @dataclass
@@ -210,12 +210,12 @@ class PetSettings:
 class ModelSettings:
     """`model`: the network and its initial weights."""
 
-    model_config: ModelConfigSettings = key(ModelConfigSettings, "sizes and switches of the network")  # type: ignore[valid-type]
+    model_config: ModelConfigSettings = key(ModelConfigSettings, "sizes and switches of the network")
     arch: ArchSettings = key(ArchSettings, "network class")
     pet_config: PetSettings = key(PetSettings, "parameter-efficient finetuning: LoRA, P-Tuning v2")
     init: Literal["checkpoint", "random"] = key(
         "checkpoint",
-        "an empty load_checkpoint is: checkpoint: an error (except with run_mode train), random: allowed",
+        "an empty load_checkpoint is an error (checkpoint; not in run_mode train) or allowed (random)",
     )
 
 

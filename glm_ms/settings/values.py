@@ -182,7 +182,7 @@ def _scalar(kind: type, entry: Entry) -> Any:
         elif kind is not str and isinstance(value, str) and re.fullmatch(_UNQUOTED[kind], value):
             remedy = "; remove the quotes"
         raise _BadValueError(f"expected {_EXPECTED[kind]}, found {described(value)}{remedy}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise _BadValueError(f"expected a finite number, found {value}")
     return value
 
