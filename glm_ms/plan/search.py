@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from glm_ms.plan.run_plan import RunPlan
 from glm_ms.settings import Settings
-from glm_ms.settings.schema import batch_size_key, is_sharded
+from glm_ms.settings.schema import BATCH_SIZE_KEYS, is_sharded
 
 # Rough cost of a change for the user: more time, another batch size, or another use of the cluster.
 _RECOMPUTE = _GATHER_AGAIN = 1
@@ -51,7 +51,7 @@ def nearest_fit(
 
 def _candidates(settings: Settings, num_cards: int) -> Iterator[tuple[str, ...]]:
     """Overrides, the cheapest first."""
-    halves = list(_halved(batch_size_key(settings.run_mode), settings.batch_size()))
+    halves = list(_halved(BATCH_SIZE_KEYS[settings.run_mode], settings.batch_size()))
     if not settings.is_training():
         yield from (change for _, change in halves if change)
         return

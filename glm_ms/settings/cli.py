@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.loader import read_settings
 from glm_ms.settings.machine import machine_problems
-from glm_ms.settings.schema import FLAGS, Settings, leaf_keys
+from glm_ms.settings.schema import Settings, leaf_keys
 from glm_ms.settings.sections import Flag
 from glm_ms.storage.suggest import nearest
 
@@ -39,22 +39,15 @@ FLAGS_GONE = {
     "only_save_strategy": "there is no run that only writes strategies",
 }
 _OVERRIDES, _ANY_KEY = "--key.sub", "set any key of the YAML, also written key.sub=value"
-_BATCH_SIZE = Flag("batch_size", "N")
+# Flag name -> flag and documentation.
 _FLAGS: dict[str, tuple[Flag, str]] = {
-    **{
-        name: (leaf_keys()[key].metadata["flag"], leaf_keys()[key].metadata["doc"])
-        for name, key in FLAGS.items()
-        if key is not None
-    },
-    "batch_size": (_BATCH_SIZE, "batch size of the run mode: training rows, eval rows or prompts"),
+    item.metadata["flag"].name: (item.metadata["flag"], item.metadata["doc"])
+    for item in leaf_keys().values()
+    if "flag" in item.metadata
 }
-_NAMES = [
-    "config",
-    "help",
-    "help_keys",
-    *_FLAGS,
-    *(flag.former for flag, _ in _FLAGS.values() if flag.former),
-]
+_BATCH_SIZE_DOC = "batch size of the run mode: training rows, eval rows or prompts"
+_FLAGS["batch_size"] = (Flag("batch_size", "N"), _BATCH_SIZE_DOC)
+_NAMES = ["config", "help", "help_keys", *(name for flag, _ in _FLAGS.values() for name in flag.names)]
 
 
 class Arguments(NamedTuple):
@@ -112,9 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
         _OVERRIDES, dest="overrides", action="append", default=[], metavar="VALUE", help=_ANY_KEY
     )
     for name, (flag, doc) in _FLAGS.items():
-        names = [f"--{name}", *([f"--{flag.former}"] if flag.former else [])]
         bare: dict[str, Any] = {"nargs": "?", "const": "True"} if flag.bare else {}
-        parser.add_argument(*names, dest=name, metavar=flag.value.strip("[]"), help=doc, **bare)
+        parser.add_argument(
+            *(f"--{one}" for one in flag.names), dest=name, metavar=flag.value.strip("[]"), help=doc, **bare
+        )
     return parser
 
 
@@ -141,7 +135,7 @@ def _with_equals(argv: Sequence[str]) -> list[str]:
     while rest:
         token = rest.pop(0)
         name = token[2:] if token.startswith("--") else ""
-        flag = next((flag for flag, _ in _FLAGS.values() if name and name in (flag.name, flag.former)), None)
+        flag = next((flag for flag, _ in _FLAGS.values() if name in flag.names), None)
         takes_value = "=" not in name and (flag is not None or name == "config" or "." in name)
         is_value = bool(rest) and not rest[0].startswith("--")
         if is_value and flag is not None and flag.bare:

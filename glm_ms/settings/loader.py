@@ -14,7 +14,7 @@ from glm_ms.settings.document import Entry, parse, read_document
 from glm_ms.settings.errors import Problem, SettingsError, independent
 from glm_ms.settings.files import record_problems, vocab_file_problems
 from glm_ms.settings.legacy.translate import is_legacy, translate
-from glm_ms.settings.schema import BATCH_SIZE_KEYS, FLAGS, Settings, batch_size_key
+from glm_ms.settings.schema import BATCH_SIZE_KEYS, FLAGS, Settings
 from glm_ms.settings.values import Converter
 from glm_ms.storage.suggest import did_you_mean
 
@@ -208,7 +208,7 @@ def _apply_batch_size(document: Entry, value: Any, given: dict[str, Entry]) -> l
     run_mode = Settings.run_mode if mode is None else mode.value
     if value is None or not isinstance(run_mode, str) or run_mode not in BATCH_SIZE_KEYS:
         return []  # a wrong run_mode has its own problem
-    key, problems = batch_size_key(run_mode), []
+    key, problems = BATCH_SIZE_KEYS[run_mode], []
     if key in given:
         problems.append(_problem(f"{key} is given twice, by --batch_size and by an override; remove one"))
     given[key] = _flag_entry("batch_size", value)

@@ -64,7 +64,7 @@ class Settings:
         "./output", "folder for checkpoints, logs and predictions", flag=Flag("output_dir", "PATH")
     )
     load_checkpoint: str = key(
-        "", "initial weights: Hugging Face folder, .safetensors, .ckpt, or output folder of a run",
+        "", "initial weights: folder, .safetensors, .ckpt, or output folder of a run",
         flag=Flag("load_checkpoint", "PATH"),
     )  # fmt: skip
     load_adapter: str = key(
@@ -126,7 +126,7 @@ class Settings:
 
     def batch_size(self) -> int:
         """Rows or prompts at a time in the present `run_mode`."""
-        return self.get(batch_size_key(self.run_mode))
+        return self.get(BATCH_SIZE_KEYS[self.run_mode])
 
     def get(self, dotted: str) -> Any:
         """The value of a key (`"runner_config.epochs"`)."""
@@ -158,17 +158,13 @@ class Settings:
 
 
 _VOCAB_KEY = "model.model_config.padded_vocab_size"
+# Run mode -> the key that --batch_size sets.
 BATCH_SIZE_KEYS = {
     "train": "runner_config.batch_size",
     "finetune": "runner_config.batch_size",
     "eval": "eval_dataset.batch_size",
     "predict": "predict_batch_size",
 }
-
-
-def batch_size_key(run_mode: str) -> str:
-    """The key of the batch size of a run mode; `--batch_size` sets it."""
-    return BATCH_SIZE_KEYS[run_mode]
 
 
 def keys_of(section: type) -> list[dataclasses.Field]:

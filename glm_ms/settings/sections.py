@@ -33,6 +33,11 @@ class Flag(NamedTuple):
     bare: bool = False
     former: str = ""
 
+    @property
+    def names(self) -> list[str]:
+        """Both names, or the only one."""
+        return [self.name, self.former] if self.former else [self.name]
+
 
 def key(default: Any, doc: str, **rules: Any) -> Any:
     """Declares a key.
@@ -77,17 +82,15 @@ class ContextSettings:
 
     mode: Literal[0, 1] = key(0, "0: graph (compiled), 1: PyNative (for debugging, many times slower)")
     device_target: Literal["CPU", "Ascend"] = key(
-        "CPU", "kind of device", flag=Flag("device_target", "{CPU,Ascend}")
+        "CPU", "target device", flag=Flag("device_target", "DEVICE")
     )
-    device_id: int = key(
-        0, "card of this machine, for a run on a single card", at_least=0, flag=Flag("device_id", "N")
-    )
+    device_id: int = key(0, "card, for a run on a single card", at_least=0, flag=Flag("device_id", "N"))
     max_device_memory: Optional[str] = key(
         None, "memory limit of MindSpore on an Ascend card; null: MindSpore's default",
         pattern=r"\d+(\.\d+)?GB", example="58GB",
     )  # fmt: skip
     use_fused_kernels: bool = key(
-        False, "Ascend kernels for norm, rotation and attention; test them first with tools/check_device.py"
+        False, "Ascend kernels for norm, rotation, attention; see tools/check_device.py"
     )
 
 
@@ -118,9 +121,7 @@ class RecomputeSettings:
     """`recompute_config`: compute activations again in the backward pass in place of keeping them."""
 
     recompute: bool = key(False, "recompute every transformer block: less memory, about a third more time")
-    mp_comm_recompute: bool = key(
-        True, "also recompute the sums over model-parallel cards (False: keep their results)"
-    )
+    mp_comm_recompute: bool = key(True, "also recompute sums over model-parallel cards (False: keep them)")
     parallel_optimizer_comm_recompute: bool = key(
         False, "gather the weights of sharded optimizers again (False: keep them, whole, on every card)"
     )
@@ -189,9 +190,7 @@ class PetSettings:
         choices=lambda: ADAPTERS,
     )  # fmt: skip
     lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_LORA)
-    lora_alpha: float = key(
-        32.0, "the product B A is scaled by lora_alpha / lora_rank", above=0, used_with=_LORA
-    )
+    lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_LORA)
     lora_dropout: float = key(0.1, "dropout on the input of A", **_DROPOUT, used_with=_LORA)
     target_modules: Union[list[str], str] = key(
         ".*query_key_value",
@@ -256,15 +255,8 @@ class LossScaleSettings:
         None, "the scale follows overflows, or is fixed; null: no scaling"
     )
     loss_scale_value: float = key(65536.0, "first scale", above=0, used_with=_SCALED)
-    scale_factor: int = key(
-        2,
-        "an overflow divides the scale by it, a window without overflow multiplies",
-        at_least=2,
-        used_with=_DYNAMIC,
-    )
-    scale_window: int = key(
-        1000, "updates without overflow before the scale grows", at_least=1, used_with=_DYNAMIC
-    )
+    scale_factor: int = key(2, "factor of a change of the scale", at_least=2, used_with=_DYNAMIC)
+    scale_window: int = key(1000, "updates until the scale grows", at_least=1, used_with=_DYNAMIC)
 
 
 @dataclass
@@ -281,38 +273,27 @@ class WrapperSettings:
 class OptimizerSettings:
     """`optimizer`: the optimizer. The learning rate is in `lr_schedule`."""
 
-    type: str = key(
-        "GLMAdamW",
-        "GLMAdamW: AdamW with decoupled weight decay and bias correction",
-        choices=lambda: tuple(OPTIMIZERS),
-    )
+    type: str = key("GLMAdamW", "AdamW with decoupled weight decay", choices=lambda: OPTIMIZERS)
     betas: list[float] = key([0.9, 0.999], "decay rates of both moments", length=2, **_DROPOUT)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = key(0.01, "decoupled decay, on every trainable parameter", at_least=0)
+
+
+_COSINE, _POLYNOMIAL = ("type", ("CosineWithWarmUpLR",)), ("type", ("PolynomialWithWarmUpLR",))
+_TO_LR_END = ("type", ("CosineWithWarmUpLR", "PolynomialWithWarmUpLR"))
 
 
 @dataclass
 class LRScheduleSettings:
     """`lr_schedule`: learning rate over steps."""
 
-    type: str = key(
-        "LinearWithWarmUpLR", "shape of the decay after the warm-up",
-        choices=lambda: tuple(SCHEDULES),
-    )  # fmt: skip
+    type: str = key("LinearWithWarmUpLR", "decay after the warm-up", choices=lambda: SCHEDULES)
     learning_rate: float = key(5e-5, "highest learning rate, reached at the end of the warm-up", at_least=0)
-    lr_end: float = key(
-        0.0, "learning rate of the last step", at_least=0,
-        used_with=("type", ("CosineWithWarmUpLR", "PolynomialWithWarmUpLR")),
-    )  # fmt: skip
+    lr_end: float = key(0.0, "learning rate of the last step", at_least=0, used_with=_TO_LR_END)
     warmup_steps: int = key(0, "steps of linear rise from 0", at_least=0)
     warmup_ratio: Optional[float] = key(None, "the same as a share of all steps", at_least=0, at_most=1)
-    power: float = key(1.0, "exponent of the decay", above=0, used_with=("type", ("PolynomialWithWarmUpLR",)))
-    num_cycles: float = key(
-        0.5,
-        "cosine waves; 0.5 falls once from top to end",
-        above=0,
-        used_with=("type", ("CosineWithWarmUpLR",)),
-    )
+    power: float = key(1.0, "exponent of the decay", above=0, used_with=_POLYNOMIAL)
+    num_cycles: float = key(0.5, "cosine waves; 0.5 falls once from top to end", above=0, used_with=_COSINE)
     total_steps: int = key(-1, "steps of the decay; -1: all steps of the run", at_least=-1)
 
 
@@ -372,10 +353,7 @@ class TrainDatasetSettings(_DatasetSettings):
     data_loader: TrainDataLoaderSettings = key(TrainDataLoaderSettings, "format and place of the records")
     num_parallel_workers: int = key(2, "workers that prepare rows; at most one per core", at_least=1)
     drop_remainder: bool = key(True, "drop the last batch of an epoch if it is not full")
-    cache_dir: Optional[str] = key(
-        None,
-        "folder for prepared rows, under a hash of file, tokenizer and settings; null: prepare on demand",
-    )
+    cache_dir: Optional[str] = key(None, "folder of prepared rows, kept by content; null: prepare on demand")
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 from glm_ms.settings import FLAGS, SettingsError, load_settings, parse_args
 from glm_ms.settings.cli import FLAGS_GONE, build_parser, settings_from_command_line
 from glm_ms.settings.reference import keys_help
-from glm_ms.settings.schema import batch_size_key, leaf_keys
+from glm_ms.settings.schema import BATCH_SIZE_KEYS, leaf_keys
 
 # Flag -> text typed, value it must have in the settings.
 TYPED = {
@@ -49,7 +49,7 @@ def test_every_flag_sets_its_key(name: str, form: str, config: Path) -> None:
     arguments = parse_args(["--config", str(config), *tokens])
     assert arguments == (str(config), {name: text}, [])
     settings = load_settings(arguments.config, COMPANIONS.get(name, []), arguments.flags)
-    key = FLAGS[name] or batch_size_key(settings.run_mode)
+    key = FLAGS[name] or BATCH_SIZE_KEYS[settings.run_mode]
     assert _get(settings, key) == value
     assert settings.where(key) == f"command line (--{name} {text})"
 

@@ -46,9 +46,8 @@ def _loss_scale(draft: Draft) -> None:
     kind = source.with_value("FixedLossScaleUpdateCell" if fixed else None)
     draft.offer(f"{_SCALE}.type", dataclasses.replace(kind, name=f"{_SCALE}.type"))
     if fixed:
-        draft.offer(
-            f"{_SCALE}.loss_scale_value", dataclasses.replace(source, name=f"{_SCALE}.loss_scale_value")
-        )
+        value = dataclasses.replace(source, name=f"{_SCALE}.loss_scale_value")
+        draft.offer(value.name, value)
         draft.remark(source, " is the loss_scale_value of a FixedLossScaleUpdateCell here")
     else:
         draft.without_effect(source, "gradients are scaled by 1")
@@ -56,9 +55,8 @@ def _loss_scale(draft: Draft) -> None:
 
 def _prefix(draft: Draft) -> None:
     """`pet_config` has the prefix; the keys of `model_config` that repeat it have an effect with it only."""
-    pet = draft.found.get("model.pet_config.pet_type") or draft.found.get(
-        "model.model_config.pet_config.pet_type"
-    )
+    found, inner = draft.found, "model.model_config.pet_config.pet_type"
+    pet = found.get("model.pet_config.pet_type") or found.get(inner)
     arch = draft.found.get("model.arch.type")
     if arch is not None and arch.value == "ChatGLM2WithPtuning2" and (pet is None or pet.value is None):
         draft.refuse(arch, "needs model.model_config.pet_config with pet_type: ptuning2")
@@ -94,9 +92,7 @@ def _weights(draft: Draft) -> None:
     draft.targets["load_checkpoint"] = paths
     if not zoo or paths:
         return
-    text = (
-        " is a model of MindFormers' online zoo, which is not supported; name a path (--load_checkpoint PATH)"
-    )
+    text = " is a model of MindFormers' online zoo, not supported here; name a path (--load_checkpoint PATH)"
     if draft.given("run_mode") == "train":
         # In our run mode train an empty load_checkpoint means random weights, which the file does not ask for.
         draft.targets["run_mode"] = [draft.found["run_mode"].with_value("finetune")]
@@ -116,13 +112,11 @@ def _data_parallel(draft: Draft) -> None:
     """With `parallel_mode: 0` MindFormers resets `full_batch`, and may sum the gradients of the cards."""
     if draft.given("parallel.parallel_mode") != 0:
         return
-    for key, reason in (
-        ("parallel.full_batch", "each card reads its share with parallel_mode: 0"),
-        (
-            "parallel.enable_parallel_optimizer",
-            "every card keeps the whole optimizer state with parallel_mode: 0",
-        ),
-    ):
+    reasons = {
+        "parallel.full_batch": "each card reads its share with parallel_mode: 0",
+        "parallel.enable_parallel_optimizer": "every card keeps the whole optimizer with parallel_mode: 0",
+    }
+    for key, reason in reasons.items():
         if draft.given(key) is True and not draft.found[key].typed:
             draft.take(key, key)
             draft.without_effect(draft.found[key], reason)
@@ -142,29 +136,22 @@ def _resume(draft: Draft) -> None:
 def _sampling(draft: Draft) -> None:
     """`do_sample: True` beside `top_k: 1` is greedy decoding, and `top_k` without it has no effect."""
     sampling, top_k = draft.chosen.get("generation.do_sample"), draft.chosen.get("generation.top_k")
-    if sampling is not None and sampling.value is True:
-        if top_k is None:
-            draft.put("generation.top_k", LEGACY_TOP_K, sampling)
-            draft.remark(sampling, f" with MindFormers' default top_k: {LEGACY_TOP_K}")
-            return
-        if top_k.value != 1:
-            return
-        if sampling.typed:
-            if not top_k.typed:
-                draft.remark(
-                    top_k, " keeps one token, so answers stay the same; give generation.top_k as well"
-                )
-            return
+    on = sampling is not None and sampling.value is True
+    if on and top_k is None:
+        draft.put("generation.top_k", LEGACY_TOP_K, sampling)
+        draft.remark(sampling, f" with MindFormers' default top_k: {LEGACY_TOP_K}")
+    elif on and top_k.value == 1 and sampling.typed and not top_k.typed:
+        draft.remark(top_k, " keeps one token, so answers stay the same; give generation.top_k as well")
+    if on and (top_k is None or top_k.value != 1 or sampling.typed):
+        return
+    if on:
         draft.remark(top_k, f" keeps one token, so {sampling.name}: True is greedy decoding here")
         draft.put("generation.do_sample", False, sampling)
-        top_k_is_said = True
-    else:
-        top_k_is_said = False
     for key in _SAMPLING:
         source = draft.chosen.get(key)
         if source is not None and source.name != key:
             del draft.chosen[key]
-            if source is not top_k or not top_k_is_said:
+            if source is not top_k or not on:
                 draft.without_effect(source, "decoding is greedy")
 
 
