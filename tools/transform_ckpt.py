@@ -27,7 +27,6 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.convert.adapter_files import CONFIG, LORA
-from glm_ms.convert.cluster.plan import Choices
 from glm_ms.convert.cluster.rank_writer import FORMATS
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
 from glm_ms.storage.errors import CheckpointError
@@ -101,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dst_strategy=options.dst_ckpt_strategy,
             kind=options.format,
             step=options.step,
-            choices=Choices(partial=options.partial, weights_only=options.weights_only),
+            partial=options.partial,
+            weights_only=options.weights_only,
             verify=not options.no_verify,
             say=print,
         )

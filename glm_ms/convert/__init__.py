@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from glm_ms.convert.conversion import Conversion, parse_size, plan_conversion
 from glm_ms.convert.dtypes import bfloat16_to_float32, convert_dtype, float32_to_bfloat16
-from glm_ms.convert.joint import split_joint
-from glm_ms.convert.names import expected_shapes, inverse_frequencies, to_glm_name, to_hf_name
-from glm_ms.convert.parameters import check_names_and_shapes, load_parameters
-from glm_ms.convert.reader import CheckpointReader, open_checkpoint
+from glm_ms.convert.names import expected_shapes, inverse_frequencies, split_joint, to_glm_name, to_hf_name
+from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, load_parameters, open_checkpoint
 from glm_ms.convert.writers import write_file, write_hf_folder
 from glm_ms.storage.errors import CheckpointError
 

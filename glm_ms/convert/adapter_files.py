@@ -1,4 +1,4 @@
-"""Names of the files of an adapter, and of what may lie beside tensors to say what they are."""
+"""Files of an adapter, and files that describe the tensors of a checkpoint (companions)."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import differing_keys
-from glm_ms.storage.readers import decode_text, parse_object
+from glm_ms.storage.readers import read_object
 
 CONFIG = "config.json"
 OPTIMIZER = "optimizer.safetensors"
-# Where the base weights were read: may differ from server to server, and says nothing of the tensors.
+# Paths of base weights may differ between servers and do not describe the tensors.
 _PATHS = ("base_model_name_or_path", "_name_or_path")
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """How an adapter of one kind is stored.
+    """Files of one kind of adapter.
 
     Attributes:
-        config: file that describes it.
+        config: file that describes the adapter.
         weights: file of its tensors.
         prefix: of the names in that file.
-        marks: every name of a tensor contains one of these.
+        marks: every tensor name contains one of these.
     """
 
     config: str
@@ -34,15 +34,15 @@ class AdapterFiles:
     marks: tuple[str, ...]
 
     def owns(self, name: str) -> bool:
-        """Whether a tensor, by its name without prefix, can be of such an adapter."""
+        """Whether a name, without prefix, can be that of a tensor of such an adapter."""
         return any(mark in name for mark in self.marks)
 
     def stored(self, name: str) -> str:
-        """The name of a tensor in the file."""
+        """Name of a tensor in the file."""
         return f"{self.prefix}{name}"
 
 
-# Those of the library `peft`, and those of the original P-Tuning v2 code.
+# As in the library `peft`, and in the original P-Tuning v2 code.
 LORA = AdapterFiles(
     "adapter_config.json", "adapter_model.safetensors", "base_model.model.", (".lora_A.", ".lora_B.")
 )
@@ -52,49 +52,43 @@ COMPANIONS = (CONFIG, LORA.config)
 
 
 def adapter_files_of(names: Collection[str]) -> AdapterFiles | None:
-    """The kind of adapter whose tensors these are, all of them; None if they are no adapter."""
+    """The kind of adapter to which all these tensors belong, or None."""
     return next((kind for kind in KINDS if names and all(kind.owns(name) for name in names)), None)
 
 
 def plain_name(file: Path, stored: str) -> str:
-    """The name of a parameter in the network, from that in a file."""
+    """Name of a parameter in the network, from that in a file."""
     return stored.removeprefix(LORA.prefix) if file.name == LORA.weights else stored
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """File name -> content of what describes the tensors of a folder, as far as it is there.
+    """File name -> content of the companions in a folder.
 
     Raises:
-        CheckpointError: a file is unreadable or no JSON object.
+        CheckpointError: a file cannot be read or is not a JSON object.
     """
     found = {}
-    for name in COMPANIONS:
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            found[name] = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-        _document(path, found[name])
+    for path in (folder / name for name in COMPANIONS):
+        if path.is_file():
+            _document(path)
+            found[path.name] = path.read_bytes()
     return found
 
 
 def common_companions(folders: Mapping[int, Path]) -> dict[str, bytes]:
-    """What describes the tensors of all ranks, which must say the same but for paths.
+    """Companions of all ranks, which must be equal except for paths.
 
     Args:
         folders: rank -> folder of its tensors.
 
     Raises:
-        CheckpointError: two ranks contradict one another, or a file is damaged.
+        CheckpointError: two ranks differ, or a file is damaged.
     """
     common: dict[str, tuple[Path, bytes]] = {}
     for folder in folders.values():
         for name, content in read_companions(folder).items():
-            first, known = common.setdefault(name, (folder / name, content))
-            left, right = _document(first, known), _document(folder / name, content)
-            keys = differing_keys(left, right)
+            first, _ = common.setdefault(name, (folder / name, content))
+            keys = differing_keys(_document(first), _document(folder / name))
             if keys:
                 raise CheckpointError(
                     f"{folder / name}: differs from {first} in {', '.join(keys)}; the slices are of different runs"
@@ -102,6 +96,6 @@ def common_companions(folders: Mapping[int, Path]) -> dict[str, bytes]:
     return {name: content for name, (_, content) in common.items()}
 
 
-def _document(path: Path, content: bytes) -> dict[str, Any]:
-    document = parse_object(decode_text(content, path, CheckpointError), path, CheckpointError)
+def _document(path: Path) -> dict[str, Any]:
+    document = read_object(path, CheckpointError)
     return {key: value for key, value in document.items() if key not in _PATHS}

@@ -1,4 +1,4 @@
-"""One checkpoint into another: planned and checked first, then streamed tensor by tensor."""
+"""Converts a checkpoint: checks everything first, then streams tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Callable
 
 import numpy as np
 
-from glm_ms.convert.dtypes import convert_dtype
-from glm_ms.convert.parameters import check_names_and_shapes
-from glm_ms.convert.reader import CheckpointReader, open_checkpoint
+from glm_ms.convert.dtypes import check_float_type, convert_dtype
+from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, open_checkpoint
 from glm_ms.convert.writers import (
     DEFAULT_SHARD_SIZE,
     FILE_ENDINGS,
@@ -27,7 +26,7 @@ from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 TARGETS = ("hf", "mindspore")
-# Copied into a Hugging Face folder from the folder of the input or of the config, where they exist.
+# Copied into a Hugging Face folder from the folder of the input or of the config, if they exist.
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "tokenization_chatglm.py",
@@ -37,7 +36,7 @@ _FOREIGN_ENDINGS = (".bin", ".pth", ".pt", ".json", ".yaml", ".npz")
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that has passed every check that needs no weights; `run` carries it out.
+    """A conversion that passed all checks of names, shapes and types; `run` executes it.
 
     Attributes:
         reader: the input.
@@ -69,28 +68,22 @@ class Conversion:
         return size_in_bytes(self.shapes, self.dtype)
 
     def run(self, on_tensor: Callable[[str, int], None] | None = None) -> None:
-        """Reads, converts and writes every tensor, holding one at a time.
+        """Reads, converts and writes the tensors one by one.
 
         Args:
             on_tensor: called with the name and the bytes in the output of each tensor that is done.
 
         Raises:
-            CheckpointError: a tensor cannot be read or overflows the type, or the output cannot be written;
-                nothing is left at `output` then.
+            CheckpointError: a tensor cannot be read or overflows the type, or the output cannot be written; `output`
+                is unchanged then.
         """
         stream = self._stream(on_tensor or (lambda name, size: None))
         with self.reader:
             if self.target == "hf":
                 write_hf_folder(
-                    self.output,
-                    self.config,
-                    self.shapes,
-                    self.dtype,
-                    stream,
-                    self.max_shard_size,
-                    self.extra_files,
-                    self.overwrite,
-                )
+                    self.output, self.config, self.shapes, self.dtype, stream, self.max_shard_size,
+                    self.extra_files, self.overwrite,
+                )  # fmt: skip
             else:
                 write_file(self.output, self.shapes, self.dtype, stream, self.overwrite)
 
@@ -99,11 +92,11 @@ class Conversion:
             array = self._read(name)
             size = array.nbytes
             yield name, array
-            del array  # or two tensors would be held while the next is read
+            del array  # so that memory has one tensor, not two, while the next is read
             on_tensor(name, size)
 
     def _read(self, name: str) -> np.ndarray:
-        """A tensor in the type of the output, its delta added."""
+        """A tensor with its delta, in the type of the output."""
         if name not in self.deltas:
             return self.reader.read(name, self.dtype)
         array = self.reader.read(name, "float32")
@@ -121,13 +114,13 @@ def plan_conversion(
     max_shard_size: int | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Opens the input and checks all that can be checked before a weight is read.
+    """Opens the input and checks names, shapes, types and the output.
 
     Args:
-        source: checkpoint to read, anything `open_checkpoint` takes, or the output folder of a run.
+        source: checkpoint that `open_checkpoint` reads, or the output folder of a run.
         output: a folder (Hugging Face), a `.ckpt` or a `.safetensors` (MindSpore).
         config: folder, config.json or YAML; by default the config.json in a `source` folder.
-        dtype: "float32", "float16" or "bfloat16"; by default the one the input has throughout.
+        dtype: "float32", "float16" or "bfloat16"; by default that of all weights of the input.
         target: "hf" or "mindspore"; by default by the ending of `output`.
         max_shard_size: bytes of tensors in one file, for "hf" only; 2 GB by default.
         overwrite: replace an existing output.
@@ -142,8 +135,8 @@ def plan_conversion(
             f"max_shard_size = {max_shard_size}: must be positive, and is for Hugging Face output only; "
             f"a {' or '.join(FILE_ENDINGS)} is one file"
         )
-    if dtype is not None and dtype not in FLOAT_TYPES:
-        raise CheckpointError(f"dtype {dtype!r}: must be one of {', '.join(FLOAT_TYPES)}")
+    if dtype is not None:
+        check_float_type(dtype)
     check_target(output, folder=target == "hf", overwrite=overwrite)
     reader = open_checkpoint(source)
     _check_apart(reader, output)
@@ -183,17 +176,17 @@ def parse_size(text: str) -> int:
 
 
 def _target(output: Path, target: str | None) -> str:
-    """The kind of output, held to the ending of its name."""
+    """The kind of output, by the ending of its name."""
     if target is not None and target not in TARGETS:
         raise CheckpointError(f"target {target!r}: must be one of {', '.join(TARGETS)}")
     if output.suffix in _FOREIGN_ENDINGS:
         raise CheckpointError(
-            f"{output}: {output.suffix} is not written; name a folder or end in {' or '.join(FILE_ENDINGS)}"
+            f"{output}: cannot write {output.suffix}; give a folder or a name that ends in {' or '.join(FILE_ENDINGS)}"
         )
     inferred = "mindspore" if output.suffix in FILE_ENDINGS else "hf"
     if target is not None and target != inferred:
-        remedy = "name a folder" if target == "hf" else f"end the name in {' or '.join(FILE_ENDINGS)}"
-        raise CheckpointError(f"{output}: does not name an output of kind {target}; {remedy}")
+        remedy = "a folder" if target == "hf" else f"a name that ends in {' or '.join(FILE_ENDINGS)}"
+        raise CheckpointError(f"{output}: is not an output of kind {target}; give {remedy}")
     return inferred
 
 
@@ -202,7 +195,7 @@ def _config(source: Path, config: str | Path | None) -> GLMConfig:
         return read_config(config)
     if not source.is_dir():
         raise CheckpointError(
-            f"{source}: a single file says nothing of the architecture; name its config (--config): "
+            f"{source}: a single file does not have the architecture; give its config (--config): "
             "a folder with config.json, a .json or a .yaml"
         )
     return read_config(source)
@@ -212,14 +205,14 @@ def _common_dtype(reader: CheckpointReader) -> str:
     found = sorted({reader.dtype(name) for name in reader.names()})
     if len(found) != 1 or found[0] not in FLOAT_TYPES:
         raise CheckpointError(
-            f"{reader.path}: holds {' and '.join(found)}; choose the type of the output (--dtype): "
+            f"{reader.path}: has {' and '.join(found)}; choose the type of the output (--dtype): "
             f"{', '.join(FLOAT_TYPES)}"
         )
     return found[0]
 
 
 def _check_apart(reader: CheckpointReader, output: Path) -> None:
-    """Overwriting must not take the input away."""
+    """Overwriting must not delete the input."""
     final = output.resolve()
     for file in reader.files():
         if final == file.resolve() or final in file.resolve().parents:

@@ -1,7 +1,6 @@
 """Element types of stored tensors: one table of names, and conversion between the floating ones.
 
-NumPy has no bfloat16. Arrays of that type are held as the uint16 bit patterns of their elements, which
-keeps every conversion here free of further packages.
+NumPy has no bfloat16: arrays of that type have the uint16 bit patterns of their elements.
 """
 
 from __future__ import annotations
@@ -10,15 +9,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from glm_ms.model.config import FLOAT_TYPES
 from glm_ms.storage.errors import CheckpointError
 
-# Elements converted at a time: temporaries stay in the cache, whatever the size of the tensor.
+# Elements converted at a time, so that temporaries fit the cache.
 _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
 class DType:
-    """How one element type is held and called.
+    """One element type.
 
     Attributes:
         storage: NumPy type of its arrays, little-endian; uint16 bit patterns for bfloat16.
@@ -52,6 +52,12 @@ FROM_SAFETENSORS = {dtype.safetensors: name for name, dtype in DTYPES.items()}
 FROM_MINDSPORE = {dtype.mindspore: name for name, dtype in DTYPES.items()}
 
 
+def check_float_type(dtype: str) -> None:
+    """Raises `CheckpointError` if `dtype` is not a type in which weights are stored."""
+    if dtype not in FLOAT_TYPES:
+        raise CheckpointError(f"dtype {dtype!r}: must be one of {', '.join(FLOAT_TYPES)}")
+
+
 def is_floating(dtype: str) -> bool:
     """Whether `dtype` is one of the floating types of the table."""
     return dtype in DTYPES and DTYPES[dtype].largest > 0
@@ -67,7 +73,7 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     nan = np.isnan(values)
-    if nan.any():  # the carry would turn some of their patterns into numbers; a quiet NaN keeps the sign
+    if nan.any():  # rounding would turn some NaNs into numbers; write a quiet NaN with the same sign
         rounded = np.where(nan, ((bits >> 16) & 0x8000 | 0x7FC0).astype(np.uint16), rounded)
     return rounded
 
@@ -81,7 +87,7 @@ def convert_dtype(array: np.ndarray, source: str, target: str, what: str) -> np.
         what: file and name of the tensor, for errors.
 
     Returns:
-        The array itself where the types are equal, else a new one of the same shape.
+        The array itself if the types are equal, else a new one of the same shape.
 
     Raises:
         CheckpointError: a type is not floating, or a finite value would become infinite.
@@ -115,7 +121,7 @@ def _finite(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray, target: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # overflow is looked for by the caller, who can name the tensor
+    with np.errstate(over="ignore"):  # the caller checks for overflow and names the tensor
         if target == "bfloat16":
             return float32_to_bfloat16(values.astype(np.float32))
         return values.astype(DTYPES[target].storage)

@@ -1,21 +1,23 @@
-"""Names and shapes of the parameters: Hugging Face <-> glm_ms, and what a `GLMConfig` asks for.
+"""Names and shapes of parameters: Hugging Face <-> glm_ms, joint weights and their parts, what a `GLMConfig` expects.
 
-glm_ms calls parameters as MindFormers' released glm2_6b.ckpt and glm3_6b.ckpt do, which are the names of the
-original model but for the embedding. This module holds the whole difference.
+glm_ms uses the names of MindFormers' released glm2_6b.ckpt and glm3_6b.ckpt, which are those of the original model
+except the embedding; `families` has the table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from glm_ms.families import FAMILIES, family_of
-from glm_ms.model.config import GLMConfig
+from glm_ms.model.config import JOINT_PARTS, GLMConfig
 
-# A constant that released Hugging Face checkpoints carry although it follows from the config.
+# A constant that Hugging Face checkpoints store although it follows from the config.
 INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
 
-# What MindSpore and MindFormers training checkpoints hold besides the weights. Optimizer state repeats the
-# parameter's name behind one of these words; counters and scales stand alone.
+# Other content of training checkpoints of MindSpore and MindFormers: optimizer state is a prefix and the name of a
+# parameter, counters and scales are single names.
 _TRAINING_PREFIXES = (
     "adam_m.", "adam_v.", "moment1.", "moment2.", "moments.", "vhat.", "exp_avg.", "exp_avg_sq.",
     "max_exp_avg_sq.", "accum.", "stat.", "lamb_m.", "lamb_v.", "accu_grads.",
@@ -50,6 +52,46 @@ def is_training_state(name: str) -> bool:
     return name in _TRAINING_NAMES or name.startswith(_TRAINING_PREFIXES)
 
 
+def split_joint(name: str, value: np.ndarray, config: GLMConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Splits a joint weight (query-key-value, gate and up) into the parts that sharded networks have.
+
+    Args:
+        name: glm_ms name.
+        value: [rows, ...].
+        config: architecture, with `multi_query_attention`.
+
+    Yields:
+        (name, rows) of each part; the parameter itself if it is not joint.
+    """
+    module, _, kind = name.rpartition(".")
+    parts = next((parts for joint, parts in config.joint_parts.items() if module.endswith(joint)), None)
+    if parts is None:
+        yield name, value
+        return
+    begin = 0
+    for part, rows in parts.items():
+        yield f"{module}.{part}.{kind}", value[begin : begin + rows]
+        begin += rows
+
+
+def joint_of(name: str) -> tuple[str, int, int]:
+    """Joint parameter of a part, index of the part and number of parts; (name, 0, 1) for other parameters."""
+    module, _, kind = name.rpartition(".")
+    joint, _, part = module.rpartition(".")
+    parts = _parts_of(joint)
+    return (f"{joint}.{kind}", parts.index(part), len(parts)) if part in parts else (name, 0, 1)
+
+
+def part_names(name: str) -> list[str]:
+    """Names of the parts of a joint parameter, in the order of its rows; empty for other parameters."""
+    module, _, kind = name.rpartition(".")
+    return [f"{module}.{part}.{kind}" for part in _parts_of(module)]
+
+
+def _parts_of(module: str) -> tuple[str, ...]:
+    return next((tuple(parts) for ending, parts in JOINT_PARTS.items() if module.endswith(ending)), ())
+
+
 def expected_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of the network, by glm_ms name, with its shape; dense weights are [out, in].
 
@@ -68,8 +110,8 @@ def expected_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
 def inverse_frequencies(config: GLMConfig) -> np.ndarray:
     """The `inv_freq` buffer of a Hugging Face checkpoint, float32, [rotary_dim / 2].
 
-    Base 10000 whatever `rope_ratio` is: the original code scales the base later. The power is rounded to
-    float32 before it is inverted, as there; taking it in float64 first makes the result the same everywhere.
+    The base is 10000 for every `rope_ratio`: the original code scales it later. As there, the power is rounded to
+    float32 before the division. It is computed in float64 so that every machine gives the same bits.
     """
     exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     powers = (10000.0 ** exponents.astype(np.float64)).astype(np.float32)

@@ -1,23 +1,31 @@
-"""`open_checkpoint`: one interface to checkpoints of every supported kind."""
+"""`open_checkpoint`: one interface to checkpoints of every supported kind; checks and loads their parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Callable
 
 import numpy as np
 
-from glm_ms.convert.dtypes import convert_dtype
-from glm_ms.convert.joint import joint_of, part_names
+from glm_ms.convert.dtypes import check_float_type, convert_dtype, is_floating
 from glm_ms.convert.mindspore_file import MindSporeFile
-from glm_ms.convert.names import INV_FREQ, is_training_state, to_glm_name
+from glm_ms.convert.names import (
+    INV_FREQ,
+    expected_shapes,
+    is_training_state,
+    joint_of,
+    part_names,
+    to_glm_name,
+)
 from glm_ms.convert.safetensors_file import SafetensorsFile
-from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile
+from glm_ms.convert.tensor_file import TensorFile, described_slice
 from glm_ms.convert.torch_file import TorchFile
+from glm_ms.model.config import GLMConfig
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.readers import read_object
-from glm_ms.storage.suggest import did_you_mean
+from glm_ms.storage.suggest import did_you_mean, misspelled
 
 _BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {
     ".safetensors": SafetensorsFile,
@@ -27,41 +35,40 @@ _BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {
     ".pt": TorchFile,
 }
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# What a folder may hold, best first: an index stands before the single file it would replace, and
-# safetensors before pickles.
+# What a folder may have, in the order of preference.
 _FOLDER_CONTENT = (_INDEXES[0], "model.safetensors", _INDEXES[1], "pytorch_model.bin")
+_NEW_LINE = "\n    "
 
 
 class CheckpointReader:
     """The weights of a checkpoint under glm_ms names, read one tensor at a time.
 
-    At most one file is open (one shard mapped) at a time; reading in the order of `names()` opens each once. Joint
-    weights that a sharded run has kept in parts are put together.
+    At most one file is open at a time; reading in the order of `names()` opens each once. Joins the parts of joint
+    weights that a sharded run has saved.
 
     Args:
-        path: what the user named: a folder or a file.
+        path: folder or file, as the user gave it.
         files: the files of tensors.
-        chosen: stored name -> index into `files`, where an index file says so; else every tensor counts.
+        chosen: stored name -> index into `files` if there is an index file; else all tensors of all files are read.
 
     Attributes:
         path: as given.
-        ignored: stored names of optimizer state and training counters, which are no weights.
-        slice: "rank 1 of 8" where a file says that it is one card's part; else None.
+        ignored: stored names of optimizer state and training counters.
+        slice: "rank 1 of 8" if a file says that it has the slices of one rank; else None.
 
     Raises:
-        CheckpointError: two stored tensors stand for one parameter, or a part of a joint one is missing.
+        CheckpointError: a parameter is stored twice, or a part of a joint one is missing.
     """
 
     def __init__(self, path: Path, files: list[TensorFile], chosen: dict[str, int] | None = None) -> None:
         self.path = path
         self.ignored: tuple[str, ...] = ()
         self.slice: str | None = None
-        # Parameter -> the tensors it is made of, by their place along its rows.
+        # Parameter -> index of a part -> its tensor.
         self._home: dict[str, dict[int, tuple[TensorFile, str]]] = {}
         self._open: TensorFile | None = None
         for position, file in enumerate(files):
-            if file.metadata.get(RANKS, "1") != "1":
-                self.slice = f"rank {file.metadata.get(RANK)} of {file.metadata[RANKS]}"
+            self.slice = self.slice or described_slice(file)
             for stored in file.entries:
                 if chosen is None or chosen[stored] == position:
                     self._register(file, stored)
@@ -82,11 +89,11 @@ class CheckpointReader:
         return file.entries[stored].dtype
 
     def file(self, name: str) -> Path:
-        """The file that holds a parameter."""
+        """The file of a parameter."""
         return self._find(name)[0][0].path
 
     def files(self) -> list[Path]:
-        """Every file that holds parameters."""
+        """Every file that has parameters."""
         return list(dict.fromkeys(file.path for home in self._home.values() for file, _ in home.values()))
 
     def read(self, name: str, dtype: str | None = None) -> np.ndarray:
@@ -94,11 +101,11 @@ class CheckpointReader:
 
         Args:
             name: glm_ms name.
-            dtype: "float32", "float16" or "bfloat16"; as stored when None.
+            dtype: "float32", "float16" or "bfloat16"; None for the stored one.
 
         Returns:
-            A fresh array of shape `shape(name)`. NumPy has no bfloat16: that type is given as the uint16
-            bit patterns of its elements (`bfloat16_to_float32` turns them into values).
+            A new array of shape `shape(name)`. NumPy has no bfloat16: its elements are uint16 bit patterns
+            (`bfloat16_to_float32` converts them).
 
         Raises:
             CheckpointError: unknown name, unreadable file, or a value too large for `dtype`.
@@ -107,7 +114,7 @@ class CheckpointReader:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def close(self) -> None:
-        """Closes the file that is open; reading again opens it anew."""
+        """Closes the open file; a later read opens it again."""
         if self._open is not None:
             self._open.release()
             self._open = None
@@ -116,10 +123,7 @@ class CheckpointReader:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
@@ -173,8 +177,8 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
             `.safetensors` (Hugging Face, glm_ms or MindSpore), `.ckpt` (MindSpore), `.bin`, `.pth`, `.pt` (PyTorch).
 
     Raises:
-        CheckpointError: the path is missing or of no known kind; a file is truncated, damaged or not what
-            its ending says; an index names a shard that is missing or lacks a tensor.
+        CheckpointError: the path is missing or of no known kind; a file is truncated, damaged or does not match its
+            ending; an index names a shard that is missing or lacks a tensor.
     """
     path = Path(path)
     try:
@@ -208,24 +212,24 @@ def _open_folder(folder: Path) -> CheckpointReader:
         return _open_folder(ranks[0])
     if not found and ranks:
         raise CheckpointError(
-            f"{folder}: holds the slices of {len(ranks)} ranks; merge them with tools/transform_ckpt.py, or name "
-            "one folder where every rank holds the whole checkpoint"
+            f"{folder}: has the slices of {len(ranks)} ranks; merge them with tools/transform_ckpt.py, or give one of "
+            "the folders if every rank has the whole checkpoint"
         )
     if not found:
         raise CheckpointError(
-            f"{folder}: holds no weights; expected one of {', '.join(_FOLDER_CONTENT)}, "
+            f"{folder}: has no weights; expected one of {', '.join(_FOLDER_CONTENT)}, "
             f"or one file ending in {', '.join(_BY_ENDING)}"
         )
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder}: several files could be meant ({capped([item.name for item in found])}) "
-            f"and there is no {_INDEXES[0]}; name one of them"
+            f"{folder}: has several checkpoints ({capped([item.name for item in found])}) and no {_INDEXES[0]}; "
+            "give one of them"
         )
     return CheckpointReader(folder, [_open_file(found[0])])
 
 
 def _open_shards(folder: Path, index: Path) -> CheckpointReader:
-    """Opens the shards of an index and holds both to one another."""
+    """Opens the shards of an index and compares them with it."""
     shard_of = _read_index(index)
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -255,7 +259,78 @@ def _read_index(index: Path) -> dict[str, str]:
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, shard in shard_of.items():
-        # A shard lies beside its index; a path that leads elsewhere is not followed.
+        # Shards are beside their index; a path that leads out of the folder is refused.
         if not isinstance(shard, str) or PurePath(shard).name != shard:
             raise CheckpointError(f"{index}: {name}: {shard!r} is not a file name")
     return shard_of
+
+
+def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
+    """Compares the parameters of a checkpoint with those of a config.
+
+    Raises:
+        CheckpointError: parameters are missing, unexpected, of a wrong shape or not floating point; lists all, at most
+            ten of a kind, with the file and the expected and found shapes.
+    """
+    expected = expected_shapes(config)
+    found = reader.names()
+    known = set(found)
+    absent = [name for name in expected if name not in known]
+    missing = [f"{name} {list(expected[name])}" for name in absent]
+    unexpected = [_unexpected(name, reader, absent) for name in found if name not in expected]
+    misshaped, mistyped = [], []
+    for name in found:
+        if name not in expected:
+            continue
+        where = f"{name} in {reader.file(name).name}"
+        if reader.shape(name) != expected[name]:
+            misshaped.append(f"{where}: expected {list(expected[name])}, found {list(reader.shape(name))}")
+        if not is_floating(reader.dtype(name)):
+            mistyped.append(f"{where}: {reader.dtype(name)}")
+    problems = [
+        f"\n  {len(items)} {what}:\n    {capped(items, _NEW_LINE)}"
+        for what, items in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of the wrong shape", misshaped),
+            ("not floating point", mistyped),
+        )
+        if items
+    ]
+    if problems and reader.slice is not None:
+        problems.append(
+            f"\n  It is the slice of {reader.slice}: merge all slices with tools/transform_ckpt.py"
+        )
+    if problems:
+        raise CheckpointError(
+            f"{reader.path}: {len(found)} parameters do not fit the config, which expects {len(expected)}"
+            + "".join(problems)
+        )
+
+
+def load_parameters(
+    reader: CheckpointReader, config: GLMConfig, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Checks a checkpoint with a config, then gives its parameters one at a time.
+
+    Args:
+        reader: an open checkpoint.
+        config: what the network expects.
+        dtype: "float32", "float16" or "bfloat16"; the last as uint16 bit patterns.
+
+    Returns:
+        An iterator of (glm_ms name, array) over every parameter of the config, in the order of the files.
+
+    Raises:
+        CheckpointError: at once if names or shapes do not fit or `dtype` is unknown; during the iteration if a tensor
+            cannot be read or overflows `dtype`.
+    """
+    check_float_type(dtype)
+    check_names_and_shapes(config, reader)
+    return ((name, reader.read(name, dtype)) for name in reader.names())
+
+
+def _unexpected(name: str, reader: CheckpointReader, absent: list[str]) -> str:
+    near = misspelled(name, absent)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{name} {list(reader.shape(name))} in {reader.file(name).name}{hint}"

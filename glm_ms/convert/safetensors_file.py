@@ -1,15 +1,13 @@
 """The safetensors format, read and written tensor by tensor.
 
-Layout (https://github.com/huggingface/safetensors): the length of the header as a little-endian uint64, the
-header as JSON (name -> dtype, shape, data_offsets; `__metadata__` is free text), then the bytes.
-Written here and not taken from the `safetensors` package because that keeps a whole file in memory on
-writing, maps it on reading, and has no bfloat16 for NumPy.
+Layout (https://github.com/huggingface/safetensors): the length of the header as a little-endian uint64, the header as
+JSON (name -> dtype, shape, data_offsets; `__metadata__` is free text), then the content of the tensors. The package
+`safetensors` is not used: it has the whole file in memory on writing, and no bfloat16 for NumPy.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,73 +15,50 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from glm_ms.convert.dtypes import DTYPES, FROM_SAFETENSORS
-from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content, read_array
+from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.readers import decode_text, parse_object
 
 _LENGTH_BYTES = 8
-_MAX_HEADER = 100_000_000  # the limit of the format's own library
+_MAX_HEADER = 100_000_000  # the limit of the package safetensors
 _ALIGNMENT = 8
 
 
 class SafetensorsFile(TensorFile):
-    """Reads a `.safetensors` file; only the header is held.
+    """Reads a `.safetensors` file; only the header stays in memory.
 
     Raises:
         CheckpointError: not a safetensors file, a broken header, or a truncated file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[str, TensorInfo] = {}
-        self._offsets: dict[str, int] = {}
-        self._file: BinaryIO | None = None
+        super().__init__(path)
         with path.open("rb") as file:
             size = path.stat().st_size
             header, start = _read_header(path, file, size)
-        self._index(header, start, size)
-
-    def read(self, name: str) -> np.ndarray:
-        info = self.entries[name]
-        array = np.empty(info.shape, DTYPES[info.dtype].storage)
-        try:
-            if self._file is None:
-                self._file = self.path.open("rb")
-            read_array(self._file, self._offsets[name], array, self.path)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
-        return array
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _index(self, header: dict[str, Any], start: int, size: int) -> None:
-        """Fills `entries` and holds the offsets to one another: no gap, no overlap, no missing end."""
         metadata = header.pop("__metadata__", None)
         if isinstance(metadata, dict):
             self.metadata = {key: str(value) for key, value in metadata.items()}
-        spans = []
+        found = []
         for name, value in header.items():
-            info, begin, end = _entry(self.path, name, value)
-            if end - begin != math.prod(info.shape) * DTYPES[info.dtype].storage.itemsize:
-                raise CheckpointError(f"{self.path}: {name}: size in bytes does not match shape and type")
-            spans.append((begin, end, name, info))
+            info, begin, end = _entry(path, name, value)
+            if end - begin != info.nbytes:
+                raise CheckpointError(f"{path}: {name}: size in bytes does not match shape and type")
+            found.append((begin, end, name, info))
         position = 0
-        for begin, end, name, info in sorted(spans, key=lambda span: span[:2]):
+        for begin, end, name, info in sorted(found, key=lambda item: item[:2]):
             if begin != position:
-                raise CheckpointError(f"{self.path}: {name}: data offsets leave a gap or overlap")
+                raise CheckpointError(f"{path}: {name}: data offsets leave a gap or overlap")
             position = end
             self.entries[name] = info
-            self._offsets[name] = start + begin
+            self.spans[name] = [(start + begin, end - begin)]
         if start + position > size:
             raise CheckpointError(
-                f"{self.path}: truncated: the header promises {start + position} bytes, the file has {size}; "
+                f"{path}: truncated: {start + position} bytes according to the header, the file has {size}; "
                 "fetch it again"
             )
         if start + position < size:
-            raise CheckpointError(f"{self.path}: {size - start - position} bytes too many after the tensors")
+            raise CheckpointError(f"{path}: {size - start - position} bytes too many after the tensors")
 
 
 def write_safetensors(
@@ -93,7 +68,7 @@ def write_safetensors(
     arrays: Iterator[np.ndarray],
     metadata: dict[str, str],
 ) -> None:
-    """Writes one file, holding one tensor at a time.
+    """Writes one file, with one tensor in memory at a time.
 
     Args:
         path: file to write; must not exist.
@@ -107,7 +82,7 @@ def write_safetensors(
     """
     with path.open("xb") as file:
         write_header(file, {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}, metadata)
-        for _ in shapes:  # `arrays` may go on into the next shard
+        for _ in shapes:  # `arrays` may continue with those of the next shard
             write_tensor(file, next(arrays))
 
 
@@ -116,9 +91,12 @@ def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name, info in tensors.items():
-        kind = DTYPES[info.dtype]
-        end = position + math.prod(info.shape) * kind.storage.itemsize
-        header[name] = {"dtype": kind.safetensors, "shape": list(info.shape), "data_offsets": [position, end]}
+        end = position + info.nbytes
+        header[name] = {
+            "dtype": DTYPES[info.dtype].safetensors,
+            "shape": list(info.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -126,12 +104,12 @@ def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[
 
 
 def write_tensor(file: BinaryIO, array: np.ndarray) -> None:
-    """Appends the bytes of one tensor, given in the storage type of its dtype."""
+    """Appends the content of one tensor, given in the storage type of its dtype."""
     file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
 
 
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """The parsed header and the offset at which the bytes of the tensors begin."""
+    """The parsed header, and the offset at which the content of the tensors begins."""
     head = file.read(64)
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if head[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{" or length > _MAX_HEADER:
@@ -144,7 +122,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
 
 
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
-    """Checks one line of the header: information, first byte, byte after the last."""
+    """Checks one entry of the header: description, first byte, byte after the last."""
     numbers: list[Any] = []
     if isinstance(value, dict) and isinstance(value.get("shape"), list):
         numbers = [*value["shape"], *(value.get("data_offsets") or [])]

@@ -1,8 +1,8 @@
-"""What every reader of a single file offers, and how a file is recognized."""
+"""What all readers of one file of tensors share, and how the content of a file is recognized."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from glm_ms.convert.dtypes import DTYPES
 from glm_ms.storage.errors import CheckpointError
 
-RANK, RANKS = "rank", "ranks"  # in the header of a slice: whose it is, and of how many
-# What the first bytes give away, for messages about files that are not what their ending says.
+RANK, RANKS = "rank", "ranks"  # keys in the header of a slice: its rank, and the number of ranks
+# First bytes -> content, for messages about files with a wrong ending.
 _SIGNATURES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights; fetch them with `git lfs pull`"),
     (b"<", "a web page or XML, not weights; download it again"),
@@ -26,59 +27,87 @@ _SIGNATURES = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and element type (a name of `dtypes.DTYPES`, or the file's own word where that has none)."""
+    """Shape and element type: a name of `dtypes.DTYPES`, or that of the file if the table lacks it."""
 
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def nbytes(self) -> int:
+        """Size in a file, in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].storage.itemsize
 
-class TensorFile(ABC):
-    """One file of tensors, under the names it holds.
+
+class TensorFile:
+    """One file of tensors. Subclasses parse it and fill the attributes; the file is opened on the first `read`.
 
     Attributes:
         path: the file.
         entries: stored name -> `TensorInfo`, in the order of the file.
-        metadata: free text of its header; empty where the format has none.
+        spans: stored name -> (offset, length) of the pieces of its content.
+        metadata: free text of its header; empty if the format has none.
     """
 
     metadata: Mapping[str, str] = MappingProxyType({})
-    path: Path
-    entries: dict[str, TensorInfo]
 
-    @abstractmethod
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, TensorInfo] = {}
+        self.spans: dict[str, list[tuple[int, int]]] = {}
+        self._file: BinaryIO | None = None
+
     def read(self, name: str) -> np.ndarray:
-        """A fresh array with the tensor `name`, in the storage type of its dtype.
+        """A new array with the tensor `name`, in the storage type of its dtype.
 
         Raises:
-            CheckpointError: the file cannot be read, or has changed since it was opened.
+            CheckpointError: the file cannot be read, or is shorter than it was when it was opened.
         """
+        info = self.entries[name]
+        if info.dtype not in DTYPES:
+            raise CheckpointError(f"{self.path}: {name}: type {info.dtype} cannot be read")
+        array = np.empty(info.shape, DTYPES[info.dtype].storage)
+        view = memoryview(array.reshape(-1).view(np.uint8))
+        done = 0
+        try:
+            if self._file is None:
+                self._file = self.path.open("rb")
+            for offset, length in self.spans[name]:
+                self._file.seek(offset)
+                end = done + length
+                while done < end:
+                    count = self._file.readinto(view[done:end])  # type: ignore[attr-defined]
+                    if not count:
+                        raise CheckpointError(
+                            f"{self.path}: ends too early; the file is truncated, fetch it again"
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return array
 
-    @abstractmethod
     def release(self) -> None:
-        """Lets go of memory and file handles; a later `read` takes them again."""
+        """Frees memory and closes the file; a later `read` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def slice_metadata(rank: int, ranks: int) -> dict[str, str]:
-    """What the header of a safetensors file says of the slice in it."""
+    """Header of a safetensors file with the slices of one rank."""
     return {RANK: str(rank), RANKS: str(ranks)}
 
 
+def described_slice(file: TensorFile) -> str | None:
+    """ "rank 1 of 8" if the header says that the file has slices; else None."""
+    if file.metadata.get(RANKS, "1") == "1":
+        return None
+    return f"rank {file.metadata.get(RANK)} of {file.metadata[RANKS]}"
+
+
 def describe_content(head: bytes) -> str:
-    """Says in words what the first bytes of a file look like."""
+    """What a file is, by its first bytes."""
     if not head:
         return "empty"
     if head[8:9] == b"{":
         return "a safetensors file; name it .safetensors"
     return next((text for start, text in _SIGNATURES if head.startswith(start)), "of no known format")
-
-
-def read_array(file: BinaryIO, offset: int, array: np.ndarray, path: Path) -> None:
-    """Fills a contiguous array with the bytes of `file` from `offset` on, without a second buffer."""
-    view = memoryview(array.reshape(-1).view(np.uint8))
-    file.seek(offset)
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise CheckpointError(f"{path}: ends too early; the file is truncated, fetch it again")
-        done += count

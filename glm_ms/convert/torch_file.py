@@ -19,12 +19,12 @@ class TorchFile(TensorFile):
     """Reads a state dict that `torch.save` wrote. Files are mapped, so unread tensors cost no memory.
 
     Raises:
-        CheckpointError: torch is not installed, the file is not a PyTorch file, is broken, or holds
+        CheckpointError: torch is not installed, the file is not a PyTorch file, is broken, or has
             anything but tensors.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self._state: dict[str, Any] | None = None
         state = self._load()
         foreign = [repr(key) for key, value in state.items() if not hasattr(value, "dtype")]
@@ -62,7 +62,7 @@ class TorchFile(TensorFile):
                 "or convert the checkpoint to safetensors"
             ) from None
         try:
-            # Only ZIP files can be mapped; the format before torch 1.6 is read as a whole.
+            # Only ZIP files can be mapped; the format before torch 1.6 is read at once.
             state = torch.load(
                 self.path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP) or None
             )

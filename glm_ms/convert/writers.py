@@ -1,4 +1,4 @@
-"""Writes checkpoints tensor by tensor: Hugging Face folders, and single files of glm_ms and MindSpore."""
+"""Writes checkpoints tensor by tensor: Hugging Face folders, and single `.safetensors` or `.ckpt` files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from glm_ms.convert.dtypes import DTYPES, convert_dtype
+from glm_ms.convert.dtypes import DTYPES, check_float_type, convert_dtype
 from glm_ms.convert.mindspore_file import write_mindspore
 from glm_ms.convert.names import INV_FREQ, inverse_frequencies, to_hf_name
 from glm_ms.convert.safetensors_file import write_safetensors
-from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+from glm_ms.model.config import GLMConfig
 from glm_ms.storage.atomic import atomic_output
 from glm_ms.storage.errors import CheckpointError
 
@@ -28,7 +28,7 @@ Parameters = Iterable[tuple[str, np.ndarray]]
 
 
 def size_in_bytes(shapes: Shapes, dtype: str) -> int:
-    """Bytes of all tensors of `shapes` together when stored as `dtype`."""
+    """Bytes of all tensors together, stored as `dtype`."""
     return sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype].storage.itemsize
 
 
@@ -38,7 +38,7 @@ def write_file(
     """Writes one `.safetensors` or `.ckpt` with glm_ms names; both load in MindSpore.
 
     Args:
-        path: output, by its ending in the one format or the other. It appears when it is whole.
+        path: output, whole or not written at all; its ending selects the format.
         shapes: glm_ms name -> shape, in the order of `parameters`.
         dtype: "float32", "float16" or "bfloat16".
         parameters: (name, array) pairs in the type `dtype` (bfloat16 as uint16 bit patterns), consumed one
@@ -46,14 +46,14 @@ def write_file(
         overwrite: replace an existing file.
 
     Raises:
-        CheckpointError: the output exists or cannot be written, or a parameter is not the one announced.
+        CheckpointError: the output exists or cannot be written, or a parameter differs from `shapes`.
     """
     path = Path(path)
     if path.suffix not in FILE_ENDINGS:
         raise CheckpointError(f"{path}: must end in {' or '.join(FILE_ENDINGS)}")
     with atomic_output(path, overwrite=overwrite) as work:
         check_space(work.parent, path, size_in_bytes(shapes, dtype))
-        arrays = _as_announced(shapes, dtype, parameters)
+        arrays = _checked(shapes, dtype, parameters)
         if path.suffix == ".ckpt":
             write_mindspore(work, shapes, dtype, arrays)
         else:
@@ -74,17 +74,17 @@ def write_hf_folder(
     """Writes a Hugging Face folder: config.json and `model.safetensors`, or shards with their index.
 
     Args:
-        path: output folder. It appears when it is whole.
-        config: goes into config.json, with `dtype` as torch_dtype.
+        path: output folder, whole or not written at all.
+        config: for config.json, with `dtype` as torch_dtype.
         shapes: glm_ms name -> shape, in the order of `parameters`.
         dtype: "float32", "float16" or "bfloat16".
         parameters: (glm_ms name, array) pairs in the type `dtype`, consumed one at a time.
-        max_shard_size: bytes of tensors in one file; a larger tensor gets a file of its own.
+        max_shard_size: bytes of tensors in one file; a larger tensor has a separate file.
         extra_files: copied into the folder, such as those of the tokenizer.
         overwrite: replace an existing checkpoint folder.
 
     Raises:
-        CheckpointError: the output exists or cannot be written, or a parameter is not the one announced.
+        CheckpointError: the output exists or cannot be written, or a parameter differs from `shapes`.
     """
     path = Path(path)
     inv_freq = convert_dtype(inverse_frequencies(config), "float32", dtype, INV_FREQ)
@@ -93,7 +93,7 @@ def write_hf_folder(
     shards = _split(hf_shapes, dtype, max_shard_size)
     with atomic_output(path, folder=True, overwrite=overwrite) as work:
         check_space(work, path, size_in_bytes(hf_shapes, dtype))
-        arrays = _as_announced(hf_shapes, dtype, _renamed(parameters, config, inv_freq))
+        arrays = _checked(hf_shapes, dtype, _renamed(parameters, config, inv_freq))
         for file, shard in shards.items():
             write_safetensors(work / file, shard, dtype, arrays, {"format": "pt"})
         _check_exhausted(arrays)
@@ -111,29 +111,28 @@ def write_hf_folder(
             shutil.copyfile(file, work / file.name)
 
 
-def _as_announced(shapes: Shapes, dtype: str, parameters: Parameters) -> Iterator[np.ndarray]:
-    """Passes arrays on while they are the ones whose place in the file is already fixed."""
-    if dtype not in FLOAT_TYPES:
-        raise CheckpointError(f"dtype {dtype!r}: must be one of {', '.join(FLOAT_TYPES)}")
+def _checked(shapes: Shapes, dtype: str, parameters: Parameters) -> Iterator[np.ndarray]:
+    """Checks every array against the header, which is written first."""
+    check_float_type(dtype)
     storage = DTYPES[dtype].storage
-    announced = iter(shapes.items())
+    pending = iter(shapes.items())
     for name, array in parameters:
-        expected, shape = next(announced, ("the end", ()))
+        expected, shape = next(pending, ("the end", ()))
         if name != expected or array.shape != tuple(shape) or array.dtype != storage:
             raise CheckpointError(
-                f"{name} {list(array.shape)} {array.dtype}: announced was {expected} {list(shape)} {storage}"
+                f"{name} {list(array.shape)} {array.dtype}: expected {expected} {list(shape)} {storage}"
             )
         yield array
-        del array  # or two tensors would be held while the next is read
-    absent = next(announced, None)
+        del array  # so that memory has one tensor, not two, while the next is read
+    absent = next(pending, None)
     if absent is not None:
-        raise CheckpointError(f"{absent[0]}: announced, but never given")
+        raise CheckpointError(f"{absent[0]}: expected, but missing")
 
 
 def _check_exhausted(arrays: Iterator[np.ndarray]) -> None:
-    """Runs the last check of `_as_announced`: a file takes no more arrays than it has names."""
+    """Runs the last check of `_checked`, which is after the last array."""
     if next(arrays, None) is not None:
-        raise CheckpointError("more arrays than announced names")
+        raise CheckpointError("more arrays than names")
 
 
 def _renamed(
@@ -163,11 +162,15 @@ def _split(shapes: Shapes, dtype: str, max_shard_size: int) -> dict[str, Shapes]
 
 
 def check_space(folder: Path, path: Path, needed: int) -> None:
-    """Says before the first byte that the last one will not fit."""
+    """Checks free disk space before writing.
+
+    Raises:
+        CheckpointError: `path`, in `folder`, needs more than is free.
+    """
     free = shutil.disk_usage(folder).free
     if needed + _MARGIN > free:
         raise CheckpointError(
-            f"{path}: needs {(needed + _MARGIN) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on that disk"
+            f"{path}: needs {(needed + _MARGIN) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk"
         )
 
 

@@ -157,7 +157,7 @@ def test_unknown_ending_missing_path_and_empty_folder(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "file.onnx")
     with pytest.raises(CheckpointError, match="no such file or folder"):
         open_checkpoint(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="holds no weights"):
+    with pytest.raises(CheckpointError, match="has no weights"):
         open_checkpoint(tmp_path)
 
 

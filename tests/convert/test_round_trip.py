@@ -68,13 +68,13 @@ def test_sharded_float16_keeps_its_type_and_bits(golden: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("slice_bytes", [mindspore_file._SLICE_BYTES, 1000])
+@pytest.mark.parametrize("slice_bytes", [mindspore_file._ENTRY_BYTES, 1000])
 def test_mindspore_reads_what_is_written(
     golden: Path, tmp_path: Path, convert, monkeypatch: pytest.MonkeyPatch, dtype: str, slice_bytes: int
 ) -> None:
     import mindspore as ms
 
-    monkeypatch.setattr(mindspore_file, "_SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(mindspore_file, "_ENTRY_BYTES", slice_bytes)
     source = golden / "models" / "glm2_bias_layernorm"
     ckpt = convert(source, tmp_path / "model.ckpt", dtype=dtype)
     loaded = ms.load_checkpoint(str(ckpt))

@@ -203,13 +203,13 @@ def test_overflow_names_the_tensor_and_leaves_nothing(source: Path, work: Path, 
     assert list(work.iterdir()) == []
 
 
-def test_writer_takes_only_what_was_announced(work: Path) -> None:
+def test_writer_refuses_other_parameters(work: Path) -> None:
     shapes = {"a": (2,), "b": (3,)}
     a, b = ("a", np.ones(2, np.float32)), ("b", np.ones(3, np.float32))
     wrong = ([a], [b, a], [a, b, b], [a, ("b", np.ones(2, np.float32))], [a, ("b", np.ones(3))], [])
     for parameters in wrong:
         for name in ("out.ckpt", "out.safetensors"):
-            with pytest.raises(CheckpointError, match="announced"):
+            with pytest.raises(CheckpointError, match="expected|more arrays"):
                 writers.write_file(work / name, shapes, "float32", parameters)
     with pytest.raises(CheckpointError, match="must end in"):
         writers.write_file(work / "out.bin", shapes, "float32", [a, b])

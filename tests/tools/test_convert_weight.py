@@ -93,11 +93,11 @@ def test_training_state_is_left_out_visibly(run, source: Path, tmp_path: Path) -
     ("arguments", "words"),
     [
         (["--input", "nothing", "--output", "x.ckpt"], "nothing: no such file or folder"),
-        (["--input", "SOURCE", "--output", "x.bin"], ".bin is not written"),
-        (["--input", "SOURCE", "--output", "x.ckpt", "--to", "hf"], "name a folder"),
+        (["--input", "SOURCE", "--output", "x.bin"], "cannot write .bin"),
+        (["--input", "SOURCE", "--output", "x.ckpt", "--to", "hf"], "not an output of kind hf; give a folder"),
         (
             ["--input", "SOURCE", "--output", "x", "--to", "mindspore"],
-            "end the name in .safetensors or .ckpt",
+            "a name that ends in .safetensors or .ckpt",
         ),
         (["--input", "SOURCE", "--output", "x.ckpt", "--max_shard_size", "2GB"], "Hugging Face output only"),
         (["--input", "SOURCE", "--output", "x", "--max_shard_size", "big"], "such as 2GB"),

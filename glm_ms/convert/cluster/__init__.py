@@ -1,1 +1,1 @@
-"""Checkpoints cut into slices for several cards: strategy files, layouts, resharding."""
+"""Sharded checkpoints: strategy files, layouts, resharding."""

@@ -1,8 +1,8 @@
-"""Which part of a tensor a rank holds: device matrix, tensor map and the cut of the parallel optimizer.
+"""Which part of a tensor a rank has: device matrix, tensor map and the split of the parallel optimizer.
 
-The terms are those of MindSpore's parallel layouts: the ranks of a stage form an array of shape `device_matrix`, the
-last axis running fastest; a tensor map names for every dimension of a tensor the axes that cut it, counted from the
-right. Ranks that hold the same part may share it out once more along dimension 0 (the parallel optimizer).
+The terms are those of MindSpore's parallel layouts: the ranks of a stage form an array of shape `device_matrix`, in C
+order; a tensor map lists the axes that split each dimension of a tensor, counted from the right. The parallel optimizer
+splits dimension 0 again between ranks that would have the same part.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ Region = tuple[slice, ...]
 
 
 class LayoutError(ValueError):
-    """A layout contradicts itself, or a tensor does not fit it; the message has neither file nor name."""
+    """A layout is inconsistent, or a tensor does not fit it; the message has no file and no name."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor lies on the ranks of one pipeline stage.
+    """How one tensor is split over the ranks of one pipeline stage.
 
     Attributes:
         device_matrix: shape of the array of ranks.
-        tensor_map: per dimension of the tensor the axes that cut it, slowest first, as indices into
-            `device_matrix`; an empty tuple leaves the dimension whole.
+        tensor_map: per dimension of the tensor the axes that split it, slowest first, as indices into
+            `device_matrix`; an empty tuple if the dimension is whole.
         optimizer_pieces: further pieces of dimension 0, 1 without parallel optimizer.
-        full_shape: shape of the whole tensor, where the strategy file tells it.
+        full_shape: shape of the whole tensor, if the strategy file has it.
 
     Raises:
-        LayoutError: an axis does not exist or cuts twice, or the pieces of the optimizer do not fit the ranks.
+        LayoutError: an axis does not exist or splits twice, or the pieces of the optimizer do not fit the ranks.
     """
 
     device_matrix: Shape
@@ -47,34 +47,34 @@ class Layout:
         if len(set(used)) != len(used):
             raise LayoutError("tensor map uses one axis of the device matrix twice")
         if self.optimizer_pieces > 1 and not self.tensor_map:
-            raise LayoutError("the parallel optimizer cannot cut a scalar")
+            raise LayoutError("the parallel optimizer cannot split a scalar")
         copies = math.prod(self.device_matrix[axis] for axis in self.repeated_axes)
         if self.optimizer_pieces < 1 or copies % self.optimizer_pieces:
             raise LayoutError(
-                f"{copies} ranks hold the same part; the parallel optimizer cannot cut it into {self.optimizer_pieces}"
+                f"{copies} ranks have the same part; the parallel optimizer cannot split it in {self.optimizer_pieces}"
             )
 
     @property
     def devices(self) -> int:
-        """Number of ranks that the layout describes."""
+        """Number of ranks."""
         return math.prod(self.device_matrix)
 
     @property
     def repeated_axes(self) -> tuple[int, ...]:
-        """Axes along which ranks hold the same part, but for the cut of the optimizer."""
+        """Axes along which ranks have the same part, except for the split of the optimizer."""
         used = {axis for axes in self.tensor_map for axis in axes}
         return tuple(axis for axis, size in enumerate(self.device_matrix) if axis not in used and size > 1)
 
     @property
     def pieces(self) -> Shape:
-        """Number of parts in each dimension, the optimizer's included."""
+        """Number of parts in each dimension, including those of the optimizer."""
         counts = [math.prod(self.device_matrix[axis] for axis in axes) for axes in self.tensor_map]
         if counts:
             counts[0] *= self.optimizer_pieces
         return tuple(counts)
 
     def position(self, rank: int) -> Shape:
-        """Number of the part of a rank (counted within its stage) in each dimension."""
+        """Index of the part of a rank (counted within its stage) in each dimension."""
         coordinates = _coordinates(rank % self.devices, self.device_matrix)
         numbers = [self._number(axes, coordinates) for axes in self.tensor_map]
         if numbers:
@@ -83,7 +83,8 @@ class Layout:
         return tuple(numbers)
 
     def neighbours(self) -> dict[str, list[int]]:
-        """Per cut, in words, the ranks that differ from rank 0 in this cut alone (counted within the stage)."""
+        """Description of each split -> the ranks (counted within the stage) whose parts differ from that of rank 0 in
+        this split alone."""
         strides = [math.prod(self.device_matrix[axis + 1 :]) for axis in range(len(self.device_matrix))]
         found = {
             f"along axis {axis} of {list(self.device_matrix)}": [
@@ -108,19 +109,21 @@ class Layout:
         """Shape of the whole tensor, from that of a part.
 
         Raises:
-            LayoutError: the part has another number of dimensions, or the whole is not the one of the strategy.
+            LayoutError: the part has another number of dimensions, or the whole differs from the strategy.
         """
         self._check_dimensions(part)
         whole = tuple(size * count for size, count in zip(part, self.pieces))
         if self.full_shape is not None and self.full_shape != whole:
-            raise LayoutError(f"makes {list(whole)} of all parts, the strategy says {list(self.full_shape)}")
+            raise LayoutError(
+                f"all parts together are {list(whole)}, the strategy has {list(self.full_shape)}"
+            )
         return whole
 
     def part_shape(self, whole: Shape) -> Shape:
         """Shape of a part of a tensor.
 
         Raises:
-            LayoutError: a dimension cannot be cut into that many equal parts, or their number differs.
+            LayoutError: a dimension is not divisible by its parts, or the number of dimensions differs.
         """
         self._check_dimensions(whole)
         for dimension, (size, count) in enumerate(zip(whole, self.pieces)):
@@ -146,7 +149,7 @@ class Layout:
     def _check_dimensions(self, shape: Shape) -> None:
         if len(shape) != len(self.tensor_map):
             raise LayoutError(
-                f"shape {list(shape)} has {len(shape)} dimensions, the strategy cuts {len(self.tensor_map)}"
+                f"shape {list(shape)} has {len(shape)} dimensions, the strategy splits {len(self.tensor_map)}"
             )
 
 

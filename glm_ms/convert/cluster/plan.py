@@ -1,11 +1,10 @@
-"""Plans a transformation of sharded checkpoints: what each tensor is made of and where its parts go.
+"""Plans a transformation of sharded checkpoints: the sources and the destinations of every tensor.
 
-Only names, shapes and types are read here; everything that they can betray is refused before a byte is written.
+Only names, shapes and types are read, so that most errors are found before anything is written.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
@@ -36,8 +35,8 @@ class TensorPlan:
 
     Attributes:
         name: as stored.
-        whole: its uncut shape, and its type.
-        layout: how `holders` share it; None where each holds the whole.
+        whole: shape and type of the whole tensor.
+        layout: how it is split over `holders`; None if each of them has the whole.
         holders: with a layout all ranks of one stage in order, else every rank that has it.
         targets: parts of the output.
     """
@@ -49,36 +48,29 @@ class TensorPlan:
     targets: tuple[Target, ...]
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What to leave out.
-
-    Attributes:
-        partial: allow the checkpoints and the strategies to name different weights.
-        weights_only: leave out optimizer state and training counters.
-    """
-
-    partial: bool = False
-    weights_only: bool = False
-
-
 def plan_tensors(
-    source: list[RankCheckpoint], src: Strategy | None, dst: Strategy | None, choices: Choices, say: Say
+    source: list[RankCheckpoint],
+    src: Strategy | None,
+    dst: Strategy | None,
+    say: Say,
+    partial: bool = False,
+    weights_only: bool = False,
 ) -> list[TensorPlan]:
     """Plans every tensor, in the order in which the ranks store them.
 
     Args:
-        source: all ranks of `src`; a single whole checkpoint when that is None.
+        source: all ranks of `src`; a single whole checkpoint if `src` is None.
         src: layouts of the source.
-        dst: layouts of the output; None makes one whole checkpoint.
-        choices: what may be left out.
-        say: told what is left out, and why.
+        dst: layouts of the output; None for one whole checkpoint.
+        say: receives what is left out, and why.
+        partial: allow checkpoints and strategies to have different weights.
+        weights_only: leave out optimizer state and training counters.
 
     Raises:
-        CheckpointError: slices are missing, differ in shape or type, or do not agree with a strategy.
+        CheckpointError: slices are missing, differ in shape or type, or do not fit a strategy.
     """
     names = list(dict.fromkeys(name for rank in source for name in rank.names()))
-    if choices.weights_only:
+    if weights_only:
         left_out = [name for name in names if is_training_state(name)]
         names = [name for name in names if not is_training_state(name)]
         if left_out:
@@ -86,10 +78,10 @@ def plan_tensors(
     if not names:
         raise CheckpointError(f"{source[0].folder}: no tensors to transform")
     if src is not None:
-        _check_all_there(src, set(names), source, choices, say)
-    dropped = _dropped(names, src, dst, source, choices, say)
+        _check_source(src, set(names), source, partial, say)
+    dropped = _dropped(names, src, dst, source, partial, say)
     if dst is not None:
-        _check_all_wanted(dst, set(names), source, choices, say)
+        _check_output(dst, set(names), source, partial, say)
     return [_plan(name, source, src, dst) for name in names if name not in dropped]
 
 
@@ -108,8 +100,8 @@ def _plan(name: str, source: list[RankCheckpoint], src: Strategy | None, dst: St
 def _holders(
     name: str, source: list[RankCheckpoint], src: Strategy | None
 ) -> tuple[Layout | None, tuple[RankCheckpoint, ...]]:
-    """Who holds a tensor: the first stage that the strategy gives it to, else every rank that has it."""
-    having = [rank for rank in source if rank.holds(name)]
+    """Ranks that have a tensor: those of the first stage with it in the strategy, else all that store it."""
+    having = [rank for rank in source if rank.has(name)]
     if src is None:
         return None, tuple(having)
     stages = src.stages_with(name)
@@ -123,7 +115,7 @@ def _holders(
 
 
 def _check_complete(name: str, ranks: list[RankCheckpoint]) -> None:
-    missing = [rank for rank in ranks if not rank.holds(name)]
+    missing = [rank for rank in ranks if not rank.has(name)]
     if missing:
         numbers = capped([str(rank.rank) for rank in missing])
         raise CheckpointError(
@@ -133,7 +125,7 @@ def _check_complete(name: str, ranks: list[RankCheckpoint]) -> None:
 
 
 def _common_info(name: str, holders: tuple[RankCheckpoint, ...]) -> TensorInfo:
-    """Shape and type that all holders share; the odd one out is named."""
+    """Shape and type of a tensor, which must be equal on all ranks."""
     counts = Counter(rank.info(name) for rank in holders)
     usual, _ = counts.most_common(1)[0]
     for rank in holders:
@@ -170,15 +162,15 @@ def _targets(name: str, whole: TensorInfo, dst: Strategy | None) -> tuple[Target
     return tuple(targets)
 
 
-def _check_all_there(
-    src: Strategy, names: set[str], source: list[RankCheckpoint], choices: Choices, say: Say
+def _check_source(
+    src: Strategy, names: set[str], source: list[RankCheckpoint], partial: bool, say: Say
 ) -> None:
-    """Every weight of the source's strategy is in the checkpoints."""
+    """Checks that the checkpoints have every weight of their strategy."""
     absent = _absent(src, names)
-    if absent and not choices.partial:
+    if absent and not partial:
         raise CheckpointError(
             f"{source[0].folder}: {len(absent)} parameters of {src.path} are on no rank: {capped(absent)}; the "
-            "strategy is of another network, or the checkpoint holds a part of it (then allow it: --partial)"
+            "strategy is of another network, or the checkpoint has a part of it (then allow it: --partial)"
         )
     if absent:
         say(f"the checkpoints lack {len(absent)} parameters of {src.path}: {capped(absent)}")
@@ -204,18 +196,18 @@ def _dropped(
     src: Strategy | None,
     dst: Strategy | None,
     source: list[RankCheckpoint],
-    choices: Choices,
+    partial: bool,
     say: Say,
 ) -> set[str]:
-    """Tensors that the output's strategy does not know: state is left out, weights only on demand."""
+    """Tensors to leave out because the strategy of the output lacks them: state always, weights with `partial`."""
     if dst is None:
         return set()
     unknown = [name for name in names if not dst.stages_with(name)]
     state = {name for name in unknown if is_training_state(name) and "." in name}
     weights = [name for name in unknown if name not in state and src is not None and src.stages_with(name)]
-    # Counters stand alone; what neither strategy lists is the same everywhere and stays so.
+    # Counters, and tensors that neither strategy lists, are equal on all ranks and are copied.
     copied = [name for name in unknown if name not in state and name not in weights]
-    if weights and not choices.partial:
+    if weights and not partial:
         raise CheckpointError(
             f"{dst.path}: does not know {len(weights)} parameters of {source[0].folder}: {capped(weights)}; it is of "
             "another network (or leave them out: --partial)"
@@ -230,37 +222,32 @@ def _dropped(
     return state | set(weights)
 
 
-def _check_all_wanted(
-    dst: Strategy, names: set[str], source: list[RankCheckpoint], choices: Choices, say: Say
+def _check_output(
+    dst: Strategy, names: set[str], source: list[RankCheckpoint], partial: bool, say: Say
 ) -> None:
-    """Every weight of the output's strategy can be made."""
+    """Checks that the source has every weight of the strategy of the output."""
     absent = [name for name in dst.names() if name not in names]
     weights = _absent(dst, names)
-    if weights and not choices.partial:
+    if weights and not partial:
         raise CheckpointError(
             f"{source[0].folder}: lacks {len(weights)} parameters of {dst.path}: {capped(weights)}; the strategy is of "
-            "another network, or names what is no weight, such as a cache (then allow it: --partial)"
+            "another network, or lists buffers such as a cache (then allow it: --partial)"
         )
     if weights:
         say(f"the source lacks {len(weights)} parameters of {dst.path}: {capped(weights)}")
     state = [name for name in absent if is_training_state(name)]
     if state:
-        say(f"the source lacks {len(state)} optimizer tensors of {dst.path}; they start anew")
+        say(f"the source lacks {len(state)} optimizer tensors of {dst.path}; they restart from zero")
 
 
 def _absent(strategy: Strategy, names: set[str]) -> list[str]:
-    """Weights of a strategy that should be among `names`: of an adapter, only those of its kind."""
+    """Weights of a strategy that are not in `names`; for an adapter, only weights of its kind."""
     adapter = adapter_files_of([name for name in names if not is_training_state(name)])
     return [
         name
         for name in strategy.names()
         if name not in names and not is_training_state(name) and (adapter is None or adapter.owns(name))
     ]
-
-
-def size_of(info: TensorInfo, itemsize: int) -> int:
-    """Bytes of a tensor."""
-    return math.prod(info.shape) * itemsize
 
 
 def _text(info: TensorInfo) -> str:

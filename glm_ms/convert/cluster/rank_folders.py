@@ -1,24 +1,25 @@
-"""The checkpoints of all ranks of a cluster, opened and checked: `<folder>/rank_N/*.ckpt` or `*.safetensors`, or the
-`rank_N/checkpoint/step_N/` of a sharded run.
+"""Opens and checks the checkpoints of all ranks: `<folder>/rank_N/*.ckpt` or `*.safetensors`, or the folders
+`rank_N/checkpoint/step_N/` of a sharded run with their manifests.
 
-Files are indexed once and then opened for one tensor at a time, so that hundreds of ranks need no file handles.
+Every file is open only while a tensor is read, so that hundreds of ranks do not exhaust the file handles.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 
 from glm_ms.convert.adapter_files import plain_name
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.safetensors_file import SafetensorsFile
-from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile, TensorInfo
+from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile, TensorInfo, described_slice
 from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.integrity import MANIFEST, check_file, differing_keys, read_manifest_values
 from glm_ms.storage.run_folder import list_checkpoints
 
 _READERS: dict[str, Callable[[Path], TensorFile]] = {".ckpt": MindSporeFile, ".safetensors": SafetensorsFile}
@@ -27,17 +28,18 @@ _RANK_IN_NAME = re.compile(r"rank_?(\d+)", re.IGNORECASE)
 _STEP_IN_NAME = re.compile(r".+-(\d+)_(\d+)")  # MindSpore's ModelCheckpoint: prefix-EPOCH_STEP
 _LAST_NUMBER = re.compile(r".*?(\d+)")
 Step = Optional[tuple[int, int]]
+KnownFiles = Mapping[Path, Mapping[str, Any]]  # file -> its size and SHA-256 in a manifest
 
 
 @dataclass
 class RankCheckpoint:
-    """What one rank holds.
+    """The checkpoint of one rank.
 
     Attributes:
-        rank: its number.
-        folder: its folder, or the file itself where one was named.
+        rank: number of the rank.
+        folder: its folder, or the file that the user gave.
         files: the files of the chosen step.
-        step: (epoch, step) of their names; None where they tell none.
+        step: (epoch, step) in their names; None if there is none.
     """
 
     rank: int
@@ -58,15 +60,15 @@ class RankCheckpoint:
 
     @property
     def place(self) -> Path:
-        """The folder in which its files lie."""
+        """The folder of its files."""
         return self.files[0].path.parent if self.files else self.folder
 
     def names(self) -> list[str]:
-        """Names of the tensors in the network, in the order of the files."""
+        """Names of the tensors, without the prefix of adapter files, in the order of the files."""
         return list(self._home)
 
-    def holds(self, name: str) -> bool:
-        """Whether the rank has a tensor of that name."""
+    def has(self, name: str) -> bool:
+        """Whether the rank has a tensor."""
         return name in self._home
 
     def info(self, name: str) -> TensorInfo:
@@ -75,11 +77,11 @@ class RankCheckpoint:
         return file.entries[stored]
 
     def file(self, name: str) -> Path:
-        """The file that holds a tensor."""
+        """The file of a tensor."""
         return self._home[name][0].path
 
     def read(self, name: str) -> np.ndarray:
-        """A fresh array in the storage type of its dtype; no file stays open."""
+        """A new array in the storage type of its dtype; no file stays open."""
         file, stored = self._home[name]
         try:
             return file.read(stored)
@@ -91,20 +93,20 @@ def open_ranks(folder: Path, count: int, step: Step, say: Callable[[str], None])
     """Opens the checkpoints of ranks 0 to `count` - 1.
 
     Args:
-        folder: holds rank_0, rank_1, ...
-        count: number of ranks that the strategy describes.
-        step: (epoch, step) to take; the newest that all ranks have when None.
-        say: told which step was taken where there were several.
+        folder: folder with rank_0, rank_1, ...
+        count: number of ranks in the strategy.
+        step: (epoch, step) to use; None for the newest that all ranks have.
+        say: receives the step if there are several.
 
     Raises:
         CheckpointError: a rank is missing or too many, its folder has no checkpoint of that step, a file is damaged,
-            or a file name tells another rank than its folder.
+            or the name of a file has another rank than its folder.
     """
     folders = rank_folders(folder)
     if not folders:
         near = [str(item) for item in sorted(folder.iterdir()) if item.is_dir() and rank_folders(item)]
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise CheckpointError(f"{folder}: holds no folders rank_0, rank_1, ... of the {count} ranks{hint}")
+        raise CheckpointError(f"{folder}: has no folders rank_0, rank_1, ... of the {count} ranks{hint}")
     missing = [str(rank) for rank in range(count) if rank not in folders]
     extra = [str(rank) for rank in sorted(folders) if rank >= count]
     if missing or extra:
@@ -126,10 +128,10 @@ def open_ranks(folder: Path, count: int, step: Step, say: Callable[[str], None])
 
 
 def open_whole(path: Path, step: Step, say: Callable[[str], None]) -> RankCheckpoint:
-    """Opens a checkpoint that is not cut: a file, a folder with its files, or a folder with rank_0 alone.
+    """Opens a whole checkpoint: a file, a folder with its files, or a folder with rank_0 alone.
 
     Raises:
-        CheckpointError: there is none, or there are several ranks.
+        CheckpointError: there is no checkpoint, or there are several ranks.
     """
     if path.is_file():
         if path.suffix not in _READERS:
@@ -138,8 +140,8 @@ def open_whole(path: Path, step: Step, say: Callable[[str], None]) -> RankCheckp
     folders = rank_folders(path) if path.is_dir() else {}
     if len(folders) > 1:
         raise CheckpointError(
-            f"{path}: holds {len(folders)} ranks; give their --src_ckpt_strategy, or one folder such as "
-            f"{path / 'rank_0'} where every rank holds the whole checkpoint"
+            f"{path}: has {len(folders)} ranks; give their --src_ckpt_strategy, or one folder such as "
+            f"{path / 'rank_0'} if every rank has the whole checkpoint"
         )
     folder = next(iter(folders.values()), path)
     by_step = _files_by_step(folder)
@@ -150,21 +152,21 @@ def open_whole(path: Path, step: Step, say: Callable[[str], None]) -> RankCheckp
 def _whole(path: Path, files: list[Path], step: Step) -> RankCheckpoint:
     checkpoint = RankCheckpoint(0, path, list(_open(files)), step)
     for file in checkpoint.files:
-        if file.metadata.get(RANKS, "1") != "1":
+        if described_slice(file):
             raise CheckpointError(
-                f"{file.path}: the slice of rank {file.metadata.get(RANK)} of {file.metadata[RANKS]}, not a whole "
-                "checkpoint; give the folder of all ranks and --src_ckpt_strategy"
+                f"{file.path}: the slice of {described_slice(file)}, not a whole checkpoint; "
+                "give the folder of all ranks and --src_ckpt_strategy"
             )
     return checkpoint
 
 
 def _check_headers(rank: RankCheckpoint, count: int) -> None:
-    """Files that tell in their header whose slice they are must lie where they belong."""
+    """Compares the ranks in headers with the folders."""
     for file in rank.files:
-        told = file.metadata.get(RANK, str(rank.rank)), file.metadata.get(RANKS, str(count))
-        if told != (str(rank.rank), str(count)):
+        stated = file.metadata.get(RANK, str(rank.rank)), file.metadata.get(RANKS, str(count))
+        if stated != (str(rank.rank), str(count)):
             raise CheckpointError(
-                f"{file.path}: the slice of rank {told[0]} of {told[1]}, but it lies in {rank.folder.name} of "
+                f"{file.path}: the slice of rank {stated[0]} of {stated[1]}, but it is in {rank.folder.name} of "
                 f"{count} ranks; files were swapped, or are of another run"
             )
 
@@ -176,7 +178,7 @@ def rank_folders(folder: Path) -> dict[int, Path]:
         CheckpointError: no such folder, or two folders of one rank (rank_1 and rank_01).
     """
     if folder.is_file():
-        raise CheckpointError(f"{folder}: a file; give the folder that holds rank_0, rank_1, ...")
+        raise CheckpointError(f"{folder}: is a file; give the folder with rank_0, rank_1, ...")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     found: dict[int, Path] = {}
@@ -195,10 +197,10 @@ def _files_by_step(folder: Path) -> dict[Step, list[Path]]:
     steps: dict[Step, list[Path]] = {}
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such file or folder")
-    for step, inside in list_checkpoints(folder):  # of one card of a sharded run
+    for step, inside in list_checkpoints(folder):  # of a sharded run
         steps[(0, step)] = sorted(file for file in inside.iterdir() if file.suffix in _READERS)
         if not steps[(0, step)]:
-            raise CheckpointError(f"{inside}: holds no tensors ({' or '.join(_READERS)}); remove it")
+            raise CheckpointError(f"{inside}: has no tensors ({' or '.join(_READERS)}); remove it")
     if steps:
         return steps
     for file in sorted(folder.iterdir()):
@@ -206,7 +208,7 @@ def _files_by_step(folder: Path) -> dict[Step, list[Path]]:
             match = _STEP_IN_NAME.fullmatch(file.stem)
             steps.setdefault((int(match.group(1)), int(match.group(2))) if match else None, []).append(file)
     if not steps:
-        raise CheckpointError(f"{folder}: holds no checkpoint ({' or '.join(_READERS)})")
+        raise CheckpointError(f"{folder}: has no checkpoint ({' or '.join(_READERS)})")
     if None in steps and len(steps) > 1:
         raise CheckpointError(
             f"{folder}: {steps[None][0].name} names no step, others do; leave the files of one checkpoint there"
@@ -217,7 +219,7 @@ def _files_by_step(folder: Path) -> dict[Step, list[Path]]:
 def _choose_step(
     folder: Path, by_step: list[dict[Step, list[Path]]], wanted: Step, say: Callable[[str], None]
 ) -> Step:
-    """The step to take: the newest that every rank has."""
+    """The wanted step, or the newest that every rank has."""
     common = set(by_step[0]).intersection(*by_step[1:])
     if wanted is not None:
         absent = [str(rank) for rank, steps in enumerate(by_step) if wanted not in steps]
@@ -233,7 +235,7 @@ def _choose_step(
     chosen = max(common, key=_order)
     everything = {step for steps in by_step for step in steps}
     if len(everything) > 1:
-        say(f"taking step {_text(chosen)}, the newest that all ranks have, of {len(everything)} steps found")
+        say(f"using step {_text(chosen)}, the newest that all ranks have, of {len(everything)} steps found")
     return chosen
 
 
@@ -243,34 +245,36 @@ def _order(step: Step) -> tuple[int, int]:
 
 def _text(step: Step) -> str:
     if step is None:
-        return "(none named)"
+        return "(not in the name)"
     return f"{step[0]}_{step[1]}" if step[0] else str(step[1])
 
 
 def _check_numbers_in_names(files: list[list[Path]]) -> None:
-    """Folders may have been swapped: file names that tell a rank must tell that of their folder."""
-    told = [
+    """Compares the ranks in file names with the folders, which may have been swapped."""
+    named = [
         (rank, path, int(match.group(1)))
         for rank, paths in enumerate(files)
         for path in paths
         for match in [_RANK_IN_NAME.search(path.stem)]
         if match
     ]
-    if len({number for _, _, number in told}) > 1:  # one number everywhere is another word, as in lora_rank_8
-        for rank, path, number in told:
+    if (
+        len({number for _, _, number in named}) > 1
+    ):  # the same number everywhere has another meaning: lora_rank_8
+        for rank, path, number in named:
             if number != rank:
                 raise CheckpointError(
-                    f"{path}: its name tells rank {number}, its folder rank {rank}; the files were swapped"
+                    f"{path}: its name has rank {number}, its folder rank {rank}; the files were swapped"
                 )
-    # mindspore.transform_checkpoints and this package end the name in the rank: cut0, cut1, ...
+    # mindspore.transform_checkpoints and this package append the rank to the name: checkpoint_0, checkpoint_1, ...
     ends = [_LAST_NUMBER.fullmatch(paths[0].stem) if len(paths) == 1 else None for paths in files]
     numbers = [int(match.group(1)) if match else -1 for match in ends]
     if sorted(numbers) == list(range(len(files))) and len(files) > 1:
         for rank, number in enumerate(numbers):
             if number != rank:
                 raise CheckpointError(
-                    f"{files[rank][0]}: its name ends in {number}, as that of rank {number} should, but it lies in "
-                    f"{files[rank][0].parent.name}; the files were swapped"
+                    f"{files[rank][0]}: its name ends in {number}, but it is in {files[rank][0].parent.name}; "
+                    "the files were swapped"
                 )
 
 
@@ -280,3 +284,42 @@ def _open(paths: list[Path]) -> Iterator[TensorFile]:
             yield _READERS[path.suffix](path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_rank_manifests(folders: Iterable[Path]) -> KnownFiles:
+    """Reads the manifests of all ranks. Checkpoints of other programs have none.
+
+    Raises:
+        CheckpointError: a manifest is damaged, or has another run or step than the first one.
+    """
+    known: dict[Path, Mapping[str, Any]] = {}
+    first: tuple[Path, dict[str, Any]] | None = None
+    for folder in folders:
+        if not (folder / MANIFEST).is_file():
+            continue
+        values = read_manifest_values(folder)
+        position = {"step": values.get("step"), **(values.get("position") or {})}
+        first = first or (folder, position)
+        keys = differing_keys(first[1], position)
+        if keys:
+            raise CheckpointError(
+                f"{folder / MANIFEST}: differs from {first[0] / MANIFEST} in {', '.join(keys)}; the slices are of "
+                "different runs"
+            )
+        known.update((folder / name, of_file) for name, of_file in values["files"].items())
+    return known
+
+
+def check_rank_file(path: Path, known: KnownFiles) -> None:
+    """Compares a file with its manifest, if there is one.
+
+    Raises:
+        CheckpointError: the file is damaged, or was added later.
+    """
+    if path in known:
+        check_file(path, known[path])
+    elif (path.parent / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path}: is not in {MANIFEST} beside it, so it was added later; remove it, or the manifest if the file "
+            "is right"
+        )

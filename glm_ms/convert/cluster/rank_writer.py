@@ -1,5 +1,4 @@
-"""Writes the checkpoints of many ranks at once, tensor by tensor: `<folder>/rank_N/<prefix>N.ckpt`, or the folder of
-an adapter."""
+"""Writes the checkpoints of many ranks, tensor by tensor: `<folder>/rank_N/<prefix>N.ckpt`, or an adapter."""
 
 from __future__ import annotations
 
@@ -21,13 +20,13 @@ FORMATS = ("ckpt", "safetensors")
 
 @dataclass(frozen=True)
 class Placement:
-    """Which file of the output holds a tensor.
+    """Files of the output, and names of tensors in them.
 
     Attributes:
-        prefix: file names are `rank_N/<prefix>N.<kind>`, as mindspore.transform_checkpoints names them.
+        prefix: file names are `rank_N/<prefix>N.<kind>`, as those of mindspore.transform_checkpoints.
         kind: "ckpt" or "safetensors".
         ranks: number of ranks of the output.
-        adapter: the output is one adapter, under the file names of its kind; None for any other.
+        adapter: file names if the output is an adapter, else None.
     """
 
     prefix: str
@@ -36,41 +35,37 @@ class Placement:
     adapter: AdapterFiles | None = None
 
     def file(self, rank: int, name: str) -> Path:
-        """Relative to the folder of all ranks."""
+        """File of a tensor, relative to the output folder."""
         if self.adapter is None:
-            return self.rank_file(rank)
+            return Path(f"rank_{rank}") / f"{self.prefix}{rank}.{self.kind}"
         return Path(OPTIMIZER if is_training_state(name) else self.adapter.weights)
-
-    def rank_file(self, rank: int) -> Path:
-        """The file of a rank where there is no adapter."""
-        return Path(f"rank_{rank}") / f"{self.prefix}{rank}.{self.kind}"
 
     def stored(self, name: str) -> str:
         """The name of a tensor in its file."""
         return name if self.adapter is None or is_training_state(name) else self.adapter.stored(name)
 
     def metadata(self, rank: int, file: Path) -> dict[str, str]:
-        """For the header of a safetensors file."""
+        """Metadata of a safetensors file."""
         if self.adapter is not None:
             return {"format": "np" if file.name == OPTIMIZER else "pt"}
         return {"format": "ms", **(slice_metadata(rank, self.ranks) if self.ranks > 1 else {})}
 
     def companion_files(self, name: str) -> list[Path]:
-        """Where copies of a file that describes the tensors go."""
+        """Places for copies of a file that describes the tensors."""
         if self.adapter is not None:
             return [Path(name)] if name == self.adapter.config else []
         folders = [Path(f"rank_{rank}") for rank in range(self.ranks)]
-        # Whole weights may be named by the folder of all ranks as well.
+        # Users may also give the parent folder of a single rank_0.
         return [folder / name for folder in ([Path(), *folders] if self.ranks == 1 else folders)]
 
 
 class RankWriter:
-    """Appends tensors to the files of the ranks; a file is open only while it is written to.
+    """Appends tensors to the files of the ranks; a file is open only during a write.
 
     Args:
         folder: existing empty folder.
         placement: names of files and tensors.
-        tensors: per rank what will be written, in that order.
+        tensors: the tensors of each rank, in the order in which they will be written.
 
     Raises:
         OSError: a folder or file cannot be written.
@@ -93,7 +88,7 @@ class RankWriter:
         """Writes the next tensor of a rank, given in the storage type of its dtype.
 
         Raises:
-            CheckpointError: it is not the one announced.
+            CheckpointError: it is not the expected one.
             OSError: the file cannot be written.
         """
         file, stored = self._placement.file(rank, name), self._placement.stored(name)
@@ -101,7 +96,7 @@ class RankWriter:
         expected, info = pending.pop() if pending else ("the end", TensorInfo((), "bool"))
         if (stored, array.shape, array.dtype) != (expected, info.shape, DTYPES[info.dtype].storage):
             raise CheckpointError(
-                f"{file}: {stored} {list(array.shape)}: announced was {expected} {list(info.shape)}"
+                f"{file}: {stored} {list(array.shape)}: expected {expected} {list(info.shape)}"
             )
         with (self._folder / file).open("ab") as stream:
             if file.suffix == ".ckpt":
@@ -110,9 +105,9 @@ class RankWriter:
                 safetensors_file.write_tensor(stream, array)
 
     def finish(self) -> None:
-        """Holds the files to what was announced, and puts them on the disk."""
+        """Checks that all tensors were written, and syncs the files to the disk."""
         for file, pending in self._pending.items():
             if pending:
-                raise CheckpointError(f"{file}: {pending[-1][0]}: announced, but never given")
+                raise CheckpointError(f"{file}: {pending[-1][0]}: expected, but not written")
             with (self._folder / file).open("rb") as stream:
                 os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
-"""Merges, cuts and re-cuts the checkpoints of a cluster by MindSpore's strategy files, one tensor at a time.
+"""Merges, splits and re-splits the checkpoints of a cluster by MindSpore's strategy files, one tensor at a time.
 
-What `mindspore.transform_checkpoints` does with all tensors in memory, with every slice checked: replicas must agree
-bit for bit, and the ranks must be of one step. Needs memory for the largest tensor and one of its slices.
+`mindspore.transform_checkpoints` does this with all tensors in memory. Here every slice is checked as well: copies must
+be equal bit for bit, and the ranks must be of one step. Needs memory for the largest tensor and one of its slices.
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ import numpy as np
 
 from glm_ms.convert.adapter_files import adapter_files_of, common_companions
 from glm_ms.convert.cluster.layout import Layout
-from glm_ms.convert.cluster.plan import Choices, Say, TensorPlan, plan_tensors, size_of
-from glm_ms.convert.cluster.rank_folders import RankCheckpoint, Step, open_ranks, open_whole, rank_folders
-from glm_ms.convert.cluster.rank_manifests import KnownFiles, check_rank_file, read_rank_manifests
+from glm_ms.convert.cluster.plan import Say, TensorPlan, plan_tensors
+from glm_ms.convert.cluster.rank_folders import (
+    KnownFiles,
+    RankCheckpoint,
+    Step,
+    check_rank_file,
+    open_ranks,
+    open_whole,
+    rank_folders,
+    read_rank_manifests,
+)
 from glm_ms.convert.cluster.rank_writer import FORMATS, Placement, RankWriter
 from glm_ms.convert.cluster.strategy_file import Strategy, read_strategy
 from glm_ms.convert.dtypes import DTYPES
@@ -28,22 +36,22 @@ from glm_ms.storage.atomic import atomic_output, check_target
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import SLICES, resolve_checkpoint
 
-# Scalars that tell how far training was, to word the error where ranks differ.
+# Scalars that count steps, for the error message if ranks differ.
 _PROGRESS = frozenset({"global_step", "epoch_num", "step_num", "current_iterator_step"})
 
 
 @dataclass(frozen=True)
 class Resharding:
-    """A transformation that has passed every check that needs no weights; `run` carries it out.
+    """A transformation that passed all checks of names, shapes and types; `run` executes it.
 
     Attributes:
-        source: the ranks that are read.
-        output: folder to make.
+        source: the ranks to read.
+        output: folder to create.
         placement: its files.
-        tensors: what is written.
-        companions: file name -> content of what describes the tensors, for the output.
-        known: files of the source as they were when written, where manifests say.
-        verify: compare all copies of a slice, not only read the first, and hold every file to its manifest.
+        tensors: plans of the tensors to write.
+        companions: file name -> content of files that describe the tensors, for the output.
+        known: size and SHA-256 of the files of the source, from manifests.
+        verify: compare all copies of a slice, and every file with its manifest.
     """
 
     source: list[RankCheckpoint]
@@ -57,55 +65,55 @@ class Resharding:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors, each counted whole and once."""
-        return sum(size_of(plan.whole, _itemsize(plan.whole)) for plan in self.tensors)
+        return sum(plan.whole.nbytes for plan in self.tensors)
 
     @property
     def files(self) -> list[Path]:
-        """The files that are read."""
+        """The files to read."""
         return sorted({rank.file(plan.name) for plan in self.tensors for rank in plan.holders})
 
     @property
     def checked_bytes(self) -> int:
-        """Bytes of the files that are held to a manifest."""
+        """Bytes of the files to compare with a manifest."""
         return sum(self.known[file]["bytes"] for file in self.files if self.verify and file in self.known)
 
     def check_files(self, on_file: Callable[[int], None]) -> None:
-        """Reads every file that has a manifest beside it once.
+        """Compares the files with their manifests.
 
         Args:
-            on_file: called with the bytes of each file that is as it was written.
+            on_file: called with the bytes of each file that was compared.
 
         Raises:
-            CheckpointError: a file is damaged or foreign.
+            CheckpointError: a file is damaged or of another checkpoint.
         """
         for file in self.files if self.verify else ():
             check_rank_file(file, self.known)
             on_file(self.known[file]["bytes"] if file in self.known else 0)
 
     def run(self, on_bytes: Callable[[int], None] = lambda size: None) -> None:
-        """Checks the files, then reads, checks and writes every tensor, holding one at a time.
+        """Checks the files, then reads, checks and writes the tensors one by one.
 
         Args:
             on_bytes: called with the bytes of each file (`checked_bytes` in all) and of each whole tensor
                 (`total_bytes` in all) that is done.
 
         Raises:
-            CheckpointError: slices that should be equal differ, a file is damaged or cannot be read, or the output
-                cannot be written; nothing is left at `output` then.
+            CheckpointError: copies of a slice differ, a file is damaged or cannot be read, or the output cannot be
+                written; `output` does not exist then.
         """
         self.check_files(on_bytes)
         announced: list[dict[str, TensorInfo]] = [{} for _ in range(self.placement.ranks)]
         for plan in self.tensors:
             for target in plan.targets:
                 announced[target.rank][plan.name] = target.info
-        needed = sum(size_of(info, _itemsize(info)) for tensors in announced for info in tensors.values())
+        needed = sum(info.nbytes for tensors in announced for info in tensors.values())
         joiner = _Joiner(self.verify)
         with atomic_output(self.output, folder=True, overwrite=_is_empty(self.output)) as work:
             check_space(work, self.output, needed)
             writer = RankWriter(work, self.placement, announced)
             for plan in self.tensors:
                 _write(writer, plan, joiner.join(plan))
-                on_bytes(size_of(plan.whole, _itemsize(plan.whole)))
+                on_bytes(plan.whole.nbytes)
             joiner.finish()
             writer.finish()
             for name, content in self.companions.items():
@@ -114,7 +122,7 @@ class Resharding:
 
 
 class _Joiner:
-    """Puts tensors together from their slices, and notices cuts that were never made."""
+    """Joins tensors from their slices, and detects splits of the strategy that the checkpoint does not have."""
 
     def __init__(self, verify: bool) -> None:
         self._verify = verify
@@ -141,19 +149,19 @@ class _Joiner:
         return whole
 
     def finish(self) -> None:
-        """Raises when the parts that some cut should make are equal in every tensor that is cut so."""
+        """Raises `CheckpointError` if the parts of some split are equal in every tensor that is split this way."""
         for cut, (name, left, right) in self._alike.items():
             if cut not in self._distinct:
                 raise CheckpointError(
-                    f"{right.file(name)}: {name}: the strategy cuts it {cut}, but ranks {left.rank} and {right.rank} "
-                    "hold the same numbers, and so in every tensor that is cut that way: the strategy is not of this "
-                    "checkpoint (or allow it: --no_verify). If each rank holds all weights (integrated_save), give "
+                    f"{right.file(name)}: {name}: the strategy splits it {cut}, but ranks {left.rank} and {right.rank} "
+                    "have the same numbers, also in every other tensor split this way: the strategy is not of this "
+                    "checkpoint (or allow it: --no_verify). If each rank has all weights (integrated_save), give "
                     "one rank's folder as --src_ckpt_dir, without --src_ckpt_strategy"
                 )
 
     def _join_copies(self, plan: TensorPlan) -> np.ndarray:
         whole = plan.holders[0].read(plan.name)
-        # What no strategy lists was not promised to be equal, so it is looked at in any case.
+        # Tensors that no strategy lists may differ between ranks, so they are always compared.
         if self._verify or plan.layout is None:
             for rank in plan.holders[1:]:
                 if not _same_bits(whole, rank.read(plan.name)):
@@ -164,7 +172,7 @@ class _Joiner:
         cuts = {cut: ranks for cut, ranks in layout.neighbours().items() if cut not in self._distinct}
         head = whole[layout.region(whole.shape, 0)]
         if not cuts or head.size == 0 or (head == head.flat[0]).all():
-            return  # zeros and ones tell nothing
+            return  # constant tensors, such as zeros, prove nothing
         for cut, ranks in cuts.items():
             if all(_same_bits(head, whole[layout.region(whole.shape, rank)]) for rank in ranks):
                 self._alike.setdefault(cut, (plan.name, plan.holders[0], plan.holders[ranks[0]]))
@@ -181,33 +189,35 @@ def plan_resharding(
     dst_strategy: str | Path | None = None,
     kind: str | None = None,
     step: Step = None,
-    choices: Choices | None = None,
+    partial: bool = False,
+    weights_only: bool = False,
     verify: bool = True,
     say: Say,
 ) -> Resharding:
-    """Opens the source, checks everything that needs no weights, and says what would be done.
+    """Opens the source and checks names, shapes, types and the output.
 
     Args:
         src_ckpt_dir: folder with rank_0, rank_1, ...; without `src_strategy` a whole checkpoint: a file, a folder
             with it, or with rank_0 alone.
-        dst_ckpt_dir: folder to make; must not exist, or be empty.
+        dst_ckpt_dir: folder to create; must be missing or empty.
         prefix: file names are `<prefix><rank>.<kind>` in folders rank_<rank>. A merged adapter has the files of a
             run that trains one instead, in `dst_ckpt_dir` itself.
-        src_strategy, dst_strategy: strategy file or folder (`read_strategy`); None stands for a whole checkpoint.
-        kind: "ckpt" or "safetensors"; that of the source when None.
-        step: (epoch, step) of the file names to take; the newest that all ranks have when None.
-        choices: what may be left out.
-        verify: compare all copies of every slice, and hold every file to the manifest beside it.
-        say: told in single lines what was chosen or left out.
+        src_strategy, dst_strategy: strategy file or folder (`read_strategy`); None for a whole checkpoint.
+        kind: "ckpt" or "safetensors"; None for that of the source.
+        step: (epoch, step) in the file names; None for the newest that all ranks have.
+        partial: allow checkpoints and strategies to have different weights.
+        weights_only: leave out optimizer state and training counters.
+        verify: compare all copies of every slice, and every file with its manifest.
+        say: receives lines about choices and omissions.
 
     Raises:
-        CheckpointError: ranks, slices or strategies are missing, damaged or do not fit one another, or the output
-            cannot be made.
+        CheckpointError: ranks, slices or strategies are missing, damaged or do not fit each other, or the output
+            cannot be created.
     """
     if src_strategy is None and dst_strategy is None:
         raise CheckpointError(
             f"{src_ckpt_dir}: nothing to do without a strategy; give --src_ckpt_strategy to merge, "
-            "--dst_ckpt_strategy to cut, or both"
+            "--dst_ckpt_strategy to split, or both"
         )
     output = _output_folder(Path(dst_ckpt_dir), prefix)
     src = read_strategy(src_strategy) if src_strategy is not None else None
@@ -217,7 +227,7 @@ def plan_resharding(
     known = read_rank_manifests(rank.place for rank in source)
     companions = common_companions({rank.rank: rank.place for rank in source})
     placement = _placement(source, companions, dst, prefix, kind, say)
-    tensors = plan_tensors(source, src, dst, choices or Choices(), say)
+    tensors = plan_tensors(source, src, dst, say, partial, weights_only)
     unreadable = [plan for plan in tensors if plan.whole.dtype not in DTYPES]
     if unreadable:
         plan = unreadable[0]
@@ -228,7 +238,7 @@ def plan_resharding(
 
 
 def _output_folder(output: Path, prefix: str) -> Path:
-    """The folder to write to, once it is known that it can be made and that the files can have these names."""
+    """Checks that the output folder can be created and that files can have these names."""
     if not prefix or Path(prefix).name != prefix:
         raise CheckpointError(f"--prefix {prefix!r}: must be the start of a file name, such as checkpoint_")
     if output.is_dir() and not _is_empty(output):
@@ -247,7 +257,7 @@ def _placement(
     kind: str | None,
     say: Say,
 ) -> Placement:
-    """The files of the output: of an adapter where the source is one and is merged."""
+    """The files of the output: those of an adapter if the source is one and is merged."""
     if kind is not None and kind not in FORMATS:
         raise CheckpointError(f"--format {kind!r}: must be {' or '.join(FORMATS)}")
     weights = {name for rank in source for name in rank.names() if not is_training_state(name)}
@@ -256,20 +266,20 @@ def _placement(
         return Placement(prefix, kind or _kind_of(source), dst.ranks if dst else 1)
     if adapter.config not in companions:
         say(
-            f"{source[0].place}: an adapter without {adapter.config} beside it: only its tensors are written; to load "
-            "them, put that file of its training there first"
+            f"{source[0].place}: an adapter without {adapter.config}: only its tensors are written; to load them, "
+            "first copy that file from its training there"
         )
         return Placement(prefix, kind or _kind_of(source), 1)
     if kind == "ckpt":
         raise CheckpointError(
-            f"--format ckpt: {source[0].place} holds an adapter, which is merged into {adapter.weights} and "
+            f"--format ckpt: {source[0].place} has an adapter, which is merged into {adapter.weights} and "
             f"{adapter.config}; leave --format out"
         )
     return Placement(prefix, "safetensors", 1, adapter)
 
 
 def _source_folder(path: Path, whole: bool) -> Path:
-    """The folder of the ranks; where the output folder of a run is named, its slices, or its newest checkpoint."""
+    """The folder of the ranks; for the output folder of a run its slices, or its newest checkpoint."""
     if path.is_dir() and not rank_folders(path):
         return path / SLICES if not whole and (path / SLICES).is_dir() else resolve_checkpoint(path)
     return path
@@ -279,7 +289,7 @@ def _kind_of(source: list[RankCheckpoint]) -> str:
     kinds = sorted({file.path.suffix[1:] for rank in source for file in rank.files})
     if len(kinds) > 1:
         raise CheckpointError(
-            f"{source[0].folder}: files are of both formats; choose with --format that of the output"
+            f"{source[0].folder}: has files of both formats; choose that of the output with --format"
         )
     return kinds[0]
 
@@ -296,12 +306,12 @@ def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def _copied(plan: TensorPlan, layout: Layout, position: tuple[int, ...], *suspects: RankCheckpoint) -> str:
-    """Which of two ranks that should hold the part at `position` holds that of another, where there is one."""
+    """For the error message: which of two ranks has the part of another rank in place of that at `position`."""
     for rank in suspects:
         held = rank.read(plan.name)
         for number, other in enumerate(plan.holders):
             if layout.position(number) != position and _same_bits(held, other.read(plan.name)):
-                return f" (rank {rank.rank} holds the same numbers as rank {other.rank})"
+                return f" (rank {rank.rank} has the same numbers as rank {other.rank})"
     return ""
 
 
@@ -311,7 +321,7 @@ def _differ(plan: TensorPlan, left: RankCheckpoint, right: RankCheckpoint, more:
     if name in _PROGRESS:
         values = [rank.read(name).reshape(-1)[:1].tolist() for rank in (left, right)]
         return CheckpointError(
-            f"{where} are of different steps ({values[0]} and {values[1]}); give checkpoints of one"
+            f"{where} are of different steps ({values[0]} and {values[1]}); give checkpoints of one step"
         )
     if plan.layout is None:
         return CheckpointError(
@@ -319,14 +329,10 @@ def _differ(plan: TensorPlan, left: RankCheckpoint, right: RankCheckpoint, more:
             "saved for trainable parameters only (save it with strategy_ckpt_config only_trainable_params: False)"
         )
     return CheckpointError(
-        f"{where} should hold the same part, but differ; one of these files is of another step or run, or was swapped "
+        f"{where} should have the same part, but differ; one of these files is of another step or run, or was swapped "
         f"with that of another rank, or the strategy is not of this checkpoint{more}"
     )
 
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
-
-
-def _itemsize(info: TensorInfo) -> int:
-    return DTYPES[info.dtype].storage.itemsize

@@ -1,4 +1,4 @@
-"""Parallel strategies: one strategy file, or a folder of those of all ranks, as checked layouts."""
+"""Parallel strategies: checked layouts from one strategy file, or from a folder with those of all ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Strategy:
     """Layouts of all parameters on a cluster.
 
     Attributes:
-        path: what the user named.
+        path: file or folder, as the user gave it.
         stages: per pipeline stage: parameter name -> `Layout`. Ranks of a stage are consecutive.
         devices: ranks of one stage.
     """
@@ -42,9 +42,9 @@ class Strategy:
         return rank // self.devices
 
     def layout(self, name: str, stage: int) -> Layout | None:
-        """Layout of a parameter on a stage; None where the stage does not have it.
+        """Layout of a parameter on a stage; None if the stage does not have it.
 
-        Files saved with `only_trainable_params` leave optimizer state out: it lies as its parameter does.
+        Files saved with `only_trainable_params` have no optimizer state: it is split like its parameter.
         """
         layouts = self.stages[stage]
         if name in layouts:
@@ -52,11 +52,11 @@ class Strategy:
         return layouts.get(name.partition(".")[2]) if is_training_state(name) else None
 
     def stages_with(self, name: str) -> list[int]:
-        """The stages that have a parameter; several where it is shared between them."""
+        """The stages that have a parameter; stages can share one."""
         return [stage for stage in range(len(self.stages)) if self.layout(name, stage) is not None]
 
     def names(self) -> list[str]:
-        """Every parameter that the file lists."""
+        """Every parameter in the file."""
         return list(dict.fromkeys(name for layouts in self.stages for name in layouts))
 
 
@@ -70,8 +70,8 @@ def read_strategy(path: str | Path) -> Strategy:
             run, which has such a folder.
 
     Raises:
-        CheckpointError: a file is missing, damaged or contradicts itself, files of one stage differ, a stage is
-            missing, or a layout is of a kind that cannot be transformed.
+        CheckpointError: a file is missing, damaged or inconsistent, files of one stage differ, a stage is missing, or
+            a layout is of a kind that cannot be transformed.
     """
     path = Path(path)
     if path.is_dir():
@@ -83,8 +83,8 @@ def read_strategy(path: str | Path) -> Strategy:
         return _checked(path, _split_merged(path, raw))
     if raw.stage:
         raise CheckpointError(
-            f"{path}: the strategy of pipeline stage {raw.stage} alone; give the folder with the files of all ranks, "
-            "or the file of mindspore.merge_pipeline_strategys"
+            f"{path}: has pipeline stage {raw.stage} alone; give the folder with the files of all ranks, or the "
+            "file of mindspore.merge_pipeline_strategys"
         )
     return _checked(path, [_layouts(path, raw.layouts)])
 
@@ -103,9 +103,7 @@ def _read_folder(folder: Path) -> Strategy:
         if first not in parsed:
             raw = read_raw_strategy(first)
             if _is_merged(raw):
-                raise CheckpointError(
-                    f"{file}: already merged over the stages; give this file, not its folder"
-                )
+                raise CheckpointError(f"{file}: is merged over the stages; give this file, not its folder")
             parsed[first] = (raw, _layouts(first, raw.layouts))
     devices = max(layout.devices for _, layouts in parsed.values() for layout in layouts.values())
     stages: dict[int, tuple[Path, dict[str, Layout]]] = {}
@@ -132,22 +130,22 @@ def _strategy_files(folder: Path) -> list[Path]:
     ]
     found = sorted(file for file in found if file.is_file())
     if not found:
-        raise CheckpointError(f"{folder}: holds no strategy file (*.ckpt or *.json)")
-    # A merged file may lie beside those it was made of.
+        raise CheckpointError(f"{folder}: has no strategy file (*.ckpt or *.json)")
+    # A merged file may be beside the files it was made from.
     return [file for file in found if _RANK.search(file.name)] or found
 
 
 def _stage_in_folder(file: Path, stated: int | None, devices: int) -> int:
-    """The stage a file says, held to the rank number in its name."""
+    """The stage stated in a file, compared with the rank in its name."""
     match = _RANK.search(file.name)
     by_name = int(match.group(1)) // devices if match else None
     if stated is None and by_name is None:
         raise CheckpointError(
-            f"{file}: neither its content nor its name tells the pipeline stage; name it rank_N"
+            f"{file}: neither its content nor its name has the pipeline stage; add rank_N to its name"
         )
     if stated is not None and by_name is not None and stated != by_name:
         raise CheckpointError(
-            f"{file}: of pipeline stage {stated}, but with {devices} ranks a stage its name means stage {by_name}; "
+            f"{file}: of pipeline stage {stated}, but with {devices} ranks per stage its name means stage {by_name}; "
             "it was renamed or is of another run"
         )
     return stated if stated is not None else int(by_name or 0)
@@ -186,17 +184,17 @@ def _layouts(path: Path, raw: dict[str, RawLayout]) -> dict[str, Layout]:
 
 
 def _layout(raw: RawLayout) -> Layout:
-    """The checked form of a layout; what cannot be transformed is refused rather than guessed."""
+    """Checks a layout."""
     if raw.field > 0:
-        raise LayoutError("an embedding cut by fields, which cannot be transformed")
+        raise LayoutError("an embedding split by fields, which cannot be transformed")
     if raw.param_split_shape:
-        raise LayoutError("cut into uneven parts, which cannot be transformed")
+        raise LayoutError("split into uneven parts, which cannot be transformed")
     axes = len(raw.dev_matrix)
-    if len(raw.tensor_map) > 1:  # one list a dimension: some dimension is cut by several axes
+    if len(raw.tensor_map) > 1:  # one list per dimension: several axes split a dimension
         per_dimension = [numbers for numbers in raw.tensor_map if numbers]
     else:
         per_dimension = [[number] for numbers in raw.tensor_map for number in numbers]
-    # JSON spells such a dimension as several, with a shape to match: it cannot fit the tensor and is refused there.
+    # JSON writes such a dimension as several dimensions; `Layout` refuses it because the shape does not fit.
     shape = tuple(raw.tensor_shape) if raw.tensor_shape is not None else None
     tensor_map = tuple(
         tuple(axes - 1 - number for number in numbers if number != -1) for numbers in per_dimension
@@ -213,13 +211,13 @@ def _layout(raw: RawLayout) -> Layout:
 
 
 def _checked(path: Path, stages: list[dict[str, Layout]]) -> Strategy:
-    """Holds the layouts to one number of ranks a stage."""
+    """Checks that all layouts have the same number of ranks per stage."""
     devices = max(layout.devices for layouts in stages for layout in layouts.values())
     for stage, layouts in enumerate(stages):
         for name, layout in layouts.items():
             if devices % layout.devices:
                 raise CheckpointError(
-                    f"{path}: {name} (stage {stage}) lies on {layout.devices} ranks, others on {devices}; "
-                    "the file is damaged or put together from different clusters"
+                    f"{path}: {name} (stage {stage}) is on {layout.devices} ranks, others on {devices}; "
+                    "the file is damaged or has layouts of different clusters"
                 )
     return Strategy(path, tuple(stages), devices)

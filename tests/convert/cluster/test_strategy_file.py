@@ -90,7 +90,7 @@ def test_json(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     layout = read_strategy(path).layout("w", 0)
     assert layout == Layout((2, 4), ((1,), ()), 2, (16, 3))
-    with pytest.raises(LayoutError, match=r"the strategy says \[16, 3\]"):
+    with pytest.raises(LayoutError, match=r"the strategy has \[16, 3\]"):
         layout.whole_shape((4, 3))
     for broken in ("[]", "{", '{"parallel_layout_item": {"w": {}}}', '{"parallel_layout_item": {"w": [1]}}'):
         path.write_text(broken)
@@ -111,7 +111,7 @@ def test_state_lies_as_its_parameter(tmp_path: Path) -> None:
         (Cut([2, 0], [0]), "empty axis"),
         (Cut([2, 4], [2]), "lacks"),
         (Cut([2, 4], [0, 0]), "twice"),
-        (Cut([2, 4], [0], 4, 3), "cannot cut it into 3"),
+        (Cut([2, 4], [0], 4, 3), "cannot split it in 3"),
         (Cut([2, 4], [0], 2, 2), "optimizer step 2 does not fit"),
         (Cut([2, 4], [], 1, 2), "scalar"),
     ],
@@ -127,7 +127,7 @@ def test_refused_files(tmp_path: Path) -> None:
             read_strategy(path)
 
     refused("no such strategy", tmp_path / "none.ckpt")
-    refused("holds no strategy file", tmp_path)
+    refused("has no strategy file", tmp_path)
     refused("stage 1 alone", write(tmp_path / "stage1.ckpt", CUTS, stage=1))
     refused("uneven parts", write(tmp_path / "uneven.ckpt", CUTS, parts=(3, 5)))
     refused("fields", write(tmp_path / "field.ckpt", CUTS, field=2))

@@ -182,7 +182,7 @@ def test_other_records_are_refused(broken: Path, resume, tmp_path: Path) -> None
 def test_no_checkpoint_to_go_on_from(tmp_path: Path, resume) -> None:
     status, shown = resume(tmp_path)
     assert status == 1
-    assert f"resume_training: {tmp_path / 'checkpoint'} holds no checkpoint" in shown
+    assert f"resume_training: {tmp_path / 'checkpoint'} has no checkpoint" in shown
     assert "leave resume_training out to start anew" in shown
 
 
@@ -253,7 +253,7 @@ def test_files_of_another_checkpoint_are_foreign(broken: Path, resume) -> None:
     shutil.copy(one, other)
     status, shown = resume(broken)
     assert status == 1
-    assert f"{other}: damaged or foreign" in shown
+    assert f"{other}: damaged or of another checkpoint" in shown
 
 
 def test_a_renamed_checkpoint_is_refused(broken: Path, resume) -> None:

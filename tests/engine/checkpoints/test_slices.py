@@ -17,7 +17,6 @@ from strategy_helpers import Cut, as_stored, load, part_of, strategy_bytes
 
 from glm_ms import GLMConfig, GLMForCausalLM, load_pretrained
 from glm_ms.convert import CheckpointError, expected_shapes, split_joint
-from glm_ms.convert.cluster.plan import Choices
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
 from glm_ms.convert.names import INV_FREQ
 from glm_ms.convert.tensor_file import slice_metadata
@@ -150,7 +149,7 @@ def test_merged_adapter_is_that_of_one_card(adapter_run: tuple[Path, Path], tmp_
     stored, known = read_adapter(tmp_path / "merged"), read_adapter(alone)
     assert stored.config == known.config
     assert "tensors" in str(fresh_golden_model(CASE).load_adapter(stored))
-    plan(run, tmp_path / "weights", choices=Choices(weights_only=True)).run()
+    plan(run, tmp_path / "weights", weights_only=True).run()
     assert sorted(file.name for file in (tmp_path / "weights").iterdir()) == files
     if isinstance(stored.config, LoraConfig):
         tool, base = load_script("tools/merge_lora.py"), FOLDER / CASE
@@ -241,7 +240,7 @@ def test_swapped_slices_are_refused(weights_run: Path, tmp_path: Path, file: str
     shutil.move(two, one)
     shutil.move(tmp_path / "aside", two)
     with pytest.raises(
-        CheckpointError, match=r"rank_1/.*the slice of rank 2 of 4, but it lies in rank_1 of 4"
+        CheckpointError, match=r"rank_1/.*the slice of rank 2 of 4, but it is in rank_1 of 4"
     ):
         plan(weights_run, tmp_path / "no", verify=False)
     config = GLMConfig.from_pretrained(FOLDER / CASE)
@@ -260,12 +259,12 @@ def test_a_flipped_bit_is_noticed(weights_run: Path, tmp_path: Path, name: str) 
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"rank_0/.*{name}: damaged or foreign: its SHA-256"):
+    with pytest.raises(CheckpointError, match=rf"rank_0/.*{name}: damaged or of another checkpoint: its SHA-256"):
         plan(weights_run, tmp_path / "merged").run()
     assert not (tmp_path / "merged").exists()
     plan(weights_run, tmp_path / "merged", verify=False).run()
     if name == "optimizer.safetensors":  # which is not read then
-        plan(weights_run, tmp_path / "weights", choices=Choices(weights_only=True)).run()
+        plan(weights_run, tmp_path / "weights", weights_only=True).run()
 
 
 def test_slices_of_two_runs_are_refused(weights_run: Path, tmp_path: Path) -> None:
@@ -294,7 +293,7 @@ def test_slices_of_a_larger_run_and_single_ones(weights_run: Path, tmp_path: Pat
     (tmp_path / "two.ckpt").write_bytes(strategy_bytes(halves))
     for rank in (2, 3):
         shutil.rmtree(weights_run / "slices" / f"rank_{rank}")
-    with pytest.raises(CheckpointError, match=r"the slice of rank 0 of 4, but it lies in rank_0 of 2 ranks"):
+    with pytest.raises(CheckpointError, match=r"the slice of rank 0 of 4, but it is in rank_0 of 2 ranks"):
         plan(weights_run, tmp_path / "no", src_strategy=tmp_path / "two.ckpt")
     with pytest.raises(
         CheckpointError, match=r"the slice of rank 1 of 4, not a whole checkpoint; give the folder"
