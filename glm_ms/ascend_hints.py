@@ -1,4 +1,4 @@
-"""What the error messages of MindSpore, CANN and HCCL mean for a user, in one table.
+"""Causes and remedies of error messages of MindSpore, CANN and HCCL, in one table.
 
 Error codes are those of CANN's troubleshooting reference ("HCCL Errors", EI0001 and following, EJ0001); texts are
 those of MindSpore 2.9.
@@ -23,9 +23,9 @@ _CANN = "8.2, 8.3, 8.5 or 9.0"
 class Hint(NamedTuple):
     """One known cause."""
 
-    pattern: re.Pattern[str]  # found in the message
+    pattern: re.Pattern[str]  # matches somewhere in the message
     text: str  # cause and remedy
-    of_device: bool  # the host logs of the card tell more
+    of_device: bool  # the logs of the card have details
 
 
 def _hint(pattern: str, text: str, of_device: bool = True) -> Hint:
@@ -35,7 +35,7 @@ def _hint(pattern: str, text: str, of_device: bool = True) -> Hint:
 _HINTS = (
     _hint(
         r"(can ?not|can't|must|should) be (evenly )?(divisible|divided)|not divisible",
-        "a size does not divide by the number of parts it is cut into. parallel_config.model_parallel must divide "
+        "a size is not divisible by the number of its parts. parallel_config.model_parallel must divide "
         "num_attention_heads, hidden_size and ffn_hidden_size of model.model_config, and padded_vocab_size where "
         "vocab_emb_dp is False; data_parallel and micro_batch_num the rows of a step (runner_config.batch_size); "
         "pipeline_stage num_layers; data_parallel * model_parallel * pipeline_stage is the number of cards",
@@ -50,8 +50,8 @@ _HINTS = (
     ),
     _hint(
         r"libascend_hal\.so|libdrv|Cannot find driver so",
-        "the driver is not found: npu-smi info must list the cards, and LD_LIBRARY_PATH must hold "
-        "/usr/local/Ascend/driver/lib64/driver and /usr/local/Ascend/driver/lib64/common; into a container, mount "
+        "the driver is not found: npu-smi info must list the cards, and LD_LIBRARY_PATH must have "
+        "/usr/local/Ascend/driver/lib64/driver and /usr/local/Ascend/driver/lib64/common; in a container, mount "
         "/usr/local/Ascend/driver and pass the cards (/dev/davinci*, davinci_manager, devmm_svm, hisi_hdc)",
         of_device=False,
     ),
@@ -73,22 +73,22 @@ _HINTS = (
     ),
     _hint(
         r"EJ0001|HCCP process",
-        "an earlier process still holds the card: end it (npu-smi info lists processes), wait 10 seconds, start again",
+        "an earlier process still uses the card: end it (npu-smi info lists processes), wait 10 seconds, start again",
     ),
     _hint(
         r"EI0006|get(ting)? socket|wait socket establish|socket timeout|HCCL_CONNECT_TIMEOUT",
-        "not all ranks met in time. Look first for the rank that failed before: the others only wait for it. If all "
-        f"live, give them longer (export HCCL_CONNECT_TIMEOUT=600, 120 to 7200 seconds, 120 if unset) and {_LINK}",
+        "not all ranks connected in time. Find the rank that failed first: the others wait for it. If none failed, "
+        f"allow more time (export HCCL_CONNECT_TIMEOUT=600, 120 to 7200 seconds, 120 if unset) and {_LINK}",
     ),
     _hint(
         r"EI0002|Notify (register|wait)|HCCL_EXEC_TIMEOUT",
-        "a rank waited too long for another one. Look for the rank with the earlier error; where one rank only "
-        f"does slow work, such as writing checkpoints, raise HCCL_EXEC_TIMEOUT (seconds); {_LINK}",
+        "a rank waited too long for another one. Find the rank with the earlier error; if a rank only does slow work, "
+        f"such as writing checkpoints, increase HCCL_EXEC_TIMEOUT (seconds); {_LINK}",
     ),
     _hint(
         r"EI0004|EI0014|EI0017|rank[_ ]?table",
-        "the rank table does not fit the machine: make it anew with tools/hccl_tools.py on every server and "
-        "tools/merge_hccl.py on one; device_ip must be what hccn_tool -i N -ip -g says. msrun needs no rank table: "
+        "the rank table does not fit the machine: make a new one with tools/hccl_tools.py on every server and "
+        "tools/merge_hccl.py on one; device_ip must be the output of hccn_tool -i N -ip -g. msrun needs no rank table: "
         "unset RANK_TABLE_FILE",
     ),
     _hint(
@@ -106,13 +106,13 @@ _HINTS = (
     ),
     _hint(
         r"Ascend kernel runtime initialization failed|device.{0,20}(is )?(busy|occupied)",
-        "the card cannot be opened: npu-smi info shows whether it is healthy and which process holds it; "
-        "context.device_id chooses another one",
+        "the card cannot be opened: npu-smi info shows its health and the process that uses it; "
+        "context.device_id selects another one",
     ),
     _hint(
         r"updates? in a row (have|has) overflowed|loss scale has fallen",
         "on 800T A2 and later cards an overflow gives infinities: unset MS_ASCEND_CHECK_OVERFLOW_MODE or set it to "
-        "INFNAN_MODE (SATURATION_MODE hides them). Else the run diverges: lower the learning rate, or compute in "
+        "INFNAN_MODE (SATURATION_MODE hides them). Otherwise the run diverges: lower the learning rate, or compute in "
         "bfloat16, which needs no loss scaling",
         of_device=False,
     ),
@@ -121,39 +121,36 @@ _HINTS = (
 
 
 def hints(message: str, environment: Mapping[str, str] | None = None) -> list[str]:
-    """What is known about an error.
+    """Known causes of an error.
 
     Args:
-        message: text of the error, of any length.
-        environment: environment variables; None: those of this process.
+        message: text of the error.
+        environment: environment variables; None for those of this process.
 
     Returns:
-        Causes with their remedies, the most telling first, and for errors of a card where its logs are; empty for
-        an error that is not in the table.
+        Causes with remedies, the most specific first, and the place of the card's logs for errors of a card; empty
+        for an error that is not in the table.
     """
     found = [hint for hint in _HINTS if hint.pattern.search(message)]
-    if len(found) > 1:  # the last one covers every code
+    if len(found) > 1:  # the last entry matches every code
         found = [hint for hint in found if hint is not _HINTS[-1]]
     lines = [hint.text for hint in found]
     if any(hint.of_device for hint in found):
         lines.append(
-            f"the card's own logs are in {host_log_folder(environment)} (debug/plog, one file a process); "
+            f"the card's own logs are in {host_log_folder(environment)} (debug/plog, one file per process); "
             "export ASCEND_GLOBAL_LOG_LEVEL=1 logs more"
         )
     return lines
 
 
 def error_lines(error: BaseException | str, environment: Mapping[str, str] | None = None) -> list[str]:
-    """An error as lines for the terminal: `error: ...`, then a `hint: ...` for each known cause.
-
-    Of MindSpore's own errors the part for its developers, from "C++ Call Stack" on, is left out.
-    """
+    """Lines for the terminal: `error: ...`, without MindSpore's C++ call stack, and `hint: ...` per known cause."""
     message = str(error)
     return [f"error: {essence(message)}", *(f"hint: {line}" for line in hints(message, environment))]
 
 
 def essence(message: str) -> str:
-    """An error of MindSpore without its rulers and call stacks; any other one as it is."""
+    """A message without the rulers and C++ call stack of MindSpore."""
     head, stack, _ = message.partition("- C++ Call Stack")
     if not stack:
         return message
@@ -162,7 +159,7 @@ def essence(message: str) -> str:
 
 
 def host_log_folder(environment: Mapping[str, str] | None = None) -> str:
-    """Where CANN writes the logs of a process: ASCEND_PROCESS_LOG_PATH, ASCEND_WORK_PATH/log or ~/ascend/log."""
+    """Folder of CANN's logs: ASCEND_PROCESS_LOG_PATH, ASCEND_WORK_PATH/log or ~/ascend/log."""
     environment = os.environ if environment is None else environment
     if environment.get("ASCEND_PROCESS_LOG_PATH"):
         return environment["ASCEND_PROCESS_LOG_PATH"]
@@ -172,11 +169,11 @@ def host_log_folder(environment: Mapping[str, str] | None = None) -> str:
 
 
 def overflow_mode_note(soc: str, environment: Mapping[str, str] | None = None) -> str | None:
-    """A remark on MS_ASCEND_CHECK_OVERFLOW_MODE where it does not suit the card; None where it does.
+    """A remark if MS_ASCEND_CHECK_OVERFLOW_MODE does not suit the card, else None.
 
     Args:
-        soc: name of the chip, as `glm_ms.ops.ascend.soc_version` gives it.
-        environment: environment variables; None: those of this process.
+        soc: name of the chip, from `glm_ms.ops.ascend.soc_version`.
+        environment: environment variables; None for those of this process.
     """
     environment = os.environ if environment is None else environment
     mode = environment.get("MS_ASCEND_CHECK_OVERFLOW_MODE")
@@ -186,9 +183,7 @@ def overflow_mode_note(soc: str, environment: Mapping[str, str] | None = None) -
     if mode not in ("INFNAN_MODE", "SATURATION_MODE"):
         return f"{name}: must be INFNAN_MODE or SATURATION_MODE; unset it for the card's own default"
     if mode == "SATURATION_MODE" and soc != "ascend910":
-        return (
-            f"{name}: this card ({soc}) would give infinities, which loss scaling and clipping see; unset it"
-        )
+        return f"{name}: this card ({soc}) gives infinities, which loss scaling and clipping need; unset it"
     if mode == "INFNAN_MODE" and soc == "ascend910":
         return f"{name}: this card (910A) can only saturate; unset it"
     return None

@@ -141,7 +141,7 @@ def write_mindspore(
 def write_tensor(file: BinaryIO, name: str, info: TensorInfo, array: np.ndarray) -> None:
     """Appends the entries of one tensor to a `.ckpt`; `array` has the storage type of `info.dtype`."""
     kind = DTYPES[info.dtype].mindspore
-    content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     for start in range(0, len(content), _ENTRY_BYTES):
         part = content[start : start + _ENTRY_BYTES]
         file.write(_entry_head(name, info.shape, kind, len(part)))

@@ -105,7 +105,7 @@ def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[
 
 def write_tensor(file: BinaryIO, array: np.ndarray) -> None:
     """Appends the content of one tensor, given in the storage type of its dtype."""
-    file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:

@@ -66,7 +66,7 @@ class TensorFile:
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: {name}: type {info.dtype} cannot be read")
         array = np.empty(info.shape, DTYPES[info.dtype].storage)
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         done = 0
         try:
             if self._file is None:

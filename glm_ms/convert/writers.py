@@ -107,8 +107,8 @@ def write_hf_folder(
             )
         stored_config = dataclasses.replace(config, param_init_type=dtype)
         _write_json(work / "config.json", stored_config.to_hf_dict())
-        for file in extra_files:
-            shutil.copyfile(file, work / file.name)
+        for extra in extra_files:
+            shutil.copyfile(extra, work / extra.name)
 
 
 def _checked(shapes: Shapes, dtype: str, parameters: Parameters) -> Iterator[np.ndarray]:

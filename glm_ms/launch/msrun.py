@@ -46,7 +46,7 @@ def check_machine(job: Job) -> None:
     if job.alone:
         return  # the address has no effect
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(job.master_addr.strip("[]"), None)}
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(job.master_addr.strip("[]"), None)}
     except OSError as error:
         raise LaunchError(f"MASTER_ADDR {job.master_addr}: no such host ({error.strerror})") from None
     here = any(is_local(address) for address in found)

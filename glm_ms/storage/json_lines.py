@@ -20,7 +20,7 @@ from glm_ms.storage.readers import decode_text, not_utf8, parse_json
 
 _BOM = b"\xef\xbb\xbf"
 _WHITESPACE = " \t\r\n"
-_NO_WHITESPACE = re.compile(r"[ \t\r\n]*")
+_NON_WHITESPACE = re.compile(r"[^ \t\r\n]")
 _CHUNK = 1 << 20
 # The end of the window may cut "\u1234" or "Infinity".
 _LONGEST_TOKEN = 16
@@ -183,7 +183,8 @@ class _Window:
     def next_character(self) -> str:
         """Skips white space and returns the next character; an empty string at the end of the file."""
         while True:
-            self.advance(_NO_WHITESPACE.match(self.text, self.position).end())
+            match = _NON_WHITESPACE.search(self.text, self.position)
+            self.advance(match.start() if match else len(self.text))
             if self.position < len(self.text):
                 return self.text[self.position]
             if not self._grow():

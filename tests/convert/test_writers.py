@@ -209,7 +209,7 @@ def test_writer_refuses_other_parameters(work: Path) -> None:
     wrong = ([a], [b, a], [a, b, b], [a, ("b", np.ones(2, np.float32))], [a, ("b", np.ones(3))], [])
     for parameters in wrong:
         for name in ("out.ckpt", "out.safetensors"):
-            with pytest.raises(CheckpointError, match="expected|more arrays"):
+            with pytest.raises(CheckpointError, match=r"expected|more arrays"):
                 writers.write_file(work / name, shapes, "float32", parameters)
     with pytest.raises(CheckpointError, match="must end in"):
         writers.write_file(work / "out.bin", shapes, "float32", [a, b])

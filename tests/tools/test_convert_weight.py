@@ -94,7 +94,10 @@ def test_training_state_is_left_out_visibly(run, source: Path, tmp_path: Path) -
     [
         (["--input", "nothing", "--output", "x.ckpt"], "nothing: no such file or folder"),
         (["--input", "SOURCE", "--output", "x.bin"], "cannot write .bin"),
-        (["--input", "SOURCE", "--output", "x.ckpt", "--to", "hf"], "not an output of kind hf; give a folder"),
+        (
+            ["--input", "SOURCE", "--output", "x.ckpt", "--to", "hf"],
+            "not an output of kind hf; give a folder",
+        ),
         (
             ["--input", "SOURCE", "--output", "x", "--to", "mindspore"],
             "a name that ends in .safetensors or .ckpt",

@@ -239,9 +239,7 @@ def test_swapped_slices_are_refused(weights_run: Path, tmp_path: Path, file: str
     shutil.move(one, tmp_path / "aside")
     shutil.move(two, one)
     shutil.move(tmp_path / "aside", two)
-    with pytest.raises(
-        CheckpointError, match=r"rank_1/.*the slice of rank 2 of 4, but it is in rank_1 of 4"
-    ):
+    with pytest.raises(CheckpointError, match=r"rank_1/.*the slice of rank 2 of 4, but it is in rank_1 of 4"):
         plan(weights_run, tmp_path / "no", verify=False)
     config = GLMConfig.from_pretrained(FOLDER / CASE)
     arrays = {
@@ -259,7 +257,9 @@ def test_a_flipped_bit_is_noticed(weights_run: Path, tmp_path: Path, name: str) 
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"rank_0/.*{name}: damaged or of another checkpoint: its SHA-256"):
+    with pytest.raises(
+        CheckpointError, match=rf"rank_0/.*{name}: damaged or of another checkpoint: its SHA-256"
+    ):
         plan(weights_run, tmp_path / "merged").run()
     assert not (tmp_path / "merged").exists()
     plan(weights_run, tmp_path / "merged", verify=False).run()
