@@ -59,7 +59,7 @@ class Evaluator:
     """Measures networks on `eval_dataset` any number of times; reads the records once.
 
     The ranks of a parallel run take the batches in turn. Batches and calls are those of a single process, and so are
-    the scores and the file of predictions.
+    the scores and the predictions, which the first rank writes into the output folder.
 
     Args:
         settings: `eval_dataset`, `metric`, `generation`.
@@ -75,24 +75,19 @@ class Evaluator:
     def __init__(
         self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool = True
     ) -> None:
-        files = {
-            "eval_dataset": settings.eval_dataset.data_loader.dataset_dir,
-            "vocab_file": settings.processor.tokenizer.vocab_file,
-        }
-        ranks_of(settings).agree(
-            "SHA-256 of files", {name: file_sha256(Path(path)) for name, path in files.items()}
+        records, vocabulary = (
+            settings.eval_dataset.data_loader.dataset_dir,
+            settings.processor.tokenizer.vocab_file,
         )
+        hashes = {"eval_dataset": file_sha256(Path(records)), "vocab_file": file_sha256(Path(vocabulary))}
+        ranks_of(settings).agree("SHA-256 of files", hashes)
         kinds: dict[str, Callable[..., _Pass]] = {TEXT: _TextPass, LOSS: _LossPass}
         inputs = dict.fromkeys(METRICS[name].input for name in settings.metric.type)
         self._names = settings.metric.type
         self._passes = [kinds[kind](settings, tokenizer, say, leave) for kind in inputs]
 
     def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
-        """All scores by name of a network, which may be in training and is not changed.
-
-        All ranks call it and get the scores. With a metric of texts the first rank writes `eval_predictions.jsonl`
-        into the output folder.
-        """
+        """All scores of a network by name, on every rank. The network may be in training and is not changed."""
         metrics = {name: METRICS[name]() for name in self._names}
         for evaluation in self._passes:
             evaluation.run(model, [item for item in metrics.values() if item.input == evaluation.input])

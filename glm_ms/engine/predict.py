@@ -101,7 +101,10 @@ def predict(
     def answer(start: int) -> list[list[str]]:
         if streamed:
             return [[_stream(model, tokenizer, prompts[0], options, show)]]
-        return _answers(model, tokenizer, prompts[start : start + size], options)
+        batch, count = prompts[start : start + size], options["num_return_sequences"]
+        sequences = model.generate(batch, **options)
+        found = [answer_text(tokenizer, ids[len(batch[i // count]) :]) for i, ids in enumerate(sequences)]
+        return [found[i : i + count] for i in range(0, len(found), count)]
 
     results = []
     starts = range(0, len(texts), size)
@@ -122,14 +125,6 @@ def _prompt_ids(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
     return tokenizer.build_chat_input(text)["input_ids"]
 
 
-def _answers(
-    model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, prompts: list[list[int]], options: dict
-) -> list[list[str]]:
-    sequences, count = model.generate(prompts, **options), options["num_return_sequences"]
-    texts = [answer_text(tokenizer, ids[len(prompts[i // count]) :]) for i, ids in enumerate(sequences)]
-    return [texts[start : start + count] for start in range(0, len(texts), count)]
-
-
 def _stream(
     model: GLMForCausalLM,
     tokenizer: SentencePieceTokenizer,
@@ -142,7 +137,7 @@ def _stream(
     for tokens in model.stream(prompt, **options):
         if int(tokens[0]) in options["eos_token_id"]:
             break
-        piece = "".join(decoder.push(token) for token in known_ids(tokenizer, tokens))
+        piece = "".join(decoder.push(token) for token in known_ids(tokenizer, tokens.tolist()))
         if not text:
             piece = piece.lstrip()
         text += piece
