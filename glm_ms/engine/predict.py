@@ -137,7 +137,7 @@ def _stream(
     for tokens in model.stream(prompt, **options):
         if int(tokens[0]) in options["eos_token_id"]:
             break
-        piece = "".join(decoder.push(token) for token in known_ids(tokenizer, tokens.tolist()))
+        piece = "".join(decoder.push(token) for token in known_ids(tokenizer, list(map(int, tokens))))
         if not text:
             piece = piece.lstrip()
         text += piece
