@@ -111,7 +111,7 @@ def _reject_json(path: Path, line: str) -> None:
         return
     if isinstance(record, dict):
         raise VocabularyError(
-            f"{path}: holds JSON lines; name the columns to read, as --columns {' '.join(map(str, record))}"
+            f"{path}: has JSON lines; name the columns to read, as --columns {' '.join(map(str, record))}"
         )
 
 
@@ -200,7 +200,7 @@ def check_vocabulary(model: bytes, vocab_size: int) -> sentencepiece.SentencePie
     if processor.vocab_size() != vocab_size or ids != (0, 1, 2, -1):
         raise VocabularyError(f"trained model has {processor.vocab_size()} pieces and special ids {ids}")
     if not all(processor.is_byte(byte + 3) for byte in range(256)):
-        raise VocabularyError("trained model does not hold the 256 bytes at ids 3 to 258")
+        raise VocabularyError("trained model does not have the 256 bytes at ids 3 to 258")
     decoded = processor.decode(processor.encode(_ROUND_TRIP))
     if decoded != _ROUND_TRIP:
         raise VocabularyError(f"trained model turns {_ROUND_TRIP!r} into {decoded!r}")

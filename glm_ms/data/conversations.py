@@ -35,7 +35,7 @@ _TOOLS_INTRODUCTION = (
 
 
 def parse_conversation(value: Any, place: str, columns: Sequence[str] = ()) -> Messages:
-    """Reader of ConversationDataLoader: assistant and observation bear loss, there are no tools.
+    """Reader of ConversationDataLoader: assistant and observation have loss, there are no tools.
 
     Args:
         value: a JSON value.

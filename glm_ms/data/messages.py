@@ -152,7 +152,7 @@ class ToolAlpacaEncoder(MessageEncoder):
 def message_ids(tokenizer: ChatGLM3Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Ids and labels of messages, unpadded and uncut.
 
-    A message with loss bears it from the token after its role token to the token that follows the message (the next
+    A message with loss has it from the token after its role token to the token that follows the message (the next
     role token, or </s>), because the model predicts the next role token, too. Labels are not shifted.
     """
     input_ids, in_loss = list(tokenizer.prefix_tokens), [False] * len(tokenizer.prefix_tokens)

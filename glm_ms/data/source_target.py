@@ -100,6 +100,6 @@ def source_target_ids(
     pad = tokenizer.pad_token_id
     if not ignore_pad_token_for_loss:
         return source_ids + target_ids, [pad] * len(source_ids) + target_ids
-    # The padding id in the answer itself, an unknown character, bears no loss either.
+    # The padding id in the answer itself, an unknown character, has no loss either.
     labels = [IGNORED if index == pad else index for index in target_ids]
     return source_ids + target_ids, [IGNORED] * len(source_ids) + labels

@@ -93,7 +93,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
 
         Raises:
             AssertionError: unknown role.
-            ValueError: a history item that is no message.
+            ValueError: a history item that is not a message.
         """
         ids = list(self.prefix_tokens)
         for number, item in enumerate(history or []):
@@ -145,7 +145,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
         return answer, messages
 
     def _encode_template_body(self, body: str) -> list[int]:
-        r"""Ids of `<|role|> metadata\n message` one after the other; a last role token may stand alone."""
+        r"""Ids of `<|role|> metadata\n message` one after the other; the last role token may have no message."""
         opening, *parts = _ROLE_SPLIT.split(body)
         ids = self._piece_ids(opening)
         for i in range(0, len(parts), 2):
