@@ -160,7 +160,7 @@ def test_check_rejects_another_size(tool, trained):
         (
             [json.dumps(RECORD)],
             [],
-            r"holds JSON lines; name the columns to read, as --columns content summary",
+            r"has JSON lines; name the columns to read, as --columns content summary",
         ),
         (["", "  "], [], r"data\.json: has no text"),
         (['{"content": ""}'], ["content"], r"data\.json: has no text"),
