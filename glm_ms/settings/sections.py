@@ -48,8 +48,8 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
         rules: `at_least`, `above`, `at_most`, `below` bound numbers; `pattern` (with `example`) is the regular
             expression of a text; `choices` are the allowed texts, or a function that returns them; `length` fixes a
             list's length; `or_one` allows a single value in place of a list; `used_with` = (key of the same section,
-            values, or a function that returns them): with other values of that key, this one has no effect; `flag` is
-            a `Flag`.
+            values, or a function of the key's name that returns them): with other values of that key, this one has no
+            effect; `flag` is a `Flag`.
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, list):
@@ -73,7 +73,7 @@ def allowed(item: dataclasses.Field) -> tuple[str, ...]:
 def used_with(item: dataclasses.Field) -> tuple[str, tuple[str, ...]]:
     """The deciding key and its values of a key declared with `used_with`."""
     other, values = item.metadata["used_with"]
-    return other, tuple(values() if callable(values) else values)
+    return other, tuple(values(item.name) if callable(values) else values)
 
 
 @dataclass
@@ -178,7 +178,7 @@ class ArchSettings:
     type: Literal["GLMForCausalLM"] = key("GLMForCausalLM", "network class")
 
 
-_LORA, _PTUNING = ("pet_type", ("lora",)), ("pet_type", ("ptuning2",))
+_ADAPTERS = ("pet_type", lambda name: [kind for kind, adapter in ADAPTERS.items() if name in adapter.keys])
 
 
 @dataclass
@@ -189,20 +189,18 @@ class PetSettings:
         None, "lora: low-rank adapters, ptuning2: a learnt prefix of keys and values; null: train all weights",
         choices=lambda: ADAPTERS,
     )  # fmt: skip
-    lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_LORA)
-    lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_LORA)
-    lora_dropout: float = key(0.1, "dropout on the input of A", **_DROPOUT, used_with=_LORA)
+    lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_ADAPTERS)
+    lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_ADAPTERS)
+    lora_dropout: float = key(0.1, "dropout on the input of A", **_DROPOUT, used_with=_ADAPTERS)
     target_modules: Union[list[str], str] = key(
-        ".*query_key_value",
-        "modules with adapters: a regex on the whole name, or a list of endings",
-        used_with=_LORA,
+        ".*query_key_value", "modules: a regex on the whole name, or a list of endings", used_with=_ADAPTERS
     )
-    pre_seq_len: int = key(128, "positions of the prefix", at_least=1, used_with=_PTUNING)
-    prefix_projection: bool = key(False, "an MLP between embedding and prefix", used_with=_PTUNING)
+    pre_seq_len: int = key(128, "positions of the prefix", at_least=1, used_with=_ADAPTERS)
+    prefix_projection: bool = key(False, "an MLP between embedding and prefix", used_with=_ADAPTERS)
     projection_dim: Optional[int] = key(
-        None, "width of that MLP; null: hidden_size, as in the original", at_least=1, used_with=_PTUNING
+        None, "width of that MLP; null: hidden_size", at_least=1, used_with=_ADAPTERS
     )
-    dropout_prob: float = key(0.1, "dropout on the prefix", **_DROPOUT, used_with=_PTUNING)
+    dropout_prob: float = key(0.1, "dropout on the prefix", **_DROPOUT, used_with=_ADAPTERS)
 
 
 @dataclass
@@ -340,7 +338,7 @@ class _DatasetSettings:
     max_target_length: int = key(127, "tokens of the answer", at_least=1)
     max_seq_length: Optional[int] = key(
         None, "tokens of a row; null: model.model_config.seq_length", at_least=4,
-        used_with=("data_loader.type", formats_with_max_seq_length),
+        used_with=("data_loader.type", lambda _: formats_with_max_seq_length()),
     )  # fmt: skip
     ignore_pad_token_for_loss: bool = key(True, "padding has no loss")
     num_samples: Optional[int] = key(None, "use only the first records, this many; null: all", at_least=1)
