@@ -6,11 +6,19 @@ When a new version moves a name, this is the file to change; tests/engine/test_m
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from mindformers import AutoTokenizer, MindFormerConfig
 from mindformers.core.context import build_context
 from mindformers.core.optim import build_optim
+from mindformers.mindformer_book import MindFormerBook
+from mindformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mindformers.tools.logger import get_logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
+from mindformers.trainer.trainer import SUPPORT_MODEL_NAMES
 from mindformers.utils.file_utils import set_output_path
 from mindformers.wrapper import build_wrapper
 from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell as VirtualDatasetCell
@@ -18,16 +26,21 @@ from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell as VirtualDataset
 from glm_ms.engine.process import is_verbose, no_warnings
 
 __all__ = [
+    "CONFIG_MAPPING",
     "MindFormerModuleType",
     "MindFormerRegister",
     "NameTakenError",
     "VirtualDatasetCell",
+    "add_model_name",
     "build_context",
     "build_optim",
     "build_wrapper",
     "check_name_is_free",
+    "extend_auto_tokenizer",
+    "extend_yaml_reader",
     "log_to_folder",
     "register_class",
+    "section_keys",
 ]
 
 
@@ -35,19 +48,21 @@ class NameTakenError(RuntimeError):
     """MindFormers has another class under a name of glm_ms; registering ours would replace it silently."""
 
 
-def register_class(cls: type, kind: str) -> None:
-    """Enters a class into MindFormers' registry under its own name; safe to call again.
+def register_class(cls: type, kind: str, name: str | None = None) -> None:
+    """Enters a class into MindFormers' registry; safe to call again.
 
     Args:
         cls: the class.
         kind: of MindFormerModuleType.
+        name: name in YAML files; default: the name of the class.
 
     Raises:
         NameTakenError: another class has the name.
     """
-    found = MindFormerRegister.registry.get(kind, {}).get(cls.__name__)
-    check_name_is_free(found, cls.__name__, cls, f"registry of kind {kind}")
-    MindFormerRegister.register_cls(cls, kind)
+    name = name or cls.__name__
+    found = MindFormerRegister.registry.get(kind, {}).get(name)
+    check_name_is_free(found, name, cls, f"registry of kind {kind}")
+    MindFormerRegister.register_cls(cls, kind, alias=name)
 
 
 def check_name_is_free(found: type | None, name: str, cls: type, where: str) -> None:
@@ -72,3 +87,54 @@ def log_to_folder(output_dir: str) -> None:
     for handler in get_logger().handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)
+
+
+def add_model_name(name: str, path: str) -> None:
+    """Makes `Trainer(task="text_generation", model_name=name)`, or `model=name`, read the YAML at `path`.
+
+    Raises:
+        NameTakenError: the name stands for another YAML.
+    """
+    names = MindFormerBook.get_trainer_support_task_list()["text_generation"]
+    if names.setdefault(name, path) != path:
+        raise NameTakenError(f"MindFormers has {names[name]} for the model {name!r}, glm_ms has {path}")
+    SUPPORT_MODEL_NAMES.add(name)  # the names for `model=`, computed when MindFormers was imported
+
+
+def section_keys(section: str) -> set[str]:
+    """Keys of MindFormers in a section of a YAML; "" for the top level."""
+    if not section:
+        return {*CONFIG_NAME_TO_CLASS, *CONFIG_NAME_TO_CLASS["general_config"].keys()}
+    template = CONFIG_NAME_TO_CLASS.get(section)
+    return set(template.keys()) if template else set()
+
+
+def extend_yaml_reader(accepts: Callable[[str], bool], read: Callable[[str], dict[str, Any]]) -> None:
+    """Makes `MindFormerConfig(path)` call `read` for accepted paths. A second call changes nothing.
+
+    This replaces a method, because every interface of MindFormers reads YAML files with it and none has a hook.
+    """
+    original = MindFormerConfig._file2dict
+    if original.__module__ == __name__:
+        return
+
+    def extended(filename: str = "") -> dict[str, Any]:
+        return read(filename) if accepts(filename) else original(filename)
+
+    MindFormerConfig._file2dict = staticmethod(extended)
+
+
+def extend_auto_tokenizer(accepts: Callable[[Path], bool], load: Callable[..., Any]) -> None:
+    """Makes `AutoTokenizer.from_pretrained(path)` call `load` for accepted paths. A second call changes nothing.
+
+    This replaces a method, because MindFormers treats the path of a YAML file as a model to download, and looks for the
+    class of the released ChatGLM folders in a module that version 1.9 does not have.
+    """
+    original = AutoTokenizer.get_class_from_experimental_mode
+    if original.__module__ == __name__:
+        return
+
+    def extended(path: str, *inputs: Any, **kwargs: Any) -> Any:
+        return load(path, **kwargs) if accepts(Path(path)) else original(path, *inputs, **kwargs)
+
+    AutoTokenizer.get_class_from_experimental_mode = staticmethod(extended)

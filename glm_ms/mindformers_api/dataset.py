@@ -1,4 +1,4 @@
-"""Training rows as a MindSpore data set for MindFormers' Trainer."""
+"""Training rows as a MindSpore data set for MindFormers' `build_dataset`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any, get_type_hints
 
 from mindformers import MindFormerConfig
-from mindspore import dataset as ds
+from mindspore.dataset import Dataset
 
 from glm_ms.engine.batches import TrainingPlan, training_batches
 from glm_ms.engine.from_settings import labelled_rows
+from glm_ms.mindformers_api.run_yaml import to_entry
 from glm_ms.mindformers_api.tokenizer import BY_GENERATION
 from glm_ms.settings import SettingsError
-from glm_ms.settings.document import Entry
 from glm_ms.settings.schema import keys_of
 from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
 from glm_ms.settings.values import Converter
@@ -21,23 +21,23 @@ _TOKENIZERS = {kind.__name__: kind for kind in BY_GENERATION.values()}
 
 
 class GLMDataset:
-    """`build_dataset(config.train_dataset_task)`: the rows that training takes, as batches of a MindSpore data set.
+    """`build_dataset(config.train_dataset_task)` returns the training rows in batches.
 
-    One pass, in the order of the first epoch: that of the file, or the one that `shuffle` and `seed` give.
+    The data set is one epoch, in the order of the first epoch of a run: that of the file, or of `shuffle` and `seed`.
 
     Args:
-        dataset_config: a `train_dataset` or `eval_dataset` section of a YAML of this project, with `tokenizer`, and
-            with `batch_size` and `seed` as MindFormers puts them there.
+        dataset_config: a `train_dataset` or `eval_dataset` section of a YAML of glm_ms, with the keys that
+            `mindformers_document` adds: `tokenizer`, `batch_size`, `seed`.
 
     Returns:
-        A MindSpore data set of `glm_ms.engine.batches.TRAINING_COLUMNS`.
+        A MindSpore data set with the columns `glm_ms.engine.batches.TRAINING_COLUMNS`.
 
     Raises:
-        DataError, SettingsError, VocabularyError: records, keys or vocabulary that cannot be used.
+        DataError, SettingsError, VocabularyError: unusable records, keys or tokenizer.
     """
 
-    def __new__(cls, dataset_config: MindFormerConfig) -> ds.Dataset:
-        """A data set, not an object of this class: MindFormers knows only classes."""
+    def __new__(cls, dataset_config: MindFormerConfig) -> Dataset:
+        """Returns a data set and not an object of this class, because MindFormers registers only classes."""
         evaluates = bool(dataset_config.do_eval)
         section = _section(EvalDatasetSettings if evaluates else TrainDatasetSettings, dataset_config)
         tokenizer = dataset_config.tokenizer
@@ -61,25 +61,18 @@ class GLMDataset:
 
 
 def _section(kind: type, config: MindFormerConfig) -> Any:
-    """Our keys of a section as its dataclass."""
     converter = Converter()
-    section = converter.section(kind, _entries(kind, config), "dataset_config")
+    section = converter.section(kind, to_entry(_known(kind, config), "dataset_config"), "dataset_config")
     if converter.problems:
         raise SettingsError(converter.problems)
     return section
 
 
-def _entries(kind: type, config: MindFormerConfig) -> Entry:
+def _known(kind: type, config: MindFormerConfig) -> dict[str, Any]:
+    """The values of the keys of a settings class; MindFormers adds others."""
     hints = get_type_hints(kind)
-    entries = {}
-    for item in keys_of(kind):
-        if item.name not in config:
-            continue
-        value = config[item.name]
-        if dataclasses.is_dataclass(hints[item.name]):
-            entries[item.name] = _entries(hints[item.name], value)
-        elif isinstance(value, (list, tuple)):
-            entries[item.name] = Entry([Entry(part, "dataset_config") for part in value], "dataset_config")
-        else:
-            entries[item.name] = Entry(value, "dataset_config")
-    return Entry(entries, "dataset_config")
+    values = {item.name: config[item.name] for item in keys_of(kind) if item.name in config}
+    return {
+        name: _known(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+        for name, value in values.items()
+    }

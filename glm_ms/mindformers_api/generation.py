@@ -1,4 +1,4 @@
-"""Arguments of MindFormers' `generate` -> those of `glm_ms.generation.GLMForCausalLM`."""
+"""Converts the arguments of MindFormers' `generate` to those of `glm_ms.generation`."""
 
 from __future__ import annotations
 
@@ -11,151 +11,127 @@ from mindformers.generation import GenerationConfig as MindFormersGeneration
 
 from glm_ms.generation.config import GenerationConfig
 
-# Names of a whole length, prompt included; the first is ours too.
+# Names for the length of the whole sequence, prompt included. glm_ms uses the first.
 LENGTHS = ("max_length", "max_decode_length")
 OPTIONS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
-# Options with a single meaning here: what MindFormers' other values ask for does not exist.
-_FIXED = {
-    "min_length": (0,),
-    "min_new_tokens": (0,),
+# MindFormers options that glm_ms does not have, with the values that change nothing. `use_past`: decoding is always
+# incremental. Pipelines and trainers pass `use_past` and `is_full_config` to every model.
+_NEUTRAL_VALUES = {
+    **dict.fromkeys(("min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("renormalize_logits", "output_scores", "output_logits", "parallel_decoding"), (False,)),
+    **dict.fromkeys(("use_past", "is_full_config"), (True, False)),
     "encoder_repetition_penalty": (1.0,),
-    "renormalize_logits": (False,),
-    "output_scores": (False,),
-    "output_logits": (False,),
-    "parallel_decoding": (False,),
-    # Decoding always is incremental; pipelines and trainers pass the rest along with what they are given.
-    "use_past": (True, False),
-    "is_full_config": (True, False),
 }
-_OF_PIPELINES = ("batch_size", "bos_token_id", "model_name", "window_size", "level", "guess_set_size")
+_IGNORED = ("batch_size", "bos_token_id", "model_name", "window_size", "level", "guess_set_size")
+_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
+_BEAM_OPTIONS = ("length_penalty", "early_stopping")
 
 
 def default_generation(values: Mapping[str, Any], eos: int, pad: int) -> MindFormersGeneration:
-    """What a model generates with when nothing else is said.
-
-    Args:
-        values: options by name, from a YAML; the rest is greedy decoding, as long as the network reaches.
-        eos: id that ends a sequence.
-        pad: id that fills one up.
-    """
+    """The default options of a model: those of its YAML, or else greedy decoding up to the length of the network."""
     defaults = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
-    defaults.update({"max_length": None, "max_new_tokens": None, "eos_token_id": [eos], "pad_token_id": pad})
+    defaults.update(max_length=None, max_new_tokens=None, eos_token_id=[eos], pad_token_id=pad)
     generation = MindFormersGeneration()
     for name, value in {**defaults, **values}.items():
-        # One by one: the constructor turns beam search off.
+        # Set as attributes, because the constructor turns beam search off.
         setattr(generation, "max_length" if name in LENGTHS else name, value)
     return generation
 
 
 def generation_arguments(
-    input_ids: Any,
-    base: MindFormersGeneration,
-    given: Mapping[str, Any],
-    seq_length: int,
+    input_ids: Any, base: MindFormersGeneration, given: Mapping[str, Any], seq_length: int
 ) -> tuple[list[list[int]], dict[str, Any], bool]:
-    """One call of `generate` in our terms.
+    """Converts one call of `generate`.
 
     Args:
-        input_ids: one prompt or several; padding as in `unpadded`.
-        base: options where `given` says nothing.
-        given: options by their names in MindFormers or here; `None` stands for not given.
-        seq_length: of the network.
+        input_ids: one or several prompts, padded as described in `remove_padding`.
+        base: options that `given` does not set.
+        given: options by their MindFormers or glm_ms names; None means not set.
+        seq_length: maximum length of the network.
 
     Returns:
-        prompts without padding; keyword arguments of `generate`; whether a dictionary is to be returned.
+        prompts without padding; keyword arguments of `generate`; whether to return a dictionary.
 
     Raises:
-        ValueError: an unknown option, one that this project does not have, or a length that leaves no room.
+        ValueError: an unknown or unsupported option, or a length that leaves no room for new tokens.
     """
     given = {name: value for name, value in given.items() if value is not None}
     as_dictionary = bool(given.pop("return_dict_in_generate", base.return_dict_in_generate))
     mask = given.pop("attention_mask", None)
-    prompts = unpadded(input_ids, given.get("pad_token_id", base.pad_token_id), mask)
-    _drop_fixed(given)
-    options = {name: getattr(base, name, None) for name in OPTIONS}
+    prompts = remove_padding(input_ids, given.get("pad_token_id", base.pad_token_id), mask)
+    for name, neutral in _NEUTRAL_VALUES.items():
+        if name in given and given.pop(name) not in neutral:
+            raise ValueError(f"{name}: glm_ms does not support this option; remove it")
+    for name in _IGNORED:
+        given.pop(name, None)
     for name in LENGTHS[1:]:
         if name in given:
             given.setdefault(LENGTHS[0], given.pop(name))
-    _settle_length(given, options, seq_length)
-    if not given.get("do_sample", options["do_sample"]):
-        # Defaults of sampling are of no effect then, and not the caller's.
-        options = {name: v for name, v in options.items() if name not in ("temperature", "top_k", "top_p")}
+    options = {name: getattr(base, name, None) for name in OPTIONS}
+    _set_length(given, options, seq_length)
+    unused = set() if given.get("do_sample", options["do_sample"]) else set(_SAMPLING_OPTIONS)
     if given.get("num_beams", options["num_beams"]) == 1:
-        options = {name: v for name, v in options.items() if name not in ("length_penalty", "early_stopping")}
-    options = {name: value for name, value in options.items() if value is not None}
+        unused.update(_BEAM_OPTIONS)
+    # Defaults that have no effect are removed: glm_ms refuses them when a caller sets them.
+    options = {name: value for name, value in options.items() if value is not None and name not in unused}
     return prompts, {**options, **given}, as_dictionary
 
 
-def unpadded(input_ids: Any, pad_token_id: int, attention_mask: Any = None) -> list[list[int]]:
-    """Prompts without their padding.
+def remove_padding(input_ids: Any, pad_token_id: int, attention_mask: Any = None) -> list[list[int]]:
+    """Prompts without padding.
 
-    Without a mask, padding is what MindFormers takes for it: `pad_token_id` at the right end; and, as the tokenizers of
-    ChatGLM pad, at the left end. No prompt of these models begins with that id, so a row that does is padded there
-    and taken to its end.
+    Without a mask, `pad_token_id` at the right end is padding, as in MindFormers, and at the left end too, because the
+    ChatGLM tokenizers pad there. No ChatGLM prompt begins with this id. So a row that begins with it is padded on the
+    left only, and its right end is kept.
 
     Args:
-        input_ids: ids of one prompt, or of several, as lists, arrays or tensors.
+        input_ids: ids of one prompt or of several, as lists, arrays or tensors.
         attention_mask: 0 on padding, same shape.
 
     Raises:
-        ValueError: not integers, or nothing but padding.
+        ValueError: not integers, or only padding.
     """
-    rows, masks = _rows(input_ids, "input_ids"), None
-    if attention_mask is not None:
+    rows = _rows(input_ids, "input_ids")
+    if attention_mask is None:
+        prompts = [_without_ends(row, pad_token_id) for row in rows]
+    else:
         masks = _rows(attention_mask, "attention_mask")
         if [len(row) for row in masks] != [len(row) for row in rows]:
             raise ValueError("attention_mask: its shape differs from that of input_ids")
-    prompts = []
-    for index, row in enumerate(rows):
-        if masks is not None:
-            prompt = [token for token, kept in zip(row, masks[index]) if kept]
-        else:
-            prompt = _without_ends(row, pad_token_id)
-        if not prompt:
-            raise ValueError(f"input_ids: row {index} holds no token besides padding")
-        prompts.append(prompt)
+        prompts = [[token for token, kept in zip(*pair) if kept] for pair in zip(rows, masks)]
+    if [] in prompts:
+        raise ValueError(f"input_ids: row {prompts.index([])} has only padding")
     return prompts
 
 
 def _without_ends(row: list[int], pad_token_id: int) -> list[int]:
-    start, end = 0, len(row)
-    while start < end and row[start] == pad_token_id:
-        start += 1
-    if start == 0:
-        while end > 0 and row[end - 1] == pad_token_id:
-            end -= 1
-    return row[start:end]
+    places = [place for place, token in enumerate(row) if token != pad_token_id]
+    if not places:
+        return []
+    return row[places[0] :] if places[0] > 0 else row[: places[-1] + 1]
 
 
 def _rows(values: Any, name: str) -> list[list[int]]:
-    values = _plain(values)
+    values = _to_lists(values)
     if not isinstance(values, list) or not values:
-        raise ValueError(f"{name}: expected token ids, one prompt or several, found {values!r}")
+        raise ValueError(f"{name}: expected the token ids of one or several prompts, found {values!r}")
     rows = values if isinstance(values[0], list) else [values]
     for row in rows:
         if not isinstance(row, list) or not all(type(token) in (int, bool) for token in row):
-            raise ValueError(f"{name}: expected integers, one prompt or several of them")
+            raise ValueError(f"{name}: expected integers, for one or several prompts")
     return rows
 
 
-def _plain(values: Any) -> Any:
+def _to_lists(values: Any) -> Any:
     if hasattr(values, "asnumpy"):
         values = values.asnumpy()
     if isinstance(values, (np.ndarray, np.generic)):
         return values.tolist()
-    return [_plain(value) for value in values] if isinstance(values, Sequence) else values
+    return [_to_lists(value) for value in values] if isinstance(values, Sequence) else values
 
 
-def _drop_fixed(given: dict[str, Any]) -> None:
-    for name, allowed in _FIXED.items():
-        if name in given and given.pop(name) not in allowed:
-            raise ValueError(f"{name}: generation of this project has no such option; leave it out")
-    for name in _OF_PIPELINES:
-        given.pop(name, None)
-
-
-def _settle_length(given: dict[str, Any], options: dict[str, Any], seq_length: int) -> None:
-    """`max_new_tokens` of a call overrules `max_length`, as MindFormers has it; here both are limits."""
+def _set_length(given: dict[str, Any], options: dict[str, Any], seq_length: int) -> None:
+    """In MindFormers `max_new_tokens` overrides `max_length`; in glm_ms both are limits."""
     if "max_new_tokens" in given:
         given["max_length"] = options["max_length"] = None
     elif "max_length" in given:

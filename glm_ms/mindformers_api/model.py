@@ -1,4 +1,4 @@
-"""`GLMForCausalLM` as MindFormers knows a model: the network and everything else are those of this project."""
+"""`MindFormersGLM`: a GLM as a MindFormers model. Network, decoding and files are those of glm_ms."""
 
 from __future__ import annotations
 
@@ -11,49 +11,48 @@ import numpy as np
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Parameter, Tensor, ops
 
-from glm_ms import generation
 from glm_ms.convert import CheckpointError, convert_dtype, load_parameters, open_checkpoint
 from glm_ms.convert.writers import write_file
 from glm_ms.engine.weights import check_config_beside
-from glm_ms.mindformers_api.auto import GLMConfig, made_folder
+from glm_ms.generation import GLMForCausalLM
+from glm_ms.mindformers_api.config import MindFormersGLMConfig, create_folder
 from glm_ms.mindformers_api.generation import default_generation, generation_arguments
-from glm_ms.model.config import GLMConfig as Architecture
 from glm_ms.model.loss import NextTokenLoss
 from glm_ms.pretrained import load_pretrained
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 WEIGHTS_FILE = "model.safetensors"
-# Keyword arguments of from_pretrained that tell where and how to download; nothing is downloaded here.
-_OF_DOWNLOADS = (
+# Keyword arguments of from_pretrained about downloads. glm_ms downloads nothing.
+_DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "ignore_mismatched_sizes", "local_files_only", "proxies", "resume_download",
     "revision", "token", "trust_remote_code", "_commit_hash", "_from_auto", "_from_pipeline", "code_revision",
 )  # fmt: skip
 
 
-class GLMForCausalLM(PreTrainedModel):
-    """A MindFormers model around a `glm_ms.generation.GLMForCausalLM`; parameters have the released names.
+class MindFormersGLM(PreTrainedModel):
+    """A MindFormers model that wraps a `glm_ms.generation.GLMForCausalLM`. Parameters have the released names.
 
     Args:
-        config: architecture. Its `checkpoint_name_or_path` and `load_adapter` are loaded; without the former the
-            weights are random.
-        core: a model to wrap, in place of building one.
-        weights_from: where the weights of `core` come from.
+        config: architecture. `checkpoint_name_or_path` and `load_adapter` are loaded; without the former the weights
+            are random.
+        core: an existing model to wrap; None builds one.
+        weights_from: path of the weights of `core`.
 
     Attributes:
-        core: the model of this project, whose `network` this cell runs.
-        weights_from: where the weights come from; empty for random ones.
-        adapter_from: where the adapter of `core` comes from; empty without one.
+        core: the model of glm_ms, whose `network` this cell runs.
+        weights_from: path of the weights; empty if they are random.
+        adapter_from: path of the adapter of `core`; empty without one.
 
     Raises:
-        CheckpointError, ConfigError: weights or configuration that cannot be used.
+        CheckpointError, ConfigError: unusable weights or configuration.
     """
 
-    config_class = GLMConfig
+    config_class = MindFormersGLMConfig
 
     def __init__(
-        self, config: GLMConfig, core: generation.GLMForCausalLM | None = None, weights_from: str = ""
+        self, config: MindFormersGLMConfig, core: GLMForCausalLM | None = None, weights_from: str = ""
     ) -> None:
-        # MindFormers calls __init__ once more when its parallel or recompute settings change; weights must survive.
+        # MindFormers calls __init__ again when its parallel or recompute settings change; keep the weights then.
         if "core" in self.__dict__:
             return
         super().__init__(config, auto_prefix=False)
@@ -63,13 +62,15 @@ class GLMForCausalLM(PreTrainedModel):
         self.network = self.core.network
         self.loss = NextTokenLoss()
         self.set_train(False)
+        # An answer ends at the stop ids of the tokenizer that the YAML names, unless the YAML gives other ids.
+        tokenizer = config.build_tokenizer()
+        stop = {} if tokenizer is None else {"eos_token_id": list(tokenizer.stop_token_ids)}
         self.generation_config = default_generation(
-            _generation_options(config), config.eos_token_id, config.pad_token_id
+            {**stop, **config.generation}, config.eos_token_id, config.pad_token_id
         )
 
     @classmethod
     def can_generate(cls) -> bool:
-        """It can."""
         return True
 
     def construct(
@@ -79,11 +80,11 @@ class GLMForCausalLM(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """All int32 [B, S]; without mask nothing is padding, positions count the tokens that are none.
+        """All int32 [B, S]. Default mask: no padding. Default positions: number of unmasked tokens before.
 
         Returns:
-            logits, float32 [B, S, V]; with labels (-100 where a token carries no loss, shifted inside) the mean loss
-            over the labelled tokens, float32 scalar.
+            logits, float32 [B, S, V]. With labels (-100 for tokens without loss, shifted inside): the mean loss over
+            the labelled tokens, float32 scalar.
         """
         if attention_mask is None:
             attention_mask = ops.ones_like(input_ids)
@@ -105,22 +106,21 @@ class GLMForCausalLM(PreTrainedModel):
         seed: int | None = None,
         **kwargs: Any,
     ) -> list[np.ndarray] | dict[str, list[np.ndarray]]:
-        """MindFormers' `generate`, by this project's cached decoding.
+        """MindFormers' `generate`, computed by the cached decoding of glm_ms.
 
         Args:
-            input_ids: ids of one prompt or of several; see `mf_generation.unpadded` for padding.
-            generation_config: options in place of the model's own `generation_config`.
-            logits_processor: None; scores are processed by the options.
-            streamer: gets the prompt and then every token, of a single sequence.
-            seed: of sampling.
-            kwargs: single options, by their names here or in MindFormers (`max_length`, `return_dict_in_generate`).
+            input_ids: ids of one prompt or of several; `generation.remove_padding` describes the padding.
+            generation_config: replaces the model's own `generation_config`.
+            logits_processor: must be None.
+            streamer: receives the prompt and then every token; one sequence only.
+            kwargs: single options by their glm_ms or MindFormers names (`max_length`, `return_dict_in_generate`).
 
         Returns:
-            The ids of every sequence, prompt included and padding not, int32 [tokens] each; with
+            Ids of every sequence with its prompt and without padding, int32 [tokens] each; with
             `return_dict_in_generate` as {"sequences": ...}.
 
         Raises:
-            ValueError: an option that is unknown or does not fit.
+            ValueError: unknown or invalid option.
         """
         if logits_processor:
             raise ValueError(
@@ -129,7 +129,7 @@ class GLMForCausalLM(PreTrainedModel):
         base = self.generation_config if generation_config is None else generation_config
         given = {**kwargs, "seed": seed}
         for name in ("eos_token_id", "pad_token_id"):
-            if not getattr(base, name, None):  # MindFormers' GenerationConfig() names none
+            if not getattr(base, name, None):  # MindFormers' GenerationConfig() sets neither
                 given.setdefault(name, getattr(self.generation_config, name))
         prompts, options, as_dictionary = generation_arguments(input_ids, base, given, self.config.seq_length)
         if streamer is None:
@@ -150,38 +150,38 @@ class GLMForCausalLM(PreTrainedModel):
         streamer.end()
         return sequence
 
-    # ------------------------------------------------------------------ weights
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_dir: str, *_: Any, **kwargs: Any) -> GLMForCausalLM:
-        """Loads a model from anything `glm_ms.load_pretrained` reads.
+    def from_pretrained(
+        cls, pretrained_model_name_or_dir: str, *_: Any, config: Any = None, **kwargs: Any
+    ) -> MindFormersGLM:
+        """Loads a model from any path that `glm_ms.load_pretrained` reads.
 
         Args:
             pretrained_model_name_or_dir: Hugging Face folder, `.ckpt` or `.safetensors`, output folder of a run.
-            kwargs: `config`: a GLMConfig, or a path that holds one; other keys replace values of the configuration.
+            config: a MindFormersGLMConfig or its path; None reads the config.json of the folder.
+            kwargs: values that replace those of the configuration file.
 
         Raises:
-            CheckpointError, ConfigError: weights or configuration that cannot be used.
+            CheckpointError, ConfigError: unusable weights or configuration.
         """
-        path = str(kwargs.pop("pretrained_model_name_or_path", None) or pretrained_model_name_or_dir)
-        return cls.from_pretrained_experimental_mode(path, **kwargs)
-
-    @classmethod
-    def from_pretrained_experimental_mode(
-        cls, pretrained_model_name_or_path: str, *_: Any, config: Any = None, **kwargs: Any
-    ) -> GLMForCausalLM:
-        """As `from_pretrained`; what AutoModel calls for folders with a config.json."""
-        path = resolve_checkpoint(pretrained_model_name_or_path)
-        kwargs = {key: value for key, value in kwargs.items() if key not in _OF_DOWNLOADS}
-        if not isinstance(config, GLMConfig):
+        path = resolve_checkpoint(
+            kwargs.pop("pretrained_model_name_or_path", None) or pretrained_model_name_or_dir
+        )
+        kwargs = {key: value for key, value in kwargs.items() if key not in _DOWNLOAD_OPTIONS}
+        if not isinstance(config, MindFormersGLMConfig):
             source = config or (path if (path / "config.json").is_file() else None)
             if source is None:
-                raise CheckpointError(f"{path}: no config.json here; give config=, a GLMConfig or a path")
-            config = GLMConfig.from_pretrained(str(source), **kwargs)
-        core = load_pretrained(path, config.architecture())
-        return cls(config, core=core, weights_from=str(path))
+                raise CheckpointError(
+                    f"{path}: no config.json here; give config=, a MindFormersGLMConfig or a path"
+                )
+            config = MindFormersGLMConfig.from_pretrained(str(source), **kwargs)
+        return cls(config, core=load_pretrained(path, config.architecture()), weights_from=str(path))
 
-    def load_checkpoint(self, config: GLMConfig) -> None:
+    from_pretrained_experimental_mode = (
+        from_pretrained  # AutoModel calls this one for folders with a config.json
+    )
+
+    def load_checkpoint(self, config: MindFormersGLMConfig) -> None:
         """Loads `config.checkpoint_name_or_path`; see `load_weights`."""
         if not config.checkpoint_name_or_path:
             raise CheckpointError(
@@ -190,10 +190,10 @@ class GLMForCausalLM(PreTrainedModel):
         self.load_weights(config.checkpoint_name_or_path)
 
     def load_weights(self, path: str) -> None:
-        """Overwrites all weights by those of a checkpoint of any kind; an adapter stays attached.
+        """Replaces all weights by those of a checkpoint in any format; an adapter stays attached.
 
         Raises:
-            CheckpointError: the weights cannot be read or do not fit.
+            CheckpointError: unreadable weights, or weights of another network.
         """
         folder, core = resolve_checkpoint(path), self.core
         with open_checkpoint(folder) as reader:
@@ -205,62 +205,41 @@ class GLMForCausalLM(PreTrainedModel):
     def save_pretrained(self, save_directory: str, save_name: str = "mindspore_model", **kwargs: Any) -> None:
         """Writes `config.json` and `model.safetensors`; AutoModel and `glm_ms.load_pretrained` read the folder.
 
-        Args:
-            save_directory: folder; other files in it stay.
-            save_name: without effect: the names are those of a Hugging Face folder.
-            kwargs: for callers that pass them; nothing is pushed anywhere.
-
-        Raises:
-            ValueError: not a folder, an adapter is attached, or `push_to_hub` is asked for.
+        `save_name` is not used. Raises ValueError for a path that is not a folder, an attached adapter, `push_to_hub`.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub: not supported; save into a folder and upload it")
         if self.core.adapter is not None:
             raise ValueError(
-                "save_pretrained: an adapter is attached, which a folder of weights cannot hold; its training run has "
-                "saved it alone, and tools/merge_lora.py merges LoRA into the weights"
+                "save_pretrained: an adapter is attached, and the folder would have the weights without it. The "
+                "training run saved the adapter; tools/merge_lora.py merges LoRA into the weights"
             )
-        folder = made_folder(save_directory)
+        folder = create_folder(save_directory)
         parameters, dtype = self.core.parameters(), self.core.config.param_init_type
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
 
         def arrays() -> Iterator[tuple[str, np.ndarray]]:
             for name, value in parameters.items():
-                yield name, convert_dtype(_float32(value), "float32", dtype, name)
+                yield name, convert_dtype(value.value().astype(ms.float32).asnumpy(), "float32", dtype, name)
 
         write_file(folder / WEIGHTS_FILE, shapes, dtype, arrays(), overwrite=True)
         self.config.save_pretrained(str(folder), save_json=True)
 
     def get_model_parameters(self, only_trainable: bool = True) -> list[Parameter]:
-        """MindFormers lists the parameters through this method."""
+        """MindFormers lists the parameters with this method."""
         return self.trainable_params() if only_trainable else list(self.get_parameters())
 
 
-def fitted_to_device(architecture: Architecture) -> Architecture:
-    """float16 and bfloat16 become float32 on a CPU, the only type that is fast there."""
-    if ms.get_context("device_target") != "CPU":
-        return architecture
-    return dataclasses.replace(architecture, param_init_type="float32", compute_dtype="float32")
-
-
-def _build(config: GLMConfig) -> generation.GLMForCausalLM:
-    if not config.checkpoint_name_or_path:
-        if config.load_adapter:
-            raise CheckpointError(
-                f"load_adapter: {config.load_adapter}: needs the weights it was trained on, as load_checkpoint"
-            )
-        return generation.GLMForCausalLM(fitted_to_device(config.architecture()))
-    path, architecture = resolve_checkpoint(config.checkpoint_name_or_path), config.architecture()
-    check_config_beside(path, architecture, config.name_or_path or type(config).__name__)
-    return load_pretrained(path, architecture, adapter=config.load_adapter or None)
-
-
-def _generation_options(config: GLMConfig) -> dict[str, Any]:
-    """Options of the YAML; where it names a tokenizer, an answer ends at that one's stop ids."""
-    tokenizer = config.own_tokenizer()
-    stop = {} if tokenizer is None else {"eos_token_id": list(tokenizer.stop_token_ids)}
-    return {**stop, **config.generation}
-
-
-def _float32(value: Parameter) -> np.ndarray:
-    return value.value().astype(ms.float32).asnumpy()
+def _build(config: MindFormersGLMConfig) -> GLMForCausalLM:
+    architecture = config.architecture()
+    if config.checkpoint_name_or_path:
+        path = resolve_checkpoint(config.checkpoint_name_or_path)
+        check_config_beside(path, architecture, config.name_or_path or type(config).__name__)
+        return load_pretrained(path, architecture, adapter=config.load_adapter or None)
+    if config.load_adapter:
+        raise CheckpointError(
+            f"load_adapter: {config.load_adapter}: needs load_checkpoint, the weights it was trained on"
+        )
+    if ms.get_context("device_target") == "CPU":  # float32 is the only type that is fast there
+        architecture = dataclasses.replace(architecture, param_init_type="float32", compute_dtype="float32")
+    return GLMForCausalLM(architecture)

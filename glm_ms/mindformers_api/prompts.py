@@ -1,4 +1,4 @@
-"""Prompts and options of `Trainer.predict`, in terms of the settings."""
+"""Input and options of `Trainer.predict` as settings."""
 
 from __future__ import annotations
 
@@ -16,62 +16,50 @@ from glm_ms.settings import Settings, SettingsError
 from glm_ms.storage.suggest import did_you_mean
 
 PROMPT_COLUMN = "prompt"
-# What Trainer and run scripts pass along with every prediction.
-_PASSED_ALONG = ("image_processor", "audio_processor", "is_full_config", "adapter_id", "save_file", "task")
+# The Trainer and MindFormers' run scripts pass these with every prediction.
+_IGNORED = ("image_processor", "audio_processor", "is_full_config", "adapter_id", "save_file", "task")
 
 
 def predict_data(input_data: Any, settings: Settings, folder: Path) -> str:
-    """What `predict_data` of the settings would be.
+    """The value of `predict_data` for the input of a call; a list becomes a file in `folder`.
 
-    Args:
-        input_data: a text or the path of a file; a list of texts; a MindSpore data set with a column `prompt`.
-        settings: their own `predict_data` comes before the records of `eval_dataset`, which MindFormers takes where the
-            call names no data.
-        folder: for a file of prompts.
-
-    Raises:
-        DataError: something else.
+    The input is a text, the path of a file, a list of texts, or a MindSpore data set with a column `prompt`. DataError
+    for anything else. The Trainer passes the records of `eval_dataset` if the call gives no input; so `predict_data` of
+    the settings replaces a data set.
     """
     if isinstance(input_data, Dataset):
         if settings.predict_data:
             return settings.predict_data
-        if PROMPT_COLUMN not in input_data.get_col_names():
-            raise DataError(
-                f"input_data: has no column {PROMPT_COLUMN}; its columns are {', '.join(input_data.get_col_names())}"
-            )
+        columns = input_data.get_col_names()
+        if PROMPT_COLUMN not in columns:
+            raise DataError(f"input_data: no column {PROMPT_COLUMN}; its columns are {', '.join(columns)}")
         iterator = input_data.create_dict_iterator(num_epochs=1, output_numpy=True)
         input_data = [text for item in iterator for text in item[PROMPT_COLUMN].reshape(-1).tolist()]
-    texts = input_data if isinstance(input_data, list) else [input_data]
-    for text in texts:
+    for text in input_data if isinstance(input_data, list) else [input_data]:
         if not isinstance(text, str):
             raise DataError(f"input_data: expected texts, found {type(text).__name__}")
         if isinstance(text, ChatPrompt):
             raise DataError(
-                "input_data: holds a text of build_prompt; give plain texts, predict builds the prompts"
+                "input_data: a text of build_prompt; give plain texts, predict builds the prompts"
             )
     if not isinstance(input_data, list):
         return input_data
     path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in input_data), encoding="utf-8")
     return str(path)
 
 
 def set_generation(settings: Settings, options: dict[str, Any]) -> None:
-    """Lays options of a call over the settings.
+    """Overwrites settings with the options of a call; SettingsError for an unknown one.
 
-    Args:
-        settings: changed in place.
-        options: by the names of `generation` in a YAML; `batch_size`; `seed`; None stands for not given. Of
-            `max_new_tokens` and `max_length` the former counts, as in MindFormers; the YAML's then count no more.
-
-    Raises:
-        SettingsError: an unknown option.
+    Options are the keys of `generation` in a YAML, `batch_size`, `seed`; None means not set. `max_new_tokens` overrides
+    `max_length`, as in MindFormers, and either overrides both of the YAML.
     """
     generation = settings.generation
     known = [item.name for item in dataclasses.fields(generation)]
     for name, value in options.items():
         name = LENGTHS[0] if name in LENGTHS else name
-        if value is None or name in _PASSED_ALONG:
+        if value is None or name in _IGNORED:
             continue
         if name == "batch_size":
             settings.predict_batch_size = value
@@ -82,7 +70,8 @@ def set_generation(settings: Settings, options: dict[str, Any]) -> None:
         else:
             hint = did_you_mean(name, [*known, "batch_size", "seed"], f"; known: {', '.join(known)}")
             raise SettingsError(f"predict({name}=...): unknown option{hint}")
+    lengths = [options[name] for name in LENGTHS if options.get(name) is not None]
     if options.get("max_new_tokens") is not None:
         generation.max_length = None
-    elif any(options.get(name) is not None for name in LENGTHS):
-        generation.max_new_tokens = generation.max_length
+    elif lengths:
+        generation.max_new_tokens = lengths[-1]

@@ -33,7 +33,7 @@ from mindspore import dataset as ds
 
 from glm_ms import load_pretrained
 from glm_ms.engine.dataset_rows import DatasetRows
-from glm_ms.mindformers_api.yaml import settings_of
+from glm_ms.mindformers_api.run_yaml import settings_of
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 PAGE = (REPOSITORY / "docs" / "mindformers.md").read_text(encoding="utf-8")
