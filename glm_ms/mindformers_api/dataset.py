@@ -39,7 +39,11 @@ class GLMDataset:
     def __new__(cls, dataset_config: MindFormerConfig) -> Dataset:
         """Returns a data set and not an object of this class, because MindFormers registers only classes."""
         evaluates = bool(dataset_config.do_eval)
-        section = _section(EvalDatasetSettings if evaluates else TrainDatasetSettings, dataset_config)
+        kind, converter = EvalDatasetSettings if evaluates else TrainDatasetSettings, Converter()
+        values = to_entry(_known_keys(kind, dataset_config), "dataset_config")
+        section = converter.section(kind, values, "dataset_config")
+        if converter.problems:
+            raise SettingsError(converter.problems)
         tokenizer = dataset_config.tokenizer
         if not tokenizer or tokenizer.type not in _TOKENIZERS:
             raise SettingsError(
@@ -60,19 +64,11 @@ class GLMDataset:
         return training_batches(rows, plan)
 
 
-def _section(kind: type, config: MindFormerConfig) -> Any:
-    converter = Converter()
-    section = converter.section(kind, to_entry(_known(kind, config), "dataset_config"), "dataset_config")
-    if converter.problems:
-        raise SettingsError(converter.problems)
-    return section
-
-
-def _known(kind: type, config: MindFormerConfig) -> dict[str, Any]:
+def _known_keys(kind: type, config: MindFormerConfig) -> dict[str, Any]:
     """The values of the keys of a settings class; MindFormers adds others."""
     hints = get_type_hints(kind)
     values = {item.name: config[item.name] for item in keys_of(kind) if item.name in config}
     return {
-        name: _known(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+        name: _known_keys(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
         for name, value in values.items()
     }

@@ -18,10 +18,17 @@ from mindformers.models.tokenization_utils_base import (
 
 from glm_ms.families import FAMILIES, family_of
 from glm_ms.mindformers_api.config import TOKENIZER_CLASS, create_folder
-from glm_ms.mindformers_api.tokenizer_files import CONFIG_FILE, GENERATION_KEY, MODEL_FILE, find_tokenizer
+from glm_ms.mindformers_api.run_yaml import read_run_yaml
 from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.readers import read_object
 from glm_ms.tokenizer import SentencePieceTokenizer, VocabularyError
 
+MODEL_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer_config.json"
+# ChatGLM2 and ChatGLM3 use the same SentencePiece model. tokenizer_config.json tells them apart: by this key, which
+# `save_pretrained` writes, or by the name of the released model.
+GENERATION_KEY = "model_generation"
+_RELEASED = {name: family.generation for family in FAMILIES.values() for name in family.released}
+_PUBLISHERS = ("THUDM", "zai-org", "ZhipuAI")
 # Arguments of AutoTokenizer, and keys of the released tokenizer_config.json files that change nothing.
 _IGNORED = (
     "_commit_hash", "_from_auto", "_from_pipeline", "added_tokens_decoder", "auto_map", "cache_dir", "chat_template",
@@ -305,3 +312,46 @@ BY_GENERATION = {2: GLM2Tokenizer, 3: GLM3Tokenizer}
 
 def _is_pair(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(text, str) for text in item)
+
+
+def find_tokenizer(path: Path, generation: int | None = None) -> tuple[int, Path]:
+    """The generation (2 or 3) and the SentencePiece model of a path, as in `ChatGLMTokenizer.from_pretrained`.
+
+    `generation` replaces the one found at `path`.
+    """
+    found: int | None
+    if path.is_dir() and not (path / MODEL_FILE).is_file():
+        yaml_of_run = sorted(path.glob("*settings.yaml"))
+        if not yaml_of_run:
+            raise VocabularyError(
+                f"{path}: no {MODEL_FILE} here; copy the one of the weights into the folder, or give its path or the "
+                "YAML of the run"
+            )
+        path = yaml_of_run[0]
+    if path.suffix in (".yaml", ".yml"):
+        chosen = read_run_yaml(path).processor.tokenizer
+        if not chosen.vocab_file:
+            raise VocabularyError(
+                f"{path}: processor.tokenizer.vocab_file: missing; give the path of a {MODEL_FILE}"
+            )
+        vocab_file, found = Path(chosen.vocab_file), family_of(chosen.type).generation
+    else:
+        vocab_file = path / MODEL_FILE if path.is_dir() else path
+        config = read_tokenizer_config(vocab_file.parent)
+        publisher, _, name = str(config.get("name_or_path", "")).partition("/")
+        found = config.get(GENERATION_KEY, _RELEASED.get(name) if publisher in _PUBLISHERS else None)
+    generation = found if generation is None else generation
+    if generation is None:
+        raise VocabularyError(
+            f"{path}: ChatGLM2 and ChatGLM3 have the same {MODEL_FILE}, and {CONFIG_FILE} does not tell which one this "
+            f"is; give {GENERATION_KEY}=2 or {GENERATION_KEY}=3"
+        )
+    if generation not in BY_GENERATION:
+        raise VocabularyError(f"{path}: {GENERATION_KEY} = {generation!r}: must be 2 or 3")
+    return generation, vocab_file
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Content of `tokenizer_config.json`, empty without the file; VocabularyError if it is not a JSON object."""
+    path = folder / CONFIG_FILE
+    return read_object(path, VocabularyError) if path.is_file() else {}

@@ -17,11 +17,12 @@ from glm_ms.engine.report.summary import summary
 from glm_ms.engine.train import Given, train
 from glm_ms.engine.weights import build_model
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.mindformers_api import job, prompts
+from glm_ms.mindformers_api import job
 from glm_ms.mindformers_api.job import say
 from glm_ms.mindformers_api.model import MindFormersGLM
 from glm_ms.mindformers_api.run_yaml import settings_of
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
+from glm_ms.peft.store import is_adapter_folder
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import TRAINING_MODES
 from glm_ms.storage.atomic import replace_text
@@ -138,10 +139,10 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         """
         settings = settings_of(config, run_mode="predict")
         with tempfile.TemporaryDirectory() as folder:
-            settings.predict_data = prompts.predict_data(input_data, settings, Path(folder))
+            settings.predict_data = job.predict_data(input_data, settings, Path(folder))
             if tokenizer is not None:
                 job.set_tokenizer(settings, tokenizer)
-            prompts.set_generation(settings, kwargs)
+            job.set_generation(settings, kwargs)
             model, core_tokenizer = self._prepare(settings, config, network)
             results = predict(settings, model, core_tokenizer, lambda _: None, say)
         return [{TEXT: list(result.answers)} for result in results]
@@ -158,7 +159,8 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             settings.load_checkpoint = network.weights_from or settings.load_checkpoint
             settings.load_adapter = network.adapter_from or settings.load_adapter
         if path:
-            job.set_weights(settings, path)
+            adapter = is_adapter_folder(resolve_checkpoint(path))
+            setattr(settings, "load_adapter" if adapter else "load_checkpoint", path)
         if network is None:
             tokenizer = job.begin(settings)
             model = self._build(settings, tokenizer)
