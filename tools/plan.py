@@ -1,11 +1,11 @@
-"""What a run needs of its cards, before you book them.
+"""Plans the memory, work and traffic of a run on its cards.
 
     python tools/plan.py --config configs/glm3/run_glm3_6b_finetune_800_32G.yaml --cards 8 --memory 32GB
     python tools/plan.py --config configs/glm3/run_glm3_6b_lora_800_32G.yaml --memory 32GB runner_config.batch_size=16
 
-Prints the memory of the card that needs most, what an update computes and sends, whether it fits, and if not the
-nearest setting that does. Neither weights nor records nor a card are needed. Any key of the file can be changed as
-`key.sub=value`. Exit status: 0 it fits, or --memory was not given; 3 it does not fit; 2 the settings cannot be used.
+Prints the memory of the card with the largest need, the work and traffic of an update, whether the run fits, and if not
+the nearest setting that does. Needs no weights, records or card. `key.sub=value` changes any key of the file. Exit
+status: 0 it fits, or --memory was not given; 3 it does not fit; 2 the settings cannot be used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 import yaml  # noqa: E402
 
-from glm_ms import tokenizer as tokenizers  # noqa: E402
+from glm_ms.families import family_of  # noqa: E402
 from glm_ms.peft import AdapterError  # noqa: E402
 from glm_ms.plan import RunPlan, describe, nearest_fit, plan_run  # noqa: E402
 from glm_ms.plan.report import GIB  # noqa: E402
@@ -31,7 +31,7 @@ from glm_ms.settings import Settings, SettingsError, load_settings, resolve_voca
 from glm_ms.settings.schema import AUTO, is_sharded  # noqa: E402
 from glm_ms.tokenizer import VocabularyError  # noqa: E402
 
-# What system, drivers and communication buffers take of a card.
+# Memory of a card for system, drivers and communication buffers.
 RESERVED = 2 * GIB
 FITS, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in describe(plan, memory):
         print(line)
     print(
-        "not counted: gaps between tensors, and what MindSpore itself, its kernels and HCCL take"
+        "not counted: gaps between tensors, and the memory of MindSpore itself, its kernels and HCCL"
         + ("" if memory is None else f"; {memory_note(settings, options.memory)}")
     )
     if memory is None or plan.card.total <= memory:
@@ -63,15 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tuple[Settings, int]:
-    """The settings of a run on so many cards, and their number.
+    """The settings of a run on a number of cards, and that number.
 
     Args:
         config: YAML file.
         overrides: `key.sub=value` texts.
-        cards: None: as many as the file splits its work over.
+        cards: None: the number in the file.
 
     Raises:
-        SettingsError: settings that cannot be used, or that split the work over another number of cards.
+        SettingsError: settings that cannot be used, or that do not fit the number of cards.
     """
     settings = load_settings(config, overrides, check_files=False)
     more, cards = _for_cards(settings, config, cards)
@@ -81,16 +81,16 @@ def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tu
         chosen = settings.processor.tokenizer
         if not Path(chosen.vocab_file).is_file():
             raise SettingsError(
-                f"{settings.where('model.model_config.padded_vocab_size')}: auto, which the tokenizer decides, and "
-                f"{chosen.vocab_file or 'processor.tokenizer.vocab_file'} is not there; add "
+                f"{settings.where('model.model_config.padded_vocab_size')}: auto needs the tokenizer, and "
+                f"{chosen.vocab_file or 'processor.tokenizer.vocab_file'} does not exist; add "
                 "model.model_config.padded_vocab_size=65024"
             )
-        resolve_vocab_size(settings, getattr(tokenizers, chosen.type)(chosen.vocab_file).vocab_size)
+        resolve_vocab_size(settings, family_of(chosen.type).tokenizer(chosen.vocab_file).vocab_size)
     return settings, cards
 
 
 def _for_cards(settings: Settings, config: str, cards: int | None) -> tuple[list[str], int]:
-    """What is to be changed for a number of cards, and the number; see `settings_for`."""
+    """Overrides for a number of cards, and the number; see `settings_for`."""
     split = settings.parallel_config
     fixed = split.model_parallel * split.pipeline_stage if is_sharded(settings) else 1
     own = split.data_parallel * fixed if settings.use_parallel else 1
@@ -111,13 +111,13 @@ def _for_cards(settings: Settings, config: str, cards: int | None) -> tuple[list
 
 
 def usable(settings: Settings, memory: int) -> int:
-    """Bytes that MindSpore may take of a card."""
+    """Bytes of a card for MindSpore."""
     limit = _limit(settings)
     return max(0, memory - RESERVED) if limit is None or limit > memory else limit
 
 
 def memory_note(settings: Settings, memory: int) -> str:
-    """Where the limit comes from."""
+    """The reason of the limit."""
     limit, text = _limit(settings), settings.context.max_device_memory
     if limit is not None and limit <= memory:
         return f"the limit is context.max_device_memory: {text}"
@@ -164,12 +164,12 @@ def _nothing_fits(settings: Settings, plan: RunPlan, memory: int) -> str:
 
 
 def _given(options: argparse.Namespace) -> Settings:
-    """The settings without those for another number of cards."""
+    """The settings without overrides for another number of cards."""
     return load_settings(options.config, options.overrides, check_files=False)
 
 
 def _changed(options: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
-    """Those overrides that change something of the file and what was typed; of several for a key the last one."""
+    """Overrides that change the file and the command line; of several for a key the last one."""
     known, last = _given(options).to_dict(), {text.partition("=")[0]: text for text in overrides}
     return [text for text in last.values() if not _is_so(known, text)]
 
@@ -183,7 +183,7 @@ def _replan(options: argparse.Namespace, cards: int, overrides: Sequence[str]) -
 
 
 def _is_so(values: dict, text: str) -> bool:
-    """Whether settings have a value already."""
+    """Whether the settings have a value already."""
     name, _, value = text.partition("=")
     for part in name.split("."):
         values = values[part]
