@@ -84,6 +84,16 @@ def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode("utf-8"))
 
 
+def append_line(path: Path, line: str) -> None:
+    """Appends one line to a text file in a single write, so that a reader or a kill never sees half of it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
+
+
 def check_target(
     path: str | Path, *, overwrite: bool, folder: bool = False, error: type[FileError] = CheckpointError
 ) -> None:

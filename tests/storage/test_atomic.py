@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glm_ms.storage import lock
-from glm_ms.storage.atomic import replace_bytes, replace_text, staged
+from glm_ms.storage.atomic import append_line, replace_bytes, replace_text, staged
 
 
 def test_replaces_text(tmp_path: Path) -> None:
@@ -71,6 +71,12 @@ def test_staged_folder_replaces_a_folder(tmp_path: Path) -> None:
             (work / text).write_text(text)
     assert [item.name for item in (tmp_path / "a").iterdir()] == ["2"]
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+def test_lines_are_appended(tmp_path: Path) -> None:
+    for line in ("a", "甲"):
+        append_line(tmp_path / "log", line)
+    assert (tmp_path / "log").read_bytes() == "a\n甲\n".encode()
 
 
 def test_lock_refuses_or_waits(tmp_path: Path) -> None:

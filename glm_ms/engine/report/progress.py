@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glm_ms.metrics import METRICS
-from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.atomic import append_line, replace_text
 from glm_ms.storage.run_folder import EVAL_METRICS_FILE, METRICS_FILE, TENSORBOARD
 
 
@@ -117,7 +117,7 @@ class ProgressLog:
         if self._file is None or not due:
             return
         values = {name: value for name, value in asdict(record).items() if value is not None}
-        self._file.write(_json_line(values))
+        self._file.write(_json_line(values) + "\n")
         self._file.flush()
         self._plot(
             record.step, {name: value for name, value in values.items() if name not in ("step", "epoch")}
@@ -131,8 +131,9 @@ class ProgressLog:
             self._bar.set_postfix_str(self._shown + self._evaluated)
         if self._file is None:
             return
-        with (self._output_dir / EVAL_METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(_json_line({"step": step, "epoch": epoch, **scores}))
+        append_line(
+            self._output_dir / EVAL_METRICS_FILE, _json_line({"step": step, "epoch": epoch, **scores})
+        )
         self._plot(step, {f"eval/{name}": value for name, value in scores.items()})
 
     def _plot(self, step: int, values: Mapping[str, Any]) -> None:
@@ -166,7 +167,7 @@ class ProgressLog:
 
 def _json_line(values: Mapping[str, Any]) -> str:
     """null for values that are not finite: JSON has no NaN, and every reader must accept the lines."""
-    return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n"
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()})
 
 
 def _drop_after(path: Path, step: int) -> None:
