@@ -11,15 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.launch.processes import Interrupts, claim, clean_environment, is_local
-from glm_ms.launch.rank_job import (
-    LaunchError,
-    Member,
-    Say,
-    Show,
-    make_room_for_logs,
-    run_command,
-    run_ranks,
-)
+from glm_ms.launch.rank_job import LaunchError, Member, Say, Show, make_room_for_logs, run_command, run_ranks
 from glm_ms.launch.rank_table import RankTable, Server, name_numbers, read_rank_table
 
 USAGE = """\

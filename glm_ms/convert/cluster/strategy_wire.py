@@ -9,16 +9,13 @@ where 1, 2 and 3 are lists of {1: numbers}. JSON files have the same under names
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm_ms.convert.protobuf import Value, fields, varint
+from glm_ms.convert.protobuf import encode, fields, varint
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.readers import parse_json
-
-_INTEGERS = {5: "field", 6: "opt_weight_shard_step", 7: "opt_weight_shard_size"}
 
 
 @dataclass
@@ -92,80 +89,49 @@ def _numbers(value: Any) -> list[int]:
 
 
 def _from_protobuf(data: bytes) -> RawStrategy:
-    reader = _Reader(data)
-    stage: int | None = None
+    message = _message(data)
+    stages = [_message(stage).get(1) for item in message.get(2, ()) for stage in _message(item).get(2, ())]
     layouts: dict[str, RawLayout] = {}
-    for number, value in fields(reader.file, 0, len(data)):
-        if number == 2 and stage is None:
-            stage = reader.stage(value)
-        elif number == 3:
-            name, layout = reader.parameter(value)
-            if name in layouts:
-                raise ValueError(f"{name} is listed twice")
-            layouts[name] = layout
-    return RawStrategy(stage, layouts)
-
-
-class _Reader:
-    """Messages of one strategy file, each given by its span."""
-
-    def __init__(self, data: bytes) -> None:
-        self.file = io.BytesIO(data)
-        self._data = data
-
-    def fields(self, message: Value) -> Iterator[tuple[int, Value]]:
-        if isinstance(message, int):
-            raise ValueError("a number in place of a message")
-        return fields(self.file, message[0], sum(message))
-
-    def stage(self, operator: Value) -> int | None:
-        for number, value in self.fields(operator):
-            if number == 2:
-                return next(
-                    (entry for key, entry in self.fields(value) if key == 1 and isinstance(entry, int)), None
-                )
-        return None
-
-    def parameter(self, message: Value) -> tuple[str, RawLayout]:
-        name, layout = "", None
-        for number, value in self.fields(message):
-            if number == 1 and not isinstance(value, int):
-                name = self._data[value[0] : sum(value)].decode("utf-8")
-            elif number == 2:
-                layout = self.layout(value)
-        if not name or layout is None:
+    for item in message.get(3, ()):
+        parameter = _message(item)
+        name = b"".join(parameter.get(1, ())).decode("utf-8")
+        if not name or 2 not in parameter:
             raise ValueError(f"parameter {name!r} has no layout")
-        return name, layout
-
-    def layout(self, message: Value) -> RawLayout:
-        layout = RawLayout()
-        for number, value in self.fields(message):
-            if number == 1:
-                layout.dev_matrix += self.dims(value)
-            elif number == 2:
-                layout.tensor_map.append(self.dims(value))
-            elif number == 3:
-                layout.param_split_shape += self.dims(value)
-            elif number in _INTEGERS:
-                setattr(layout, _INTEGERS[number], _signed(value))
-        return layout
-
-    def dims(self, message: Value) -> list[int]:
-        found: list[int] = []
-        for number, value in self.fields(message):
-            if number != 1:
-                raise ValueError(f"field {number} in a list of numbers")
-            if isinstance(value, int):
-                found.append(_signed(value))
-                continue
-            self.file.seek(value[0])
-            while self.file.tell() < sum(value):  # packed
-                found.append(_signed(varint(self.file)))
-        return found
+        if name in layouts:
+            raise ValueError(f"{name} is listed twice")
+        layout = _message(parameter[2][-1])
+        layouts[name] = RawLayout(
+            dev_matrix=[number for dims in layout.get(1, ()) for number in _dims(dims)],
+            tensor_map=[_dims(dims) for dims in layout.get(2, ())],
+            param_split_shape=[number for dims in layout.get(3, ()) for number in _dims(dims)],
+            field=_signed(layout.get(5, [0])[-1]),
+            opt_weight_shard_step=_signed(layout.get(6, [0])[-1]),
+            opt_weight_shard_size=_signed(layout.get(7, [0])[-1]),
+        )
+    return RawStrategy(next((stage[0] for stage in stages if stage), None), layouts)
 
 
-def _signed(value: Value) -> int:
+def _message(data: bytes) -> dict[int, list[Any]]:
+    """Field number -> its values, integers or bytes."""
+    found: dict[int, list[Any]] = {}
+    for number, value in fields(io.BytesIO(data), 0, len(data)):
+        found.setdefault(number, []).append(value if isinstance(value, int) else data[value[0] : sum(value)])
+    return found
+
+
+def _dims(data: bytes) -> list[int]:
+    """A list of numbers, packed into bytes or not."""
+    message = _message(data)
+    if message.keys() - {1}:
+        raise ValueError(f"fields {sorted(message)} in a list of numbers")
+    found = []
+    for value in message.get(1, ()):
+        packed = io.BytesIO(value if isinstance(value, bytes) else encode(value))
+        while packed.tell() < len(packed.getbuffer()):
+            found.append(_signed(varint(packed)))
+    return found
+
+
+def _signed(value: int) -> int:
     """A signed number; protobuf writes negative ones as 64-bit two's complement."""
-    if not isinstance(value, int):
-        raise ValueError("a message in place of a number")
     return value - (1 << 64) if value >= 1 << 63 else value
