@@ -120,29 +120,26 @@ def read_addresses(
     """
     path = HCCN_CONF if conf is None else Path(conf)
     try:
-        listed, conf_lacks = read_hccn_conf(path), "no address_{card}= line"
+        listed, reason = read_hccn_conf(path), "no address_{card}= line"
     except OSError as error:
         if conf is not None:
             raise RankTableError(f"{path}: --hccn_conf: cannot be read: {error.strerror}") from None
-        listed, conf_lacks = {}, f"cannot be read ({error.strerror})"
+        listed, reason = {}, f"cannot be read ({error.strerror})"
         if not isinstance(error, FileNotFoundError):
-            say(f"{path}: {conf_lacks}; using hccn_tool")
-    origins = {card: str(path) for card in cards if card in listed}
-    found = {card: listed[card] for card in cards if card in listed}
+            say(f"{path}: {reason}; using hccn_tool")
     missing = [card for card in cards if card not in listed]
-    if missing:
-        tool = find_hccn_tool()
-        if tool is None:
-            places = ", ".join(map(str, HCCN_TOOL_PLACES))
-            raise _no_address(missing, f"{path}: {conf_lacks}", f"hccn_tool: neither on PATH nor {places}")
+    asked: dict[int, str] = {}
+    tool = find_hccn_tool() if missing else None
+    if tool is not None:
         asked, reasons = _ask_for_all(tool, missing)
         if reasons:
-            raise _no_address(
-                list(reasons), f"{path}: {conf_lacks}", f"{tool}: {next(iter(reasons.values()))}"
-            )
-        found.update(asked)
-        origins.update(dict.fromkeys(asked, str(tool)))
-    found = {card: found[card] for card in cards}
+            first = f"{tool}: {next(iter(reasons.values()))}"
+            raise _no_address(list(reasons), f"{path}: {reason}", first)
+    elif missing:
+        places = ", ".join(map(str, HCCN_TOOL_PLACES))
+        raise _no_address(missing, f"{path}: {reason}", f"hccn_tool: neither on PATH nor {places}")
+    found = {card: asked.get(card) or listed[card] for card in cards}
+    origins = {card: str(tool if card in asked else path) for card in cards}
     _check_addresses(found, origins)
     if 0 < len(missing) < len(cards):
         say(f"{path}: has no address of {_name_cards(missing)}; using hccn_tool for it")

@@ -71,17 +71,18 @@ def plan_tensors(
     """
     names = list(dict.fromkeys(name for rank in source for name in rank.names()))
     if weights_only:
-        left_out = [name for name in names if is_training_state(name)]
+        state = [name for name in names if is_training_state(name)]
         names = [name for name in names if not is_training_state(name)]
-        if left_out:
-            say(f"leaving out {len(left_out)} tensors of optimizer and training state")
+        if state:
+            say(f"leaving out {len(state)} tensors of optimizer and training state")
     if not names:
         raise CheckpointError(f"{source[0].folder}: no tensors to transform")
+    dropped: set[str] = set()
     if src is not None:
-        _check_source(src, set(names), source, partial, say)
-    dropped = _dropped(names, src, dst, source, partial, say)
+        _check_source(names, source, src, say, partial)
     if dst is not None:
-        _check_output(dst, set(names), source, partial, say)
+        dropped = _left_out(names, source, src, dst, say, partial)
+        _check_output(names, source, dst, say, partial)
     return [_plan(name, source, src, dst) for name in names if name not in dropped]
 
 
@@ -163,7 +164,7 @@ def _targets(name: str, whole: TensorInfo, dst: Strategy | None) -> tuple[Target
 
 
 def _check_source(
-    src: Strategy, names: set[str], source: list[RankCheckpoint], partial: bool, say: Say
+    names: list[str], source: list[RankCheckpoint], src: Strategy, say: Say, partial: bool
 ) -> None:
     """Checks that the checkpoints have every weight of their strategy."""
     absent = _absent(src, names)
@@ -172,61 +173,55 @@ def _check_source(
             f"{source[0].folder}: {len(absent)} parameters of {src.path} are on no rank: {capped(absent)}; the "
             "strategy is of another network, or the checkpoint has a part of it (then allow it: --partial)"
         )
-    if absent:
-        say(f"the checkpoints lack {len(absent)} parameters of {src.path}: {capped(absent)}")
-    shared = [name for name in names if len(src.stages_with(name)) > 1]
-    if shared:
-        say(
-            f"{len(shared)} tensors shared by several stages are taken from the first: {capped(sorted(shared))}"
-        )
+    shared = sorted(name for name in names if len(src.stages_with(name)) > 1)
     strays = {
         name
         for rank in source
         for name in rank.names()
         if src.layout(name, src.stage_of(rank.rank)) is None and src.stages_with(name)
     }
-    if strays:
-        say(
-            f"ignoring {len(strays)} tensors on ranks of stages that do not use them: {capped(sorted(strays))}"
-        )
+    for text, found in (
+        (f"the checkpoints lack {len(absent)} parameters of {src.path}", absent),
+        (f"{len(shared)} tensors shared by several stages are taken from the first", shared),
+        (f"ignoring {len(strays)} tensors on ranks of stages that do not use them", sorted(strays)),
+    ):
+        if found:
+            say(f"{text}: {capped(found)}")
 
 
-def _dropped(
+def _left_out(
     names: list[str],
-    src: Strategy | None,
-    dst: Strategy | None,
     source: list[RankCheckpoint],
-    partial: bool,
+    src: Strategy | None,
+    dst: Strategy,
     say: Say,
+    partial: bool,
 ) -> set[str]:
     """Tensors to leave out because the strategy of the output lacks them: state always, weights with `partial`."""
-    if dst is None:
-        return set()
     unknown = [name for name in names if not dst.stages_with(name)]
-    state = {name for name in unknown if is_training_state(name) and "." in name}
+    state = sorted(name for name in unknown if is_training_state(name) and "." in name)
     weights = [name for name in unknown if name not in state and src is not None and src.stages_with(name)]
-    # Counters, and tensors that neither strategy lists, are equal on all ranks and are copied.
-    copied = [name for name in unknown if name not in state and name not in weights]
     if weights and not partial:
         raise CheckpointError(
             f"{dst.path}: does not know {len(weights)} parameters of {source[0].folder}: {capped(weights)}; it is of "
             "another network (or leave them out: --partial)"
         )
-    for what, found in (("optimizer tensors", sorted(state)), ("parameters", weights)):
+    # Counters, and tensors that neither strategy lists, are equal on all ranks and are copied.
+    copied = [name for name in unknown if name not in state and name not in weights]
+    for text, found in (
+        (f"leaving out {len(state)} optimizer tensors that {dst.path} does not know", state),
+        (f"leaving out {len(weights)} parameters that {dst.path} does not know", weights),
+        (f"writing {len(copied)} tensors that {dst.path} does not know whole to every rank", copied),
+    ):
         if found:
-            say(f"leaving out {len(found)} {what} that {dst.path} does not know: {capped(found)}")
-    if copied:
-        say(
-            f"writing {len(copied)} tensors that {dst.path} does not know whole to every rank: {capped(copied)}"
-        )
-    return state | set(weights)
+            say(f"{text}: {capped(found)}")
+    return {*state, *weights}
 
 
 def _check_output(
-    dst: Strategy, names: set[str], source: list[RankCheckpoint], partial: bool, say: Say
+    names: list[str], source: list[RankCheckpoint], dst: Strategy, say: Say, partial: bool
 ) -> None:
     """Checks that the source has every weight of the strategy of the output."""
-    absent = [name for name in dst.names() if name not in names]
     weights = _absent(dst, names)
     if weights and not partial:
         raise CheckpointError(
@@ -235,18 +230,19 @@ def _check_output(
         )
     if weights:
         say(f"the source lacks {len(weights)} parameters of {dst.path}: {capped(weights)}")
-    state = [name for name in absent if is_training_state(name)]
+    state = [name for name in dst.names() if name not in names and is_training_state(name)]
     if state:
         say(f"the source lacks {len(state)} optimizer tensors of {dst.path}; they restart from zero")
 
 
-def _absent(strategy: Strategy, names: set[str]) -> list[str]:
+def _absent(strategy: Strategy, names: list[str]) -> list[str]:
     """Weights of a strategy that are not in `names`; for an adapter, only weights of its kind."""
     adapter = adapter_files_of([name for name in names if not is_training_state(name)])
+    known = set(names)
     return [
         name
         for name in strategy.names()
-        if name not in names and not is_training_state(name) and (adapter is None or adapter.owns(name))
+        if name not in known and not is_training_state(name) and (adapter is None or adapter.owns(name))
     ]
 
 
