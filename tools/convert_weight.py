@@ -3,14 +3,13 @@
     python tools/convert_weight.py --input chatglm3-6b --output glm3_6b.ckpt --dtype float16
     python tools/convert_weight.py --input glm3_6b.ckpt --config chatglm3-6b --output chatglm3-6b-new
 
-Reads Hugging Face folders (safetensors or .bin, sharded or not), .safetensors, .ckpt and .bin files. Every
-name and shape is checked against the config first; the output appears only when it is whole.
+Reads Hugging Face folders (safetensors or .bin, sharded or not), .safetensors, .ckpt and .bin files. Checks all names
+and shapes against the config first; the output appears only when it is complete.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.convert import CheckpointError, Conversion, parse_size, plan_conversion
-from glm_ms.convert.conversion import TARGETS
+from glm_ms.convert.conversion import TARGETS, peak_memory
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
 
 
@@ -84,17 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"({conversion.dtype}), {time.monotonic() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB"
     )
     return 0
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    try:
-        # ru_maxrss would count the parent's memory as well: Linux carries it over fork and exec.
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _run_with_bar(conversion: Conversion) -> None:

@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--hccn_conf",
         metavar="PATH",
         help="file with the addresses of the cards (default: /etc/hccn.conf, if there is one); "
-        "hccn_tool is asked for those that it lacks",
+        "hccn_tool gives those that it lacks",
     )
     parser.add_argument(
         "--output",
@@ -114,7 +114,7 @@ def make_table(options: argparse.Namespace) -> str:
 
 
 def note(text: str) -> None:
-    """A remark that stops nothing."""
+    """Prints a remark."""
     print(f"note: {text}", file=sys.stderr)
 
 
@@ -132,7 +132,7 @@ def server_address(text: str) -> str:
 
 def default_output(logical: Sequence[int], server: str) -> str:
     """Name of the file: number of cards, logical cards, server."""
-    # scp takes what stands before a colon for the name of a host.
+    # scp reads the text before a colon as the name of a host.
     return f"hccl_{len(logical)}p_{''.join(map(str, logical))}_{server.replace(':', '-')}.json"
 
 

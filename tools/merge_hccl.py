@@ -4,7 +4,7 @@
     python tools/merge_hccl.py hccl_8p_*.json
 
 writes hccl_2s_16p.json to the current folder: servers in the order of the files, the first has rank 0. A shell sorts
-the names behind "*" as text, 10.0.0.10 before 10.0.0.2; name the files one by one where the order matters.
+the names behind "*" as text, 10.0.0.10 before 10.0.0.2; give the files one by one if the order matters.
 """
 
 from __future__ import annotations

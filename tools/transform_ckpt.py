@@ -1,21 +1,20 @@
-"""Merges, cuts and re-cuts the checkpoints of a cluster by MindSpore's strategy files, one tensor at a time.
+"""Merges, splits and re-splits the checkpoints of a cluster by MindSpore's strategy files, one tensor at a time.
 
     python tools/transform_ckpt.py --src_ckpt_strategy output/strategy --src_ckpt_dir output/slices \\
         --dst_ckpt_dir merged --prefix glm3_
     python tools/transform_ckpt.py --src_ckpt_dir merged --dst_ckpt_strategy other/strategy \\
         --dst_ckpt_dir for_other_cluster --prefix glm3_
 
-Without --src_ckpt_strategy the source is whole, without --dst_ckpt_strategy one whole checkpoint is made. Every rank
-must be there, of one run and step; copies of a slice must agree bit for bit, and files with the manifest.json beside
-them. The output appears only when it is whole. The slices of an adapter become the folder of an adapter, as a run on
-one card leaves it.
+Without --src_ckpt_strategy the source is a whole checkpoint, without --dst_ckpt_strategy the output is. All ranks must
+be there, of one run and step; copies of a slice must be equal bit for bit, and files must match their manifest.json.
+The output appears only when it is complete. The slices of an adapter become the folder of an adapter, as from a
+run on one card.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 from glm_ms.convert.adapter_files import CONFIG, LORA
 from glm_ms.convert.cluster.rank_writer import FORMATS
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
+from glm_ms.convert.conversion import peak_memory
 from glm_ms.storage.errors import CheckpointError
 
 
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dst_ckpt_dir",
         required=True,
         metavar="DIR",
-        help="folder to make; gets rank_N/<prefix>N.<format>, or the files of an adapter",
+        help="folder to create, with rank_N/<prefix>N.<format>, or the files of an adapter",
     )
     add(
         "--prefix",
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--step",
         type=_step,
         metavar="STEP",
-        help="which checkpoint, where a folder has several: 500 of step_00000500, 2_500 of NAME-2_500.ckpt (default: "
+        help="which checkpoint, if a folder has several: 500 of step_00000500, 2_500 of NAME-2_500.ckpt (default: "
         "the newest that all ranks have)",
     )
     add("--weights_only", action="store_true", help="leave out optimizer state and training counters")
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--no_verify",
         action="store_true",
-        help="neither compare the copies of a slice nor hold the files to their manifests; reads less",
+        help="compare neither the copies of a slice nor the files with their manifests; reads less",
     )
     return parser  # fmt: skip
 
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def next_steps(plan: Resharding, merged: bool) -> list[str]:
-    """What to type now."""
+    """Commands that use the output."""
     output, placement = plan.output, plan.placement
     if not merged:
         return [f"each rank N of the new cluster loads {output}/rank_N/{placement.prefix}N.{placement.kind}"]
@@ -139,17 +139,6 @@ def next_steps(plan: Resharding, merged: bool) -> list[str]:
         f"to evaluate: python run_glm.py --config CONFIG --run_mode eval --load_checkpoint {output}",
         f"to export:   python tools/convert_weight.py --input {output}{config} --output FOLDER",
     ]
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    try:
-        # ru_maxrss would count the parent's memory as well: Linux carries it over fork and exec.
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _step(text: str) -> tuple[int, int]:
