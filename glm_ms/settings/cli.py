@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.loader import read_settings
 from glm_ms.settings.machine import machine_problems
-from glm_ms.settings.schema import Settings, leaf_keys
-from glm_ms.settings.sections import Flag
+from glm_ms.settings.schema import FLAGS, Settings, leaf_keys
 from glm_ms.storage.suggest import nearest
 
 PROGRAM = "run_glm.py"
@@ -39,15 +38,11 @@ FLAGS_GONE = {
     "only_save_strategy": "there is no run that only writes strategies",
 }
 _OVERRIDES, _ANY_KEY = "--key.sub", "set any key of the YAML, also written key.sub=value"
-# Flag name -> flag and documentation.
-_FLAGS: dict[str, tuple[Flag, str]] = {
-    item.metadata["flag"].name: (item.metadata["flag"], item.metadata["doc"])
-    for item in leaf_keys().values()
-    if "flag" in item.metadata
-}
 _BATCH_SIZE_DOC = "batch size of the run mode: training rows, eval rows or prompts"
-_FLAGS["batch_size"] = (Flag("batch_size", "N"), _BATCH_SIZE_DOC)
-_NAMES = ["config", "help", "help_keys", *(name for flag, _ in _FLAGS.values() for name in flag.names)]
+# Every spelling -> flag name.
+_SPELLINGS = {name: name for name in FLAGS} | {
+    flag.former: name for name, flag in FLAGS.items() if flag.former
+}
 
 
 class Arguments(NamedTuple):
@@ -84,7 +79,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
         problems.append("--config is missing: the YAML file of the run; see configs/")
     if problems:
         raise SettingsError([Problem("", problem, where="command line") for problem in problems])
-    flags = {name: values[name] for name in _FLAGS if values[name] is not None}
+    flags = {name: values[name] for name in FLAGS if values[name] is not None}
     return Arguments(options.config, flags, options.overrides)
 
 
@@ -104,11 +99,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         _OVERRIDES, dest="overrides", action="append", default=[], metavar="VALUE", help=_ANY_KEY
     )
-    for name, (flag, doc) in _FLAGS.items():
+    for name, flag in FLAGS.items():
+        spellings = [f"--{spelling}" for spelling, meant in _SPELLINGS.items() if meant == name]
+        doc = leaf_keys()[flag.key].metadata["doc"] if flag.key else _BATCH_SIZE_DOC
         bare: dict[str, Any] = {"nargs": "?", "const": "True"} if flag.bare else {}
-        parser.add_argument(
-            *(f"--{one}" for one in flag.names), dest=name, metavar=flag.value.strip("[]"), help=doc, **bare
-        )
+        parser.add_argument(*spellings, dest=name, metavar=flag.value, help=doc, **bare)
     return parser
 
 
@@ -135,7 +130,7 @@ def _with_equals(argv: Sequence[str]) -> list[str]:
     while rest:
         token = rest.pop(0)
         name = token[2:] if token.startswith("--") else ""
-        flag = next((flag for flag, _ in _FLAGS.values() if name in flag.names), None)
+        flag = FLAGS.get(_SPELLINGS.get(name, ""))
         takes_value = "=" not in name and (flag is not None or name == "config" or "." in name)
         is_value = bool(rest) and not rest[0].startswith("--")
         if is_value and flag is not None and flag.bare:
@@ -188,7 +183,7 @@ def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
 def _flag_hint(name: str) -> str:
     if name in FLAGS_GONE:
         return f"; {FLAGS_GONE[name]}"
-    near = nearest(name.replace("-", "_"), _NAMES)
+    near = nearest(name.replace("-", "_"), ["config", "help", "help_keys", *_SPELLINGS])
     if near:
         return f"; did you mean {' or '.join(f'--{known}' for known in near)}?"
     keys = [key for key in leaf_keys() if key.rpartition(".")[2] == name]

@@ -126,7 +126,7 @@ def _command_line(
     problems: list[Problem] = []
     by_flag: dict[str, str] = {}
     for name, value in flags.items():
-        key = FLAGS.get(name)
+        key = FLAGS[name].key if name in FLAGS else None
         if name not in FLAGS:
             problems.append(_problem(f"--{name}: unknown flag{did_you_mean(name, FLAGS)}"))
         elif value is not None and key is not None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from glm_ms.settings.schema import Settings, keys_of, leaf_keys
+from glm_ms.settings.schema import FLAGS, Settings, keys_of, leaf_keys
 from glm_ms.settings.sections import allowed, default_of, used_with
 from glm_ms.settings.values import LIMITS, expected_type
 
@@ -36,7 +36,7 @@ def keys_help() -> str:
 
 
 def _section(kind: type, path: str) -> Iterator[str]:
-    hints = get_type_hints(kind)
+    hints, flags = get_type_hints(kind), {flag.key: f"; flag `--{name}`" for name, flag in FLAGS.items()}
     leaves = [item for item in keys_of(kind) if not dataclasses.is_dataclass(hints[item.name])]
     if leaves:
         doc = (kind.__doc__ or "").split("\n")[0].partition(": ")[2] if path else "keys outside of sections."
@@ -47,8 +47,7 @@ def _section(kind: type, path: str) -> Iterator[str]:
         if "used_with" in item.metadata:
             other, values = used_with(item)
             meaning += f" (with `{other}` {' or '.join(f'`{value}`' for value in values)})"
-        if "flag" in item.metadata:
-            meaning += f"; flag `--{item.metadata['flag'].name}`"
+        meaning += flags.get(f"{path}.{item.name}" if path else item.name, "")
         row = (f"`{item.name}`", f"`{_default(item)}`", _values(hints[item.name], item), meaning)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n"
     for item in keys_of(kind):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union, get_type_hints
+from typing import Any, Literal, NamedTuple, Optional, Union, get_type_hints
 
 import yaml
 
@@ -19,7 +19,6 @@ from glm_ms.settings.sections import (
     CheckpointSettings,
     ContextSettings,
     EvalDatasetSettings,
-    Flag,
     GenerationSettings,
     LoggingSettings,
     LRScheduleSettings,
@@ -54,30 +53,15 @@ class Settings:
     the YAML; `origins` is the place of each value by dotted key.
     """
 
-    seed: int = key(
-        0, "start of every random sequence", at_least=0, at_most=2**32 - 1, flag=Flag("seed", "N")
-    )
-    run_mode: Literal["train", "finetune", "eval", "predict"] = key(
-        "finetune", "what to do", flag=Flag("run_mode", "{train,finetune,eval,predict}")
-    )
-    output_dir: str = key(
-        "./output", "folder for checkpoints, logs and predictions", flag=Flag("output_dir", "PATH")
-    )
-    load_checkpoint: str = key(
-        "", "initial weights: folder, .safetensors, .ckpt, or output folder of a run",
-        flag=Flag("load_checkpoint", "PATH"),
-    )  # fmt: skip
-    load_adapter: str = key(
-        "", "LoRA or P-Tuning adapter for load_checkpoint: folder, file, or output folder of its run",
-        flag=Flag("load_adapter", "PATH"),
-    )  # fmt: skip
+    seed: int = key(0, "start of every random sequence", at_least=0, at_most=2**32 - 1)
+    run_mode: Literal["train", "finetune", "eval", "predict"] = key("finetune", "what to do")
+    output_dir: str = key("./output", "folder for checkpoints, logs and predictions")
+    load_checkpoint: str = key("", "initial weights: folder, .safetensors, .ckpt, or output folder of a run")
+    load_adapter: str = key("", "adapter for load_checkpoint: folder, file, or output folder of its run")
     resume_training: Union[bool, str] = key(
-        False, "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint",
-        flag=Flag("resume_training", "[BOOL|PATH]", bare=True),
-    )  # fmt: skip
-    use_parallel: bool = key(
-        False, "several cards or processes, started by msrun", flag=Flag("use_parallel", "[BOOL]", bare=True)
+        False, "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint"
     )
+    use_parallel: bool = key(False, "several cards or processes, started by msrun")
     context: ContextSettings = key(ContextSettings, "device and execution mode")
     parallel: ParallelSettings = key(ParallelSettings, "mode of a distributed run")
     parallel_config: ParallelConfigSettings = key(ParallelConfigSettings, "split of the work")
@@ -91,23 +75,11 @@ class Settings:
     train_dataset: TrainDatasetSettings = key(TrainDatasetSettings, "training records")
     eval_dataset: EvalDatasetSettings = key(EvalDatasetSettings, "evaluation records")
     metric: MetricSettings = key(MetricSettings, "metrics")
-    do_eval: bool = key(
-        False,
-        "evaluate on eval_dataset during training and at its end",
-        flag=Flag("do_eval", "[BOOL]", bare=True),
-    )
-    eval_step_interval: int = key(
-        -1, "evaluate after every so many updates (do_eval); -1: not by updates", at_least=-1
-    )
-    eval_epoch_interval: int = key(
-        1, "evaluate after every so many epochs (do_eval); -1: not by epochs", at_least=-1
-    )
+    do_eval: bool = key(False, "evaluate on eval_dataset during training and at its end")
+    eval_step_interval: int = key(-1, "updates between evaluations (do_eval); -1: none", at_least=-1)
+    eval_epoch_interval: int = key(1, "epochs between evaluations (do_eval); -1: none", at_least=-1)
     generation: GenerationSettings = key(GenerationSettings, "text generation")
-    predict_data: str = key(
-        "",
-        "a prompt, a .txt / .jsonl file of prompts, or - for standard input",
-        flag=Flag("predict_data", "TEXT"),
-    )
+    predict_data: str = key("", "a prompt, a .txt / .jsonl file of prompts, or - for standard input")
     predict_batch_size: int = key(1, "prompts generated at a time", at_least=1)
     checkpoint: CheckpointSettings = key(CheckpointSettings, "checkpoints of training")
     logging: LoggingSettings = key(LoggingSettings, "reports of training")
@@ -185,11 +157,39 @@ def leaf_keys(section: type = Settings, prefix: str = "") -> dict[str, dataclass
     return leaves
 
 
-# Flag name -> its key; None for --batch_size, whose key depends on the run mode.
-FLAGS: dict[str, Optional[str]] = {
-    item.metadata["flag"].name: name for name, item in leaf_keys().items() if "flag" in item.metadata
+class Flag(NamedTuple):
+    """A command line flag.
+
+    Attributes:
+        key: that it sets; None for --batch_size, whose key depends on the run mode.
+        value: placeholder of the value in the help text.
+        bare: whether the flag alone means True.
+        former: its name in run_mindformer.py, which is accepted too.
+    """
+
+    key: Optional[str]
+    value: str
+    bare: bool = False
+    former: str = ""
+
+
+FLAGS = {
+    "run_mode": Flag("run_mode", "{train,finetune,eval,predict}"),
+    "load_checkpoint": Flag("load_checkpoint", "PATH"),
+    "load_adapter": Flag("load_adapter", "PATH"),
+    "train_dataset": Flag("train_dataset.data_loader.dataset_dir", "PATH", former="train_dataset_dir"),
+    "eval_dataset": Flag("eval_dataset.data_loader.dataset_dir", "PATH", former="eval_dataset_dir"),
+    "predict_data": Flag("predict_data", "TEXT"),
+    "device_target": Flag("context.device_target", "{CPU,Ascend}"),
+    "device_id": Flag("context.device_id", "N"),
+    "use_parallel": Flag("use_parallel", "BOOL", bare=True),
+    "output_dir": Flag("output_dir", "PATH"),
+    "resume_training": Flag("resume_training", "BOOL|PATH", bare=True),
+    "do_eval": Flag("do_eval", "BOOL", bare=True),
+    "epochs": Flag("runner_config.epochs", "N"),
+    "batch_size": Flag(None, "N"),
+    "seed": Flag("seed", "N"),
 }
-FLAGS["batch_size"] = None
 
 
 def parts_in_use(settings: Settings) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The sections of a configuration: one dataclass each, a field for every key.
 
-A field carries its default, its documentation, its allowed values, and its command line flag. Reading, checking, the
+A field carries its default, its documentation, its and its allowed values. Reading, checking, the
 command line, `docs/settings.md` and writing back all use these declarations. Key names follow MindFormers' YAML files.
 """
 
@@ -8,7 +8,7 @@ command line, `docs/settings.md` and writing back all use these declarations. Ke
 # No `from __future__ import annotations`: the annotations are read at run time, also by Python 3.9.
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from glm_ms.data.formats import FORMATS, formats_with_max_seq_length
 from glm_ms.families import tokenizer_names
@@ -16,27 +16,6 @@ from glm_ms.metrics import METRICS, score_names
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.peft import ADAPTERS
 from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
-
-
-class Flag(NamedTuple):
-    """A command line flag that sets a key.
-
-    Attributes:
-        name: without the dashes.
-        value: placeholder of the value in the help text.
-        bare: whether the flag alone means True.
-        former: its name in run_mindformer.py, which is accepted too.
-    """
-
-    name: str
-    value: str
-    bare: bool = False
-    former: str = ""
-
-    @property
-    def names(self) -> list[str]:
-        """Both names, or the only one."""
-        return [self.name, self.former] if self.former else [self.name]
 
 
 def key(default: Any, doc: str, **rules: Any) -> Any:
@@ -49,7 +28,7 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
             expression of a text; `choices` are the allowed texts, or a function that returns them; `length` fixes a
             list's length; `or_one` allows a single value in place of a list; `used_with` = (key of the same section,
             values, or a function of the key's name that returns them): with other values of that key, this one has no
-            effect; `flag` is a `Flag`.
+            effect.
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, list):
@@ -81,10 +60,8 @@ class ContextSettings:
     """`context`: device and execution mode of MindSpore."""
 
     mode: Literal[0, 1] = key(0, "0: graph (compiled), 1: PyNative (for debugging, many times slower)")
-    device_target: Literal["CPU", "Ascend"] = key(
-        "CPU", "target device", flag=Flag("device_target", "DEVICE")
-    )
-    device_id: int = key(0, "card, for a run on a single card", at_least=0, flag=Flag("device_id", "N"))
+    device_target: Literal["CPU", "Ascend"] = key("CPU", "target device")
+    device_id: int = key(0, "card, for a run on a single card", at_least=0)
     max_device_memory: Optional[str] = key(
         None, "memory limit of MindSpore on an Ascend card; null: MindSpore's default",
         pattern=r"\d+(\.\d+)?GB", example="58GB",
@@ -235,7 +212,7 @@ class ProcessorSettings:
 class RunnerSettings:
     """`runner_config`: length of training."""
 
-    epochs: int = key(1, "passes over the training data", at_least=1, flag=Flag("epochs", "N"))
+    epochs: int = key(1, "passes over the training data", at_least=1)
     batch_size: int = key(8, "training rows per step and data-parallel part", at_least=1)
     max_steps: Optional[int] = key(None, "stop after this many steps; null: after `epochs`", at_least=1)
     gradient_accumulation_steps: int = key(1, "steps whose gradients make one update", at_least=1)
@@ -311,23 +288,9 @@ class DataLoaderSettings:
 
 
 @dataclass
-class TrainDataLoaderSettings(DataLoaderSettings):
-    """`train_dataset.data_loader`: format and place of the training records."""
-
-    dataset_dir: str = key(
-        "", "the .json / .jsonl file, or its folder",
-        flag=Flag("train_dataset", "PATH", former="train_dataset_dir"),
-    )  # fmt: skip
-
-
-@dataclass
 class EvalDataLoaderSettings(DataLoaderSettings):
     """`eval_dataset.data_loader`: format and place of the evaluation records."""
 
-    dataset_dir: str = key(
-        "", "the .json / .jsonl file, or its folder",
-        flag=Flag("eval_dataset", "PATH", former="eval_dataset_dir"),
-    )  # fmt: skip
     shuffle: Literal[False] = key(False, "evaluation reads the records in the order of the file")
 
 
@@ -348,7 +311,6 @@ class _DatasetSettings:
 class TrainDatasetSettings(_DatasetSettings):
     """`train_dataset`: training records. The batch size is in `runner_config`."""
 
-    data_loader: TrainDataLoaderSettings = key(TrainDataLoaderSettings, "format and place of the records")
     num_parallel_workers: int = key(2, "workers that prepare rows; at most one per core", at_least=1)
     drop_remainder: bool = key(True, "drop the last batch of an epoch if it is not full")
     cache_dir: Optional[str] = key(None, "folder of prepared rows, kept by content; null: prepare on demand")

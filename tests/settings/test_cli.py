@@ -49,7 +49,7 @@ def test_every_flag_sets_its_key(name: str, form: str, config: Path) -> None:
     arguments = parse_args(["--config", str(config), *tokens])
     assert arguments == (str(config), {name: text}, [])
     settings = load_settings(arguments.config, COMPANIONS.get(name, []), arguments.flags)
-    key = FLAGS[name] or BATCH_SIZE_KEYS[settings.run_mode]
+    key = FLAGS[name].key or BATCH_SIZE_KEYS[settings.run_mode]
     assert _get(settings, key) == value
     assert settings.where(key) == f"command line (--{name} {text})"
 
@@ -143,7 +143,7 @@ def test_help_is_complete(repository: Path) -> None:
     text = build_parser().format_help()
     assert all(len(line) <= 110 for line in text.splitlines())
     words = " ".join(text.split())
-    for name, key in FLAGS.items():
+    for name, (key, *_) in FLAGS.items():
         doc = leaf_keys()[key].metadata["doc"] if key else "batch size of the run mode"
         assert re.search(rf"--{name}\b.*{re.escape(doc)}", words)
     for path in re.findall(r"configs/\S+\.yaml", text):

@@ -149,7 +149,7 @@ def test_model_config_has_the_fields_of_glm_config() -> None:
 
 def test_tables_name_existing_keys() -> None:
     leaves = leaf_keys()
-    assert {key for key in FLAGS.values() if key} <= set(leaves)
+    assert {flag.key for flag in FLAGS.values() if flag.key} <= set(leaves)
     assert set(BATCH_SIZE_KEYS.values()) <= set(leaves)
     assert set(BATCH_SIZE_KEYS) == set(get_args(_hint("run_mode")))
     for dotted, field in leaves.items():
