@@ -61,14 +61,8 @@ class LoraConfig:
 
 
 class LowRankUpdate(nn.Cell):
-    """B A x times a factor. A [r, in] and B [out, r] are float32; the products have the compute type.
-
-    Args:
-        linear: the layer whose result it is added to.
-        config: rank, factor, dropout.
-        stream: of the dropout.
-        generator: draws A as torch.nn.Linear draws its weights; B starts as zeros, so that nothing is changed.
-    """
+    """B A x times a factor, added to the result of `linear`. A [r, in] and B [out, r] are float32, the products of the
+    compute type. A is drawn as torch.nn.Linear draws its weights; B starts as zeros, so that nothing is changed."""
 
     def __init__(
         self, linear: nn.Cell, config: LoraConfig, stream: int, generator: np.random.Generator
@@ -83,8 +77,7 @@ class LowRankUpdate(nn.Cell):
         self.scaling = config.scaling
         self.dropout = SeededDropout(config.dropout, stream) if config.dropout > 0 else None
         self.down, self.up = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
-        self.scale = ops.Mul()
-        self.reshape = ops.Reshape()
+        self.scale, self.reshape = ops.Mul(), ops.Reshape()
         self.cast_down, self.cast_up, self.cast = ops.Cast(), ops.Cast(), ops.Cast()
 
     def construct(self, x: Tensor, seeds: Tensor | None) -> Tensor:
@@ -160,19 +153,13 @@ class LoraAdapter(Adapter):
         """Writes the `adapter_config.json` of `peft`."""
         targets = config.target_modules
         document = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "inference_mode": True,
-            "r": config.rank,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+            "inference_mode": True, "r": config.rank,
             "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
             "lora_dropout": config.dropout,
-            "target_modules": targets if isinstance(targets, str) else list(targets),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "use_rslora": config.use_rslora,
-            "modules_to_save": None,
-        }
+            "target_modules": targets if isinstance(targets, str) else list(targets), "bias": "none",
+            "fan_in_fan_out": False, "use_rslora": config.use_rslora, "modules_to_save": None,
+        }  # fmt: skip
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         (folder / LORA.config).write_text(text, encoding="utf-8")
 
@@ -238,11 +225,10 @@ def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callab
         remove: subtract a merged adapter.
 
     Returns:
-        Name of the weight -> function that computes the difference, float32 [out, in], when it is needed: one of
-        the 6B has the size of its weight.
+        Name of the weight -> function that computes the difference, float32 [out, in], which is as large as the weight.
 
     Raises:
-        AdapterError: a P-Tuning prefix, which is no change of weights; half a pair; an adapter that changes nothing.
+        AdapterError: not LoRA, half a pair, or an adapter that changes nothing.
     """
     if not isinstance(stored.config, LoraConfig):
         raise AdapterError(

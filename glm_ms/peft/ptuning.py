@@ -52,10 +52,8 @@ class PrefixConfig:
 
 def prefix_shapes(network: GLMConfig, config: PrefixConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the parameters of a prefix."""
-    width, inner = (
-        2 * network.num_layers * network.num_kv_heads * network.kv_channels,
-        config.inner_width(network),
-    )
+    inner = config.inner_width(network)
+    width = 2 * network.num_layers * network.num_kv_heads * network.kv_channels
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.pre_seq_len, width)}
     if inner is not None:
         shapes.update({f"{HIDDEN}.weight": (inner, width), f"{HIDDEN}.bias": (inner,)})
@@ -64,16 +62,7 @@ def prefix_shapes(network: GLMConfig, config: PrefixConfig) -> dict[str, tuple[i
 
 
 class PrefixEncoder(nn.Cell):
-    """Keys and values of P positions for every layer, from parameters alone.
-
-    Args:
-        network: gets the prefix.
-        config: sizes and dropout.
-        generator: draws the parameters as torch draws those of Embedding and Linear.
-
-    Attributes:
-        length: P.
-    """
+    """Keys and values of P = `length` positions for every layer, from parameters that `generator` draws."""
 
     def __init__(self, network: GLMNetwork, config: PrefixConfig, generator: np.random.Generator) -> None:
         super().__init__()
@@ -89,23 +78,13 @@ class PrefixEncoder(nn.Cell):
             )
         stream = glm.num_layers * DROPOUTS_PER_BLOCK
         self.dropout = SeededDropout(config.dropout, stream) if config.dropout > 0 else None
-        self.multiply = ops.MatMul(transpose_b=True)
-        self.add = ops.Add()
-        self.tanh = ops.Tanh()
-        self.cast, self.reshape = ops.Cast(), ops.Reshape()
-        self.tile = ops.Tile()
+        self.multiply, self.add, self.tanh = ops.MatMul(transpose_b=True), ops.Add(), ops.Tanh()
+        self.cast, self.reshape, self.tile = ops.Cast(), ops.Reshape(), ops.Tile()
         self.split = ops.Split(axis=2, output_num=2 * glm.num_layers)
 
     def construct(self, batch: int, seeds: Tensor | None) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Keys and values of every layer.
-
-        Args:
-            batch: rows B.
-            seeds: int32 [B]; None: no dropout.
-
-        Returns:
-            For each layer (keys, values), [B, P, G, D] each, of the compute type. Keys are not rotated.
-        """
+        """Batch size B, seeds int32 [B] or None for no dropout -> for each layer (keys, values), [B, P, G, D] each, of
+        the compute type. Keys are not rotated."""
         x = self.embedding
         if self.projected:
             x = self.tanh(self.add(self.multiply(x, self.hidden_weight), self.hidden_bias))
