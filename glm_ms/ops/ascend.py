@@ -75,9 +75,6 @@ class FusedRMSNormalize(nn.Cell):
 
     If the weight has another type than x, both are cast to float32: rounding the weight to the type of x would lose
     digits, and not every card mixes types.
-
-    Args:
-        eps: added to the mean square.
     """
 
     def __init__(self, eps: float) -> None:
@@ -86,7 +83,6 @@ class FusedRMSNormalize(nn.Cell):
 
     @staticmethod
     def replacing(cell: RMSNormalize, dtype: ms.Type) -> FusedRMSNormalize:
-        """See `glm_ms.ops.registry.Kernel`."""
         return FusedRMSNormalize(cell.eps)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -113,7 +109,6 @@ class FusedRotary(nn.Cell):
 
     @staticmethod
     def replacing(cell: ApplyRotary, dtype: ms.Type) -> FusedRotary | str:
-        """See `glm_ms.ops.registry.Kernel`."""
         if cell.head_dim > FusedRotary.MAX_HEAD_DIM:
             return f"kv_channels {cell.head_dim} is above {FusedRotary.MAX_HEAD_DIM}"
         return FusedRotary()
@@ -152,7 +147,6 @@ class FlashAttention(nn.Cell):
 
     @staticmethod
     def replacing(cell: GroupedAttention, dtype: ms.Type) -> FlashAttention | str:
-        """See `glm_ms.ops.registry.Kernel`."""
         unit, largest = FlashAttention.HEAD_DIM_UNIT, FlashAttention.MAX_HEAD_DIM
         if dtype not in FlashAttention.DTYPES:
             return f"compute_dtype {str(dtype).lower()}; the kernel takes float16 and bfloat16"

@@ -20,11 +20,9 @@ class GroupedAttention(nn.Cell):
     The query heads of a group are joined along the sequence axis, so that keys and values need not be repeated.
 
     Args:
-        num_heads: query heads N.
+        num_heads, head_dim: query heads N, channels D of a head.
         num_groups: key/value heads G; query head n uses group n // (N / G).
-        head_dim: channels D of a head.
-        dropout: probability with which attention weights are dropped in training.
-        stream: of that dropout, see `SeededDropout`.
+        dropout, stream: of attention weights, see `SeededDropout`.
     """
 
     def __init__(

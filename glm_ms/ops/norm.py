@@ -7,13 +7,7 @@ from mindspore import Tensor, nn, ops
 
 
 class RMSNormalize(nn.Cell):
-    """x * rsqrt(mean(x^2) + eps) * weight over the last axis.
-
-    Zhang & Sennrich 2019, arXiv:1910.07467.
-
-    Args:
-        eps: added to the mean square.
-    """
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis. Zhang & Sennrich 2019, arXiv:1910.07467."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -30,11 +24,7 @@ class RMSNormalize(nn.Cell):
 
 
 class LayerNormalize(nn.Cell):
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis.
-
-    Args:
-        eps: added to the variance.
-    """
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()

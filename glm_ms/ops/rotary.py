@@ -31,11 +31,7 @@ def rotary_tables(
 
 
 def pair_rotation(head_dim: int) -> np.ndarray:
-    """Matrix R with (x R)[2i] = -x[2i+1] and (x R)[2i+1] = x[2i]: a quarter turn of every pair.
-
-    Returns:
-        float32 [head_dim, head_dim].
-    """
+    """R [head_dim, head_dim], float32: (x R)[2i] = -x[2i+1] and (x R)[2i+1] = x[2i], a quarter turn of every pair."""
     rotation = np.zeros((head_dim, head_dim), np.float32)
     even = np.arange(0, head_dim, 2)
     rotation[even + 1, even] = -1

@@ -21,11 +21,9 @@ class Slice:
 
     Attributes:
         full: shape of the whole.
-        axis: the axis cut by model parallelism; None: not cut.
-        ways: pieces of that axis.
+        axis, ways: the axis cut by model parallelism (None: not cut), and its pieces.
         shards: pieces of axis 0 of such a piece, by optimizer sharding.
-        stage: pipeline stage.
-        stage_cards: cards of the stage.
+        stage, stage_cards: pipeline stage, and its cards.
     """
 
     full: tuple[int, ...]
@@ -55,7 +53,6 @@ def parameter_slices(
     parallel: ParallelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     item_bytes: Mapping[str, int],
-    threshold_kb: int = OPTIMIZER_SHARD_THRESHOLD_KB,
 ) -> dict[str, Slice]:
     """The slice of every parameter of a sharded network.
 
@@ -64,14 +61,15 @@ def parameter_slices(
         parallel: the split.
         shapes: name -> whole shape, joint layers in parts (`sharded_shapes`); with those of an adapter.
         item_bytes: name -> bytes of an element.
-        threshold_kb: smallest parameter that optimizer sharding cuts.
     """
     slices = {}
     for name, shape in shapes.items():
         axis, ways = _tensor_cut(name, config, parallel)
         rows = shape[0] // ways if axis == 0 else shape[0]
         group, size = parallel.stage_cards // ways, item_bytes[name] * math.prod(shape)
-        sharded = parallel.optimizer_shard and size >= threshold_kb * 1024 and rows % group == 0
+        sharded = (
+            parallel.optimizer_shard and size >= OPTIMIZER_SHARD_THRESHOLD_KB * 1024 and rows % group == 0
+        )
         shards = group if sharded else 1
         stage = stage_of_parameter(name, config, parallel)
         slices[name] = Slice(tuple(shape), axis, ways, shards, stage, parallel.stage_cards)
