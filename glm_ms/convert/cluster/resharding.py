@@ -15,7 +15,6 @@ import numpy as np
 
 from glm_ms.convert.adapter_files import adapter_files_of, common_companions
 from glm_ms.convert.cluster.layout import Layout
-from glm_ms.convert.cluster.plan import Say, TensorPlan, plan_tensors
 from glm_ms.convert.cluster.rank_folders import (
     KnownFiles,
     RankCheckpoint,
@@ -28,6 +27,7 @@ from glm_ms.convert.cluster.rank_folders import (
 )
 from glm_ms.convert.cluster.rank_writer import FORMATS, Placement, RankWriter
 from glm_ms.convert.cluster.strategy_file import Strategy, read_strategy
+from glm_ms.convert.cluster.tensor_plan import Say, TensorPlan, plan_tensors
 from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.names import is_training_state
 from glm_ms.convert.tensor_file import TensorInfo
