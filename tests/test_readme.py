@@ -294,6 +294,20 @@ def test_the_error_shown_is_the_error_given():
     assert done.stderr.splitlines() == expected
 
 
+@pytest.mark.parametrize("page", ["docs/questions.md", "docs/questions_CN.md"])
+def test_quoted_messages_are_in_the_code(page):
+    """Those of this project; the section on Ascend quotes those of cards and their libraries."""
+    text = re.split(r"^## (?:Ascend|昇腾)$", read(page), flags=re.MULTILINE)[0]
+    quoted = [
+        name.removesuffix(" ...") for name in re.findall(r"""^\*\*[^*]*?["“](.+?)["”]""", text, re.MULTILINE)
+    ]
+    code = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "glm_ms").rglob("*.py"))
+    code = re.sub(r'"\s*f?"', "", code)  # adjacent string literals
+    assert len(quoted) >= 3
+    for message in quoted:
+        assert all(part in code for part in message.split("; ")), message
+
+
 # Commands: run
 
 
