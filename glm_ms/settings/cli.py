@@ -38,7 +38,6 @@ FLAGS_GONE = {
     "only_save_strategy": "there is no run that only writes strategies",
 }
 _OVERRIDES, _ANY_KEY = "--key.sub", "set any key of the YAML, also written key.sub=value"
-_BATCH_SIZE_DOC = "batch size of the run mode: training rows, eval rows or prompts"
 # Every spelling -> flag name.
 _SPELLINGS = {name: name for name in FLAGS} | {
     flag.former: name for name, flag in FLAGS.items() if flag.former
@@ -101,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name, flag in FLAGS.items():
         spellings = [f"--{spelling}" for spelling, meant in _SPELLINGS.items() if meant == name]
-        doc = leaf_keys()[flag.key].metadata["doc"] if flag.key else _BATCH_SIZE_DOC
+        doc = flag.about + (leaf_keys()[flag.key].metadata["doc"] if flag.key else "")
         bare: dict[str, Any] = {"nargs": "?", "const": "True"} if flag.bare else {}
         parser.add_argument(*spellings, dest=name, metavar=flag.value, help=doc, **bare)
     return parser

@@ -51,7 +51,9 @@ def read_document(path: str | Path) -> Entry:
             an alias that contains itself, a tag that is not plain YAML.
     """
     path = Path(path)
-    entry = parse(_read_text(path), str(path), lines=True)
+    siblings = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    text = read_text(path, SettingsError, f"no such file{did_you_mean(path.name, siblings)}")
+    entry = parse(text, str(path), lines=True)
     if entry.value is None:
         raise SettingsError(f"{path}: has no settings")
     if not entry.is_section:
@@ -157,10 +159,3 @@ class _Builder:
 
     def place(self, node: yaml.Node) -> str:
         return f"{self.source}:{node.start_mark.line + 1}" if self.lines else self.source
-
-
-def _read_text(path: Path) -> str:
-    if not path.exists():
-        siblings = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise SettingsError(f"{path}: no such file{did_you_mean(path.name, siblings)}")
-    return read_text(path, SettingsError)

@@ -165,20 +165,32 @@ class Flag(NamedTuple):
         value: placeholder of the value in the help text.
         bare: whether the flag alone means True.
         former: its name in run_mindformer.py, which is accepted too.
+        about: help text before the documentation of the key.
     """
 
     key: Optional[str]
     value: str
     bare: bool = False
     former: str = ""
+    about: str = ""
 
 
 FLAGS = {
     "run_mode": Flag("run_mode", "{train,finetune,eval,predict}"),
     "load_checkpoint": Flag("load_checkpoint", "PATH"),
     "load_adapter": Flag("load_adapter", "PATH"),
-    "train_dataset": Flag("train_dataset.data_loader.dataset_dir", "PATH", former="train_dataset_dir"),
-    "eval_dataset": Flag("eval_dataset.data_loader.dataset_dir", "PATH", former="eval_dataset_dir"),
+    "train_dataset": Flag(
+        "train_dataset.data_loader.dataset_dir",
+        "PATH",
+        former="train_dataset_dir",
+        about="training records: ",
+    ),
+    "eval_dataset": Flag(
+        "eval_dataset.data_loader.dataset_dir",
+        "PATH",
+        former="eval_dataset_dir",
+        about="evaluation records: ",
+    ),
     "predict_data": Flag("predict_data", "TEXT"),
     "device_target": Flag("context.device_target", "{CPU,Ascend}"),
     "device_id": Flag("context.device_id", "N"),
@@ -187,7 +199,7 @@ FLAGS = {
     "resume_training": Flag("resume_training", "BOOL|PATH", bare=True),
     "do_eval": Flag("do_eval", "BOOL", bare=True),
     "epochs": Flag("runner_config.epochs", "N"),
-    "batch_size": Flag(None, "N"),
+    "batch_size": Flag(None, "N", about="batch size of the run mode: training rows, eval rows or prompts"),
     "seed": Flag("seed", "N"),
 }
 

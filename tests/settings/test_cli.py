@@ -144,7 +144,7 @@ def test_help_is_complete(repository: Path) -> None:
     assert all(len(line) <= 110 for line in text.splitlines())
     words = " ".join(text.split())
     for name, (key, *_) in FLAGS.items():
-        doc = leaf_keys()[key].metadata["doc"] if key else "batch size of the run mode"
+        doc = FLAGS[name].about + (leaf_keys()[key].metadata["doc"] if key else "")
         assert re.search(rf"--{name}\b.*{re.escape(doc)}", words)
     for path in re.findall(r"configs/\S+\.yaml", text):
         assert (repository / path).is_file(), path

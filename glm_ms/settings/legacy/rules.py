@@ -136,22 +136,24 @@ def _resume(draft: Draft) -> None:
 def _sampling(draft: Draft) -> None:
     """`do_sample: True` beside `top_k: 1` is greedy decoding, and `top_k` without it has no effect."""
     sampling, top_k = draft.chosen.get("generation.do_sample"), draft.chosen.get("generation.top_k")
-    on = sampling is not None and sampling.value is True
-    if on and top_k is None:
-        draft.put("generation.top_k", LEGACY_TOP_K, sampling)
-        draft.remark(sampling, f" with MindFormers' default top_k: {LEGACY_TOP_K}")
-    elif on and top_k.value == 1 and sampling.typed and not top_k.typed:
-        draft.remark(top_k, " keeps one token, so answers stay the same; give generation.top_k as well")
-    if on and (top_k is None or top_k.value != 1 or sampling.typed):
-        return
-    if on:
+    said: Source | None = None
+    if sampling is not None and sampling.value is True:
+        if top_k is None:
+            draft.put("generation.top_k", LEGACY_TOP_K, sampling)
+            draft.remark(sampling, f" with MindFormers' default top_k: {LEGACY_TOP_K}")
+            return
+        if top_k.value == 1 and sampling.typed and not top_k.typed:
+            draft.remark(top_k, " keeps one token, so answers stay the same; give generation.top_k as well")
+        if top_k.value != 1 or sampling.typed:
+            return
         draft.remark(top_k, f" keeps one token, so {sampling.name}: True is greedy decoding here")
         draft.put("generation.do_sample", False, sampling)
+        said = top_k
     for key in _SAMPLING:
         source = draft.chosen.get(key)
         if source is not None and source.name != key:
             del draft.chosen[key]
-            if source is not top_k or not on:
+            if source is not said:
                 draft.without_effect(source, "decoding is greedy")
 
 
