@@ -187,7 +187,7 @@ def test_an_empty_answer(predict, answering) -> None:
         ('{"prompt": 5}\n', r"prompts\.jsonl:1: expected a text"),
         ("\n \n", r"prompts\.jsonl: no prompt"),
         ("", r"prompts\.jsonl: no prompt"),
-        (b'"\xff"\n', r"prompts\.jsonl: not UTF-8 text"),
+        (b'"\xff"\n', r"prompts\.jsonl:1: not UTF-8"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: str | bytes, message: str) -> None:

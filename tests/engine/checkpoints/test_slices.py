@@ -187,7 +187,7 @@ def test_adapter_for_another_cluster_and_back(adapter_run: tuple[Path, Path], tm
 
 def test_adapter_that_cannot_be_merged(adapter_run: tuple[Path, Path], tmp_path: Path) -> None:
     run, alone = adapter_run
-    with pytest.raises(CheckpointError, match=r"--format ckpt: .* holds an adapter, which is merged into"):
+    with pytest.raises(CheckpointError, match=r"--format ckpt: .* has an adapter, which is merged into"):
         plan(run, tmp_path / "merged", kind="ckpt")
     name = next(alone.glob("*.json")).name
     config = step_folder(rank_folder(run, 2), 2) / name
@@ -201,13 +201,13 @@ def test_adapter_that_cannot_be_merged(adapter_run: tuple[Path, Path], tmp_path:
     ):
         plan(run, tmp_path / "no")
     config.write_text(text[:40])
-    with pytest.raises(CheckpointError, match=rf"rank_2/.*{name}: damaged"):
+    with pytest.raises(CheckpointError, match=rf"rank_2/.*{name}:\d+: not valid JSON"):
         plan(run, tmp_path / "no")
     said: list[str] = []
     for rank in range(RANKS):
         (step_folder(rank_folder(run, rank), 2) / name).unlink()
     plan(run, tmp_path / "tensors", said.append).run()
-    assert any(f"an adapter without {name} beside it" in line for line in said)
+    assert any(f"an adapter without {name}: only its tensors" in line for line in said)
     assert (tmp_path / "tensors" / "rank_0" / "glm_0.safetensors").is_file()
 
 
@@ -308,10 +308,10 @@ def test_slices_of_a_larger_run_and_single_ones(weights_run: Path, tmp_path: Pat
 
 def test_slices_are_no_checkpoint_to_load(weights_run: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"run: the output of a sharded run, .* --dst_ckpt_dir .*run_merged"
+        CheckpointError, match=r"run: is the output of a sharded run, .* --dst_ckpt_dir .*run_merged"
     ):
         load_pretrained(weights_run)
-    with pytest.raises(CheckpointError, match=r"It is the slice of rank 1 of 4: merge all of them"):
+    with pytest.raises(CheckpointError, match=r"It is the slice of rank 1 of 4: merge all slices"):
         load_pretrained(weights_run / "slices" / "rank_1")
 
 
