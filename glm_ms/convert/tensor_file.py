@@ -98,7 +98,7 @@ def slice_metadata(rank: int, ranks: int) -> dict[str, str]:
 
 
 def described_slice(file: TensorFile) -> str | None:
-    """ "rank 1 of 8" if the header says that the file has slices; else None."""
+    """Rank and number of ranks, as "rank 1 of 8", if the header says that the file has slices; else None."""
     if file.metadata.get(RANKS, "1") == "1":
         return None
     return f"rank {file.metadata.get(RANK)} of {file.metadata[RANKS]}"

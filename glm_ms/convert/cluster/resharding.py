@@ -77,19 +77,6 @@ class Resharding:
         """Bytes of the files to compare with a manifest."""
         return sum(self.known[file]["bytes"] for file in self.files if self.verify and file in self.known)
 
-    def check_files(self, on_file: Callable[[int], None]) -> None:
-        """Compares the files with their manifests.
-
-        Args:
-            on_file: called with the bytes of each file that was compared.
-
-        Raises:
-            CheckpointError: a file is damaged or of another checkpoint.
-        """
-        for file in self.files if self.verify else ():
-            check_rank_file(file, self.known)
-            on_file(self.known[file]["bytes"] if file in self.known else 0)
-
     def run(self, on_bytes: Callable[[int], None] = lambda size: None) -> None:
         """Checks the files, then reads, checks and writes the tensors one by one.
 
@@ -101,7 +88,9 @@ class Resharding:
             CheckpointError: copies of a slice differ, a file is damaged or cannot be read, or the output cannot be
                 written; `output` does not exist then.
         """
-        self.check_files(on_bytes)
+        for file in self.files if self.verify else ():
+            check_rank_file(file, self.known)
+            on_bytes(self.known[file]["bytes"] if file in self.known else 0)
         announced: list[dict[str, TensorInfo]] = [{} for _ in range(self.placement.ranks)]
         for plan in self.tensors:
             for target in plan.targets:
