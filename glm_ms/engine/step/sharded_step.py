@@ -63,12 +63,17 @@ def spread(network: nn.Cell, parallel: ParallelConfig) -> nn.Cell:
 class ShardedTrainOneStep(TrainOneStep):
     """A training step on slices: only the norm of the gradients needs a sum over the cards.
 
+    With pipeline stages several micro batches are in the pipeline at the same time; the gradients of a card are those
+    of its own stage, and only the last stage knows the loss.
+
     Args:
         network: of `spread`.
-        optimizer: of the slices.
+        optimizer: of the slices, with pipeline stages of this card's stage.
         copies: for each parameter of the optimizer, how many cards have each of its elements.
         positions: tokens of all rows of a step, padding included; with loss scaling, the loss sum divided by it is
             differentiated.
+        parallel: stages and micro batches.
+        rank: of this card.
         max_grad_norm, loss_scale: as in `TrainOneStep`.
     """
 
@@ -78,6 +83,8 @@ class ShardedTrainOneStep(TrainOneStep):
         optimizer: Optimizer,
         copies: Sequence[int],
         positions: int,
+        parallel: ParallelConfig,
+        rank: int,
         max_grad_norm: float | None = None,
         loss_scale: dict[str, Any] | None = None,
     ) -> None:
@@ -85,31 +92,27 @@ class ShardedTrainOneStep(TrainOneStep):
         self.gradient = ops.GradOperation(get_by_list=True, sens_param=True)
         self.part = 1.0 / positions
         self.shares = tuple(1.0 / number for number in copies)
+        self.has_stages = parallel.pipeline_stages > 1
+        if self.has_stages:
+            self.network.add_flags(defer_inline=True)
+            self.reducer = nn.PipelineGradReducer(optimizer.parameters)
+            self.all_reduce_stages = ops.AllReduce(group=_stage_group(parallel, rank))
 
     def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One whole step; returns what `finish` returns."""
-        loss, tokens, gradients = self.differentiate(inputs)
-        return self.finish(loss, tokens, gradients)
-
-    def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Loss sum, number of labelled tokens and gradients of the loss sum of the whole step."""
         both = self.network(*inputs)
         scale = ops.ones_like(self.zero)
         if self.loss_scale is not None:
             scale = self.loss_scale.scale * self.part
         gradients = self.gradient(self.network, self.weights)(*inputs, ops.ones_like(both) * scale)
-        both, gradients = self.sum_over_stages(both, gradients)
+        if self.has_stages:
+            gradients = self.reducer(gradients)
+            both = self.all_reduce_stages(both)
         loss, tokens = both[0], both[1]
         if self.loss_scale is not None:
             loss = self.overflow.watch(loss, gradients)
             gradients = self.scaled(gradients, 1.0 / scale)
-        return loss, tokens, gradients
-
-    def sum_over_stages(
-        self, both: Tensor, gradients: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss sum and token count [2], and gradients, of all micro batches, on every card."""
-        return both, gradients
+        return self.finish(loss, tokens, gradients)
 
     def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
         """Sum of the squares of all elements of the whole gradients, each counted once."""
@@ -118,41 +121,6 @@ class ShardedTrainOneStep(TrainOneStep):
             square = self.square_sum(ops.square(ops.cast(gradients[i], ms.float32)))
             squares = squares + square * self.shares[i]
         return self.all_reduce(squares)
-
-
-class PipelineTrainOneStep(ShardedTrainOneStep):
-    """A step in which several micro batches are in the pipeline at the same time.
-
-    The gradients of a card are those of its own stage; only the last stage knows the loss.
-
-    Args:
-        network, optimizer, copies, positions, max_grad_norm, loss_scale: as in `ShardedTrainOneStep`.
-        parallel: stages and micro batches.
-        rank: of this card.
-    """
-
-    def __init__(
-        self,
-        network: nn.Cell,
-        optimizer: Optimizer,
-        copies: Sequence[int],
-        positions: int,
-        max_grad_norm: float | None,
-        loss_scale: dict[str, Any] | None,
-        parallel: ParallelConfig,
-        rank: int,
-    ) -> None:
-        super().__init__(network, optimizer, copies, positions, max_grad_norm, loss_scale)
-        self.network.add_flags(defer_inline=True)
-        self.reducer = nn.PipelineGradReducer(optimizer.parameters)
-        self.all_reduce_stages = ops.AllReduce(group=_stage_group(parallel, rank))
-
-    def sum_over_stages(
-        self, both: Tensor, gradients: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss and token count from the last stage, gradients of all micro batches."""
-        gradients = self.reducer(gradients)
-        return self.all_reduce_stages(both), gradients
 
 
 def _stage_group(parallel: ParallelConfig, rank: int) -> str:

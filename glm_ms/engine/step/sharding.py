@@ -22,7 +22,7 @@ from glm_ms.engine.checkpoints.slices import (
 )
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import ShardedTrainingNetwork, recompute_blocks
-from glm_ms.engine.step.sharded_step import PipelineTrainOneStep, ShardedTrainOneStep, spread
+from glm_ms.engine.step.sharded_step import ShardedTrainOneStep, spread
 from glm_ms.engine.step.train_step import TrainOneStep
 from glm_ms.engine.step.trainer_config import step_arguments, strategy_file
 from glm_ms.engine.step.training import Training
@@ -93,11 +93,10 @@ class ShardedTraining(Training):
         slices, arguments = self._slices(), step_arguments(self.settings)
         copies = [slices[parameter.name].copies for parameter in optimizer.parameters]
         positions = self.batch_size * self.network.seq_length
-        network = spread(self.network, self.parallel)
-        common = (network, optimizer, copies, positions, arguments["max_grad_norm"], arguments["loss_scale"])
-        if self.parallel.pipeline_stages == 1:
-            return ShardedTrainOneStep(*common)
-        return PipelineTrainOneStep(*common, self.parallel, self.ranks.rank)
+        return ShardedTrainOneStep(
+            spread(self.network, self.parallel), optimizer, copies, positions, self.parallel, self.ranks.rank,
+            arguments["max_grad_norm"], arguments["loss_scale"],
+        )  # fmt: skip
 
     def fill(self, step: nn.Cell) -> None:
         """Compiles the step and gives every parameter its values: of the checkpoint of this card, of the whole weights
