@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers import Trainer
-from mindspore.train.callback import Callback
+from mindspore.train.callback import Callback, LambdaCallback
 
 from glm_ms.engine.batches import TrainingPlan, TrainingRows, training_batches
 from glm_ms.engine.callbacks import UpdateCallback
@@ -25,6 +25,7 @@ from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.from_settings import labelled_rows
 from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.mindformers_internals import log_to_folder
+from glm_ms.engine.process import hidden_stdout
 from glm_ms.engine.ranks import Ranks, ranks_of
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.step.sharding import ShardedTraining
@@ -173,8 +174,9 @@ def fit(run: TrainingRun, best: BestEvaluation, callbacks: tuple[Callback, ...])
         trainer.trainer.network = training.build_network(run.rows.seq_length)
         trainer.trainer.training, trainer.trainer.total_steps = training, run.plan.total_steps
         updates = UpdateCallback(run, log, Milestones(run, best, log))
-        trainer.callbacks = [updates, *callbacks]
-        trainer.train()
+        with hidden_stdout() as show:  # MindFormers prints its configuration before the first step
+            trainer.callbacks = [LambdaCallback(on_train_begin=lambda _: show()), updates, *callbacks]
+            trainer.train()
     finally:
         log.close()
     return updates.last

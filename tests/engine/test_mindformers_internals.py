@@ -45,7 +45,7 @@ def test_methods_that_the_trainer_overrides() -> None:
     from glm_ms.engine.step.trainer import GLMTrainer
 
     overridden = [name for name, value in vars(GLMTrainer).items() if callable(value) and name[0] != "_"]
-    assert {"train", "create_optimizer_scheduler", "create_model_wrapper"} <= set(overridden)
+    assert {"create_optimizer_scheduler", "create_model_wrapper"} <= set(overridden)
     assert [name for name in overridden if not hasattr(CausalLanguageModelingTrainer, name)] == []
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore import nn
 from mindspore.nn import Optimizer
-from mindspore.train.callback import Callback, LambdaCallback
 
 from glm_ms.engine.mindformers_internals import MindFormerModuleType, build_optim, register_class
-from glm_ms.engine.process import hidden_stdout
 from glm_ms.engine.step.optimizers import build_schedule, optimizer_class
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.step.training import Training
@@ -28,12 +25,6 @@ class GLMTrainer(CausalLanguageModelingTrainer):
 
     training: Training
     total_steps: int
-
-    def train(self, *args: Any, callbacks: Sequence[Callback] | None = None, **kwargs: Any) -> None:
-        """Trains. Before the first step MindFormers prints its configuration, which is hidden."""
-        with hidden_stdout() as show:
-            begin = LambdaCallback(on_train_begin=lambda _: show())
-            super().train(*args, callbacks=[begin, *(callbacks or ())], **kwargs)
 
     def create_optimizer_scheduler(self, network: nn.Cell, *_: Any, **__: Any) -> Optimizer:
         """One group of parameters: the reference decays all of them, MindFormers exempts norms and biases."""
