@@ -182,4 +182,4 @@ def _all_gather(values: np.ndarray) -> np.ndarray:
 def _checksum(parameter: Parameter) -> int:
     # bfloat16 has no NumPy type; float32 holds it exactly.
     value = parameter.value().astype(ms.float32).asnumpy()
-    return zlib.crc32(np.ascontiguousarray(value), zlib.crc32(str(value.shape).encode()))
+    return zlib.crc32(np.ascontiguousarray(value).data, zlib.crc32(str(value.shape).encode()))

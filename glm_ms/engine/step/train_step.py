@@ -46,7 +46,7 @@ class TrainOneStep(nn.Cell):
         self.network.set_grad()
         self.optimizer = optimizer
         self.weights: ParameterTuple = optimizer.parameters
-        self.all_reduce = all_reduce
+        self.all_reduce: Any = all_reduce
         self.max_grad_norm = max_grad_norm
         self.square_sum = ops.ReduceSum()
         self.loss_scale = None if loss_scale is None else LossScale(**loss_scale)
