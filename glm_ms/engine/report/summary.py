@@ -79,8 +79,10 @@ def _best(output_dir: Path) -> Path | None:
 def _commands(settings: Settings, result: Path) -> Iterator[tuple[str, list[str]]]:
     """(purpose, command) for each use of the result, which is an output folder or a checkpoint."""
     weights = _weights_flags(settings, result)
+    # Answers of half the length leave room for a prompt.
+    short = _answer_length(settings, max(settings.model.model_config.seq_length // 2, 1))
     yield "to evaluate", [*_run(settings, "eval"), *weights, *_evaluation_flags(settings)]
-    yield "to predict", [*_run(settings, "predict"), *weights, "--predict_data", _PROMPT, *_length(settings)]
+    yield "to predict", [*_run(settings, "predict"), *weights, "--predict_data", _PROMPT, *short]
     if settings.model.pet_config.pet_type == "lora":
         base = settings.load_checkpoint
         config = resolve_checkpoint(base) / "config.json"
@@ -116,26 +118,21 @@ def _evaluation_flags(settings: Settings) -> list[str]:
     """Records and lengths that an evaluation needs and training does not."""
     data, train = settings.eval_dataset, settings.train_dataset
     flags = [] if data.data_loader.dataset_dir else ["--eval_dataset", _PLACEHOLDER]
-    room = settings.model.model_config.seq_length
-    if data.max_source_length + data.max_target_length + 1 > room and takes(LOSS, settings.metric.type):
+    room, prompt = settings.model.model_config.seq_length, data.max_source_length
+    if prompt + data.max_target_length + 1 > room and takes(LOSS, settings.metric.type):
+        prompt = train.max_source_length
         flags += [
-            f"eval_dataset.{name}={getattr(train, name)}"
-            for name in ("max_source_length", "max_target_length")
+            f"eval_dataset.max_source_length={prompt}",
+            f"eval_dataset.max_target_length={train.max_target_length}",
         ]
-        data = train
-    longest, generation = room - data.max_source_length, settings.generation
-    bounded = generation.max_length is not None
-    if not bounded and generation.max_new_tokens > longest and takes(TEXT, settings.metric.type):
-        flags.append(f"generation.max_new_tokens={longest}")
-    return flags
+    return flags + (_answer_length(settings, room - prompt) if takes(TEXT, settings.metric.type) else [])
 
 
-def _length(settings: Settings) -> list[str]:
-    """A short answer, if the configured length leaves no room for a prompt."""
-    half = max(settings.model.model_config.seq_length // 2, 1)
+def _answer_length(settings: Settings, longest: int) -> list[str]:
+    """The flag that shortens answers to at most `longest` tokens, if the configured length exceeds it."""
     generation = settings.generation
-    bounded = generation.max_length is not None
-    return [f"generation.max_new_tokens={half}"] if generation.max_new_tokens > half and not bounded else []
+    fits = generation.max_length is not None or generation.max_new_tokens <= longest
+    return [] if fits else [f"generation.max_new_tokens={longest}"]
 
 
 def _missing(command: list[str]) -> str:
@@ -143,12 +140,8 @@ def _missing(command: list[str]) -> str:
     if not command[1].endswith(PROGRAM):
         return ""
     try:
-        problems = read_settings(*_as_read(command[2:]))[1]
+        config, flags, overrides = parse_args(command[2:])
+        problems = read_settings(config, overrides, flags)[1]
     except SettingsError as error:
         problems = error.problems
     return f"  (still needs: {'; '.join(map(str, problems))})" if problems else ""
-
-
-def _as_read(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
-    config, flags, overrides = parse_args(arguments)
-    return config, overrides, flags
