@@ -129,6 +129,15 @@ def test_glm_ms_works_from_the_root_folder(environment, tmp_path):
     assert set(os.listdir("/")) == before
 
 
+def test_the_trainer_of_mindformers_finds_its_configurations(environment, tmp_path):
+    code = (
+        "import glm_ms.mindformers_api\nfrom mindformers import Trainer\n"
+        "print(Trainer(task='text_generation', model='glm3_tiny').config.glm_ms.source)"
+    )
+    shown = run(environment, "python", "-c", code, cwd=tmp_path).splitlines()
+    assert any(line.startswith(str(environment)) and line.endswith("_glm3_tiny.yaml") for line in shown)
+
+
 def test_an_unknown_command_is_refused_with_a_suggestion(environment):
     shown = run(environment, "glm-ms", "finetun", status=2)
     assert "unknown command" in shown
