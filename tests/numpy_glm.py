@@ -7,29 +7,24 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+from slot_decoder import SlotDecoder
 
 
-class NumpyGLM:
-    """All variants of the golden models, read from a folder in Hugging Face format; a `Decoder`."""
+class NumpyGLM(SlotDecoder):
+    """All variants of the golden models, read from a folder in Hugging Face format."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = load_file(folder / "model.safetensors")
-        self.steps = 0
 
-    def prefill(self, input_ids, attention_mask, position_ids):
-        self.ids, self.mask, self.positions = input_ids, attention_mask, position_ids
-        self.steps = 0
-        return self.logits(input_ids, attention_mask, position_ids)[:, -1]
-
-    def step(self, token_ids, position_ids):
-        self.steps += 1
-        self.ids, self.positions = np.c_[self.ids, token_ids], np.c_[self.positions, position_ids]
-        self.mask = np.c_[self.mask, np.ones(len(self.mask), np.int32)]
-        return self.logits(self.ids, self.mask, self.positions)[:, -1]
-
-    def reorder(self, rows):
-        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
+    def scores(self, rows):
+        longest = max(len(row.ids) for row in rows)
+        ids, mask, positions = np.zeros((3, len(rows), longest), np.int32)
+        for index, row in enumerate(rows):
+            start = longest - len(row.ids)
+            ids[index, start:], mask[index, start:], positions[index, start:] = row.ids, 1, row.positions
+        return self.logits(ids, mask, positions)[:, -1]
 
     def logits(self, input_ids, attention_mask, position_ids):
         config = self.config

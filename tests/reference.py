@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -38,3 +41,14 @@ def fresh_golden_model(case: str) -> GLMForCausalLM:
 def golden_numbers(case: str) -> dict[str, np.ndarray]:
     """Everything in golden.npz of a model."""
     return dict(np.load(FOLDER / case / "golden.npz"))
+
+
+@contextmanager
+def graph_mode() -> Iterator[None]:
+    """Runs cells as compiled graphs inside the block."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=mode)

@@ -2,6 +2,5 @@
 
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.glm import GLMForCausalLM
-from glm_ms.generation.inputs import GenerationInputs
 
-__all__ = ["GLMForCausalLM", "GenerationConfig", "GenerationInputs"]
+__all__ = ["GLMForCausalLM", "GenerationConfig"]

@@ -1,16 +1,13 @@
-"""Loading an adapter into a network, with the proof that it has an effect."""
+"""Loads an adapter into a network and checks that it has an effect."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor
 
-from glm_ms.generation.cached_decoder import graph_mode
-from glm_ms.generation.cells import Logits
+from glm_ms.generation.graphs import Logits, run_cell
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.peft import Adapter, AdapterError, StoredAdapter, attach, read_adapter
 
@@ -19,13 +16,13 @@ _PROBE_LENGTH = 16
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What loading an adapter has shown.
+    """The result of loading an adapter.
 
     Attributes:
-        path: its file.
+        path: file of the adapter.
         kind: "lora" or "ptuning2".
-        tensors: tensors of the file, every one of which has found its parameter.
-        parameters: numbers in them.
+        tensors: number of tensors in the file; each has a parameter.
+        parameters: number of values in them.
         norm: root of the sum of their squares.
         logit_change: largest absolute change of a logit on a probe prompt.
     """
@@ -74,7 +71,5 @@ def _probe(network: GLMNetwork) -> np.ndarray:
     """Logits of ids spread over the vocabulary, float32 [1, S, V]."""
     length = min(_PROBE_LENGTH, network.config.seq_length)
     ids = np.linspace(0, network.config.padded_vocab_size - 1, length).astype(np.int32)[None]
-    places = np.arange(length, dtype=np.int32)
-    with graph_mode():
-        arguments = (ids, np.ones_like(ids), places[None], places)
-        return Logits(network)(*(Tensor(x, ms.int32) for x in arguments)).asnumpy()
+    places = np.arange(length)
+    return run_cell(Logits(network), ids, np.ones_like(ids), places[None], places).asnumpy()

@@ -8,13 +8,14 @@ transformers 4.41.2 always writes the first of the list.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.inputs import GenerationInputs
+from glm_ms.generation.decoder import Decoder
+from glm_ms.generation.inputs import Prompt, new_token_limits
 from glm_ms.generation.sampling import (
     ScoreFilter,
     apply_filters,
@@ -24,10 +25,7 @@ from glm_ms.generation.sampling import (
     mark_seen,
 )
 
-if TYPE_CHECKING:
-    from glm_ms.generation.decode import Decoder
-
-# Sum of the copies of a prompt in its first step, when only one of the equal beams may go on.
+# Sum of the copies of a prompt in its first step, when only one of the equal beams may continue.
 _NOT_STARTED = np.float32(-1e9)
 
 
@@ -55,7 +53,7 @@ class FinishedHypotheses:
         self.complete = False
 
     def add(self, token_ids: list[int], sum_log_probs: float) -> None:
-        """Takes a hypothesis in; above `num_beams` the worst one leaves."""
+        """Adds a hypothesis; of more than `num_beams` the worst one is dropped."""
         score = sum_log_probs / len(token_ids) ** self.config.length_penalty
         if len(self.hypotheses) == self.config.num_beams:
             worst = min(self.hypotheses, key=lambda one: one.score)
@@ -83,13 +81,13 @@ class FinishedHypotheses:
 
 
 def beam_search(
-    decoder: Decoder, inputs: GenerationInputs, config: GenerationConfig
+    decoder: Decoder, prompts: Sequence[Prompt], config: GenerationConfig
 ) -> list[list[BeamHypothesis]]:
     """Searches the best continuations of each prompt; prompts do not influence each other.
 
     Args:
-        decoder: the network; it sees B * num_beams rows, the beams of a prompt together.
-        inputs: B prompts.
+        decoder: the network; it needs B * num_beams free slots.
+        prompts: B prompts.
         config: `num_beams`, `num_return_sequences`, `length_penalty`, `early_stopping`, `max_new_tokens`,
             `max_length`, `eos_token_id`, `repetition_penalty` (on log probabilities, as transformers does here).
 
@@ -100,88 +98,94 @@ def beam_search(
         ValueError: an end or padding id outside the vocabulary, or nothing but end ids in it.
         FloatingPointError: the network returned nan or inf.
     """
-    search = _Search(inputs, config)
-    expanded = inputs.expand(config.num_beams)
-    scores = decoder.prefill(expanded.input_ids, expanded.attention_mask, expanded.position_ids)
-    search.start(expanded, scores.shape[1])
-    next_position = expanded.position_ids[:, -1] + 1
-    last_steps = np.repeat(search.limits, config.num_beams) - 1
-    for step in range(search.limits.max()):
-        if not config.replace_invalid_scores:
-            check_scores(scores, step)
-        rows, tokens = search.advance(scores)
-        if search.is_complete():
-            break
-        if (rows != np.arange(rows.size)).any():
-            decoder.reorder(rows)
-        scores = decoder.step(tokens, next_position + np.minimum(step, last_steps))
-    return search.results()
+    beams = config.num_beams
+    used, scores = decoder.add(prompts)
+    try:
+        search = _Search(prompts, config, scores.shape[1])
+        scores, slots = np.repeat(scores, beams, axis=0), np.repeat(used, beams)
+        for step in range(search.limits.max()):
+            if not config.replace_invalid_scores:
+                check_scores(scores, step)
+            rows, tokens = search.advance(scores)
+            alive = np.repeat([not finished.complete for finished in search.finished], beams)
+            if not alive.any():
+                break
+            if step == 0:  # all beams of a prompt continue the slot that has run it
+                copies = alive & (np.arange(alive.size) % beams > 0)
+                slots[copies] = decoder.fork(slots[copies].tolist())
+            elif (rows[alive] != np.flatnonzero(alive)).any():
+                decoder.reorder(slots[alive].tolist(), slots[rows[alive]].tolist())
+            kept = slots[alive].tolist()
+            decoder.free(sorted(set(used) - set(kept)))
+            used = kept
+            scores[alive] = decoder.step(used, tokens[alive])
+    finally:
+        decoder.free(used)
+    return [finished.best(config.num_return_sequences) for finished in search.finished]
 
 
 class _Search:
     """State of a running search: R = B * num_beams rows."""
 
-    def __init__(self, inputs: GenerationInputs, config: GenerationConfig) -> None:
-        rows = inputs.batch_size * config.num_beams
+    def __init__(self, prompts: Sequence[Prompt], config: GenerationConfig, vocab_size: int) -> None:
+        config.check_vocab_size(vocab_size)
+        if len(config.eos_ids) >= vocab_size:
+            raise ValueError(f"eos_token_id: all {vocab_size} ids of the vocabulary end a sequence")
         self.config = config
-        self.finished = [FinishedHypotheses(config) for _ in range(inputs.batch_size)]
-        self.limits = inputs.new_token_limits(config.max_new_tokens, config.max_length)
-        self.generated = np.empty((rows, 0), np.int32)
-        self.sums = np.full((inputs.batch_size, config.num_beams), _NOT_STARTED, np.float32)
+        self.finished = [FinishedHypotheses(config) for _ in prompts]
+        self.limits = new_token_limits(prompts, [config] * len(prompts))
+        self.generated = np.empty((len(prompts) * config.num_beams, 0), np.int32)
+        self.sums = np.full((len(prompts), config.num_beams), _NOT_STARTED, np.float32)
         self.sums[:, 0] = 0
         self.filters: list[ScoreFilter] = build_processors(config)
         self.seen: np.ndarray | None = None
-
-    def start(self, expanded: GenerationInputs, vocab_size: int) -> None:
-        """Checks the vocabulary and notes the prompts for the repetition penalty."""
-        self.config.check_vocab_size(vocab_size)
-        if len(self.config.eos_ids) >= vocab_size:
-            raise ValueError(f"eos_token_id: all {vocab_size} ids of the vocabulary end a sequence")
-        if self.config.repetition_penalty != 1:
-            self.seen = mark_seen(expanded.input_ids, vocab_size, expanded.attention_mask)
+        if config.repetition_penalty != 1:
+            ids = [prompt.ids for prompt in prompts]
+            self.seen = np.repeat(mark_seen(ids, vocab_size), config.num_beams, axis=0)
 
     def advance(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Takes scores float32 [R, V]; returns the rows that go on and their next tokens, int32 [R] each."""
+        """Takes scores float32 [R, V]; returns which rows continue and their next tokens, int32 [R] each."""
         config, vocab_size = self.config, scores.shape[1]
-        totals = apply_filters(self.filters, log_softmax(scores), self.seen) + self.sums.reshape(-1, 1)
-        # So many that `num_beams` remain whichever of them are end tokens.
+        # Enough that `num_beams` remain whichever of them are end tokens.
         count = max(2, 1 + len(config.eos_ids)) * config.num_beams
-        rows = np.arange(totals.shape[0], dtype=np.int32)
+        rows = np.arange(scores.shape[0], dtype=np.int32)
         tokens = np.full(rows.size, config.pad_token_id, np.int32)
         for index, finished in enumerate(self.finished):
             if finished.complete:
                 continue
             own = slice(index * config.num_beams, (index + 1) * config.num_beams)
-            flat = totals[own].ravel()
+            seen = None if self.seen is None else self.seen[own]
+            log_probs = apply_filters(self.filters, log_softmax(scores[own]), seen)
+            flat = (log_probs + self.sums[index][:, None]).ravel()
             best = _largest(flat, count)
             beams, ids = own.start + best // vocab_size, best % vocab_size
-            going_on = self._sort_out(finished, flat[best], beams, ids)
-            rows[own], tokens[own], self.sums[index] = beams[going_on], ids[going_on], flat[best][going_on]
+            running = self._sort_out(finished, flat[best], beams, ids)
+            rows[own], tokens[own], self.sums[index] = beams[running], ids[running], flat[best][running]
             finished.update_complete(float(flat[best[0]]), self.generated.shape[1] + 1)
         self.generated = np.concatenate([self.generated[rows], tokens[:, None]], axis=1)
         if self.seen is not None:
             self.seen = self.seen[rows]
             self.seen[np.arange(rows.size), tokens] = True
-        self._end_where_length_ran_out()
+        self._end_at_limits()
         return rows, tokens
 
     def _sort_out(
         self, finished: FinishedHypotheses, sums: np.ndarray, beams: np.ndarray, ids: np.ndarray
     ) -> list[int]:
-        """Puts finished candidates (best first) aside; returns the places of the `num_beams` that go on."""
-        going_on: list[int] = []
+        """Stores finished candidates (best first); returns the places of the `num_beams` that continue."""
+        running: list[int] = []
         for place in range(ids.size):
             if ids[place] not in self.config.eos_ids:
-                going_on.append(place)
-                if len(going_on) == self.config.num_beams:
+                running.append(place)
+                if len(running) == self.config.num_beams:
                     break
             elif place < self.config.num_beams:  # an end token below the best ones is not a finish
                 tokens = [*self.generated[beams[place]].tolist(), int(ids[place])]
                 finished.add(tokens, float(sums[place]))
-        return going_on
+        return running
 
-    def _end_where_length_ran_out(self) -> None:
-        """Takes the running hypotheses of prompts that have no room for another token as they are."""
+    def _end_at_limits(self) -> None:
+        """Ends the prompts that have no room for another token with their running hypotheses."""
         num_beams = self.config.num_beams
         for index, finished in enumerate(self.finished):
             if not finished.complete and self.generated.shape[1] == self.limits[index]:
@@ -189,14 +193,6 @@ class _Search:
                     tokens = self.generated[index * num_beams + beam].tolist()
                     finished.add(tokens, float(self.sums[index, beam]))
                 finished.complete = True
-
-    def is_complete(self) -> bool:
-        """Whether no prompt goes on."""
-        return all(finished.complete for finished in self.finished)
-
-    def results(self) -> list[list[BeamHypothesis]]:
-        """The best of finished and, where the length ran out, running hypotheses of each prompt."""
-        return [finished.best(self.config.num_return_sequences) for finished in self.finished]
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

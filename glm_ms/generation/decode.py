@@ -2,62 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Callable, Protocol
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from glm_ms.generation.beam_search import beam_search
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.inputs import GenerationInputs
-from glm_ms.generation.sampling import (
-    apply_filters,
-    build_processors,
-    build_warpers,
-    check_scores,
-    draw,
-    mark_seen,
-    row_generators,
-)
+from glm_ms.generation.decoder import Decoder
+from glm_ms.generation.inputs import Prompt, new_token_limits
+from glm_ms.generation.sampling import row_samplers
 
 
-class Decoder(Protocol):
-    """A network with a key/value cache, as the decoding loops see it. B is the same in all calls of a run."""
-
-    def prefill(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray
-    ) -> np.ndarray:
-        """Starts a new run on int32 [B, S] each, left padded; returns float32 [B, V] of the last place."""
-
-    def step(self, token_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
-        """Appends one token per row, int32 [B] each, to the cache; returns float32 [B, V]."""
-
-    def reorder(self, rows: np.ndarray) -> None:
-        """Makes cache row i what row rows[i] was, rows int32 [B]; called in beam search only."""
-
-
-def stream(decoder: Decoder, inputs: GenerationInputs, config: GenerationConfig) -> Iterator[np.ndarray]:
-    """Greedy decoding or sampling, one step at a time.
+def stream(
+    decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]
+) -> Iterator[np.ndarray]:
+    """Greedy decoding or sampling, one step at a time. Each row gets what it gets alone.
 
     Args:
         decoder: the network.
-        inputs: B prompts.
-        config: see `GenerationConfig`; with N = num_return_sequences, output row i * N + j is sequence j of
-            prompt i.
+        prompts: B prompts.
+        configs: one for each prompt. Prompt i has `num_return_sequences` output rows, those of a prompt together.
 
     Yields:
-        int32 [B * N]: the next token of each row. A row ends with the first of `config.eos_ids`, which is
-        yielded, or at `max_length`; from then on it holds `pad_token_id`. At most `max_new_tokens` steps, fewer
-        if all rows end.
-        The network computes a step only when its token is asked for.
+        int32 [rows]: the next token of each row. A row ends with the first of its `eos_ids`, which is yielded, or at
+        its `max_new_tokens` or `max_length`; from then on it has its `pad_token_id`. The stream ends with the last
+        row. The network computes a step only when its token is asked for.
 
     Raises:
-        ValueError: at the call: beam search has no tokens to show before its end. At the first step: an end
-            or padding id outside the vocabulary.
+        ValueError: at the call: beam search. At the first step: an end or padding id outside the vocabulary.
         FloatingPointError: the network returned nan or inf.
     """
-    check_streamable(config)
-    return _stream(decoder, inputs, config)
+    for config in configs:
+        check_streamable(config)
+    pads = np.array([c.pad_token_id for c in configs for _ in range(c.num_return_sequences)], np.int32)
+
+    def padded() -> Iterator[np.ndarray]:
+        for rows, tokens in _decode(decoder, prompts, configs):
+            step = pads.copy()
+            step[rows] = tokens
+            yield step
+
+    return padded()
 
 
 def check_streamable(config: GenerationConfig) -> None:
@@ -69,73 +54,64 @@ def check_streamable(config: GenerationConfig) -> None:
         )
 
 
-def generate(decoder: Decoder, inputs: GenerationInputs, config: GenerationConfig) -> list[list[int]]:
-    """Generates to the end: greedy, sampling or beam search, as `config` says.
+def generate(
+    decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]
+) -> list[list[int]]:
+    """Generates to the end: greedy, sampling or beam search.
 
     Args:
         decoder: the network.
-        inputs: B prompts.
-        config: see `GenerationConfig`.
+        prompts: B prompts.
+        configs: one for each prompt; with beam search the same for all.
 
     Returns:
-        B * num_return_sequences lists, those of one prompt together (beams: best first): the prompt without
-        padding, then the generated ids up to and including the end token. Lists have no fill at the end.
+        `num_return_sequences` lists for each prompt, those of one prompt together (beams: best first): the prompt,
+        then the generated ids up to and including the end token.
 
     Raises:
-        ValueError: an end or padding id outside the vocabulary.
+        ValueError: an end or padding id outside the vocabulary, or beam search with different configs.
         FloatingPointError: the network returned nan or inf.
     """
-    if config.num_beams > 1:
-        ranked = beam_search(decoder, inputs, config)
-        return [
-            prompt + hypothesis.token_ids
-            for prompt, hypotheses in zip(inputs.prompts(), ranked)
-            for hypothesis in hypotheses
-        ]
-    expanded = inputs.expand(config.num_return_sequences)
-    sequences, limits = (
-        expanded.prompts(),
-        expanded.new_token_limits(config.max_new_tokens, config.max_length),
-    )
-    finished = np.zeros(len(sequences), bool)
-    for step, tokens in enumerate(stream(decoder, inputs, config), 1):
-        for row in np.flatnonzero(~finished):
-            sequences[row].append(int(tokens[row]))
-        finished |= np.isin(tokens, config.eos_ids) | (step == limits)
+    if any(config.num_beams > 1 for config in configs):
+        if any(config != configs[0] for config in configs):
+            raise ValueError("num_beams: beam search takes the same config for all prompts")
+        ranked = beam_search(decoder, prompts, configs[0])
+        return [p.ids.tolist() + one.token_ids for p, found in zip(prompts, ranked) for one in found]
+    sequences = [p.ids.tolist() for p, c in zip(prompts, configs) for _ in range(c.num_return_sequences)]
+    for rows, tokens in _decode(decoder, prompts, configs):
+        for row, token in zip(rows, tokens.tolist()):
+            sequences[row].append(token)
     return sequences
 
 
-def _stream(decoder: Decoder, inputs: GenerationInputs, config: GenerationConfig) -> Iterator[np.ndarray]:
-    choose = _chooser(inputs, config)
-    inputs = inputs.expand(config.num_return_sequences)
-    scores = decoder.prefill(inputs.input_ids, inputs.attention_mask, inputs.position_ids)
-    config.check_vocab_size(scores.shape[1])
-    processors = build_processors(config)
-    seen = None
-    if config.repetition_penalty != 1:
-        seen = mark_seen(inputs.input_ids, scores.shape[1], inputs.attention_mask)
-    next_position = inputs.position_ids[:, -1] + 1
-    limits = inputs.new_token_limits(config.max_new_tokens, config.max_length)
-    finished = np.zeros(inputs.batch_size, bool)
-    for step in range(limits.max()):
-        if not config.replace_invalid_scores:
-            check_scores(scores, step)
-        tokens = choose(apply_filters(processors, scores, seen))
-        tokens = np.where(finished, config.pad_token_id, tokens).astype(np.int32)
-        finished |= np.isin(tokens, config.eos_ids) | (step + 1 == limits)
-        if seen is not None:
-            seen[np.arange(tokens.size), tokens] = True
-        yield tokens
-        if finished.all():
-            return
-        # A row that has ended stays where it is: its positions must not run out of the table.
-        scores = decoder.step(tokens, next_position + np.minimum(step, limits - 1))
-
-
-def _chooser(inputs: GenerationInputs, config: GenerationConfig) -> Callable[[np.ndarray], np.ndarray]:
-    """From processed scores float32 [B * N, V] to tokens [B * N]."""
-    if not config.do_sample:
-        return lambda scores: scores.argmax(axis=1)
-    warpers = build_warpers(config)
-    generators = row_generators(inputs.prompts(), config.num_return_sequences, config.seed)
-    return lambda scores: draw(apply_filters(warpers, scores), generators)
+def _decode(
+    decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields at each step the output rows that have not ended before it, and their tokens, int32 each."""
+    copies = [config.num_return_sequences for config in configs]
+    limits = np.repeat(new_token_limits(prompts, configs), copies)
+    used, scores = decoder.add(prompts)
+    try:
+        samplers = row_samplers([prompt.ids for prompt in prompts], configs, scores.shape[1])
+        slots = np.repeat(used, copies)
+        # The first row of each prompt has the slot that has run it; the others get copies.
+        others = np.delete(np.arange(limits.size), np.cumsum(copies) - copies)
+        if others.size:
+            slots[others] = decoder.fork(slots[others].tolist())
+            used = slots.tolist()
+            scores = np.repeat(scores, copies, axis=0)
+        rows = np.arange(limits.size)
+        for step in range(limits.max()):
+            tokens = np.array([samplers[row](one) for row, one in zip(rows, scores)], np.int32)
+            met = [token in samplers[row].config.eos_ids for row, token in zip(rows, tokens.tolist())]
+            ended = np.array(met) | (step + 1 == limits[rows])
+            yield rows, tokens
+            if ended.any():
+                decoder.free(slots[rows[ended]].tolist())
+                rows, tokens = rows[~ended], tokens[~ended]
+                used = slots[rows].tolist()
+            if not rows.size:
+                return
+            scores = decoder.step(used, tokens)
+    finally:
+        decoder.free(used)

@@ -1,41 +1,38 @@
-"""`GLMForCausalLM`: the object people hold. Logits, loss, generation."""
+"""`GLMForCausalLM`: a network with its logits, loss and generation."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn.utils import no_init_parameters
 
 from glm_ms.families import family_of
 from glm_ms.generation.adapter import AdapterReport, load_adapter
-from glm_ms.generation.cached_decoder import CachedDecoder, DecoderPool, graph_mode
-from glm_ms.generation.cells import Logits
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.decode import check_streamable, generate, stream
-from glm_ms.generation.inputs import GenerationInputs
+from glm_ms.generation.decoder import DecoderPool
+from glm_ms.generation.graphs import GRAPHS, MATRIX, VECTOR, Logits, run_cell
+from glm_ms.generation.inputs import Prompt, new_token_limits, prepare_prompts
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
 from glm_ms.peft import Adapter, AdapterConfig, StoredAdapter, attach
 
-_IDS = Tensor(shape=[None, None], dtype=ms.int32)
-_VECTOR = Tensor(shape=[None], dtype=ms.int32)
-
 TokenIds = Any  # one prompt or a batch: (nested) lists, NumPy arrays or MindSpore tensors of integers
 
 
 class GLMForCausalLM:
-    """A ChatGLM2 / ChatGLM3 network with everything one does with it outside training.
+    """A network with its weights: logits, loss, adapters, generation. Any thread may call it.
 
-    Runs as compiled graphs; the first call of each kind compiles (about a second for a tiny network, some
-    twenty for the 6B), later calls with other shapes do not.
+    Runs as compiled graphs, in PyNative programs too. The first call of each kind compiles (about a second for a
+    tiny network, 20 s for the 6B); later calls with other shapes do not, except that generation compiles for each
+    size in `slot_count` and `cache_capacity`.
 
     Args:
         config: architecture. Weights are random; `glm_ms.load_pretrained` builds one with weights.
@@ -78,17 +75,17 @@ class GLMForCausalLM:
         self._build_cells()
 
     def _build_cells(self) -> None:
-        """The cells that are compiled. MindSpore would go on with a graph from before an adapter was attached."""
+        """Creates the compiled cells anew: MindSpore keeps the graph of a cell whose network gets an adapter."""
         network = self.network
         self._logits = Logits(network)
-        self._logits.set_inputs(_IDS, _IDS, _IDS, _VECTOR)
+        self._logits.set_inputs(MATRIX, MATRIX, MATRIX, VECTOR)
         self._with_loss = GLMWithLoss(network)
         self._with_loss.set_train(False)
-        self._with_loss.set_inputs(_IDS, _IDS, _IDS, _IDS, _VECTOR)
+        self._with_loss.set_inputs(MATRIX, MATRIX, MATRIX, MATRIX, VECTOR)
         self._decoders = DecoderPool(network)
 
     def parameters(self) -> dict[str, Parameter]:
-        """Name -> parameter of every weight, those of an adapter not among them."""
+        """Name -> parameter of every weight, without those of an adapter."""
         own = set() if self.adapter is None else {id(parameter) for parameter in self.adapter.parameters()}
         return {p.name: p for p in self.network.get_parameters() if id(p) not in own}
 
@@ -107,7 +104,7 @@ class GLMForCausalLM:
         return self.adapter
 
     def restore_adapter(self, stored: StoredAdapter) -> None:
-        """Attaches a stored adapter to be trained on, without the proof: after a first update it may still be idle.
+        """Attaches a stored adapter to resume its training. It may still have no effect, so nothing checks that.
 
         Raises:
             AdapterError: it was made for another base, or there is an adapter already.
@@ -118,18 +115,18 @@ class GLMForCausalLM:
         self._build_cells()
 
     def load_adapter(self, source: str | Path | StoredAdapter) -> AdapterReport:
-        """Attaches a stored adapter, and proves that it does something.
+        """Attaches a stored adapter and checks that it has an effect.
 
         Args:
             source: path of an adapter of this project, of the library `peft`, or of a P-Tuning checkpoint of the
-                original code; see `glm_ms.peft.read_adapter`, whose result is taken as well.
+                original code; see `glm_ms.peft.read_adapter`, whose result is accepted as well.
 
         Returns:
             Matched tensors, their norm, and the largest change of a logit on a probe prompt.
 
         Raises:
-            AdapterError: it cannot be read, is empty, was made for another base, or changes nothing. The model is
-                left as it was.
+            AdapterError: it cannot be read, is empty, was made for another base, or changes nothing. The model does
+                not change then.
         """
         self.adapter, report = load_adapter(self.network, source)
         self._build_cells()
@@ -182,8 +179,7 @@ class GLMForCausalLM:
         _check_range("position_ids", positions, 0, self.config.seq_length, "config.seq_length")
         slots = np.arange(ids.shape[1])
         if labels is None:
-            with graph_mode():
-                return self._logits(*(Tensor(x, ms.int32) for x in (ids, mask, positions, slots)))
+            return run_cell(self._logits, ids, mask, positions, slots)
         labels = _like("labels", labels, ids)
         labelled = labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]
         if not labelled.size:
@@ -191,11 +187,8 @@ class GLMForCausalLM:
                 f"labels: no label besides {IGNORED_LABEL} after the first token: no loss to compute"
             )
         _check_range("labels", labelled, 0, self.config.padded_vocab_size)
-        with graph_mode():
-            total, count = self._with_loss(
-                *(Tensor(x, ms.int32) for x in (ids, labels, mask, positions, slots))
-            )
-            return total / count
+        total, count = run_cell(self._with_loss, ids, labels, mask, positions, slots)
+        return GRAPHS.run(operator.truediv, total, count)
 
     def loss_sum(self, rows: Sequence[np.ndarray]) -> tuple[float, int]:
         """Summed loss and number of labelled tokens of a prepared batch (perplexity).
@@ -203,10 +196,8 @@ class GLMForCausalLM:
         Args:
             rows: input_ids, labels, attention_mask, position_ids, each int32 [B, S].
         """
-        slots = np.arange(rows[0].shape[1])
-        with graph_mode():
-            total, count = self._with_loss(*(Tensor(x, ms.int32) for x in (*rows, slots)))
-            return float(total.asnumpy()), int(count.asnumpy())
+        total, count = run_cell(self._with_loss, *rows, np.arange(rows[0].shape[1]))
+        return float(total.asnumpy()), int(count.asnumpy())
 
     def generate(
         self,
@@ -214,19 +205,19 @@ class GLMForCausalLM:
         attention_mask: TokenIds | None = None,
         position_ids: TokenIds | None = None,
         *,
-        max_new_tokens: int,
-        eos_token_id: int | Sequence[int] | None = None,
+        configs: Sequence[GenerationConfig] | None = None,
         **options: Any,
     ) -> list[list[int]]:
         """Continues prompts by greedy decoding, sampling or beam search.
 
         Args:
-            input_ids: one prompt or several of any lengths; see `GenerationInputs.prepare`.
+            input_ids: one prompt or several of any lengths; see `prepare_prompts`.
             attention_mask, position_ids: as in `__call__`, only needed for prompts that are already padded.
-            max_new_tokens: most tokens to add to each prompt.
-            eos_token_id: id or ids that end a sequence. None: `config.eos_token_id`; []: nothing does.
-            options: do_sample, num_beams, num_return_sequences, length_penalty, early_stopping, temperature,
-                top_k, top_p, repetition_penalty, max_length, seed; see `GenerationConfig`.
+            configs: options of each prompt, in place of `options`; with beam search the same for all.
+            options: options of all prompts: `max_new_tokens`, which is required, eos_token_id, do_sample, num_beams,
+                num_return_sequences, length_penalty, early_stopping, temperature, top_k, top_p, repetition_penalty,
+                max_length, seed; see `GenerationConfig`. Two have other defaults here: eos_token_id None is that of
+                the network's config ([]: nothing ends a sequence), and so is pad_token_id.
 
         Returns:
             One list of ids per sequence, prompt included, without padding; `num_return_sequences` lists for
@@ -235,11 +226,9 @@ class GLMForCausalLM:
         Raises:
             ValueError: an argument that does not fit, or prompt and new tokens exceed `config.seq_length`.
         """
-        inputs, config = self._prepare(
-            input_ids, attention_mask, position_ids, max_new_tokens, eos_token_id, options
-        )
-        with self._decoder(inputs, config) as decoder:
-            return generate(decoder, inputs, config)
+        prompts, configs = self._prepare((input_ids, attention_mask, position_ids), configs, options)
+        with self._decoders.lend(*_decoder_size(prompts, configs)) as decoder:
+            return generate(decoder, prompts, configs)
 
     def stream(
         self,
@@ -247,8 +236,7 @@ class GLMForCausalLM:
         attention_mask: TokenIds | None = None,
         position_ids: TokenIds | None = None,
         *,
-        max_new_tokens: int,
-        eos_token_id: int | Sequence[int] | None = None,
+        configs: Sequence[GenerationConfig] | None = None,
         **options: Any,
     ) -> Iterator[np.ndarray]:
         """`generate` a step at a time; not for beam search.
@@ -256,58 +244,53 @@ class GLMForCausalLM:
         Yields:
             int32 [B]: the next token of every sequence; the padding id where a sequence has ended.
         """
-        inputs, config = self._prepare(
-            input_ids, attention_mask, position_ids, max_new_tokens, eos_token_id, options
-        )
-        check_streamable(config)
-        return self._stream(inputs, config)
+        prompts, configs = self._prepare((input_ids, attention_mask, position_ids), configs, options)
+        for config in configs:
+            check_streamable(config)
+        return self._stream(prompts, configs)
 
-    def _stream(self, inputs: GenerationInputs, config: GenerationConfig) -> Iterator[np.ndarray]:
-        with self._decoder(inputs, config) as decoder:
-            yield from stream(decoder, inputs, config)
+    def _stream(self, prompts: list[Prompt], configs: Sequence[GenerationConfig]) -> Iterator[np.ndarray]:
+        with self._decoders.lend(*_decoder_size(prompts, configs)) as decoder:
+            yield from stream(decoder, prompts, configs)
 
     def _prepare(
         self,
-        input_ids: TokenIds,
-        attention_mask: TokenIds | None,
-        position_ids: TokenIds | None,
-        max_new_tokens: int,
-        eos_token_id: int | Sequence[int] | None,
+        inputs: tuple[TokenIds, TokenIds | None, TokenIds | None],
+        configs: Sequence[GenerationConfig] | None,
         options: dict[str, Any],
-    ) -> tuple[GenerationInputs, GenerationConfig]:
-        if eos_token_id is None:
-            eos_token_id = self.config.eos_token_id
-        elif isinstance(eos_token_id, Sequence):
-            eos_token_id = list(eos_token_id) or None
-        values = {
-            "pad_token_id": self.config.pad_token_id,
-            **options,
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": eos_token_id,
-        }
-        config = GenerationConfig.from_dict(values)
-        inputs = GenerationInputs.prepare(
-            input_ids,
-            attention_mask,
-            position_ids,
-            vocab_size=self.config.padded_vocab_size,
-            pad_token_id=config.pad_token_id,
-        )
-        limits = inputs.new_token_limits(config.max_new_tokens, config.max_length)
-        if int((inputs.position_ids.max(axis=1) + limits).max()) > self.config.seq_length:
-            raise ValueError(
-                f"prompt of {int(inputs.position_ids.max()) + 1} tokens and max_new_tokens = {max_new_tokens} "
-                f"exceed config.seq_length = {self.config.seq_length}; shorten one, or raise seq_length"
-            )
-        return inputs, config
+    ) -> tuple[list[Prompt], Sequence[GenerationConfig]]:
+        """Checked prompts, and one config for each."""
+        vocab_size, pad_token_id = self.config.padded_vocab_size, self.config.pad_token_id
+        if configs is None:
+            eos = options.get("eos_token_id")
+            if eos is None:
+                eos = self.config.eos_token_id
+            elif isinstance(eos, Sequence):
+                eos = list(eos) or None
+            options = {"pad_token_id": pad_token_id, **options, "eos_token_id": eos}
+            config = GenerationConfig.from_dict(options)
+            pad_token_id = config.pad_token_id
+        elif options:
+            raise ValueError(f"{', '.join(options)}: give options or configs, not both")
+        prompts = prepare_prompts(*inputs, vocab_size=vocab_size, pad_token_id=pad_token_id)
+        configs = [config] * len(prompts) if configs is None else list(configs)
+        if len(configs) != len(prompts):
+            raise ValueError(f"configs: {len(configs)} for {len(prompts)} prompts; give one for each prompt")
+        for prompt, config, limit in zip(prompts, configs, new_token_limits(prompts, configs)):
+            last = int(prompt.positions.max())
+            if last + limit > self.config.seq_length:
+                raise ValueError(
+                    f"prompt of {last + 1} tokens and max_new_tokens = {config.max_new_tokens} "
+                    f"exceed config.seq_length = {self.config.seq_length}; shorten one, or raise seq_length"
+                )
+        return prompts, configs
 
-    def _decoder(
-        self, inputs: GenerationInputs, config: GenerationConfig
-    ) -> AbstractContextManager[CachedDecoder]:
-        copies = config.num_beams if config.num_beams > 1 else config.num_return_sequences
-        batch, length = inputs.input_ids.shape
-        limits = inputs.new_token_limits(config.max_new_tokens, config.max_length)
-        return self._decoders.lend(batch * copies, length + int(limits.max()))
+
+def _decoder_size(prompts: list[Prompt], configs: Sequence[GenerationConfig]) -> tuple[int, int]:
+    """Sequences that run at the same time, and the most tokens of one."""
+    lengths = [len(prompt.ids) for prompt in prompts] + new_token_limits(prompts, configs)
+    rows = sum(max(config.num_beams, config.num_return_sequences) for config in configs)
+    return rows, int(lengths.max())
 
 
 def _matrix(name: str, values: Any) -> np.ndarray:

@@ -1,114 +1,97 @@
-"""Prompts as one rectangular, left padded batch: `GenerationInputs`."""
+"""Prompts: from lists, arrays or tensors of ids to checked `Prompt`s."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Number
 from typing import Any
 
 import numpy as np
 
+from glm_ms.generation.config import GenerationConfig
+
 
 @dataclass(frozen=True, eq=False)
-class GenerationInputs:
-    """A batch of prompts, ready for the network.
+class Prompt:
+    """One prompt, without padding.
 
     Attributes:
-        input_ids: int32 [B, S], every row ends with its last prompt token; padding stands on the left.
-        attention_mask: int32 [B, S], 1 on prompt tokens, 0 on padding.
-        position_ids: int32 [B, S], 0 on padding; prompt tokens count 0, 1, ... unless given otherwise.
+        ids: int32 [S], S >= 1.
+        positions: int32 [S]: 0, 1, ... unless given otherwise.
     """
 
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
-    position_ids: np.ndarray
+    ids: np.ndarray
+    positions: np.ndarray
 
-    @classmethod
-    def prepare(
-        cls,
-        input_ids: Any,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        *,
-        vocab_size: int,
-        pad_token_id: int = 0,
-    ) -> GenerationInputs:
-        """Checks prompts and pads them on the left.
 
-        Where the mask hides tokens to the right of or between others, the remaining tokens move together to
-        the right end; the result is the same, since positions count the remaining tokens only.
+def prepare_prompts(
+    input_ids: Any,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    *,
+    vocab_size: int,
+    pad_token_id: int = 0,
+) -> list[Prompt]:
+    """Checks prompts and removes their padding.
 
-        Args:
-            input_ids: integers: one prompt (list or [S]), or several (lists of any lengths, or [B, S]), as
-                lists, NumPy arrays or tensors with `asnumpy()`.
-            attention_mask: 0 or 1 for each id, same shape; None: every id is a token of the prompt.
-            position_ids: position of each id, same shape, at least 0; None: counted from the mask.
-            vocab_size: ids run from 0 to vocab_size - 1.
-            pad_token_id: stands in the padded places.
+    The mask may hide ids anywhere, on the left, on the right or between others: positions count the remaining ids
+    only.
 
-        Raises:
-            ValueError: not integers, an id outside the vocabulary, a prompt without tokens, or a mask or
-                positions of another shape; it names the row.
+    Args:
+        input_ids: integers: one prompt (list or [S]), or several (lists of any lengths, or [B, S]), as lists, NumPy
+            arrays or tensors with `asnumpy()`.
+        attention_mask: 0 or 1 for each id, same shape; None: every id is a token of the prompt.
+        position_ids: position of each id, same shape, at least 0; None: counted from the mask.
+        vocab_size: ids run from 0 to vocab_size - 1.
+        pad_token_id: the id that pads prompts.
 
-        Warns:
-            UserWarning: a row begins or ends with `pad_token_id` and no mask says whether that is padding.
-        """
-        rows = _integer_rows(input_ids, "input_ids")
-        _check_ids(rows, vocab_size)
-        if attention_mask is None:
-            _warn_of_padding(rows, pad_token_id)
-            kept = [np.ones(row.shape, bool) for row in rows]
-        else:
-            kept = _mask_rows(attention_mask, rows)
-        if position_ids is None:
-            positions = [np.arange(keep.sum()) for keep in kept]
-        else:
-            given = _position_rows(position_ids, rows)
-            positions = [row[keep] for row, keep in zip(given, kept)]
-        rows = [row[keep] for row, keep in zip(rows, kept)]
-        return cls(
-            _left_pad(rows, pad_token_id),
-            _left_pad([np.ones(row.shape, bool) for row in rows], 0),
-            _left_pad(positions, 0),
-        )
+    Raises:
+        ValueError: not integers, an id outside the vocabulary, a prompt without tokens, or a mask or positions of
+            another shape; it names the row.
 
-    @property
-    def batch_size(self) -> int:
-        """Rows B."""
-        return self.input_ids.shape[0]
-
-    def prompts(self) -> list[list[int]]:
-        """The ids of each row without padding."""
-        return [row[mask == 1].tolist() for row, mask in zip(self.input_ids, self.attention_mask)]
-
-    def new_token_limits(self, max_new_tokens: int, max_length: int | None = None) -> np.ndarray:
-        """Most tokens each row may still get, int32 [B]: what `max_new_tokens` and `max_length` leave to it.
-
-        Raises:
-            ValueError: a prompt alone has `max_length` tokens or more.
-        """
-        limits = np.full(self.batch_size, max_new_tokens, np.int32)
-        if max_length is None:
-            return limits
-        lengths = self.attention_mask.sum(axis=1)
-        full = np.flatnonzero(lengths >= max_length)
-        if full.size:
+    Warns:
+        UserWarning: a row begins or ends with `pad_token_id` and no mask says whether that is padding.
+    """
+    rows = _integer_rows(input_ids, "input_ids")
+    for index, row in enumerate(rows):
+        outside = np.flatnonzero((row < 0) | (row >= vocab_size))
+        if outside.size:
             raise ValueError(
-                f"max_length = {max_length}: prompt {full[0]} has {lengths[full[0]]} tokens, which leaves no room for "
-                "an answer; shorten it, or raise max_length"
+                f"input_ids: row {index}, place {outside[0]}: id {row[outside[0]]} is outside the vocabulary "
+                f"0..{vocab_size - 1}; encode the text with the tokenizer of this network"
             )
-        return np.minimum(limits, max_length - lengths).astype(np.int32)
+    if attention_mask is None:
+        _warn_of_padding(rows, pad_token_id)
+        kept = [np.ones(row.shape, bool) for row in rows]
+    else:
+        kept = _mask_rows(attention_mask, rows)
+    counted = [np.cumsum(keep) - 1 for keep in kept]
+    positions = counted if position_ids is None else _position_rows(position_ids, rows)
+    return [
+        Prompt(row[keep].astype(np.int32), places[keep].astype(np.int32))
+        for row, places, keep in zip(rows, positions, kept)
+    ]
 
-    def expand(self, copies: int) -> GenerationInputs:
-        """Repeats each row `copies` times in place: [B, S] becomes [B * copies, S], row i at i * copies."""
-        if copies == 1:
-            return self
-        return GenerationInputs(
-            np.repeat(self.input_ids, copies, axis=0),
-            np.repeat(self.attention_mask, copies, axis=0),
-            np.repeat(self.position_ids, copies, axis=0),
-        )
+
+def new_token_limits(prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]) -> np.ndarray:
+    """Most tokens each prompt may get, int [B]: what `max_new_tokens` and `max_length` of its config allow.
+
+    Raises:
+        ValueError: a prompt alone has `max_length` tokens or more.
+    """
+    limits = []
+    for index, (prompt, config) in enumerate(zip(prompts, configs)):
+        longest, length = config.max_length, len(prompt.ids)
+        if longest is not None and length >= longest:
+            raise ValueError(
+                f"max_length = {longest}: prompt {index} has {length} tokens, which leaves no room for an answer; "
+                "shorten it, or raise max_length"
+            )
+        room = config.max_new_tokens if longest is None else longest - length
+        limits.append(min(config.max_new_tokens, room))
+    return np.array(limits)
 
 
 def _rows(values: Any, name: str) -> list[np.ndarray]:
@@ -150,16 +133,6 @@ def _integer_rows(values: Any, name: str) -> list[np.ndarray]:
     return rows
 
 
-def _check_ids(rows: list[np.ndarray], vocab_size: int) -> None:
-    for index, row in enumerate(rows):
-        outside = np.flatnonzero((row < 0) | (row >= vocab_size))
-        if outside.size:
-            raise ValueError(
-                f"input_ids: row {index}, place {outside[0]}: id {row[outside[0]]} is outside the vocabulary "
-                f"0..{vocab_size - 1}; encode the text with the tokenizer of this network"
-            )
-
-
 def _check_lengths(given: list[np.ndarray], rows: list[np.ndarray], name: str) -> None:
     if len(given) != len(rows):
         raise ValueError(f"{name}: {len(given)} rows for {len(rows)} rows of input_ids")
@@ -176,7 +149,7 @@ def _mask_rows(attention_mask: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
             raise ValueError(f"attention_mask: row {index}: expected 0 and 1, found {mask.dtype}")
         wrong = np.flatnonzero((mask != 0) & (mask != 1))
         if wrong.size:
-            raise ValueError(f"attention_mask: row {index} holds {mask[wrong[0]]}: expected only 0 and 1")
+            raise ValueError(f"attention_mask: row {index} contains {mask[wrong[0]]}: expected only 0 and 1")
         if not mask.any():
             raise ValueError(f"attention_mask: row {index} hides every token: leave at least one")
     return [mask == 1 for mask in masks]
@@ -204,11 +177,3 @@ def _warn_of_padding(rows: list[np.ndarray], pad_token_id: int) -> None:
                 stacklevel=3,
             )
             return
-
-
-def _left_pad(rows: list[np.ndarray], fill: int) -> np.ndarray:
-    length = max(row.size for row in rows)
-    batch = np.full((len(rows), length), fill, np.int32)
-    for target, row in zip(batch, rows):
-        target[length - row.size :] = row
-    return batch

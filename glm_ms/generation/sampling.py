@@ -1,8 +1,8 @@
-"""From scores to a choice: repetition penalty, temperature, top-k, top-p, and seeded draws.
+"""From scores to tokens: repetition penalty, temperature, top-k, top-p, and seeded draws.
 
 The rules, their order and their float32 arithmetic are those of transformers 4.41.2 (`LogitsProcessor`
 and `LogitsWarper`), so that the same scores keep the same tokens. A filter is a plain function from
-scores to scores; removed tokens get -inf.
+scores to scores; removed tokens get -inf. `RowSampler` applies the options of one row to that row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,85 @@ ScoreFilter = Callable[[np.ndarray, Optional[np.ndarray]], np.ndarray]
 _FALLBACK_TOKEN, _FALLBACK_SCORE = 5, 5e4
 # How many of the best scores top-p looks at first; distributions of language models rarely need more.
 _TOP_P_FIRST_LOOK = 512
+
+
+class RowSampler:
+    """Chooses the tokens of one row by its own options; other rows have no influence.
+
+    Args:
+        config: of the row.
+        prompt: int [S], for the repetition penalty.
+        vocab_size: V.
+        generator: random stream of the row.
+        row: its number, for errors.
+    """
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        prompt: np.ndarray,
+        vocab_size: int,
+        generator: np.random.Generator,
+        row: int = 0,
+    ) -> None:
+        config.check_vocab_size(vocab_size)
+        self.config = config
+        self._row, self._step = row, 0
+        self._filters = build_processors(config) + (build_warpers(config) if config.do_sample else [])
+        self._seen = mark_seen(prompt[None], vocab_size) if config.repetition_penalty != 1 else None
+        self._generator = generator
+
+    def __call__(self, scores: np.ndarray) -> int:
+        """The next token from scores float32 [V].
+
+        Raises:
+            FloatingPointError: see `check_scores`.
+        """
+        if not self.config.replace_invalid_scores:
+            check_scores(scores[None], self._step, self._row)
+        self._step += 1
+        filtered = apply_filters(self._filters, scores[None], self._seen)
+        token = int(draw(filtered, [self._generator])[0] if self.config.do_sample else filtered.argmax())
+        if self._seen is not None:
+            self._seen[0, token] = True
+        return token
+
+
+def row_samplers(
+    prompts: Sequence[np.ndarray], configs: Sequence[GenerationConfig], vocab_size: int
+) -> list[RowSampler]:
+    """`num_return_sequences` samplers for each prompt, those of one prompt together.
+
+    The random stream of a row is determined by the seed, the ids of the prompt and a counter: the return index of
+    the sequence, which goes on over copies of the same prompt and config in the batch. So a prompt draws what it
+    draws alone, and a batch with the same prompt twice gives two different samples.
+
+    Args:
+        prompts: int [S] each.
+        configs: one for each prompt. Seed None takes fresh entropy from the system.
+        vocab_size: V.
+
+    Raises:
+        ValueError: an end or padding id outside the vocabulary.
+    """
+    counts: Counter[tuple[int, bytes]] = Counter()
+    samplers: list[RowSampler] = []
+    for prompt, config in zip(prompts, configs):
+        key = (configs.index(config), prompt.tobytes())
+        for _ in range(config.num_return_sequences):
+            generator = row_generator(prompt, config.seed, counts[key])
+            samplers.append(RowSampler(config, prompt, vocab_size, generator, row=len(samplers)))
+            counts[key] += 1
+    return samplers
+
+
+def row_generator(prompt: np.ndarray, seed: int | None, copy: int) -> np.random.Generator:
+    """The random stream of copy number `copy` of a prompt; seed None takes fresh entropy from the system."""
+    entropy = np.random.SeedSequence().entropy if seed is None else int(seed)
+    # The length distinguishes prompts that differ by trailing zeros only.
+    words = np.array([len(prompt), *prompt], np.uint32)
+    sequence = np.random.SeedSequence([entropy, words], spawn_key=(copy,))
+    return np.random.Generator(np.random.PCG64(sequence))
 
 
 def build_processors(config: GenerationConfig) -> list[ScoreFilter]:
@@ -54,22 +133,18 @@ def apply_filters(
     return scores
 
 
-def mark_seen(input_ids: np.ndarray, vocab_size: int, attention_mask: np.ndarray | None = None) -> np.ndarray:
-    """Which ids occur in each row, for the repetition penalty.
+def mark_seen(input_ids: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
+    """Which ids occur in each row, for the repetition penalty: bool [B, vocab_size].
+
+    Transformers also counts the ids of left padding, so that there a prompt in a batch differs from the prompt alone
+    in the score of the padding id. Here padding does not count, and the two agree.
 
     Args:
-        input_ids: int [B, S].
-        attention_mask: 0 or 1, [B, S]; ids under 0 do not count. None: all count. Transformers counts the
-            ids of left padding too, so that there a prompt in a batch differs from the prompt alone in the
-            score of the padding id; generation passes the mask, and the two agree.
-
-    Returns:
-        bool [B, vocab_size].
+        input_ids: int [S] each, without padding.
     """
-    seen = np.zeros((input_ids.shape[0], vocab_size), bool)
-    counts = np.ones(input_ids.shape, bool) if attention_mask is None else attention_mask == 1
-    rows, columns = np.nonzero(counts)
-    seen[rows, input_ids[rows, columns]] = True
+    seen = np.zeros((len(input_ids), vocab_size), bool)
+    for row, ids in zip(seen, input_ids):
+        row[ids] = True
     return seen
 
 
@@ -91,8 +166,8 @@ def penalize_repetition(scores: np.ndarray, seen: np.ndarray, penalty: float) ->
 def replace_invalid_scores(scores: np.ndarray) -> np.ndarray:
     """The rule of the original chat functions against overflow in half precision.
 
-    If a nan or inf stands anywhere in scores float32 [B, V], all scores of the batch become 0 and that of
-    id 5 becomes 5e4; otherwise they are returned as they are.
+    If scores float32 [B, V] contain a nan or inf, all scores become 0 and those of id 5 become 5e4; otherwise they
+    are returned as they are. The original runs one prompt; so B is one row, or the beams of one prompt.
     """
     if np.isfinite(scores).all():
         return scores
@@ -160,46 +235,14 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def check_scores(scores: np.ndarray, step: int) -> None:
+def check_scores(scores: np.ndarray, step: int, first_row: int = 0) -> None:
     """Raises FloatingPointError if a row of float32 [B, V] has a nan, +inf, or nothing but -inf."""
     broken = np.flatnonzero(~np.isfinite(scores.max(axis=1)))
     if broken.size:
         raise FloatingPointError(
-            f"generated token {step}: the scores of row {broken[0]} hold nan or inf; the weights are broken "
-            "or the compute type overflows: try compute_dtype float32, or replace_invalid_scores = True"
+            f"generated token {step}: the scores of row {first_row + broken[0]} contain nan or inf; the weights are "
+            "broken or the compute type overflows: try compute_dtype float32, or replace_invalid_scores = True"
         )
-
-
-def row_generators(
-    prompts: Sequence[Sequence[int]], num_return_sequences: int, seed: int | None
-) -> list[np.random.Generator]:
-    """One random stream per returned sequence, independent of the other prompts of the batch.
-
-    A stream is determined by the seed, the ids of the prompt and a counter: the return index of the
-    sequence, continued over copies of the same prompt in the batch. So a prompt draws what it draws alone,
-    and a batch with the same prompt twice gives two different samples.
-
-    Args:
-        prompts: ids of each prompt, without padding.
-        num_return_sequences: sequences per prompt.
-        seed: at least 0; None takes fresh entropy from the system.
-
-    Returns:
-        len(prompts) * num_return_sequences generators, those of one prompt together.
-    """
-    if seed is None:
-        seed = np.random.SeedSequence().entropy
-    copies: Counter[tuple[int, ...]] = Counter()
-    generators = []
-    for prompt in prompts:
-        key = tuple(prompt)
-        for _ in range(num_return_sequences):
-            # The length keeps prompts apart that differ by trailing zeros only.
-            words = np.array([len(key), *key], np.uint32)
-            sequence = np.random.SeedSequence([int(seed), words], spawn_key=(copies[key],))
-            generators.append(np.random.Generator(np.random.PCG64(sequence)))
-            copies[key] += 1
-    return generators
 
 
 def draw(scores: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""KV cache and the two compiled cells that use it: prefill (any length) and step (one token)."""
+"""KV cache and the compiled cells that use it: prefill (any prompts), step (one token per slot), copy, prefix."""
 
 from __future__ import annotations
 
@@ -9,42 +9,45 @@ from mindspore import Parameter, Tensor, nn, ops
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
+from glm_ms.ops.attention import HIDDEN_SCORE
 
 
 class KVCache:
-    """Keys and values of every layer for `batch` sequences of at most `capacity` tokens.
+    """Keys and values of every layer for `slots` sequences of at most `capacity` tokens.
 
-    Each layer holds two parameters [batch * groups * capacity, D]: row (b * groups + g) * capacity + slot. Flat rows
-    let one ScatterUpdate on the first axis place any tokens of any sequence, and [batch, groups, capacity, D] is a
-    view of it, so nothing is copied or transposed when it is read.
+    Each layer has two tables [slots * groups * capacity, D]: row (slot * groups + group) * capacity + index. Flat
+    rows let one ScatterUpdate on the first axis write any tokens of any slot, and [slots, groups, capacity, D] is a
+    view of the table, so that a step reads it without a copy.
     """
 
-    def __init__(self, config: GLMConfig, batch: int, capacity: int) -> None:
-        self.batch, self.capacity, self.groups = batch, capacity, config.num_kv_heads
-        shape = (batch * self.groups * capacity, config.kv_channels)
-        zeros = np.zeros(shape, np.float32)
-        dtype = DTYPES[config.compute_dtype]
-        self.keys = [
-            Parameter(Tensor(zeros, dtype), name=f"key_cache.{i}", requires_grad=False)
-            for i in range(config.num_layers)
-        ]
-        self.values = [
-            Parameter(Tensor(zeros, dtype), name=f"value_cache.{i}", requires_grad=False)
-            for i in range(config.num_layers)
-        ]
-        self._first_row = np.arange(batch * self.groups).reshape(batch, 1, self.groups) * capacity
+    def __init__(self, config: GLMConfig, slots: int, capacity: int) -> None:
+        self.slots, self.capacity, self.groups = slots, capacity, config.num_kv_heads
+        shape, dtype = (slots * self.groups * capacity, config.kv_channels), DTYPES[config.compute_dtype]
+        self.keys, self.values = (
+            [
+                Parameter(Tensor(np.zeros(shape, np.float32), dtype), name=f"{name}.{i}", requires_grad=False)
+                for i in range(config.num_layers)
+            ]
+            for name in ("key_cache", "value_cache")
+        )
 
-    def rows(self, start: int, length: int) -> np.ndarray:
-        """Rows of slots start .. start + length - 1, in the order of keys [B, S, G]: int32 [B * S * G]."""
-        slots = np.arange(start, start + length).reshape(1, length, 1)
-        return (self._first_row + slots).reshape(-1).astype(np.int32)
+    def rows(self, slots: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Table rows int32 [B * S * G], in the order of keys [B, S, G].
+
+        Args:
+            slots: int [B].
+            indices: int [B, S], index of each token within its slot.
+        """
+        groups = np.arange(self.groups)
+        rows = (slots[:, None, None] * self.groups + groups) * self.capacity + indices[:, :, None]
+        return rows.reshape(-1).astype(np.int32)
 
 
 class CachedGLM(nn.Cell):
-    """The network over a `KVCache`; returns the logits of the last position.
+    """The network over a `KVCache`; returns the logits of the last token of each row.
 
-    The same class serves prefill (dynamic length) and step (length 1): two instances share network and cache, each
-    compiled once.
+    Two instances share network and cache: one for prompts (dynamic shapes, `slots` and `last` given), one for steps
+    over all slots (static shapes, without them).
 
     Args:
         network: weights.
@@ -54,44 +57,51 @@ class CachedGLM(nn.Cell):
     def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)
         self.transformer = network.transformer
-        self.keys = ms.ParameterTuple(cache.keys)
-        self.values = ms.ParameterTuple(cache.values)
-        self.key_slots = Tensor(np.arange(cache.capacity, dtype=np.int32))
+        self.keys, self.values = ms.ParameterTuple(cache.keys), ms.ParameterTuple(cache.values)
+        self.key_indices = Tensor(np.arange(cache.capacity, dtype=np.int32).reshape(1, 1, 1, -1))
+        self.hidden_size = network.config.hidden_size
+        self.later, self.hide = ops.Greater(), ops.Mul()
+        self.gather, self.reshape = ops.Gather(), ops.Reshape()
 
     def construct(
         self,
         input_ids: Tensor,
-        query_mask: Tensor,
-        key_mask: Tensor,
         position_ids: Tensor,
-        slots: Tensor,
+        indices: Tensor,
         rows: Tensor,
+        slots: Tensor | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Runs new tokens and stores their keys and values.
 
+        A token sees the keys of its slot up to its own index. A prompt that is padded on the right therefore never
+        sees its padding, and later tokens overwrite it.
+
         Args:
-            input_ids: int32 [B, S], the new tokens.
-            query_mask: int32 [B, S], 0 where a new token is padding.
-            key_mask: int32 [B, capacity], 0 where a slot is padding or not yet written.
-            position_ids: int32 [B, S].
-            slots: int32 [S], the slots the new tokens take.
-            rows: int32 [B * S * G], `KVCache.rows` of those slots.
+            input_ids, position_ids: int32 [B, S], the new tokens.
+            indices: int32 [B, S], index of each token within its slot.
+            rows: int32 [B * S * G], `KVCache.rows` of them.
+            slots: int32 [B], slot of each row. None: row i is slot i, and B is the number of slots.
+            last: int32 [B], place of the last token of each row in [B * S]. None: S is 1.
 
         Returns:
             float32 [B, V].
         """
         net = self.transformer
         cos, sin = net.rotation(position_ids)
-        bias = net.attention_bias(slots, self.key_slots, query_mask, key_mask)
+        hidden = self.later(self.key_indices, ops.expand_dims(ops.expand_dims(indices, 1), 3))
+        bias = self.hide(ops.cast(hidden, ms.float32), HIDDEN_SCORE)
         x = net.embedding(input_ids)
         for i in range(len(self.keys)):
-            x = net.encoder.layers[i].cached(x, cos, sin, bias, rows, (self.keys[i], self.values[i]))
-        hidden = net.encoder.finish(x[:, -1:])
-        return ops.cast(net.output_layer(hidden)[:, 0], ms.float32)
+            x = net.encoder.layers[i].cached(x, cos, sin, bias, rows, (self.keys[i], self.values[i]), slots)
+        x = self.reshape(x, (-1, self.hidden_size))
+        if last is not None:
+            x = self.gather(x, last, 0)
+        return ops.cast(net.output_layer(net.encoder.finish(x)), ms.float32)
 
 
 class WritePrefix(nn.Cell):
-    """Writes the keys and values of a prefix encoder into the first slots of every sequence.
+    """Writes the keys and values of a prefix encoder at the start of every slot.
 
     Args:
         network: has a prefix encoder.
@@ -101,35 +111,31 @@ class WritePrefix(nn.Cell):
     def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)
         self.prefix_encoder = network.transformer.prefix_encoder
-        self.batch, self.dim = cache.batch, network.config.kv_channels
-        self.keys = ms.ParameterTuple(cache.keys)
-        self.values = ms.ParameterTuple(cache.values)
-        self.write = ops.ScatterUpdate()
-        self.reshape = ops.Reshape()
+        self.slots, self.dim = cache.slots, network.config.kv_channels
+        self.keys, self.values = ms.ParameterTuple(cache.keys), ms.ParameterTuple(cache.values)
+        self.write, self.reshape = ops.ScatterUpdate(), ops.Reshape()
 
     def construct(self, rows: Tensor) -> Tensor:
-        """rows int32 [B * P * G], `KVCache.rows` of the first P slots. Returns `rows`."""
-        prefix = self.prefix_encoder(self.batch, None)
+        """rows int32 [slots * P * G], `KVCache.rows` of the first P indices. Returns `rows`."""
+        prefix = self.prefix_encoder(self.slots, None)
         for i in range(len(self.keys)):
             self.write(self.keys[i], rows, self.reshape(prefix[i][0], (-1, self.dim)))
             self.write(self.values[i], rows, self.reshape(prefix[i][1], (-1, self.dim)))
         return rows
 
 
-class ReorderCache(nn.Cell):
-    """Gives every sequence of the cache the contents of another one (beam search)."""
+class CopySlots(nn.Cell):
+    """Gives every slot of the cache the contents of another one, or of itself."""
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)
-        self.batch = cache.batch
+        self.slots = cache.slots
         self.tables = ms.ParameterTuple(cache.keys + cache.values)
-        self.gather = ops.Gather()
-        self.assign = ops.Assign()
-        self.reshape = ops.Reshape()
+        self.gather, self.assign, self.reshape = ops.Gather(), ops.Assign(), ops.Reshape()
 
-    def construct(self, order: Tensor) -> Tensor:
-        """order int32 [B]: sequence i becomes the former sequence order[i]. Returns `order`."""
+    def construct(self, sources: Tensor) -> Tensor:
+        """sources int32 [slots]: slot i becomes what slot sources[i] was. Returns `sources`."""
         for table in self.tables:
-            moved = self.gather(self.reshape(table, (self.batch, -1)), order, 0)
+            moved = self.gather(self.reshape(table, (self.slots, -1)), sources, 0)
             self.assign(table, self.reshape(moved, ops.shape(table)))
-        return order
+        return sources

@@ -60,6 +60,7 @@ class SelfAttention(nn.Cell):
         self.prepend = ops.Concat(axis=1)
         self.reshape, self.transpose = ops.Reshape(), ops.Transpose()
         self.write = ops.ScatterUpdate()
+        self.gather = ops.Gather()
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, seeds: Seeds = None) -> tuple[Tensor, ...]:
         """x [B, S, H] -> query [B, S, N, D], key and value [B, S, G, D]; query and key rotated."""
@@ -90,22 +91,29 @@ class SelfAttention(nn.Cell):
         bias: Tensor,
         rows: Tensor,
         cache: tuple[Parameter, Parameter],
+        slots: Tensor | None = None,
     ) -> Tensor:
-        """The same with a cache: writes the new keys and values, attends over all of it.
+        """The same with a cache: writes the new keys and values, attends over the slot of each row.
 
         Args:
             x: [B, S, H].
             bias: [B, 1, S, T].
             rows: int32 [B * S * G], row of the flat cache that each new key belongs to.
-            cache: keys and values, each [B * G * T, D]; see glm_ms.model.cache.
+            cache: keys and values, each [slots * G * T, D]; see glm_ms.model.cache.
+            slots: int32 [B], slot of each row of x. None: row i is slot i, and B is the number of slots.
 
         Returns:
             [B, S, H].
         """
         query, key, value = self.project(x, cos, sin)
-        shape = (ops.shape(bias)[0], self.groups, -1, self.dim)
+        batch, total = ops.shape(bias)[0], ops.shape(bias)[3]
         keys = self.write(cache[0], rows, self.reshape(key, (-1, self.dim)))
         values = self.write(cache[1], rows, self.reshape(value, (-1, self.dim)))
+        if slots is not None:
+            width = self.groups * total * self.dim
+            keys = self.gather(self.reshape(keys, (-1, width)), slots, 0)
+            values = self.gather(self.reshape(values, (-1, width)), slots, 0)
+        shape = (batch, self.groups, total, self.dim)
         return self.dense(self.attention(query, self.reshape(keys, shape), self.reshape(values, shape), bias))
 
 
@@ -174,10 +182,11 @@ class GLMBlock(nn.Cell):
         bias: Tensor,
         rows: Tensor,
         cache: tuple[Parameter, Parameter],
+        slots: Tensor | None = None,
     ) -> Tensor:
         """`construct` over a cache; see `SelfAttention.cached`."""
         normed = self.input_layernorm(x)
-        return self.finish(x, normed, self.self_attention.cached(normed, cos, sin, bias, rows, cache))
+        return self.finish(x, normed, self.self_attention.cached(normed, cos, sin, bias, rows, cache, slots))
 
     def finish(self, x: Tensor, normed: Tensor, attended: Tensor, seeds: Seeds = None) -> Tensor:
         """Residual, norm, MLP, residual; with dropout if the config asks for it and there are seeds."""

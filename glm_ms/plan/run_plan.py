@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from glm_ms.generation.cached_decoder import cache_capacity
+from glm_ms.generation.decoder import cache_capacity, slot_count
 from glm_ms.metrics import TEXT, takes
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
@@ -259,12 +259,12 @@ def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
     longest = config.seq_length if predicts else settings.eval_dataset.max_source_length
     prompt = min(longest, config.seq_length)
     slots = min(prompt + options.max_new_tokens, options.max_length or config.seq_length, config.seq_length)
-    rows, capacity = batch * options.num_beams, cache_capacity(slots) + _prefix(settings)
+    rows, capacity = slot_count(batch * options.num_beams), cache_capacity(slots) + _prefix(settings)
     item = ITEM_BYTES[config.compute_dtype]
     cache = 2 * config.num_layers * rows * config.num_kv_heads * capacity * config.kv_channels * item
     if options.num_beams > 1:
         cache += cache // (2 * config.num_layers)  # a copy of one table while beams are reordered
     prompt = min(prompt, slots)
     fused = _fuses_attention(settings, config)
-    work = Work(config, ParallelConfig(), rows, prompt, prefix=capacity - prompt, fused_attention=fused)
+    work = Work(config, ParallelConfig(), batch, prompt, prefix=capacity - prompt, fused_attention=fused)
     return {"kv_cache": cache, "activations": prefill_bytes(work)}

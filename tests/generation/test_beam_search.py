@@ -8,12 +8,13 @@ import json
 import numpy as np
 import pytest
 from numpy_glm import NumpyGLM
+from slot_decoder import SlotDecoder
 from tolerances import BEAM_SCORE
 
+from glm_ms.generation import decode
 from glm_ms.generation.beam_search import beam_search
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.decode import generate
-from glm_ms.generation.inputs import GenerationInputs
+from glm_ms.generation.inputs import prepare_prompts
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,7 @@ def test_golden_beams(golden, tiny):
     assert len(cases) == 12
     for case in cases:
         count = 1 if case["input"] == "row0_alone" else 2
-        inputs = GenerationInputs.prepare(
-            data["input_ids"][:count], data["attention_mask"][:count], vocab_size=512
-        )
+        inputs = prepare_prompts(data["input_ids"][:count], data["attention_mask"][:count], vocab_size=512)
         config = GenerationConfig(**case["params"])
         ranked = [one for row in beam_search(tiny, inputs, config) for one in row]
         start = case["prompt_length"]
@@ -40,41 +39,32 @@ def test_golden_beams(golden, tiny):
         np.testing.assert_allclose([one.sum_log_probs for one in ranked], case["sum_log_probs"], **BEAM_SCORE)
 
         whole = [row[: start + length] for row, length in zip(case["sequences"], lengths)]
-        padding = np.repeat((inputs.attention_mask == 0).sum(axis=1), config.num_return_sequences)
+        padding = np.repeat([start - len(prompt.ids) for prompt in inputs], config.num_return_sequences)
         expected = [row[skip:] for row, skip in zip(whole, padding)]
         assert generate(tiny, inputs, config) == expected
         fewer = GenerationConfig(**{**case["params"], "num_return_sequences": 1})
         assert generate(tiny, inputs, fewer) == expected[:: config.num_return_sequences]
 
 
-class Table:
+class Table(SlotDecoder):
     """A network whose next scores depend on the whole sequence through a random table."""
 
     def __init__(self, vocab_size, seed=0):
-        self.vocab_size, self.seed, self.calls = vocab_size, seed, []
+        super().__init__()
+        self.vocab_size, self.seed = vocab_size, seed
 
     def log_probs(self, sequence):
         scores = np.random.default_rng([self.seed, *sequence]).normal(0, 2, self.vocab_size)
         return scores - np.log(np.exp(scores).sum())
 
-    def scores(self):
-        return np.array([self.log_probs(row) for row in self.rows], np.float32)
+    def scores(self, rows):
+        return np.array([self.log_probs(row.ids) for row in rows], np.float32)
 
-    def prefill(self, input_ids, attention_mask, position_ids):
-        pairs = zip(input_ids, attention_mask)
-        self.rows = [row[mask == 1].tolist() for row, mask in pairs]
-        return self.scores()
 
-    def step(self, token_ids, position_ids):
-        self.calls.append("step")
-        self.rows = [[*row, int(token)] for row, token in zip(self.rows, token_ids)]
-        return self.scores()
-
-    def reorder(self, rows):
-        self.calls.append("reorder")
-        assert rows.dtype == np.int32
-        assert (rows != np.arange(rows.size)).any(), "a reorder that moves nothing costs time"
-        self.rows = [self.rows[row] for row in rows]
+def generate(decoder, prompts, config):
+    found = decode.generate(decoder, prompts, [config] * len(prompts))
+    assert not decoder.rows, "every slot is freed"
+    return found
 
 
 def every_sequence(table, prompt, eos_ids, length, penalty):
@@ -98,7 +88,7 @@ def test_wide_beams_find_what_exhaustive_search_finds(penalty, eos, seed):
     table, prompt = Table(4, seed), [2, 0, 2]
     # Length 3 leaves at most 4 * 4 prefixes of 2 tokens.
     config = GenerationConfig(3, num_beams=16, eos_token_id=eos, length_penalty=penalty)
-    inputs = GenerationInputs.prepare(prompt, vocab_size=4)
+    inputs = prepare_prompts(prompt, vocab_size=4)
     (best,) = beam_search(table, inputs, config)[0]
     score, tokens = every_sequence(table, prompt, config.eos_ids, 3, penalty)[0]
     assert best.token_ids == tokens
@@ -109,7 +99,7 @@ def test_the_end_token_that_was_generated_is_returned():
     ends = set()
     for seed in range(12):
         config = GenerationConfig(6, num_beams=2, num_return_sequences=2, eos_token_id=[5, 2])
-        inputs = GenerationInputs.prepare([4, 1], vocab_size=6)
+        inputs = prepare_prompts([4, 1], vocab_size=6)
         for sequence in generate(Table(6, seed), inputs, config):
             generated = sequence[2:]
             assert not {5, 2} & set(generated[:-1])
@@ -125,10 +115,10 @@ def test_prompts_do_not_influence_each_other(early_stopping):
     )
     lengths = set()
     for seed in range(6):
-        batch = generate(Table(12, seed), GenerationInputs.prepare(prompts, vocab_size=12), config)
+        batch = generate(Table(12, seed), prepare_prompts(prompts, vocab_size=12), config)
         alone = []
         for prompt in prompts:
-            alone += generate(Table(12, seed), GenerationInputs.prepare(prompt, vocab_size=12), config)
+            alone += generate(Table(12, seed), prepare_prompts(prompt, vocab_size=12), config)
             lengths.add(len(alone[-1]) - len(prompt))
         assert batch == alone
     assert len(lengths) > 3, "prompts end at different steps"
@@ -139,18 +129,19 @@ def test_length_that_counts_the_prompt_is_a_limit_for_each():
     options = {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": 5, "length_penalty": 0.7}
     together = beam_search(
         Table(6),
-        GenerationInputs.prepare(prompts, vocab_size=6),
+        prepare_prompts(prompts, vocab_size=6),
         GenerationConfig(9, max_length=5, **options),
     )
     for prompt, ranked in zip(prompts, together):
-        alone = GenerationInputs.prepare(prompt, vocab_size=6)
+        alone = prepare_prompts(prompt, vocab_size=6)
         assert [ranked] == beam_search(Table(6), alone, GenerationConfig(5 - len(prompt), **options))
 
 
 def test_no_step_after_the_last_needed_token():
-    table, inputs = Table(6), GenerationInputs.prepare([4], vocab_size=6)
+    table, inputs = Table(6), prepare_prompts([4], vocab_size=6)
     generate(table, inputs, GenerationConfig(5, num_beams=2))
     assert table.calls.count("step") == 4
+    assert table.calls.count("fork") == 1
     assert table.calls[-1] == "step"
 
 
@@ -158,12 +149,12 @@ def test_one_possible_token_is_enough():
     with pytest.raises(ValueError, match="all 2 ids of the vocabulary end a sequence"):
         generate(
             Table(2),
-            GenerationInputs.prepare([1], vocab_size=2),
+            prepare_prompts([1], vocab_size=2),
             GenerationConfig(2, num_beams=2, eos_token_id=[0, 1]),
         )
     (sequence,) = generate(
         Table(2),
-        GenerationInputs.prepare([1], vocab_size=2),
+        prepare_prompts([1], vocab_size=2),
         GenerationConfig(3, num_beams=4, eos_token_id=0),
     )
     assert sequence[-1] == 0 or len(sequence) == 4

@@ -1,4 +1,4 @@
-"""Prompts of every accepted form become one left padded batch; everything else is a named error."""
+"""Prompts of every accepted form lose their padding; everything else is a named error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from glm_ms.generation.inputs import GenerationInputs
+from glm_ms.generation.inputs import prepare_prompts
 
 
 class Tensor:
@@ -23,13 +23,13 @@ class Tensor:
 def prepare(*args, vocab_size=100, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return GenerationInputs.prepare(*args, vocab_size=vocab_size, **kwargs)
+        return prepare_prompts(*args, vocab_size=vocab_size, **kwargs)
 
 
-def as_lists(inputs):
-    arrays = (inputs.input_ids, inputs.attention_mask, inputs.position_ids)
-    assert all(array.dtype == np.int32 for array in arrays)
-    return [array.tolist() for array in arrays]
+def as_lists(prompts):
+    """(ids, positions) of each prompt."""
+    assert all(array.dtype == np.int32 for prompt in prompts for array in (prompt.ids, prompt.positions))
+    return [(prompt.ids.tolist(), prompt.positions.tolist()) for prompt in prompts]
 
 
 @pytest.mark.parametrize(
@@ -48,27 +48,22 @@ def as_lists(inputs):
     ],
 )
 def test_one_prompt_in_every_form(form):
-    assert as_lists(prepare(form)) == [[[5, 6, 7]], [[1, 1, 1]], [[0, 1, 2]]]
+    assert as_lists(prepare(form)) == [([5, 6, 7], [0, 1, 2])]
 
 
-def test_prompts_of_different_lengths_are_left_padded():
-    inputs = prepare([[5, 6, 7], [8], [1, 2]], pad_token_id=3)
-    assert as_lists(inputs) == [
-        [[5, 6, 7], [3, 3, 8], [3, 1, 2]],
-        [[1, 1, 1], [0, 0, 1], [0, 1, 1]],
-        [[0, 1, 2], [0, 0, 0], [0, 0, 1]],
-    ]
-    assert inputs.batch_size == 3
-    assert inputs.prompts() == [[5, 6, 7], [8], [1, 2]]
+def test_prompts_of_different_lengths():
+    found = as_lists(prepare([[5, 6, 7], [8], [1, 2]], pad_token_id=3))
+    assert found == [([5, 6, 7], [0, 1, 2]), ([8], [0]), ([1, 2], [0, 1])]
 
 
 @pytest.mark.parametrize("name", ["glm2_tiny", "glm3_tiny", "glm3_32k_tiny"])
 def test_golden_batch(golden, name):
     data = np.load(golden / "models" / name / "golden.npz")
-    inputs = prepare(data["input_ids"], data["attention_mask"], vocab_size=512)
-    for key in ("input_ids", "attention_mask", "position_ids"):
-        np.testing.assert_array_equal(getattr(inputs, key), data[key])
-    assert prepare(inputs.prompts(), vocab_size=512).input_ids.tolist() == data["input_ids"].tolist()
+    prompts = prepare(data["input_ids"], data["attention_mask"], vocab_size=512)
+    for row, prompt in enumerate(prompts):
+        real = data["attention_mask"][row] == 1
+        np.testing.assert_array_equal(prompt.ids, data["input_ids"][row, real])
+        np.testing.assert_array_equal(prompt.positions, data["position_ids"][row, real])
 
 
 @pytest.mark.parametrize(
@@ -82,31 +77,18 @@ def test_golden_batch(golden, name):
         (np.array([[5, 6, 9, 9], [1, 2, 3, 4]]), np.array([[1.0, 1, 0, 0], [1, 1, 1, 1]])),
     ],
 )
-def test_wherever_the_padding_stands_the_result_is_the_same(ids, mask):
-    assert as_lists(prepare(ids, mask)) == [
-        [[0, 0, 5, 6], [1, 2, 3, 4]],
-        [[0, 0, 1, 1], [1, 1, 1, 1]],
-        [[0, 0, 0, 1], [0, 1, 2, 3]],
-    ]
+def test_padding_anywhere_gives_the_same_prompts(ids, mask):
+    assert as_lists(prepare(ids, mask)) == [([5, 6], [0, 1]), ([1, 2, 3, 4], [0, 1, 2, 3])]
 
 
-def test_columns_that_hold_only_padding_go():
-    assert as_lists(prepare([[0, 0, 5], [0, 6, 7]], [[0, 0, 1], [0, 1, 1]]))[0] == [[0, 5], [6, 7]]
+def test_columns_of_padding_only():
+    found = as_lists(prepare([[0, 0, 5], [0, 6, 7]], [[0, 0, 1], [0, 1, 1]]))
+    assert found == [([5], [0]), ([6, 7], [0, 1])]
 
 
-def test_positions_are_taken_as_given_and_move_with_their_tokens():
-    inputs = prepare([[5, 6, 0], [1, 2, 3]], [[1, 1, 0], [1, 1, 1]], [[40, 41, 7], [3, 4, 5]])
-    assert inputs.position_ids.tolist() == [[0, 40, 41], [3, 4, 5]]
-
-
-def test_expand_repeats_rows_in_place():
-    inputs = prepare([[5, 6], [8]])
-    assert inputs.expand(1) is inputs
-    assert as_lists(inputs.expand(2)) == [
-        [[5, 6], [5, 6], [0, 8], [0, 8]],
-        [[1, 1], [1, 1], [0, 1], [0, 1]],
-        [[0, 1], [0, 1], [0, 0], [0, 0]],
-    ]
+def test_given_positions_stay_with_their_tokens():
+    found = as_lists(prepare([[5, 6, 0], [1, 2, 3]], [[1, 1, 0], [1, 1, 1]], [[40, 41, 7], [3, 4, 5]]))
+    assert found == [([5, 6], [40, 41]), ([1, 2, 3], [3, 4, 5])]
 
 
 def test_the_arguments_are_not_changed():
@@ -118,9 +100,9 @@ def test_the_arguments_are_not_changed():
 @pytest.mark.parametrize("ids", [[[0, 5], [6, 7]], np.array([[6, 7], [5, 0]])])
 def test_padding_without_a_mask_is_a_visible_warning(ids):
     with pytest.warns(UserWarning, match="begins or ends with the padding id 0 .* attention_mask") as caught:
-        inputs = GenerationInputs.prepare(ids, vocab_size=100)
+        prompts = prepare_prompts(ids, vocab_size=100)
     assert caught[0].filename == __file__
-    assert inputs.attention_mask.all()
+    assert [len(prompt.ids) for prompt in prompts] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -157,8 +139,8 @@ def test_unusable_prompts_are_named(ids, message):
     [
         ({"attention_mask": [[1, 1]]}, "attention_mask: 1 rows for 2 rows"),
         ({"attention_mask": [[1, 1], [1, 1]]}, "attention_mask: row 1 has length 2, input_ids has 3"),
-        ({"attention_mask": [[1, 2], [1, 1, 1]]}, "attention_mask: row 0 holds 2: expected only 0 and 1"),
-        ({"attention_mask": [[1, 0.5], [1, 1, 1]]}, "attention_mask: row 0 holds 0.5"),
+        ({"attention_mask": [[1, 2], [1, 1, 1]]}, "attention_mask: row 0 contains 2: expected only 0 and 1"),
+        ({"attention_mask": [[1, 0.5], [1, 1, 1]]}, "attention_mask: row 0 contains 0.5"),
         ({"attention_mask": [["1", "1"], [1, 1, 1]]}, "attention_mask: row 0: expected 0 and 1, found <U1"),
         ({"attention_mask": [[0, 0], [1, 1, 1]]}, "attention_mask: row 0 hides every token"),
         ({"position_ids": [[0, 1]]}, "position_ids: 1 rows for 2 rows"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -22,9 +23,9 @@ def rows(cases):
     return [(np.array([row["logits"]], np.float32), np.array([row["input_ids"]])) for row in cases["rows"]]
 
 
-def filtered(config, scores, input_ids, mask=None):
+def filtered(config, scores, input_ids):
     filters = sampling.build_processors(config) + sampling.build_warpers(config)
-    return sampling.apply_filters(filters, scores, sampling.mark_seen(input_ids, scores.shape[1], mask))
+    return sampling.apply_filters(filters, scores, sampling.mark_seen(input_ids, scores.shape[1]))
 
 
 def test_filters_keep_the_golden_tokens_with_the_golden_probabilities(cases, rows):
@@ -67,9 +68,9 @@ def test_filters_leave_their_input_alone(rows):
     np.testing.assert_array_equal(scores, before)
 
 
-def test_penalty_ignores_ids_under_the_mask():
+def test_penalty_of_ids_that_occur():
     scores = np.array([[2.0, -2.0, 4.0]], np.float32)
-    seen = sampling.mark_seen(np.array([[0, 1, 1]]), 3, np.array([[0, 1, 1]]))
+    seen = sampling.mark_seen([np.array([1, 1])], 3)
     assert seen.tolist() == [[False, True, False]]
     assert sampling.penalize_repetition(scores, seen, 2.0).tolist() == [[2.0, -4.0, 4.0]]
 
@@ -103,9 +104,9 @@ def test_draws_follow_the_distribution():
     wanted = np.array([0.1, 0.0, 0.6, 0.3])
     with np.errstate(divide="ignore"):
         scores = np.log(wanted, dtype=np.float32)[None]
-    generator = sampling.row_generators([[1]], 1, seed=5)
+    generator = sampling.row_generator([1], 5, 0)
     count = 20000
-    drawn = np.concatenate([sampling.draw(scores, generator) for _ in range(count)])
+    drawn = np.concatenate([sampling.draw(scores, [generator]) for _ in range(count)])
     frequency = np.bincount(drawn, minlength=4) / count
     assert frequency[1] == 0
     # Four standard deviations of a binomial frequency.
@@ -127,22 +128,30 @@ def test_draw_stays_on_candidates_at_the_ends_of_the_unit_interval():
     assert sampling.draw(scores, [_Extreme(0.5)]).dtype == np.int32
 
 
-def _first_numbers(*args):
-    return [generator.random() for generator in sampling.row_generators(*args)]
+def _first_tokens(prompts, *configs):
+    """One draw of each row from 2 ** 20 equal scores."""
+    samplers = sampling.row_samplers([np.array(prompt, np.int32) for prompt in prompts], configs, 2**20)
+    return [sampler(np.zeros(2**20, np.float32)) for sampler in samplers]
 
 
 def test_streams_depend_on_seed_prompt_and_copy_only():
-    alone = _first_numbers([[7, 8]], 2, 3)
-    assert _first_numbers([[1], [7, 8]], 2, 3)[2:] == alone
-    assert _first_numbers([[7, 8], [1]], 1, 3)[0] == alone[0]
-    assert _first_numbers([[7, 8], [7, 8]], 1, 3) == alone, "copies continue the count"
-    others = [[8, 7], [7, 8, 0], [7], [0], [0, 0]]
-    numbers = alone + _first_numbers(others, 1, 3) + _first_numbers([[7, 8]], 1, 4)
+    two = GenerationConfig(1, do_sample=True, seed=3, num_return_sequences=2)
+    one = dataclasses.replace(two, num_return_sequences=1)
+    alone = _first_tokens([[7, 8]], two)
+    assert _first_tokens([[1], [7, 8]], two, two)[2:] == alone
+    assert _first_tokens([[7, 8], [1]], one, one)[0] == alone[0]
+    assert _first_tokens([[7, 8], [7, 8]], one, one) == alone, "copies continue the count"
+    seed_4 = dataclasses.replace(one, seed=4)
+    mixed = _first_tokens([[7, 8], [7, 8], [7, 8]], seed_4, one, one)
+    assert mixed[1:] == alone, "rows with other options do not count"
+    others = _first_tokens([[8, 7], [7, 8, 0], [7], [0], [0, 0]], *[one] * 5)
+    numbers = [*alone, *others, mixed[0]]
     assert len(set(numbers)) == len(numbers)
 
 
 def test_without_a_seed_every_call_differs():
-    assert _first_numbers([[7]], 1, None) != _first_numbers([[7]], 1, None)
+    config = GenerationConfig(1, do_sample=True)
+    assert _first_tokens([[7]], config) != _first_tokens([[7]], config)
 
 
 @pytest.mark.parametrize("bad", [[np.nan, 1.0], [np.inf, 1.0], [-np.inf, -np.inf]])

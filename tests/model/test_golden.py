@@ -8,12 +8,14 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
-from reference import CASES, FOLDER, golden_model, golden_numbers
+from reference import CASES, FOLDER, golden_model, golden_numbers, graph_mode
 from safetensors.numpy import load_file
 from tolerances import GRAD_NORM, LOGITS, LOSS
 
 from glm_ms.convert.names import to_glm_name
-from glm_ms.generation.cached_decoder import CachedDecoder, graph_mode
+from glm_ms.generation.decoder import CachedDecoder
+from glm_ms.generation.graphs import run_cell
+from glm_ms.generation.inputs import Prompt
 from glm_ms.model.loss import GLMWithLoss, NextTokenLoss
 
 
@@ -69,8 +71,7 @@ class _States(nn.Cell):
 def test_hidden_states_and_mask(case: str) -> None:
     numbers = golden_numbers(case)
     inputs = (numbers["input_ids"], numbers["attention_mask"], numbers["position_ids"], np.arange(24))
-    with graph_mode():
-        *states, final, bias = _States(golden_model(case).network)(*int_tensors(*inputs))
+    *states, final, bias = run_cell(_States(golden_model(case).network), *inputs)
     hidden = np.stack([state.asnumpy() for state in states])
     np.testing.assert_allclose(hidden, numbers["hidden_states"], **LOGITS)
     np.testing.assert_allclose(final.asnumpy(), numbers["final_hidden"], **LOGITS)
@@ -130,38 +131,37 @@ def test_gradients(case: str) -> None:
             np.testing.assert_allclose(g.asnumpy(), expected[name], err_msg=name, rtol=1e-4, atol=1e-5)
 
 
+def first_columns(numbers: dict[str, np.ndarray], count: int) -> list[Prompt]:
+    """The golden rows up to a column, without their padding."""
+    rows = zip(*(numbers[k][:, :count] for k in ("input_ids", "position_ids", "attention_mask")))
+    return [Prompt(ids[mask == 1], positions[mask == 1]) for ids, positions, mask in rows]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_prefill_steps_and_cache(case: str) -> None:
     numbers = golden_numbers(case)
     model = golden_model(case)
-    ids, mask, positions = (
-        numbers[k].astype(np.int32) for k in ("input_ids", "attention_mask", "position_ids")
-    )
     decoder = CachedDecoder(model.network, 2, 24)
-    logits = decoder.prefill(ids[:, :16], mask[:, :16], positions[:, :16])
+    slots, logits = decoder.add(first_columns(numbers, 16))
     np.testing.assert_allclose(logits, numbers["prefill_logits_last"], **LOGITS)
     for i in range(16, 24):
-        logits = decoder.step(ids[:, i], positions[:, i])
+        logits = decoder.step(slots, numbers["input_ids"][:, i])
         np.testing.assert_allclose(logits, numbers["incremental_logits"][i - 16], **LOGITS)
-    real = mask.astype(bool)
+    real = numbers["attention_mask"].astype(bool)
     kept = [layer for layer in range(model.config.num_layers) if f"past_key_layer{layer}" in numbers]
     assert 0 in kept
     for layer in kept:
         for name, tables in (("key", decoder.cache.keys), ("value", decoder.cache.values)):
-            expected = numbers[f"past_{name}_layer{layer}"]
-            found = (
-                tables[layer].asnumpy().reshape(2, model.config.num_kv_heads, 24, -1).transpose(0, 2, 1, 3)
-            )
-            np.testing.assert_allclose(found[real], expected[real], **LOGITS)
+            table = tables[layer].asnumpy().reshape(2, model.config.num_kv_heads, 24, -1)
+            for row, found in enumerate(table.transpose(0, 2, 1, 3)):
+                expected = numbers[f"past_{name}_layer{layer}"][row, real[row]]
+                np.testing.assert_allclose(found[: len(expected)], expected, **LOGITS)
 
 
 def test_reordered_cache_continues_the_other_row() -> None:
     numbers = golden_numbers("glm3_tiny")
-    ids, mask, positions = (
-        numbers[k].astype(np.int32) for k in ("input_ids", "attention_mask", "position_ids")
-    )
     decoder = CachedDecoder(golden_model("glm3_tiny").network, 2, 24)
-    decoder.prefill(ids[:, :16], mask[:, :16], positions[:, :16])
-    decoder.reorder(np.array([1, 0], np.int32))
-    logits = decoder.step(ids[::-1, 16], positions[::-1, 16])
+    slots, _ = decoder.add(first_columns(numbers, 16))
+    decoder.reorder(slots, slots[::-1])
+    logits = decoder.step(slots, numbers["input_ids"][::-1, 16])
     np.testing.assert_allclose(logits[::-1], numbers["incremental_logits"][0], **LOGITS)

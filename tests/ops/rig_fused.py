@@ -101,11 +101,13 @@ def compile_networks() -> None:
         print(f"OK network {name}", flush=True)
         cache = KVCache(config, BATCH, CAPACITY)
         for length, cell in ((LENGTH, CachedGLM(network, cache)), (1, CachedGLM(network, cache))):
+            tokens, slots = np.ones((BATCH, length), np.int32), np.arange(BATCH, dtype=np.int32)
+            indices = np.tile(np.arange(length, dtype=np.int32), (BATCH, 1))
+            arrays = [tokens, tokens, indices, cache.rows(slots, indices)]
             if length > 1:
                 ids, vector = Tensor(shape=[None, None], dtype=ms.int32), Tensor(shape=[None], dtype=ms.int32)
-                cell.set_inputs(ids, ids, ids, ids, vector, vector)
-            tokens, keys = np.ones((BATCH, length), np.int32), np.ones((BATCH, CAPACITY), np.int32)
-            arrays = (tokens, tokens, keys, tokens, np.arange(length, dtype=np.int32), cache.rows(0, length))
+                cell.set_inputs(ids, ids, ids, vector, vector, vector)
+                arrays += [slots, slots]
             cell.compile(*(Tensor(array) for array in arrays))
             alive.append(cell)
             print(f"OK {'prefill' if length > 1 else 'step'} {name}", flush=True)

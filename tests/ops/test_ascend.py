@@ -13,9 +13,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
+from reference import graph_mode
 from tolerances import LOGITS
 
-from glm_ms.generation.cached_decoder import graph_mode
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.ops import ascend, registry

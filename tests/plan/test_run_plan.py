@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from glm_ms import GLMConfig, GLMForCausalLM
-from glm_ms.generation.cached_decoder import CachedDecoder, cache_capacity
+from glm_ms.generation.decoder import CachedDecoder, cache_capacity
 from glm_ms.plan import RunPlan, nearest_fit, plan_run, traffic
 from glm_ms.settings import SettingsError, load_settings
 from tests.plan.test_measured_memory import CONFIG, RECOMPUTE, SHARDED, keys

@@ -1,0 +1,107 @@
+"""The thread that compiles and runs cells, and the cell for logits of whole sequences."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+from concurrent.futures import Future
+from typing import Any, Callable, TypeVar
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+
+from glm_ms.model.glm import GLMNetwork
+
+T = TypeVar("T")
+
+# Inputs of graphs that are compiled once for every batch size and length.
+MATRIX = Tensor(shape=[None, None], dtype=ms.int32)
+VECTOR = Tensor(shape=[None], dtype=ms.int32)
+
+# The compiler recurses through a graph. With `ulimit -s unlimited` glibc gives threads 2 MB only.
+_STACK_BYTES = 64 << 20
+
+
+class GraphThread:
+    """Runs functions one after another in its own thread; any thread may call `run`.
+
+    MindSpore must not compile or run cells in two threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future, Callable[..., Any], tuple] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Returns function(*args), or raises what it raises. Runs at once if the caller is this thread."""
+        if threading.current_thread() is self._thread:
+            return function(*args)
+        with self._starting:
+            # After a fork the child process does not have the thread.
+            if self._thread is None or not self._thread.is_alive():
+                self._start()
+        future: Future = Future()
+        self._jobs.put((future, function, args))
+        return future.result()
+
+    def _start(self) -> None:
+        previous = threading.stack_size(_STACK_BYTES)
+        try:
+            self._thread = threading.Thread(target=self._work, name="glm_ms graphs", daemon=True)
+            self._thread.start()
+        finally:
+            threading.stack_size(previous)
+        # A graph that is still running when the interpreter ends would use memory that MindSpore has freed.
+        atexit.register(self._stop)
+
+    def _stop(self) -> None:
+        self._jobs.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        """In a function of its own: a waiting thread must not keep the last job's objects alive."""
+        job = self._jobs.get()
+        if job is None:
+            return False
+        future, function, args = job
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        return True
+
+
+# One for all networks: the compiler of MindSpore is one per process.
+GRAPHS = GraphThread()
+
+
+def run_cell(cell: nn.Cell, *arrays: np.ndarray) -> Any:
+    """Runs a cell as a compiled graph on int32 copies of `arrays`, in PyNative programs too."""
+    tensors = [Tensor(np.ascontiguousarray(array, np.int32)) for array in arrays]
+    return GRAPHS.run(cell.compile_and_run, *tensors)
+
+
+class Logits(nn.Cell):
+    """Wrapper cell of a network. A new one is compiled anew, as a network with a new adapter needs.
+
+    Args:
+        network: weights; parameter names stay as they are.
+    """
+
+    def __init__(self, network: GLMNetwork) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor
+    ) -> Tensor:
+        """As `GLMNetwork.construct`, without dropout."""
+        return self.network(input_ids, attention_mask, position_ids, slots)

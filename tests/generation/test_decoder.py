@@ -1,0 +1,208 @@
+"""Slots over the real network: sequences that join and leave, sizes, threads, the pool."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import mindspore as ms
+import numpy as np
+import pytest
+from reference import FOLDER, fresh_golden_model, golden_model
+from tolerances import LOGITS
+
+from glm_ms import GLMForCausalLM
+from glm_ms.generation import GenerationConfig
+from glm_ms.generation.decoder import CachedDecoder, DecoderPool, cache_capacity, slot_count
+from glm_ms.generation.graphs import GraphThread
+from glm_ms.generation.inputs import Prompt, prepare_prompts
+
+# A prompt, the step it joins at, and how many tokens it gets.
+REQUESTS = [([5, 17, 300, 8], 0, 9), ([44, 3], 2, 4), ([101, 102, 103, 104, 105, 106, 107], 4, 6)]
+
+
+def prompt_of(ids: list[int]) -> Prompt:
+    return prepare_prompts(ids, vocab_size=512)[0]
+
+
+def greedy_alone(decoder: CachedDecoder, ids: list[int], count: int) -> tuple[list[int], np.ndarray]:
+    """Tokens, and the logits float32 [count, V] they were chosen from."""
+    slots, logits = decoder.add([prompt_of(ids)])
+    found = [logits]
+    while len(found) < count:
+        found.append(decoder.step(slots, found[-1].argmax(axis=1).astype(np.int32)))
+    decoder.free(slots)
+    return [int(one.argmax()) for one in found], np.concatenate(found)
+
+
+def model_of(case: str) -> GLMForCausalLM:
+    if case != "prefix":
+        return golden_model(case)
+    model = fresh_golden_model("glm2_tiny")
+    model.load_adapter(FOLDER.parent / "train" / "ptuning_v2" / "final.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("case", ["glm2_tiny", "glm3_tiny", "glm2_mha", "prefix"])
+def test_requests_that_join_and_leave_get_what_they_get_alone(case: str) -> None:
+    model = model_of(case)
+    alone = [greedy_alone(CachedDecoder(model.network, 1, 64), ids, n) for ids, _, n in REQUESTS]
+    decoder = CachedDecoder(
+        model.network, 2, 64
+    )  # the third request takes the slot that the second one leaves
+    running: dict[int, int] = {}  # slot -> request
+    tokens: list[list[int]] = [[] for _ in REQUESTS]
+    logits: list[list[np.ndarray]] = [[] for _ in REQUESTS]
+
+    def note(slots: list[int], found: np.ndarray) -> None:
+        for slot, row in zip(slots, found):
+            request = running[slot]
+            logits[request].append(row)
+            tokens[request].append(int(row.argmax()))
+
+    step = 0
+    while step == 0 or running:
+        stepped = list(running)[::-1]  # in any order
+        if stepped:
+            last = np.array([tokens[running[slot]][-1] for slot in stepped], np.int32)
+            note(stepped, decoder.step(stepped, last))
+        for slot, request in list(running.items()):
+            if len(tokens[request]) == REQUESTS[request][2]:
+                decoder.free([slot])
+                del running[slot]
+        for request, (ids, start, _) in enumerate(REQUESTS):
+            if start == step or (step > start and not tokens[request] and len(running) < 2):
+                slots, found = decoder.add([prompt_of(ids)])
+                running[slots[0]] = request
+                note(slots, found)
+        step += 1
+    for request, (expected, expected_logits) in enumerate(alone):
+        assert tokens[request] == expected
+        np.testing.assert_allclose(np.array(logits[request]), expected_logits, **LOGITS)
+
+
+def test_slots_that_are_not_stepped_do_not_change() -> None:
+    decoder = CachedDecoder(golden_model("glm3_tiny").network, 2, 64)
+    expected, _ = greedy_alone(decoder, [5, 6, 7], 5)
+    slots, logits = decoder.add([prompt_of([5, 6, 7]), prompt_of([9, 10])])
+    tokens = [int(logits[0].argmax())]
+    while len(tokens) < 5:
+        for token in (400, 401):
+            decoder.step(slots[1:], np.array([token], np.int32))
+        tokens.append(int(decoder.step(slots[:1], np.array(tokens[-1:], np.int32)).argmax()))
+    assert tokens == expected
+
+
+def test_forks_continue_their_source() -> None:
+    decoder = CachedDecoder(golden_model("glm2_tiny").network, 3, 64)
+    (source,), _ = decoder.add([prompt_of([5, 17, 300])])
+    slots = [source, *decoder.fork([source, source])]
+    assert len(set(slots)) == 3
+    words = np.array([7, 8, 9], np.int32)
+    found = decoder.step(slots, words)
+    with pytest.raises(ValueError, match="1 sequences for 0 free slots of 3"):
+        decoder.fork([source])
+    decoder.free(slots)
+    slots, _ = decoder.add([prompt_of([5, 17, 300])] * 3)
+    np.testing.assert_allclose(found, decoder.step(slots, words), **LOGITS)
+
+
+def test_sizes_and_what_does_not_fit() -> None:
+    assert [slot_count(rows) for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17)] == [
+        1, 2, 3, 4, 6, 6, 8, 8, 12, 16, 24,
+    ]  # fmt: skip
+    assert [cache_capacity(length) for length in (1, 64, 65, 300)] == [64, 64, 128, 512]
+    decoder = CachedDecoder(golden_model("glm2_tiny").network, 2, 8)
+    with pytest.raises(ValueError, match="a prompt of 9 tokens: a slot has room for 8"):
+        decoder.add([prompt_of([5] * 9)])
+    slots, _ = decoder.add([prompt_of([5] * 7)])
+    with pytest.raises(ValueError, match="2 sequences for 1 free slots of 2"):
+        decoder.add([prompt_of([5]), prompt_of([6])])
+    decoder.step(slots, np.array([5], np.int32))
+    with pytest.raises(ValueError, match="slot 0 is full: it has room for 8 tokens"):
+        decoder.step(slots, np.array([5], np.int32))
+    decoder.free(slots)
+    decoder.add([prompt_of([5]), prompt_of([6])])
+
+
+def test_the_pool_lends_each_decoder_once_and_keeps_two() -> None:
+    pool = DecoderPool(golden_model("glm2_tiny").network)
+    with pool.lend(1, 9) as first, pool.lend(1, 9) as second:
+        assert first is not second
+    with pool.lend(1, 64) as again:
+        assert again in (first, second)
+    with pool.lend(3, 9) as third:
+        pass
+    with pool.lend(5, 9) as other:
+        assert (other.slots, other.capacity) == (6, 64)
+    with pool.lend(3, 9) as again:
+        assert again is third
+    with pool.lend(1, 9) as again:
+        assert again not in (first, second), "it has left the pool"
+    with pool.lend(1, 9) as left_in_use:
+        left_in_use.add([prompt_of([5])])
+    with pool.lend(1, 9) as again:
+        assert again is left_in_use
+        again.add([prompt_of([5])])
+
+
+def test_streams_in_several_threads_of_a_pynative_program() -> None:
+    model, mode = golden_model("glm3_tiny"), ms.get_context("mode")
+    prompts = [[5, 6, 7], [100, 200], [9], [5, 6, 7]]
+    expected = [model.generate(prompt, max_new_tokens=8) for prompt in prompts]
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        barrier = threading.Barrier(len(prompts))
+
+        def run(prompt: list[int]) -> list[list[int]]:
+            steps = model.stream(prompt, max_new_tokens=8)
+            barrier.wait()
+            return [prompt + np.concatenate(list(steps)).tolist()]
+
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            results = threads.map(run, prompts)
+            assert ms.get_context("mode") == ms.PYNATIVE_MODE
+            assert list(results) == expected
+        assert ms.get_context("mode") == ms.PYNATIVE_MODE
+    finally:
+        ms.set_context(mode=mode)
+
+
+def test_configs_of_each_prompt() -> None:
+    model, rows = golden_model("glm3_tiny"), [[5, 6, 7, 8], [9, 10], [9, 10]]
+    options = [
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 8, "do_sample": True, "temperature": 0.8, "top_k": 20, "seed": 3},
+        {"max_new_tokens": 8, "do_sample": True, "top_p": 0.9, "seed": 4, "repetition_penalty": 1.3},
+    ]
+    configs = [GenerationConfig(**one) for one in options]
+    alone = [model.generate(row, eos_token_id=[], **one)[0] for row, one in zip(rows, options)]
+    assert model.generate(rows, configs=configs) == alone
+    steps = np.stack(list(model.stream(rows, configs=configs)), axis=1).tolist()
+    assert [steps[0][:5], *steps[1:]] == [row[len(prompt) :] for row, prompt in zip(alone, rows)]
+    with pytest.raises(ValueError, match="configs: 2 for 3 prompts"):
+        model.generate(rows, configs=configs[:2])
+    with pytest.raises(ValueError, match="top_k: give options or configs"):
+        model.generate(rows, configs=configs, top_k=3)
+    with pytest.raises(ValueError, match="beam"):
+        model.stream(rows, configs=[*configs[:2], GenerationConfig(2, num_beams=2)])
+
+
+def test_the_graph_thread_runs_one_function_at_a_time() -> None:
+    graphs, seen = GraphThread(), []
+
+    def work(number: int) -> int:
+        seen.append(("start", number, threading.current_thread().name))
+        assert graphs.run(lambda: number) == number  # from its own thread
+        seen.append(("end", number, threading.current_thread().name))
+        return number * number
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda number: graphs.run(work, number), range(20))) == [
+            number * number for number in range(20)
+        ]
+    assert all(one[1:] == other[1:] for one, other in zip(seen[::2], seen[1::2]))
+    assert {name for *_, name in seen} == {"glm_ms graphs"}
+    with pytest.raises(ZeroDivisionError):
+        graphs.run(lambda: 1 / 0)
+    assert graphs.run(len, "ab") == 2, "an error does not end the thread"
