@@ -25,8 +25,7 @@ def load_pretrained(
     Args:
         path: Hugging Face folder (safetensors, or .bin shards), MindSpore `.ckpt` or `.safetensors`, or the
             output folder of a training run (its newest checkpoint).
-        config: architecture, or the folder, `config.json` or YAML that holds it. None: `config.json` in the
-            folder.
+        config: architecture, or the folder, `config.json` or YAML to read it from. None: `config.json` in `path`.
         adapter: LoRA or P-Tuning adapter to attach; see `GLMForCausalLM.load_adapter`.
 
     Returns:
@@ -34,8 +33,8 @@ def load_pretrained(
         the types of the config.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit the config; the
-            message lists them. AdapterError, one of its kind: the adapter cannot be used.
+        CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit the config.
+        AdapterError: the adapter cannot be used.
         ConfigError: the config cannot be used.
     """
     path = resolve_checkpoint(path)

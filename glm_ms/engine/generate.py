@@ -17,8 +17,8 @@ def generation_options(
 ) -> dict[str, Any]:
     """Keyword arguments of `generate`.
 
-    An answer ends at the tokenizer's stop ids. Options of another way of decoding are left out with a line to the
-    user: a YAML may hold `top_p` beside `do_sample: False`.
+    An answer ends at the tokenizer's stop ids. Options without effect are left out with a line to the user: a YAML
+    may have `top_p` beside `do_sample: False`.
     """
     options = dataclasses.asdict(settings.generation)
     idle = [] if options["do_sample"] else [("do_sample: True", ("temperature", "top_k", "top_p"))]
@@ -33,15 +33,15 @@ def generation_options(
 def check_prompt_lengths(
     prompts: Sequence[Sequence[int]], options: Mapping[str, Any], seq_length: int
 ) -> None:
-    """Holds all prompts to the lengths before the first answer: one that is too long must not cost the others theirs.
+    """Checks all prompts before the first answer: one that is too long must not cost the answers to the others.
 
     Args:
         prompts: ids of each.
-        options: as `generation_options` makes them.
+        options: from `generation_options`.
         seq_length: of the network, tokens.
 
     Raises:
-        DataError: a prompt is too long; it names its number, its length and the keys.
+        DataError: a prompt is too long.
     """
     longest, max_new_tokens = options["max_length"], options["max_new_tokens"]
     for number, prompt in enumerate(prompts, 1):
@@ -58,22 +58,19 @@ def check_prompt_lengths(
 
 
 def known_ids(tokenizer: SentencePieceTokenizer, ids: Sequence[int]) -> list[int]:
-    """Ids without those of padded rows of the vocabulary, which stand for nothing and which only an untrained
-    network picks."""
+    """Ids that the tokenizer has. The network may have more: an untrained one generates such padding ids too."""
     return [int(token) for token in ids if token < tokenizer.vocab_size]
 
 
 def answer_text(
     tokenizer: SentencePieceTokenizer, ids: Sequence[int], stop_ids: Sequence[int] | None = None
 ) -> str:
-    """Generated ids as text, without the stop id at the end and white space around.
-
-    ChatGLM3 begins its answers with a line break, and may end them with the token of the next role.
+    """Generated ids as text, without the stop id at the end and surrounding white space.
 
     Args:
         tokenizer: of the network.
         ids: generated, without the prompt.
-        stop_ids: that ended generation; None: those of the tokenizer.
+        stop_ids: ids that ended generation; None: those of the tokenizer.
     """
     ids = known_ids(tokenizer, ids)
     if ids and ids[-1] in (tokenizer.stop_token_ids if stop_ids is None else stop_ids):

@@ -76,7 +76,7 @@ class FinishedHypotheses:
         self.complete = self.config.early_stopping or worst >= attainable
 
     def best(self, count: int) -> list[BeamHypothesis]:
-        """The `count` best, best first; of equal ones the later found comes first."""
+        """The `count` best, best first; of equal ones the one found later comes first."""
         return sorted(self.hypotheses, key=lambda one: one.score)[::-1][:count]
 
 

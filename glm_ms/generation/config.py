@@ -29,18 +29,18 @@ class GenerationConfig:
         num_return_sequences: sequences per prompt; above 1 only with `do_sample`, or up to `num_beams`.
         length_penalty: beams are ranked by sum of log probabilities / generated length ** length_penalty;
             in [-20, 20], above 0 favours long ones.
-        early_stopping: a prompt ends when `num_beams` hypotheses have met an end token; when false it goes
-            on until no running beam can beat the worst of them.
+        early_stopping: a prompt ends when `num_beams` hypotheses have met an end token; when false it
+            continues until no running beam can beat the worst of them.
         temperature: divides the scores before sampling; in [1e-6, 1e6].
         top_k: sample from the k best scores, 0 for all.
         top_p: sample from the smallest set of best tokens whose probabilities reach top_p; in (0, 1].
-        repetition_penalty: above 1 discourages tokens that stand in the prompt or were generated
+        repetition_penalty: above 1 discourages tokens that occur in the prompt or were generated
             (https://arxiv.org/abs/1909.05858); in [1e-6, 1e6].
         eos_token_id: id, or ids, that end a row; None: rows end at `max_new_tokens` only.
-        pad_token_id: stands in place of tokens of a finished row; not part of any returned sequence.
+        pad_token_id: fills the steps of a finished row in a stream; not part of any returned sequence.
         seed: starts the random streams of sampling; None: different at every call.
-        max_length: a row also ends when it has so many tokens, its prompt counted; None: no such end. Where
-            `transformers` lets `max_new_tokens` overrule it, here what comes first counts.
+        max_length: a row also ends when it has so many tokens, its prompt counted; None: no such end. In
+            `transformers` `max_new_tokens` overrules it; here the first limit counts.
         replace_invalid_scores: nan or inf in the scores: continue as the chat functions of the original
             model do (see `sampling.replace_invalid_scores`) instead of raising an error.
 

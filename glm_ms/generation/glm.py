@@ -17,7 +17,7 @@ from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.decode import check_streamable, generate, stream
 from glm_ms.generation.decoder import DecoderPool
 from glm_ms.generation.graphs import GRAPHS, MATRIX, VECTOR, Logits, run_cell
-from glm_ms.generation.inputs import Prompt, new_token_limits, prepare_prompts
+from glm_ms.generation.inputs import Prompt, checked_rows, integer_rows, new_token_limits, prepare_prompts
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
@@ -155,9 +155,7 @@ class GLMForCausalLM:
         """Logits, or the loss when labels are given.
 
         Args:
-            input_ids: integers [B, S] (or [S], taken as a batch of one).
-            attention_mask: [B, S], 0 on padding. None: nothing is padding.
-            position_ids: [B, S]. None: 0, 1, ... over the tokens that are not padding, 0 on padding.
+            input_ids, attention_mask, position_ids: [B, S], or [S] as a batch of one; see `checked_rows`.
             labels: [B, S], -100 where a token carries no loss; shifted inside.
 
         Returns:
@@ -168,25 +166,27 @@ class GLMForCausalLM:
             ValueError: a shape, type or id that does not fit, positions beyond `config.seq_length`, or labels
                 that are all -100.
         """
-        ids = _matrix("input_ids", input_ids)
-        _check_range("input_ids", ids, 0, self.config.padded_vocab_size)
-        mask = np.ones_like(ids) if attention_mask is None else _like("attention_mask", attention_mask, ids)
-        _check_range("attention_mask", mask, 0, 2)
-        if position_ids is None:
-            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0) * mask
-        else:
-            positions = _like("position_ids", position_ids, ids)
-        _check_range("position_ids", positions, 0, self.config.seq_length, "config.seq_length")
+        rows, *others = checked_rows(input_ids, attention_mask, position_ids, self.config.padded_vocab_size)
+        if len({row.size for row in rows}) > 1:
+            raise ValueError("input_ids: rows of different lengths; pad them and give an attention_mask")
+        ids, mask, positions = (np.stack(array) for array in (rows, *others))
+        if positions.max() >= self.config.seq_length:
+            raise ValueError(
+                f"position_ids: {positions.max()} is outside 0..{self.config.seq_length - 1} (config.seq_length)"
+            )
         slots = np.arange(ids.shape[1])
         if labels is None:
             return run_cell(self._logits, ids, mask, positions, slots)
-        labels = _like("labels", labels, ids)
+        labels = np.stack(integer_rows(labels, "labels", like=rows))
         labelled = labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]
         if not labelled.size:
             raise ValueError(
                 f"labels: no label besides {IGNORED_LABEL} after the first token: no loss to compute"
             )
-        _check_range("labels", labelled, 0, self.config.padded_vocab_size)
+        for wrong in labelled[(labelled < 0) | (labelled >= self.config.padded_vocab_size)]:
+            raise ValueError(
+                f"labels: {wrong} is outside the vocabulary 0..{self.config.padded_vocab_size - 1}"
+            )
         total, count = run_cell(self._with_loss, ids, labels, mask, positions, slots)
         return GRAPHS.run(operator.truediv, total, count)
 
@@ -291,36 +291,3 @@ def _decoder_size(prompts: list[Prompt], configs: Sequence[GenerationConfig]) ->
     lengths = [len(prompt.ids) for prompt in prompts] + new_token_limits(prompts, configs)
     rows = sum(max(config.num_beams, config.num_return_sequences) for config in configs)
     return rows, int(lengths.max())
-
-
-def _matrix(name: str, values: Any) -> np.ndarray:
-    """Integers [B, S] as int64, from lists, NumPy arrays or tensors."""
-    try:
-        array = values.asnumpy() if hasattr(values, "asnumpy") else np.asarray(values)
-    except ValueError:
-        raise ValueError(f"{name}: rows of different lengths; pad them and give an attention_mask") from None
-    if array.dtype == object:
-        raise ValueError(f"{name}: rows of different lengths; pad them and give an attention_mask")
-    if array.dtype == bool:
-        array = array.astype(np.int64)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name}: expected integers, found {array.dtype}")
-    if array.ndim == 1:
-        array = array[None]
-    if array.ndim != 2 or not array.size:
-        raise ValueError(f"{name}: expected [B, S] with B, S >= 1, found shape {array.shape}")
-    return array.astype(np.int64)
-
-
-def _like(name: str, values: Any, ids: np.ndarray) -> np.ndarray:
-    array = _matrix(name, values)
-    if array.shape != ids.shape:
-        raise ValueError(f"{name}: shape {array.shape}, expected that of input_ids, {ids.shape}")
-    return array
-
-
-def _check_range(name: str, array: np.ndarray, low: int, high: int, limit: str = "") -> None:
-    if array.min() < low or array.max() >= high:
-        found = int(array.min() if array.min() < low else array.max())
-        bound = f" ({limit})" if limit else ""
-        raise ValueError(f"{name}: {found} is outside [{low}, {high}){bound}")

@@ -40,21 +40,51 @@ def prepare_prompts(
     only.
 
     Args:
-        input_ids: integers: one prompt (list or [S]), or several (lists of any lengths, or [B, S]), as lists, NumPy
-            arrays or tensors with `asnumpy()`.
-        attention_mask: 0 or 1 for each id, same shape; None: every id is a token of the prompt.
-        position_ids: position of each id, same shape, at least 0; None: counted from the mask.
-        vocab_size: ids run from 0 to vocab_size - 1.
+        input_ids, attention_mask, position_ids, vocab_size: see `checked_rows`.
         pad_token_id: the id that pads prompts.
 
     Raises:
-        ValueError: not integers, an id outside the vocabulary, a prompt without tokens, or a mask or positions of
-            another shape; it names the row.
+        ValueError: see `checked_rows`; or a mask hides a whole prompt.
 
     Warns:
         UserWarning: a row begins or ends with `pad_token_id` and no mask says whether that is padding.
     """
-    rows = _integer_rows(input_ids, "input_ids")
+    rows, masks, positions = checked_rows(input_ids, attention_mask, position_ids, vocab_size)
+    for index, (row, mask) in enumerate(zip(rows, masks)):
+        if not mask.any():
+            raise ValueError(f"attention_mask: row {index} hides every token: leave at least one")
+        if attention_mask is None and pad_token_id in (row[0], row[-1]):
+            warnings.warn(
+                f"input_ids: row {index} begins or ends with the padding id {pad_token_id} and counts as "
+                "prompt there; give an attention_mask if it is padding",
+                UserWarning,
+                stacklevel=2,
+            )
+            break
+    return [
+        Prompt(row[mask].astype(np.int32), places[mask].astype(np.int32))
+        for row, mask, places in zip(rows, masks, positions)
+    ]
+
+
+def checked_rows(
+    input_ids: Any, attention_mask: Any, position_ids: Any, vocab_size: int
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Ids, masks (bool) and positions of one or several rows, [S] each; S may differ from row to row.
+
+    Args:
+        input_ids: integers: one row (list or [S]), or several (lists of any lengths, or [B, S]), as lists, NumPy
+            arrays or tensors with `asnumpy()`.
+        attention_mask: 0 or 1 for each id, same shape; None: no id is padding.
+        position_ids: position of each id, same shape, at least 0; None: 0, 1, ... over the ids that are not padding,
+            0 on padding.
+        vocab_size: ids run from 0 to vocab_size - 1.
+
+    Raises:
+        ValueError: not integers, an id outside the vocabulary, an empty row, or a mask or positions of another shape;
+            it names the row.
+    """
+    rows = integer_rows(input_ids, "input_ids")
     for index, row in enumerate(rows):
         outside = np.flatnonzero((row < 0) | (row >= vocab_size))
         if outside.size:
@@ -62,17 +92,19 @@ def prepare_prompts(
                 f"input_ids: row {index}, place {outside[0]}: id {row[outside[0]]} is outside the vocabulary "
                 f"0..{vocab_size - 1}; encode the text with the tokenizer of this network"
             )
-    if attention_mask is None:
-        _warn_of_padding(rows, pad_token_id)
-        kept = [np.ones(row.shape, bool) for row in rows]
-    else:
-        kept = _mask_rows(attention_mask, rows)
-    counted = [np.cumsum(keep) - 1 for keep in kept]
-    positions = counted if position_ids is None else _position_rows(position_ids, rows)
-    return [
-        Prompt(row[keep].astype(np.int32), places[keep].astype(np.int32))
-        for row, places, keep in zip(rows, positions, kept)
-    ]
+    masks = [np.ones(row.shape, bool) for row in rows]
+    if attention_mask is not None:
+        masks = _mask_rows(attention_mask, rows)
+    positions = [np.maximum(np.cumsum(mask) - 1, 0) * mask for mask in masks]
+    if position_ids is not None:
+        positions = integer_rows(position_ids, "position_ids", like=rows)
+        for index, row in enumerate(positions):
+            if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
+                raise ValueError(
+                    f"position_ids: row {index} runs from {row.min()} to {row.max()}: "
+                    "expected positions from 0 upwards that fit 32 bits"
+                )
+    return rows, masks, positions
 
 
 def new_token_limits(prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]) -> np.ndarray:
@@ -125,15 +157,18 @@ def _row(values: Any, index: int, name: str) -> np.ndarray:
     return row
 
 
-def _integer_rows(values: Any, name: str) -> list[np.ndarray]:
+def integer_rows(values: Any, name: str, like: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+    """Rows of integers, [S] each; of the same lengths as those of `like`, the rows of input_ids."""
     rows = _rows(values, name)
     for index, row in enumerate(rows):
         if row.dtype.kind not in "iu":
             raise ValueError(f"{name}: row {index}: expected integers, found {row.dtype}")
+    if like is not None:
+        _check_lengths(rows, like, name)
     return rows
 
 
-def _check_lengths(given: list[np.ndarray], rows: list[np.ndarray], name: str) -> None:
+def _check_lengths(given: Sequence[np.ndarray], rows: Sequence[np.ndarray], name: str) -> None:
     if len(given) != len(rows):
         raise ValueError(f"{name}: {len(given)} rows for {len(rows)} rows of input_ids")
     for index, (one, other) in enumerate(zip(given, rows)):
@@ -141,7 +176,7 @@ def _check_lengths(given: list[np.ndarray], rows: list[np.ndarray], name: str) -
             raise ValueError(f"{name}: row {index} has length {one.size}, input_ids has {other.size}")
 
 
-def _mask_rows(attention_mask: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
+def _mask_rows(attention_mask: Any, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     masks = _rows(attention_mask, "attention_mask")
     _check_lengths(masks, rows, "attention_mask")
     for index, mask in enumerate(masks):
@@ -150,30 +185,4 @@ def _mask_rows(attention_mask: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
         wrong = np.flatnonzero((mask != 0) & (mask != 1))
         if wrong.size:
             raise ValueError(f"attention_mask: row {index} contains {mask[wrong[0]]}: expected only 0 and 1")
-        if not mask.any():
-            raise ValueError(f"attention_mask: row {index} hides every token: leave at least one")
     return [mask == 1 for mask in masks]
-
-
-def _position_rows(position_ids: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
-    positions = _integer_rows(position_ids, "position_ids")
-    _check_lengths(positions, rows, "position_ids")
-    for index, row in enumerate(positions):
-        if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
-            raise ValueError(
-                f"position_ids: row {index} runs from {row.min()} to {row.max()}: "
-                "expected positions from 0 upwards that fit 32 bits"
-            )
-    return positions
-
-
-def _warn_of_padding(rows: list[np.ndarray], pad_token_id: int) -> None:
-    for index, row in enumerate(rows):
-        if pad_token_id in (row[0], row[-1]):
-            warnings.warn(
-                f"input_ids: row {index} begins or ends with the padding id {pad_token_id} and counts as "
-                "prompt there; give an attention_mask if it is padding",
-                UserWarning,
-                stacklevel=3,
-            )
-            return

@@ -178,12 +178,18 @@ def test_works_in_pynative_mode_and_leaves_it_alone() -> None:
     [
         ({"input_ids": [[1, 2], [3]]}, "different lengths"),
         ({"input_ids": [[1.5, 2]]}, "expected integers"),
-        ({"input_ids": [[1, 512]]}, r"input_ids: 512 is outside \[0, 512\)"),
-        ({"input_ids": [[1, -1]]}, r"input_ids: -1 is outside"),
+        ({"input_ids": [[1, 512]]}, "input_ids: row 0, place 1: id 512 is outside the vocabulary 0..511"),
+        ({"input_ids": [[1, -1]]}, "input_ids: row 0, place 1: id -1 is outside"),
         ({"input_ids": []}, "input_ids"),
         ({"input_ids": [[[1]]]}, "found shape"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "attention_mask: shape"),
-        ({"input_ids": [[1, 2]], "attention_mask": [[1, 2]]}, "attention_mask: 2 is outside"),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": [[1]]},
+            "attention_mask: row 0 has length 1, input_ids has 2",
+        ),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": [[1, 2]]},
+            "attention_mask: row 0 contains 2: expected only 0 and 1",
+        ),
         ({"input_ids": [[1, 2]], "position_ids": [[0, 64]]}, r"position_ids: 64 .*seq_length"),
         ({"input_ids": [list(range(65))]}, r"seq_length"),
         ({"input_ids": [[1, 2]], "labels": [[-100, -100]]}, "no label"),
