@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -90,10 +90,7 @@ class GenerationConfig:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The distinct ids that end a row, in the order given; empty if none does."""
-        if self.eos_token_id is None:
-            return ()
-        given = [self.eos_token_id] if isinstance(self.eos_token_id, Integral) else self.eos_token_id
-        return tuple(dict.fromkeys(int(token) for token in given))
+        return tuple(dict.fromkeys(int(token) for token in self._given_eos()))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "generation options") -> GenerationConfig:
@@ -128,14 +125,17 @@ class GenerationConfig:
                         "give the id of its own tokenizer"
                     )
 
+    def _given_eos(self) -> Sequence[Any]:
+        given: Any = self.eos_token_id
+        if given is None:
+            return ()
+        return given if isinstance(given, (list, tuple)) else (given,)
+
     def _check_eos(self) -> None:
-        if self.eos_token_id is None or isinstance(self.eos_token_id, Integral):
-            given: Any = [] if self.eos_token_id is None else [self.eos_token_id]
-        elif isinstance(self.eos_token_id, (list, tuple)) and self.eos_token_id:
-            given = self.eos_token_id
-        else:
-            raise ValueError(f"eos_token_id = {self.eos_token_id!r}: expected an id, a list of ids, or None")
-        for token in given:
+        given = self.eos_token_id
+        if not (given is None or isinstance(given, Integral) or (isinstance(given, (list, tuple)) and given)):
+            raise ValueError(f"eos_token_id = {given!r}: expected an id, a list of ids, or None")
+        for token in self._given_eos():
             _check_int("eos_token_id", token, 0)
 
     def _check_combination(self) -> None:
@@ -185,6 +185,6 @@ def _check_int(name: str, value: Any, least: int) -> None:
 def _check_float(name: str, value: Any, limits: tuple[float, float] | None) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} = {value!r}: expected a number, found {type(value).__name__}")
-    if limits is not None and not limits[0] <= value <= limits[1]:  # false for nan, too
+    if limits is not None and not limits[0] <= float(value) <= limits[1]:  # false for nan, too
         hint = "; for the best token every time set do_sample = False" if name == "temperature" else ""
         raise ValueError(f"{name} = {value}: must be in [{limits[0]:g}, {limits[1]:g}]{hint}")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from glm_ms.generation.graphs import GRAPHS, MATRIX, VECTOR, run_cell
+from glm_ms.generation.graphs import MATRIX, VECTOR, on_graph_thread, run_cell
 from glm_ms.generation.inputs import Prompt
 from glm_ms.model.cache import CachedGLM, CopySlots, KVCache, WritePrefix
 from glm_ms.model.glm import GLMNetwork
@@ -80,8 +80,8 @@ def slot_count(rows: int) -> int:
     return power * 3 // 4 if power > 2 and rows <= power * 3 // 4 else power
 
 
-class CachedDecoder:
-    """`Decoder` over a KV cache of fixed size: one graph for prompts, one that steps all slots.
+class CachedDecoder(Decoder):
+    """A KV cache of fixed size with two graphs: one runs prompts, one steps all slots.
 
     A step also runs the slots that it does not append to. Such a slot writes to its next index, which it cannot see
     and which its next token overwrites.
@@ -98,7 +98,7 @@ class CachedDecoder:
         # Indices in a slot begin with those of a P-Tuning prefix, positions do not.
         self._prefix = 0 if encoder is None else encoder.length
         self.cache = KVCache(network.config, slots, capacity + self._prefix)
-        self._write_prefix = WritePrefix(network, self.cache) if self._prefix else None
+        self._write_prefix = None if encoder is None else WritePrefix(encoder, self.cache)
         self._prefill = CachedGLM(network, self.cache)
         self._prefill.set_inputs(MATRIX, MATRIX, MATRIX, VECTOR, VECTOR, VECTOR)
         self._step = CachedGLM(network, self.cache)
@@ -106,17 +106,16 @@ class CachedDecoder:
         self._all = np.arange(slots)
         self.reset()
 
+    @on_graph_thread
     def reset(self) -> None:
         """Frees every slot."""
         self._free = list(range(self.slots))
         self._used = np.full(self.slots, self._prefix)  # next index of each slot
         self._positions = np.zeros(self.slots, np.int64)  # position of the next token
 
+    @on_graph_thread
     def add(self, prompts: Sequence[Prompt]) -> tuple[list[int], np.ndarray]:
         """See `Decoder.add`."""
-        return GRAPHS.run(self._add, prompts)
-
-    def _add(self, prompts: Sequence[Prompt]) -> tuple[list[int], np.ndarray]:
         lengths = np.array([len(prompt.ids) for prompt in prompts])
         if lengths.max() > self.capacity:
             raise ValueError(f"a prompt of {lengths.max()} tokens: a slot has room for {self.capacity}")
@@ -135,15 +134,13 @@ class CachedDecoder:
         logits = run_cell(self._prefill, ids, positions, indices, rows, slots, last).asnumpy()
         return slots.tolist(), logits
 
+    @on_graph_thread
     def step(self, slots: Sequence[int], tokens: np.ndarray) -> np.ndarray:
         """See `Decoder.step`."""
-        return GRAPHS.run(self._run_step, np.asarray(slots), tokens)
-
-    def _run_step(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        room = self.cache.capacity
-        full = slots[self._used[slots] >= room]
-        if full.size:
-            raise ValueError(f"slot {full[0]} is full: it has room for {self.capacity} tokens")
+        slots, room = list(slots), self.cache.capacity
+        for slot in slots:
+            if self._used[slot] >= room:
+                raise ValueError(f"slot {slot} is full: it has room for {self.capacity} tokens")
         ids, positions = np.zeros((2, self.slots, 1), np.int32)
         ids[slots, 0], positions[slots, 0] = tokens, self._positions[slots]
         indices = np.minimum(self._used, room - 1)[:, None]
@@ -151,22 +148,18 @@ class CachedDecoder:
         self._positions[slots] += 1
         rows = self.cache.rows(self._all, indices)
         logits = run_cell(self._step, ids, positions, indices, rows).asnumpy()
-        return logits if np.array_equal(slots, self._all) else logits[slots]
+        return logits if slots == list(range(self.slots)) else logits[slots]
 
+    @on_graph_thread
     def fork(self, slots: Sequence[int]) -> list[int]:
         """See `Decoder.fork`."""
-        return GRAPHS.run(self._fork, slots)
-
-    def _fork(self, slots: Sequence[int]) -> list[int]:
         targets = self._take(len(slots))
         self.reorder(targets, slots)
         return targets
 
+    @on_graph_thread
     def reorder(self, slots: Sequence[int], sources: Sequence[int]) -> None:
         """See `Decoder.reorder`."""
-        GRAPHS.run(self._reorder, slots, sources)
-
-    def _reorder(self, slots: Sequence[int], sources: Sequence[int]) -> None:
         order = self._all.copy()
         order[slots] = sources
         self._used, self._positions = self._used[order], self._positions[order]
@@ -216,7 +209,6 @@ class DecoderPool:
                     self._idle.remove(decoder)
                 except ValueError:  # another thread was faster
                     continue
-                # In the queue behind what an interrupted borrower may have left there.
-                GRAPHS.run(decoder.reset)
+                decoder.reset()  # queued behind what an interrupted borrower may have left in the graph thread
                 return decoder
         return CachedDecoder(self._network, slots, capacity)

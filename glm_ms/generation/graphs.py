@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import queue
 import threading
 from concurrent.futures import Future
@@ -81,6 +82,16 @@ class GraphThread:
 
 # One for all networks: the compiler of MindSpore is one per process.
 GRAPHS = GraphThread()
+
+
+def on_graph_thread(method: Callable[..., T]) -> Callable[..., T]:
+    """A method that runs in the graph thread, whatever thread calls it."""
+
+    @functools.wraps(method)
+    def run(*args: Any) -> T:
+        return GRAPHS.run(method, *args)
+
+    return run
 
 
 def run_cell(cell: nn.Cell, *arrays: np.ndarray) -> Any:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Callable, Optional
+from typing import Any, Callable
 
 import numpy as np
 
 from glm_ms.generation.config import GenerationConfig
 
-# (scores float32 [B, V], seen bool [B, V] or None) -> scores float32 [B, V]
-ScoreFilter = Callable[[np.ndarray, Optional[np.ndarray]], np.ndarray]
+# (scores float32 [B, V], seen bool [B, V]; None without a repetition penalty) -> scores float32 [B, V]
+ScoreFilter = Callable[[np.ndarray, Any], np.ndarray]
 
 _FALLBACK_TOKEN, _FALLBACK_SCORE = 5, 5e4
 # How many of the best scores top-p looks at first; distributions of language models rarely need more.
@@ -46,7 +46,7 @@ class RowSampler:
         self.config = config
         self._row, self._step = row, 0
         self._filters = build_processors(config) + (build_warpers(config) if config.do_sample else [])
-        self._seen = mark_seen(prompt[None], vocab_size) if config.repetition_penalty != 1 else None
+        self._seen = mark_seen([prompt], vocab_size) if config.repetition_penalty != 1 else None
         self._generator = generator
 
     def __call__(self, scores: np.ndarray) -> int:
@@ -95,7 +95,7 @@ def row_samplers(
 
 def row_generator(prompt: np.ndarray, seed: int | None, copy: int) -> np.random.Generator:
     """The random stream of copy number `copy` of a prompt; seed None takes fresh entropy from the system."""
-    entropy = np.random.SeedSequence().entropy if seed is None else int(seed)
+    entropy: Any = np.random.SeedSequence().entropy if seed is None else int(seed)
     # The length distinguishes prompts that differ by trailing zeros only.
     words = np.array([len(prompt), *prompt], np.uint32)
     sequence = np.random.SeedSequence([entropy, words], spawn_key=(copy,))

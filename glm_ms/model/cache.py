@@ -21,8 +21,9 @@ class KVCache:
     """
 
     def __init__(self, config: GLMConfig, slots: int, capacity: int) -> None:
-        self.slots, self.capacity, self.groups = slots, capacity, config.num_kv_heads
-        shape, dtype = (slots * self.groups * capacity, config.kv_channels), DTYPES[config.compute_dtype]
+        self.slots, self.capacity = slots, capacity
+        self.groups, self.dim = config.num_kv_heads, config.kv_channels
+        shape, dtype = (slots * self.groups * capacity, self.dim), DTYPES[config.compute_dtype]
         self.keys, self.values = (
             [
                 Parameter(Tensor(np.zeros(shape, np.float32), dtype), name=f"{name}.{i}", requires_grad=False)
@@ -104,14 +105,14 @@ class WritePrefix(nn.Cell):
     """Writes the keys and values of a prefix encoder at the start of every slot.
 
     Args:
-        network: has a prefix encoder.
+        prefix_encoder: see `GLMTransformer.prefix_encoder`.
         cache: written in place.
     """
 
-    def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
+    def __init__(self, prefix_encoder: nn.Cell, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)
-        self.prefix_encoder = network.transformer.prefix_encoder
-        self.slots, self.dim = cache.slots, network.config.kv_channels
+        self.prefix_encoder = prefix_encoder
+        self.slots, self.dim = cache.slots, cache.dim
         self.keys, self.values = ms.ParameterTuple(cache.keys), ms.ParameterTuple(cache.values)
         self.write, self.reshape = ops.ScatterUpdate(), ops.Reshape()
 
