@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import queue
 import threading
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, TypeVar
 
 import mindspore as ms
@@ -32,52 +30,23 @@ class GraphThread:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future, Callable[..., Any], tuple] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._executor = ThreadPoolExecutor(1, "glm_ms graphs")
+        self._thread: int | None = None
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Returns function(*args), or raises what it raises. Runs at once if the caller is this thread."""
-        if threading.current_thread() is self._thread:
+        if self._thread is None:
+            self._start()
+        if threading.get_ident() == self._thread:
             return function(*args)
-        with self._starting:
-            # After a fork the child process does not have the thread.
-            if self._thread is None or not self._thread.is_alive():
-                self._start()
-        future: Future = Future()
-        self._jobs.put((future, function, args))
-        return future.result()
+        return self._executor.submit(function, *args).result()
 
     def _start(self) -> None:
         previous = threading.stack_size(_STACK_BYTES)
         try:
-            self._thread = threading.Thread(target=self._work, name="glm_ms graphs", daemon=True)
-            self._thread.start()
+            self._thread = self._executor.submit(threading.get_ident).result()
         finally:
             threading.stack_size(previous)
-        # A graph that is still running when the interpreter ends would use memory that MindSpore has freed.
-        atexit.register(self._stop)
-
-    def _stop(self) -> None:
-        self._jobs.put(None)
-        if self._thread is not None:
-            self._thread.join()
-
-    def _work(self) -> None:
-        while self._run_next():
-            pass
-
-    def _run_next(self) -> bool:
-        """In a function of its own: a waiting thread must not keep the last job's objects alive."""
-        job = self._jobs.get()
-        if job is None:
-            return False
-        future, function, args = job
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        return True
 
 
 # One for all networks: the compiler of MindSpore is one per process.

@@ -58,8 +58,8 @@ class RowSampler:
         if not self.config.replace_invalid_scores:
             check_scores(scores[None], self._step, self._row)
         self._step += 1
-        filtered = apply_filters(self._filters, scores[None], self._seen)
-        token = int(draw(filtered, [self._generator])[0] if self.config.do_sample else filtered.argmax())
+        filtered = apply_filters(self._filters, scores[None], self._seen)[0]
+        token = draw(filtered, self._generator) if self.config.do_sample else int(filtered.argmax())
         if self._seen is not None:
             self._seen[0, token] = True
         return token
@@ -245,21 +245,10 @@ def check_scores(scores: np.ndarray, step: int, first_row: int = 0) -> None:
         )
 
 
-def draw(scores: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
-    """Draws one token per row, each with its own generator (one uniform number a draw).
-
-    Args:
-        scores: float32 [B, V], filtered; -inf is never drawn.
-        generators: B of them.
-
-    Returns:
-        int32 [B].
-    """
-    tokens = np.empty(scores.shape[0], np.int32)
-    for index, (row, generator) in enumerate(zip(scores, generators)):
-        candidates = np.flatnonzero(row > -np.inf)
-        cumulative = np.cumsum(softmax(row[None, candidates])[0], dtype=np.float64)
-        # Below the total even after rounding, so that the search always ends on a candidate with weight.
-        target = min(generator.random() * cumulative[-1], np.nextafter(cumulative[-1], 0))
-        tokens[index] = candidates[np.searchsorted(cumulative, target, side="right")]
-    return tokens
+def draw(scores: np.ndarray, generator: np.random.Generator) -> int:
+    """Draws a token from filtered scores float32 [V] with one uniform number; -inf is never drawn."""
+    candidates = np.flatnonzero(scores > -np.inf)
+    cumulative = np.cumsum(softmax(scores[None, candidates])[0], dtype=np.float64)
+    # Below the total even after rounding, so that the search always ends on a candidate with weight.
+    target = min(generator.random() * cumulative[-1], np.nextafter(cumulative[-1], 0))
+    return int(candidates[np.searchsorted(cumulative, target, side="right")])
