@@ -29,20 +29,16 @@ def stream(
         row. The network computes a step only when its token is asked for.
 
     Raises:
-        ValueError: at the call: beam search. At the first step: an end or padding id outside the vocabulary.
+        ValueError: beam search, or an end or padding id outside the vocabulary.
         FloatingPointError: the network returned nan or inf.
     """
     for config in configs:
         check_streamable(config)
     pads = np.array([c.pad_token_id for c in configs for _ in range(c.num_return_sequences)], np.int32)
-
-    def padded() -> Iterator[np.ndarray]:
-        for rows, tokens in _decode(decoder, prompts, configs):
-            step = pads.copy()
-            step[rows] = tokens
-            yield step
-
-    return padded()
+    for rows, tokens in _decode(decoder, prompts, configs):
+        step = pads.copy()
+        step[rows] = tokens
+        yield step
 
 
 def check_streamable(config: GenerationConfig) -> None:

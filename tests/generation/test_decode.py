@@ -186,7 +186,7 @@ def test_strong_penalty_forbids_repetition(tiny):
 
 def test_beam_search_cannot_be_streamed():
     with pytest.raises(ValueError, match=r"num_beams = 2: beam search cannot be streamed"):
-        run(Scripted([[1]]), prepare([1]), GenerationConfig(1, num_beams=2), stream)
+        next(run(Scripted([[1]]), prepare([1]), GenerationConfig(1, num_beams=2), stream))
 
 
 @pytest.mark.parametrize("beams", [1, 2])
