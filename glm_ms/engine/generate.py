@@ -21,7 +21,8 @@ def generation_options(
     may have `top_p` beside `do_sample: False`.
     """
     options = dataclasses.asdict(settings.generation)
-    idle = [] if options["do_sample"] else [("do_sample: True", ("temperature", "top_k", "top_p"))]
+    idle: list[tuple[str, tuple[str, ...]]] = []
+    idle += [] if options["do_sample"] else [("do_sample: True", ("temperature", "top_k", "top_p"))]
     idle += [] if options["num_beams"] > 1 else [("num_beams > 1", ("length_penalty", "early_stopping"))]
     for condition, names in idle:
         unused = [name for name in names if options.pop(name) != getattr(GenerationSettings(), name)]
