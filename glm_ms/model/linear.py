@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Optional
 
 from mindspore import Tensor, nn, ops
 
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.layers import DTYPES, new_parameter
+
+# Part -> rows, of a layer that is several projections in one; None for other layers.
+Parts = Optional[Mapping[str, int]]
 
 
 class Linear(nn.Cell):
@@ -19,7 +23,7 @@ class Linear(nn.Cell):
         config: storage type and compute type.
         in_features, out_features: widths.
         has_bias: adds a bias.
-        parts: part -> rows, if the layer is several projections in one; this class multiplies by all of them at once.
+        parts: of a joint layer; this class has one weight for all of them.
 
     Attributes:
         in_features, out_features: widths.
@@ -28,12 +32,7 @@ class Linear(nn.Cell):
     """
 
     def __init__(
-        self,
-        config: GLMConfig,
-        in_features: int,
-        out_features: int,
-        has_bias: bool,
-        parts: Mapping[str, int] | None = None,
+        self, config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Parts = None
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -63,12 +62,7 @@ LINEARS: dict[str, Callable[..., nn.Cell]] = {"plain": Linear}
 
 
 def build_linear(
-    kind: str,
-    config: GLMConfig,
-    in_features: int,
-    out_features: int,
-    has_bias: bool,
-    parts: Mapping[str, int] | None = None,
+    kind: str, config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Parts = None
 ) -> nn.Cell:
     """Builds any linear layer of a network; for the arguments see `Linear`. Raises ValueError for an unknown kind."""
     if kind not in LINEARS:

@@ -16,7 +16,7 @@ from mindspore import Tensor, nn, ops
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import MLP, Cells, GLMNetwork, Prefix, Seeds, SelfAttention, grouped_attention
 from glm_ms.model.layers import DTYPES, Embedding
-from glm_ms.model.linear import LINEARS, build_linear
+from glm_ms.model.linear import LINEARS, Parts, build_linear
 from glm_ms.ops.dropout import SeededDropout
 from glm_ms.ops.rotary import pair_rotation
 from glm_ms.parallel.config import ParallelConfig, kv_copies
@@ -69,8 +69,7 @@ class PartedLinear(nn.Cell):
         for name, rows in parts.items():
             setattr(self, name, build_linear("plain", config, in_features, rows, has_bias))
         self.parts = tuple(getattr(self, name) for name in parts)
-        self.slices = [ops.StridedSlice() for _ in parts]
-        self.adds = [ops.Add() for _ in parts]
+        self.slices, self.adds = [ops.StridedSlice() for _ in parts], [ops.Add() for _ in parts]
 
     def construct(self, x: Tensor, seeds: Seeds = None) -> tuple[Tensor, ...]:
         """x [M, in] -> one [M, rows] for each part. The low-rank update of all parts is one product."""
@@ -91,13 +90,9 @@ class PartedLinear(nn.Cell):
 
 
 def sharded_linear(
-    config: GLMConfig,
-    in_features: int,
-    out_features: int,
-    has_bias: bool,
-    parts: Mapping[str, int] | None = None,
+    config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Parts
 ) -> nn.Cell:
-    """A joint layer as its parts, any other layer as it is: how it is cut is said by `glm_ms.parallel.strategies`."""
+    """A joint layer in parts; other layers are plain. `glm_ms.parallel.strategies` says how each is cut."""
     if parts is None:
         return build_linear("plain", config, in_features, out_features, has_bias)
     return PartedLinear(config, in_features, out_features, has_bias, parts)
@@ -112,9 +107,7 @@ class HeadRotary(nn.Cell):
     def __init__(self, head_dim: int, dtype: ms.Type) -> None:
         super().__init__()
         self.rotation = Tensor(pair_rotation(head_dim)[None, None], dtype)
-        self.turn = ops.BatchMatMul()
-        self.mul_cos, self.mul_sin = ops.Mul(), ops.Mul()
-        self.add = ops.Add()
+        self.turn, self.mul_cos, self.mul_sin, self.add = ops.BatchMatMul(), ops.Mul(), ops.Mul(), ops.Add()
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B, S, N, D], cos and sin [B, S, 1, D] -> [B, S, N, D]."""
@@ -126,9 +119,7 @@ class RepeatHeads(nn.Cell):
 
     def __init__(self, copies: int) -> None:
         super().__init__()
-        self.copies = copies
-        self.tile = ops.Tile()
-        self.reshape = ops.Reshape()
+        self.copies, self.tile, self.reshape = copies, ops.Tile(), ops.Reshape()
 
     def construct(self, x: Tensor) -> Tensor:
         """x [B, T, G, D] -> [B, T, G * copies, D]; head g becomes heads g * copies and following."""
@@ -183,13 +174,6 @@ def sharded_glm(config: GLMConfig, parallel: ParallelConfig) -> GLMNetwork:
     Build it in semi-automatic parallel mode, in which MindSpore does not fill parameters before they are cut. Then
     attach an adapter, attach strategies (`glm_ms.parallel.strategies`), compile, and load the weights.
     """
-    return GLMNetwork(
-        config,
-        Cells(
-            linear="sharded",
-            embedding=FlatEmbedding,
-            attention=partial(ShardedAttention, copies=kv_copies(config, parallel)),
-            mlp=ShardedMLP,
-            dropout=partial(FlatDropout, width=config.hidden_size),
-        ),
-    )
+    attention = partial(ShardedAttention, copies=kv_copies(config, parallel))
+    dropout = partial(FlatDropout, width=config.hidden_size)
+    return GLMNetwork(config, Cells("sharded", FlatEmbedding, attention, ShardedMLP, dropout))
