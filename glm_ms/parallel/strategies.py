@@ -1,7 +1,7 @@
 """Strategies of every operator of a network: how many ways each axis of each of its inputs is split.
 
-Written for cells whose hidden states have two axes, [M, H], see `glm_ms.parallel.layers`. In the comments d stands for
-the data-parallel ways, m for the model-parallel ones, r for those of the rows between two layers.
+Written for cells whose hidden states have two axes, [M, H], see `glm_ms.parallel.layers`. In comments d are
+the data-parallel ways, m the model-parallel ways, r the ways of the rows between two layers.
 """
 
 from __future__ import annotations
