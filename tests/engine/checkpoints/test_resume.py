@@ -183,7 +183,7 @@ def test_no_checkpoint_to_go_on_from(tmp_path: Path, resume) -> None:
     status, shown = resume(tmp_path)
     assert status == 1
     assert f"resume_training: {tmp_path / 'checkpoint'} has no checkpoint" in shown
-    assert "leave resume_training out to start anew" in shown
+    assert "leave resume_training out to start a new one" in shown
 
 
 def test_a_folder_of_weights_cannot_be_resumed_from(tmp_path: Path, resume, golden: Path) -> None:
