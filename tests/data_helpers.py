@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from glm_ms.data import CacheRequest, Encoder, EvalDataset, TrainDataset
+from glm_ms.data.cache import CacheRequest
+from glm_ms.data.datasets import EvalDataset, TrainDataset
+from glm_ms.data.encoder import Encoder
 from glm_ms.data.records import read_prompt_and_answer
 from glm_ms.families import build_encoder
 from glm_ms.storage.json_lines import parse_value, raw_values

@@ -20,12 +20,13 @@ from typing import Any
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glm_ms.data import DataError, Encoder
+from glm_ms.data.encoder import Encoder
 from glm_ms.data.length_report import advice_lines, cut_lines, histogram_lines, summary_lines
 from glm_ms.data.marked import LEGEND, marked_lines
 from glm_ms.data.statistics import LengthStatistics, measure
 from glm_ms.families import build_encoder, family_of
 from glm_ms.settings import Settings, SettingsError, load_data_settings, parse_args
+from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.tokenizer import VocabularyError
 

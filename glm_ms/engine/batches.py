@@ -8,7 +8,9 @@ from typing import Protocol
 import numpy as np
 from mindspore import dataset as ds
 
-from glm_ms.data import IGNORED, DataError, Row, epoch_order
+from glm_ms.data.datasets import epoch_order
+from glm_ms.data.rows import IGNORED, Row
+from glm_ms.storage.errors import DataError
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 SEEDS = "dropout_seeds"

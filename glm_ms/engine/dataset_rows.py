@@ -7,8 +7,9 @@ import hashlib
 import numpy as np
 from mindspore import dataset as ds
 
-from glm_ms.data import DataError, Row
+from glm_ms.data.rows import Row
 from glm_ms.engine.batches import COLUMNS
+from glm_ms.storage.errors import DataError
 
 
 class DatasetRows:

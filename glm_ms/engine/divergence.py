@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_ms.data import IGNORED
+from glm_ms.data.rows import IGNORED
 from glm_ms.engine.report.progress import StepRecord
 from glm_ms.engine.training_run import TrainingRun
 from glm_ms.storage.atomic import replace_text

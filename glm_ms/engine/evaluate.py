@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from glm_ms.data import IGNORED, DataError, EvalDataset, Row, TrainDataset
+from glm_ms.data.datasets import EvalDataset, TrainDataset
+from glm_ms.data.rows import IGNORED, Row
 from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.from_settings import labelled_rows, prompts_with_references
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
@@ -21,6 +22,7 @@ from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import LOSS, METRICS, TEXT, Metric, takes
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.errors import DataError
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.run_folder import PREDICTIONS_FILE, SCORES_FILE
 from glm_ms.tokenizer import SentencePieceTokenizer

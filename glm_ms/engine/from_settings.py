@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from glm_ms.data import CacheRequest, EvalDataset, TrainDataset
+from glm_ms.data.cache import CacheRequest
+from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.families import build_encoder, family_of
 from glm_ms.settings import Settings
 from glm_ms.settings.sections import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from glm_ms.data import DataError
 from glm_ms.settings import Settings
 from glm_ms.settings.sections import GenerationSettings
+from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 

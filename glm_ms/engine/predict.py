@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from glm_ms.data import DataError
 from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options, known_ids
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.errors import DataError
 from glm_ms.storage.readers import decode_text, parse_json, read_text
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
 

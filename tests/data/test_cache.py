@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 from data_helpers import adgen_encoder, adgen_rows, conversation_encoder, tool_encoder
 
-from glm_ms.data import CacheRequest, DataError, TrainDataset, workers
 from glm_ms.data import cache as module
+from glm_ms.data import workers
+from glm_ms.data.cache import CacheRequest
+from glm_ms.data.datasets import TrainDataset
 from glm_ms.data.messages import MessageEncoder
+from glm_ms.storage.errors import DataError
 
 RECORDS = [
     {"content": "类型#上衣*颜色#白色", "summary": "白色的上衣，清新自然。"},
@@ -220,7 +223,8 @@ import sys
 from pathlib import Path
 {imports}
 from data_helpers import adgen_rows
-from glm_ms.data import CacheRequest, workers
+from glm_ms.data import workers
+from glm_ms.data.cache import CacheRequest
 from glm_ms.tokenizer import ChatGLM3Tokenizer
 
 if __name__ == "__main__":

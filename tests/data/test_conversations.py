@@ -7,7 +7,6 @@ import json
 import pytest
 from data_helpers import conversation_encoder, tool_encoder
 
-from glm_ms.data import DataError, EvalDataset, TrainDataset
 from glm_ms.data.conversations import (
     Message,
     format_tool_call,
@@ -15,7 +14,9 @@ from glm_ms.data.conversations import (
     parse_tool_conversation,
     tool_call_problem,
 )
+from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.encoder import Lengths
+from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer.chatglm3 import parse_tool_call
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

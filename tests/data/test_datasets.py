@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from data_helpers import adgen_prompts, adgen_rows
 
-from glm_ms.data import DataError
 from glm_ms.data.messages import message_ids
 from glm_ms.data.records import read_prompt_and_answer
+from glm_ms.storage.errors import DataError
 
 COLUMNS = ("content", "summary")
 RECORDS = [

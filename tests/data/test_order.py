@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from glm_ms.data import epoch_order
+from glm_ms.data.datasets import epoch_order
 
 
 def test_is_a_permutation_of_its_own():

@@ -7,7 +7,7 @@ import json
 import pytest
 from data_helpers import read_records
 
-from glm_ms.data import DataError
+from glm_ms.storage.errors import DataError
 
 COLUMNS = ("content", "summary")
 GOOD = '{"content": "甲", "summary": "乙"}'

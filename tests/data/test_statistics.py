@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from data_helpers import adgen_encoder, adgen_rows, conversation_encoder, tool_encoder
 
-from glm_ms.data import DataError, TrainDataset, workers
+from glm_ms.data import workers
+from glm_ms.data.datasets import TrainDataset
 from glm_ms.data.length_plot import write_length_plot
 from glm_ms.data.length_report import advice_lines, cut_lines, histogram_lines, summary_lines
 from glm_ms.data.marked import LOSS, PADDING_LABEL, SILENT, marked_lines, parts
 from glm_ms.data.statistics import LengthStatistics, measure, quantile
+from glm_ms.storage.errors import DataError
 
 RECORDS = [{"content": "颜色" * n, "summary": "百搭。" * (n % 7 + 1)} for n in range(1, 41)]
 LIMITS = {"whole": ("max_seq_length", 100)}

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from glm_ms.data import DataError, workers
+from glm_ms.data import workers
 from glm_ms.data.workers import map_batches, processes_for
+from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import RawValue
 
 

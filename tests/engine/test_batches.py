@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from glm_ms.data import DataError, epoch_order
+from glm_ms.data.datasets import epoch_order
+from glm_ms.storage.errors import DataError
 
 SEQ_LENGTH = 6
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")

@@ -40,7 +40,7 @@ def test_nothing_is_saved_after(diverged: Path) -> None:
 
 
 def test_the_records_of_the_step(diverged: Path, vocabulary: Path) -> None:
-    from glm_ms.data import epoch_order
+    from glm_ms.data.datasets import epoch_order
 
     found = json.loads((diverged / "nan_step_00000002.json").read_text(encoding="utf-8"))
     assert (found["step"], found["loss"]) == (2, "nan")

@@ -11,8 +11,8 @@ import pytest
 from engine_helpers import DEV_RECORDS, TRAINED_NETWORK, read_jsonl, run_here, tiny_arguments
 
 from glm_ms import ChatGLM3Tokenizer, GLMForCausalLM, load_pretrained
-from glm_ms.data import DataError
 from glm_ms.settings import settings_from_command_line
+from glm_ms.storage.errors import DataError
 
 PROMPTS = [record["content"] for record in read_jsonl(DEV_RECORDS)[:5]]
 MAX_NEW_TOKENS = 24

@@ -23,13 +23,14 @@ from safetensors.numpy import load_file
 
 from glm_ms import ChatGLM3Tokenizer, GLMConfig, load_pretrained
 from glm_ms.convert import plan_conversion
-from glm_ms.data import FORMATS, DataError, DataFormat
 from glm_ms.data.encoder import Message, Messages
+from glm_ms.data.formats import FORMATS, DataFormat
 from glm_ms.data.messages import LastAnswerEncoder
 from glm_ms.families import FAMILIES
 from glm_ms.metrics import LOWER, METRICS, TEXT, Metric
 from glm_ms.settings import settings_from_command_line
 from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
+from glm_ms.storage.errors import DataError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 

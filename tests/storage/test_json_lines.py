@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from glm_ms.data import DataError
 from glm_ms.storage import json_lines as module
+from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import JsonFile, RawValue, parse_value, raw_values
 
 VALUES = [
