@@ -7,11 +7,12 @@ from pathlib import Path
 
 import mindspore as ms
 
-from glm_ms.convert import CheckpointError, load_parameters, open_checkpoint
+from glm_ms.convert.reader import load_parameters, open_checkpoint
 from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft.store import is_adapter_folder
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 

@@ -14,7 +14,7 @@ from reference import CASES, FOLDER, golden_numbers, golden_weights
 from tolerances import LOGITS
 
 from glm_ms import GLMConfig, load_pretrained
-from glm_ms.convert import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 CASE = "glm2_tiny"
 

@@ -28,11 +28,10 @@ from pathlib import Path
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glm_ms.convert import CheckpointError
 from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.data.datasets import epoch_order
 from glm_ms.data.records import read_prompt_and_answer
-from glm_ms.storage.errors import DataError
+from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.storage.run_folder import resolve_checkpoint
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glm_ms.convert import CheckpointError, Conversion, parse_size, plan_conversion
-from glm_ms.convert.conversion import TARGETS, peak_memory
+from glm_ms.convert.conversion import TARGETS, Conversion, parse_size, peak_memory, plan_conversion
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
+from glm_ms.storage.errors import CheckpointError
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,13 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm_ms.convert import (
-    CheckpointError,
-    CheckpointReader,
-    check_names_and_shapes,
-    load_parameters,
-    open_checkpoint,
-)
+from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, load_parameters, open_checkpoint
 from glm_ms.engine.checkpoints.manifest import read_manifest, weights_fingerprint
 from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
@@ -25,6 +19,7 @@ from glm_ms.peft import ADAPTERS, AdapterConfig, AdapterError, StoredAdapter, re
 from glm_ms.peft.store import is_adapter_folder
 from glm_ms.settings import Settings, resolve_vocab_size
 from glm_ms.settings.schema import AUTO, parallel_of
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import MANIFEST
 from glm_ms.storage.run_folder import resolve_checkpoint
 

@@ -13,7 +13,7 @@ from mindformers.models import build_model_config
 from mindformers.models.configuration_utils import PretrainedConfig
 
 from glm_ms import tokenizer as tokenizers
-from glm_ms.convert import open_checkpoint
+from glm_ms.convert.reader import open_checkpoint
 from glm_ms.mindformers_api.generation import LENGTHS, OPTIONS
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.settings.schema import AUTO, VOCAB_MULTIPLE

@@ -13,7 +13,6 @@ from mindformers import MindFormerConfig
 from mindformers.tools.utils import get_real_rank
 from mindspore.dataset import Dataset
 
-from glm_ms.convert import CheckpointError
 from glm_ms.engine.dataset_rows import DatasetRows
 from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.process import restore_signal_handlers
@@ -26,7 +25,7 @@ from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, ChatPrompt
 from glm_ms.settings import Problem, Settings, SettingsError, check_machine
 from glm_ms.settings.checks import check
 from glm_ms.settings.schema import AUTO
-from glm_ms.storage.errors import DataError
+from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.tokenizer import SentencePieceTokenizer
 

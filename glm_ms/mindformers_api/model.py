@@ -11,7 +11,8 @@ import numpy as np
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Parameter, Tensor, ops
 
-from glm_ms.convert import CheckpointError, convert_dtype, load_parameters, open_checkpoint
+from glm_ms.convert.dtypes import convert_dtype
+from glm_ms.convert.reader import load_parameters, open_checkpoint
 from glm_ms.convert.writers import write_file
 from glm_ms.engine.weights import check_config_beside
 from glm_ms.generation import GLMForCausalLM
@@ -19,6 +20,7 @@ from glm_ms.mindformers_api.config import MindFormersGLMConfig, create_folder
 from glm_ms.mindformers_api.generation import default_generation, generation_arguments
 from glm_ms.model.loss import NextTokenLoss
 from glm_ms.pretrained import load_pretrained
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 WEIGHTS_FILE = "model.safetensors"

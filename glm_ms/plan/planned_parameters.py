@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from glm_ms.convert import expected_shapes
+from glm_ms.convert.names import expected_shapes
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.partition import Slice, parameter_slices, sharded_shapes

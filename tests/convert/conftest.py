@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from glm_ms.convert import plan_conversion
+from glm_ms.convert.conversion import plan_conversion
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from glm_ms import GLMConfig
-from glm_ms.convert import CheckpointError, check_names_and_shapes, load_parameters, open_checkpoint
+from glm_ms.convert.reader import check_names_and_shapes, load_parameters, open_checkpoint
+from glm_ms.storage.errors import CheckpointError
 
 SHARD = "pytorch_model-00002-of-00004.bin"
 

@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from glm_ms.convert import (
-    CheckpointError,
-    bfloat16_to_float32,
-    convert_dtype,
-    float32_to_bfloat16,
-    parse_size,
-)
+from glm_ms.convert.conversion import parse_size
+from glm_ms.convert.dtypes import bfloat16_to_float32, convert_dtype, float32_to_bfloat16
+from glm_ms.storage.errors import CheckpointError
 
 
 def _patterns() -> np.ndarray:

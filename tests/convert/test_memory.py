@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from glm_ms import GLMConfig
-from glm_ms.convert import expected_shapes, write_hf_folder
+from glm_ms.convert.names import expected_shapes
+from glm_ms.convert.writers import write_hf_folder
 
 SHARD = 100_000_000
 # VmHWM belongs to this process alone; ru_maxrss would start at what the parent once used.
 MEASURE = """
 import sys
 from pathlib import Path
-from glm_ms.convert import plan_conversion
+from glm_ms.convert.conversion import plan_conversion
 if sys.argv[3]:
     import torch
 def peak():

@@ -13,8 +13,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from glm_ms import GLMConfig
-from glm_ms.convert import expected_shapes, inverse_frequencies, to_glm_name, to_hf_name
-from glm_ms.convert.names import INV_FREQ, is_training_state
+from glm_ms.convert.names import (
+    INV_FREQ,
+    expected_shapes,
+    inverse_frequencies,
+    is_training_state,
+    to_glm_name,
+    to_hf_name,
+)
 
 CASES = (
     "glm2_tiny", "glm3_tiny", "glm3_32k_tiny", "glm2_mha", "glm2_no_final_norm", "glm2_res_post_ln",
@@ -89,7 +95,7 @@ def test_no_weight_passes_for_training_state() -> None:
 
 def test_conversion_imports_no_framework(repository: Path) -> None:
     code = (
-        "import sys; import glm_ms.convert; "
+        "import sys; import glm_ms.convert.conversion; "
         "print([name for name in ('mindspore', 'mindformers', 'torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run(

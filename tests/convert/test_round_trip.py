@@ -12,15 +12,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_file_torch
 
 from glm_ms import GLMConfig
-from glm_ms.convert import (
-    bfloat16_to_float32,
-    expected_shapes,
-    load_parameters,
-    mindspore_file,
-    open_checkpoint,
-    to_hf_name,
-    write_file,
-)
+from glm_ms.convert import mindspore_file
+from glm_ms.convert.dtypes import bfloat16_to_float32
+from glm_ms.convert.names import expected_shapes, to_hf_name
+from glm_ms.convert.reader import load_parameters, open_checkpoint
+from glm_ms.convert.writers import write_file
 
 CASES = (
     "glm2_tiny", "glm3_tiny", "glm3_32k_tiny", "glm2_mha", "glm2_no_final_norm", "glm2_res_post_ln",

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from glm_ms import GLMConfig
-from glm_ms.convert import CheckpointError, open_checkpoint, plan_conversion, writers
+from glm_ms.convert import writers
+from glm_ms.convert.conversion import plan_conversion
+from glm_ms.convert.reader import open_checkpoint
 from glm_ms.storage.atomic import atomic_output
+from glm_ms.storage.errors import CheckpointError
 
 OUTPUTS = ("out.ckpt", "out.safetensors", "out")
 
@@ -57,7 +60,7 @@ def test_failure_in_the_middle_leaves_nothing(source: Path, work: Path, name: st
 
 KILL = """
 import os, signal, sys
-from glm_ms.convert import plan_conversion
+from glm_ms.convert.conversion import plan_conversion
 done = []
 def kill(name, size):
     done.append(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from engine_helpers import DEV_RECORDS, TRAINED_NETWORK, curve, read_jsonl, run_here, tiny_arguments
 
-from glm_ms.convert import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import list_checkpoints, resolve_checkpoint
 
 # 8 steps an epoch; the network learns enough for its scores to move.

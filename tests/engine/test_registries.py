@@ -22,7 +22,7 @@ from mindspore import Tensor, nn, ops
 from safetensors.numpy import load_file
 
 from glm_ms import ChatGLM3Tokenizer, GLMConfig, load_pretrained
-from glm_ms.convert import plan_conversion
+from glm_ms.convert.conversion import plan_conversion
 from glm_ms.data.encoder import Message, Messages
 from glm_ms.data.formats import FORMATS, DataFormat
 from glm_ms.data.messages import LastAnswerEncoder

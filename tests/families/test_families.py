@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_ms.convert import to_glm_name, to_hf_name
+from glm_ms.convert.names import to_glm_name, to_hf_name
 from glm_ms.data.rows import left_padded_row, right_padded_row
 from glm_ms.families import FAMILIES, family_of, read_config, tokenizer_names
 from glm_ms.model.config import ConfigError, GLMConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glm_ms import GLMConfig, GLMForCausalLM
-from glm_ms.convert import expected_shapes
+from glm_ms.convert.names import expected_shapes
 from glm_ms.model.glm import Cells, GLMNetwork
 from glm_ms.model.linear import LINEARS, Linear, build_linear
 from glm_ms.peft import LoraConfig

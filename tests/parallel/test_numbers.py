@@ -12,7 +12,7 @@ import pytest
 from mindspore import Parameter, Tensor
 
 from glm_ms import GLMConfig, GLMForCausalLM
-from glm_ms.convert import split_joint
+from glm_ms.convert.names import split_joint
 from glm_ms.engine.step.network import ShardedTrainingNetwork, TrainingNetwork
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.layers import sharded_glm

@@ -19,7 +19,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from glm_ms import GLMForCausalLM
-from glm_ms.convert import expected_shapes, open_checkpoint
+from glm_ms.convert.names import expected_shapes
+from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter

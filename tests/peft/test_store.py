@@ -13,8 +13,8 @@ from reference import FOLDER, fresh_golden_model
 from safetensors.numpy import load_file, save_file
 
 from glm_ms import load_pretrained
-from glm_ms.convert import CheckpointError
 from glm_ms.peft import AdapterError, LoraConfig, PrefixConfig, read_adapter
+from glm_ms.storage.errors import CheckpointError
 
 LORA = FOLDER.parent / "train" / "lora" / "final"
 PREFIX = FOLDER.parent / "train" / "ptuning_v2_proj" / "final.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_ms.convert import open_checkpoint
+from glm_ms.convert.reader import open_checkpoint
 
 
 @pytest.fixture

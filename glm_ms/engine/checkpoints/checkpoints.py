@@ -14,14 +14,15 @@ from typing import Any, Protocol
 from mindspore import Parameter, nn
 from mindspore.nn import Optimizer
 
-from glm_ms.convert import CheckpointError, load_parameters, open_checkpoint
 from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
+from glm_ms.convert.reader import load_parameters, open_checkpoint
 from glm_ms.engine.checkpoints.manifest import write_manifest
 from glm_ms.engine.checkpoints.parameters_file import read_parameters, write_parameters
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import atomic_output
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import CHECKPOINTS, list_checkpoints, resolve_checkpoint, step_folder
 
 WEIGHTS = "model.safetensors"

@@ -10,8 +10,8 @@ from typing import Any
 
 import mindspore
 
-from glm_ms.convert import CheckpointError
 from glm_ms.peft.store import is_adapter_folder
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import (
     MANIFEST,
     check_file,

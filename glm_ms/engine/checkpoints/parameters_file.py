@@ -10,8 +10,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from glm_ms.convert import CheckpointError, convert_dtype
+from glm_ms.convert.dtypes import convert_dtype
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
+from glm_ms.storage.errors import CheckpointError
 
 _NO_METADATA: Mapping[str, str] = MappingProxyType({})
 

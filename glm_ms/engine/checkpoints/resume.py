@@ -8,7 +8,6 @@ from typing import Any
 
 import mindspore
 
-from glm_ms.convert import CheckpointError
 from glm_ms.engine.checkpoints.manifest import (
     Manifest,
     differences,
@@ -17,6 +16,7 @@ from glm_ms.engine.checkpoints.manifest import (
     weights_flag,
 )
 from glm_ms.settings import Settings
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import CHECKPOINTS, METRICS_FILE, RESULTS, list_checkpoints, resolve_checkpoint
 
 EARLIER_RUNS = "earlier_runs"

@@ -13,14 +13,16 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.communication import get_group_size
 
-from glm_ms.convert import CheckpointError, CheckpointReader, load_parameters, split_joint
 from glm_ms.convert.adapter_files import OPTIMIZER
 from glm_ms.convert.cluster.layout import Layout
+from glm_ms.convert.names import split_joint
+from glm_ms.convert.reader import CheckpointReader, load_parameters
 from glm_ms.engine.checkpoints.checkpoints import WEIGHTS, Checkpoints, optimizer_state, write_config
 from glm_ms.engine.checkpoints.parameters_file import read_parameters, write_parameters
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import ADAPTERS, AdapterConfig
 from glm_ms.settings import Settings
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import SLICES, list_checkpoints, step_folder
 
 

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from glm_ms.convert import CheckpointError
 from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.settings import Settings, SettingsError, parse_args, read_settings
 from glm_ms.settings.schema import is_sharded
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import (
     BEST,
     CHECKPOINTS,

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.nn import Optimizer
 
-from glm_ms.convert import CheckpointError, open_checkpoint
+from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoints.slices import (
@@ -32,6 +32,7 @@ from glm_ms.parallel.config import parallel_problems
 from glm_ms.parallel.partition import Slice, parameter_slices, stage_of_parameter
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.schema import parallel_of
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 _ITEM_BYTES = {ms.float32: 4, ms.float16: 2, ms.bfloat16: 2}

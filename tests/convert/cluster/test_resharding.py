@@ -21,8 +21,9 @@ from strategy_helpers import (
     strategy_bytes,
 )
 
-from glm_ms.convert import CheckpointError, open_checkpoint
 from glm_ms.convert.cluster.resharding import plan_resharding
+from glm_ms.convert.reader import open_checkpoint
+from glm_ms.storage.errors import CheckpointError
 
 CASES = ("tp", "tp_opt", "pp", "tp2")
 SHAPES = {"embed": (16, 6), "layer.w": (8, 12), "norm": (8,), "adam_m.layer.w": (8, 12), "adam_m.norm": (8,)}

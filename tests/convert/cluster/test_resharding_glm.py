@@ -12,15 +12,10 @@ from safetensors.numpy import load_file
 from strategy_helpers import Cut, save_ranks, strategy_bytes
 
 from glm_ms import GLMConfig
-from glm_ms.convert import (
-    check_names_and_shapes,
-    load_parameters,
-    open_checkpoint,
-    plan_conversion,
-    split_joint,
-)
 from glm_ms.convert.cluster.resharding import plan_resharding
-from glm_ms.convert.names import INV_FREQ
+from glm_ms.convert.conversion import plan_conversion
+from glm_ms.convert.names import INV_FREQ, split_joint
+from glm_ms.convert.reader import check_names_and_shapes, load_parameters, open_checkpoint
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 CASE = "glm3_tiny"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from strategy_helpers import GOLDEN, Cut, needs_golden, part_of, strategy_bytes
 
-from glm_ms.convert import CheckpointError
 from glm_ms.convert.cluster.layout import Layout, LayoutError
 from glm_ms.convert.cluster.strategy_file import read_strategy
+from glm_ms.storage.errors import CheckpointError
 
 CUTS = {
     "w": Cut([2, 4], [0, -1], 4, -1),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_ms.convert import CheckpointError
+from glm_ms.storage.errors import CheckpointError
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from safetensors.numpy import load_file
 from strategy_helpers import Cut, as_stored, load, part_of, strategy_bytes
 
 from glm_ms import GLMConfig, GLMForCausalLM, load_pretrained
-from glm_ms.convert import CheckpointError, expected_shapes, split_joint
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
-from glm_ms.convert.names import INV_FREQ
+from glm_ms.convert.names import INV_FREQ, expected_shapes, split_joint
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.checkpoints.manifest import write_manifest
 from glm_ms.engine.checkpoints.slices import SliceState, rank_folder
 from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import step_folder
 
 CASE, BASE, RANKS = "glm3_tiny", "/where/the/base/was", 4
