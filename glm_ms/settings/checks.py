@@ -1,21 +1,136 @@
-"""Keys that must fit each other. Every check yields problems."""
+"""Keys that must fit each other."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from glm_ms.metrics import metric_of
 from glm_ms.model.config import ConfigError, GLMConfig
-from glm_ms.settings.data_checks import data_notes, data_problems, fill_max_seq_length
+from glm_ms.parallel import config as parallel_config
+from glm_ms.settings.data_checks import data_notes, fill_max_seq_length, length_problems, loader_problems
 from glm_ms.settings.errors import Problem, independent
 from glm_ms.settings.files import file_problems
-from glm_ms.settings.parallel_checks import parallel_notes, parallel_problems
-from glm_ms.settings.schema import AUTO, Settings, parts_in_use, unused_keys
+from glm_ms.settings.schema import (
+    AUTO,
+    SEMI_AUTO,
+    Settings,
+    parallel_of,
+    parts_in_use,
+    training_length,
+    unused_keys,
+)
 
-_PET = "model.pet_config"
-_SEQ_LENGTH = "model.model_config.seq_length"
+_MODE, _PET, _SEQ_LENGTH = (
+    "parallel.parallel_mode",
+    "model.pet_config.pet_type",
+    "model.model_config.seq_length",
+)
+_BASE, _ADAPTER, _STAGE = "load_checkpoint", "load_adapter", "parallel_config.pipeline_stage"
+_BEAMS, _ANSWERS = "generation.num_beams", "generation.num_return_sequences"
+_GATHER = "recompute_config.parallel_optimizer_comm_recompute"
+# Field of ParallelConfig -> key, if the names differ from those in `parallel_config`.
+_KEYS = {"pipeline_stages": _STAGE, "optimizer_shard": "parallel.enable_parallel_optimizer"}
+# Keys that need sharding strategies -> the value that does not.
+_SHARDED_ONLY = {
+    "parallel.full_batch": False, "parallel.enable_parallel_optimizer": False, "parallel_config.model_parallel": 1,
+    _STAGE: 1, "parallel_config.use_seq_parallel": False, _GATHER: False,
+}  # fmt: skip
+
+
+class Rule(NamedTuple):
+    """A combination of values that cannot be used.
+
+    Attributes:
+        key: that the problem names.
+        applies: whether settings have the combination.
+        message: text with `str.format` fields of the settings, such as `{lr_schedule.lr_end}`.
+        depends_on: see `Problem`.
+    """
+
+    key: str
+    applies: Callable[[Settings], Any]
+    message: str
+    depends_on: tuple[str, ...] = ()
+
+
+_ALWAYS = (
+    Rule("lr_schedule.total_steps", lambda s: s.lr_schedule.total_steps == 0,
+         "found 0, must be -1 (all steps of the run) or at least 1"),
+    Rule("lr_schedule.warmup_ratio", lambda s: s.lr_schedule.warmup_ratio is not None and s.lr_schedule.warmup_steps,
+         "given together with warmup_steps; keep one"),
+    Rule("lr_schedule.lr_end", lambda s: s.lr_schedule.lr_end > s.lr_schedule.learning_rate,
+         "{lr_schedule.lr_end} is above learning_rate = {lr_schedule.learning_rate}", ("lr_schedule.learning_rate",)),
+    *(Rule("lr_schedule.warmup_steps", lambda s, key=key: 0 < (s.get(key) or 0) < s.lr_schedule.warmup_steps,
+           f"{{lr_schedule.warmup_steps}} is more than all steps, {key} = {{{key}}}", (key,))
+      for key in ("lr_schedule.total_steps", "runner_config.max_steps")),
+    Rule(_ANSWERS, lambda s: s.generation.num_return_sequences > s.generation.num_beams > 1,
+         "{generation.num_return_sequences} is more than num_beams = {generation.num_beams}", (_BEAMS,)),
+    Rule(_ANSWERS,
+         lambda s: s.generation.num_return_sequences > s.generation.num_beams == 1 and not s.generation.do_sample,
+         "greedy decoding gives {generation.num_return_sequences} equal answers; set do_sample or num_beams",
+         ("generation.do_sample", _BEAMS)),
+    Rule("generation.max_length", lambda s: (s.generation.max_length or 0) > s.model.model_config.seq_length,
+         "{generation.max_length} is more than " f"{_SEQ_LENGTH} = {{{_SEQ_LENGTH}}}", (_SEQ_LENGTH,)),
+    Rule("generation.do_sample", lambda s: s.generation.do_sample and s.generation.num_beams > 1,
+         "sampling together with num_beams = {generation.num_beams} is not supported; keep one of both", (_BEAMS,)),
+)  # fmt: skip
+
+# Of runs with `parallel_mode: 1`.
+_SHARDED = (
+    Rule("parallel.full_batch", lambda s: not s.parallel.full_batch,
+         "False, but with parallel_mode: 1 every card reads the whole batch; set it to True", (_MODE,)),
+    Rule("context.use_fused_kernels", lambda s: s.context.use_fused_kernels,
+         "True, but fused kernels have no sharding strategies; set it to False", (_MODE,)),
+    Rule("context.mode", lambda s: s.context.mode != 0,
+         "1 (PyNative), but sharding needs graph mode; set it to 0", (_MODE,)),
+    Rule(_MODE, lambda s: not s.is_training(),
+         "1, but run_mode: {run_mode} needs whole weights on every card; merge the checkpoint with "
+         "tools/transform_ckpt.py and set parallel_mode: 0, which splits the records over the cards"),
+    Rule("do_eval", lambda s: s.is_training() and s.do_eval,
+         "True, but no card of a sharded run has the whole network to evaluate; set it to False, and evaluate "
+         "merged checkpoints (tools/transform_ckpt.py)", (_MODE,)),
+    Rule(_ADAPTER, lambda s: s.is_training() and s.load_adapter,
+         "sharded runs cannot load an adapter; train it with parallel_mode: 0", (_MODE,)),
+    Rule("runner_config.gradient_accumulation_steps",
+         lambda s: s.is_training() and s.runner_config.gradient_accumulation_steps > 1,
+         "above 1: not supported if sharded; use pipeline_stage and micro_batch_num, or more rows per step", (_MODE,)),
+    Rule(_STAGE, lambda s: s.is_training() and s.get(_STAGE) > 1 and s.get(_PET) == "ptuning2",
+         "above 1, but the prefix of P-Tuning is one weight that every stage needs; set it to 1", (_PET,)),
+    Rule("recompute_config.mp_comm_recompute",
+         lambda s: not s.recompute_config.mp_comm_recompute and not s.recompute_config.recompute,
+         "False has no effect with recompute: False"),
+    Rule(_GATHER, lambda s: s.get(_GATHER) and not s.parallel.enable_parallel_optimizer,
+         "True has no effect with enable_parallel_optimizer: False, which gathers no weights"),
+    Rule(_GATHER, lambda s: s.get(_GATHER) and s.get(_STAGE) > 1,
+         "True: MindSpore's compiler does not support it in pipelines; set it to False", (_STAGE,)),
+)  # fmt: skip
+
+_ADAPTERS = (
+    Rule(_ADAPTER, lambda s: s.is_training() and s.get(_PET) is None and s.load_adapter,
+         f"training would change the weights under the adapter; set {_PET} to continue training the adapter, or merge "
+         "it first (tools/merge_lora.py) and start from the result", (_PET,)),
+    Rule(_PET, lambda s: s.is_training() and s.get(_PET) is not None and not s.load_checkpoint,
+         f"{{{_PET}}} trains an adapter for given base weights, and random ones are lost after the run; name the base "
+         "(--load_checkpoint PATH)", (_BASE,)),
+    Rule(_PET, lambda s: not s.is_training() and s.get(_PET) is not None and not s.load_adapter,
+         f"{{{_PET}}}, but there is no adapter to load; name it (--load_adapter PATH), or set {_PET}=null for the base "
+         "alone or for merged weights", (_ADAPTER,)),
+    Rule(_ADAPTER, lambda s: not s.is_training() and s.load_adapter and not s.load_checkpoint,
+         "needs the base it was trained on (--load_checkpoint PATH)", (_BASE,)),
+)  # fmt: skip
+
+_INTERVALS, _BEST = ("eval_step_interval", "eval_epoch_interval"), "checkpoint.best_metric"
+_TRAINING = (
+    *(Rule(name, lambda s, name=name: s.get(name) == 0, "found 0, must be -1 (never) or at least 1")
+      for name in _INTERVALS),
+    Rule("do_eval", lambda s: s.do_eval and s.eval_step_interval == s.eval_epoch_interval == -1,
+         "True, but eval_step_interval and eval_epoch_interval are both -1; set one of them", _INTERVALS),
+    Rule(_BEST, lambda s: s.checkpoint.best_metric is not None and not s.do_eval,
+         f"{{{_BEST}}} is known by evaluation only; set do_eval: True, or best_metric: null", ("do_eval",)),
+)  # fmt: skip
 
 
 def check(settings: Settings, reported: Iterable[Problem] = (), check_files: bool = True) -> list[Problem]:
@@ -27,7 +142,9 @@ def check(settings: Settings, reported: Iterable[Problem] = (), check_files: boo
         check_files: also check that the files and folders of the run mode exist.
     """
     settle(settings)
-    found = [*value_problems(settings), *(file_problems(settings) if check_files else ())]
+    found = [*_model_config(settings), *unused_keys(settings, "lr_schedule"), *violated(settings, _ALWAYS)]
+    for problem in _of_run_mode(settings, check_files):
+        found.append(dataclasses.replace(problem, depends_on=(*problem.depends_on, "run_mode")))
     return placed(settings, independent(found, reported))
 
 
@@ -38,7 +155,12 @@ def placed(settings: Settings, problems: Iterable[Problem]) -> list[Problem]:
 
 def settle(settings: Settings) -> None:
     """Gives values that depend on other keys, or on this machine, their meaning; adds notes for the user."""
-    settings.notes += parallel_notes(settings)
+    if not settings.use_parallel:  # a file may have such keys for its other runs
+        settings.notes += [
+            f"{where}: {key} has no effect with use_parallel: False"
+            for key, where in settings.origins.items()
+            if key.startswith(("parallel.", "parallel_config.")) and where.startswith("command line")
+        ]
     cores, dataset = _cores(), settings.train_dataset
     if dataset.num_parallel_workers > cores:
         settings.notes.append(
@@ -51,124 +173,70 @@ def settle(settings: Settings) -> None:
         settings.notes += data_notes(settings, part)
 
 
-def value_problems(settings: Settings) -> Iterator[Problem]:
-    """The problems of keys against each other."""
-    yield from _model_config(settings)
-    yield from _learning_rate(settings)
-    yield from _generation(settings)
-    for problem in _of_run_mode(settings):
-        yield dataclasses.replace(problem, depends_on=(*problem.depends_on, "run_mode"))
+def violated(settings: Settings, rules: Iterable[Rule]) -> Iterator[Problem]:
+    """The problems of the rules that apply."""
+    for key, applies, message, depends_on in rules:
+        if applies(settings):
+            yield Problem(key, message.format(**vars(settings)), depends_on)
 
 
-def _of_run_mode(settings: Settings) -> Iterator[Problem]:
-    yield from parallel_problems(settings)
-    yield from _adapter(settings)
-    if settings.is_training():
-        yield from _evaluation_intervals(settings)
+def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:
+    training, kind = settings.is_training(), settings.get(_PET)
+    if settings.use_parallel and settings.parallel.parallel_mode == SEMI_AUTO:
+        yield from violated(settings, _SHARDED)
+        yield from _split(settings)
+    elif settings.use_parallel:
+        for key, plain in _SHARDED_ONLY.items():
+            if settings.get(key) != plain:
+                yield Problem(key, f"{settings.get(key)} needs {_MODE}: 1", (_MODE,))
+    if training or kind is not None:  # the settings of a LoRA run may serve to evaluate its merged weights
+        yield from unused_keys(settings, "model.pet_config")
+    yield from violated(settings, _ADAPTERS)
+    if training:
+        yield from violated(settings, _TRAINING)
         yield from _best_metric(settings)
         yield from unused_keys(settings, "runner_wrapper.scale_sense")
     for part in parts_in_use(settings):
-        yield from data_problems(settings, part)
+        yield from loader_problems(settings, part)
+        yield from length_problems(settings, part)
     if settings.run_mode == "predict" and not settings.predict_data:
         yield Problem("predict_data", "missing; give a prompt, a .txt or .jsonl file, or - (--predict_data)")
+    if check_files:
+        yield from file_problems(settings)
 
 
-def _model_config(settings: Settings) -> Iterator[Problem]:
+def _network(settings: Settings) -> GLMConfig:
+    """The architecture; an unknown size of the vocabulary is one that every split divides."""
     values = vars(settings.model.model_config).copy()
     del values["type"]
     if values["padded_vocab_size"] == AUTO:
-        values["padded_vocab_size"] = 1
+        values["padded_vocab_size"] = 64 * settings.parallel_config.model_parallel
+    return GLMConfig(**values)
+
+
+def _model_config(settings: Settings) -> Iterator[Problem]:
     try:
-        GLMConfig(**values)
+        _network(settings)
     except ConfigError as error:
         yield Problem(f"model.model_config.{error.field}", str(error))
 
 
-def _learning_rate(settings: Settings) -> Iterator[Problem]:
-    schedule = settings.lr_schedule
-    yield from unused_keys(settings, "lr_schedule")
-    if schedule.total_steps == 0:
-        yield Problem("lr_schedule.total_steps", "found 0, must be -1 (all steps of the run) or at least 1")
-    if schedule.warmup_ratio is not None and schedule.warmup_steps:
-        yield Problem("lr_schedule.warmup_ratio", "given together with warmup_steps; keep one")
-    if schedule.lr_end > schedule.learning_rate:
-        message = f"{schedule.lr_end} is above learning_rate = {schedule.learning_rate}"
-        yield Problem("lr_schedule.lr_end", message, ("lr_schedule.learning_rate",))
-    for key in ("lr_schedule.total_steps", "runner_config.max_steps"):
-        steps = settings.get(key)
-        if steps is not None and 0 < steps < schedule.warmup_steps:
-            message = f"{schedule.warmup_steps} is more than all steps, {key} = {steps}"
-            yield Problem("lr_schedule.warmup_steps", message, (key,))
-
-
-def _generation(settings: Settings) -> Iterator[Problem]:
-    generation, seq_length = settings.generation, settings.model.model_config.seq_length
-    number, beams = generation.num_return_sequences, generation.num_beams
-    if number > beams > 1:
-        message = f"{number} is more than num_beams = {beams}"
-        yield Problem("generation.num_return_sequences", message, ("generation.num_beams",))
-    elif number > beams and not generation.do_sample:
-        message = f"greedy decoding gives {number} equal answers; set do_sample or num_beams"
-        others = ("generation.do_sample", "generation.num_beams")
-        yield Problem("generation.num_return_sequences", message, others)
-    if generation.max_length is not None and generation.max_length > seq_length:
-        message = f"{generation.max_length} is more than {_SEQ_LENGTH} = {seq_length}"
-        yield Problem("generation.max_length", message, (_SEQ_LENGTH,))
-    if generation.do_sample and beams > 1:
-        message = f"sampling together with num_beams = {beams} is not supported; keep one of both"
-        yield Problem("generation.do_sample", message, ("generation.num_beams",))
-
-
-def _adapter(settings: Settings) -> Iterator[Problem]:
-    kind, training = settings.model.pet_config.pet_type, settings.is_training()
-    pet_type = f"{_PET}.pet_type"
-    if training or kind is not None:  # the settings of a LoRA run may serve to evaluate its merged weights
-        yield from unused_keys(settings, _PET)
-    if training and kind is None and settings.load_adapter:
-        message = (
-            f"training would change the weights under the adapter; set {pet_type} to continue training the adapter, or "
-            "merge it first (tools/merge_lora.py) and start from the result"
-        )
-        yield Problem("load_adapter", message, (pet_type,))
-    if training and kind is not None and not settings.load_checkpoint:
-        message = (
-            f"{kind} trains an adapter for given base weights, and random ones are lost after the run; name the base "
-            "(--load_checkpoint PATH)"
-        )
-        yield Problem(pet_type, message, ("load_checkpoint",))
-    if not training and kind is not None and not settings.load_adapter:
-        message = (
-            f"{kind}, but there is no adapter to load; name it (--load_adapter PATH), or set {pet_type}=null for "
-            "the base alone or for merged weights"
-        )
-        yield Problem(pet_type, message, ("load_adapter",))
-    if not training and settings.load_adapter and not settings.load_checkpoint:
-        message = "needs the base it was trained on (--load_checkpoint PATH)"
-        yield Problem("load_adapter", message, ("load_checkpoint",))
-
-
-def _evaluation_intervals(settings: Settings) -> Iterator[Problem]:
-    intervals = ("eval_step_interval", "eval_epoch_interval")
-    for name in intervals:
-        if settings.get(name) == 0:
-            yield Problem(name, "found 0, must be -1 (never) or at least 1")
-    if settings.do_eval and all(settings.get(name) == -1 for name in intervals):
-        message = "True, but eval_step_interval and eval_epoch_interval are both -1; set one of them"
-        yield Problem("do_eval", message, intervals)
+def _split(settings: Settings) -> Iterator[Problem]:
+    try:
+        config = _network(settings)
+    except ConfigError:
+        return  # reported by `_model_config`
+    parallel = parallel_of(settings)
+    rows = settings.runner_config.batch_size * parallel.data_parallel
+    for field, reason in parallel_config.parallel_problems(config, parallel, rows, training_length(settings)):
+        yield Problem(_KEYS.get(field, f"parallel_config.{field}"), reason)
 
 
 def _best_metric(settings: Settings) -> Iterator[Problem]:
-    name, key = settings.checkpoint.best_metric, "checkpoint.best_metric"
-    if name is None:
-        return
-    if not settings.do_eval:
-        message = f"{name} is known by evaluation only; set do_eval: True, or best_metric: null"
-        yield Problem(key, message, ("do_eval",))
-    needed = metric_of(name)
-    if needed not in settings.metric.type:
-        chosen = ", ".join(settings.metric.type)
-        message = f"{name} is measured by {needed}, but metric.type is {chosen}; add it"
-        yield Problem(key, message, ("metric.type",))
+    name, chosen = settings.checkpoint.best_metric, settings.metric.type
+    if name is not None and metric_of(name) not in chosen:
+        message = f"{name} is measured by {metric_of(name)}, but metric.type is {', '.join(chosen)}; add it"
+        yield Problem(_BEST, message, ("metric.type",))
 
 
 def _cores() -> int:

@@ -11,10 +11,9 @@ from glm_ms.metrics import LOSS, METRICS, TEXT, takes
 from glm_ms.settings.errors import Problem
 from glm_ms.settings.files import folder_problems
 from glm_ms.settings.schema import Settings, unused_keys
-from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
 
-_SEQ_LENGTH = "model.model_config.seq_length"
-_TOKENIZER = "processor.tokenizer.type"
+_SEQ_LENGTH, _TOKENIZER = "model.model_config.seq_length", "processor.tokenizer.type"
+_MAX_LENGTH, _NEW_TOKENS = "eval_dataset.max_seq_length", "generation.max_new_tokens"
 # `[gMASK] sop`, a role token and one token of text.
 _SHORTEST_PROMPT = 4
 
@@ -28,51 +27,37 @@ def fill_max_seq_length(settings: Settings) -> None:
 
 def data_notes(settings: Settings, part: str) -> Iterator[str]:
     """A line for every key without effect. These are no problems: a file for one data loader also serves another."""
-    data = _section(settings, part)
-    default = type(data)()
+    data = settings.get(f"{part}_dataset")
     for name in FORMATS[data.data_loader.type].unused_keys:
-        if attrgetter(name)(data) != attrgetter(name)(default):
+        if attrgetter(name)(data) != attrgetter(name)(type(data)()):
             yield f"{part}_dataset.{name}: no effect with {data.data_loader.type}"
 
 
-def data_problems(settings: Settings, part: str) -> Iterator[Problem]:
-    """The problems of a data set, after `fill_max_seq_length`.
-
-    Args:
-        settings: of the run.
-        part: "train" or "eval".
-    """
-    yield from loader_problems(settings, part)
-    yield from length_problems(settings, part)
-
-
 def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
-    """The problems of a data set that concern neither the network nor generation."""
-    section, data = f"{part}_dataset", _section(settings, part)
-    kind, loader = data.data_loader.type, f"{section}.data_loader.type"
-    data_format, family = FORMATS[kind], family_of(settings.processor.tokenizer.type)
-    name, encoder = family.tokenizer.__name__, data_format.encoder or family.encoder
+    """The problems of a data set ("train" or "eval") that concern neither the network nor generation."""
+    section = f"{part}_dataset"
+    data, family = settings.get(section), family_of(settings.processor.tokenizer.type)
+    kind, name, data_format = data.data_loader.type, family.tokenizer.__name__, FORMATS[data.data_loader.type]
     if data_format.needs_roles and not family.tokenizer.roles:
         usable = [item.tokenizer.__name__ for item in FAMILIES.values() if item.tokenizer.roles]
         message = f"{kind} needs {_TOKENIZER}: {' or '.join(usable)}, found {name}, which has no roles"
-        yield Problem(loader, message, (_TOKENIZER,))
-    elif not data.ignore_pad_token_for_loss and not encoder.learns_padding:
+        yield Problem(f"{section}.data_loader.type", message, (_TOKENIZER,))
+    elif not data.ignore_pad_token_for_loss and not (data_format.encoder or family.encoder).learns_padding:
         message = f"False is not possible with {kind} and {name}; remove it"
         yield Problem(f"{section}.ignore_pad_token_for_loss", message, (_TOKENIZER,))
     yield from unused_keys(settings, section)
-    if isinstance(data, TrainDatasetSettings) and data.cache_dir is not None:
-        key = "train_dataset.cache_dir"
-        if data.cache_dir.strip():
-            yield from folder_problems(key, data.cache_dir)
-        else:
-            yield Problem(key, "empty; give a folder, or null for no cache")
+    folder = settings.train_dataset.cache_dir if part == "train" else None
+    if folder is not None and folder.strip():
+        yield from folder_problems("train_dataset.cache_dir", folder)
+    elif folder is not None:
+        yield Problem("train_dataset.cache_dir", "empty; give a folder, or null for no cache")
 
 
 def length_problems(settings: Settings, part: str) -> Iterator[Problem]:
-    """The lengths of a data set that do not fit the network or the generation."""
-    data, seq_length = _section(settings, part), settings.model.model_config.seq_length
+    """The lengths of a data set that do not fit the network or the generation, after `fill_max_seq_length`."""
+    data, seq_length = settings.get(f"{part}_dataset"), settings.model.model_config.seq_length
     tools = FORMATS[data.data_loader.type].uses_max_seq_length
-    if isinstance(data, EvalDatasetSettings):
+    if part == "eval":
         yield from _length_of_tool_answers(settings) if tools else _length_of_answers(settings)
     elif tools and data.max_seq_length != seq_length:
         message = (
@@ -80,39 +65,34 @@ def length_problems(settings: Settings, part: str) -> Iterator[Problem]:
             "max_seq_length to null"
         )
         yield Problem("train_dataset.max_seq_length", message, (_SEQ_LENGTH,))
-    elif not tools:
-        yield from _length_of_rows(data, seq_length)
-
-
-def _length_of_rows(data: TrainDatasetSettings, seq_length: int) -> Iterator[Problem]:
-    source, target = "train_dataset.max_source_length", "train_dataset.max_target_length"
-    needed = data.max_source_length + data.max_target_length + 1
-    if seq_length != needed:
+    elif not tools and seq_length != data.max_source_length + data.max_target_length + 1:
+        source, target = "train_dataset.max_source_length", "train_dataset.max_target_length"
+        needed, fitting = (
+            data.max_source_length + data.max_target_length + 1,
+            seq_length - data.max_source_length - 1,
+        )
         message = (
             f"{seq_length} must equal {source} + {target} + 1 = {data.max_source_length} + {data.max_target_length} + 1"
-            f" = {needed}; set {_SEQ_LENGTH} to {needed}"
+            f" = {needed}; set {_SEQ_LENGTH} to {needed}{f', or {target} to {fitting}' if fitting > 0 else ''}"
         )
-        fitting = seq_length - data.max_source_length - 1
-        more = f", or {target} to {fitting}" if fitting > 0 else ""
-        yield Problem(_SEQ_LENGTH, message + more, (source, target))
-
-
-def _section(settings: Settings, part: str) -> TrainDatasetSettings | EvalDatasetSettings:
-    return settings.train_dataset if part == "train" else settings.eval_dataset
+        yield Problem(_SEQ_LENGTH, message, (source, target))
 
 
 def _length_of_answers(settings: Settings) -> Iterator[Problem]:
-    data, seq_length = settings.eval_dataset, settings.model.model_config.seq_length
-    source = "eval_dataset.max_source_length"
+    data, seq_length, source = (
+        settings.eval_dataset,
+        settings.get(_SEQ_LENGTH),
+        "eval_dataset.max_source_length",
+    )
     needs = {
         LOSS: ("eval_dataset.max_target_length", data.max_target_length + 1, " + 1"),
-        TEXT: ("generation.max_new_tokens", settings.generation.max_new_tokens, ""),
+        TEXT: (_NEW_TOKENS, settings.generation.max_new_tokens, ""),
     }
     for metric in settings.metric.type:
-        key, tokens, extra = needs[METRICS[metric].input]
-        needed = data.max_source_length + tokens
         if METRICS[metric].input == TEXT and settings.generation.max_length is not None:
             continue  # max_length, at most seq_length, ends every answer
+        key, tokens, extra = needs[METRICS[metric].input]
+        needed = data.max_source_length + tokens
         if needed > seq_length:
             message = (
                 f"{seq_length} is less than {source} + {key}{extra} = {needed}, which {metric} needs; "
@@ -123,15 +103,14 @@ def _length_of_answers(settings: Settings) -> Iterator[Problem]:
 
 def _length_of_tool_answers(settings: Settings) -> Iterator[Problem]:
     """An answer whose prompt leaves no room is counted and left out; but there must be room for some prompt."""
-    key, new_tokens = "eval_dataset.max_seq_length", settings.generation.max_new_tokens
-    length, seq_length = settings.eval_dataset.max_seq_length, settings.model.model_config.seq_length
+    length, seq_length, tokens = (settings.get(key) for key in (_MAX_LENGTH, _SEQ_LENGTH, _NEW_TOKENS))
     generates = takes(TEXT, settings.metric.type) and settings.generation.max_length is None
-    if length is not None and length > seq_length:
+    if length > seq_length:
         message = f"{length} is more than {_SEQ_LENGTH} = {seq_length}; lower it, or set it to null"
-        yield Problem(key, message, (_SEQ_LENGTH,))
-    elif length is not None and generates and length - new_tokens < _SHORTEST_PROMPT:
+        yield Problem(_MAX_LENGTH, message, (_SEQ_LENGTH,))
+    elif generates and length - tokens < _SHORTEST_PROMPT:
         message = (
-            f"{new_tokens} leaves no room for a prompt within {key} = {length}; lower it to at most "
-            f"{max(length - _SHORTEST_PROMPT, 1)}, or raise {key}"
+            f"{tokens} leaves no room for a prompt within {_MAX_LENGTH} = {length}; lower it to at most "
+            f"{max(length - _SHORTEST_PROMPT, 1)}, or raise {_MAX_LENGTH}"
         )
-        yield Problem("generation.max_new_tokens", message, (key, "metric.type"))
+        yield Problem(_NEW_TOKENS, message, (_MAX_LENGTH, "metric.type"))

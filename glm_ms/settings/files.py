@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +16,6 @@ _PART_NAMES = {"train": ("train",), "eval": ("dev", "eval", "valid", "validation
 
 def file_problems(settings: Settings) -> Iterator[Problem]:
     """The problems of files and folders of the run mode; folders of records are replaced by the file in them."""
-    for problem in _problems(settings):
-        yield dataclasses.replace(problem, depends_on=(*problem.depends_on, "run_mode"))
-
-
-def _problems(settings: Settings) -> Iterator[Problem]:
     yield from folder_problems("output_dir", settings.output_dir)
     yield from vocab_file_problems(settings)
     yield from _weights(settings)
@@ -56,43 +50,33 @@ def vocab_file_problems(settings: Settings) -> Iterator[Problem]:
 
 def record_problems(settings: Settings, part: str) -> Iterator[Problem]:
     """The problems of the records of a part, "train" or "eval"; a folder is replaced by the file in it."""
-    key = f"{part}_dataset.data_loader.dataset_dir"
-    loader = (settings.train_dataset if part == "train" else settings.eval_dataset).data_loader
+    key, loader = f"{part}_dataset.data_loader.dataset_dir", settings.get(f"{part}_dataset.data_loader")
     path = Path(loader.dataset_dir)
     if not loader.dataset_dir:
         yield Problem(key, f"missing; give the file of records (--{part}_dataset PATH)")
-    elif not path.exists():
+    elif not path.is_dir():
         yield from _missing(key, loader.dataset_dir)
-    elif path.is_dir():
-        found = _record_file(path, part)
-        if isinstance(found, Path):
-            settings.notes.append(f"{key}: {path} is a folder, {found} is read")
-            loader.dataset_dir = str(found)
+    else:
+        found = sorted(item for item in path.iterdir() if item.suffix in _RECORD_ENDINGS and item.is_file())
+        named = [item for name in _PART_NAMES[part] for item in found if item.stem == name]
+        if len(found) == 1 or named:
+            loader.dataset_dir = str((named or found)[0])
+            settings.notes.append(f"{key}: {path} is a folder, {loader.dataset_dir} is read")
         else:
-            listing = ", ".join(found) or "none"
+            listing = ", ".join(item.name for item in found) or "none"
             message = f"{path}: which file is meant? .json and .jsonl files there: {listing}; name one"
             yield Problem(key, message)
 
 
-def _record_file(folder: Path, part: str) -> Path | list[str]:
-    """The file of records in a folder, or the names of all if none stands out."""
-    found = sorted(item for item in folder.iterdir() if item.suffix in _RECORD_ENDINGS and item.is_file())
-    named = [item for name in _PART_NAMES[part] for item in found if item.stem == name]
-    only: Path | None = found[0] if len(found) == 1 else next(iter(named), None)
-    return only or [item.name for item in found]
-
-
 def _weights(settings: Settings) -> Iterator[Problem]:
     resume = settings.resume_training if settings.is_training() else False
-    for key, path in (("load_checkpoint", settings.load_checkpoint), ("load_adapter", settings.load_adapter)):
+    named = {"load_checkpoint": settings.load_checkpoint, "load_adapter": settings.load_adapter}
+    for key, path in {**named, "resume_training": resume if isinstance(resume, str) else ""}.items():
         if path:
             yield from _missing(key, path)
-    if isinstance(resume, str):
-        yield from _missing("resume_training", resume)
     if settings.load_checkpoint:
         return
-    may_be_random = settings.run_mode == "train" or settings.model.init == "random" or resume
-    if not may_be_random:
+    if not (settings.run_mode == "train" or settings.model.init == "random" or resume):
         message = (
             f"missing; run_mode {settings.run_mode} needs initial weights. Name them (--load_checkpoint PATH), or set "
             "model.init=random"

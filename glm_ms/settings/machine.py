@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from glm_ms.settings.checks import placed
+from glm_ms.settings.checks import Rule, placed, violated
 from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.schema import Settings, is_sharded, parallel_of
 
@@ -16,6 +16,17 @@ _CARD = re.compile(r"davinci(\d+)")
 # On a CPU, float16 matrix products convert the weights at every call (7 times slower); bfloat16 has none.
 _SLOW_ON_CPU = ("float16", "bfloat16")
 _COMPUTE, _STORED = "model.model_config.compute_dtype", "model.model_config.param_init_type"
+# What would be accepted and then computed wrongly, or not at all.
+_UNSUPPORTED = (
+    Rule("parallel.parallel_mode", lambda s: is_sharded(s) and s.context.device_target == "CPU",
+         "1: sharded weights need Ascend cards; a CPU has no sharding strategies, use parallel.parallel_mode=0"),
+    Rule(_STORED, lambda s: s.is_training() and s.get(_STORED) != "float32" and s.model.pet_config.pet_type is None,
+         f"{{{_STORED}}}: not supported, trained weights are float32; use {_STORED}=float32"),
+    Rule(_COMPUTE,
+         lambda s: s.is_training() and s.get(_COMPUTE) == "float16" and s.runner_wrapper.scale_sense.type is None,
+         "float16: small gradients become zero without loss scaling; set runner_wrapper.scale_sense.type="
+         "DynamicLossScaleUpdateCell, or use bfloat16 or float32"),
+)  # fmt: skip
 
 
 def ascend_cards(dev: str | Path = "/dev") -> list[str]:
@@ -30,8 +41,8 @@ def check_machine(
     """Compares settings with the machine, and adapts them to a CPU with a note for each change.
 
     Args:
-        settings: adjusted in place when `context.device_target` is CPU: `compute_dtype` and
-            `param_init_type` become float32.
+        settings: adjusted in place if `context.device_target` is CPU: `compute_dtype` and `param_init_type` become
+            float32.
         dev: folder of device files.
         environment: environment variables; None: those of this process.
 
@@ -55,7 +66,7 @@ def machine_problems(
             return placed(settings, problems)
     else:
         _fit_to_cpu(settings)
-    return placed(settings, [*_unsupported(settings), *_processes(settings, environment)])
+    return placed(settings, [*violated(settings, _UNSUPPORTED), *_processes(settings, environment)])
 
 
 def _card(settings: Settings, cards: list[str], environment: Mapping[str, str]) -> Iterator[Problem]:
@@ -75,27 +86,6 @@ def _card(settings: Settings, cards: list[str], environment: Mapping[str, str]) 
     # Under msrun the rank decides the card of each process.
     elif not settings.use_parallel and f"davinci{number}" not in cards:
         yield Problem("context.device_id", f"{number}, but the cards here are {', '.join(cards)}")
-
-
-def _unsupported(settings: Settings) -> Iterator[Problem]:
-    """What would be accepted and then computed wrongly, or not at all."""
-    if is_sharded(settings) and settings.context.device_target == "CPU":
-        message = "1: sharded weights need Ascend cards; a CPU has no sharding strategies, use parallel.parallel_mode=0"
-        yield Problem("parallel.parallel_mode", message)
-    if not settings.is_training():
-        return
-    config = settings.model.model_config
-    if config.param_init_type != "float32" and settings.model.pet_config.pet_type is None:
-        message = (
-            f"{config.param_init_type}: not supported, trained weights are float32; use {_STORED}=float32"
-        )
-        yield Problem(_STORED, message)
-    if config.compute_dtype == "float16" and settings.runner_wrapper.scale_sense.type is None:
-        message = (
-            "float16: small gradients become zero without loss scaling; set runner_wrapper.scale_sense.type="
-            "DynamicLossScaleUpdateCell, or use bfloat16 or float32"
-        )
-        yield Problem(_COMPUTE, message)
 
 
 def _fit_to_cpu(settings: Settings) -> None:
