@@ -41,7 +41,7 @@ Reader = Callable[[Any, str, Sequence[str]], "Messages | None"]
 
 
 class Section(Protocol):
-    """The keys of a `train_dataset` or `eval_dataset` section that decide about rows; see `glm_ms.settings.sections`.
+    """The keys of a `train_dataset` or `eval_dataset` section that decide about rows; see `glm_ms.settings.schema`.
 
     `data_loader` has `type` and `origin_columns`.
     """

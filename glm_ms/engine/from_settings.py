@@ -8,7 +8,7 @@ from glm_ms.data.cache import CacheRequest
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.families import build_encoder, family_of
 from glm_ms.settings import Settings
-from glm_ms.settings.sections import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings
+from glm_ms.settings.schema import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glm_ms.settings import Settings
-from glm_ms.settings.sections import GenerationSettings
+from glm_ms.settings.schema import GenerationSettings
 from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer import SentencePieceTokenizer
 

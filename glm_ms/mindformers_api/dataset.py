@@ -13,8 +13,7 @@ from glm_ms.engine.from_settings import labelled_rows
 from glm_ms.mindformers_api.run_yaml import to_entry
 from glm_ms.mindformers_api.tokenizer import BY_GENERATION
 from glm_ms.settings import SettingsError
-from glm_ms.settings.schema import keys_of
-from glm_ms.settings.sections import EvalDatasetSettings, TrainDatasetSettings
+from glm_ms.settings.schema import EvalDatasetSettings, TrainDatasetSettings, keys_of
 from glm_ms.settings.values import Converter
 
 _TOKENIZERS = {kind.__name__: kind for kind in BY_GENERATION.values()}

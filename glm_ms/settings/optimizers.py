@@ -1,7 +1,7 @@
 """Names of optimizers and learning-rate schedules, and where their classes are: `module:Class`.
 
 To add one, write its class and add a line here. A key of `lr_schedule` that only some schedules take names them in its
-declaration, see `used_with` in `glm_ms.settings.sections`.
+declaration, see `used_with` in `glm_ms.settings.schema`.
 """
 
 from __future__ import annotations

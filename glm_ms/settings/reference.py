@@ -10,14 +10,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from glm_ms.settings.schema import FLAGS, Settings, keys_of, leaf_keys
-from glm_ms.settings.sections import allowed, default_of, used_with
+from glm_ms.settings.schema import FLAGS, Settings, allowed, default_of, keys_of, leaf_keys, used_with
 from glm_ms.settings.values import LIMITS, expected_type
 
 _HEAD = """# Settings
 
-Every key of a configuration. This page is generated from the declarations in `glm_ms/settings/sections.py` and
-`schema.py`: `python -m glm_ms.settings.reference > docs/settings.md`.
+Every key of a configuration. This page is generated from the declarations in `glm_ms/settings/schema.py`:
+`python -m glm_ms.settings.reference > docs/settings.md`.
 
 A key is set in the YAML file, or on the command line as `key.sub=value`, which takes precedence. Frequently used keys
 also have a flag. `python run_glm.py --help` lists the flags, `--help_keys` the keys.

@@ -11,7 +11,7 @@ from engine_helpers import CONFIGS, SMALL_TRAINING, run_here, tiny_arguments
 from glm_ms import ChatGLM3Tokenizer
 from glm_ms.engine.from_settings import labelled_rows, prompts_with_references
 from glm_ms.settings import load_settings
-from glm_ms.settings.sections import GenerationSettings
+from glm_ms.settings.schema import GenerationSettings
 from glm_ms.storage.errors import DataError
 
 SAMPLE = CONFIGS / "tiny" / "sample"

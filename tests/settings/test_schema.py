@@ -12,8 +12,7 @@ import pytest
 
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import FLAGS, Settings, load_settings
-from glm_ms.settings.schema import BATCH_SIZE_KEYS, leaf_keys
-from glm_ms.settings.sections import PetSettings, allowed, keys_used_with, used_with
+from glm_ms.settings.schema import BATCH_SIZE_KEYS, PetSettings, allowed, keys_used_with, leaf_keys, used_with
 
 # Keys whose other values depend on further keys.
 _COMPANIONS = {

@@ -8,7 +8,7 @@ from typing import Any
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.checkpoints.manifest import weights_fingerprint
 from glm_ms.settings import Settings
-from glm_ms.settings.sections import PetSettings, keys_used_with
+from glm_ms.settings.schema import PetSettings, keys_used_with
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.run_folder import resolve_checkpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 
 from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
-from glm_ms.settings.sections import LRScheduleSettings
+from glm_ms.settings.schema import LRScheduleSettings
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "build_schedule", "optimizer_class"]
 

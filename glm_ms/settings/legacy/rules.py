@@ -10,8 +10,7 @@ from typing import Any
 from glm_ms.settings.document import Entry
 from glm_ms.settings.legacy.draft import Draft, Source
 from glm_ms.settings.legacy.table import LEGACY_DEFAULTS, LEGACY_TOP_K, ZOO_NAMES
-from glm_ms.settings.schema import TRAINING_MODES, leaf_keys
-from glm_ms.settings.sections import default_of, used_with
+from glm_ms.settings.schema import TRAINING_MODES, default_of, leaf_keys, used_with
 
 _SECTIONS_WITH_TYPES = ("lr_schedule", "model.pet_config", "runner_wrapper.scale_sense")
 _SAMPLING = ("generation.temperature", "generation.top_k", "generation.top_p")

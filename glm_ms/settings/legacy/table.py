@@ -58,17 +58,15 @@ Rule = Union[Renamed, Ignored, Refused]
 CONFIGS = {"ChatGLM2Config": "GLMConfig"}
 NETWORKS = {"ChatGLM2ForConditionalGeneration": "GLMForCausalLM", "ChatGLM2WithPtuning2": "GLMForCausalLM"}
 STEPS = {"MFTrainOneStepCell": "GLMTrainOneStep", "MFPipelineWithLossScaleCell": "GLMTrainOneStep"}
-OPTIMIZERS = {
-    "FP32StateAdamWeightDecay": "GLMAdamW",
-    "FusedAdamWeightDecay": "GLMAdamW",
-    "FusedCastAdamWeightDecay": "GLMAdamW",
-}
+OPTIMIZERS = dict.fromkeys(
+    ("FP32StateAdamWeightDecay", "FusedAdamWeightDecay", "FusedCastAdamWeightDecay"), "GLMAdamW"
+)
 TASKS = ("KeyWordGenDataset", "MultiTurnDataset")
 LEGACY_CLASSES = frozenset(
     {*CONFIGS, *NETWORKS, *STEPS, *OPTIMIZERS, *TASKS, "CausalLanguageModelingTrainer"}
 )
 LEGACY_SECTIONS = frozenset(
-    {
+    (
         "trainer",
         "callbacks",
         "eval_callbacks",
@@ -76,7 +74,7 @@ LEGACY_SECTIONS = frozenset(
         "eval_dataset_task",
         "moe_config",
         "infer",
-    }
+    )
 )
 # Two names of one section. Of the first two MindFormers itself overwrites the left by the right.
 SECTION_ALIASES = {
@@ -104,20 +102,6 @@ _LR_SCHEDULES = {
     "polynomial": "PolynomialWithWarmUpLR",
 }
 _ADAMW = "AdamW with bias correction, whose weight_decay also reaches norms and biases"
-
-
-def _ignored(reason: str, names: str) -> dict[str, Rule]:
-    """Rows for keys without effect; `names` are separated by spaces."""
-    return {name: Ignored(reason) for name in names.split()}
-
-
-def _under(prefix: str, rows: Mapping[str, Rule]) -> dict[str, Rule]:
-    return {f"{prefix}.{name}": rule for name, rule in rows.items()}
-
-
-_FLOAT32 = "norms, softmax and residuals are computed in float32"
-_CACHE = "every generation has a key/value cache"
-_KERNELS = "MindSpore chooses kernels and compiler; context.use_fused_kernels selects Ascend's"
 _FEED = "the way of feeding batches does not change them"
 _SHARDS = "whole checkpoints are loaded; tools/transform_ckpt.py merges slices"
 _LABELS = "names and labels"
@@ -126,166 +110,72 @@ _PROFILER = "profiling and tuning"
 _SWITCHED_OFF = "belongs to a switch that is off"
 _TOKENS = "the special tokens are those of the tokenizer"
 _DENSE = "the network has no experts"
+_KERNELS = "MindSpore chooses kernels and compiler; context.use_fused_kernels selects Ascend's"
 _COMMUNICATION = "MindSpore chooses the communication"
 
-_TOP = {
-    "src_strategy_path_or_dir": Refused(
-        ("", None),
-        _SHARDS,
-        "merge the slices first with tools/transform_ckpt.py, and name the result with --load_checkpoint",
-    ),
-    "only_save_strategy": Refused(
-        (False,), _SHARDS, "there is no run that only writes strategies; remove it"
-    ),
-    "layer_scale": Refused(
-        (False,), _SWITCHED_OFF, "every layer has the same learning rate; set it to False"
-    ),
-    "lr_scale": Refused(
-        (False,), _SWITCHED_OFF, "set it to False, and lr_schedule.learning_rate to the wanted rate"
-    ),
-    "micro_batch_interleave_num": Refused(
-        (1,), _COMMUNICATION, "set it to 1, and runner_config.batch_size to fit"
-    ),
-    "profile": Refused(
-        (False,), _PROFILER, "set it to False", {True: "there is no profiler; the run continues without"}
-    ),
-    "trainer.type": Refused(
-        ("CausalLanguageModelingTrainer",), _LABELS, "only CausalLanguageModelingTrainer is known"
-    ),
-    "moe_config.expert_num": Refused((1,), _DENSE, "ChatGLM2 and ChatGLM3 have no experts; set it to 1"),
-    **_ignored(_SHARDS, "auto_trans_ckpt"),
-    **_ignored(_PLATFORM, "remote_save_url eval_callbacks"),
-    **_ignored(_SWITCHED_OFF, "layer_decay lr_scale_factor"),
-    **_ignored(_PROFILER, "auto_tune filepath_prefix autotune_per_step init_start_profile"),
-    **_ignored(_PROFILER, "profile_start_step profile_stop_step profile_communication profile_memory"),
-    **_ignored(_LABELS, "trainer.model_name processor.type processor.return_tensors"),
-    **_ignored("nothing is exported", "infer"),
-    **_under("moe_config", _ignored(_DENSE, "capacity_factor aux_loss_factor num_experts_chosen")),
-}
+# Reason, section, names. `gradients_mean`: see also glm_ms.settings.legacy.rules.
+_IGNORED = (
+    (_SHARDS, "", "auto_trans_ckpt"),
+    (_PLATFORM, "", "remote_save_url eval_callbacks"),
+    (_SWITCHED_OFF, "", "layer_decay lr_scale_factor"),
+    (_PROFILER, "", "auto_tune filepath_prefix autotune_per_step init_start_profile profile_start_step "
+     "profile_stop_step profile_communication profile_memory"),
+    (_LABELS, "", "trainer.model_name processor.type processor.return_tensors runner_wrapper.local_norm"),
+    ("nothing is exported", "", "infer"),
+    (_DENSE, "moe_config", "capacity_factor aux_loss_factor num_experts_chosen"),
+    (_KERNELS, "context", "enable_graph_kernel graph_kernel_flags max_call_depth save_graphs save_graphs_path "
+     "jit_config ascend_config memory_optimize_level memory_offload"),
+    ("gradients are averaged", "parallel", "gradients_mean"),
+    (_COMMUNICATION, "parallel", "loss_repeated_mean enable_alltoall search_mode parallel_optimizer_config"),
+    (_SHARDS, "parallel", "strategy_ckpt_config strategy_ckpt_save_file"),
+    ("whole blocks are recomputed, or none", "recompute_config",
+     "recompute_slice_activation select_recompute select_comm_recompute"),
+    ("norms, softmax and residuals are computed in float32", "model.model_config",
+     "layernorm_compute_type softmax_compute_type rotary_dtype embedding_type attention_softmax_in_fp32 "
+     "fp32_residual_connection apply_query_key_layer_scaling"),
+    ("every generation has a key/value cache", "model.model_config",
+     "use_past is_dynamic use_kvcache_op is_flexible_shape use_paged_attention block_size num_blocks "
+     "is_sample_acceleration"),
+    (_KERNELS, "model.model_config", "bias_dropout_fusion use_flash_attention use_prompt_flash_attention "
+     "use_incre_flash_attention mask_type no_recompute_layers offset pp_interleave_num"),
+    (_TOKENS, "model.model_config", "bos_token_id gmask_token_id"),
+    (_FEED, "runner_config", "sink_mode sink_size"),
+    *((_FEED, section, "input_columns output_columns python_multiprocessing numa_enable prefetch_size seed auto_tune "
+       "filepath_prefix autotune_per_step profile") for section in ("train_dataset", "eval_dataset")),
+    (_FEED, "eval_dataset", "num_parallel_workers"),
+    ("every record is evaluated", "eval_dataset", "drop_remainder"),
+    ("losses and learning rate are always shown", "callbacks", "MFLossMonitor"),
+    (_LABELS, "callbacks", "CheckpointMonitor CheckpointMonitor.prefix"),
+    (_SHARDS, "callbacks.CheckpointMonitor",
+     "integrated_save async_save save_network_params save_trainable_params"),
+    (_PLATFORM, "callbacks", "ObsMonitor ObsMonitor.keep_last"),
+    ("TensorBoard files are written with logging.tensorboard", "callbacks", "SummaryMonitor"),
+)  # fmt: skip
 
-_CONTEXT = _ignored(
-    _KERNELS,
-    "enable_graph_kernel graph_kernel_flags max_call_depth save_graphs save_graphs_path jit_config ascend_config "
-    "memory_optimize_level memory_offload",
-)
+# Section there, section here, names that stay.
+_MOVED = (
+    ("model.model_config", "generation",
+     "repetition_penalty max_length max_new_tokens temperature top_k top_p do_sample num_beams"),
+    ("model.model_config.pet_config", "model.pet_config",
+     "pet_type lora_rank lora_alpha lora_dropout target_modules pre_seq_len prefix_projection projection_dim "
+     "dropout_prob"),
+    ("train_dataset.tokenizer", "processor.tokenizer", "type vocab_file"),
+    ("eval_dataset.tokenizer", "processor.tokenizer", "type vocab_file"),
+)  # fmt: skip
 
-_PARALLEL = {
-    # With parallel_mode 0; see glm_ms.settings.legacy.rules.
-    "gradients_mean": Ignored("gradients are averaged"),
-    **_ignored(_COMMUNICATION, "loss_repeated_mean enable_alltoall search_mode parallel_optimizer_config"),
-    **_ignored(_SHARDS, "strategy_ckpt_config strategy_ckpt_save_file"),
-}
-
-_PARALLEL_CONFIG = {
-    "expert_parallel": Refused((1,), _DENSE, "ChatGLM2 and ChatGLM3 have no experts; set it to 1"),
-    "context_parallel": Refused((1,), _COMMUNICATION, "sequences are not split over cards; set it to 1"),
-}
-
-_RECOMPUTE = _ignored(
-    "whole blocks are recomputed, or none",
-    "recompute_slice_activation select_recompute select_comm_recompute",
-)
-
-_PET_KEYS = (
-    "pet_type lora_rank lora_alpha lora_dropout target_modules pre_seq_len prefix_projection projection_dim "
-    "dropout_prob"
-)
-
-_MODEL_CONFIG = {
-    "type": Renamed("model.model_config.type", CONFIGS),
-    "batch_size": Renamed("predict_batch_size"),
-    "quantization_bit": Refused(
-        (0, None), _SWITCHED_OFF, "quantized networks cannot be trained or run; set it to 0"
-    ),
+_RENAMED = {
+    "model.model_config.type": Renamed("model.model_config.type", CONFIGS),
+    "model.model_config.batch_size": Renamed("predict_batch_size"),
     # With pet_type ptuning2; see glm_ms.settings.legacy.rules.
-    "pre_seq_len": Renamed("model.pet_config.pre_seq_len", rank=2),
-    "prefix_projection": Renamed("model.pet_config.prefix_projection", rank=2),
-    "repetition_penalty": Renamed("generation.repetition_penalty"),
-    "max_length": Renamed("generation.max_length"),
-    "max_decode_length": Renamed("generation.max_length", rank=2),
-    "max_new_tokens": Renamed("generation.max_new_tokens"),
-    "temperature": Renamed("generation.temperature"),
-    "top_k": Renamed("generation.top_k"),
-    "top_p": Renamed("generation.top_p"),
-    "do_sample": Renamed("generation.do_sample"),
-    "num_beams": Renamed("generation.num_beams"),
-    "checkpoint_name_or_path": Renamed("load_checkpoint"),
-    **_ignored(
-        _FLOAT32,
-        "layernorm_compute_type softmax_compute_type rotary_dtype embedding_type attention_softmax_in_fp32 "
-        "fp32_residual_connection apply_query_key_layer_scaling",
-    ),
-    **_ignored(
-        _CACHE,
-        "use_past is_dynamic use_kvcache_op is_flexible_shape use_paged_attention block_size num_blocks "
-        "is_sample_acceleration",
-    ),
-    **_ignored(
-        _KERNELS,
-        "bias_dropout_fusion use_flash_attention use_prompt_flash_attention use_incre_flash_attention mask_type "
-        "no_recompute_layers offset pp_interleave_num",
-    ),
-    **_ignored(_TOKENS, "bos_token_id gmask_token_id"),
-    **{f"pet_config.{name}": Renamed(f"model.pet_config.{name}") for name in _PET_KEYS.split()},
-}
-
-_TOKENIZER = {
-    name: Refused(usual, _TOKENS, f"the special tokens of these models are fixed; set it to {usual[0]!r}")
-    for name, usual in {
-        "bos_token": ("<sop>", "<bos>"),
-        "eos_token": ("<eop>", "</s>", "<eos>"),
-        "end_token": ("</s>",),
-        "mask_token": ("[MASK]",),
-        "gmask_token": ("[gMASK]",),
-        "pad_token": ("<pad>", "<unk>"),
-        "unk_token": ("<unk>",),
-    }.items()
-}
-
-
-def _dataset(part: str) -> dict[str, Rule]:
-    """Rows of `train_dataset` or `eval_dataset`."""
-    rows = {
-        "data_loader.phase": Refused(
-            ("train",) if part == "train" else ("train", "eval"), "the run mode decides it", "remove it"
-        ),
-        "data_loader.version": Refused(
-            (2, None),
-            "the tokenizer decides it",
-            "versions 2 and 3 are rows of ChatGLM2 and ChatGLM3; the run takes the one of its tokenizer",
-            {3: "there the answer follows the bare prompt, here ChatGLM3's chat template"},
-        ),
-        "tokenizer.type": Renamed("processor.tokenizer.type"),
-        "tokenizer.vocab_file": Renamed("processor.tokenizer.vocab_file"),
-        **_under("tokenizer", _TOKENIZER),
-        "repeat": Refused((1,), _FEED, "set it to 1, and runner_config.epochs to the number of passes"),
-        **_ignored(
-            _FEED,
-            "input_columns output_columns python_multiprocessing numa_enable prefetch_size seed auto_tune "
-            "filepath_prefix autotune_per_step profile",
-        ),
-    }
-    if part == "train":
-        rows["batch_size"] = Renamed("runner_config.batch_size")
-    else:
-        rows.update(_ignored(_FEED, "num_parallel_workers"))
-        rows.update(_ignored("every record is evaluated", "drop_remainder"))
-    return _under(f"{part}_dataset", rows) | {
-        f"{part}_dataset_task.type": Refused(
-            TASKS, "the data loader decides it", f"known are {' and '.join(TASKS)}"
-        )
-    }
-
-
-_TRAINING = {
-    **_ignored(_FEED, "runner_config.sink_mode runner_config.sink_size"),
+    "model.model_config.pre_seq_len": Renamed("model.pet_config.pre_seq_len", rank=2),
+    "model.model_config.prefix_projection": Renamed("model.pet_config.prefix_projection", rank=2),
+    "model.model_config.max_decode_length": Renamed("generation.max_length", rank=2),
+    "model.model_config.checkpoint_name_or_path": Renamed("load_checkpoint"),
+    "model.arch.type": Renamed("model.arch.type", NETWORKS),
+    "train_dataset.batch_size": Renamed("runner_config.batch_size"),
     "runner_wrapper.type": Renamed("runner_wrapper.type", STEPS),
     # A number; the section has our names. See glm_ms.settings.legacy.rules.
     "runner_wrapper.scale_sense": Renamed("runner_wrapper.scale_sense.loss_scale_value"),
-    "runner_wrapper.calculate_per_token_loss": Refused(
-        (False,), _SWITCHED_OFF, "the loss is the mean over the labelled tokens of a batch; remove it"
-    ),
-    "runner_wrapper.local_norm": Ignored(_LABELS),
     "optimizer.type": Renamed(
         "optimizer.type", {**OPTIMIZERS, "AdamWeightDecay": "GLMAdamW", "AdamW": "GLMAdamW"}, _ADAMW
     ),
@@ -293,43 +183,62 @@ _TRAINING = {
     "optimizer.beta2": Renamed("optimizer.betas"),
     "optimizer.learning_rate": Renamed("lr_schedule.learning_rate"),
     "lr_schedule.type": Renamed("lr_schedule.type", _LR_SCHEDULES),
-    "lr_schedule.warmup_lr_init": Refused((0, None), _SWITCHED_OFF, "the warm-up begins at 0; set it to 0"),
-    "lr_schedule.warmup_epochs": Refused(
-        (None,),
-        _SWITCHED_OFF,
-        "give lr_schedule.warmup_steps, or lr_schedule.warmup_ratio as a share of all steps",
-    ),
-    "lr_schedule.decay_steps": Refused((None,), _SWITCHED_OFF, "give lr_schedule.total_steps"),
+    "callbacks.MFLossMonitor.per_print_times": Renamed("logging.log_steps"),
+    "callbacks.CheckpointMonitor.save_checkpoint_steps": Renamed("checkpoint.save_steps"),
+    "callbacks.CheckpointMonitor.keep_checkpoint_max": Renamed("checkpoint.keep_max"),
 }
 
-_CALLBACKS = {
-    **_ignored("losses and learning rate are always shown", "MFLossMonitor"),
-    "MFLossMonitor.per_print_times": Renamed("logging.log_steps"),
-    "CheckpointMonitor.save_checkpoint_steps": Renamed("checkpoint.save_steps"),
-    "CheckpointMonitor.keep_checkpoint_max": Renamed("checkpoint.keep_max"),
-    "CheckpointMonitor.save_checkpoint_seconds": Refused(
-        (0, None), _SWITCHED_OFF, "checkpoints are counted in steps; give save_checkpoint_steps"
-    ),
-    **_ignored(_LABELS, "CheckpointMonitor CheckpointMonitor.prefix"),
-    **_under(
-        "CheckpointMonitor",
-        _ignored(_SHARDS, "integrated_save async_save save_network_params save_trainable_params"),
-    ),
-    **_ignored(_PLATFORM, "ObsMonitor ObsMonitor.keep_last"),
-    **_ignored("TensorBoard files are written with logging.tensorboard", "SummaryMonitor"),
-}
+_NO_EXPERTS = "ChatGLM2 and ChatGLM3 have no experts; set it to 1"
+_USUAL_TOKENS = {
+    "bos_token": ("<sop>", "<bos>"), "eos_token": ("<eop>", "</s>", "<eos>"), "end_token": ("</s>",),
+    "mask_token": ("[MASK]",), "gmask_token": ("[gMASK]",), "pad_token": ("<pad>", "<unk>"), "unk_token": ("<unk>",),
+}  # fmt: skip
+_REFUSED = {
+    "src_strategy_path_or_dir": Refused(("", None), _SHARDS,
+        "merge the slices first with tools/transform_ckpt.py, and name the result with --load_checkpoint"),
+    "only_save_strategy": Refused((False,), _SHARDS, "there is no run that only writes strategies; remove it"),
+    "layer_scale": Refused((False,), _SWITCHED_OFF, "every layer has the same learning rate; set it to False"),
+    "lr_scale": Refused((False,), _SWITCHED_OFF, "set it to False, and lr_schedule.learning_rate to the wanted rate"),
+    "micro_batch_interleave_num": Refused((1,), _COMMUNICATION, "set it to 1, and runner_config.batch_size to fit"),
+    "profile": Refused((False,), _PROFILER, "set it to False",
+        {True: "there is no profiler; the run continues without"}),
+    "trainer.type": Refused(("CausalLanguageModelingTrainer",), _LABELS,
+        "only CausalLanguageModelingTrainer is known"),
+    "moe_config.expert_num": Refused((1,), _DENSE, _NO_EXPERTS),
+    "parallel_config.expert_parallel": Refused((1,), _DENSE, _NO_EXPERTS),
+    "parallel_config.context_parallel": Refused((1,), _COMMUNICATION,
+        "sequences are not split over cards; set it to 1"),
+    "model.model_config.quantization_bit": Refused((0, None), _SWITCHED_OFF,
+        "quantized networks cannot be trained or run; set it to 0"),
+    "runner_wrapper.calculate_per_token_loss": Refused((False,), _SWITCHED_OFF,
+        "the loss is the mean over the labelled tokens of a batch; remove it"),
+    "lr_schedule.warmup_lr_init": Refused((0, None), _SWITCHED_OFF, "the warm-up begins at 0; set it to 0"),
+    "lr_schedule.warmup_epochs": Refused((None,), _SWITCHED_OFF,
+        "give lr_schedule.warmup_steps, or lr_schedule.warmup_ratio as a share of all steps"),
+    "lr_schedule.decay_steps": Refused((None,), _SWITCHED_OFF, "give lr_schedule.total_steps"),
+    "callbacks.CheckpointMonitor.save_checkpoint_seconds": Refused((0, None), _SWITCHED_OFF,
+        "checkpoints are counted in steps; give save_checkpoint_steps"),
+    "train_dataset.data_loader.phase": Refused(("train",), "the run mode decides it", "remove it"),
+    "eval_dataset.data_loader.phase": Refused(("train", "eval"), "the run mode decides it", "remove it"),
+    **{f"{part}_dataset.data_loader.version": Refused((2, None), "the tokenizer decides it",
+        "versions 2 and 3 are rows of ChatGLM2 and ChatGLM3; the run takes the one of its tokenizer",
+        {3: "there the answer follows the bare prompt, here ChatGLM3's chat template"}) for part in ("train", "eval")},
+    **{f"{part}_dataset.repeat": Refused((1,), _FEED, "set it to 1, and runner_config.epochs to the number of passes")
+       for part in ("train", "eval")},
+    **{f"{part}_dataset_task.type": Refused(TASKS, "the data loader decides it", f"known are {' and '.join(TASKS)}")
+       for part in ("train", "eval")},
+    **{f"{section}.tokenizer.{name}": Refused(usual, _TOKENS,
+        f"the special tokens of these models are fixed; set it to {usual[0]!r}")
+       for section in ("processor", "train_dataset", "eval_dataset") for name, usual in _USUAL_TOKENS.items()},
+}  # fmt: skip
 
 LEGACY: dict[str, Rule] = {
-    **_TOP,
-    **_under("context", _CONTEXT),
-    **_under("parallel", _PARALLEL),
-    **_under("parallel_config", _PARALLEL_CONFIG),
-    **_under("recompute_config", _RECOMPUTE),
-    **_under("model.model_config", _MODEL_CONFIG),
-    "model.arch.type": Renamed("model.arch.type", NETWORKS),
-    **_under("processor.tokenizer", _TOKENIZER),
-    **_dataset("train"),
-    **_dataset("eval"),
-    **_TRAINING,
-    **_under("callbacks", _CALLBACKS),
+    **{
+        f"{section}.{name}".lstrip("."): Ignored(why)
+        for why, section, names in _IGNORED
+        for name in names.split()
+    },
+    **{f"{old}.{name}": Renamed(f"{new}.{name}") for old, new, names in _MOVED for name in names.split()},
+    **_RENAMED,
+    **_REFUSED,
 }
