@@ -213,7 +213,7 @@ def test_the_graph_thread_runs_one_function_at_a_time() -> None:
             number * number for number in range(20)
         ]
     assert all(one[1:] == other[1:] for one, other in zip(seen[::2], seen[1::2]))
-    assert {name for *_, name in seen} == {"glm_ms graphs"}
+    assert {name for *_, name in seen} == {"glm_ms graphs_0"}
     with pytest.raises(ZeroDivisionError):
         graphs.run(lambda: 1 / 0)
     assert graphs.run(len, "ab") == 2, "an error does not end the thread"
