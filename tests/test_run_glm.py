@@ -99,7 +99,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
         (["train_dataset.data_loader.dataset_dir=no.json"], ["no.json", "no such file"]),
         (["--load_checkpoint", "missing"], ["load_checkpoint", "missing", "no such file or folder"]),
         (["model.model_config.seq_length=100"], ["seq_length", "max_target_length"]),
-        (["--predict_data"], ["--predict_data: a value must follow"]),
+        (["--predict_data"], ["--predict_data: expected one argument"]),
         (["--run_mode", "predict", "--predict_data", "missing.txt"], ["missing.txt", "no such file"]),
         (["--device_target", "Ascent"], ["did you mean Ascend"]),
     ],
@@ -128,7 +128,7 @@ def test_ascend_config_says_how_to_run_on_a_cpu(vocabulary: Path, tmp_path: Path
     if Path("/dev/davinci0").exists():
         pytest.skip("this machine has an Ascend card")
     done = run_apart(arguments, tmp_path)
-    assert_refused(done, 2, "shows no Ascend card", "--device_target CPU --use_parallel False")
+    assert_refused(done, 2, "has no Ascend card", "--device_target CPU --use_parallel False")
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def _device_id(parser: argparse.ArgumentParser, target: str, wanted: int | None,
         return 0
     if not cards:
         parser.error(
-            "--device_target Ascend: this machine shows no Ascend card (no /dev/davinci*); a container must be started "
+            "--device_target Ascend: this machine has no Ascend card (no /dev/davinci*); a container must be started "
             "with access to the cards"
         )
     numbers = [int(name[len("davinci") :]) for name in cards]

@@ -117,10 +117,10 @@ def test_common_subsequence_length_of_unlike_lists():
 def test_long_text_takes_neither_recursion_nor_long(metrics):
     text = "".join(pair["reference"] for pair in metrics["pairs"])
     adgen_scores("好看", "好看")  # dictionary and imports are not what is timed
-    start = time.perf_counter()
+    start = time.process_time()
     same, shifted = adgen_scores(text[:2000], text[:2000]), adgen_scores(text[:2000], text[500:2500])
     repeated = adgen_scores("的" * 20_000, text[:2000])
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert same == close(dict.fromkeys(SCORE_NAMES, 100.0))
     assert 50 < shifted["rouge-l"] < 90
     assert repeated["bleu-4"] < 1

@@ -239,7 +239,7 @@ def test_one_failure_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "cards", "message"),
     [
-        (["--device_target", "Ascend"], [], "shows no Ascend card"),
+        (["--device_target", "Ascend"], [], "has no Ascend card"),
         (["--device_id", "1"], [], "a CPU has no number"),
         (["--device_id", "3"], ["davinci0", "davinci1"], "the cards here are 0, 1"),
         (["--device_target", "GPU"], [], "invalid choice"),
