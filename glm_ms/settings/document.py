@@ -38,13 +38,7 @@ class Entry:
 
 
 def read_document(path: str | Path) -> Entry:
-    """Reads a YAML file whose top level is a mapping.
-
-    Args:
-        path: file, UTF-8.
-
-    Returns:
-        The top level; its value is a dict of name -> Entry.
+    """The top level of a UTF-8 YAML file, which must be a mapping.
 
     Raises:
         SettingsError: missing or unreadable file, broken YAML, a duplicate key, a key that is not text,
@@ -62,72 +56,52 @@ def read_document(path: str | Path) -> Entry:
 
 
 def parse(text: str, source: str, lines: bool) -> Entry:
-    """Parses one YAML document.
-
-    Args:
-        text: the document.
-        source: name of its origin, for errors.
-        lines: errors name `source:line` instead of `source`.
-
-    Raises:
-        SettingsError: see `read_document`.
-    """
+    """Parses one YAML document. Errors, see `read_document`, name `source`, or `source:line` with `lines`."""
     loader = None
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        if node is None:
-            return Entry(None, source)
-        return _Builder(loader, source, lines).entry(node)
+        return Entry(None, source) if node is None else _Builder(loader, source, lines).entry(node)
     except yaml.MarkedYAMLError as error:
         place = f"{source}:{error.problem_mark.line + 1}" if lines and error.problem_mark else source
-        raise SettingsError(f"{place}: not valid YAML: {_reason(error)}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, SettingsError):
-            raise
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise SettingsError(f"{source}: not valid YAML: {reason}") from None
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+    except SettingsError:
+        raise
+    except RecursionError:
+        place, reason = source, "nested too deeply"
+    except (yaml.YAMLError, ValueError) as error:
+        place, reason = source, " ".join(str(error).split())
     finally:
         if loader is not None:
             loader.dispose()
-
-
-def _reason(error: yaml.MarkedYAMLError) -> str:
-    return ", ".join(part for part in (error.context, error.problem) if part)
+    raise SettingsError(f"{place}: not valid YAML: {reason}")
 
 
 class _Builder:
     """Converts composed YAML nodes to entries. A node behind an alias is built once and shared."""
 
     def __init__(self, loader: yaml.SafeLoader, source: str, lines: bool) -> None:
-        self.loader = loader
-        self.source = source
-        self.lines = lines
+        self.loader, self.source, self.lines = loader, source, lines
         self.built: dict[int, Entry | None] = {}
 
     def entry(self, node: yaml.Node) -> Entry:
-        known = self.built.get(id(node))
-        if known is not None:
-            return known
-        if id(node) in self.built:
+        if id(node) not in self.built:
+            self.built[id(node)] = None
+            if isinstance(node, yaml.MappingNode):
+                value: Any = self.mapping(node)
+            elif isinstance(node, yaml.SequenceNode):
+                value = [self.entry(item) for item in node.value]
+            else:
+                value = self.loader.construct_object(node)
+            self.built[id(node)] = Entry(value, self.place(node))
+        entry = self.built[id(node)]
+        if entry is None:
             raise SettingsError(f"{self.place(node)}: an alias contains itself")
-        self.built[id(node)] = None
-        if isinstance(node, yaml.MappingNode):
-            value: Any = self.mapping(node)
-        elif isinstance(node, yaml.SequenceNode):
-            value = [self.entry(item) for item in node.value]
-        else:
-            value = self.loader.construct_object(node)
-        entry = Entry(value, self.place(node))
-        self.built[id(node)] = entry
         return entry
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Entry]:
-        result: dict[str, Entry] = {}
-        for key_node, value_node in node.value:
-            if key_node.tag == MERGE_TAG:
-                for name, merged in self.merged(value_node).items():
-                    result.setdefault(name, merged)
+        merges = [self.merged(value) for key, value in node.value if key.tag == MERGE_TAG]
+        result = {name: entry for merged in reversed(merges) for name, entry in merged.items()}
         own: dict[str, str] = {}
         for key_node, value_node in node.value:
             if key_node.tag == MERGE_TAG:

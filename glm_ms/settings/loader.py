@@ -72,17 +72,10 @@ def load_data_settings(
 ) -> tuple[Settings, str, list[str]]:
     """As `load_settings`, for tools that only read a data set: only its keys and files are checked.
 
-    Args:
-        path: see `load_settings`.
-        overrides: see there.
-        flags: see there.
-        part: "train" or "eval"; None: the one that the run mode reads.
+    `part` is "train" or "eval"; None: the one that the run mode reads.
 
     Returns:
         Settings; the part; lengths that do not fit the network or the generation, a line each.
-
-    Raises:
-        SettingsError: see `load_settings`.
     """
     settings, problems = _converted(path, overrides, flags)
     settle(settings)
@@ -102,15 +95,14 @@ def _converted(
     path: str | Path, overrides: Sequence[str], flags: Mapping[str, Any]
 ) -> tuple[Settings, list[Problem]]:
     """Settings before the checks, and the problems of single keys."""
-    document = read_document(path)
+    document, notes = read_document(path), []
     legacy = is_legacy(document)
-    given, problems = _command_line(flags, overrides)
+    given, problems = _command_line(flags, overrides, document)
     problems += _apply(document, given)
-    problems += _apply_batch_size(document, flags.get("batch_size"), given)
-    notes: list[str] = []
     if legacy:
-        typed = {entry.where for entry in given.values()}
-        document, notes, untranslated = translate(document, str(path), typed)
+        document, notes, untranslated = translate(
+            document, str(path), {entry.where for entry in given.values()}
+        )
         problems += untranslated
     converter = Converter()
     settings = converter.section(Settings, document)
@@ -119,44 +111,44 @@ def _converted(
 
 
 def _command_line(
-    flags: Mapping[str, Any], overrides: Sequence[str]
+    flags: Mapping[str, Any], overrides: Sequence[str], document: Entry
 ) -> tuple[dict[str, Entry], list[Problem]]:
-    """Dotted key -> entry of all flags except --batch_size, then all overrides; and their problems."""
+    """Dotted key -> entry of flags, overrides, and --batch_size, whose key depends on the run mode; and problems."""
     given: dict[str, Entry] = {}
-    problems: list[Problem] = []
+    messages: list[str] = []
     by_flag: dict[str, str] = {}
     for name, value in flags.items():
         key = FLAGS[name].key if name in FLAGS else None
         if name not in FLAGS:
-            problems.append(_problem(f"--{name}: unknown flag{did_you_mean(name, FLAGS)}"))
+            messages.append(f"--{name}: unknown flag{did_you_mean(name, FLAGS)}")
         elif value is not None and key is not None:
-            given[key] = _flag_entry(name, value)
-            by_flag[key] = name
+            given[key], by_flag[key] = _flag_entry(name, value), name
     for text in overrides:
         match = _OVERRIDE.fullmatch(text)
         if not match:
-            problems.append(_problem(f"{text!r}: expected key.sub=value"))
+            messages.append(f"{text!r}: expected key.sub=value")
             continue
         key, value = match.groups()
         if key in by_flag:
-            problems.append(_problem(f"{key} is given twice, by --{by_flag[key]} and by {text}; remove one"))
+            messages.append(f"{key} is given twice, by --{by_flag[key]} and by {text}; remove one")
         given[key] = _typed(value, f"command line ({key}={_short(value)})")
-    return given, problems
-
-
-def _problem(message: str) -> Problem:
-    return Problem("", message, where="command line")
+    mode = given.get("run_mode") or document.value.get("run_mode") or Entry(Settings.run_mode, "")
+    batch_key = BATCH_SIZE_KEYS.get(mode.value) if isinstance(mode.value, str) else None
+    if flags.get("batch_size") is not None and batch_key:  # a wrong run_mode has its own problem
+        if batch_key in given:
+            messages.append(f"{batch_key} is given twice, by --batch_size and by an override; remove one")
+        given[batch_key] = _flag_entry("batch_size", flags["batch_size"])
+    return given, [Problem("", message, where="command line") for message in messages]
 
 
 def _flag_entry(name: str, value: Any) -> Entry:
     where = f"command line (--{name} {_short(str(value))})"
-    return _typed(value, where) if isinstance(value, str) else plain_entry(value, where)
+    return _typed(value, where) if isinstance(value, str) else _plain_entry(value, where)
 
 
-def plain_entry(value: Any, where: str) -> Entry:
-    """An entry of a plain value or list."""
+def _plain_entry(value: Any, where: str) -> Entry:
     if isinstance(value, (list, tuple)):
-        value = [plain_entry(item, where) for item in value]
+        value = [_plain_entry(item, where) for item in value]
     return Entry(value, where, where)
 
 
@@ -200,16 +192,3 @@ def _set(section: Entry, name: str, entry: Entry) -> None:
             _set(merged, inner_name, inner)
     else:
         section.value[name] = entry
-
-
-def _apply_batch_size(document: Entry, value: Any, given: dict[str, Entry]) -> list[Problem]:
-    """Sets `--batch_size`, the batch size of the run mode, in the document and in `given`."""
-    mode = document.value.get("run_mode")
-    run_mode = Settings.run_mode if mode is None else mode.value
-    if value is None or not isinstance(run_mode, str) or run_mode not in BATCH_SIZE_KEYS:
-        return []  # a wrong run_mode has its own problem
-    key, problems = BATCH_SIZE_KEYS[run_mode], []
-    if key in given:
-        problems.append(_problem(f"{key} is given twice, by --batch_size and by an override; remove one"))
-    given[key] = _flag_entry("batch_size", value)
-    return problems + _apply(document, {key: given[key]})

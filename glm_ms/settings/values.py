@@ -45,12 +45,9 @@ class Converter:
         self.origins: dict[str, str] = {}
 
     def section(self, kind: type, entry: Entry, path: str = "") -> Any:
-        """Builds dataclass `kind` from a mapping; keys that are absent keep their default.
+        """Builds dataclass `kind` from a mapping, or from null; keys that are absent keep their default.
 
-        Args:
-            kind: a settings dataclass.
-            entry: a mapping, or null for an empty section.
-            path: dotted name of the section, "" for the top level.
+        `path` is the dotted name of the section, "" for the top level.
         """
         fields = {item.name: item for item in keys_of(kind)}
         if not entry.is_section:
@@ -68,7 +65,7 @@ class Converter:
             else:
                 self.origins[dotted] = item.where
                 try:
-                    values[name] = _key_value(fields[name], hints[name], item)
+                    values[name] = _convert(hints[name], item, fields[name])
                 except _BadValueError as error:
                     self._bad(dotted, item, str(error))
         return kind(**values)
@@ -78,14 +75,7 @@ class Converter:
 
 
 def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[str]) -> Problem:
-    """The problem of a key that does not exist.
-
-    Args:
-        dotted: its name.
-        written: its name as the user wrote it.
-        entry: its value.
-        siblings: names that its section has.
-    """
+    """The problem of a key that does not exist; `written` is its name in the file, `siblings` its section's keys."""
     path, _, name = dotted.rpartition(".")
     hint = did_you_mean(name, siblings)
     if not hint:
@@ -98,14 +88,10 @@ def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[st
     return Problem(written, f"unknown key{hint}", where=entry.key_where or entry.where, meant=meant)
 
 
-def _key_value(field: dataclasses.Field, hint: Any, entry: Entry) -> Any:
-    if hint is str and entry.value is None and entry.text is None and field.default == "":
-        return ""  # `load_checkpoint:`
-    return _convert(hint, entry, field)
-
-
 def _convert(hint: Any, entry: Entry, field: dataclasses.Field) -> Any:
     """The value of an entry as `hint` asks. Raises _BadValueError."""
+    if hint is str and entry.value is None and entry.text is None and field.default == "":
+        return ""  # `load_checkpoint:`
     origin = get_origin(hint)
     if origin is Literal:
         return _one_of(get_args(hint), entry)
@@ -173,7 +159,11 @@ def _scalar(kind: type, entry: Entry) -> Any:
     if kind is str and entry.text is not None:
         return entry.text
     if kind is float:
-        value = _float(exponent_number(value))
+        value = exponent_number(value)
+        try:
+            value = float(value) if type(value) is int else value
+        except OverflowError:
+            raise _BadValueError("expected a finite number, found one with too many digits") from None
     if type(value) is not kind:
         remedy = ""
         if kind is str and isinstance(value, (int, float)):
@@ -184,14 +174,6 @@ def _scalar(kind: type, entry: Entry) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise _BadValueError(f"expected a finite number, found {value}")
     return value
-
-
-def _float(value: Any) -> Any:
-    """A float, if the value is a whole number."""
-    try:
-        return float(value) if type(value) is int else value
-    except OverflowError:
-        raise _BadValueError("expected a finite number, found one with too many digits") from None
 
 
 def _in_range(value: Any, field: dataclasses.Field) -> Any:
