@@ -173,20 +173,14 @@ def activation_bytes(
 ) -> int:
     """Peak of the intermediate results on one card in a training step.
 
-    Args:
-        work: of a micro batch.
-        layers: blocks of this card's stage.
-        in_flight: micro batches whose results a stage keeps at the same time.
-        recompute: blocks keep only their input.
-        has_loss: the stage ends with output layer and loss.
+    A stage keeps the results of its `layers` for `in_flight` micro batches at the same time; with `recompute` only the
+    input of each block. The last stage `has_loss`, after the output layer.
     """
     sums = work.hidden if work.keeps_sums and work.parallel.model_parallel > 1 else 0
     kept_per_block = work.item * (work.residual + sums) if recompute else block_bytes(work)
-    kept = in_flight * layers * kept_per_block
     beyond = backward_bytes(work) - (0 if recompute else block_bytes(work))
-    if has_loss:
-        beyond = max(beyond, loss_bytes(work))
-    return kept + beyond + bias_bytes(work)
+    beyond = max(beyond, loss_bytes(work)) if has_loss else beyond
+    return in_flight * layers * kept_per_block + beyond + bias_bytes(work)
 
 
 def prefill_bytes(work: Work) -> int:

@@ -53,10 +53,6 @@ def lora_targets(settings: Settings, config: GLMConfig) -> list[str]:
 def planned_parameters(settings: Settings, config: GLMConfig) -> dict[str, PlannedParameter]:
     """Name -> parameter of the network of a run; sharded runs have the parts of joint layers.
 
-    Args:
-        settings: of the run.
-        config: its architecture.
-
     Raises:
         AdapterError: `target_modules` matches no module.
     """

@@ -12,65 +12,48 @@ GIB = 2**30
 def describe(plan: RunPlan, memory: int | None) -> Iterator[str]:
     """Lines about a run: what it is, the memory of a card, and the cost of a step.
 
-    Args:
-        plan: of the run.
-        memory: bytes that a card has for it, None if unknown.
+    `memory` is the number of bytes that a card has for it, None if unknown.
     """
-    parallel = plan.parallel
+    parallel, card = plan.parallel, plan.card
     yield (
-        f"{plan.parameters:,} parameters, {plan.trained:,} trained; {_number(parallel.cards, 'card')}: "
-        f"data_parallel {parallel.data_parallel} x model_parallel {parallel.model_parallel} x "
-        f"pipeline_stage {parallel.pipeline_stages}"
+        f"{plan.parameters:,} parameters, {plan.trained:,} trained; {parallel.cards} card"
+        f"{'' if parallel.cards == 1 else 's'}: data_parallel {parallel.data_parallel} x "
+        f"model_parallel {parallel.model_parallel} x pipeline_stage {parallel.pipeline_stages}"
     )
-    yield from _memory(plan, plan.card)
-    if memory is not None:
-        free = memory - plan.card.total
-        verdict = "fits" if free >= 0 else "does not fit"
-        more = f"{_size(free)} left" if free >= 0 else f"{_size(-free)} too much"
-        yield f"{verdict}: {_size(plan.card.total)} of {_size(memory)}, {more}"
-    if plan.rows:
-        yield from _step(plan)
-
-
-def _memory(plan: RunPlan, card: CardMemory) -> Iterator[str]:
     where = f" (stage {card.stage}, which needs most)" if len(plan.stages) > 1 else ""
     yield f"memory of a card{where}:"
-    training = plan.settings.is_training()
-    recompute = plan.settings.recompute_config.recompute
-    lines: list[tuple[str, int, str]] = [("weights", card.weights, "")]
-    if training:
-        lines += [
-            ("gradients", card.gradients, "float32"),
-            ("optimizer", card.optimizer, "two float32 moments"),
-            ("copies of weights", card.copies, "cast to the compute type, or gathered"),
-        ]
+    for name, size, note in (*_memory(plan, card), ("in all", card.total, "")):
+        yield f"  {name:<18}{_size(size):>12}  {size:>15,} bytes{'  ' + note if note else ''}"
+    if memory is not None:
+        free = memory - card.total
+        more = f"{_size(free)} left" if free >= 0 else f"{_size(-free)} too much"
+        verdict = "fits" if free >= 0 else "does not fit"
+        yield f"{verdict}: {_size(card.total)} of {_size(memory)}, {more}"
+    if plan.rows:
+        yield "one update:"
+        yield f"  {plan.rows:,} rows, {plan.tokens:,} tokens (padding included)"
+        yield f"  {plan.flops / 1e12:,.1f} TFLOP, {plan.flops / parallel.cards / 1e12:,.1f} on each card"
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in plan.sent.items() if size)
+        yield f"  {_size(sum(plan.sent.values()))} sent by each card{': ' + parts if parts else ''}"
+
+
+def _memory(plan: RunPlan, card: CardMemory) -> Iterator[tuple[str, int, str]]:
+    """Name, bytes and note of each part."""
+    yield "weights", card.weights, ""
+    note = "while prompts are read"
+    if plan.settings.is_training():
+        yield "gradients", card.gradients, "float32"
+        yield "optimizer", card.optimizer, "two float32 moments"
+        yield "copies of weights", card.copies, "cast to the compute type, or gathered"
+        recompute = plan.settings.recompute_config.recompute
         step, other = card.activations_kept, card.activations_recomputed
-        if recompute:
-            step, other = other, step
-        note = f"{'with' if recompute else 'without'} recompute; {'without' if recompute else 'with'} {_size(other)}"
+        step, other = (other, step) if recompute else (step, other)
+        set_so, not_so = ("with", "without") if recompute else ("without", "with")
+        note = f"{set_so} recompute; {not_so} {_size(other)}"
         if card.activations > step:
             note = "while an evaluation reads prompts, more than a step's"
-        lines.append(("activations", card.activations, note))
-    else:
-        lines.append(("activations", card.activations, "while prompts are read"))
-    lines.append(("KV cache", card.kv_cache, ""))
-    for name, size, note in lines:
-        yield f"  {name:<18}{_size(size):>12}  {size:>15,} bytes{'  ' + note if note else ''}"
-    yield f"  {'in all':<18}{_size(card.total):>12}  {card.total:>15,} bytes"
-
-
-def _step(plan: RunPlan) -> Iterator[str]:
-    cards = plan.parallel.cards
-    yield "one update:"
-    yield f"  {plan.rows:,} rows, {plan.tokens:,} tokens (padding included)"
-    yield f"  {plan.flops / 1e12:,.1f} TFLOP, {plan.flops / cards / 1e12:,.1f} on each card"
-    total = sum(plan.sent.values())
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in plan.sent.items() if size)
-    yield f"  {_size(total)} sent by each card{': ' + parts if parts else ''}"
-
-
-def _number(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+    yield "activations", card.activations, note
+    yield "KV cache", card.kv_cache, ""
 
 
 def _size(size: float) -> str:

@@ -90,11 +90,7 @@ class RunPlan:
 
 
 def plan_run(settings: Settings, num_cards: int) -> RunPlan:
-    """Plans a run.
-
-    Args:
-        settings: checked, with the size of the vocabulary known.
-        num_cards: cards of the run.
+    """Plans a run on a number of cards. The settings are checked, with the size of the vocabulary known.
 
     Raises:
         AdapterError: `target_modules` matches no module.
@@ -107,7 +103,20 @@ def plan_run(settings: Settings, num_cards: int) -> RunPlan:
         weights = sum(part.stored for part in parts if part.slice.stage == 0)
         card = CardMemory(0, weights, **_generation(settings, config))
         return RunPlan(settings, config, parallel, *sizes, stages=(card,))
-    work = _training_work(settings, config, parallel)
+    pet = settings.model.pet_config
+    work = Work(
+        config,
+        parallel,
+        settings.runner_config.batch_size,
+        training_length(settings),
+        prefix=_prefix(settings),
+        sharded=is_sharded(settings),
+        base_trained=pet.pet_type is None,
+        lora_targets=frozenset(_name_in_block(name) for name in lora_targets(settings, config)),
+        lora_dropout=pet.pet_type == "lora" and pet.lora_dropout > 0,
+        fused_attention=_fuses_attention(settings, config),
+        keeps_sums=not settings.recompute_config.mp_comm_recompute,
+    )
     micro_batches = parallel.micro_batch_num * settings.runner_config.gradient_accumulation_steps
     rows = work.rows * parallel.data_parallel * micro_batches
     recompute, keys = settings.recompute_config.recompute, work.length + work.prefix
@@ -128,23 +137,6 @@ def plan_run(settings: Settings, num_cards: int) -> RunPlan:
     )
 
 
-def _training_work(settings: Settings, config: GLMConfig, parallel: ParallelConfig) -> Work:
-    pet = settings.model.pet_config
-    return Work(
-        config,
-        parallel,
-        settings.runner_config.batch_size,
-        training_length(settings),
-        prefix=_prefix(settings),
-        sharded=is_sharded(settings),
-        base_trained=pet.pet_type is None,
-        lora_targets=frozenset(_name_in_block(name) for name in lora_targets(settings, config)),
-        lora_dropout=pet.pet_type == "lora" and pet.lora_dropout > 0,
-        fused_attention=_fuses_attention(settings, config),
-        keeps_sums=not settings.recompute_config.mp_comm_recompute,
-    )
-
-
 @dataclass(frozen=True)
 class _Stage:
     """A training step on a card of one pipeline stage; `parts` is what the card stores of the parameters."""
@@ -156,10 +148,10 @@ class _Stage:
 
     def memory(self) -> CardMemory:
         """Bytes on the card."""
-        recompute = self.settings.recompute_config.recompute
+        settings = self.settings
         trained = sum(FLOAT32 * part.elements for part in self.parts if part.parameter.trained)
         kept, recomputed = self._activations(False), self._activations(True)
-        settings = self.settings
+        step = recomputed if settings.recompute_config.recompute else kept
         generates = settings.do_eval and takes(TEXT, settings.metric.type)
         caches = _generation(settings, self.work.config) if generates else {}
         return CardMemory(
@@ -168,7 +160,7 @@ class _Stage:
             gradients=trained + self._gradient_sums() + self._uncut_gradient(),
             optimizer=2 * trained,
             copies=self._copies(),
-            activations=max(recomputed if recompute else kept, caches.get("activations", 0)),
+            activations=max(step, caches.get("activations", 0)),
             activations_kept=kept,
             activations_recomputed=recomputed,
             kv_cache=caches.get("kv_cache", 0),
@@ -179,15 +171,11 @@ class _Stage:
         number = self.work.config.num_layers
         return sum(self.work.parallel.stage_of(layer, number) == self.stage for layer in range(number))
 
-    @property
-    def _is_last(self) -> bool:
-        return self.stage == self.work.parallel.pipeline_stages - 1
-
     def _activations(self, recompute: bool) -> int:
-        parallel = self.work.parallel
+        stages_left = self.work.parallel.pipeline_stages - self.stage
         # One forward, one backward: Narayanan et al. 2021, arXiv:2104.04473.
-        in_flight = min(parallel.pipeline_stages - self.stage, parallel.micro_batch_num)
-        return activation_bytes(self.work, self._layers, in_flight, recompute, self._is_last)
+        in_flight = min(stages_left, self.work.parallel.micro_batch_num)
+        return activation_bytes(self.work, self._layers, in_flight, recompute, has_loss=stages_left == 1)
 
     def _copies(self) -> int:
         """Weights cast to the compute type or gathered for a product, whose derivative needs them again. Recomputed
@@ -224,7 +212,7 @@ class _Stage:
         """Purpose -> bytes that the card sends in an update."""
         work, recompute = self.work, self.settings.recompute_config
         passes = 2 if recompute.parallel_optimizer_comm_recompute else 1
-        first, last = self.stage == 0, self._is_last
+        first, last = self.stage == 0, self.stage == work.parallel.pipeline_stages - 1
         tensor = traffic.tensor_traffic(work, self._layers, recompute.recompute, first, last)
         micro = work.parallel.micro_batch_num
         return {

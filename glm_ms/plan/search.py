@@ -31,16 +31,9 @@ Change = tuple[int, tuple[str, ...]]
 def nearest_fit(
     settings: Settings, num_cards: int, memory: int, replan: Callable[[Sequence[str]], RunPlan | None]
 ) -> tuple[tuple[str, ...], RunPlan] | None:
-    """The cheapest change with which the run fits.
+    """The cheapest change with which a run fits into `memory` bytes of a card: (overrides, plan), None if none fits.
 
-    Args:
-        settings: of a run that does not fit.
-        num_cards: of the run.
-        memory: bytes of a card for the run.
-        replan: overrides -> plan of the settings with them, None if they are refused.
-
-    Returns:
-        (overrides, plan); None if no tried change fits.
+    `replan` makes the plan of the settings with overrides, None if they are refused.
     """
     for overrides in _candidates(settings, num_cards):
         plan = replan(overrides)
@@ -58,13 +51,12 @@ def _candidates(settings: Settings, num_cards: int) -> Iterator[tuple[str, ...]]
     choices = [_recompute(settings), _splits(settings, num_cards), halves]
     if settings.do_eval:
         choices.append(list(_halved("eval_dataset.batch_size", settings.eval_dataset.batch_size)))
-    combined = []
-    for parts in itertools.product(*choices):
-        overrides = tuple(text for _, texts in parts for text in texts)
-        combined.append((sum(cost for cost, _ in parts), overrides))
-    yield from (
-        overrides for _, overrides in sorted(combined, key=lambda item: (item[0], len(item[1]))) if overrides
-    )
+    combined = [
+        (sum(cost for cost, _ in parts), tuple(text for _, texts in parts for text in texts))
+        for parts in itertools.product(*choices)
+    ]
+    combined.sort(key=lambda item: (item[0], len(item[1])))
+    yield from (overrides for _, overrides in combined if overrides)
 
 
 def _recompute(settings: Settings) -> list[Change]:
@@ -88,14 +80,13 @@ def _splits(settings: Settings, num_cards: int) -> list[Change]:
     leaving = () if sharded else _ALL_SHARDED
     base = 0 if settings.parallel.enable_parallel_optimizer else _SHARD_OPTIMIZER
     if not sharded:
-        base += _LEAVE_DATA_PARALLEL + _HALVE * (
-            settings.runner_config.gradient_accumulation_steps.bit_length() - 1
-        )
-    for model, stages in itertools.product(_doubled(split.model_parallel), _doubled(split.pipeline_stage)):
+        base += _LEAVE_DATA_PARALLEL
+        base += _HALVE * (settings.runner_config.gradient_accumulation_steps.bit_length() - 1)
+    for more_model, more_stages in itertools.product(range(4), range(4)):
+        model, stages = split.model_parallel * 2**more_model, split.pipeline_stage * 2**more_stages
         if num_cards % (model * stages):
             continue
-        cost = base + _DOUBLE_MODEL * ((model // split.model_parallel).bit_length() - 1)
-        cost += _DOUBLE_STAGES * ((stages // split.pipeline_stage).bit_length() - 1)
+        cost = base + _DOUBLE_MODEL * more_model + _DOUBLE_STAGES * more_stages
         micro = split.micro_batch_num if stages == split.pipeline_stage else 2 * stages
         texts = (
             "use_parallel=True", *leaving, "parallel.enable_parallel_optimizer=True",
@@ -108,10 +99,6 @@ def _splits(settings: Settings, num_cards: int) -> list[Change]:
         if model > 1:
             choices.append((cost + _SEQUENCE, (*texts, "parallel_config.use_seq_parallel=True")))
     return choices
-
-
-def _doubled(start: int) -> list[int]:
-    return [start * 2**power for power in range(4)]
 
 
 def _halved(key: str, size: int) -> Iterator[Change]:

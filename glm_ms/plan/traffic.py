@@ -12,13 +12,9 @@ from glm_ms.plan.planned_parameters import FLOAT32, ITEM_BYTES, StoredPart
 def forward_flops(config: GLMConfig, tokens: int, keys: int) -> tuple[int, int, int]:
     """Floating point operations of a forward pass: (of the blocks' linear layers, of attention, of the output layer).
 
-    Two for each product of a weight with a token, and for each of a query, or of attention weights, with a key or
-    value; masked pairs count too. Hoffmann et al. 2022, arXiv:2203.15556, appendix F.
-
-    Args:
-        config: architecture.
-        tokens: positions of all rows, padding included.
-        keys: positions that each token attends to, masked ones included.
+    Two for each product of a weight with a token, and for each of a query, or of attention weights, with one of the
+    `keys` that a token attends to; padding and masked pairs count too. Hoffmann et al. 2022, arXiv:2203.15556,
+    appendix F.
     """
     linear = config.hidden_size * (config.qkv_size + config.query_size + 3 * config.ffn_hidden_size)
     passed = 2 * tokens * config.num_layers
@@ -53,21 +49,16 @@ def gradient_traffic(parts: Iterable[StoredPart]) -> float:
     total = 0.0
     for part in parts:
         if part.parameter.trained:
-            gradient = FLOAT32 * part.elements
             total += gather_bytes(FLOAT32 * part.whole, part.slice.shards)
-            total += all_reduce_bytes(gradient, part.slice.copies)
+            total += all_reduce_bytes(FLOAT32 * part.elements, part.slice.copies)
     return total
 
 
 def weight_traffic(parts: Iterable[StoredPart], item: int, passes: int) -> float:
-    """Bytes a card sends to gather weights that optimizer sharding splits.
+    """Bytes a card sends to gather weights that optimizer sharding splits; micro batches share them.
 
-    The micro batches of a pipeline share the gathered weights.
-
-    Args:
-        parts: what the card stores.
-        item: bytes of an element of the compute type, in which weights are sent.
-        passes: times that each weight is gathered in a step; the embedding is gathered once, in its storage type.
+    Weights are sent in the compute type, of `item` bytes, in each of the `passes` of a step; the embedding is gathered
+    once, in its storage type.
     """
     total = 0.0
     for part in parts:
@@ -82,22 +73,13 @@ def tensor_traffic(work: Work, layers: int, recompute: bool, first: bool, last: 
     A block sums its hidden states twice in the forward pass and twice in the backward pass (Shoeybi et al. 2019,
     arXiv:1909.08053); with sequence parallelism a sum is a scattered sum and a gathering, which send as much, and the
     output layer gathers once more. A recomputed block sums once more, after attention (the sum after the MLP is of no
-    use to its derivatives), and gathers twice more.
-
-    Args:
-        work: of the micro batch.
-        layers: blocks of the stage.
-        recompute: blocks are recomputed.
-        first: the stage has the embedding.
-        last: the stage has the output layer.
+    use to its derivatives), and gathers twice more. The `first` stage has the embedding, the `last` the output layer.
     """
     parallel, hidden = work.parallel, work.item * work.hidden
     ways = parallel.model_parallel
     if ways == 1:
         return 0.0
-    again = 0.0
-    if recompute and not work.keeps_sums:
-        again = 1.5 if parallel.use_seq_parallel else 1.0
+    again = (1.5 if parallel.use_seq_parallel else 1.0) if recompute and not work.keeps_sums else 0.0
     sums = layers * (4 + again) + (1 if last and parallel.use_seq_parallel else 0)
     total = sums * all_reduce_bytes(hidden, ways)
     if first and not parallel.vocab_emb_dp:  # of rows as they are stored

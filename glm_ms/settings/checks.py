@@ -63,9 +63,12 @@ _ALWAYS = (
          "given together with warmup_steps; keep one"),
     Rule("lr_schedule.lr_end", lambda s: s.lr_schedule.lr_end > s.lr_schedule.learning_rate,
          "{lr_schedule.lr_end} is above learning_rate = {lr_schedule.learning_rate}", ("lr_schedule.learning_rate",)),
-    *(Rule("lr_schedule.warmup_steps", lambda s, key=key: 0 < (s.get(key) or 0) < s.lr_schedule.warmup_steps,
-           f"{{lr_schedule.warmup_steps}} is more than all steps, {key} = {{{key}}}", (key,))
-      for key in ("lr_schedule.total_steps", "runner_config.max_steps")),
+    Rule("lr_schedule.warmup_steps", lambda s: 0 < s.lr_schedule.total_steps < s.lr_schedule.warmup_steps,
+         "{lr_schedule.warmup_steps} is more than all steps, lr_schedule.total_steps = {lr_schedule.total_steps}",
+         ("lr_schedule.total_steps",)),
+    Rule("lr_schedule.warmup_steps", lambda s: 0 < (s.runner_config.max_steps or 0) < s.lr_schedule.warmup_steps,
+         "{lr_schedule.warmup_steps} is more than all steps, runner_config.max_steps = {runner_config.max_steps}",
+         ("runner_config.max_steps",)),
     Rule(_ANSWERS, lambda s: s.generation.num_return_sequences > s.generation.num_beams > 1,
          "{generation.num_return_sequences} is more than num_beams = {generation.num_beams}", (_BEAMS,)),
     Rule(_ANSWERS,
@@ -124,8 +127,8 @@ _ADAPTERS = (
 
 _INTERVALS, _BEST = ("eval_step_interval", "eval_epoch_interval"), "checkpoint.best_metric"
 _TRAINING = (
-    *(Rule(name, lambda s, name=name: s.get(name) == 0, "found 0, must be -1 (never) or at least 1")
-      for name in _INTERVALS),
+    Rule("eval_step_interval", lambda s: s.eval_step_interval == 0, "found 0, must be -1 (never) or at least 1"),
+    Rule("eval_epoch_interval", lambda s: s.eval_epoch_interval == 0, "found 0, must be -1 (never) or at least 1"),
     Rule("do_eval", lambda s: s.do_eval and s.eval_step_interval == s.eval_epoch_interval == -1,
          "True, but eval_step_interval and eval_epoch_interval are both -1; set one of them", _INTERVALS),
     Rule(_BEST, lambda s: s.checkpoint.best_metric is not None and not s.do_eval,

@@ -37,7 +37,7 @@ FLAGS_GONE = {
     "strategy_load_checkpoint": "whole checkpoints are loaded; merge slices first with tools/transform_ckpt.py",
     "only_save_strategy": "there is no run that only writes strategies",
 }
-_OVERRIDES, _ANY_KEY = "--key.sub", "set any key of the YAML, also written key.sub=value"
+_OVERRIDES = "--key.sub"
 # Every spelling -> flag name.
 _SPELLINGS = {name: name for name in FLAGS} | {
     flag.former: name for name, flag in FLAGS.items() if flag.former
@@ -95,8 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--help_keys", action=_HelpKeys, nargs=0, help="show every key with its default")
     parser.add_argument("--config", metavar="FILE", help="the YAML file of the run (required)")
+    about = "set any key of the YAML, also written key.sub=value"
     parser.add_argument(
-        _OVERRIDES, dest="overrides", action="append", default=[], metavar="VALUE", help=_ANY_KEY
+        _OVERRIDES, dest="overrides", action="append", default=[], metavar="VALUE", help=about
     )
     for name, flag in FLAGS.items():
         spellings = [f"--{spelling}" for spelling, meant in _SPELLINGS.items() if meant == name]
@@ -147,14 +148,28 @@ def _unknown(others: list[str]) -> list[str]:
     problems, rest = [], list(others)
     while rest:
         token = rest.pop(0)
-        if not token.startswith("--"):
-            problems.append(_unexpected(token))
-            continue
-        name, equals, _ = token[2:].partition("=")
-        problems.append(f"--{name}: unknown flag{_flag_hint(name)}")
-        if rest and not equals and not rest[0].startswith("-"):
-            rest.pop(0)  # probably its value
+        name, equals, _ = token.removeprefix("--").partition("=")
+        if token.startswith("--"):
+            problems.append(f"--{name}: unknown flag{_flag_hint(name)}")
+            if rest and not equals and not rest[0].startswith("-"):
+                rest.pop(0)  # probably its value
+        elif token.endswith((".yaml", ".yml")):
+            problems.append(f"{token!r}: unexpected; did you mean --config {token}?")
+        else:
+            problems.append(
+                f"{token!r}: unexpected; flags begin with --, overrides are written key.sub=value"
+            )
     return problems
+
+
+def _flag_hint(name: str) -> str:
+    if name in FLAGS_GONE:
+        return f"; {FLAGS_GONE[name]}"
+    near = nearest(name.replace("-", "_"), ["config", "help", "help_keys", *_SPELLINGS])
+    if near:
+        return f"; did you mean {' or '.join(f'--{known}' for known in near)}?"
+    keys = [key for key in leaf_keys() if key.rpartition(".")[2] == name]
+    return f"; as an override: {keys[0]}=VALUE" if keys else "; see --help"
 
 
 def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
@@ -177,19 +192,3 @@ def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
         sys.stderr.write(f"{report}Try: python {PROGRAM} --help\n")
         raise SystemExit(2) from None
     return settings
-
-
-def _flag_hint(name: str) -> str:
-    if name in FLAGS_GONE:
-        return f"; {FLAGS_GONE[name]}"
-    near = nearest(name.replace("-", "_"), ["config", "help", "help_keys", *_SPELLINGS])
-    if near:
-        return f"; did you mean {' or '.join(f'--{known}' for known in near)}?"
-    keys = [key for key in leaf_keys() if key.rpartition(".")[2] == name]
-    return f"; as an override: {keys[0]}=VALUE" if keys else "; see --help"
-
-
-def _unexpected(token: str) -> str:
-    if token.endswith((".yaml", ".yml")):
-        return f"{token!r}: unexpected; did you mean --config {token}?"
-    return f"{token!r}: unexpected; flags begin with --, overrides are written key.sub=value"

@@ -95,7 +95,7 @@ def _converted(
     path: str | Path, overrides: Sequence[str], flags: Mapping[str, Any]
 ) -> tuple[Settings, list[Problem]]:
     """Settings before the checks, and the problems of single keys."""
-    document, notes = read_document(path), []
+    document, notes = read_document(path), list[str]()
     legacy = is_legacy(document)
     given, problems = _command_line(flags, overrides, document)
     problems += _apply(document, given)

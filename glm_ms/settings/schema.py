@@ -469,8 +469,7 @@ class Settings:
 _VOCAB_KEY = "model.model_config.padded_vocab_size"
 # Run mode -> the key that --batch_size sets.
 BATCH_SIZE_KEYS = {
-    "train": "runner_config.batch_size",
-    "finetune": "runner_config.batch_size",
+    **dict.fromkeys(TRAINING_MODES, "runner_config.batch_size"),
     "eval": "eval_dataset.batch_size",
     "predict": "predict_batch_size",
 }
@@ -523,16 +522,10 @@ FLAGS = {
     "load_checkpoint": Flag("load_checkpoint", "PATH"),
     "load_adapter": Flag("load_adapter", "PATH"),
     "train_dataset": Flag(
-        "train_dataset.data_loader.dataset_dir",
-        "PATH",
-        former="train_dataset_dir",
-        about="training records: ",
+        "train_dataset.data_loader.dataset_dir", "PATH", False, "train_dataset_dir", "training records: "
     ),
     "eval_dataset": Flag(
-        "eval_dataset.data_loader.dataset_dir",
-        "PATH",
-        former="eval_dataset_dir",
-        about="evaluation records: ",
+        "eval_dataset.data_loader.dataset_dir", "PATH", False, "eval_dataset_dir", "evaluation records: "
     ),
     "predict_data": Flag("predict_data", "TEXT"),
     "device_target": Flag("context.device_target", "{CPU,Ascend}"),
@@ -584,14 +577,9 @@ def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> Parallel
         cards = (num_cards or split.data_parallel) if settings.use_parallel else 1
         return ParallelConfig(data_parallel=cards)
     return ParallelConfig(
-        data_parallel=split.data_parallel,
-        model_parallel=split.model_parallel,
-        pipeline_stages=split.pipeline_stage,
-        micro_batch_num=split.micro_batch_num,
-        vocab_emb_dp=split.vocab_emb_dp,
-        use_seq_parallel=split.use_seq_parallel,
-        optimizer_shard=settings.parallel.enable_parallel_optimizer,
-    )
+        split.data_parallel, split.model_parallel, split.pipeline_stage, split.micro_batch_num, split.vocab_emb_dp,
+        split.use_seq_parallel, settings.parallel.enable_parallel_optimizer,
+    )  # fmt: skip
 
 
 def training_length(settings: Settings) -> int:

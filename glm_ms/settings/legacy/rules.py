@@ -28,8 +28,7 @@ def _betas(draft: Draft) -> None:
     if not present:
         return
     first = min(present, key=lambda source: not source.typed)
-    where = first.entry.where
-    usual = _default("optimizer.betas")
+    where, usual = first.entry.where, _default("optimizer.betas")
     entries = [Entry(beta, where) if source is None else source.entry for source, beta in zip(given, usual)]
     names = " and ".join(source.name.rpartition(".")[2] for source in present)
     both = Source(f"optimizer.{names}", Entry(entries, where, where), first.typed, rank=(1, 0))
@@ -54,12 +53,12 @@ def _loss_scale(draft: Draft) -> None:
 
 def _prefix(draft: Draft) -> None:
     """`pet_config` has the prefix; the keys of `model_config` that repeat it have an effect with it only."""
-    found, inner = draft.found, "model.model_config.pet_config.pet_type"
-    pet = found.get("model.pet_config.pet_type") or found.get(inner)
-    arch = draft.found.get("model.arch.type")
-    if arch is not None and arch.value == "ChatGLM2WithPtuning2" and (pet is None or pet.value is None):
-        draft.refuse(arch, "needs model.model_config.pet_config with pet_type: ptuning2")
-    used = pet is not None and pet.value == "ptuning2"
+    outer, inner = "model.pet_config.pet_type", "model.model_config.pet_config.pet_type"
+    kind = draft.given(outer if outer in draft.found else inner)
+    if draft.given("model.arch.type") == "ChatGLM2WithPtuning2" and kind is None:
+        message = "needs model.model_config.pet_config with pet_type: ptuning2"
+        draft.refuse(draft.found["model.arch.type"], message)
+    used = kind == "ptuning2"
     for name in ("pre_seq_len", "prefix_projection"):
         if used and (name != "pre_seq_len" or draft.given("model.model_config.pre_seq_len") is not None):
             continue
@@ -86,7 +85,7 @@ def _tokenizer(draft: Draft) -> None:
 def _weights(draft: Draft) -> None:
     """Names of MindFormers' online zoo are not paths; with an empty `load_checkpoint` the model's key counts."""
     sources = sorted(draft.targets.get("load_checkpoint", ()), key=lambda source: source.rank)
-    zoo = [source for source in sources if _is_zoo_name(source)]
+    zoo = [one for one in sources if re.fullmatch(ZOO_NAMES, str(one.value)) and not Path(one.value).exists()]
     paths = [one for one in sources if one not in zoo and (one.typed or one.value not in ("", None))]
     draft.targets["load_checkpoint"] = paths
     if not zoo or paths:
@@ -100,11 +99,6 @@ def _weights(draft: Draft) -> None:
     # If a path is needed, the error says why there is none.
     where = f"{zoo[0].entry.where} ({zoo[0].value} of MindFormers' online zoo)"
     draft.offer("load_checkpoint", Source("load_checkpoint", Entry("", where, where), zoo[0].typed))
-
-
-def _is_zoo_name(source: Source) -> bool:
-    value = source.value
-    return isinstance(value, str) and bool(re.fullmatch(ZOO_NAMES, value)) and not Path(value).exists()
 
 
 def _data_parallel(draft: Draft) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any, NamedTuple
 
 from glm_ms.settings.document import Entry
 from glm_ms.settings.errors import Problem, SettingsError, described
@@ -38,31 +37,18 @@ _TYPE_KEYS = (
 )  # fmt: skip
 
 
-class Translation(NamedTuple):
-    """A document in our names.
-
-    Attributes:
-        document: the top level, for the schema to convert.
-        notes: lines for the user about the meaning of names and values.
-        problems: of keys that cannot be translated.
-    """
-
-    document: Entry
-    notes: list[str]
-    problems: list[Problem]
-
-
 def is_legacy(document: Entry) -> bool:
     """Whether a file, without the command line, is one of MindFormers'; see the module."""
-    types = {value for value in (_at(document, key) for key in _TYPE_KEYS) if isinstance(value, str)}
-    if _at(document, "model.arch.type") not in (None, *_OUR_CLASSES):
+    values = [_at(document, key).value for key in _TYPE_KEYS]
+    types = {value for value in values if isinstance(value, str)}
+    if _at(document, "model.arch.type").value not in (None, *_OUR_CLASSES):
         types.discard("GLMConfig")  # ChatGLM-6B of MindFormers has a class of that name, and another network
     if types & _OUR_CLASSES:
         return False
     return bool(types & LEGACY_CLASSES or LEGACY_SECTIONS & document.value.keys())
 
 
-def translate(document: Entry, source: str, typed: Collection[str]) -> Translation:
+def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Entry, list[str], list[Problem]]:
     """Puts a configuration of MindFormers into our names.
 
     The command line takes precedence over the file, in either spelling. Of several keys of a file with one meaning
@@ -72,6 +58,9 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> Translati
         document: a file that `is_legacy`, with flags and overrides applied.
         source: path of the file.
         typed: `Entry.where` of everything that comes from the command line.
+
+    Returns:
+        The document in our names; lines for the user about the meaning of names and values; problems.
 
     Raises:
         SettingsError: the file is for an export, which is not supported, or for another network.
@@ -89,21 +78,14 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> Translati
         combine(draft)
     notes = [f"{source}: a configuration of MindFormers; what its names mean here:"]
     notes += draft.renamed + _moves(draft) + draft.remarks + _without_effect(draft)
-    return Translation(_nested(draft), notes, draft.problems)
+    return _nested(draft), notes, draft.problems
 
 
-def _entry(document: Entry, dotted: str) -> Entry | None:
-    entry: Entry | None = document
+def _at(document: Entry, dotted: str) -> Entry:
+    """The entry of a key; one of null if it is absent."""
     for name in dotted.split("."):
-        if entry is None or not entry.is_section:
-            return None
-        entry = entry.value.get(name)
-    return entry
-
-
-def _at(document: Entry, dotted: str) -> Any:
-    entry = _entry(document, dotted)
-    return None if entry is None else entry.value
+        document = (document.value.get(name) if document.is_section else None) or Entry(None, "")
+    return document
 
 
 def _refuse_export(document: Entry) -> None:
@@ -120,8 +102,8 @@ def _refuse_export(document: Entry) -> None:
 def _refuse_other_networks(document: Entry) -> None:
     """Raises one error in place of one for each key of another model."""
     for key, known in (("model.model_config.type", CONFIGS), ("model.arch.type", NETWORKS)):
-        entry = _entry(document, key)
-        if entry is not None and isinstance(entry.value, str) and entry.value not in (*known, *_OUR_CLASSES):
+        entry = _at(document, key)
+        if isinstance(entry.value, str) and entry.value not in (*known, *_OUR_CLASSES):
             raise SettingsError(
                 f"{entry.where}: {key}: {entry.value}: another network; ChatGLM2 and ChatGLM3 of MindFormers have "
                 f"{' or '.join(known)}{did_you_mean(entry.value, known)}"
@@ -202,12 +184,10 @@ def _apply(source: Source, draft: Draft) -> None:
         draft.offer(rule.key, dataclasses.replace(source, rank=(rank, source.rank[1])))
     elif isinstance(rule, Ignored) or any(same(value, source.value) for value in rule.unless):
         draft.without_effect(source, rule.reason)
+    elif any(same(value, source.value) for value in rule.accepted):
+        draft.remark(source, f": {rule.accepted[source.value]}")
     else:
-        said = [text for value, text in rule.accepted.items() if same(value, source.value)]
-        if said:
-            draft.remark(source, f": {said[0]}")
-        else:
-            draft.refuse(source, rule.remedy)
+        draft.refuse(source, rule.remedy)
 
 
 def _our_name(key: str) -> str:
@@ -243,21 +223,17 @@ def _moves(draft: Draft) -> list[str]:
         if source.name != key:
             pair = (source.name.rpartition(".")[0], key.rpartition(".")[0])
             moves.setdefault(pair, []).append((key, source))
-    return [_move(*pair, moved) for pair, moved in moves.items()]
-
-
-def _move(old_section: str, section: str, moved: list[tuple[str, Source]]) -> str:
-    key, first = moved[0]
-    if len(moved) == 1:
-        verb = "are" if " and " in first.name else "is"
-        return f"{first.entry.where}: {first.name} {verb} {key} here"
-    names = []
-    for key, source in moved:
-        old, new = source.name.rpartition(".")[2], key.rpartition(".")[2]
-        names.append(old if old == new else f"{old} (as {new})")
-    return (
-        f"{first.entry.where}: {old_section}: {', '.join(names)} belong to {section or 'the top level'} here"
-    )
+    lines = []
+    for (old_section, section), moved in moves.items():
+        key, first = moved[0]
+        if len(moved) == 1:
+            text = f"{first.name} {'are' if ' and ' in first.name else 'is'} {key} here"
+        else:
+            pairs = [(source.name.rpartition(".")[2], key.rpartition(".")[2]) for key, source in moved]
+            names = ", ".join(old if old == new else f"{old} (as {new})" for old, new in pairs)
+            text = f"{old_section}: {names} belong to {section or 'the top level'} here"
+        lines.append(f"{first.entry.where}: {text}")
+    return lines
 
 
 def _without_effect(draft: Draft) -> list[str]:
