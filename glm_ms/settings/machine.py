@@ -121,9 +121,9 @@ def _processes(settings: Settings, environment: Mapping[str, str]) -> Iterator[P
         )
         yield Problem("use_parallel", message)
     elif is_sharded(settings) and workers != parallel.cards:
-        product = f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages}"
         message = (
-            f"data_parallel x model_parallel x pipeline_stage = {product} = {parallel.cards}, but {workers} processes "
-            "were started; change one of them"
+            "data_parallel x model_parallel x pipeline_stage = "
+            f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages} = {parallel.cards}, "
+            f"but {workers} processes were started; change one of them"
         )
         yield Problem("parallel_config.data_parallel", message)

@@ -566,12 +566,7 @@ def is_sharded(settings: Settings) -> bool:
 
 
 def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> ParallelConfig:
-    """The split of a run over cards.
-
-    Args:
-        settings: of the run.
-        num_cards: with `parallel_mode: 0`, where every card has the whole network; None: `data_parallel`.
-    """
+    """The split of a run over cards; `num_cards` counts with `parallel_mode: 0`, None: `data_parallel`."""
     split = settings.parallel_config
     if not is_sharded(settings):
         cards = (num_cards or split.data_parallel) if settings.use_parallel else 1
@@ -591,14 +586,9 @@ def training_length(settings: Settings) -> int:
 
 
 def resolve_vocab_size(settings: Settings, vocab_size: int) -> int:
-    """Replaces `padded_vocab_size: auto` by the size of the tokenizer, rounded up to a multiple of 64.
+    """Replaces `padded_vocab_size: auto` by the size of the tokenizer, rounded up to a multiple of 64; returns it.
 
-    Args:
-        settings: changed in place.
-        vocab_size: the highest id of the tokenizer, special tokens included, plus 1.
-
-    Returns:
-        The padded size.
+    `vocab_size` is the highest id of the tokenizer, special tokens included, plus 1.
 
     Raises:
         SettingsError: a fixed size is smaller than the vocabulary.
