@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _SET_ENV = "source /usr/local/Ascend/ascend-toolkit/set_env.sh in this shell"
-_LINK = (
-    "check every card with hccn_tool -i N -link -g, hccn_tool -i N -net_health -g and hccn_tool -i N -tls -g"
-)
+_LINK = "check every card with hccn_tool -i N -link -g, hccn_tool -i N -net_health -g and hccn_tool -i N -tls -g"
 # CANN versions that MindSpore 2.9 accepts, from its own check (mindspore/run_check/_check_version.py).
 _CANN = "8.2, 8.3, 8.5 or 9.0"
 
@@ -91,19 +89,13 @@ _HINTS = (
         "tools/merge_hccl.py on one; device_ip must be the output of hccn_tool -i N -ip -g. msrun needs no rank table: "
         "unset RANK_TABLE_FILE",
     ),
+    _hint(r"EI0001", "an HCCL environment variable has a value that is not allowed; the message names it", False),
     _hint(
-        r"EI0001", "an HCCL environment variable has a value that is not allowed; the message names it", False
-    ),
-    _hint(
-        r"EI0003|EI0005",
-        "the ranks do not run the same program: same YAML, same flags, same version on every server",
+        r"EI0003|EI0005", "the ranks do not run the same program: same YAML, same flags, same version on every server"
     ),
     _hint(r"EI0008", "the servers have different versions of CANN"),
     _hint(r"EI0009|EI0010|EI0012|EI0013|EI0015", f"the link between two cards fails: {_LINK}"),
-    _hint(
-        r"EI0019|EI0020",
-        "an address or port for HCCL is taken: end the other job, or change HCCL_IF_BASE_PORT",
-    ),
+    _hint(r"EI0019|EI0020", "an address or port for HCCL is taken: end the other job, or change HCCL_IF_BASE_PORT"),
     _hint(
         r"Ascend kernel runtime initialization failed|device.{0,20}(is )?(busy|occupied)",
         "the card cannot be opened: npu-smi info shows its health and the process that uses it; "

@@ -127,10 +127,7 @@ def _copy(root: Path, options: Namespace) -> int:
         path = (root / name.removeprefix("configs/")).resolve()
         if not path.is_relative_to(root.resolve()) or not path.exists():
             known = [p.relative_to(root).as_posix() for p in [*root.iterdir(), *root.rglob("*.yaml")]]
-            print(
-                f"error: {name}: not a configuration{did_you_mean(name, known)}; run glm-ms configs",
-                file=sys.stderr,
-            )
+            print(f"error: {name}: not a configuration{did_you_mean(name, known)}; run glm-ms configs", file=sys.stderr)
             return 2
         sources += [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if _travels(p)]
     pairs = [(path, Path(options.to) / CONFIGS / path.relative_to(root.resolve())) for path in sources]

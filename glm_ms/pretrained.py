@@ -17,9 +17,7 @@ from glm_ms.storage.run_folder import resolve_checkpoint
 
 
 def load_pretrained(
-    path: str | Path,
-    config: GLMConfig | str | Path | None = None,
-    adapter: str | Path | None = None,
+    path: str | Path, config: GLMConfig | str | Path | None = None, adapter: str | Path | None = None
 ) -> GLMForCausalLM:
     """Loads a model.
 

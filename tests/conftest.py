@@ -69,12 +69,7 @@ class Account:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         # xdist appends "@group" to ids; a test that was interrupted has no report.
-        reports = [
-            report
-            for found in terminalreporter.stats.values()
-            for report in found
-            if hasattr(report, "nodeid")
-        ]
+        reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "nodeid")]
         reached = {report.nodeid.split("@")[0] for report in reports}
         missed = sorted({name.split("@")[0] for name in self.collected} - reached)
         reasons: dict[str, list[str]] = {}

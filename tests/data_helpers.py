@@ -44,9 +44,7 @@ def encoder_of(
     return build_encoder(section, tokenizer, max_prompt_length)
 
 
-def adgen_encoder(
-    tokenizer: SentencePieceTokenizer, columns: Sequence[str] = COLUMNS, **keys: Any
-) -> Encoder:
+def adgen_encoder(tokenizer: SentencePieceTokenizer, columns: Sequence[str] = COLUMNS, **keys: Any) -> Encoder:
     return encoder_of("ADGenDataLoader", tokenizer, columns=columns, **keys)
 
 
@@ -54,9 +52,7 @@ def conversation_encoder(tokenizer: SentencePieceTokenizer, source: int, target:
     return encoder_of("ConversationDataLoader", tokenizer, max_source_length=source, max_target_length=target)
 
 
-def tool_encoder(
-    tokenizer: SentencePieceTokenizer, length: int, max_prompt_length: int | None = None
-) -> Encoder:
+def tool_encoder(tokenizer: SentencePieceTokenizer, length: int, max_prompt_length: int | None = None) -> Encoder:
     return encoder_of("ToolAlpacaDataLoader", tokenizer, max_prompt_length, max_seq_length=length)
 
 
@@ -73,7 +69,7 @@ def adgen_rows(
 ) -> TrainDataset:
     encoder = adgen_encoder(
         tokenizer, columns, max_source_length=max_source_length, max_target_length=max_target_length,
-        ignore_pad_token_for_loss=ignore_pad_token_for_loss,
+        ignore_pad_token_for_loss=ignore_pad_token_for_loss
     )  # fmt: skip
     return TrainDataset(path, encoder, num_samples, cache, say)
 

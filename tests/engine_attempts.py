@@ -44,11 +44,7 @@ class Attempt:
     """
 
     def __init__(
-        self,
-        output_dir: Path,
-        arguments: list[str],
-        file_seconds: float | None = None,
-        step_seconds: float = 0.0,
+        self, output_dir: Path, arguments: list[str], file_seconds: float | None = None, step_seconds: float = 0.0
     ) -> None:
         program = str(REPOSITORY / "run_glm.py")
         text = SLOW_RUN.format(file_seconds=file_seconds, step_seconds=step_seconds, program=program)

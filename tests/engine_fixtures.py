@@ -34,7 +34,7 @@ def finetune(vocabulary: Path):
     def run(output_dir: Path, *arguments: object, generation: int = 3) -> Path:
         line = tiny_arguments(
             "finetune", vocabulary, *SMALL_TRAINING, "--output_dir", output_dir, *arguments,
-            generation=generation,
+            generation=generation
         )  # fmt: skip
         assert run_here(line) == 0
         return output_dir

@@ -79,7 +79,7 @@ def run_apart(
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "run_glm.py"), *arguments],
         cwd=cwd, env=environment_of_a_user(), input=stdin, capture_output=True, text=True, encoding="utf-8",
-        timeout=timeout, check=False,
+        timeout=timeout, check=False
     )  # fmt: skip
 
 

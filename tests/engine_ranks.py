@@ -46,7 +46,7 @@ class RankJob:
             ["msrun", "--worker_num", "2", "--local_worker_num", "2", "--master_port", str(port), "--join", "True",
              "--log_dir", str(folder / "msrun"), str(script), *map(str, arguments)],
             cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=self._said, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True
         )  # fmt: skip
 
     def log(self, rank: int) -> str:

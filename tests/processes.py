@@ -17,7 +17,5 @@ def environment_of(process: int) -> dict[str, str]:
 
 def left_of(folder: Path) -> list[int]:
     """Processes that were started with OF_TEST=folder and are still there, other than this one."""
-    processes = [
-        int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and int(entry) != os.getpid()
-    ]
+    processes = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal() and int(entry) != os.getpid()]
     return [process for process in processes if environment_of(process).get("OF_TEST") == str(folder)]

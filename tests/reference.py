@@ -32,9 +32,7 @@ def golden_model(case: str) -> GLMForCausalLM:
 
 def fresh_golden_model(case: str) -> GLMForCausalLM:
     """A golden model of one's own."""
-    return GLMForCausalLM.from_parameters(
-        GLMConfig.from_pretrained(FOLDER / case), golden_weights(case).items()
-    )
+    return GLMForCausalLM.from_parameters(GLMConfig.from_pretrained(FOLDER / case), golden_weights(case).items())
 
 
 @cache

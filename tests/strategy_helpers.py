@@ -50,9 +50,7 @@ def _dims(numbers: list[int]) -> bytes:
     return b"".join(_number(1, number) for number in numbers)
 
 
-def strategy_bytes(
-    cuts: Mapping[str, Cut], stage: int = 0, field: int = 0, parts: tuple[int, ...] = ()
-) -> bytes:
+def strategy_bytes(cuts: Mapping[str, Cut], stage: int = 0, field: int = 0, parts: tuple[int, ...] = ()) -> bytes:
     """A strategy file as MindSpore saves it: one operator, and the parameters."""
     data = _number(1, 2) + _message(2, _message(1, b"MatMul") + _message(2, _number(1, stage)))
     for name, cut in cuts.items():
@@ -83,9 +81,7 @@ def part_of(array: np.ndarray, cut: Cut, rank: int) -> np.ndarray:
     copies = int(np.prod([cut.matrix[axis] for axis in free]))
     pieces = {0: 1, -1: copies}.get(cut.size, cut.size) if cut.step else 1
     number = (
-        int(np.ravel_multi_index([place[axis] for axis in free], [cut.matrix[axis] for axis in free]))
-        if free
-        else 0
+        int(np.ravel_multi_index([place[axis] for axis in free], [cut.matrix[axis] for axis in free])) if free else 0
     )
     return np.split(array, pieces)[number % pieces] if pieces > 1 else array
 
@@ -111,11 +107,7 @@ def as_stored(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[in
 
 
 def save_ranks(
-    folder: Path,
-    arrays: Mapping[str, np.ndarray],
-    cuts: Mapping[str, Cut],
-    ranks: int,
-    name: str = "net",
+    folder: Path, arrays: Mapping[str, np.ndarray], cuts: Mapping[str, Cut], ranks: int, name: str = "net"
 ) -> Path:
     """The slices of all ranks; what has no cut is on every rank."""
     for rank in range(ranks):

@@ -42,9 +42,7 @@ def section(title: str) -> str:
 
 def rows(text: str) -> list[list[str]]:
     """Cells of the tables, headings left out, code marks removed."""
-    lines = [
-        line.strip("|").replace("`", "").split("|") for line in text.splitlines() if line.startswith("| ")
-    ]
+    lines = [line.strip("|").replace("`", "").split("|") for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line] for line in lines if not line[0].startswith("-")][1:]
 
 
@@ -68,7 +66,7 @@ def test_the_hops_to_the_loss(tmp_path: Path):
             "--train_dataset", records, f"processor.tokenizer.vocab_file={vocabulary}", "context.mode=1",
             "runner_config.max_steps=1", "runner_config.batch_size=2", "model.model_config.num_layers=1",
         ],
-        cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False,
+        cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     frames = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))

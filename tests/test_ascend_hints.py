@@ -70,9 +70,7 @@ def test_errors_of_a_card_tell_where_its_logs_are() -> None:
 
 def test_call_stacks_of_mindspore_are_left_out() -> None:
     ruler = "-" * 52
-    message = (
-        f"Memory not enough: 3\n\n{ruler}\n- C++ Call Stack: (For framework developers)\n{ruler}\na.cc:1 F\n"
-    )
+    message = f"Memory not enough: 3\n\n{ruler}\n- C++ Call Stack: (For framework developers)\n{ruler}\na.cc:1 F\n"
     assert error_lines(RuntimeError(message))[0] == "error: Memory not enough: 3"
     ours = f"two problems:\n- one\n{ruler}\n- two"
     assert error_lines(ValueError(ours)) == [f"error: {ours}"]

@@ -228,9 +228,7 @@ def test_command_names_what_exists(command):
     elif command.startswith("glm-ms configs "):
         assert (REPOSITORY / "configs" / arguments[arguments.index("--copy") + 1]).exists()
     elif command in SETUP or command.startswith("bash scripts/test.sh"):
-        assert all(
-            (REPOSITORY / name).exists() for name in arguments if name.startswith(("scripts/", "tests/"))
-        )
+        assert all((REPOSITORY / name).exists() for name in arguments if name.startswith(("scripts/", "tests/")))
     else:
         assert arguments[0] == "head", f"add a check for: {command}"
         assert (REPOSITORY / arguments[3]).is_file()
@@ -240,9 +238,7 @@ def check_run(arguments: list[str], parallel: bool) -> None:
     """Flags, keys and values are right and the YAML exists; the other files need not."""
     parsed = parse_args(arguments)
     if "/" in parsed.config:
-        settings = load_settings(
-            REPOSITORY / parsed.config, parsed.overrides, parsed.flags, check_files=False
-        )
+        settings = load_settings(REPOSITORY / parsed.config, parsed.overrides, parsed.flags, check_files=False)
     else:  # a file of MindFormers that the reader has
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, parsed.config)
@@ -298,9 +294,7 @@ def test_the_error_shown_is_the_error_given():
 def test_quoted_messages_are_in_the_code(page):
     """Those of this project; the section on Ascend quotes those of cards and their libraries."""
     text = re.split(r"^## (?:Ascend|昇腾)$", read(page), flags=re.MULTILINE)[0]
-    quoted = [
-        name.removesuffix(" ...") for name in re.findall(r"""^\*\*[^*]*?["“](.+?)["”]""", text, re.MULTILINE)
-    ]
+    quoted = [name.removesuffix(" ...") for name in re.findall(r"""^\*\*[^*]*?["“](.+?)["”]""", text, re.MULTILINE)]
     code = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "glm_ms").rglob("*.py"))
     code = re.sub(r'"\s*f?"', "", code)  # adjacent string literals
     assert len(quoted) >= 3
@@ -365,13 +359,7 @@ class Workplace:
             "PYTHONUTF8": "1",
         }
         done = subprocess.run(
-            arguments,
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
+            arguments, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr[-3000:]}"
         return done.stdout

@@ -29,11 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from glm_ms import load_pretrained
 
-ASCEND = [
-    path
-    for path in sorted((CONFIGS / "glm3").glob("run_glm3_6b_finetune_*.yaml"))
-    if "_eval" not in path.name
-]
+ASCEND = [path for path in sorted((CONFIGS / "glm3").glob("run_glm3_6b_finetune_*.yaml")) if "_eval" not in path.name]
 ONE_STEP = (
     *SMALL_NETWORK, "model.model_config.num_attention_heads=4", "model.model_config.padded_vocab_size=auto",
     "model.init=random", "train_dataset.num_samples=4", "runner_config.batch_size=2", "runner_config.max_steps=1",
@@ -102,11 +98,9 @@ def test_help_is_quick(tmp_path: Path) -> None:
         (["--predict_data"], ["--predict_data: expected one argument"]),
         (["--run_mode", "predict", "--predict_data", "missing.txt"], ["missing.txt", "no such file"]),
         (["--device_target", "Ascent"], ["did you mean Ascend"]),
-    ],
+    ]
 )  # fmt: skip
-def test_settings_are_refused_at_once(
-    vocabulary: Path, tmp_path: Path, arguments: list[str], parts: list[str]
-) -> None:
+def test_settings_are_refused_at_once(vocabulary: Path, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
     start = time.perf_counter()
     done = run_apart([*tiny_arguments("finetune", vocabulary), *arguments], tmp_path)
     assert_refused(done, 2, *parts)
@@ -155,7 +149,7 @@ def test_ascend_config_trains_on_a_cpu(vocabulary: Path, tmp_path: Path, path: P
 def test_predict_writes_answers_to_stdout_only(vocabulary: Path, trained: Path) -> None:
     arguments = tiny_arguments(
         "predict", vocabulary, *SMALL_NETWORK, "--predict_data", "-", "--load_checkpoint", "run", "--batch_size", 2,
-        "--output_dir", "answers", "generation.max_new_tokens=4",
+        "--output_dir", "answers", "generation.max_new_tokens=4"
     )  # fmt: skip
     done = run_apart(arguments, trained, stdin="类型#裙\n类型#上衣*颜色#白色\n")
     assert done.returncode == 0, done.stderr
@@ -290,11 +284,11 @@ def test_a_closed_output_is_no_error(vocabulary: Path, trained: Path) -> None:
     """As with `| head -1`: nothing is said, and the exit status is that of SIGPIPE."""
     arguments = tiny_arguments(
         "predict", vocabulary, *SMALL_NETWORK, "--predict_data", "-", "--load_checkpoint", "run",
-        "--output_dir", "closed", "generation.max_new_tokens=4",
+        "--output_dir", "closed", "generation.max_new_tokens=4"
     )  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "run_glm.py"), *arguments], cwd=trained, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_of_a_user(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment_of_a_user()
     )  # fmt: skip
     process.stdout.close()
     process.stdin.write("类型#裙\n" * 3)

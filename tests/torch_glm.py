@@ -95,9 +95,7 @@ class Encoder(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, config: TorchConfig) -> None:
         super().__init__()
-        self.embedding = nn.ModuleDict(
-            {"word_embeddings": nn.Embedding(config.padded_vocab_size, config.hidden_size)}
-        )
+        self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.padded_vocab_size, config.hidden_size)})
         self.encoder = Encoder(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
 

@@ -34,9 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("CPU", "Ascend"),
         help="kind of device (default: Ascend if this machine shows a card, else CPU)",
     )
-    parser.add_argument(
-        "--device_id", type=int, metavar="N", help="number of the Ascend card (default: the first one)"
-    )
+    parser.add_argument("--device_id", type=int, metavar="N", help="number of the Ascend card (default: the first one)")
     return parser
 
 

@@ -62,12 +62,12 @@ WAYS = {
         "LoRA, rank 8, all linear layers",
         ("model.pet_config.pet_type=lora", "model.pet_config.lora_dropout=0.0",
          r"model.pet_config.target_modules=.*\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)",
-         "lr_schedule.learning_rate=5e-3"),
+         "lr_schedule.learning_rate=5e-3")
     ),
     "ptuning2": Way(
         "P-Tuning v2, 32 positions",
         ("model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=32",
-         "model.pet_config.dropout_prob=0.0", "lr_schedule.learning_rate=0.3"),
+         "model.pet_config.dropout_prob=0.0", "lr_schedule.learning_rate=0.3")
     ),
 }  # fmt: skip
 
@@ -82,9 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--records", required=True, metavar="FILE", help="ADGEN records, JSON lines")
     parser.add_argument("--output_dir", default="output/comparison", metavar="FOLDER", help="runs and table")
     parser.add_argument(
-        "--vocab_file",
-        metavar="FILE",
-        help="tokenizer.model (default: 2000 pieces trained on the base's records)",
+        "--vocab_file", metavar="FILE", help="tokenizer.model (default: 2000 pieces trained on the base's records)"
     )
     parser.add_argument("--pretrain_steps", type=int, default=400, metavar="N", help="updates of the base")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="updates of each way")
@@ -131,30 +129,25 @@ class Comparison:
         """Splits the records and sees to the vocabulary."""
         path = Path(self.options.records)
         found = (
-            read_prompt_and_answer(parse_value(raw, path), f"{path}:{raw.line}", COLUMNS)
-            for raw in raw_values(path)
+            read_prompt_and_answer(parse_value(raw, path), f"{path}:{raw.line}", COLUMNS) for raw in raw_values(path)
         )
         records = [record for record in found if record is not None]
         held_out, half = self.options.held_out, len(records) // 2
         if held_out < 1 or half <= held_out:
-            raise DataError(
-                f"{self.options.records}: {len(records)} records; more than {2 * held_out} are needed"
-            )
+            raise DataError(f"{self.options.records}: {len(records)} records; more than {2 * held_out} are needed")
         order = epoch_order(len(records), self.options.seed, 0)
         parts = {"base": order[:half], "train": order[half:-held_out], "held_out": order[-held_out:]}
         self.folder.mkdir(parents=True, exist_ok=True)
         for part, chosen in parts.items():
             lines = (
-                json.dumps(
-                    dict(zip(COLUMNS, (message.content for message in records[i]))), ensure_ascii=False
-                )
+                json.dumps(dict(zip(COLUMNS, (message.content for message in records[i]))), ensure_ascii=False)
                 for i in chosen
             )
             self._records(part).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         if not self.vocab_file.is_file():
             self._call(
                 "vocabulary", [str(ROOT / "tools" / "train_vocab.py"), "--input", str(self._records("base")),
-                "--columns", *COLUMNS, "--vocab_size", "2000", "--output", str(self.vocab_file)],
+                "--columns", *COLUMNS, "--vocab_size", "2000", "--output", str(self.vocab_file)]
             )  # fmt: skip
 
     def run(self) -> str:
@@ -168,20 +161,16 @@ class Comparison:
             settings = (*way.settings, f"load_checkpoint={base}")
             seconds = self._train(key, backwards, self.options.steps, "train", settings)
             load = "load_checkpoint" if key == "full" else "load_adapter"
-            rows.append(
-                (way.name, self._trained(key), seconds, self._evaluate(key, (f"{load}={self.folder / key}",)))
-            )
+            rows.append((way.name, self._trained(key), seconds, self._evaluate(key, (f"{load}={self.folder / key}",))))
         return self._table(rows)
 
-    def _train(
-        self, name: str, columns: Sequence[str], steps: int, part: str, settings: Sequence[str]
-    ) -> float:
+    def _train(self, name: str, columns: Sequence[str], steps: int, part: str, settings: Sequence[str]) -> float:
         epochs = -(-steps // max(_count_lines(self._records(part)) // 16, 1))
         return self._step(
             name, "finetune",
             (f"train_dataset.data_loader.dataset_dir={self._records(part)}",
              f"train_dataset.data_loader.origin_columns=[{','.join(columns)}]", f"runner_config.epochs={epochs}",
-             f"runner_config.max_steps={steps}", "checkpoint.save_steps=null", "logging.tensorboard=False", *settings),
+             f"runner_config.max_steps={steps}", "checkpoint.save_steps=null", "logging.tensorboard=False", *settings)
         )  # fmt: skip
 
     def _evaluate(self, name: str, load: Sequence[str]) -> dict[str, float]:

@@ -32,24 +32,15 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Example: python tools/convert_weight.py --input chatglm3-6b --output glm3_6b.ckpt",
         allow_abbrev=False,
     )
+    parser.add_argument("--input", required=True, metavar="PATH", help="folder, .safetensors, .ckpt or .bin to read")
     parser.add_argument(
-        "--input", required=True, metavar="PATH", help="folder, .safetensors, .ckpt or .bin to read"
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="PATH",
-        help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)",
+        "--output", required=True, metavar="PATH", help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)"
     )
     parser.add_argument(
         "--config", metavar="PATH", help="folder with config.json, a .json or .yaml; needed for a single file"
     )
-    parser.add_argument(
-        "--dtype", choices=FLOAT_TYPES, help="storage type of the output (default: that of the input)"
-    )
-    parser.add_argument(
-        "--max_shard_size", metavar="SIZE", help="largest file of a Hugging Face folder (default: 2GB)"
-    )
+    parser.add_argument("--dtype", choices=FLOAT_TYPES, help="storage type of the output (default: that of the input)")
+    parser.add_argument("--max_shard_size", metavar="SIZE", help="largest file of a Hugging Face folder (default: 2GB)")
     parser.add_argument("--to", choices=TARGETS, help="kind of output (default: by the ending of --output)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser

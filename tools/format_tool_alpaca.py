@@ -68,11 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", default="tool_alpaca.jsonl", metavar="FILE", help="JSON lines (default: %(default)s)"
     )
-    parser.add_argument(
-        "--skip_bad",
-        action="store_true",
-        help="list what cannot be converted, and skip it",
-    )
+    parser.add_argument("--skip_bad", action="store_true", help="list what cannot be converted, and skip it")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 
@@ -156,9 +152,7 @@ def write_conversations(path: Path, file: TextIO, report: Report) -> None:
 def _tools(record: Any) -> tuple[list[str], set[str]]:
     """The documentation of the tools, and the names of their functions."""
     if not isinstance(record, dict):
-        raise BadRecordError(
-            f"must be an object with Name, Function_Description and Instances, found {_kind(record)}"
-        )
+        raise BadRecordError(f"must be an object with Name, Function_Description and Instances, found {_kind(record)}")
     _text(record, "Name")
     descriptions = _value(record, "Function_Description", dict)
     for name in descriptions:

@@ -16,21 +16,8 @@ from pathlib import Path
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glm_ms.launch.hccn import (
-    card_range,
-    host_address,
-    note_on_halves,
-    physical_cards,
-    read_addresses,
-    visible_cards,
-)
-from glm_ms.launch.rank_table import (
-    RankTableError,
-    check_address,
-    name_numbers,
-    single_server,
-    write_rank_table,
-)
+from glm_ms.launch.hccn import card_range, host_address, note_on_halves, physical_cards, read_addresses, visible_cards
+from glm_ms.launch.rank_table import RankTableError, check_address, name_numbers, single_server, write_rank_table
 from glm_ms.storage.atomic import check_target
 
 

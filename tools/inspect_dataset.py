@@ -45,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of a run")
     parser.add_argument(
-        "--part",
-        choices=("train", "eval"),
-        help="data set to show (default: the one that the run_mode reads)",
+        "--part", choices=("train", "eval"), help="data set to show (default: the one that the run_mode reads)"
     )
     parser.add_argument(
         "--num_records", type=int, default=3, metavar="N", help="records to show (default: %(default)s)"

@@ -41,23 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--adapter", required=True, metavar="PATH", help="LoRA adapter: folder, or output folder of its run"
     )
     parser.add_argument(
-        "--output",
-        required=True,
-        metavar="PATH",
-        help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)",
+        "--output", required=True, metavar="PATH", help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)"
     )
-    parser.add_argument(
-        "--remove", action="store_true", help="remove the adapter from a base it was merged into"
-    )
+    parser.add_argument("--remove", action="store_true", help="remove the adapter from a base it was merged into")
     parser.add_argument(
         "--config", metavar="PATH", help="folder with config.json, a .json or .yaml; needed for a single file"
     )
-    parser.add_argument(
-        "--dtype", choices=FLOAT_TYPES, help="storage type of the output (default: that of the base)"
-    )
-    parser.add_argument(
-        "--max_shard_size", metavar="SIZE", help="largest file of a Hugging Face folder (default: 2GB)"
-    )
+    parser.add_argument("--dtype", choices=FLOAT_TYPES, help="storage type of the output (default: that of the base)")
+    parser.add_argument("--max_shard_size", metavar="SIZE", help="largest file of a Hugging Face folder (default: 2GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 
@@ -69,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         stored = read_adapter(options.adapter)
         if is_adapter_folder(resolve_checkpoint(options.base)):
-            raise AdapterError(
-                f"{options.base}: --base: this is an adapter; give the weights that it was trained on"
-            )
+            raise AdapterError(f"{options.base}: --base: this is an adapter; give the weights that it was trained on")
         conversion = plan_merge(
             plan_conversion(
                 options.base,
@@ -113,9 +102,7 @@ def plan_merge(conversion: Conversion, stored: StoredAdapter, remove: bool) -> C
         down, up = (stored.tensors[f"{module}lora_{half}.weight"].shape for half in "AB")
         found = (up[0], down[1])
         if found != tuple(conversion.shapes[name]):
-            problems.append(
-                f"{name}: {list(conversion.shapes[name])} in the base, {list(found)} in the adapter"
-            )
+            problems.append(f"{name}: {list(conversion.shapes[name])} in the base, {list(found)} in the adapter")
     if problems:
         raise AdapterError(
             f"{stored.path}: made for another base than {conversion.reader.path}: {capped(sorted(problems))}"

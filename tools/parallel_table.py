@@ -50,11 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="launcher that runs the Ascend compiler of MindSpore without a card; not part of this project",
     )
     options = parser.parse_args(arguments)
-    print(
-        "| data x model x stages | optimizer | "
-        + " | ".join(SHOWN)
-        + " | weights | with moments and gradients |"
-    )
+    print("| data x model x stages | optimizer | " + " | ".join(SHOWN) + " | weights | with moments and gradients |")
     print("|---" * (len(SHOWN) + 4) + "|")
     for layout in LAYOUTS:
         try:
@@ -79,9 +75,7 @@ def compiled(rig: Path, layout: tuple[int, int, int, bool]) -> Mapping[str, Sequ
         line = [str(rig), "--ranks", "8", "--only", "0", "--target", "ascend", "--timeout", "1500", "--out", folder,
                 "--", str(STEP), str(CONFIG), str(2 * stages), *keys]  # fmt: skip
         environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY)}
-        subprocess.run(
-            line, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        subprocess.run(line, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return json.loads(Path(folder, "slices_rank_0.json").read_text(encoding="utf-8"))
 
 

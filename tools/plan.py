@@ -101,9 +101,7 @@ def _for_cards(settings: Settings, config: str, cards: int | None) -> tuple[list
             f"--cards {cards}: is not divisible by model_parallel x pipeline_stage = {fixed} of {config}"
         )
     if not settings.use_parallel:
-        raise SettingsError(
-            f"--cards {cards}: {config} has use_parallel: False; add use_parallel=True, or --cards 1"
-        )
+        raise SettingsError(f"--cards {cards}: {config} has use_parallel: False; add use_parallel=True, or --cards 1")
     more = [f"parallel_config.data_parallel={cards // fixed}"]
     if cards == 1 and not is_sharded(settings):
         more.append("use_parallel=False")
@@ -148,11 +146,7 @@ def _print_nearest(options: argparse.Namespace, settings: Settings, plan: RunPla
 
 def _nothing_fits(settings: Settings, plan: RunPlan, memory: int) -> str:
     if not settings.is_training():
-        alone = (
-            "the weights alone are larger"
-            if plan.card.weights > memory
-            else "not even one row at a time fits"
-        )
+        alone = "the weights alone are larger" if plan.card.weights > memory else "not even one row at a time fits"
         return f"nothing near it fits: {alone}. Take cards with more memory"
     remedy = "shorten its rows" if settings.model.pet_config.pet_type else (
         "train an adapter (model.pet_config.pet_type=lora)"

@@ -46,11 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="strategy of the source: a file, or a folder with those of the ranks (default: the source is whole)",
     )
-    add(
-        "--dst_ckpt_strategy",
-        metavar="PATH",
-        help="strategy of the output (default: make one whole checkpoint)",
-    )
+    add("--dst_ckpt_strategy", metavar="PATH", help="strategy of the output (default: make one whole checkpoint)")
     add(
         "--src_ckpt_dir",
         required=True,
@@ -63,12 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder to create, with rank_N/<prefix>N.<format>, or the files of an adapter",
     )
-    add(
-        "--prefix",
-        default="checkpoint_",
-        metavar="NAME",
-        help="start of the file names (default: checkpoint_)",
-    )
+    add("--prefix", default="checkpoint_", metavar="NAME", help="start of the file names (default: checkpoint_)")
     add("--format", choices=FORMATS, help="format of the output (default: that of the source)")
     add(
         "--step",

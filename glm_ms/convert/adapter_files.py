@@ -43,9 +43,7 @@ class AdapterFiles:
 
 
 # As in the library `peft`, and in the original P-Tuning v2 code.
-LORA = AdapterFiles(
-    "adapter_config.json", "adapter_model.safetensors", "base_model.model.", (".lora_A.", ".lora_B.")
-)
+LORA = AdapterFiles("adapter_config.json", "adapter_model.safetensors", "base_model.model.", (".lora_A.", ".lora_B."))
 PREFIX = AdapterFiles(CONFIG, "prefix_encoder.safetensors", "", ("transformer.prefix_encoder.",))
 KINDS = (LORA, PREFIX)
 COMPANIONS = (CONFIG, LORA.config)

@@ -13,14 +13,7 @@ import numpy as np
 
 from glm_ms.convert.dtypes import check_float_type, convert_dtype
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, open_checkpoint
-from glm_ms.convert.writers import (
-    DEFAULT_SHARD_SIZE,
-    FILE_ENDINGS,
-    Shapes,
-    size_in_bytes,
-    write_file,
-    write_hf_folder,
-)
+from glm_ms.convert.writers import DEFAULT_SHARD_SIZE, FILE_ENDINGS, Shapes, size_in_bytes, write_file, write_hf_folder
 from glm_ms.families import read_config
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.storage.atomic import check_target
@@ -84,7 +77,7 @@ class Conversion:
             if self.target == "hf":
                 write_hf_folder(
                     self.output, self.config, self.shapes, self.dtype, stream, self.max_shard_size,
-                    self.extra_files, self.overwrite,
+                    self.extra_files, self.overwrite
                 )  # fmt: skip
             else:
                 write_file(self.output, self.shapes, self.dtype, stream, self.overwrite)
@@ -235,9 +228,6 @@ def _check_apart(reader: CheckpointReader, output: Path) -> None:
 def _tokenizer_files(source: Path, config: str | Path | None) -> tuple[Path, ...]:
     folders = [folder for folder in (source, Path(config) if config else source) if folder.is_dir()]
     found = {
-        name: folder / name
-        for folder in reversed(folders)
-        for name in TOKENIZER_FILES
-        if (folder / name).is_file()
+        name: folder / name for folder in reversed(folders) for name in TOKENIZER_FILES if (folder / name).is_file()
     }
     return tuple(found.values())

@@ -119,9 +119,7 @@ def _bounded(file: BinaryIO, span: Span) -> Iterator[tuple[int, int | Span]]:
     return fields(file, span[0], sum(span))
 
 
-def write_mindspore(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, arrays: Iterator[np.ndarray]
-) -> None:
+def write_mindspore(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, arrays: Iterator[np.ndarray]) -> None:
     """Writes a `.ckpt` that `mindspore.load_checkpoint` reads, with one tensor in memory at a time.
 
     Args:

@@ -130,9 +130,7 @@ def _block_shapes(config: GLMConfig, block: str) -> dict[str, tuple[int, ...]]:
         ),
         **_dense_shapes(f"{block}.self_attention.dense", config.hidden_size, config.query_size, dense_bias),
         **_norm_shapes(config, f"{block}.post_attention_layernorm"),
-        **_dense_shapes(
-            f"{block}.mlp.dense_h_to_4h", 2 * config.ffn_hidden_size, config.hidden_size, dense_bias
-        ),
+        **_dense_shapes(f"{block}.mlp.dense_h_to_4h", 2 * config.ffn_hidden_size, config.hidden_size, dense_bias),
         **_dense_shapes(f"{block}.mlp.dense_4h_to_h", config.hidden_size, config.ffn_hidden_size, dense_bias),
     }
 

@@ -11,14 +11,7 @@ import numpy as np
 
 from glm_ms.convert.dtypes import check_float_type, convert_dtype, is_floating
 from glm_ms.convert.mindspore_file import MindSporeFile
-from glm_ms.convert.names import (
-    INV_FREQ,
-    expected_shapes,
-    is_training_state,
-    joint_of,
-    part_names,
-    to_glm_name,
-)
+from glm_ms.convert.names import INV_FREQ, expected_shapes, is_training_state, joint_of, part_names, to_glm_name
 from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.convert.tensor_file import TensorFile, described_slice
 from glm_ms.convert.torch_file import TorchFile
@@ -146,9 +139,7 @@ class CheckpointReader:
         home = self._home.setdefault(name, {})
         if place in home or (home and number == 1):
             other, its_name = home[place] if place in home else next(iter(home.values()))
-            raise CheckpointError(
-                f"{file.path}: {stored} is stored twice; also as {its_name} in {other.path.name}"
-            )
+            raise CheckpointError(f"{file.path}: {stored} is stored twice; also as {its_name} in {other.path.name}")
         home[place] = (file, stored)
 
     def _check_parts(self) -> None:
@@ -244,13 +235,9 @@ def _open_shards(folder: Path, index: Path) -> CheckpointReader:
     ]
     if lacking:
         raise CheckpointError(f"{index}: {len(lacking)} tensors are not in their shard: {capped(lacking)}")
-    unlisted = [
-        f"{name} (in {file.path.name})" for file in files for name in file.entries if name not in shard_of
-    ]
+    unlisted = [f"{name} (in {file.path.name})" for file in files for name in file.entries if name not in shard_of]
     if unlisted:
-        raise CheckpointError(
-            f"{index}: {len(unlisted)} tensors of the shards are not listed: {capped(unlisted)}"
-        )
+        raise CheckpointError(f"{index}: {len(unlisted)} tensors of the shards are not listed: {capped(unlisted)}")
     return CheckpointReader(folder, files, {name: position[shard] for name, shard in shard_of.items()})
 
 
@@ -298,9 +285,7 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
         if items
     ]
     if problems and reader.slice is not None:
-        problems.append(
-            f"\n  It is the slice of {reader.slice}: merge all slices with tools/transform_ckpt.py"
-        )
+        problems.append(f"\n  It is the slice of {reader.slice}: merge all slices with tools/transform_ckpt.py")
     if problems:
         raise CheckpointError(
             f"{reader.path}: {len(found)} parameters do not fit the config, which expects {len(expected)}"
@@ -308,9 +293,7 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
         )
 
 
-def load_parameters(
-    reader: CheckpointReader, config: GLMConfig, dtype: str
-) -> Iterator[tuple[str, np.ndarray]]:
+def load_parameters(reader: CheckpointReader, config: GLMConfig, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Checks a checkpoint with a config, then gives its parameters one at a time.
 
     Args:

@@ -62,11 +62,7 @@ class SafetensorsFile(TensorFile):
 
 
 def write_safetensors(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: str,
-    arrays: Iterator[np.ndarray],
-    metadata: dict[str, str],
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, arrays: Iterator[np.ndarray], metadata: dict[str, str]
 ) -> None:
     """Writes one file, with one tensor in memory at a time.
 
@@ -131,7 +127,6 @@ def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
     *shape, begin, end = numbers
     if len(shape) != len(value["shape"]) or value.get("dtype") not in FROM_SAFETENSORS:
         raise CheckpointError(
-            f"{path}: {name}: type {value.get('dtype')!r} cannot be read; "
-            f"known: {', '.join(FROM_SAFETENSORS)}"
+            f"{path}: {name}: type {value.get('dtype')!r} cannot be read; known: {', '.join(FROM_SAFETENSORS)}"
         )
     return TensorInfo(tuple(shape), FROM_SAFETENSORS[value["dtype"]]), begin, end

@@ -77,9 +77,7 @@ class TensorFile:
                 while done < end:
                     count = self._file.readinto(view[done:end])  # type: ignore[attr-defined]
                     if not count:
-                        raise CheckpointError(
-                            f"{self.path}: ends too early; the file is truncated, fetch it again"
-                        )
+                        raise CheckpointError(f"{self.path}: ends too early; the file is truncated, fetch it again")
                     done += count
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error

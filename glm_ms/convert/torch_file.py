@@ -63,9 +63,7 @@ class TorchFile(TensorFile):
             ) from None
         try:
             # Only ZIP files can be mapped; the format before torch 1.6 is read at once.
-            state = torch.load(
-                self.path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP) or None
-            )
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP) or None)
         except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(

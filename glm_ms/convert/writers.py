@@ -32,9 +32,7 @@ def size_in_bytes(shapes: Shapes, dtype: str) -> int:
     return sum(math.prod(shape) for shape in shapes.values()) * DTYPES[dtype].storage.itemsize
 
 
-def write_file(
-    path: str | Path, shapes: Shapes, dtype: str, parameters: Parameters, overwrite: bool = False
-) -> None:
+def write_file(path: str | Path, shapes: Shapes, dtype: str, parameters: Parameters, overwrite: bool = False) -> None:
     """Writes one `.safetensors` or `.ckpt` with glm_ms names; both load in MindSpore.
 
     Args:
@@ -135,9 +133,7 @@ def _check_exhausted(arrays: Iterator[np.ndarray]) -> None:
         raise CheckpointError("more arrays than names")
 
 
-def _renamed(
-    parameters: Parameters, config: GLMConfig, inv_freq: np.ndarray
-) -> Iterator[tuple[str, np.ndarray]]:
+def _renamed(parameters: Parameters, config: GLMConfig, inv_freq: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     for name, array in parameters:
         yield to_hf_name(name, config), array
         del array

@@ -233,9 +233,7 @@ def _prepare(encoder: Encoder, path: Path, batch: list[RawValue]) -> _Prepared:
         sizes.append(len(own_ids))
         input_ids.extend(own_ids)
         labels.extend(own_labels)
-    return _Prepared(
-        np.array(sizes, np.int64), np.array(input_ids, np.int32), np.array(labels, np.int32), error
-    )
+    return _Prepared(np.array(sizes, np.int64), np.array(input_ids, np.int32), np.array(labels, np.int32), error)
 
 
 def _first_rows(parts: Iterable[_Prepared], num_rows: int | None) -> Iterator[_Prepared]:

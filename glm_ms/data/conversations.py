@@ -29,9 +29,7 @@ _MESSAGE_KEYS = ("role", "content", "loss", "name", "parameters", "observation",
 _TOOL_KEYS = ("name", "parameters", "observation")
 _WITHOUT_LOSS = ("system", "user")
 # These words are part of what the released model was trained on.
-_TOOLS_INTRODUCTION = (
-    "Answer the following questions as best as you can. You have access to the following tools:\n"
-)
+_TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:\n"
 
 
 def parse_conversation(value: Any, place: str, columns: Sequence[str] = ()) -> Messages:
@@ -55,9 +53,7 @@ def parse_conversation(value: Any, place: str, columns: Sequence[str] = ()) -> M
             raise DataError(f"{where}: role 'tool' is not known to ConversationDataLoader; {remedy}")
         loss = item["role"] not in _WITHOUT_LOSS
         if _loss_flag(item, where) is not loss:
-            raise DataError(
-                f"{where}: 'loss' has no effect with ConversationDataLoader; remove it, or {remedy}"
-            )
+            raise DataError(f"{where}: 'loss' has no effect with ConversationDataLoader; remove it, or {remedy}")
         messages.append(Message(item["role"], _content(item, where), loss=loss))
     return _checked(messages, place)
 
@@ -214,9 +210,7 @@ def _checked(messages: list[Message], place: str, with_tools: bool = False) -> M
     if systems and systems[-1] != len(systems) - 1:
         raise DataError(f"{place}: a system message must be the first one; move it to the front")
     if not any(message.role == "assistant" for message in messages):
-        raise DataError(
-            f"{place}: no message of the assistant, so there is nothing to learn; remove the record"
-        )
+        raise DataError(f"{place}: no message of the assistant, so there is nothing to learn; remove the record")
     return tuple(messages)
 
 

@@ -173,9 +173,7 @@ class EvalDataset:
         used = f"{len(self._file)} records used"
         if len(self) != len(self._file):
             used = f"{len(self)} answers of {used}"
-        return _described(
-            self.path, used, self.skipped + self.blank, [(self.too_long, self._encoder.too_long)]
-        )
+        return _described(self.path, used, self.skipped + self.blank, [(self.too_long, self._encoder.too_long)])
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:

@@ -115,17 +115,11 @@ class Encoder(ABC):
     too_long: ClassVar[str] = no_labels
 
     def __init__(
-        self,
-        tokenizer: SentencePieceTokenizer,
-        read: Reader,
-        section: Section,
-        max_prompt_length: int | None = None,
+        self, tokenizer: SentencePieceTokenizer, read: Reader, section: Section, max_prompt_length: int | None = None
     ) -> None:
         name = type(tokenizer).__name__
         if self.needs_roles and not tokenizer.roles:
-            raise DataError(
-                f"{name} has no roles, which {section.data_loader.type} needs; use a tokenizer with roles"
-            )
+            raise DataError(f"{name} has no roles, which {section.data_loader.type} needs; use a tokenizer with roles")
         if not section.ignore_pad_token_for_loss and not self.learns_padding:
             raise DataError(f"ignore_pad_token_for_loss = false is not possible with {name}; set it to true")
         self.tokenizer = tokenizer

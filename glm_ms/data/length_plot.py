@@ -60,7 +60,7 @@ def _draw(axes: Axes, statistics: LengthStatistics, kind: str) -> None:
     beyond = np.zeros(len(heights), bool) if limit is None else edges[:-1] >= limit
     axes.bar(
         edges[:-1] + 0.5, heights, np.diff(edges), align="edge", linewidth=0.3, edgecolor="white",
-        color=[_CUT if over else _BAR for over in beyond],
+        color=[_CUT if over else _BAR for over in beyond]
     )  # fmt: skip
     for share, style in ((0.5, ":"), (0.99, "--")):
         place = quantile(values, share)
@@ -85,7 +85,7 @@ def _draw(axes: Axes, statistics: LengthStatistics, kind: str) -> None:
     # Beside the title: inside the axes it hides bars.
     axes.legend(
         loc="lower right", bbox_to_anchor=(1.01, 0.98), ncols=3, frameon=False, fontsize=9, borderpad=0.2,
-        columnspacing=1.4, handlelength=1.6,
+        columnspacing=1.4, handlelength=1.6
     )  # fmt: skip
 
 

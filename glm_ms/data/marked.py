@@ -80,6 +80,5 @@ def _padding(encoder: Encoder, input_ids: Sequence[int], labels: Sequence[int]) 
 def _printable(line: str) -> str:
     """Escapes control characters: a terminal must not obey the text of a record."""
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in line
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in line
     )

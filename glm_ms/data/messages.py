@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from glm_ms.data.encoder import (
-    SHORTEST_PROMPT,
-    Encoder,
-    EvalRow,
-    Lengths,
-    Message,
-    Messages,
-    Section,
-    cut_lengths,
-)
+from glm_ms.data.encoder import SHORTEST_PROMPT, Encoder, EvalRow, Lengths, Message, Messages, Section, cut_lengths
 from glm_ms.data.rows import IGNORED, check_length, left_padded_row, right_padded_row
 from glm_ms.storage.errors import DataError
 
@@ -117,9 +108,7 @@ class ToolAlpacaEncoder(MessageEncoder):
     # A thought before a tool call is one message, and the call the next: both are the assistant's.
     stop_tokens = ("<|assistant|>",)
     layout = staticmethod(right_padded_row)
-    no_labels = (
-        "with nothing to learn within max_seq_length tokens (raise it), or with loss: false throughout"
-    )
+    no_labels = "with nothing to learn within max_seq_length tokens (raise it), or with loss: false throughout"
     too_long = (
         "with so much before the answer that max_seq_length leaves no room for generation.max_new_tokens; "
         "raise the former or lower the latter"

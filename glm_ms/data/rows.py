@@ -29,11 +29,7 @@ def check_length(name: str, value: int, smallest: int = 1) -> None:
 
 
 def right_padded_row(
-    input_ids: Sequence[int],
-    labels: Sequence[int],
-    length: int,
-    pad_token_id: int,
-    pad_label: int = IGNORED,
+    input_ids: Sequence[int], labels: Sequence[int], length: int, pad_token_id: int, pad_label: int = IGNORED
 ) -> Row:
     """A row padded on the right. As in the reference, padding is visible (mask 1) and positions count through it."""
     import numpy as np

@@ -93,9 +93,7 @@ def source_target_ids(
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of plain texts, without a prompt around `source`; see `SourceTargetEncoder.train_ids`."""
     source_ids = tokenizer.encode(source, truncation=True, max_length=max_source_length)
-    target_ids = tokenizer.encode(
-        target, add_special_tokens=False, truncation=True, max_length=max_target_length
-    )
+    target_ids = tokenizer.encode(target, add_special_tokens=False, truncation=True, max_length=max_target_length)
     target_ids.append(tokenizer.eos_token_id)
     pad = tokenizer.pad_token_id
     if not ignore_pad_token_for_loss:

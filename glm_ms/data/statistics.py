@@ -115,11 +115,7 @@ def quantile(values: np.ndarray, share: float) -> int:
 
 
 def measure(
-    path: str | Path,
-    encoder: Encoder,
-    num_samples: int | None = None,
-    num_workers: int = 1,
-    skip_bad: bool = False,
+    path: str | Path, encoder: Encoder, num_samples: int | None = None, num_workers: int = 1, skip_bad: bool = False
 ) -> LengthStatistics:
     """Measures the records of a file, as many as training reads.
 

@@ -67,9 +67,7 @@ class UpdateCallback(Callback):
         reason: str | None
         if scale is not None and record.overflow:
             reason = scale.exhausted()
-            remedy = (
-                "The network has diverged, or leaves the range of float16: use bfloat16 or float32, or lower"
-            )
+            remedy = "The network has diverged, or leaves the range of float16: use bfloat16 or float32, or lower"
         elif math.isfinite(record.loss) and math.isfinite(record.grad_norm):
             return
         else:

@@ -30,9 +30,7 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 Say = Callable[[str], None]
 
 
-def evaluate(
-    settings: Settings, model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, say: Say
-) -> dict[str, Any]:
+def evaluate(settings: Settings, model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, say: Say) -> dict[str, Any]:
     """Measures every metric of the settings on `eval_dataset`.
 
     Writes `eval_scores.json`, and with a metric of texts `eval_predictions.jsonl`, into the output folder. In a
@@ -74,9 +72,7 @@ class Evaluator:
         RankError: the ranks have different records.
     """
 
-    def __init__(
-        self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool = True
-    ) -> None:
+    def __init__(self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool = True) -> None:
         records, vocabulary = (
             settings.eval_dataset.data_loader.dataset_dir,
             settings.processor.tokenizer.vocab_file,
@@ -102,9 +98,7 @@ class _Pass(ABC):
     input: ClassVar[str]
     label: ClassVar[str]
 
-    def __init__(
-        self, settings: Settings, records: EvalDataset | TrainDataset, say: Say, leave: bool
-    ) -> None:
+    def __init__(self, settings: Settings, records: EvalDataset | TrainDataset, say: Say, leave: bool) -> None:
         number, size = len(records), settings.eval_dataset.batch_size
         self._records, self._batch_size, self._leave = records, size, leave
         self._batches = [range(start, min(start + size, number)) for start in range(0, number, size)]
@@ -172,9 +166,7 @@ class _TextPass(_Pass):
         prompts = [record["input_ids"] for record in batch]
         sequences = model.generate(prompts + [prompts[-1]] * (self._batch_size - len(batch)), **self._options)
         stop = self._options["eos_token_id"]
-        return [
-            answer_text(self._tokenizer, ids[len(prompt) :], stop) for prompt, ids in zip(prompts, sequences)
-        ]
+        return [answer_text(self._tokenizer, ids[len(prompt) :], stop) for prompt, ids in zip(prompts, sequences)]
 
 
 class _LossPass(_Pass):

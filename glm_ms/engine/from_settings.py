@@ -30,9 +30,7 @@ def labelled_rows(
     cache = None
     if isinstance(data, TrainDatasetSettings) and data.cache_dir is not None:
         cache = CacheRequest(data.cache_dir, data.num_parallel_workers)
-    return TrainDataset(
-        data.data_loader.dataset_dir, build_encoder(data, tokenizer), data.num_samples, cache, say
-    )
+    return TrainDataset(data.data_loader.dataset_dir, build_encoder(data, tokenizer), data.num_samples, cache, say)
 
 
 def prompts_with_references(

@@ -31,9 +31,7 @@ def generation_options(
     return {**options, "eos_token_id": list(tokenizer.stop_token_ids), "seed": settings.seed}
 
 
-def check_prompt_lengths(
-    prompts: Sequence[Sequence[int]], options: Mapping[str, Any], seq_length: int
-) -> None:
+def check_prompt_lengths(prompts: Sequence[Sequence[int]], options: Mapping[str, Any], seq_length: int) -> None:
     """Checks all prompts before the first answer: one that is too long must not cost the answers to the others.
 
     Args:
@@ -63,9 +61,7 @@ def known_ids(tokenizer: SentencePieceTokenizer, ids: Sequence[int]) -> list[int
     return [int(token) for token in ids if token < tokenizer.vocab_size]
 
 
-def answer_text(
-    tokenizer: SentencePieceTokenizer, ids: Sequence[int], stop_ids: Sequence[int] | None = None
-) -> str:
+def answer_text(tokenizer: SentencePieceTokenizer, ids: Sequence[int], stop_ids: Sequence[int] | None = None) -> str:
     """Generated ids as text, without the stop id at the end and surrounding white space.
 
     Args:

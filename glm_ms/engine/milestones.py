@@ -49,9 +49,7 @@ class Milestones:
 
     def _due(self, step: int, interval: int | None) -> bool:
         """At every multiple, and at the end of the run."""
-        return step == self._run.plan.total_steps or (
-            interval is not None and interval > 0 and step % interval == 0
-        )
+        return step == self._run.plan.total_steps or (interval is not None and interval > 0 and step % interval == 0)
 
     def _evaluate(self, step: int) -> bool:
         """Evaluates, if the run has an evaluator; whether it is the best so far, which the first rank decides."""

@@ -14,12 +14,7 @@ from glm_ms.engine.batches import TrainingPlan, TrainingRows, training_batches
 from glm_ms.engine.callbacks import UpdateCallback
 from glm_ms.engine.checkpoints.best import BestEvaluation
 from glm_ms.engine.checkpoints.position import position_state
-from glm_ms.engine.checkpoints.resume import (
-    check_base_stays,
-    check_checkpoint,
-    remark_on_versions,
-    set_aside,
-)
+from glm_ms.engine.checkpoints.resume import check_base_stays, check_checkpoint, remark_on_versions, set_aside
 from glm_ms.engine.dataset_rows import DatasetRows
 from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.from_settings import labelled_rows
@@ -90,9 +85,7 @@ def train(
         return last
 
 
-def prepare(
-    settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ranks: Ranks, given: Given
-) -> TrainingRun:
+def prepare(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ranks: Ranks, given: Given) -> TrainingRun:
     """Reads records and checkpoint; what cannot be used is refused here or when the model is built."""
     kind = ShardedTraining if is_sharded(settings) else Training
     training = kind(settings, ranks, say, given.model)
@@ -129,9 +122,7 @@ def prepare(
 def begin_output(run: TrainingRun) -> BestEvaluation:
     """Prepares the output folder, after every check has passed: moves an earlier run aside, writes the settings."""
     known = None if run.manifest is None else run.manifest.best
-    best = BestEvaluation(
-        run.output_dir, run.settings.checkpoint.best_metric if run.ranks.first else None, known
-    )
+    best = BestEvaluation(run.output_dir, run.settings.checkpoint.best_metric if run.ranks.first else None, known)
     own = run.training.checkpoints.folder
     if run.ranks.first:
         aside = set_aside(run.output_dir, run.checkpoint)
@@ -157,12 +148,7 @@ def fit(run: TrainingRun, best: BestEvaluation, callbacks: tuple[Callback, ...])
     settings, training = run.settings, run.training
     logging = settings.logging
     log = ProgressLog(
-        run.output_dir,
-        run.plan.total_steps,
-        run.start,
-        logging.log_steps,
-        logging.tensorboard,
-        run.ranks.first,
+        run.output_dir, run.plan.total_steps, run.start, logging.log_steps, logging.tensorboard, run.ranks.first
     )
     try:
         register_classes(settings)

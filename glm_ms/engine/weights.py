@@ -81,9 +81,7 @@ def adapter_config(settings: Settings) -> AdapterConfig | None:
     return None if pet.pet_type is None else ADAPTERS[pet.pet_type].config(pet)
 
 
-def _checked_against_settings(
-    model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig
-) -> StoredAdapter:
+def _checked_against_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig) -> StoredAdapter:
     """A stored adapter with the dropout of the settings, for further training.
 
     Raises:
@@ -91,9 +89,7 @@ def _checked_against_settings(
     """
     then: Any = stored.config
     if then.kind != wanted.kind:
-        raise AdapterError(
-            f"{stored.path}: a {then.kind} adapter, but model.pet_config.pet_type is {wanted.kind}"
-        )
+        raise AdapterError(f"{stored.path}: a {then.kind} adapter, but model.pet_config.pet_type is {wanted.kind}")
     different = ADAPTERS[wanted.kind].load().differences(stored, wanted, model.network)
     if different:
         raise AdapterError(f"{stored.path}: does not fit the settings: {'; '.join(different)}")

@@ -49,9 +49,7 @@ def tokenizer_names() -> tuple[str, ...]:
     return tuple(family.tokenizer.__name__ for family in FAMILIES.values())
 
 
-def build_encoder(
-    section: Section, tokenizer: SentencePieceTokenizer, max_prompt_length: int | None = None
-) -> Encoder:
+def build_encoder(section: Section, tokenizer: SentencePieceTokenizer, max_prompt_length: int | None = None) -> Encoder:
     """The encoder of the records of a `train_dataset` or `eval_dataset` section.
 
     Args:
@@ -64,9 +62,7 @@ def build_encoder(
     """
     data_format = FORMATS.get(section.data_loader.type)
     if data_format is None:
-        raise DataError(
-            f"data_loader.type: {section.data_loader.type!r} is not known; use one of {', '.join(FORMATS)}"
-        )
+        raise DataError(f"data_loader.type: {section.data_loader.type!r} is not known; use one of {', '.join(FORMATS)}")
     encoder = data_format.encoder or family_of(tokenizer).encoder
     return encoder(tokenizer, data_format.read, section, max_prompt_length)
 

@@ -51,9 +51,7 @@ def load_adapter(network: GLMNetwork, source: str | Path | StoredAdapter) -> tup
         adapter.assign(stored.tensors, stored.path)
         change = float(np.abs(_probe(network) - before).max())
         if not np.isfinite(change):
-            raise AdapterError(
-                f"{stored.path}: with this adapter the network gives no numbers (NaN or infinity)"
-            )
+            raise AdapterError(f"{stored.path}: with this adapter the network gives no numbers (NaN or infinity)")
         if change == 0:
             raise AdapterError(
                 f"{stored.path}: this adapter changes nothing: the logits of a probe prompt are those of the base. "

@@ -80,9 +80,7 @@ class FinishedHypotheses:
         return sorted(self.hypotheses, key=lambda one: one.score)[::-1][:count]
 
 
-def beam_search(
-    decoder: Decoder, prompts: Sequence[Prompt], config: GenerationConfig
-) -> list[list[BeamHypothesis]]:
+def beam_search(decoder: Decoder, prompts: Sequence[Prompt], config: GenerationConfig) -> list[list[BeamHypothesis]]:
     """Searches the best continuations of each prompt; prompts do not influence each other.
 
     Args:

@@ -13,9 +13,7 @@ from glm_ms.generation.inputs import Prompt, new_token_limits
 from glm_ms.generation.sampling import row_samplers
 
 
-def stream(
-    decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]
-) -> Iterator[np.ndarray]:
+def stream(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]) -> Iterator[np.ndarray]:
     """Greedy decoding or sampling, one step at a time. Each row gets what it gets alone.
 
     Args:
@@ -50,9 +48,7 @@ def check_streamable(config: GenerationConfig) -> None:
         )
 
 
-def generate(
-    decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]
-) -> list[list[int]]:
+def generate(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]) -> list[list[int]]:
     """Generates to the end: greedy, sampling or beam search.
 
     Args:

@@ -48,9 +48,7 @@ class GLMForCausalLM:
         self._build(config, family_of(config).build_network(config) if network is None else network)
 
     @classmethod
-    def from_parameters(
-        cls, config: GLMConfig, parameters: Iterable[tuple[str, np.ndarray]]
-    ) -> GLMForCausalLM:
+    def from_parameters(cls, config: GLMConfig, parameters: Iterable[tuple[str, np.ndarray]]) -> GLMForCausalLM:
         """Builds a model around given weights without drawing random ones first.
 
         Args:
@@ -180,13 +178,9 @@ class GLMForCausalLM:
         labels = np.stack(integer_rows(labels, "labels", like=rows))
         labelled = labels[:, 1:][labels[:, 1:] != IGNORED_LABEL]
         if not labelled.size:
-            raise ValueError(
-                f"labels: no label besides {IGNORED_LABEL} after the first token: no loss to compute"
-            )
+            raise ValueError(f"labels: no label besides {IGNORED_LABEL} after the first token: no loss to compute")
         for wrong in labelled[(labelled < 0) | (labelled >= self.config.padded_vocab_size)]:
-            raise ValueError(
-                f"labels: {wrong} is outside the vocabulary 0..{self.config.padded_vocab_size - 1}"
-            )
+            raise ValueError(f"labels: {wrong} is outside the vocabulary 0..{self.config.padded_vocab_size - 1}")
         total, count = run_cell(self._with_loss, ids, labels, mask, positions, slots)
         return GRAPHS.run(operator.truediv, total, count)
 

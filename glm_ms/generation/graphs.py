@@ -80,8 +80,6 @@ class Logits(nn.Cell):
         super().__init__(auto_prefix=False)
         self.network = network
 
-    def construct(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor
-    ) -> Tensor:
+    def construct(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor) -> Tensor:
         """As `GLMNetwork.construct`, without dropout."""
         return self.network(input_ids, attention_mask, position_ids, slots)

@@ -27,12 +27,7 @@ class Prompt:
 
 
 def prepare_prompts(
-    input_ids: Any,
-    attention_mask: Any = None,
-    position_ids: Any = None,
-    *,
-    vocab_size: int,
-    pad_token_id: int = 0,
+    input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, vocab_size: int, pad_token_id: int = 0
 ) -> list[Prompt]:
     """Checks prompts and removes their padding.
 

@@ -124,9 +124,7 @@ def build_warpers(config: GenerationConfig) -> list[ScoreFilter]:
     return filters
 
 
-def apply_filters(
-    filters: Sequence[ScoreFilter], scores: np.ndarray, seen: np.ndarray | None = None
-) -> np.ndarray:
+def apply_filters(filters: Sequence[ScoreFilter], scores: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
     """Runs scores float32 [B, V] through `filters`; `seen` bool [B, V] as in `mark_seen`."""
     for one in filters:
         scores = one(scores, seen)

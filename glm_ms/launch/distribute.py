@@ -107,9 +107,7 @@ def device_range(text: str) -> range:
     """
     match = _RANGE.fullmatch(text.strip())
     if match is None or int(match[1]) >= int(match[2]):
-        raise LaunchError(
-            f'DEVICE_RANGE {text}: not a range such as "[0,8)", which means 0 to 7; keep the quotes'
-        )
+        raise LaunchError(f'DEVICE_RANGE {text}: not a range such as "[0,8)", which means 0 to 7; keep the quotes')
     return range(int(match[1]), int(match[2]))
 
 
@@ -186,9 +184,7 @@ def launch(arguments: Sequence[str], say: Say, show: Show) -> int:
     interrupts = Interrupts()
     holder = claim(f"logs {LOG_DIR.resolve()}")
     if holder is None:
-        raise LaunchError(
-            f"{LOG_DIR}: another job is writing its logs there; start this one in another folder"
-        )
+        raise LaunchError(f"{LOG_DIR}: another job is writing its logs there; start this one in another folder")
     alone = len(table.servers) == 1
     logs = {device.rank_id: LOG_DIR / f"rank_{device.rank_id}" / LOG_NAME for device in server.devices}
     # Other servers may share the folder and have started: then only the logs of these ranks are old.
@@ -211,14 +207,12 @@ def launch(arguments: Sequence[str], say: Say, show: Show) -> int:
             with log.open("wb") as file:
                 process = subprocess.Popen(
                     request.command(), env={**environment, **own}, stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=file, start_new_session=True,
+                    stderr=file, start_new_session=True
                 )  # fmt: skip
             process.returncode = 0  # so that only the job waits for it, not this object
             members[process.pid] = Member(f"rank {device.rank_id}", log)
         ranks = sorted(logs)
-        say(
-            f"ranks {name_numbers(ranks)} of {table.rank_size} started; rank {ranks[0]} follows, all logs: {LOG_DIR}"
-        )
+        say(f"ranks {name_numbers(ranks)} of {table.rank_size} started; rank {ranks[0]} follows, all logs: {LOG_DIR}")
         return members
 
     with holder:

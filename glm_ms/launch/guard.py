@@ -40,7 +40,7 @@ class Guard:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(Path(__file__).resolve()), str(reading), token],
                 env=own, pass_fds=[reading], cwd="/", start_new_session=True, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )  # fmt: skip
         except OSError:
             os.close(self._writing)

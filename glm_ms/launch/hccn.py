@@ -45,9 +45,7 @@ def card_range(text: str) -> range:
     elif _COUNT.fullmatch(text):
         cards = range(int(text))
     else:
-        raise RankTableError(
-            f'--device_num "{text}": write a range such as "[0,8)" for cards 0 to 7, or a number'
-        )
+        raise RankTableError(f'--device_num "{text}": write a range such as "[0,8)" for cards 0 to 7, or a number')
     if not cards:
         reverse = f'; did you mean "[{cards.stop},{cards.start})"?' if cards.stop < cards.start else ""
         raise RankTableError(f'--device_num "{text}": has no cards{reverse}')
@@ -163,9 +161,7 @@ def read_hccn_conf(path: Path) -> dict[int, str]:
             raise RankTableError(f"{path}:{number}: {line.strip()!r}: write it as address_0=192.98.92.107")
         card, address = int(match[1]), match[2]
         if addresses.get(card, address) != address:
-            raise RankTableError(
-                f"{path}:{number}: card {card} has two addresses, {addresses[card]} and {address}"
-            )
+            raise RankTableError(f"{path}:{number}: card {card} has two addresses, {addresses[card]} and {address}")
         addresses[card] = address
     return addresses
 
@@ -187,7 +183,7 @@ def _ask_for_all(tool: Path, cards: Iterable[int]) -> tuple[dict[int, str], dict
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                timeout=_TIMEOUT, check=False,
+                timeout=_TIMEOUT, check=False
             )  # fmt: skip
         except OSError as error:
             raise RankTableError(f"{tool}: cannot be started: {error.strerror}") from None
@@ -248,9 +244,7 @@ def host_address() -> str:
     if len(usable) == 1:
         return usable[0]
     if usable:
-        raise RankTableError(
-            f"this host ({name}) has several addresses: {', '.join(usable)}; give one as --server_ip"
-        )
+        raise RankTableError(f"this host ({name}) has several addresses: {', '.join(usable)}; give one as --server_ip")
     means = f"resolves to {', '.join(named)}" if named else "resolves to no address"
     route = _route_address()
     offer = f", perhaps {route} (its default route)" if route else ""

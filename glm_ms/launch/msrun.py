@@ -61,9 +61,7 @@ def check_machine(job: Job) -> None:
             "as the others see it, or the NODE_RANK of this server"
         )
     if any(address.startswith("127.") or address == "::1" for address in found):
-        raise LaunchError(
-            f"MASTER_ADDR {job.master_addr}: the other servers cannot reach it; give another address"
-        )
+        raise LaunchError(f"MASTER_ADDR {job.master_addr}: the other servers cannot reach it; give another address")
 
 
 def reserve_port(job: Job, say: Say) -> tuple[int, socket.socket | None]:
@@ -79,9 +77,7 @@ def reserve_port(job: Job, say: Say) -> tuple[int, socket.socket | None]:
     if holder is not None:
         return wanted, holder
     if job.port is not None:
-        raise LaunchError(
-            f"MASTER_PORT {wanted} is taken by another program of this server; give another one"
-        )
+        raise LaunchError(f"MASTER_PORT {wanted} is taken by another program of this server; give another one")
     while holder is None:
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -145,7 +141,7 @@ def launch(arguments: Sequence[str], say: Say, show: Show) -> int:
     try:
         return run_ranks(
             lambda environment: start_and_adopt(job, command, environment, interrupts, say),
-            environment, interrupts, say, show, job.alone,
+            environment, interrupts, say, show, job.alone
         )  # fmt: skip
     finally:
         for holder in (log_dir_holder, port_holder):
@@ -173,7 +169,7 @@ def start_and_adopt(
             msrun = subprocess.Popen(
                 [sys.executable, "-m", "glm_ms.launch.msrun_start", str(end_of_msrun), str(program), *command[1:]],
                 env={**environment, "PYTHONPATH": path}, pass_fds=[end_of_msrun],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )  # fmt: skip
         finally:
             os.close(end_of_msrun)

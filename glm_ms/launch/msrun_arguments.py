@@ -166,9 +166,7 @@ def _command(text: str) -> tuple[str, ...]:
         raise LaunchError('the first argument is empty; give a script, as in "run_glm.py --config X.yaml"')
     script = words[0]
     if script in _LAUNCHERS or script.startswith("-"):
-        raise LaunchError(
-            f"{script}: the first argument begins with a Python script; the launcher calls msrun itself"
-        )
+        raise LaunchError(f"{script}: the first argument begins with a Python script; the launcher calls msrun itself")
     if script.isdecimal():
         raise LaunchError(
             f"{script}: not a script; the first argument is the script with its arguments in quotes, the numbers follow"

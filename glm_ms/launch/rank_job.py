@@ -47,9 +47,7 @@ class Member:
     is_rank: bool = True
 
 
-def run_command(
-    usage: str, launch: Callable[[Sequence[str], Say, Show], int], arguments: Sequence[str]
-) -> int:
+def run_command(usage: str, launch: Callable[[Sequence[str], Say, Show], int], arguments: Sequence[str]) -> int:
     """Command line of a launcher.
 
     Returns:
@@ -215,9 +213,7 @@ class RankJob:
             self._look()
             waited = time.monotonic() - begin
             if self._alone and waited > _SCHEDULER_END_SECONDS:
-                self._say(
-                    f"note: all ranks have succeeded; killing the scheduler, still there after {waited:.0f} s"
-                )
+                self._say(f"note: all ranks have succeeded; killing the scheduler, still there after {waited:.0f} s")
                 return
             if not self._alone and waited > 10 and not told:
                 self._say("the ranks of this server have succeeded; waiting for those of the other servers")
@@ -240,9 +236,7 @@ class RankJob:
         member = self._members[cause]
         reason = reason_in(self._logs[cause].text())
         self._say("")
-        self._say(
-            f"last output of {member.name}:\n{reason}\n" if reason else f"{member.name} wrote nothing.\n"
-        )
+        self._say(f"last output of {member.name}:\n{reason}\n" if reason else f"{member.name} wrote nothing.\n")
         also = ", ".join(self._described(process) for process in others if process != cause)
         if also:
             self._say(f"after it: {also}")
@@ -272,9 +266,7 @@ class RankJob:
         status = self._ends[process][1]
         if status >= 0:
             return f"{name} failed (exit status {status})"
-        hint = (
-            "; by a user, or by the system for lack of memory: see dmesg" if -status == signal.SIGKILL else ""
-        )
+        hint = "; by a user, or by the system for lack of memory: see dmesg" if -status == signal.SIGKILL else ""
         return f"{name} was ended by signal {-status} ({signal.Signals(-status).name}{hint})"
 
     def _interrupted(self) -> int:

@@ -135,9 +135,7 @@ def parse_rank_table(path: str | Path) -> RankTable:
 
 def _check_template(table: dict[str, Any], where: str) -> None:
     if "group_list" in table:
-        raise RankTableError(
-            f"{where}a rank table of template 2 (group_list); make a new one with tools/hccl_tools.py"
-        )
+        raise RankTableError(f"{where}a rank table of template 2 (group_list); make a new one with tools/hccl_tools.py")
     if not table.keys() & {*_TABLE_KEYS}:
         raise RankTableError(f"{where}not a rank table: none of the keys {', '.join(_TABLE_KEYS)}")
     version = _value(table, "version", str, where)

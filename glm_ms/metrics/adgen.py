@@ -37,9 +37,7 @@ def adgen_scores(prediction: str, reference: str) -> dict[str, float]:
         if not isinstance(text, str):
             raise TypeError(f"{name} is {type(text).__name__}, expected str (decode token ids first)")
     if not reference.strip():
-        raise ValueError(
-            f"reference = {reference!r}: has no word to compare with; remove the record from the data set"
-        )
+        raise ValueError(f"reference = {reference!r}: has no word to compare with; remove the record from the data set")
     if not prediction.strip():
         return dict.fromkeys(SCORE_NAMES, 0.0)
     scores = _rouge(_segment(prediction), _segment(reference))
@@ -83,9 +81,7 @@ class ADGENMetric(Metric):
             if isinstance(texts, (str, bytes)):
                 raise TypeError(f"{name} is a single string, expected a list of strings")
         if len(predictions) != len(references):
-            raise ValueError(
-                f"{len(predictions)} predictions for {len(references)} references: there must be one each"
-            )
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references: there must be one each")
         scores = []
         for index, (prediction, reference) in enumerate(zip(predictions, references)):
             try:

@@ -55,9 +55,7 @@ class PerplexityMetric(Metric):
             ValueError: there is no target token.
         """
         if not self._num_tokens:
-            raise ValueError(
-                "PerplexityMetric: no target tokens; the data set is empty or all its labels are ignored"
-            )
+            raise ValueError("PerplexityMetric: no target tokens; the data set is empty or all its labels are ignored")
         loss = self._loss_sum / self._num_tokens
         try:
             perplexity = math.exp(loss)

@@ -73,9 +73,7 @@ class MindFormersGLMConfig(PretrainedConfig):
         source = str(kwargs["name_or_path"]) or type(self).__name__
         _reject_unknown(kwargs, source)
         if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise ConfigError(
-                f"{source}: model_type = {kwargs['model_type']!r}: expected {self.model_type!r}"
-            )
+            raise ConfigError(f"{source}: model_type = {kwargs['model_type']!r}: expected {self.model_type!r}")
         super().__init__(**{key: kwargs[key] for key in _OF_BASE_CLASS if key in kwargs})
         self.architectures = self.architectures or [MODEL_TYPE]
         self.tokenizer_class = TOKENIZER_CLASS

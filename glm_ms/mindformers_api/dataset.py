@@ -45,9 +45,7 @@ class GLMDataset:
             raise SettingsError(converter.problems)
         tokenizer = dataset_config.tokenizer
         if not tokenizer or tokenizer.type not in _TOKENIZERS:
-            raise SettingsError(
-                f"tokenizer.type: must be one of {', '.join(_TOKENIZERS)}, found {tokenizer!r}"
-            )
+            raise SettingsError(f"tokenizer.type: must be one of {', '.join(_TOKENIZERS)}, found {tokenizer!r}")
         rows = labelled_rows(section, _TOKENIZERS[tokenizer.type](tokenizer.vocab_file).core)
         plan = TrainingPlan(
             num_rows=len(rows),

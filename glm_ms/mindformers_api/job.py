@@ -107,13 +107,9 @@ def check_network(network: MindFormersGLM, settings: Settings) -> None:
         wanted.padded_vocab_size = core.padded_vocab_size
     different = different_fields(settings.glm_config(), core, "the model")
     if core.seq_length < wanted.seq_length:
-        different.append(
-            f"model.model_config.seq_length: {wanted.seq_length}, in the model {core.seq_length}"
-        )
+        different.append(f"model.model_config.seq_length: {wanted.seq_length}, in the model {core.seq_length}")
     if different:
-        raise SettingsError(
-            f"{settings.source} and the model given are different networks: {'; '.join(different)}"
-        )
+        raise SettingsError(f"{settings.source} and the model given are different networks: {'; '.join(different)}")
 
 
 def load_missing_weights(network: MindFormersGLM, settings: Settings) -> GLMForCausalLM:
@@ -222,9 +218,7 @@ def predict_data(input_data: Any, settings: Settings, folder: Path) -> str:
         if not isinstance(text, str):
             raise DataError(f"input_data: expected texts, found {type(text).__name__}")
         if isinstance(text, ChatPrompt):
-            raise DataError(
-                "input_data: a text of build_prompt; give plain texts, predict builds the prompts"
-            )
+            raise DataError("input_data: a text of build_prompt; give plain texts, predict builds the prompts")
     if not isinstance(input_data, list):
         return input_data
     path = folder / "prompts.jsonl"

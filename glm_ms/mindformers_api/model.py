@@ -125,9 +125,7 @@ class MindFormersGLM(PreTrainedModel):
             ValueError: unknown or invalid option.
         """
         if logits_processor:
-            raise ValueError(
-                "logits_processor: not supported; use temperature, top_k, top_p, repetition_penalty"
-            )
+            raise ValueError("logits_processor: not supported; use temperature, top_k, top_p, repetition_penalty")
         base = self.generation_config if generation_config is None else generation_config
         given = {**kwargs, "seed": seed}
         for name in ("eos_token_id", "pad_token_id"):
@@ -166,29 +164,21 @@ class MindFormersGLM(PreTrainedModel):
         Raises:
             CheckpointError, ConfigError: unusable weights or configuration.
         """
-        path = resolve_checkpoint(
-            kwargs.pop("pretrained_model_name_or_path", None) or pretrained_model_name_or_dir
-        )
+        path = resolve_checkpoint(kwargs.pop("pretrained_model_name_or_path", None) or pretrained_model_name_or_dir)
         kwargs = {key: value for key, value in kwargs.items() if key not in _DOWNLOAD_OPTIONS}
         if not isinstance(config, MindFormersGLMConfig):
             source = config or (path if (path / "config.json").is_file() else None)
             if source is None:
-                raise CheckpointError(
-                    f"{path}: no config.json here; give config=, a MindFormersGLMConfig or a path"
-                )
+                raise CheckpointError(f"{path}: no config.json here; give config=, a MindFormersGLMConfig or a path")
             config = MindFormersGLMConfig.from_pretrained(str(source), **kwargs)
         return cls(config, core=load_pretrained(path, config.architecture()), weights_from=str(path))
 
-    from_pretrained_experimental_mode = (
-        from_pretrained  # AutoModel calls this one for folders with a config.json
-    )
+    from_pretrained_experimental_mode = from_pretrained  # AutoModel calls this one for folders with a config.json
 
     def load_checkpoint(self, config: MindFormersGLMConfig) -> None:
         """Loads `config.checkpoint_name_or_path`; see `load_weights`."""
         if not config.checkpoint_name_or_path:
-            raise CheckpointError(
-                "checkpoint_name_or_path: empty; give a Hugging Face folder, .safetensors or .ckpt"
-            )
+            raise CheckpointError("checkpoint_name_or_path: empty; give a Hugging Face folder, .safetensors or .ckpt")
         self.load_weights(config.checkpoint_name_or_path)
 
     def load_weights(self, path: str) -> None:

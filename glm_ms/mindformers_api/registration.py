@@ -19,12 +19,7 @@ from glm_ms.mindformers_api.config import CONFIG_TYPE, MODEL_TYPE, TOKENIZER_CLA
 from glm_ms.mindformers_api.dataset import GLMDataset
 from glm_ms.mindformers_api.model import MindFormersGLM
 from glm_ms.mindformers_api.run_yaml import is_run_yaml, mindformers_document, read_run_yaml
-from glm_ms.mindformers_api.tokenizer import (
-    ChatGLMTokenizer,
-    GLM2Tokenizer,
-    GLM3Tokenizer,
-    read_tokenizer_config,
-)
+from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer, read_tokenizer_config
 from glm_ms.mindformers_api.trainer import GLMTextGenerationTrainer
 from glm_ms.resources import resource
 from glm_ms.storage.errors import FileError

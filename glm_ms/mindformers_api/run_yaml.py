@@ -26,9 +26,7 @@ _OVERWRITTEN = ("load_checkpoint", "resume_training", "eval_dataset.batch_size")
 # Keys that MindFormers overwrites, refuses (max_steps) or gives another meaning (checkpoint).
 _MOVED = (*_OVERWRITTEN, "runner_config.max_steps", "checkpoint.")
 # Keys that MindFormers adds to sections of glm_ms.
-_DATASET = (
-    "auto_tune autotune_per_step batch_size do_eval filepath_prefix input_columns output_columns profile"
-)
+_DATASET = "auto_tune autotune_per_step batch_size do_eval filepath_prefix input_columns output_columns profile"
 _ADDED = {
     "train_dataset": f"{_DATASET} micro_batch_num mixup_op seed tokenizer",
     "eval_dataset": f"{_DATASET} seed tokenizer",
@@ -79,9 +77,7 @@ def mindformers_document(settings: Settings) -> dict[str, Any]:
     tokenizer["type"] = TOKENIZERS[tokenizer["type"]]
     for part in ("train", "eval"):
         section = whole[f"{part}_dataset"]
-        section.update(
-            tokenizer=dict(tokenizer), batch_size=settings.runner_config.batch_size, seed=settings.seed
-        )
+        section.update(tokenizer=dict(tokenizer), batch_size=settings.runner_config.batch_size, seed=settings.seed)
         section["data_loader"]["phase"] = part  # MindFormers' own loader needs it
     whole["runner_config"].update(sink_mode=False, sink_size=-1)
     eval_dataset = {**whole["eval_dataset"], "do_eval": True}
@@ -161,9 +157,7 @@ def _value(config: MindFormerConfig, own: Mapping[str, Any], key: str) -> Any:
     value = None if key in _OVERWRITTEN else _get(config, key)
     if value is None and _is_moved(key):
         value = _get(own, key)
-    if key == "metric.type" and isinstance(
-        config.get("metric"), list
-    ):  # the Trainer makes it a list of sections
+    if key == "metric.type" and isinstance(config.get("metric"), list):  # the Trainer makes it a list of sections
         types = [section["type"] for section in config["metric"]]
         value = types[0] if len(types) == 1 else types
     if key == "processor.tokenizer.type":
@@ -174,9 +168,7 @@ def _value(config: MindFormerConfig, own: Mapping[str, Any], key: str) -> Any:
 def _get(section: Any, key: str) -> Any:
     """The value at a dotted key; None if a part is missing."""
     for name in key.split("."):
-        if hasattr(section, "to_dict") and not isinstance(
-            section, dict
-        ):  # MindFormers' parallel and recompute
+        if hasattr(section, "to_dict") and not isinstance(section, dict):  # MindFormers' parallel and recompute
             section = section.to_dict()
         section = section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)
     return section

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
-from mindformers.models.tokenization_utils_base import (
-    BatchEncoding,
-    PaddingStrategy,
-    TruncationStrategy,
-    to_py_obj,
-)
+from mindformers.models.tokenization_utils_base import BatchEncoding, PaddingStrategy, TruncationStrategy, to_py_obj
 
 from glm_ms.families import FAMILIES, family_of
 from glm_ms.mindformers_api.config import TOKENIZER_CLASS, create_folder
@@ -177,9 +172,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         else:
             raise TypeError(f"text must be a string or a list of ids, found {type(text).__name__}")
         if limit is not None and len(ids) > limit:
-            raise ValueError(
-                f"max_length = {limit} would cut the end of a chat prompt of {len(ids)} tokens; raise it"
-            )
+            raise ValueError(f"max_length = {limit} would cut the end of a chat prompt of {len(ids)} tokens; raise it")
         return ids
 
     def _pad_rows(
@@ -226,9 +219,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     # ------------------------------------------------------------------ chat
 
-    def build_prompt(
-        self, query: str, history: Sequence[Any] | None = None, role: str = "user"
-    ) -> ChatPrompt:
+    def build_prompt(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> ChatPrompt:
         """A question in the chat template, as input of this tokenizer or of a pipeline."""
         ids = self.core.build_chat_input(query, history, role)["input_ids"]
         return ChatPrompt(self.core.decode(ids), ids)
@@ -331,9 +322,7 @@ def find_tokenizer(path: Path, generation: int | None = None) -> tuple[int, Path
     if path.suffix in (".yaml", ".yml"):
         chosen = read_run_yaml(path).processor.tokenizer
         if not chosen.vocab_file:
-            raise VocabularyError(
-                f"{path}: processor.tokenizer.vocab_file: missing; give the path of a {MODEL_FILE}"
-            )
+            raise VocabularyError(f"{path}: processor.tokenizer.vocab_file: missing; give the path of a {MODEL_FILE}")
         vocab_file, found = Path(chosen.vocab_file), family_of(chosen.type).generation
     else:
         vocab_file = path / MODEL_FILE if path.is_dir() else path

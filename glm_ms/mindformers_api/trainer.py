@@ -109,9 +109,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
 
         MindFormers' Trainer returns nothing. `scores` and `eval_scores.json` in the output folder have the numbers.
         """
-        job.refuse(
-            {"eval_dataset": dataset, "compute_metrics": compute_metrics, "eval_callbacks": callbacks or None}
-        )
+        job.refuse({"eval_dataset": dataset, "compute_metrics": compute_metrics, "eval_callbacks": callbacks or None})
         settings = settings_of(config, run_mode="eval")
         model, tokenizer = self._prepare(settings, config, network)
         self.scores = evaluate(settings, model, tokenizer, say)

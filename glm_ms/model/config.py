@@ -121,9 +121,7 @@ class GLMConfig:
             raise ConfigError(message, "kv_channels")
         for name in ("param_init_type", "compute_dtype"):
             if getattr(self, name) not in FLOAT_TYPES:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)!r}: must be one of {', '.join(FLOAT_TYPES)}", name
-                )
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(FLOAT_TYPES)}", name)
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be in [0, 1)", name)

@@ -50,11 +50,9 @@ class SelfAttention(nn.Cell):
         self.interleaved = not config.multi_query_attention
         self.query_key_value = build_linear(
             linear, config, config.hidden_size, config.qkv_size, config.add_bias_linear or config.add_qkv_bias,
-            config.joint_parts["self_attention.query_key_value"],
+            config.joint_parts["self_attention.query_key_value"]
         )  # fmt: skip
-        self.dense = build_linear(
-            linear, config, config.query_size, config.hidden_size, config.add_bias_linear
-        )
+        self.dense = build_linear(linear, config, config.query_size, config.hidden_size, config.add_bias_linear)
         self.rotary = ApplyRotary(config.kv_channels, DTYPES[config.compute_dtype])
         self.attention = grouped_attention(config, index, self.groups)
         self.prepend = ops.Concat(axis=1)
@@ -257,12 +255,7 @@ class GLMTransformer(nn.Cell):
         return self.attention_bias(slots, key_slots, ops.ones_like(attention_mask), key_mask)
 
     def construct(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        slots: Tensor,
-        seeds: Seeds = None,
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor, seeds: Seeds = None
     ) -> Tensor:
         """The input of the output layer.
 
@@ -312,12 +305,7 @@ class GLMNetwork(nn.Cell):
         return {**found, "transformer.output_layer": self.transformer.output_layer}
 
     def construct(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        slots: Tensor,
-        seeds: Seeds = None,
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor, seeds: Seeds = None
     ) -> Tensor:
         """As `GLMTransformer.construct`; returns logits float32 [B, S, V]."""
         hidden = self.transformer(input_ids, attention_mask, position_ids, slots, seeds)

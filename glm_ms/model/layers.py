@@ -25,9 +25,7 @@ class Embedding(nn.Cell):
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        self.embedding_table = new_parameter(
-            (config.padded_vocab_size, config.hidden_size), config.param_init_type
-        )
+        self.embedding_table = new_parameter((config.padded_vocab_size, config.hidden_size), config.param_init_type)
         self.dtype = DTYPES[config.compute_dtype]
         self.gather, self.cast = ops.Gather(), ops.Cast()
 

@@ -22,9 +22,7 @@ class AttentionBias(nn.Cell):
         self.cast, self.multiply = ops.Cast(), ops.Mul()
         self.expand_slots, self.expand_mask, self.expand_heads = (ops.ExpandDims() for _ in range(3))
 
-    def construct(
-        self, query_slots: Tensor, key_slots: Tensor, query_mask: Tensor, key_mask: Tensor
-    ) -> Tensor:
+    def construct(self, query_slots: Tensor, key_slots: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
         """Builds the bias of a whole batch.
 
         Args:

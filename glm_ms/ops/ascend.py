@@ -156,9 +156,7 @@ class FlashAttention(nn.Cell):
             return f"kv_channels {cell.head_dim}; must be a multiple of {unit} up to {largest}"
         return FlashAttention(cell.num_heads, cell.head_dim)
 
-    def construct(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None
-    ) -> Tensor:
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
         """query [B, S, N, D]; key, value [B, G, T, D], all float16 or all bfloat16; bias float32 [B or 1, 1, S, T];
         seeds: not read -> [B, S, N * D]."""
         batch, length = ops.shape(query)[0], ops.shape(query)[1]

@@ -25,9 +25,7 @@ class GroupedAttention(nn.Cell):
         dropout, stream: of attention weights, see `SeededDropout`.
     """
 
-    def __init__(
-        self, num_heads: int, num_groups: int, head_dim: int, dropout: float = 0.0, stream: int = 0
-    ) -> None:
+    def __init__(self, num_heads: int, num_groups: int, head_dim: int, dropout: float = 0.0, stream: int = 0) -> None:
         super().__init__()
         self.num_heads, self.num_groups, self.per_group = num_heads, num_groups, num_heads // num_groups
         self.head_dim, self.scale = head_dim, 1.0 / math.sqrt(head_dim)
@@ -37,9 +35,7 @@ class GroupedAttention(nn.Cell):
         self.reshape, self.cast = ops.Reshape(), ops.Cast()
         self.dropout = SeededDropout(dropout, stream) if dropout > 0 else None
 
-    def construct(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None
-    ) -> Tensor:
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
         """query [B, S, N, D]; key, value [B, G, T, D]; bias float32 [B or 1, 1, S, T]; seeds int32 [B], None for
         no dropout -> [B, S, N * D]."""
         batch, length = ops.shape(query)[0], ops.shape(query)[1]

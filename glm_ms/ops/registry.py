@@ -95,8 +95,7 @@ def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type) -> list[str]:
                 fused[operator] += 1
     lines = [f"{operator}: fused kernel in {_cells(count)}" for operator, count in sorted(fused.items())]
     lines += [
-        f"{operator}: portable operator in {_cells(count)} ({why})"
-        for (operator, why), count in sorted(kept.items())
+        f"{operator}: portable operator in {_cells(count)} ({why})" for (operator, why), count in sorted(kept.items())
     ]
     return lines or ["portable operators: the network has none that can be fused"]
 

@@ -7,9 +7,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 
-def rotary_tables(
-    num_positions: int, head_dim: int, rope_ratio: float = 1.0
-) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(num_positions: int, head_dim: int, rope_ratio: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine of every position, laid out for a whole head.
 
     Pair i of the rotated half turns by position * theta_i, theta_i = (10000 * rope_ratio)^(-2i / (head_dim/2));

@@ -89,9 +89,7 @@ class PartedLinear(nn.Cell):
         return updated
 
 
-def sharded_linear(
-    config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Parts
-) -> nn.Cell:
+def sharded_linear(config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Parts) -> nn.Cell:
     """A joint layer in parts; other layers are plain. `glm_ms.parallel.strategies` says how each is cut."""
     if parts is None:
         return build_linear("plain", config, in_features, out_features, has_bias)

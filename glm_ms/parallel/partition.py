@@ -49,10 +49,7 @@ class Slice:
 
 
 def parameter_slices(
-    config: GLMConfig,
-    parallel: ParallelConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    item_bytes: Mapping[str, int],
+    config: GLMConfig, parallel: ParallelConfig, shapes: Mapping[str, tuple[int, ...]], item_bytes: Mapping[str, int]
 ) -> dict[str, Slice]:
     """The slice of every parameter of a sharded network.
 
@@ -67,9 +64,7 @@ def parameter_slices(
         axis, ways = _tensor_cut(name, config, parallel)
         rows = shape[0] // ways if axis == 0 else shape[0]
         group, size = parallel.stage_cards // ways, item_bytes[name] * math.prod(shape)
-        sharded = (
-            parallel.optimizer_shard and size >= OPTIMIZER_SHARD_THRESHOLD_KB * 1024 and rows % group == 0
-        )
+        sharded = parallel.optimizer_shard and size >= OPTIMIZER_SHARD_THRESHOLD_KB * 1024 and rows % group == 0
         shards = group if sharded else 1
         stage = stage_of_parameter(name, config, parallel)
         slices[name] = Slice(tuple(shape), axis, ways, shards, stage, parallel.stage_cards)

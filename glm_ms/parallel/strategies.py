@@ -77,7 +77,7 @@ class _Strategies:
         _shard(
             cell, expand_slots=((1,),), later=((1, 1), (1, 1)), is_padding=(mask, ()), is_real=(mask, ()),
             expand_mask=(mask,), expand_heads=((self.d, 1, 1),), either=((1, 1), pairs), both=(pairs, pairs),
-            cast=(pairs,), multiply=(pairs, ()),
+            cast=(pairs,), multiply=(pairs, ())
         )  # fmt: skip
 
     def prefix(self, cell: nn.Cell) -> None:
@@ -129,19 +129,13 @@ class _Strategies:
     def rotary(self, cell: HeadRotary, ways: int) -> None:
         """Heads split `ways` ways; cos and sin are the same for all heads."""
         heads, table = (self.d, 1, ways, 1), (self.d, 1, 1, 1)
-        _shard(
-            cell,
-            turn=(heads, (1, 1, 1, 1)),
-            mul_cos=(heads, table),
-            mul_sin=(heads, table),
-            add=(heads, heads),
-        )
+        _shard(cell, turn=(heads, (1, 1, 1, 1)), mul_cos=(heads, table), mul_sin=(heads, table), add=(heads, heads))
 
     def attention(self, cell: GroupedAttention) -> None:
         heads, scores = (self.d, 1, self.m, 1), (self.d, self.m, 1, 1)
         _shard(
             cell, multiply=(heads, ()), split_heads=(heads,), scores=(scores, scores), mix=(scores, scores),
-            cast=(scores,), add_bias=(scores, (self.d, 1, 1, 1)), softmax=(scores,), merge_heads=(scores,),
+            cast=(scores,), add_bias=(scores, (self.d, 1, 1, 1)), softmax=(scores,), merge_heads=(scores,)
         )  # fmt: skip
         if cell.dropout is not None:
             self.dropout(cell.dropout, 4, scores)
@@ -177,7 +171,7 @@ class _Strategies:
         """What a linear layer does beside its product."""
         _shard(
             linear, cast=((self.d, inputs),), cast_weight=((outputs, inputs),), cast_bias=((outputs,),),
-            bias_add=(result, result[1:]), lora_add=(result, result),
+            bias_add=(result, result[1:]), lora_add=(result, result)
         )  # fmt: skip
         self.low_rank(linear.lora, inputs)
 

@@ -44,9 +44,7 @@ class AdapterType:
     def config(self, pet: object) -> AdapterConfig:
         """The config that `model.pet_config` asks for."""
         values = {field: getattr(pet, key) for key, field in self.keys.items()}
-        values = {
-            field: tuple(value) if isinstance(value, list) else value for field, value in values.items()
-        }
+        values = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
         return self.load().config_class(**values)
 
 
@@ -55,12 +53,12 @@ ADAPTERS: dict[str, AdapterType] = {
     "lora": AdapterType(
         "glm_ms.peft.lora:LoraAdapter", LORA,
         {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"},
-        ("adapter_model.bin",),
+        ("adapter_model.bin",)
     ),
     "ptuning2": AdapterType(
         "glm_ms.peft.ptuning:PrefixAdapter", PREFIX,
         {"pre_seq_len": "pre_seq_len", "prefix_projection": "prefix_projection", "projection_dim": "projection_dim",
-         "dropout_prob": "dropout"},
+         "dropout_prob": "dropout"}
     ),
 }  # fmt: skip
 

@@ -75,9 +75,7 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def shapes(
-        cls, config: Any, network: GLMConfig, base: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, tuple[int, ...]]:
+    def shapes(cls, config: Any, network: GLMConfig, base: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the parameters of an adapter on a network whose parameters have the shapes `base`."""
 
     @classmethod
@@ -146,9 +144,7 @@ class Adapter(ABC):
         self.write_config(folder, self.config, self.network.config, base_model)
 
 
-def attach(
-    network: GLMNetwork, config: AdapterConfig, seed: int = 0, stored: StoredAdapter | None = None
-) -> Adapter:
+def attach(network: GLMNetwork, config: AdapterConfig, seed: int = 0, stored: StoredAdapter | None = None) -> Adapter:
     """Attaches an adapter and freezes the rest of a network.
 
     Args:

@@ -64,9 +64,7 @@ class LowRankUpdate(nn.Cell):
     """B A x times a factor, added to the result of `linear`. A [r, in] and B [out, r] are float32, the products of the
     compute type. A is drawn as torch.nn.Linear draws its weights; B starts as zeros, so that nothing is changed."""
 
-    def __init__(
-        self, linear: nn.Cell, config: LoraConfig, stream: int, generator: np.random.Generator
-    ) -> None:
+    def __init__(self, linear: nn.Cell, config: LoraConfig, stream: int, generator: np.random.Generator) -> None:
         super().__init__()
         bound = 1 / math.sqrt(linear.in_features)
         a = generator.uniform(-bound, bound, (config.rank, linear.in_features)).astype(np.float32)
@@ -98,9 +96,7 @@ class LoraAdapter(Adapter):
     config_class = LoraConfig
 
     @classmethod
-    def attach(
-        cls, network: GLMNetwork, config: LoraConfig, seed: int, stored: StoredAdapter | None
-    ) -> LoraAdapter:
+    def attach(cls, network: GLMNetwork, config: LoraConfig, seed: int, stored: StoredAdapter | None) -> LoraAdapter:
         """Without a stored adapter `config.target_modules` selects the modules."""
         linears = network.linears()
         if stored is None:
@@ -178,9 +174,7 @@ class LoraAdapter(Adapter):
     def differences(cls, stored: StoredAdapter, wanted: LoraConfig, network: GLMNetwork) -> list[str]:
         """Compares modules and not patterns: different patterns can select the same modules."""
         odd = sorted(set(target_names(wanted.target_modules, network.linears())) ^ set(stored.modules))
-        keys = [
-            line for line in super().differences(stored, wanted, network) if ".target_modules:" not in line
-        ]
+        keys = [line for line in super().differences(stored, wanted, network) if ".target_modules:" not in line]
         return keys + ([f"model.pet_config.target_modules: {capped(odd)} in only one of both"] if odd else [])
 
 
@@ -231,9 +225,7 @@ def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callab
         AdapterError: not LoRA, half a pair, or an adapter that changes nothing.
     """
     if not isinstance(stored.config, LoraConfig):
-        raise AdapterError(
-            f"{stored.path}: a P-Tuning prefix cannot be merged into weights; use it as an adapter"
-        )
+        raise AdapterError(f"{stored.path}: a P-Tuning prefix cannot be merged into weights; use it as an adapter")
     factor = -stored.config.scaling if remove else stored.config.scaling
     deltas: dict[str, Callable[[], np.ndarray]] = {}
     for module in stored.modules:
@@ -242,9 +234,7 @@ def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callab
             raise AdapterError(f"{stored.path}: {module} has only one of lora_A and lora_B")
         deltas[f"{module}.weight"] = partial(_product, halves[1], halves[0], factor)
     if not any(stored.tensors[f"{module}.{B}"].any() for module in stored.modules):
-        raise AdapterError(
-            f"{stored.path}: every lora_B is zero, so this adapter changes nothing; was it trained?"
-        )
+        raise AdapterError(f"{stored.path}: every lora_B is zero, so this adapter changes nothing; was it trained?")
     return deltas
 
 

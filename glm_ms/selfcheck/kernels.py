@@ -113,7 +113,7 @@ def _norm_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
     shape = (sizes.batch, sizes.length, sizes.hidden)
     inputs = (_normal(rng, *shape), 1 + 0.2 * _normal(rng, sizes.hidden))
     return KernelCase(
-        "RMS norm", "RMS norm", _by(*shape), lambda _: RMSNormalize(_EPS_OF_NORM), inputs, (), (0, 1), exact, 2,
+        "RMS norm", "RMS norm", _by(*shape), lambda _: RMSNormalize(_EPS_OF_NORM), inputs, (), (0, 1), exact, 2
     )  # fmt: skip
 
 
@@ -123,13 +123,10 @@ def _rotary_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
         return x * cos + turned * sin
 
     shape = (sizes.batch, sizes.length, sizes.heads + sizes.groups, sizes.dim)
-    tables = (
-        np.repeat(table[None, :, None], sizes.batch, axis=0)
-        for table in rotary_tables(sizes.length, sizes.dim)
-    )
+    tables = (np.repeat(table[None, :, None], sizes.batch, axis=0) for table in rotary_tables(sizes.length, sizes.dim))
     return KernelCase(
         "rotary embedding", "rotary embedding", _by(*shape), lambda dtype: ApplyRotary(sizes.dim, dtype),
-        (_normal(rng, *shape), *tables), (), (0,), exact, 4,
+        (_normal(rng, *shape), *tables), (), (0,), exact, 4
     )  # fmt: skip
 
 
@@ -158,7 +155,7 @@ def _attention_case(sizes: Sizes, rng: np.random.Generator, length: int) -> Kern
         name, "attention", f"{_by(*shape)}, {sizes.groups}x{sizes.length}",
         lambda _: GroupedAttention(sizes.heads, sizes.groups, sizes.dim),
         (_normal(rng, *shape), _normal(rng, *keys), _normal(rng, *keys), bias), (3,),
-        (0, 1, 2) if length > 1 else (), exact, 4,
+        (0, 1, 2) if length > 1 else (), exact, 4
     )  # fmt: skip
 
 

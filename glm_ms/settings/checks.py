@@ -13,15 +13,7 @@ from glm_ms.parallel import config as parallel_config
 from glm_ms.settings.data_checks import data_notes, fill_max_seq_length, length_problems, loader_problems
 from glm_ms.settings.errors import Problem, independent
 from glm_ms.settings.files import file_problems
-from glm_ms.settings.schema import (
-    AUTO,
-    SEMI_AUTO,
-    Settings,
-    parallel_of,
-    parts_in_use,
-    training_length,
-    unused_keys,
-)
+from glm_ms.settings.schema import AUTO, SEMI_AUTO, Settings, parallel_of, parts_in_use, training_length, unused_keys
 
 _MODE, _PET, _SEQ_LENGTH = (
     "parallel.parallel_mode",

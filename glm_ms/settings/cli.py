@@ -39,9 +39,7 @@ FLAGS_GONE = {
 }
 _OVERRIDES = "--key.sub"
 # Every spelling -> flag name.
-_SPELLINGS = {name: name for name in FLAGS} | {
-    flag.former: name for name, flag in FLAGS.items() if flag.former
-}
+_SPELLINGS = {name: name for name in FLAGS} | {flag.former: name for name, flag in FLAGS.items() if flag.former}
 
 
 class Arguments(NamedTuple):
@@ -88,17 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
         usage=f"python {PROGRAM} --config FILE [--flag value ...] [key.sub=value ...]",
         description="Finetune, evaluate and run ChatGLM2 / ChatGLM3 with the settings of a YAML file.",
         epilog=_EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=36, width=110
-        ),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=110),
         allow_abbrev=False,
     )
     parser.add_argument("--help_keys", action=_HelpKeys, nargs=0, help="show every key with its default")
     parser.add_argument("--config", metavar="FILE", help="the YAML file of the run (required)")
     about = "set any key of the YAML, also written key.sub=value"
-    parser.add_argument(
-        _OVERRIDES, dest="overrides", action="append", default=[], metavar="VALUE", help=about
-    )
+    parser.add_argument(_OVERRIDES, dest="overrides", action="append", default=[], metavar="VALUE", help=about)
     for name, flag in FLAGS.items():
         spellings = [f"--{spelling}" for spelling, meant in _SPELLINGS.items() if meant == name]
         doc = flag.about + (leaf_keys()[flag.key].metadata["doc"] if flag.key else "")
@@ -156,9 +150,7 @@ def _unknown(others: list[str]) -> list[str]:
         elif token.endswith((".yaml", ".yml")):
             problems.append(f"{token!r}: unexpected; did you mean --config {token}?")
         else:
-            problems.append(
-                f"{token!r}: unexpected; flags begin with --, overrides are written key.sub=value"
-            )
+            problems.append(f"{token!r}: unexpected; flags begin with --, overrides are written key.sub=value")
     return problems
 
 

@@ -22,10 +22,7 @@ _OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(.*)", re.DOTAL
 
 
 def load_settings(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
-    check_files: bool = True,
+    path: str | Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None, check_files: bool = True
 ) -> Settings:
     """Reads a YAML file, applies flags and overrides, and checks the result.
 
@@ -50,10 +47,7 @@ def load_settings(
 
 
 def read_settings(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
-    check_files: bool = True,
+    path: str | Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None, check_files: bool = True
 ) -> tuple[Settings, list[Problem]]:
     """As `load_settings`, for callers with further checks whose problems are reported together.
 
@@ -91,18 +85,14 @@ def load_data_settings(
     return settings, part, [f"{one.key}: {one.message}" for one in length_problems(settings, part)]
 
 
-def _converted(
-    path: str | Path, overrides: Sequence[str], flags: Mapping[str, Any]
-) -> tuple[Settings, list[Problem]]:
+def _converted(path: str | Path, overrides: Sequence[str], flags: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
     """Settings before the checks, and the problems of single keys."""
     document, notes = read_document(path), list[str]()
     legacy = is_legacy(document)
     given, problems = _command_line(flags, overrides, document)
     problems += _apply(document, given)
     if legacy:
-        document, notes, untranslated = translate(
-            document, str(path), {entry.where for entry in given.values()}
-        )
+        document, notes, untranslated = translate(document, str(path), {entry.where for entry in given.values()})
         problems += untranslated
     converter = Converter()
     settings = converter.section(Settings, document)

@@ -35,9 +35,7 @@ def ascend_cards(dev: str | Path = "/dev") -> list[str]:
     return sorted(filter(_CARD.fullmatch, names), key=lambda name: int(name[len("davinci") :]))
 
 
-def check_machine(
-    settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] | None = None
-) -> None:
+def check_machine(settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] | None = None) -> None:
     """Compares settings with the machine, and adapts them to a CPU with a note for each change.
 
     Args:

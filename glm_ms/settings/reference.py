@@ -57,9 +57,7 @@ def _section(kind: type, path: str) -> Iterator[str]:
 def _values(hint: Any, item: dataclasses.Field) -> str:
     """The allowed values of a key in words."""
     rules = item.metadata
-    inner = [
-        kind for kind in (get_args(hint) if get_origin(hint) is Union else (hint,)) if kind is not type(None)
-    ]
+    inner = [kind for kind in (get_args(hint) if get_origin(hint) is Union else (hint,)) if kind is not type(None)]
     if "choices" in rules:
         words = ", ".join(f"`{name}`" for name in allowed(item))
         words = f"one or several of {words}" if rules.get("or_one") else words

@@ -45,9 +45,7 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, (list, type)):
-        return field(
-            default_factory=default.copy if isinstance(default, list) else default, metadata=metadata
-        )
+        return field(default_factory=default.copy if isinstance(default, list) else default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -77,11 +75,9 @@ class ContextSettings:
     device_id: int = key(0, "card, for a run on a single card", at_least=0)
     max_device_memory: Optional[str] = key(
         None, "memory limit of MindSpore on an Ascend card; null: MindSpore's default",
-        pattern=r"\d+(\.\d+)?GB", example="58GB",
+        pattern=r"\d+(\.\d+)?GB", example="58GB"
     )  # fmt: skip
-    use_fused_kernels: bool = key(
-        False, "Ascend kernels for norm, rotation, attention; see tools/check_device.py"
-    )
+    use_fused_kernels: bool = key(False, "Ascend kernels for norm, rotation, attention; see tools/check_device.py")
 
 
 @dataclass
@@ -136,9 +132,7 @@ class ModelConfigSettings:
     num_attention_heads: int = key(_NETWORK.num_attention_heads, "query heads")
     seq_length: int = key(_NETWORK.seq_length, "longest sequence, in tokens")
     multi_query_attention: bool = key(_NETWORK.multi_query_attention, "query heads share key/value groups")
-    multi_query_group_num: int = key(
-        _NETWORK.multi_query_group_num, "key/value groups with multi_query_attention"
-    )
+    multi_query_group_num: int = key(_NETWORK.multi_query_group_num, "key/value groups with multi_query_attention")
     rope_ratio: float = key(_NETWORK.rope_ratio, "factor of the rotary base 10000 (32K models: 50)")
     rmsnorm: bool = key(_NETWORK.rmsnorm, "RMSNorm (False: LayerNorm)")
     layernorm_epsilon: float = key(_NETWORK.layernorm_epsilon, "added to the variance in a norm")
@@ -150,13 +144,9 @@ class ModelConfigSettings:
     add_qkv_bias: bool = key(_NETWORK.add_qkv_bias, "the projection to queries, keys and values has a bias")
     hidden_dropout: float = key(_NETWORK.hidden_dropout, "dropout on hidden states")
     attention_dropout: float = key(_NETWORK.attention_dropout, "dropout on attention weights")
-    param_init_type: str = key(
-        _NETWORK.param_init_type, "storage type of the parameters", choices=FLOAT_TYPES
-    )
+    param_init_type: str = key(_NETWORK.param_init_type, "storage type of the parameters", choices=FLOAT_TYPES)
     compute_dtype: str = key(
-        _NETWORK.compute_dtype,
-        "type of matrix products; norms, softmax and loss use float32",
-        choices=FLOAT_TYPES,
+        _NETWORK.compute_dtype, "type of matrix products; norms, softmax and loss use float32", choices=FLOAT_TYPES
     )
     eos_token_id: int = key(_NETWORK.eos_token_id, "token that ends an answer")
     pad_token_id: int = key(_NETWORK.pad_token_id, "token of padding")
@@ -178,7 +168,7 @@ class PetSettings:
 
     pet_type: Optional[str] = key(
         None, "lora: low-rank adapters, ptuning2: a learnt prefix of keys and values; null: train all weights",
-        choices=lambda: ADAPTERS,
+        choices=lambda: ADAPTERS
     )  # fmt: skip
     lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_ADAPTERS)
     lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_ADAPTERS)
@@ -188,9 +178,7 @@ class PetSettings:
     )
     pre_seq_len: int = key(128, "positions of the prefix", at_least=1, used_with=_ADAPTERS)
     prefix_projection: bool = key(False, "an MLP between embedding and prefix", used_with=_ADAPTERS)
-    projection_dim: Optional[int] = key(
-        None, "width of that MLP; null: hidden_size", at_least=1, used_with=_ADAPTERS
-    )
+    projection_dim: Optional[int] = key(None, "width of that MLP; null: hidden_size", at_least=1, used_with=_ADAPTERS)
     dropout_prob: float = key(0.1, "dropout on the prefix", **_DROPOUT, used_with=_ADAPTERS)
 
 
@@ -202,8 +190,7 @@ class ModelSettings:
     arch: ArchSettings = key(ArchSettings, "network class")
     pet_config: PetSettings = key(PetSettings, "parameter-efficient finetuning: LoRA, P-Tuning v2")
     init: Literal["checkpoint", "random"] = key(
-        "checkpoint",
-        "an empty load_checkpoint is an error (checkpoint; not in run_mode train) or allowed (random)",
+        "checkpoint", "an empty load_checkpoint is an error (checkpoint; not in run_mode train) or allowed (random)"
     )
 
 
@@ -315,7 +302,7 @@ class _DatasetSettings:
     max_target_length: int = key(127, "tokens of the answer", at_least=1)
     max_seq_length: Optional[int] = key(
         None, "tokens of a row; null: model.model_config.seq_length", at_least=4,
-        used_with=("data_loader.type", lambda _: formats_with_max_seq_length()),
+        used_with=("data_loader.type", lambda _: formats_with_max_seq_length())
     )  # fmt: skip
     ignore_pad_token_for_loss: bool = key(True, "padding has no loss")
     num_samples: Optional[int] = key(None, "use only the first records, this many; null: all", at_least=1)
@@ -370,7 +357,7 @@ class CheckpointSettings:
     keep_max: int = key(3, "newest checkpoints to keep", at_least=1)
     best_metric: Optional[str] = key(
         None, "also keep the checkpoint with the best evaluation (do_eval) by this score; null: none",
-        choices=score_names,
+        choices=score_names
     )  # fmt: skip
 
 
@@ -573,7 +560,7 @@ def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> Parallel
         return ParallelConfig(data_parallel=cards)
     return ParallelConfig(
         split.data_parallel, split.model_parallel, split.pipeline_stage, split.micro_batch_num, split.vocab_emb_dp,
-        split.use_seq_parallel, settings.parallel.enable_parallel_optimizer,
+        split.use_seq_parallel, settings.parallel.enable_parallel_optimizer
     )  # fmt: skip
 
 

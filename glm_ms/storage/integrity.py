@@ -37,10 +37,7 @@ def read_manifest_values(folder: Path) -> dict[str, Any]:
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> {"bytes", "sha256"} of every file of a folder."""
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
 
 
 def check_file(path: Path, known: Mapping[str, Any]) -> None:
@@ -57,9 +54,7 @@ def check_file(path: Path, known: Mapping[str, Any]) -> None:
             f"{path}: has {size} bytes, {known['bytes']} were written: truncated or of another checkpoint"
         )
     if file_sha256(path) != known["sha256"]:
-        raise CheckpointError(
-            f"{path}: damaged or of another checkpoint: its SHA-256 differs from {MANIFEST}"
-        )
+        raise CheckpointError(f"{path}: damaged or of another checkpoint: its SHA-256 differs from {MANIFEST}")
 
 
 def json_sha256(values: Any) -> str:

@@ -251,9 +251,7 @@ def _array_items(window: _Window) -> Iterator[RawValue]:
         yield window.value()
         separator = window.next_character()
         if separator not in (",", "]") or not separator:
-            raise DataError(
-                f"{window.path}:{window.line}: not valid JSON: expected ',' or ']' after a record"
-            )
+            raise DataError(f"{window.path}:{window.line}: not valid JSON: expected ',' or ']' after a record")
         closed = separator == "]"
         if not closed:
             window.advance(window.position + 1)

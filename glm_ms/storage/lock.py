@@ -12,9 +12,7 @@ from glm_ms.storage.errors import CheckpointError
 
 
 @contextmanager
-def locked(
-    path: Path, *, folder: bool = False, on_wait: Callable[[], None] | None = None
-) -> Iterator[OSError | None]:
+def locked(path: Path, *, folder: bool = False, on_wait: Callable[[], None] | None = None) -> Iterator[OSError | None]:
     """Locks a file, which is created if missing, or an existing folder.
 
     Args:

@@ -69,9 +69,7 @@ def read_json(path: Path, error: type[FileError] = FileError, missing: str = "no
     return parse_json(read_text(path, error, missing), path, error)
 
 
-def read_object(
-    path: Path, error: type[FileError] = FileError, missing: str = "no such file"
-) -> dict[str, Any]:
+def read_object(path: Path, error: type[FileError] = FileError, missing: str = "no such file") -> dict[str, Any]:
     """The JSON object of a file.
 
     Raises:
@@ -89,11 +87,7 @@ def parse_object(text: str, source: str | Path, error: type[FileError] = FileErr
 
 
 def parse_json(
-    text: str,
-    source: str | Path,
-    error: type[FileError] = FileError,
-    line: int | None = None,
-    remedy: str = "",
+    text: str, source: str | Path, error: type[FileError] = FileError, line: int | None = None, remedy: str = ""
 ) -> Any:
     """Parses one JSON value.
 

@@ -82,9 +82,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if path.name == CHECKPOINTS and list_checkpoints(path.parent):
         path = path.parent
     if not path.exists():
-        raise CheckpointError(
-            f"{path}: no such file or folder; give a Hugging Face folder, .safetensors or .ckpt"
-        )
+        raise CheckpointError(f"{path}: no such file or folder; give a Hugging Face folder, .safetensors or .ckpt")
     if not (path / CHECKPOINTS).is_dir():
         if (path / SLICES).is_dir():
             raise CheckpointError(

@@ -182,9 +182,7 @@ class SentencePieceTokenizer:
             raise ValueError("max_length has no effect without truncation=True or padding='max_length'")
         single = isinstance(text, str)
         texts: list[Any] = [text] if single else list(text)
-        pairs: list[Any] = (
-            [text_pair] if single else [None] * len(texts) if text_pair is None else list(text_pair)
-        )
+        pairs: list[Any] = [text_pair] if single else [None] * len(texts) if text_pair is None else list(text_pair)
         if len(pairs) != len(texts):
             raise ValueError(f"{len(texts)} texts but {len(pairs)} text pairs")
         rows = [
@@ -220,9 +218,7 @@ class SentencePieceTokenizer:
         if padding not in (False, True, "longest", "max_length"):
             raise ValueError(f"padding = {padding!r}: must be False, True, 'longest' or 'max_length'")
         if (padding == "max_length") != (max_length is not None):
-            raise ValueError(
-                f"padding = {padding!r} with max_length = {max_length}: max_length goes with 'max_length'"
-            )
+            raise ValueError(f"padding = {padding!r} with max_length = {max_length}: max_length goes with 'max_length'")
         rows = [_completed(feature) for feature in features]
         target = 0
         if padding:
@@ -231,9 +227,7 @@ class SentencePieceTokenizer:
             if pad_to_multiple_of:
                 target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
         fill = dict(zip(_FEATURE_KEYS, (self.pad_token_id, 0, 0)))
-        return {
-            key: [[fill[key]] * (target - len(row[key])) + row[key] for row in rows] for key in _FEATURE_KEYS
-        }
+        return {key: [[fill[key]] * (target - len(row[key])) + row[key] for row in rows] for key in _FEATURE_KEYS}
 
     # ------------------------------------------------------------------ chat template in text form
 
@@ -398,9 +392,7 @@ def _load_vocabulary(vocab_file: str | Path) -> sentencepiece.SentencePieceProce
     try:
         serialized = path.read_bytes()
     except FileNotFoundError:
-        raise VocabularyError(
-            f"{path}: no such file; give the SentencePiece vocabulary (tokenizer.model)"
-        ) from None
+        raise VocabularyError(f"{path}: no such file; give the SentencePiece vocabulary (tokenizer.model)") from None
     except OSError as error:
         raise VocabularyError(f"{path}: cannot be read: {error.strerror}") from None
     vocabulary = sentencepiece.SentencePieceProcessor()

@@ -60,9 +60,7 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         """
         if not history:
             return self.build_chat_input(query)
-        ids = self.encode(
-            "\n\n" + _ROUND.format(len(_as_rounds(history)) + 1, query), add_special_tokens=False
-        )
+        ids = self.encode("\n\n" + _ROUND.format(len(_as_rounds(history)) + 1, query), add_special_tokens=False)
         # In the middle of a text the vocabulary adds no leading space.
         if ids and self.sp.IdToPiece(ids[0]) == "▁":
             ids = ids[1:]
@@ -89,9 +87,7 @@ def _as_rounds(history: Sequence[Any]) -> list[tuple[str, str]]:
         turn = history[i : i + 2]
         roles = [item.get("role") if isinstance(item, Mapping) else None for item in turn]
         if roles != ["user", "assistant"]:
-            raise ValueError(
-                f"history[{i}:{i + 2}] has roles {roles}: ChatGLM2 needs user and assistant in turn"
-            )
+            raise ValueError(f"history[{i}:{i + 2}] has roles {roles}: ChatGLM2 needs user and assistant in turn")
         rounds.append((turn[0]["content"], turn[1]["content"]))
     return rounds
 

@@ -13,9 +13,7 @@ from glm_ms.convert.conversion import plan_conversion
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor of the safetensors files in a folder, read by the format's own library."""
-    return {
-        name: array for file in folder.glob("model*.safetensors") for name, array in load_file(file).items()
-    }
+    return {name: array for file in folder.glob("model*.safetensors") for name, array in load_file(file).items()}
 
 
 @pytest.fixture

@@ -26,9 +26,7 @@ def sharded(golden: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def safetensors_file(golden: Path, tmp_path: Path) -> Path:
-    return Path(
-        shutil.copy(golden / "models" / "glm2_tiny" / "model.safetensors", tmp_path / "m.safetensors")
-    )
+    return Path(shutil.copy(golden / "models" / "glm2_tiny" / "model.safetensors", tmp_path / "m.safetensors"))
 
 
 @pytest.fixture

@@ -76,8 +76,7 @@ def test_integers_are_no_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"),
-    [("2GB", 2 * 10**9), ("500 mb", 5 * 10**8), ("1GiB", 2**30), ("1.5KB", 1500), ("77", 77)],
+    ("text", "size"), [("2GB", 2 * 10**9), ("500 mb", 5 * 10**8), ("1GiB", 2**30), ("1.5KB", 1500), ("77", 77)]
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size

@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     config = GLMConfig(
         num_layers=12, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16, kv_channels=64,
-        padded_vocab_size=8192,
+        padded_vocab_size=8192
     )  # fmt: skip
     shapes = expected_shapes(config)
     rng = np.random.default_rng(0)
@@ -80,7 +80,7 @@ def test_peak_memory_is_about_one_shard(
     def growth(*arguments: object) -> int:
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, *map(str, arguments)],
-            cwd=repository, capture_output=True, text=True, check=True, timeout=300,
+            cwd=repository, capture_output=True, text=True, check=True, timeout=300
         )  # fmt: skip
         return int(done.stdout)
 

@@ -36,9 +36,7 @@ def test_there_and_back_is_bitwise(
     assert GLMConfig.from_pretrained(back) == GLMConfig.from_pretrained(source)
 
 
-def test_sharded_bin_equals_the_single_file(
-    golden: Path, tmp_path: Path, convert, assert_bitwise_equal
-) -> None:
+def test_sharded_bin_equals_the_single_file(golden: Path, tmp_path: Path, convert, assert_bitwise_equal) -> None:
     source = golden / "models" / "glm2_tiny"
     assert_bitwise_equal(convert(source / "sharded", tmp_path / "hf"), source)
 
@@ -96,9 +94,7 @@ def test_what_mindspore_writes_is_read(
         "a": np.random.default_rng(0).standard_normal((70, 33)).astype(np.float32),
         "b": np.arange(5, dtype=np.float32),
     }
-    parameters = [
-        {"name": name, "data": ms.Tensor(array).astype(getattr(ms, dtype))} for name, array in values.items()
-    ]
+    parameters = [{"name": name, "data": ms.Tensor(array).astype(getattr(ms, dtype))} for name, array in values.items()]
     path = tmp_path / f"model.{ending}"
     ms.save_checkpoint(parameters, str(path), format=ending, crc_check=ending == "ckpt")
     with open_checkpoint(path) as reader:
@@ -119,9 +115,7 @@ def test_training_state_in_a_checkpoint_is_left_out(golden: Path, tmp_path: Path
     parameters = [{"name": name, "data": ms.Tensor(array)} for name, array in {**weights, **state}.items()]
     path = tmp_path / "training.ckpt"
     ms.save_checkpoint(
-        parameters,
-        str(path),
-        append_dict={"epoch_num": 3, "step_num": 7, "loss_scale": 4096.0, "global_step": 21},
+        parameters, str(path), append_dict={"epoch_num": 3, "step_num": 7, "loss_scale": 4096.0, "global_step": 21}
     )
     reader = open_checkpoint(path)
     assert sorted(reader.ignored) == sorted([*state, "epoch_num", "step_num", "loss_scale", "global_step"])
@@ -164,9 +158,7 @@ def test_bfloat16_bin_is_read(tmp_path: Path) -> None:
 def test_pytorch_files_from_before_zip_are_read(tmp_path: Path) -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
     torch.save({"a": tensor}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    np.testing.assert_array_equal(
-        open_checkpoint(tmp_path / "old.bin").read("a"), tensor.numpy(), strict=True
-    )
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "old.bin").read("a"), tensor.numpy(), strict=True)
 
 
 @pytest.mark.parametrize("name", ["weights.ckpt", "weights.safetensors"])

@@ -79,11 +79,7 @@ def test_killed_conversion_leaves_no_output(
     if existing:
         before = _content(convert(source, output, dtype="float16"))
     done = subprocess.run(
-        [sys.executable, "-c", KILL, source, output],
-        cwd=repository,
-        timeout=60,
-        capture_output=True,
-        check=False,
+        [sys.executable, "-c", KILL, source, output], cwd=repository, timeout=60, capture_output=True, check=False
     )
     assert done.returncode == -9, done.stderr
     if existing:
@@ -170,9 +166,7 @@ def test_disk_that_fills_up(source: Path, work: Path, name: str) -> None:
     assert list(work.iterdir()) == []
 
 
-def test_disk_that_is_too_small_is_noticed_first(
-    source: Path, work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_that_is_too_small_is_noticed_first(source: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(work)
     monkeypatch.setattr(writers.shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000))
     with pytest.raises(CheckpointError, match=r"needs 0\.00 GB, 0\.00 GB are free"):
@@ -199,9 +193,7 @@ def test_overflow_names_the_tensor_and_leaves_nothing(source: Path, work: Path, 
     shapes = {tensor: array.shape for tensor, array in weights.items()}
     shutil.rmtree(source)
     writers.write_hf_folder(source, config, shapes, "float32", weights.items())
-    with pytest.raises(
-        CheckpointError, match=r"transformer\.output_layer\.weight: value 1e\+06 overflows float16"
-    ):
+    with pytest.raises(CheckpointError, match=r"transformer\.output_layer\.weight: value 1e\+06 overflows float16"):
         plan_conversion(source, work / name, dtype="float16").run()
     assert list(work.iterdir()) == []
 

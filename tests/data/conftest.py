@@ -27,7 +27,7 @@ def small_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sentencepiece.SentencePieceTrainer.Train(
         input=str(source), model_prefix=str(folder / "tokenizer"), vocab_size=360, byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
-        minloglevel=2, num_threads=1,
+        minloglevel=2, num_threads=1
     )  # fmt: skip
     return folder / "tokenizer.model"
 

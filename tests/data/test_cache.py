@@ -245,7 +245,7 @@ def start(tmp_path, small_vocabulary, repository):
         return subprocess.Popen(
             [sys.executable, str(script), str(path), str(small_vocabulary), str(tmp_path / "cache")],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'tests'}"},
+            env={**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{repository / 'tests'}"}
         )  # fmt: skip
 
     return start
@@ -282,9 +282,7 @@ def _processes_with(text: str) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-def test_a_killed_program_leaves_neither_processes_nor_half_a_cache(
-    start, records_file, glm3, tmp_path, monkeypatch
-):
+def test_a_killed_program_leaves_neither_processes_nor_half_a_cache(start, records_file, glm3, tmp_path, monkeypatch):
     path = records_file(RECORDS * 1200)
     mark = f"cache-test-{os.getpid()}-{time.monotonic_ns()}"
     monkeypatch.setenv("GLM_MS_TEST_MARK", mark)

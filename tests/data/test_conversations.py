@@ -101,7 +101,7 @@ def test_messages_with_tools():
         (conversation(USER, {**ANSWER, "Loss": False}), "key 'Loss' is not known; did you mean 'loss'"),
         (conversation({**USER, "loss": True}, ANSWER), "message 1: 'loss'.* has no effect"),
         (conversation(USER, {**ANSWER, "metadata": "f"}), "message 2: 'metadata' has no effect"),
-    ],
+    ]
 )  # fmt: skip
 def test_faults(parse, record, message):
     with pytest.raises(DataError, match=message) as caught:
@@ -115,7 +115,7 @@ def test_faults(parse, record, message):
         (conversation(USER, TOOL), "message 2: role 'tool' is not known to ConversationDataLoader; use data_loader"),
         (conversation(USER, ANSWER, tools=[]), "'tools' is not known to ConversationDataLoader; remove it, or use"),
         (conversation(USER, {**ANSWER, "loss": False}), "message 2: 'loss' has no effect with ConversationData"),
-    ],
+    ]
 )  # fmt: skip
 def test_what_needs_the_other_loader(record, message):
     with pytest.raises(DataError, match=message):
@@ -139,7 +139,7 @@ def test_what_needs_the_other_loader(record, message):
         ({"observation": "\ud83d"}, "message 2: 'observation' has half of a surrogate pair"),
         ({"content": "x"}, "message 2: 'content' has no effect with role 'tool'"),
         ({"parameter": {}}, None),
-    ],
+    ]
 )  # fmt: skip
 def test_faults_of_tool_messages(change, message):
     record = conversation(USER, {**TOOL, **change})
@@ -179,9 +179,7 @@ def test_rows_and_counts(records_file, glm3):
     dataset = TrainDataset(path, tool_encoder(glm3, 64))
     assert (len(dataset), dataset.skipped, dataset.without_labels) == (1, 0, 2)
     assert dataset.seq_length == 64
-    assert (
-        "1 records used, 2 skipped with nothing to learn within max_seq_length tokens" in dataset.describe()
-    )
+    assert "1 records used, 2 skipped with nothing to learn within max_seq_length tokens" in dataset.describe()
     path = records_file([conversation(USER, ANSWER), long], "two.json")
     dataset = TrainDataset(path, conversation_encoder(glm3, 31, 32))
     assert (len(dataset), dataset.without_labels, dataset.seq_length) == (1, 1, 64)

@@ -86,9 +86,9 @@ def test_history_becomes_earlier_messages(records_file, glm2, glm3):
     item = {"q": "好", "a": "是", "h": [["你", "我"]]}
     path = records_file([item])
     row = adgen_rows(path, glm3, ("q", "a", "h"), 64, 64)[0]
-    want = glm3.build_chat_input(
-        "好", [{"role": "user", "content": "你"}, {"role": "assistant", "content": "我"}]
-    )["input_ids"]
+    want = glm3.build_chat_input("好", [{"role": "user", "content": "你"}, {"role": "assistant", "content": "我"}])[
+        "input_ids"
+    ]
     size = int(row["attention_mask"].sum())
     assert row["input_ids"][-size:].tolist()[: len(want)] == want
     prompt = adgen_prompts(path, glm2, ("q", "a", "h"), 64, 64)[0]["input_ids"].tolist()

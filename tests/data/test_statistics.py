@@ -260,20 +260,16 @@ def test_labels_that_are_padding_are_told_apart(glm2, glm3):
             [10, 200], [5, 90000], limits={"prompt": ("max_source_length", 50), "answer": ("max_target_length + 1", 49)}
         ),
     ],
-    ids=["one", "few", "many", "far"],
+    ids=["one", "few", "many", "far"]
 )  # fmt: skip
 def test_pictures(statistics, tmp_path, monkeypatch):
     texts = []
     from matplotlib.axes import Axes
 
     legend, title = Axes.legend, Axes.set_xlabel
-    monkeypatch.setattr(
-        Axes, "legend", lambda self, *a, **k: texts.append(legend(self, *a, **k)) or texts[-1]
-    )
+    monkeypatch.setattr(Axes, "legend", lambda self, *a, **k: texts.append(legend(self, *a, **k)) or texts[-1])
     labels = []
-    monkeypatch.setattr(
-        Axes, "set_xlabel", lambda self, text, **k: labels.append(text) or title(self, text, **k)
-    )
+    monkeypatch.setattr(Axes, "set_xlabel", lambda self, text, **k: labels.append(text) or title(self, text, **k))
     path = tmp_path / "new" / "lengths.png"
     write_length_plot(statistics, path, "x.json: records")
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,7 @@ def trained(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = tiny_arguments(
         "finetune", vocabulary, *TRAINED_NETWORK, "--output_dir", folder, "runner_config.max_steps=150",
         "runner_config.batch_size=8", "lr_schedule.learning_rate=0.01", "logging.tensorboard=False",
-        "checkpoint.save_steps=null",
+        "checkpoint.save_steps=null"
     )  # fmt: skip
     assert run_here(line) == 0
     return folder

@@ -43,7 +43,7 @@ def base(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that has seen one task."""
     folder = tmp_path_factory.mktemp("base")
     line = tiny_arguments(
-        "finetune", vocabulary, *TRAINING, "--output_dir", folder, "lr_schedule.learning_rate=0.004",
+        "finetune", vocabulary, *TRAINING, "--output_dir", folder, "lr_schedule.learning_rate=0.004"
     )  # fmt: skip
     assert run_here(line) == 0
     return folder
@@ -60,7 +60,7 @@ def adapted(kind: str, base: Path, vocabulary: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp(kind)
     line = tiny_arguments(
         "finetune", vocabulary, *TRAINING, *KINDS[kind], "--load_checkpoint", base, "--output_dir", folder,
-        f"train_dataset.data_loader.{BACKWARDS}",
+        f"train_dataset.data_loader.{BACKWARDS}"
     )  # fmt: skip
     assert run_here(line) == 0
     return folder
@@ -69,7 +69,7 @@ def adapted(kind: str, base: Path, vocabulary: Path, tmp_path_factory: pytest.Te
 def scores(vocabulary: Path, output_dir: Path, *arguments: object) -> dict[str, float]:
     line = tiny_arguments(
         "eval", vocabulary, *TRAINED_NETWORK, "--output_dir", output_dir, "metric.type=PerplexityMetric",
-        f"eval_dataset.data_loader.{BACKWARDS}", *arguments,
+        f"eval_dataset.data_loader.{BACKWARDS}", *arguments
     )  # fmt: skip
     assert run_here(line) == 0
     return json.loads((output_dir / "eval_scores.json").read_text())
@@ -107,7 +107,7 @@ def test_it_answers(adapted: Path, base: Path, vocabulary: Path, tmp_path: Path)
     """predict and the Python interface give the same tokens."""
     line = tiny_arguments(
         "predict", vocabulary, *TRAINED_NETWORK, "--output_dir", tmp_path, "--load_checkpoint", base,
-        "--load_adapter", adapted, "--predict_data", "类型#裙*颜色#红色", "generation.max_new_tokens=12",
+        "--load_adapter", adapted, "--predict_data", "类型#裙*颜色#红色", "generation.max_new_tokens=12"
     )  # fmt: skip
     assert run_here(line) == 0
     from glm_ms import ChatGLM3Tokenizer
@@ -126,7 +126,7 @@ def test_training_on_begins_where_it_ended(
 ) -> None:
     line = tiny_arguments(
         "finetune", vocabulary, *TRAINING, *KINDS[kind], "--load_checkpoint", base, "--load_adapter", adapted,
-        "--output_dir", tmp_path, "runner_config.max_steps=3", f"train_dataset.data_loader.{BACKWARDS}",
+        "--output_dir", tmp_path, "runner_config.max_steps=3", f"train_dataset.data_loader.{BACKWARDS}"
     )  # fmt: skip
     assert run_here(line) == 0
     assert curve(tmp_path)[0]["loss"] < np.mean([line["loss"] for line in curve(adapted)[:5]])
@@ -203,9 +203,7 @@ def test_another_base_of_the_same_shape_is_remarked_on(
     base: Path, lora: tuple, vocabulary: Path, tmp_path: Path, capsys
 ) -> None:
     retrained = tmp_path / "retrained"
-    line = tiny_arguments(
-        "finetune", vocabulary, *TRAINING, "--output_dir", retrained, "runner_config.max_steps=1"
-    )
+    line = tiny_arguments("finetune", vocabulary, *TRAINING, "--output_dir", retrained, "runner_config.max_steps=1")
     assert run_here(line) == 0
     for weights, remarks in ((base, 0), (retrained, 1)):
         capsys.readouterr()
@@ -219,14 +217,7 @@ def test_the_advice_for_another_adapter_run_names_the_right_flag(
     folder, arguments = lora
     checkpoint = list_checkpoints(folder)[-1][1]
     line = tiny_arguments(
-        "finetune",
-        vocabulary,
-        *arguments,
-        "--output_dir",
-        tmp_path,
-        f"--resume_training={checkpoint}",
-        "--seed",
-        "9",
+        "finetune", vocabulary, *arguments, "--output_dir", tmp_path, f"--resume_training={checkpoint}", "--seed", "9"
     )
     assert run_here(line) == 1
     assert f"start a new run with --load_adapter {checkpoint}" in capsys.readouterr().err

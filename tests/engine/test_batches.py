@@ -43,9 +43,7 @@ def delivered(plan, start_step: int = 0, rank: int = 0, num_workers: int = 1) ->
     return [batch[:-1] for batch in delivered_with_seeds(plan, start_step, rank, num_workers)]
 
 
-def delivered_with_seeds(
-    plan, start_step: int = 0, rank: int = 0, num_workers: int = 1
-) -> list[list[np.ndarray]]:
+def delivered_with_seeds(plan, start_step: int = 0, rank: int = 0, num_workers: int = 1) -> list[list[np.ndarray]]:
     from glm_ms.engine.batches import training_batches
 
     data = training_batches(NumberedRows(), plan, start_step, rank, num_workers)
@@ -136,9 +134,7 @@ def test_dropout_seeds_belong_to_the_place_in_the_step() -> None:
 def test_dropout_seeds_are_well_mixed() -> None:
     """Every bit of seeds of neighbouring steps and places is set half of the time; 5 standard deviations."""
     plan = make_plan()
-    seeds = np.array(
-        [plan.dropout_seed(step, place) for step in range(100) for place in range(100)], np.int32
-    )
+    seeds = np.array([plan.dropout_seed(step, place) for step in range(100) for place in range(100)], np.int32)
     bits = np.unpackbits(seeds.view(np.uint8)).reshape(-1, 32)
     assert np.abs(bits.mean(0) - 0.5).max() < 5 * 0.5 / np.sqrt(len(bits))
     flips = bits[1:] ^ bits[:-1]

@@ -32,6 +32,4 @@ def test_network_and_loss(path: Path) -> None:
     assert model.config.compute_dtype == "float32"
     ids = np.arange(2, 26).reshape(2, 12)
     loss = float(model(ids, labels=ids).asnumpy())
-    assert loss == pytest.approx(
-        math.log(SIZES["padded_vocab_size"]), abs=0.5
-    )  # of a network that knows nothing
+    assert loss == pytest.approx(math.log(SIZES["padded_vocab_size"]), abs=0.5)  # of a network that knows nothing

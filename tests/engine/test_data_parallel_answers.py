@@ -26,13 +26,11 @@ def compare(vocabulary: Path, tmp_path: Path, mode: str, *arguments: object) -> 
 
 
 @pytest.mark.slow
-def test_evaluation(
-    vocabulary: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation(vocabulary: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """7 batches, the last of them short: the second rank has none in the last round."""
     job, one, two = compare(
         vocabulary, tmp_path, "eval", "--load_checkpoint", trained, "eval_dataset.num_samples=13",
-        "eval_dataset.batch_size=2", "metric.type=[ADGENMetric, PerplexityMetric]", *SAMPLING,
+        "eval_dataset.batch_size=2", "metric.type=[ADGENMetric, PerplexityMetric]", *SAMPLING
     )  # fmt: skip
     for name in ("eval_predictions.jsonl", "eval_scores.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
@@ -42,14 +40,12 @@ def test_evaluation(
 
 
 @pytest.mark.slow
-def test_prediction(
-    vocabulary: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prediction(vocabulary: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(prompt) + "\n" for prompt in [*PROMPTS, PROMPTS[0], PROMPTS[0]]))
     job, one, two = compare(
         vocabulary, tmp_path, "predict", "--load_checkpoint", trained, "--predict_data", file,
-        "predict_batch_size=3", "generation.num_return_sequences=2", *SAMPLING,
+        "predict_batch_size=3", "generation.num_return_sequences=2", *SAMPLING
     )  # fmt: skip
     assert (one / "predict_results.jsonl").read_bytes() == (two / "predict_results.jsonl").read_bytes()
     assert capsys.readouterr().out in job.log(0)
@@ -59,9 +55,7 @@ def test_prediction(
 def test_one_prompt_is_streamed_by_the_first_rank(
     vocabulary: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job, one, two = compare(
-        vocabulary, tmp_path, "predict", "--load_checkpoint", trained, "--predict_data", PROMPTS[0]
-    )
+    job, one, two = compare(vocabulary, tmp_path, "predict", "--load_checkpoint", trained, "--predict_data", PROMPTS[0])
     assert (one / "predict_results.jsonl").read_bytes() == (two / "predict_results.jsonl").read_bytes()
     assert capsys.readouterr().out.strip() in job.log(0)
 
@@ -74,7 +68,5 @@ def test_standard_input_is_refused(vocabulary: Path, tmp_path: Path) -> None:
     settings = settings_from_command_line(line)
     _check_prompts(settings)
     settings.use_parallel = True
-    with pytest.raises(
-        SettingsError, match=r"predict_data: -: the ranks of msrun get no standard input; put"
-    ):
+    with pytest.raises(SettingsError, match=r"predict_data: -: the ranks of msrun get no standard input; put"):
         _check_prompts(settings)

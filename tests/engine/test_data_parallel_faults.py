@@ -40,7 +40,7 @@ def test_a_fault_on_one_rank_ends_the_job(vocabulary: Path, tmp_path: Path, faul
         "finetune", vocabulary, *SMALL_TRAINING, "runner_config.batch_size=2", "runner_config.epochs=20",
         "checkpoint.save_steps=3", "do_eval=True", "eval_step_interval=4", "metric.type=PerplexityMetric",
         "eval_dataset.num_samples=4", "eval_dataset.batch_size=2", "train_dataset.num_parallel_workers=1",
-        f"eval_dataset.data_loader.dataset_dir={DEV_RECORDS}",
+        f"eval_dataset.data_loader.dataset_dir={DEV_RECORDS}"
     )  # fmt: skip
     run = [*line, "--use_parallel", "True", "--output_dir", tmp_path / "run"]
     job = RankJob(tmp_path / "job", [fault, *run], SCRIPTS / "failing.py")
@@ -57,7 +57,7 @@ def test_a_fault_on_one_rank_ends_the_job(vocabulary: Path, tmp_path: Path, faul
 def test_ranks_wait_for_a_slow_checkpoint(vocabulary: Path, tmp_path: Path) -> None:
     line = tiny_arguments(
         "finetune", vocabulary, *SMALL_TRAINING, "runner_config.batch_size=2", "runner_config.max_steps=2",
-        "checkpoint.save_steps=1",
+        "checkpoint.save_steps=1"
     )  # fmt: skip
     run = [*line, "--use_parallel", "True", "--output_dir", tmp_path / "run"]
     RankJob(tmp_path / "job", ["slow disk", *run], SCRIPTS / "failing.py").succeed()

@@ -64,7 +64,7 @@ def test_the_message(vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFix
     """Weights that are not finite to begin with; even at the first step there are the records."""
     line = tiny_arguments(
         "finetune", vocabulary, *SMALL_TRAINING, *DIVERGING, "--output_dir", tmp_path, "checkpoint.save_steps=null",
-        "train_dataset.num_samples=5", "train_dataset.drop_remainder=False",
+        "train_dataset.num_samples=5", "train_dataset.drop_remainder=False"
     )  # fmt: skip
     assert run_here(line) == 1
     shown = capsys.readouterr().err

@@ -39,7 +39,7 @@ def evaluate(vocabulary: Path, trained: Path, model: GLMForCausalLM, tmp_path: P
         settings = settings_from_command_line(
             tiny_arguments(
                 "eval", vocabulary, *TRAINED_NETWORK, f"eval_dataset.num_samples={NUM_RECORDS}",
-                "--output_dir", folder, "--load_checkpoint", trained, *arguments,
+                "--output_dir", folder, "--load_checkpoint", trained, *arguments
             )
         )  # fmt: skip
         said: list[str] = []
@@ -79,13 +79,13 @@ def check_scores(scores: dict[str, Any], predictions: list[dict[str, Any]]) -> N
 @pytest.mark.parametrize("generation", [2, 3])
 def test_whole_run(
     vocabulary: Path, finetune, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    generation: int,
+    generation: int
 ) -> None:  # fmt: skip
     sizes = TRAINED_NETWORK
     load = trained if generation == 3 else finetune(tmp_path / "run", *sizes, generation=generation)
     line = tiny_arguments(
         "eval", vocabulary, *sizes, f"eval_dataset.num_samples={NUM_RECORDS}", "--output_dir", tmp_path,
-        "--load_checkpoint", load, generation=generation,
+        "--load_checkpoint", load, generation=generation
     )  # fmt: skip
     assert run_here(line) == 0
     shown = capsys.readouterr()
@@ -128,9 +128,7 @@ def test_perplexity(evaluate, model: GLMForCausalLM, vocabulary: Path) -> None:
         loss = model(row["input_ids"], row["attention_mask"], row["position_ids"], labels=row["labels"])
         total, tokens = total + float(loss.asnumpy()) * count, tokens + count
     for batch_size in (3, 8):
-        scores, predictions, _ = evaluate(
-            str(batch_size), "metric.type=PerplexityMetric", "--batch_size", batch_size
-        )
+        scores, predictions, _ = evaluate(str(batch_size), "metric.type=PerplexityMetric", "--batch_size", batch_size)
         assert predictions is None
         assert scores["num_tokens"] == tokens
         np.testing.assert_allclose(scores["loss"], total / tokens, **LOSS)
@@ -139,9 +137,7 @@ def test_perplexity(evaluate, model: GLMForCausalLM, vocabulary: Path) -> None:
 
 def test_perfect_answers(evaluate, answering) -> None:
     reference = sample_references()[3]  # no token twice
-    scores, predictions, _ = evaluate(
-        "run", "metric.type=ADGENMetric", model=load_pretrained(answering(reference))
-    )
+    scores, predictions, _ = evaluate("run", "metric.type=ADGENMetric", model=load_pretrained(answering(reference)))
     assert [line["prediction"] for line in predictions] == [reference] * NUM_RECORDS
     check_scores(scores, predictions)
     assert independent_scores(reference, reference)["bleu-4"] == 100

@@ -114,9 +114,7 @@ def test_same_scores_as_the_run_mode(
     assert {name: line[name] for name in scores} == scores
     assert f"perplexity: {best['value']:.4f}" in capsys.readouterr().out
     if best["step"] == 16:
-        assert (tmp_path / "eval_predictions.jsonl").read_bytes() == (
-            run / "eval_predictions.jsonl"
-        ).read_bytes()
+        assert (tmp_path / "eval_predictions.jsonl").read_bytes() == (run / "eval_predictions.jsonl").read_bytes()
 
 
 def test_the_best_is_named(compilations: tuple[Path, list[int], str]) -> None:
@@ -184,7 +182,7 @@ def test_unusable_records_are_refused_before_anything_is_built(
     records.write_text('{"content": "a"}\n')
     line = tiny_arguments(
         "finetune", vocabulary, *LEARNING, "do_eval=True", f"eval_dataset.data_loader.dataset_dir={records}",
-        "--output_dir", tmp_path / "run",
+        "--output_dir", tmp_path / "run"
     )  # fmt: skip
     assert run_here(line) == 1
     shown = capsys.readouterr().err

@@ -62,11 +62,7 @@ def test_tools(vocabulary):
     assert max(len(item["input_ids"]) for item in few) <= 150
     bounded = GenerationSettings(max_new_tokens=250, max_length=120)
     assert (
-        max(
-            len(item["input_ids"])
-            for item in prompts_with_references(settings.eval_dataset, tokenizer, bounded)
-        )
-        < 120
+        max(len(item["input_ids"]) for item in prompts_with_references(settings.eval_dataset, tokenizer, bounded)) < 120
     )
     settings.eval_dataset.max_seq_length = None
     for build in (labelled_rows, lambda *them: prompts_with_references(*them, bounded)):
@@ -117,15 +113,14 @@ def test_runs_on_conversations(kind, vocabulary, chats, tmp_path):
     else:
         data, loaders = chats, [f"train_dataset.{CHAT}", f"eval_dataset.{CHAT}"]
     records = [
-        f"{part}_dataset.data_loader.dataset_dir={data[name]}"
-        for part, name in (("train", "train"), ("eval", "dev"))
+        f"{part}_dataset.data_loader.dataset_dir={data[name]}" for part, name in (("train", "train"), ("eval", "dev"))
     ]
     losses = []
     for folder, cache in (("plain", "null"), ("cached", tmp_path / "cache")):
         line = tiny_arguments(
             "finetune", vocabulary, *SMALL_TRAINING, "--output_dir", tmp_path / folder, *loaders, *metrics,
             *records, "do_eval=True",
-            "eval_step_interval=2", "runner_config.max_steps=2", f"train_dataset.cache_dir={cache}",
+            "eval_step_interval=2", "runner_config.max_steps=2", f"train_dataset.cache_dir={cache}"
         )  # fmt: skip
         assert run_here(line) == 0
         lines = (tmp_path / folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -137,7 +132,7 @@ def test_runs_on_conversations(kind, vocabulary, chats, tmp_path):
     assert len(losses[0]) == 2
     again = tiny_arguments(
         "eval", vocabulary, *SMALL_TRAINING, "--output_dir", tmp_path / "eval", "--load_checkpoint",
-        tmp_path / "plain", *metrics, *loaders, *records,
+        tmp_path / "plain", *metrics, *loaders, *records
     )  # fmt: skip
     assert run_here(again) == 0
     scores = json.loads((tmp_path / "eval" / "eval_scores.json").read_text(encoding="utf-8"))

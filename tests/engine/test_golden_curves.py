@@ -94,9 +94,7 @@ def learning_rate(case: str) -> Any:
     schedule = optimizer["linear_schedule_warmup_total"]
     if schedule is None:
         return optimizer["lr"]
-    return LinearWithWarmUpLR(
-        learning_rate=optimizer["lr"], warmup_steps=schedule[0], total_steps=schedule[1]
-    )
+    return LinearWithWarmUpLR(learning_rate=optimizer["lr"], warmup_steps=schedule[0], total_steps=schedule[1])
 
 
 # The other cases go through the Trainer below, with the same step and optimizer.
@@ -119,11 +117,7 @@ def test_step_and_optimizer(case: str) -> None:
     model = fresh_golden_model(model_name(case))
     network = TrainingNetwork(model.network, SEQ_LENGTH)
     optimizer = GLMAdamW(
-        network.trainable_params(),
-        learning_rate(case),
-        wanted["betas"],
-        wanted["eps"],
-        wanted["weight_decay"],
+        network.trainable_params(), learning_rate(case), wanted["betas"], wanted["eps"], wanted["weight_decay"]
     )
     step = GLMTrainOneStep(network, optimizer, wanted["clip_global_norm"])
     step.set_train()
@@ -158,15 +152,11 @@ class GoldenRows:
         return "golden rows"
 
 
-def golden_settings(
-    case: str, vocabulary: Path, output_dir: Path, batch_size: int, accumulation_steps: int
-) -> Any:
+def golden_settings(case: str, vocabulary: Path, output_dir: Path, batch_size: int, accumulation_steps: int) -> Any:
     wanted = golden_case(case)["optimizer"]
     sizes = GLMConfig.from_pretrained(FOLDER / model_name(case)).to_dict()
     schedule, clip = wanted["linear_schedule_warmup_total"], wanted["clip_global_norm"]
-    overrides = [
-        f"model.model_config.{name}={value}" for name, value in sizes.items() if name != "seq_length"
-    ]
+    overrides = [f"model.model_config.{name}={value}" for name, value in sizes.items() if name != "seq_length"]
     overrides += [
         f"model.model_config.seq_length={SEQ_LENGTH}", "train_dataset.max_source_length=16",
         f"train_dataset.max_target_length={SEQ_LENGTH - 17}", "train_dataset.data_loader.shuffle=False",

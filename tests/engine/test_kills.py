@@ -82,10 +82,7 @@ class Run:
             assert files[0].exists() == files[1].exists()
             if files[0].exists():
                 assert read_jsonl(files[0]) == read_jsonl(files[1])
-        names = [
-            [path.name for path in sorted((run / "checkpoint").iterdir())]
-            for run in (self.folder, self.unbroken)
-        ]
+        names = [[path.name for path in sorted((run / "checkpoint").iterdir())] for run in (self.folder, self.unbroken)]
         assert names[0] == names[1]  # nothing is left over, nothing is missing
         ends = [run / "checkpoint" / f"step_{NUM_STEPS:08d}" for run in (self.folder, self.unbroken)]
         for path in ends[0].glob("*.safetensors"):
@@ -154,8 +151,7 @@ def test_killed_at_20_moments(runs: dict[str, Run], capsys: pytest.CaptureFixtur
         kills += killed
         done = f"{len(read_lines(run.folder))} of {NUM_STEPS} steps"
         say(
-            capsys,
-            f"{kills:2} of {NUM_KILLS}: {kind}, {phase} + {delay:.3f} s, {done}{'' if killed else ': finished'}",
+            capsys, f"{kills:2} of {NUM_KILLS}: {kind}, {phase} + {delay:.3f} s, {done}{'' if killed else ': finished'}"
         )
         if not killed:
             run.check_finished()

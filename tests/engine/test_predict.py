@@ -41,7 +41,7 @@ def predict(vocabulary: Path, trained: Path, model, tokenizer: ChatGLM3Tokenizer
             tiny_arguments(
                 "predict", vocabulary, *TRAINED_NETWORK, "--predict_data", predict_data,
                 "--output_dir", tmp_path / "out", "--load_checkpoint", trained,
-                f"generation.max_new_tokens={MAX_NEW_TOKENS}", *arguments,
+                f"generation.max_new_tokens={MAX_NEW_TOKENS}", *arguments
             )
         )  # fmt: skip
         pieces: list[str] = []
@@ -71,19 +71,17 @@ def typed(text: str) -> io.TextIOWrapper:
 
 
 def jsonl(path: Path, records: list[object]) -> Path:
-    path.write_text(
-        "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in records), encoding="utf-8"
-    )
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in records), encoding="utf-8")
     return path
 
 
 def test_whole_run(
     vocabulary: Path, trained: Path, model, tokenizer: ChatGLM3Tokenizer, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     line = tiny_arguments(
         "predict", vocabulary, *TRAINED_NETWORK, "--predict_data", PROMPTS[0], "--output_dir", tmp_path,
-        "--load_checkpoint", trained, f"generation.max_new_tokens={MAX_NEW_TOKENS}",
+        "--load_checkpoint", trained, f"generation.max_new_tokens={MAX_NEW_TOKENS}"
     )  # fmt: skip
     assert run_here(line) == 0
     shown = capsys.readouterr()
@@ -154,9 +152,7 @@ def test_several_answers(predict, model, tokenizer: ChatGLM3Tokenizer, tmp_path:
     ):
         results, shown = predict(file, "--batch_size", 2, *arguments, "generation.num_return_sequences=3")
         for prompt, line in zip(PROMPTS, results):
-            assert line["answers"] == expected_answers(
-                model, tokenizer, prompt, num_return_sequences=3, **options
-            )
+            assert line["answers"] == expected_answers(model, tokenizer, prompt, num_return_sequences=3, **options)
             assert len(set(line["answers"])) == 3
         assert shown.count(" -> ") == 6
 
@@ -221,13 +217,13 @@ def test_other_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_errors_have_no_traceback(
     vocabulary: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], predict_data: str, arguments: tuple, message: str,
+    capsys: pytest.CaptureFixture[str], predict_data: str, arguments: tuple, message: str
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("x.jsonl").write_text("{")
     line = tiny_arguments(
         "predict", vocabulary, *TRAINED_NETWORK, "--predict_data", predict_data, "--load_checkpoint", trained,
-        "--output_dir", "out", f"generation.max_new_tokens={MAX_NEW_TOKENS}", *arguments,
+        "--output_dir", "out", f"generation.max_new_tokens={MAX_NEW_TOKENS}", *arguments
     )  # fmt: skip
     try:
         status = run_here(line)

@@ -41,9 +41,7 @@ def short_records(lines: list[str], vocab_file: Path, tmp_path_factory: pytest.T
 
 
 @pytest.mark.parametrize(("generation", "epochs"), [(3, 40), (2, 60)])
-def test_overfitting(
-    short_records: Path, vocab_file: Path, tmp_path: Path, generation: int, epochs: int
-) -> None:
+def test_overfitting(short_records: Path, vocab_file: Path, tmp_path: Path, generation: int, epochs: int) -> None:
     """A small network learns 32 records by heart, and generation repeats them."""
     lengths = [f"model.model_config.seq_length={MAX_SOURCE_LENGTH + MAX_TARGET_LENGTH + 1}"]
     for part in ("train", "eval"):
@@ -58,7 +56,7 @@ def test_overfitting(
         [*shared, "--output_dir", "run", "--epochs", str(epochs), "--batch_size", "2",
          "lr_schedule.learning_rate=0.005", "optimizer.betas=[0.9, 0.95]", "optimizer.weight_decay=0.0",
          "checkpoint.save_steps=null"],
-        tmp_path, timeout=1800,
+        tmp_path, timeout=1800
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     losses = [line["loss"] for line in curve(tmp_path / "run")]
@@ -67,7 +65,7 @@ def test_overfitting(
     done = run_apart(
         [*shared, "--run_mode", "eval", "--load_checkpoint", "run", "--output_dir", "eval", "--batch_size", "8",
          "metric.type=ADGENMetric"],
-        tmp_path, timeout=900,
+        tmp_path, timeout=900
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "eval" / "eval_scores.json").read_text())
@@ -89,7 +87,7 @@ def test_perplexity_on_held_out_records(lines: list[str], vocab_file: Path, tmp_
         done = run_apart(
             [*config, "--run_mode", "eval", "--eval_dataset", str(held_out), "--output_dir", name,
              "metric.type=PerplexityMetric", *weights],
-            tmp_path, timeout=600,
+            tmp_path, timeout=600
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         scores = json.loads((tmp_path / name / "eval_scores.json").read_text())
@@ -100,7 +98,7 @@ def test_perplexity_on_held_out_records(lines: list[str], vocab_file: Path, tmp_
     done = run_apart(
         [*config, "--run_mode", "finetune", "--train_dataset", str(train),
          "--output_dir", "run", "--batch_size", "4", "runner_config.max_steps=60"],
-        tmp_path, timeout=1500,
+        tmp_path, timeout=1500
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     trained = perplexity("after", "--load_checkpoint", "run")

@@ -33,7 +33,7 @@ def python(text: str, folder: Path, *options: str) -> subprocess.CompletedProces
     environment = {**environment_of_a_user(), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, *options, "-c", text], cwd=folder, env=environment, capture_output=True, text=True,
-        encoding="utf-8", timeout=300, check=False,
+        encoding="utf-8", timeout=300, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done
@@ -62,8 +62,7 @@ def test_the_engine_itself_registers_with_a_deprecation_line(tmp_path: Path, sta
 
 
 @pytest.mark.parametrize(
-    "statement",
-    ["import glm_ms.engine.process", "import importlib; importlib.import_module('glm_ms.engine.process')"],
+    "statement", ["import glm_ms.engine.process", "import importlib; importlib.import_module('glm_ms.engine.process')"]
 )
 def test_importing_a_module_changes_nothing(tmp_path: Path, statement: str) -> None:
     text = (

@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_helpers import (
-    DEV_RECORDS,
-    SMALL_TRAINING,
-    TRAIN_RECORDS,
-    curve,
-    read_jsonl,
-    run_here,
-    tiny_arguments,
-)
+from engine_helpers import DEV_RECORDS, SMALL_TRAINING, TRAIN_RECORDS, curve, read_jsonl, run_here, tiny_arguments
 from mindspore import Tensor, nn, ops
 from safetensors.numpy import load_file
 
@@ -58,7 +50,7 @@ def test_metric(finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         tmp_path, "runner_config.max_steps=4", "do_eval=True", "eval_step_interval=1", "eval_epoch_interval=-1",
         "metric.type=[ADGENMetric,LengthMetric]", "checkpoint.best_metric=characters",
         f"eval_dataset.data_loader.dataset_dir={DEV_RECORDS}", "eval_dataset.num_samples=3",
-        "generation.max_new_tokens=8", "lr_schedule.learning_rate=0.05",
+        "generation.max_new_tokens=8", "lr_schedule.learning_rate=0.05"
     )  # fmt: skip
     lines = read_jsonl(run / "eval_metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -82,9 +74,7 @@ def read_pair(value: Any, place: str, columns: Sequence[str]) -> Messages | None
 
 def test_data_format(vocabulary, finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows, the losses and the evaluated prompts are those of the same records in another format."""
-    monkeypatch.setitem(
-        FORMATS, "PairDataLoader", DataFormat(read_pair, unused_keys=("data_loader.origin_columns",))
-    )
+    monkeypatch.setitem(FORMATS, "PairDataLoader", DataFormat(read_pair, unused_keys=("data_loader.origin_columns",)))
     records = read_jsonl(TRAIN_RECORDS)[:26]
     pairs, ends = tmp_path / "pairs.json", []
     lines = [{"q": item["content"], "a": item["summary"]} for item in records] + [{"q": "empty", "a": ""}]
@@ -98,7 +88,7 @@ def test_data_format(vocabulary, finetune, tmp_path: Path, monkeypatch: pytest.M
     for name, arguments in (("plain", plain), ("toy", toy)):
         run = finetune(
             tmp_path / name, *arguments, "runner_config.max_steps=2", "do_eval=True", "generation.max_new_tokens=4",
-            "eval_dataset.num_samples=3",
+            "eval_dataset.num_samples=3"
         )  # fmt: skip
         ends.append((curve(run), read_jsonl(run / "eval_predictions.jsonl")))
     assert ends[0] == ends[1]
@@ -134,20 +124,20 @@ class ToyConfig(GLMConfig):
 def test_family(finetune, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = dataclasses.replace(
         FAMILIES["chatglm3"], name="toy", generation=9, tokenizer=ToyTokenizer, encoder=ToyEncoder, config=ToyConfig,
-        parameter_names={"toy.embedding.weight": "transformer.embedding.embedding_table"},
+        parameter_names={"toy.embedding.weight": "transformer.embedding.embedding_table"}
     )  # fmt: skip
     monkeypatch.setitem(FAMILIES, "toy", toy)
     chosen = "processor.tokenizer.type=ToyTokenizer"
     run = finetune(
         tmp_path / "run", chosen, "runner_config.max_steps=2", "do_eval=True", "metric.type=ADGENMetric",
         f"eval_dataset.data_loader.dataset_dir={DEV_RECORDS}", "eval_dataset.num_samples=2",
-        "generation.max_new_tokens=6",
+        "generation.max_new_tokens=6"
     )  # fmt: skip
     assert all(line["prompt"].startswith("Q: ") for line in read_jsonl(run / "eval_predictions.jsonl"))
 
     line = tiny_arguments(
         "predict", vocabulary, *SMALL_TRAINING[:4], chosen, "--predict_data", "类型#裙", "--output_dir",
-        tmp_path / "out", "--load_checkpoint", run, "generation.max_new_tokens=6",
+        tmp_path / "out", "--load_checkpoint", run, "generation.max_new_tokens=6"
     )  # fmt: skip
     assert run_here(line) == 0
     model, tokenizer = load_pretrained(run), ToyTokenizer(vocabulary)
@@ -196,14 +186,12 @@ class SignDescent(nn.Optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["GLMAdamW", "SignDescent"])
-def test_optimizer_and_schedule(
-    finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
-) -> None:
+def test_optimizer_and_schedule(finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     monkeypatch.setitem(SCHEDULES, "HalvingLR", f"{__name__}:HalvingLR")
     monkeypatch.setitem(OPTIMIZERS, "SignDescent", f"{__name__}:SignDescent")
     run = finetune(
         tmp_path, "runner_config.max_steps=4", "lr_schedule.type=HalvingLR", "lr_schedule.learning_rate=0.125",
-        f"optimizer.type={optimizer}", "optimizer.weight_decay=0.25",
+        f"optimizer.type={optimizer}", "optimizer.weight_decay=0.25"
     )  # fmt: skip
     lines = curve(run)
     assert [line["learning_rate"] for line in lines] == [0.125, 0.0625, 0.03125, 0.015625]
@@ -212,9 +200,7 @@ def test_optimizer_and_schedule(
     assert any(name.startswith("adam_m") for name in state) == (optimizer == "GLMAdamW")
 
 
-def test_unknown_optimizer_is_refused(
-    vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_optimizer_is_refused(vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = tiny_arguments("finetune", vocabulary, "--output_dir", tmp_path, "optimizer.type=GLMAdam")
     with pytest.raises(SystemExit):
         run_here(line)

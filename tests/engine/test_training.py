@@ -47,18 +47,14 @@ def gradient_norm(model: GLMForCausalLM, rows: dict[str, np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize("generation", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_accumulation_equals_a_larger_batch(
-    finetune, vocabulary: Path, tmp_path: Path, generation: int
-) -> None:
+def test_accumulation_equals_a_larger_batch(finetune, vocabulary: Path, tmp_path: Path, generation: int) -> None:
     rows = sample_rows(vocabulary, generation, list(range(8)))
     counts = np.count_nonzero(rows["labels"] != -100, axis=1)
     assert len(set(counts.tolist())) > 2  # so that a mean of means would show
-    whole = finetune(
-        tmp_path / "whole", "runner_config.batch_size=8", "runner_config.epochs=4", generation=generation
-    )
+    whole = finetune(tmp_path / "whole", "runner_config.batch_size=8", "runner_config.epochs=4", generation=generation)
     parts = finetune(
         tmp_path / "parts", "runner_config.batch_size=2", "runner_config.gradient_accumulation_steps=4",
-        "runner_config.epochs=4", generation=generation,
+        "runner_config.epochs=4", generation=generation
     )  # fmt: skip
     one, other = curve(whole), curve(parts)
     assert len(one) == 12
@@ -68,9 +64,7 @@ def test_accumulation_equals_a_larger_batch(
         np.testing.assert_allclose(
             [line[name] for line in other], [line[name] for line in one], err_msg=name, **tolerance
         )
-    logits = [
-        load_pretrained(run)(rows["input_ids"], rows["attention_mask"]).asnumpy() for run in (parts, whole)
-    ]
+    logits = [load_pretrained(run)(rows["input_ids"], rows["attention_mask"]).asnumpy() for run in (parts, whole)]
     np.testing.assert_allclose(*logits, **LOGITS)
 
 
@@ -84,7 +78,7 @@ def test_filling_rows_leave_the_mean_as_it_is(
         tmp_path, "train_dataset.num_samples=5", "train_dataset.drop_remainder=False",
         "train_dataset.data_loader.shuffle=False", "runner_config.epochs=1", "checkpoint.save_steps=1",
         f"runner_config.batch_size={4 // accumulation_steps}",
-        f"runner_config.gradient_accumulation_steps={accumulation_steps}",
+        f"runner_config.gradient_accumulation_steps={accumulation_steps}"
     )  # fmt: skip
     lines = curve(run)
     assert [(line["step"], line["epoch"]) for line in lines] == [(1, 0.5), (2, 1.0)]

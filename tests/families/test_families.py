@@ -26,7 +26,7 @@ def toy(monkeypatch):
     names = {"toy.embedding": EMBEDDING}
     family = dataclasses.replace(
         FAMILIES["chatglm3"], name="toy", tokenizer=type("ToyTokenizer", (ChatGLM3Tokenizer,), {}), config=ToyConfig,
-        parameter_names=names,
+        parameter_names=names
     )  # fmt: skip
     monkeypatch.setitem(FAMILIES, "toy", family)
     return family

@@ -128,9 +128,7 @@ def test_length_that_counts_the_prompt_is_a_limit_for_each():
     prompts = [[1], [2, 3], [4, 1, 2]]
     options = {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": 5, "length_penalty": 0.7}
     together = beam_search(
-        Table(6),
-        prepare_prompts(prompts, vocab_size=6),
-        GenerationConfig(9, max_length=5, **options),
+        Table(6), prepare_prompts(prompts, vocab_size=6), GenerationConfig(9, max_length=5, **options)
     )
     for prompt, ranked in zip(prompts, together):
         alone = prepare_prompts(prompt, vocab_size=6)
@@ -147,14 +145,8 @@ def test_no_step_after_the_last_needed_token():
 
 def test_one_possible_token_is_enough():
     with pytest.raises(ValueError, match="all 2 ids of the vocabulary end a sequence"):
-        generate(
-            Table(2),
-            prepare_prompts([1], vocab_size=2),
-            GenerationConfig(2, num_beams=2, eos_token_id=[0, 1]),
-        )
+        generate(Table(2), prepare_prompts([1], vocab_size=2), GenerationConfig(2, num_beams=2, eos_token_id=[0, 1]))
     (sequence,) = generate(
-        Table(2),
-        prepare_prompts([1], vocab_size=2),
-        GenerationConfig(3, num_beams=4, eos_token_id=0),
+        Table(2), prepare_prompts([1], vocab_size=2), GenerationConfig(3, num_beams=4, eos_token_id=0)
     )
     assert sequence[-1] == 0 or len(sequence) == 4

@@ -87,9 +87,7 @@ def test_requests_that_join_and_leave_get_what_they_get_alone(case: str) -> None
     for request, (expected, expected_logits) in enumerate(alone):
         assert tokens[request] == expected
         np.testing.assert_allclose(np.array(logits[request]), expected_logits, **LOGITS)
-        print(
-            f"largest difference of a logit: {np.abs(np.array(logits[request]) - expected_logits).max():.2g}"
-        )
+        print(f"largest difference of a logit: {np.abs(np.array(logits[request]) - expected_logits).max():.2g}")
 
 
 def test_slots_that_are_not_stepped_do_not_change(pair: CachedDecoder) -> None:

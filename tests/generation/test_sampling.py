@@ -60,11 +60,7 @@ def test_invalid_score_rule(cases):
 def test_filters_leave_their_input_alone(rows):
     scores, input_ids = rows[1]
     before = scores.copy()
-    filtered(
-        GenerationConfig(1, True, temperature=0.5, top_k=9, top_p=0.5, repetition_penalty=1.3),
-        scores,
-        input_ids,
-    )
+    filtered(GenerationConfig(1, True, temperature=0.5, top_k=9, top_p=0.5, repetition_penalty=1.3), scores, input_ids)
     np.testing.assert_array_equal(scores, before)
 
 

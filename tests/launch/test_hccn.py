@@ -54,7 +54,7 @@ def conf(tmp_path: Path, text: str | None = None, cards=range(8)) -> Path:
     [
         ("[0,8)", range(8)), ("[3,4)", [3]), ("[4,8)", range(4, 8)), (" [ 0 , 2 ) ", [0, 1]), ("8", range(8)),
         ("1", [0]), ("[8,16)", range(8, 16)),
-    ],
+    ]
 )  # fmt: skip
 def test_ranges_of_cards(text, cards):
     assert list(hccn.card_range(text)) == list(cards)
@@ -94,7 +94,7 @@ def test_visible_cards():
         ("4,5,4", "card 4 is there twice"), ("", "'' is not a card"), ("1,", "'' is not a card"),
         ("1;2", "'1;2' is not a card"), ("-1", "'-1' is not a card"), ("٣", "is not a card"),
         ("64", "no server has a card 64"),
-    ],
+    ]
 )  # fmt: skip
 def test_what_are_no_visible_cards(text, message):
     with pytest.raises(RankTableError, match=message):
@@ -104,9 +104,7 @@ def test_what_are_no_visible_cards(text, message):
 def test_logical_cards_are_mapped_to_physical_ones():
     assert hccn.physical_cards(range(1, 3), (4, 6, 5, 7)) == (6, 5)
     assert hccn.physical_cards(range(4, 6), None) == (4, 5)
-    with pytest.raises(
-        RankTableError, match=r'logical cards 4-7, but --visible_devices has 4, .* "\[0,4\)" takes'
-    ):
+    with pytest.raises(RankTableError, match=r'logical cards 4-7, but --visible_devices has 4, .* "\[0,4\)" takes'):
         hccn.physical_cards(range(4, 8), (4, 5, 6, 7))
 
 
@@ -128,10 +126,7 @@ def test_cards_of_both_halves_are_noted(cards, noted):
 
 
 def test_addresses_from_the_file_alone(tmp_path, tool):
-    path = conf(
-        tmp_path,
-        "# made by hand\n\naddress_0 = 192.1.27.6\r\nnetmask_0=255.255.255.0\n  address_1=192.1.27.7",
-    )
+    path = conf(tmp_path, "# made by hand\n\naddress_0 = 192.1.27.6\r\nnetmask_0=255.255.255.0\n  address_1=192.1.27.7")
     found, origin = hccn.read_addresses([1, 0], path)
     assert list(found.items()) == [(1, "192.1.27.7"), (0, "192.1.27.6")]
     assert origin == str(path)
@@ -212,7 +207,7 @@ def test_a_default_file_that_cannot_be_read_is_noted(tool):
         ("address_0=192.1.27.300\n", r"hccn\.conf: card 0: '192\.1\.27\.300' is not an IP address"),
         ("address_0=0.0.0.0\n", r"hccn\.conf: card 0: 0\.0\.0\.0 is not the address"),
         ("address_0=192.1.27.6\naddress_1=192.1.27.6\n", r"hccn\.conf: cards 0 and 1 have the same address, 192\.1\."),
-    ],
+    ]
 )  # fmt: skip
 def test_wrong_lines_of_the_file(tmp_path, text, message):
     with pytest.raises(RankTableError, match=message):
@@ -227,8 +222,7 @@ def test_the_same_line_twice_is_one_address(tmp_path):
 def test_one_address_in_both_places(tmp_path, tool):
     path = conf(tmp_path, "address_0=192.98.92.101\n")
     with pytest.raises(
-        RankTableError,
-        match=r"hccn_tool and .*hccn\.conf: cards 0 and 1 have the same address, 192\.98\.92\.101",
+        RankTableError, match=r"hccn_tool and .*hccn\.conf: cards 0 and 1 have the same address, 192\.98\.92\.101"
     ):
         hccn.read_addresses([0, 1], path)
 

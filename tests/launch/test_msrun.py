@@ -43,7 +43,7 @@ def start(tmp_path: Path):
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "glm_ms.launch.msrun", line, *(arguments or ("2",))],
-            cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )  # fmt: skip
         started.append(process)
         return process
@@ -114,9 +114,7 @@ raise RuntimeError("a fellow has gone")
     assert "ValueError: ill\n" in said
     assert "RuntimeError" not in said
     assert "after it: rank 0 failed (exit status 1)\n" in said
-    assert said.endswith(
-        "error: rank 1 failed and did not end by itself, log: output/msrun_log/worker_1.log\n"
-    )
+    assert said.endswith("error: rank 1 failed and did not end by itself, log: output/msrun_log/worker_1.log\n")
     assert time.monotonic() - begin < 30
     assert left_of(tmp_path) == []
 
@@ -163,9 +161,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(start, tmp_path: Path):
 
 def test_a_rank_that_ignores_the_request_ends_too(start, tmp_path: Path):
     ignoring = "signal = __import__('signal'); signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    status, _, said = finish(
-        start(ignoring + "if rank == '1': sys.exit('error: no such file: train.json')\n" + WAIT)
-    )
+    status, _, said = finish(start(ignoring + "if rank == '1': sys.exit('error: no such file: train.json')\n" + WAIT))
     assert status == 1
     assert "last output of rank 1:" in said
     assert "\nerror: no such file: train.json\n" in said
@@ -205,13 +201,11 @@ def test_what_msrun_refuses_is_shown(start, tmp_path: Path):
     msrun = tmp_path / "bin" / "msrun"
     msrun.write_text("raise SystemError('no such option')")
     msrun.chmod(0o755)
-    script = (
-        f"import sys\nfrom glm_ms.launch import msrun as m\nm.shutil.which = lambda *a, **k: {str(msrun)!r}\n"
-    )
+    script = f"import sys\nfrom glm_ms.launch import msrun as m\nm.shutil.which = lambda *a, **k: {str(msrun)!r}\n"
     script += "sys.exit(m.main(['job.py', '2']))\n"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=60, check=False
     )  # fmt: skip
     assert done.returncode == 2
     assert "error: msrun failed (exit status 1), log: output/msrun_log/msrun.log\n" in done.stderr

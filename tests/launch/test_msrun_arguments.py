@@ -168,9 +168,7 @@ def test_logs_of_former_jobs(tmp_path: Path):
 
 def test_log_dir_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        LaunchError, match=r"LOG_DIR .*file/logs: logs cannot be written there \(Not a directory"
-    ):
+    with pytest.raises(LaunchError, match=r"LOG_DIR .*file/logs: logs cannot be written there \(Not a directory"):
         make_room_for_logs(tmp_path / "file" / "logs", list, [], f"LOG_DIR {tmp_path}/file/logs", print)
 
 
@@ -190,10 +188,7 @@ def test_variables_of_an_outer_job_stay_outside(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(name, raising=False)
     said: list[str] = []
     monkeypatch.setenv("PATH", "/usr/bin")
-    assert (
-        processes.clean_environment(said.append)["PATH"]
-        == f"{Path(sys.executable).absolute().parent}:/usr/bin"
-    )
+    assert processes.clean_environment(said.append)["PATH"] == f"{Path(sys.executable).absolute().parent}:/usr/bin"
     assert said == []
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("RANK_ID", "3")

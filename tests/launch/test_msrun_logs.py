@@ -8,20 +8,12 @@ from pathlib import Path
 from glm_ms.launch.rank_logs import LogWatch, ends_with_traceback, keep_earlier_logs, reason_in
 
 NOISE = "[WARNING] DISTRIBUTED(4715,7fb2f544bb80,python):2026-01-01-00:00:01.565.185 [tcp_comm.cc:485] Connect] 1\n"
-TRACEBACK = (
-    'Traceback (most recent call last):\n  File "a.py", line 7, in <module>\n    f()\nValueError: ill\n'
-)
+TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 7, in <module>\n    f()\nValueError: ill\n'
 CHAIN = (
     'Traceback (most recent call last):\n  File "a.py", line 1, in g\n    {}["x"]\nKeyError: \'x\'\n\n'
     "During handling of the above exception, another exception occurred:\n\n"
 )
-CPP = (
-    "\n"
-    + "-" * 52
-    + "\n- C++ Call Stack: (For framework developers)\n"
-    + "-" * 52
-    + "\nmindspore/ccsrc/a.cc:1 Run\n"
-)
+CPP = "\n" + "-" * 52 + "\n- C++ Call Stack: (For framework developers)\n" + "-" * 52 + "\nmindspore/ccsrc/a.cc:1 Run\n"
 
 
 def test_the_traceback_stands_without_what_is_around_it():
@@ -51,10 +43,7 @@ def test_tracebacks_of_the_end_are_not_the_reason():
 
 def test_without_a_traceback_the_last_lines_are_shown():
     lines = [f"step {number}" for number in range(100)]
-    text = (
-        "\n".join(lines)
-        + f"\n 10%|#\r 20%|##\r\n{NOISE}[ERROR] ME(1,7f,python): no memory\nerror: bad file\n"
-    )
+    text = "\n".join(lines) + f"\n 10%|#\r 20%|##\r\n{NOISE}[ERROR] ME(1,7f,python): no memory\nerror: bad file\n"
     shown = reason_in(text).split("\n")
     assert shown[-3:] == [" 20%|##", "[ERROR] ME(1,7f,python): no memory", "error: bad file"]
     assert len(shown) <= 20

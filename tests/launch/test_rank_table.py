@@ -146,9 +146,7 @@ def test_merge_of_servers_with_eight_cards(count):
 
 
 def test_merge_goes_on_from_a_merge():
-    assert merge([merge([table_of(1), table_of(2)]), table_of(3)]) == merge(
-        [table_of(1), table_of(2), table_of(3)]
-    )
+    assert merge([merge([table_of(1), table_of(2)]), table_of(3)]) == merge([table_of(1), table_of(2), table_of(3)])
 
 
 def test_merge_keeps_the_order_of_cards_within_a_server():
@@ -217,12 +215,8 @@ def test_merge_needs_two_tables(tables):
 
 
 def test_merge_checks_what_it_is_given():
-    gap = RankTable(
-        (Server("10.0.0.2", (Device(0, "192.2.2.2", 0), Device(1, "192.2.2.3", 2))),), source="b.json"
-    )
-    with pytest.raises(
-        RankTableError, match=r"b\.json: rank_id missing: 1; the ranks of 2 cards go from 0 to 1"
-    ):
+    gap = RankTable((Server("10.0.0.2", (Device(0, "192.2.2.2", 0), Device(1, "192.2.2.3", 2))),), source="b.json")
+    with pytest.raises(RankTableError, match=r"b\.json: rank_id missing: 1; the ranks of 2 cards go from 0 to 1"):
         merge([table_of(1, 2), gap])
 
 
@@ -295,9 +289,7 @@ def test_reading_refuses_servers_of_differing_sizes(write):
 def test_a_misspelt_key_is_recognized(write):
     document = changed("server_list.0.device.0.rank_id", None)
     document["server_list"][0]["device"][0]["rank"] = "0"
-    with pytest.raises(
-        RankTableError, match=r'device\[0\]\.rank_id: is missing; did you mean this by "rank"\?'
-    ):
+    with pytest.raises(RankTableError, match=r'device\[0\]\.rank_id: is missing; did you mean this by "rank"\?'):
         read_rank_table(write(document))
 
 
@@ -351,9 +343,7 @@ def test_only_the_first_problems_are_told():
 def test_writing_replaces_only_when_told(tmp_path):
     path = tmp_path / "a.json"
     write_rank_table(table_of(1), path)
-    with pytest.raises(
-        RankTableError, match=r"a\.json: exists already; choose another name, or add --overwrite"
-    ):
+    with pytest.raises(RankTableError, match=r"a\.json: exists already; choose another name, or add --overwrite"):
         write_rank_table(table_of(2), path)
     assert read_rank_table(path) == table_of(1)
     write_rank_table(table_of(2), path, overwrite=True)
@@ -365,9 +355,7 @@ def test_writing_refuses_and_leaves_nothing(tmp_path, monkeypatch):
         write_rank_table(table_of(1), tmp_path)
     with pytest.raises(RankTableError, match=r"its folder .*none does not exist"):
         write_rank_table(table_of(1), tmp_path / "none" / "a.json")
-    monkeypatch.setattr(
-        "os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(RankTableError, match=r"a\.json: cannot be written: No space left on device"):
         write_rank_table(table_of(1), tmp_path / "a.json")
     assert list(tmp_path.iterdir()) == []

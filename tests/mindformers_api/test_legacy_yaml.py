@@ -47,13 +47,13 @@ def test_trained_evaluated_and_asked(run, capsys: pytest.CaptureFixture) -> None
     weights = ("--load_checkpoint", trained)
     scores = run(
         legacy_yaml(("run_mode: 'train'", "run_mode: 'eval'"), ("PerplexityMetric", "ADGENMetric")),
-        "eval", *weights, "eval_dataset.num_samples=2", "model.model_config.max_decode_length=80",
+        "eval", *weights, "eval_dataset.num_samples=2", "model.model_config.max_decode_length=80"
     )  # fmt: skip
     assert json.loads((scores / "eval_scores.json").read_text())["num_samples"] == 2
 
     answers = run(
         legacy_yaml(("run_mode: 'train'", "run_mode: 'predict'"), ("max_decode_length: 256", "max_decode_length: 30")),
-        "predict", *weights, "--predict_data", "类型#裙",
+        "predict", *weights, "--predict_data", "类型#裙"
     )  # fmt: skip
     (result,) = read_jsonl(answers / "predict_results.jsonl")
     assert result["prompt"] == "类型#裙"
@@ -65,9 +65,7 @@ def test_lora(run, tmp_path: Path) -> None:
     config = json.loads((output / "checkpoint" / "step_00000002" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 32)
     text = legacy_yaml(("run_mode: 'train'", "run_mode: 'eval'"), pet=LORA)
-    scores = run(
-        text, "eval", "--load_checkpoint", base, "--load_adapter", output, "eval_dataset.num_samples=2"
-    )
+    scores = run(text, "eval", "--load_checkpoint", base, "--load_adapter", output, "eval_dataset.num_samples=2")
     assert json.loads((scores / "eval_scores.json").read_text())["perplexity"] > 1
 
 

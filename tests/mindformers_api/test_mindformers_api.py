@@ -13,18 +13,8 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from engine_helpers import (
-    CONFIGS,
-)
-from mindformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    MindFormerConfig,
-    Trainer,
-    pipeline,
-)
+from engine_helpers import CONFIGS
+from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, MindFormerConfig, Trainer, pipeline
 from mindformers.generation import GenerationConfig, TextStreamer
 from mindformers.models import build_tokenizer
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
@@ -132,7 +122,7 @@ def test_the_import_replaces_two_methods_and_nothing_else(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(CONFIGS.parent)}
     done = subprocess.run(
         [sys.executable, "-c", REPLACED],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=True,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=True
     )  # fmt: skip
     replaced = ["AutoTokenizer.get_class_from_experimental_mode", "MindFormerConfig._file2dict"]
     assert done.stdout.splitlines()[-1] == f"False {replaced}"
@@ -197,9 +187,7 @@ def test_auto_model_of_a_released_folder_has_the_reference_logits(golden: Path, 
     (folder / "config.json").write_text(json.dumps(config))
     model = AutoModel.from_pretrained(str(folder))
     expected = np.load(folder / "golden.npz")
-    logits = model.core(
-        *(expected[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    ).asnumpy()
+    logits = model.core(*(expected[name] for name in ("input_ids", "attention_mask", "position_ids"))).asnumpy()
     seen = expected["attention_mask"] == 1
     np.testing.assert_allclose(logits[seen], expected["logits"][seen], **LOGITS)
 
@@ -211,9 +199,7 @@ def test_from_config_loads_the_weights_that_the_yaml_names(run: Path, tmp_path: 
         found = model.core.parameters()["transformer.output_layer.weight"].asnumpy()
         np.testing.assert_array_equal(found, expected)
     untrained = AutoModel.from_config(yaml_of(run, tmp_path, load_checkpoint=""))
-    assert not np.array_equal(
-        untrained.core.parameters()["transformer.output_layer.weight"].asnumpy(), expected
-    )
+    assert not np.array_equal(untrained.core.parameters()["transformer.output_layer.weight"].asnumpy(), expected)
 
 
 def test_construct_gives_the_logits_and_the_loss_of_the_core(model: MindFormersGLM):
@@ -282,9 +268,7 @@ def test_a_saved_model_is_loaded_again(model: MindFormersGLM, tmp_path: Path):
 # ------------------------------------------------------------------ tokenizers
 
 
-@pytest.mark.parametrize(
-    ("kind", "core"), [(GLM2Tokenizer, ChatGLM2Tokenizer), (GLM3Tokenizer, ChatGLM3Tokenizer)]
-)
+@pytest.mark.parametrize(("kind", "core"), [(GLM2Tokenizer, ChatGLM2Tokenizer), (GLM3Tokenizer, ChatGLM3Tokenizer)])
 def test_tokenizer_gives_the_same_ids(vocabulary: Path, kind: type, core: type):
     tokenizer, ours = kind(str(vocabulary)), core(vocabulary)
     for text in TEXTS:
@@ -371,9 +355,7 @@ def test_pipeline_writes_what_the_core_generates(
 ):
     tokenizer = GLM3Tokenizer(str(vocabulary))
     prompts = [tokenizer.build_prompt(QUESTION), tokenizer.build_prompt("类型#上衣")]
-    expected = [
-        tokenizer.decode(model.core.generate(prompt.token_ids, max_new_tokens=5)[0]) for prompt in prompts
-    ]
+    expected = [tokenizer.decode(model.core.generate(prompt.token_ids, max_new_tokens=5)[0]) for prompt in prompts]
     generator = pipeline("text_generation", model=model, tokenizer=tokenizer)
     assert generator(prompts[0], max_new_tokens=5, do_sample=False) == [{TEXT: [expected[0]]}]
     assert generator(prompts, batch_size=2, max_new_tokens=5) == [{TEXT: expected}]
@@ -389,9 +371,7 @@ def test_pipeline_writes_what_the_core_generates(
 def test_unknown_keys_of_a_yaml_are_named(run: Path, tmp_path: Path):
     path = yaml_of(run, tmp_path, runner_config__epoch=2)
     for read in (MindFormerConfig, AutoConfig.from_pretrained, AutoModel.from_config):
-        with pytest.raises(
-            ValueError, match=r"run\.yaml:\d+: runner_config\.epoch: unknown key; did you mean epochs"
-        ):
+        with pytest.raises(ValueError, match=r"run\.yaml:\d+: runner_config\.epoch: unknown key; did you mean epochs"):
             read(path)
 
 

@@ -38,9 +38,7 @@ from glm_ms.storage.run_folder import resolve_checkpoint
 
 PAGE = (REPOSITORY / "docs" / "mindformers.md").read_text(encoding="utf-8")
 # The block that uses the classes of MindFormers.
-EXAMPLE = next(
-    block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "mindformers" in block
-)
+EXAMPLE = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "mindformers" in block)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +73,7 @@ def test_evaluation_and_prediction_are_those_of_run_glm(
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (QUESTION, "类型#上衣")))
     line = tiny_arguments(
-        "predict",
-        vocabulary,
-        *with_weights,
-        "--output_dir",
-        tmp_path / "predict",
-        "--predict_data",
-        questions,
+        "predict", vocabulary, *with_weights, "--output_dir", tmp_path / "predict", "--predict_data", questions
     )
     assert run_here(line) == 0
     capsys.readouterr()
@@ -208,16 +200,14 @@ def test_rows_of_a_data_set():
 def test_adapters_are_trained_and_used(run: Path, weights: Path, tmp_path: Path, kind: str, given: bool):
     path = yaml_of(
         run, tmp_path, model__pet_config={"pet_type": kind}, load_checkpoint=str(weights),
-        lr_schedule__learning_rate=0.05, metric__type=["PerplexityMetric"],
+        lr_schedule__learning_rate=0.05, metric__type=["PerplexityMetric"]
     )  # fmt: skip
     model = AutoModel.from_pretrained(str(weights)) if given else None
     trainer = Trainer(args=path, task="text_generation", model=model)
     trainer.finetune()
     trainer.evaluate()
     adapted = trainer.trainer.scores["perplexity"]
-    base = Trainer(
-        args=yaml_of(run, tmp_path / "base", metric__type=["PerplexityMetric"]), task="text_generation"
-    )
+    base = Trainer(args=yaml_of(run, tmp_path / "base", metric__type=["PerplexityMetric"]), task="text_generation")
     base.evaluate(eval_checkpoint=str(weights))
     assert abs(adapted - base.trainer.scores["perplexity"]) > 1  # it acts
     again = Trainer(args=path, task="text_generation")
@@ -244,9 +234,7 @@ def test_changes_in_python_count(run: Path, tmp_path: Path):
 def test_training_arguments_are_refused(run: Path):
     config = MindFormerConfig(str(run / "settings.yaml"))
     TrainingArguments(output_dir="nowhere").convert_args_to_mindformers_config(config)
-    with pytest.raises(
-        ValueError, match=r"TrainingArguments.*not supported with glm_ms; give the path of a YAML"
-    ):
+    with pytest.raises(ValueError, match=r"TrainingArguments.*not supported with glm_ms; give the path of a YAML"):
         settings_of(config)
 
 
@@ -296,7 +284,7 @@ def test_the_example_of_the_documentation(vocabulary: Path, tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", EXAMPLE],
         cwd=tmp_path, env={**environment_of_a_user(), "PYTHONPATH": str(REPOSITORY)}, capture_output=True,
-        text=True, encoding="utf-8", timeout=600, check=False,
+        text=True, encoding="utf-8", timeout=600, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "\nperplexity: " in done.stdout

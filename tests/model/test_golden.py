@@ -82,17 +82,10 @@ def test_hidden_states_and_mask(case: str) -> None:
 def test_loss(case: str) -> None:
     numbers = golden_numbers(case)
     model = golden_model(case)
-    loss = model(
-        numbers["input_ids"],
-        numbers["attention_mask"],
-        numbers["position_ids"],
-        labels=numbers["labels"],
-    )
+    loss = model(numbers["input_ids"], numbers["attention_mask"], numbers["position_ids"], labels=numbers["labels"])
     np.testing.assert_allclose(loss.asnumpy(), numbers["loss"], **LOSS)
     with graph_mode():
-        per_token, weight = NextTokenLoss().per_token(
-            Tensor(numbers["logits"]), *int_tensors(numbers["labels"])
-        )
+        per_token, weight = NextTokenLoss().per_token(Tensor(numbers["logits"]), *int_tensors(numbers["labels"]))
     assert int(weight.asnumpy().sum()) == int(numbers["num_loss_tokens"])
     np.testing.assert_allclose(per_token.asnumpy()[:, :-1], numbers["per_token_loss"], **LOSS)
 

@@ -13,7 +13,7 @@ from glm_ms.peft import LoraConfig
 
 CONFIG = GLMConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, kv_channels=4, num_attention_heads=4, padded_vocab_size=32,
-    multi_query_group_num=2, seq_length=16,
+    multi_query_group_num=2, seq_length=16
 )  # fmt: skip
 IDS = np.arange(12).reshape(2, 6)
 

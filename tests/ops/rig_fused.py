@@ -85,7 +85,7 @@ def compile_networks() -> None:
     for name in ("float32", "float16", "bfloat16"):
         config = GLMConfig(
             num_layers=2, padded_vocab_size=64, hidden_size=HIDDEN, ffn_hidden_size=96, kv_channels=DIM,
-            num_attention_heads=HEADS, multi_query_group_num=GROUPS, seq_length=32, compute_dtype=name,
+            num_attention_heads=HEADS, multi_query_group_num=GROUPS, seq_length=32, compute_dtype=name
         )  # fmt: skip
         network = GLMNetwork(config)
         names = [parameter.name for parameter in network.get_parameters()]

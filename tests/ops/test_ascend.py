@@ -186,9 +186,7 @@ def test_fusing_replaces_operators_and_keeps_parameters(monkeypatch: pytest.Monk
     assert [parameter.name for parameter in network.get_parameters()] == names
     found = kinds(network)
     assert not {RMSNormalize, ApplyRotary, GroupedAttention} & set(found)
-    counts = [
-        found.count(kind) for kind in (ascend.FusedRMSNormalize, ascend.FusedRotary, ascend.FlashAttention)
-    ]
+    counts = [found.count(kind) for kind in (ascend.FusedRMSNormalize, ascend.FusedRotary, ascend.FlashAttention)]
     assert counts == [5, 2, 2]
 
 
@@ -261,8 +259,7 @@ def test_a_kernel_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("soc", "reason"),
-    [("ascend910", "this card (910A) lacks them"), ("ascend910b", None), ("ascend910_93", None)],
+    ("soc", "reason"), [("ascend910", "this card (910A) lacks them"), ("ascend910b", None), ("ascend910_93", None)]
 )
 def test_which_cards_have_the_kernels(monkeypatch: pytest.MonkeyPatch, soc: str, reason: str | None) -> None:
     monkeypatch.setattr(ascend.ms, "get_context", lambda name: {"device_target": "Ascend"}[name])
@@ -299,16 +296,10 @@ def test_mindspore_accepts_the_kernels(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     passed = {line[3:] for line in result.stdout.splitlines() if line.startswith("OK ")}
     both = [f"{way} {name}" for way in ("forward", "backward") for name in ("norm", "norm_mixed", "rotary")]
-    half = [
-        f"{way} {name}"
-        for way in ("forward", "backward")
-        for name in ("flash", "flash_one_mask", "flash_step")
-    ]
+    half = [f"{way} {name}" for way in ("forward", "backward") for name in ("flash", "flash_one_mask", "flash_step")]
     expected = {f"{name} {dtype}" for name in both for dtype in ("Float32", "Float16", "BFloat16")}
     expected |= {f"{name} {dtype}" for name in half for dtype in ("Float16", "BFloat16")}
     expected |= {
-        f"{way} {dtype}"
-        for way in ("network", "prefill", "step")
-        for dtype in ("float32", "float16", "bfloat16")
+        f"{way} {dtype}" for way in ("network", "prefill", "step") for dtype in ("float32", "float16", "bfloat16")
     }
     assert passed == expected

@@ -11,9 +11,7 @@ from tolerances import ROPE, ROPE_FAR
 from glm_ms.ops.rotary import pair_rotation, rotary_tables
 
 
-@pytest.mark.parametrize(
-    ("name", "ratio"), [("glm2_fp32", 1), ("glm3_fp32", 1), ("glm3_32k_ratio50_fp32", 50)]
-)
+@pytest.mark.parametrize(("name", "ratio"), [("glm2_fp32", 1), ("glm3_fp32", 1), ("glm3_32k_ratio50_fp32", 50)])
 def test_tables_match_reference(golden: Path, name: str, ratio: float) -> None:
     reference = np.load(golden / "rope.npz")
     rows = reference["rows"]

@@ -29,10 +29,7 @@ from glm_ms.settings.schema import parallel_of, training_length  # noqa: E402
 
 path, layers, *overrides = sys.argv[1:]
 settings = load_settings(
-    path,
-    [*overrides, f"model.model_config.num_layers={layers}"],
-    {"output_dir": rig.out_dir()},
-    check_files=False,
+    path, [*overrides, f"model.model_config.num_layers={layers}"], {"output_dir": rig.out_dir()}, check_files=False
 )
 resolve_vocab_size(settings, 100)
 context = {**parallel_context(settings), "parallel_mode": "semi_auto_parallel"}

@@ -174,9 +174,7 @@ class Card:
         if text.startswith("%para"):
             name = re.sub(r"^%para\d+_", "", text)
             return (
-                self.parameters.setdefault(name, np.zeros(()))
-                if name.startswith(_SUM)
-                else self.parameters.get(name)
+                self.parameters.setdefault(name, np.zeros(())) if name.startswith(_SUM) else self.parameters.get(name)
             )
         if text.startswith("%"):
             return self.values.get(text[1:])

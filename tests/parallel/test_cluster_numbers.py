@@ -73,9 +73,7 @@ def batch(rows: int, vocabulary: int) -> list[np.ndarray]:
     return [ids, labels, mask, np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32)]
 
 
-def piece(
-    value: np.ndarray, place: tuple[int | None, int, int], rank: int, parallel: ParallelConfig
-) -> np.ndarray:
+def piece(value: np.ndarray, place: tuple[int | None, int, int], rank: int, parallel: ParallelConfig) -> np.ndarray:
     """The part of a parameter that a card has: its axis by the model-parallel cards, the rest by those with copies."""
     axis, ways, shards = place
     rank %= parallel.stage_cards
@@ -138,10 +136,7 @@ def check(settings: Settings, graphs: Path) -> None:
                 **{name: piece(value, places[name], rank, parallel) for name, value in values.items()},
             },
             constants(config),
-            {
-                f"glm_stages_{p}": tuple(range(p, CARDS, parallel.stage_cards))
-                for p in range(parallel.stage_cards)
-            },
+            {f"glm_stages_{p}": tuple(range(p, CARDS, parallel.stage_cards)) for p in range(parallel.stage_cards)},
         )
         for rank in range(CARDS)
     ]

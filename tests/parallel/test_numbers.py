@@ -72,9 +72,7 @@ def apart(values: dict[str, np.ndarray], config: GLMConfig) -> dict[str, np.ndar
     return {part: piece for name, value in values.items() for part, piece in split_joint(name, value, config)}
 
 
-def loss_and_gradients(
-    network: ms.nn.Cell, inputs: list[Tensor]
-) -> tuple[float, float, dict[str, np.ndarray]]:
+def loss_and_gradients(network: ms.nn.Cell, inputs: list[Tensor]) -> tuple[float, float, dict[str, np.ndarray]]:
     weights: list[Parameter] = network.trainable_params()
     network.set_train()
     step = ms.value_and_grad(network, None, ms.ParameterTuple(weights), has_aux=True)

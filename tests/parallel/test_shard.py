@@ -12,14 +12,12 @@ from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig
 
 CONFIG = GLMConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, kv_channels=4, num_attention_heads=4, padded_vocab_size=32,
-    multi_query_group_num=2, seq_length=8,
+    multi_query_group_num=2, seq_length=8
 )  # fmt: skip
 SPLIT = ParallelConfig(data_parallel=2, model_parallel=2)
 
 
-@pytest.mark.parametrize(
-    "adapter", [LoraConfig(2, target_modules=".*"), PrefixConfig(4)], ids=["lora", "ptuning2"]
-)
+@pytest.mark.parametrize("adapter", [LoraConfig(2, target_modules=".*"), PrefixConfig(4)], ids=["lora", "ptuning2"])
 def test_the_base_under_an_adapter_stays_frozen(adapter: AdapterConfig) -> None:
     model = GLMForCausalLM(CONFIG, sharded_glm(CONFIG, SPLIT))
     names = {parameter.name for parameter in model.add_adapter(adapter).parameters()}

@@ -32,9 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"
 CONFIG = REPOSITORY / "configs" / "glm3" / "run_glm3_6b_finetune_800_32G.yaml"
 CONFIGS = sorted(
-    path
-    for path in (REPOSITORY / "configs").rglob("*.yaml")
-    if "parallel_mode: 1" in path.read_text(encoding="utf-8")
+    path for path in (REPOSITORY / "configs").rglob("*.yaml") if "parallel_mode: 1" in path.read_text(encoding="utf-8")
 )
 # hidden 64, 8 heads of 8, 2 key/value heads, MLP 96, vocabulary 128.
 TINY = {
@@ -56,9 +54,7 @@ pytestmark = [
 ]
 
 
-def compile_ranks(
-    script: str, out: Path, *arguments: object, ranks: str = "", graphs: Path | None = None
-) -> str:
+def compile_ranks(script: str, out: Path, *arguments: object, ranks: str = "", graphs: Path | None = None) -> str:
     """Runs a script for every rank of 8, or those named; returns what the rig printed. MindSpore saves its graphs."""
     only = ["--only", ranks] if ranks else []
     line = [str(RIG), "--ranks", "8", *only, "--target", "ascend", "--out", str(out), "--timeout", "500", "--",
@@ -88,9 +84,7 @@ def split(data: int, model: int = 1, stages: int = 1, sharded: bool = False, *mo
 def stored_bytes(found: dict[str, list[int]]) -> tuple[int, int]:
     """Bytes of float32 weights and of both moments in what a rank has written."""
     weights = sum(4 * math.prod(shape) for name, shape in found.items() if not name.startswith("adam_m."))
-    return weights, sum(
-        2 * 4 * math.prod(shape) for name, shape in found.items() if name.startswith("adam_m.")
-    )
+    return weights, sum(2 * 4 * math.prod(shape) for name, shape in found.items() if name.startswith("adam_m."))
 
 
 WHOLE = {NORM: [64], QUERY: [64, 64], KEY: [16, 64], DENSE: [64, 64], GATE: [96, 64], DOWN: [64, 96]}
@@ -203,14 +197,7 @@ def test_what_is_sent_and_divided(name: str, tmp_path: Path) -> None:
     """The compiled step sends what is planned, but for a few scalars; and the derivative of the loss, which every card
     has, is divided by the cards."""
     compile_ranks(
-        "rig_step.py",
-        tmp_path / "out",
-        CONFIG,
-        2,
-        *SMALL,
-        *TRAFFIC[name],
-        ranks="0",
-        graphs=tmp_path / "graphs",
+        "rig_step.py", tmp_path / "out", CONFIG, 2, *SMALL, *TRAFFIC[name], ranks="0", graphs=tmp_path / "graphs"
     )
     keys = [*SMALL, *TRAFFIC[name], "model.model_config.num_layers=2"]
     plan = plan_run(load_settings(CONFIG, keys, check_files=False), 8)
@@ -254,9 +241,7 @@ def test_weights_go_through_a_sharded_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "ptuning2"])
-def test_adapters_go_through_a_sharded_run(
-    kind: str, tmp_path: Path, vocab_file: Path, adgen_file: Path
-) -> None:
+def test_adapters_go_through_a_sharded_run(kind: str, tmp_path: Path, vocab_file: Path, adgen_file: Path) -> None:
     """The slices of an adapter, merged, are the adapter that a run on one card begins with, in the same files."""
     weights = write_base(tmp_path / "base")
     pet = [f"model.pet_config.pet_type={kind}", "seed=7"]
@@ -282,9 +267,7 @@ def test_adapters_go_through_a_sharded_run(
             for name, value in known.items():
                 np.testing.assert_array_equal(found[name], value, err_msg=name)
         else:
-            assert json.loads(ours.read_text(encoding="utf-8")) == json.loads(
-                file.read_text(encoding="utf-8")
-            )
+            assert json.loads(ours.read_text(encoding="utf-8")) == json.loads(file.read_text(encoding="utf-8"))
     assert read_adapter(tmp_path / "merged").config == read_adapter(tmp_path / "alone").config
 
 
@@ -294,9 +277,7 @@ def write_base(folder: Path) -> dict[str, np.ndarray]:
     shapes, generator = expected_shapes(config), np.random.default_rng(0)
     weights = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     folder.mkdir()
-    write_safetensors(
-        folder / "model.safetensors", shapes, "float32", iter(weights.values()), {"format": "np"}
-    )
+    write_safetensors(folder / "model.safetensors", shapes, "float32", iter(weights.values()), {"format": "np"})
     (folder / "config.json").write_text(json.dumps(config.to_hf_dict()), encoding="utf-8")
     return weights
 

@@ -73,9 +73,7 @@ class ShiftAdapter(Adapter):
 
 
 def test_a_type_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(
-        ADAPTERS, "shift", AdapterType(f"{__name__}:ShiftAdapter", FILES, {"module": "module"})
-    )
+    monkeypatch.setitem(ADAPTERS, "shift", AdapterType(f"{__name__}:ShiftAdapter", FILES, {"module": "module"}))
     model = fresh_golden_model("glm2_tiny")
     before = model(IDS).asnumpy()
     adapter = model.add_adapter(ADAPTERS["shift"].config(ShiftConfig()))

@@ -88,9 +88,7 @@ def test_a_prefix_serves_beams_and_calls_of_other_sizes() -> None:
     for sequence in model.generate(prompts, max_new_tokens=5, eos_token_id=[]):
         for length in range(len(sequence) - 5, len(sequence)):
             assert int(model(sequence[:length]).asnumpy()[0, -1].argmax()) == sequence[length]
-    single = model.generate(
-        prompts[0], max_new_tokens=4, num_beams=3, num_return_sequences=3, eos_token_id=[]
-    )
+    single = model.generate(prompts[0], max_new_tokens=4, num_beams=3, num_return_sequences=3, eos_token_id=[])
     both = model.generate(prompts, max_new_tokens=4, num_beams=3, num_return_sequences=3, eos_token_id=[])
     assert both[:3] == single
 

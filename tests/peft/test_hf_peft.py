@@ -66,7 +66,7 @@ def test_we_load_theirs(targets, use_rslora: bool, base, tmp_path: Path) -> None
     torch.manual_seed(5)
     config = peft.LoraConfig(
         r=3, lora_alpha=6, use_rslora=use_rslora, lora_dropout=0.05, init_lora_weights=False,
-        target_modules=targets if isinstance(targets, str) else list(targets), task_type="CAUSAL_LM",
+        target_modules=targets if isinstance(targets, str) else list(targets), task_type="CAUSAL_LM"
     )  # fmt: skip
     theirs = peft.get_peft_model(base("glm2_tiny"), config).eval()
     theirs.save_pretrained(str(tmp_path))

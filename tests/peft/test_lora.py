@@ -44,9 +44,7 @@ def test_targets(targets, endings: set[str]) -> None:
     assert found == sorted(found, key=NAMES.index)
 
 
-@pytest.mark.parametrize(
-    "targets", ["query_key_value", ".*wq", ["qkv"], ["query_key_value", "densee"], [""], "("]
-)
+@pytest.mark.parametrize("targets", ["query_key_value", ".*wq", ["qkv"], ["query_key_value", "densee"], [""], "("])
 def test_targets_that_match_nothing(targets) -> None:
     with pytest.raises(AdapterError, match="target_modules") as error:
         target_names(targets, NAMES)
@@ -71,9 +69,7 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained() -> None:
     assert {id(p) for p in model.network.trainable_params()} == {id(p) for p in adapter.parameters()}
     assert list(model.parameters()) == names
     assert {str(p.dtype) for p in adapter.parameters()} == {"Float32"}
-    again = fresh_golden_model("glm2_tiny").add_adapter(
-        LoraConfig(target_modules=("query_key_value", "dense")), seed=1
-    )
+    again = fresh_golden_model("glm2_tiny").add_adapter(LoraConfig(target_modules=("query_key_value", "dense")), seed=1)
     for one, other in zip(adapter.parameters(), again.parameters()):
         assert np.array_equal(one.asnumpy(), other.asnumpy())
     with pytest.raises(AdapterError, match="has an adapter already"):

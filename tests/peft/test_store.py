@@ -92,9 +92,7 @@ def test_half_a_pair_a_stranger_and_numbers_that_are_none(lora: Path) -> None:
     original = load_file(lora / "adapter_model.safetensors")
     change(lora, lambda tensors: tensors.pop(name))
     assert "layers.0.self_attention.query_key_value.lora_B.weight: missing" in refused(lora)
-    save_file(
-        {**original, "base_model.model.lm_head.weight": original[name]}, lora / "adapter_model.safetensors"
-    )
+    save_file({**original, "base_model.model.lm_head.weight": original[name]}, lora / "adapter_model.safetensors")
     assert "lm_head" in refused(lora)
     save_file({**original, name: original[name] * np.float32(np.nan)}, lora / "adapter_model.safetensors")
     assert "NaN" in refused(lora)
@@ -161,9 +159,7 @@ def test_a_prefix_for_another_base() -> None:
 def test_what_is_saved_is_loaded_and_restored(config, tmp_path: Path) -> None:
     model = fresh_golden_model("glm3_tiny")
     adapter = model.add_adapter(config, seed=3)
-    values = {
-        p.name: np.random.default_rng(1).normal(size=p.shape).astype(np.float32) for p in adapter.parameters()
-    }
+    values = {p.name: np.random.default_rng(1).normal(size=p.shape).astype(np.float32) for p in adapter.parameters()}
     adapter.assign(values, tmp_path)
     adapter.save(tmp_path)
     loaded = load_pretrained(FOLDER / "glm3_tiny", adapter=tmp_path)

@@ -18,9 +18,7 @@ CONFIG = REPOSITORY / "configs" / "tiny" / "finetune_glm3_tiny.yaml"
 TOLERANCE = 0.25  # of what was measured
 
 
-def keys(
-    rows: int, length: int, layers: int, hidden: int, ffn: int, vocabulary: int, *more: str
-) -> tuple[str, ...]:
+def keys(rows: int, length: int, layers: int, hidden: int, ffn: int, vocabulary: int, *more: str) -> tuple[str, ...]:
     """Settings of a network of 8 heads, 2 groups."""
     sizes = {
         "num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn, "padded_vocab_size": vocabulary,
@@ -49,9 +47,7 @@ CASES = {
     "long, lora": keys(*LONG, *LORA),
     "wide, lora on everything": keys(*WIDE, *LORA, "model.pet_config.target_modules=.*encoder.*"),
     "wide, lora, recompute": keys(*WIDE, *LORA, RECOMPUTE),
-    "long, prefix": keys(
-        *LONG, BASE, "model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=64"
-    ),
+    "long, prefix": keys(*LONG, BASE, "model.pet_config.pet_type=ptuning2", "model.pet_config.pre_seq_len=64"),
     "wide, dropout": keys(*WIDE, "model.model_config.hidden_dropout=0.1"),
     "long, dropout": keys(*LONG, "model.model_config.attention_dropout=0.1"),
     "long, layer norm": keys(*LONG, "model.model_config.rmsnorm=False"),
@@ -68,7 +64,7 @@ def measured(overrides: tuple[str, ...]) -> int:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("measure_step.py")), str(CONFIG), *overrides],
         env={**os.environ, "MS_DEV_RUNTIME_CONF": "memory_statistics:True", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True, text=True, timeout=600, check=False
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     found = re.search(r"peak used mem:(\d+)M", done.stdout + done.stderr)

@@ -42,9 +42,7 @@ def test_copies_in_the_compute_type() -> None:
 
 
 def test_gathered_weights_stay_unless_they_are_gathered_again() -> None:
-    sharded = split(
-        4, 1, 1, "parallel.enable_parallel_optimizer=True", "model.model_config.padded_vocab_size=4096"
-    )
+    sharded = split(4, 1, 1, "parallel.enable_parallel_optimizer=True", "model.model_config.padded_vocab_size=4096")
     keeps = plan(*sharded, RECOMPUTE, cards=4)
     again = plan(*sharded, RECOMPUTE, "recompute_config.parallel_optimizer_comm_recompute=True", cards=4)
     assert again.card.copies < keeps.card.copies or again.card.copies == keeps.card.copies == 4 * 64 * 4096

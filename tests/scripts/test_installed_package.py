@@ -66,13 +66,11 @@ def environment(wheel, tmp_path_factory) -> Path:
 
 
 def run(environment: Path, *command: str, cwd: Path | str = "/", status: int = 0) -> str:
-    variables = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
-    }
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     variables["PATH"] = f"{environment / 'bin'}{os.pathsep}{variables['PATH']}"
     done = subprocess.run(
         command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=560, check=False,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -105,7 +103,7 @@ def test_glm_ms_works_from_the_root_folder(environment, tmp_path):
     vocabulary, output = tmp_path / "tokenizer.model", tmp_path / "run"
     run(
         environment, "glm-ms", "train-vocab", "--input", str(sample), "--columns", "content", "summary",
-        "--vocab_size", "800", "--output", str(vocabulary),
+        "--vocab_size", "800", "--output", str(vocabulary)
     )  # fmt: skip
     config = str(tmp_path / "configs" / "tiny" / "finetune_glm3_tiny.yaml")
     keys = [
@@ -118,7 +116,7 @@ def test_glm_ms_works_from_the_root_folder(environment, tmp_path):
     run(environment, "glm-ms", "finetune", "--config", config, "--output_dir", str(output), *keys)
     run(
         environment, "glm-ms", "predict", "--config", config, "--load_checkpoint", str(output), "--output_dir",
-        str(tmp_path / "answers"), "--predict_data", "类型#裤", "generation.max_new_tokens=2", *keys,
+        str(tmp_path / "answers"), "--predict_data", "类型#裤", "generation.max_new_tokens=2", *keys
     )  # fmt: skip
     answers = tmp_path / "answers" / "predict_results.jsonl"
     assert "类型#裤" in answers.read_text(encoding="utf-8")

@@ -63,7 +63,7 @@ def begin(project: Path, name: str, *arguments: str, **environment: str) -> subp
             **{key: value for key, value in os.environ.items() if key not in hidden},
             "PYTHON": sys.executable, "OF_TEST": str(project), "MS_ROLE": "MS_WORKER", **environment,
         },
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )  # fmt: skip
 
 
@@ -78,9 +78,7 @@ def log_of(project: Path, rank: int) -> list:
 
 
 def test_a_process_for_each_card(project: Path):
-    status, shown, said = run(
-        project, "run_distribute.sh", "one.json", "X.yaml", "[0,2)", "eval", "--seed", "3"
-    )
+    status, shown, said = run(project, "run_distribute.sh", "one.json", "X.yaml", "[0,2)", "eval", "--seed", "3")
     assert status == 0, said
     assert json.loads(shown) == log_of(project, 0)
     for rank in (0, 1):
@@ -96,15 +94,7 @@ def test_a_process_for_each_card(project: Path):
 @pytest.mark.parametrize("cards", ["[0,2)", "[2,4]"])
 def test_the_second_of_two_servers(project: Path, cards: str):
     status, shown, said = run(
-        project,
-        "run_distribute.sh",
-        "two.json",
-        "X.yaml",
-        cards,
-        "predict",
-        "4",
-        "你好",
-        SERVER_ID="192.0.2.51",
+        project, "run_distribute.sh", "two.json", "X.yaml", cards, "predict", "4", "你好", SERVER_ID="192.0.2.51"
     )
     assert status == 0, said
     words, variables, _ = json.loads(shown)

@@ -53,9 +53,7 @@ def test_quickstart_trains_a_model_that_writes_adverts(project):
     assert "advert:" in shown
     assert "reference:" in shown
     output = project / "output" / "quickstart"
-    before, after = (
-        json.loads((output / name / "eval_scores.json").read_text()) for name in ("before", "after")
-    )
+    before, after = (json.loads((output / name / "eval_scores.json").read_text()) for name in ("before", "after"))
     assert after["rouge-l"] > 90 > 20 > before["rouge-l"]
     assert after["bleu-4"] > 90 > 20 > before["bleu-4"]
     assert before["perplexity"] > 10 * after["perplexity"]

@@ -81,10 +81,7 @@ def test_unfit_interpreters_are_named(project, tmp_path):
     fake_python(path / "python3.12", "is Python 3.12, 32 bits")
     done = run_script(project, "quickstart.sh", path)
     assert done.returncode == 1
-    assert (
-        "python3 is Python 3.13, 64 bits; python3.11 is not there; python3.12 is Python 3.12, 32 bits"
-        in done.stderr
-    )
+    assert "python3 is Python 3.13, 64 bits; python3.11 is not there; python3.12 is Python 3.12, 32 bits" in done.stderr
 
 
 def test_an_interpreter_that_does_not_start(project, tmp_path):
@@ -116,9 +113,7 @@ def test_real_interpreter_is_judged(project, tmp_path):
     folder = project / ".venv"
     (folder / "bin").mkdir(parents=True)
     launcher = folder / "bin" / "python"
-    launcher.write_text(
-        f'#!/bin/sh\n[ "$1" = -m ] && exit 1\nexec "{sys.executable}" "$@"\n', encoding="utf-8"
-    )
+    launcher.write_text(f'#!/bin/sh\n[ "$1" = -m ] && exit 1\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     launcher.chmod(0o755)
     done = run_script(project, "quickstart.sh", tools_without_python(tmp_path))
     assert done.returncode == 1

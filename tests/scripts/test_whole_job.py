@@ -30,7 +30,7 @@ class Launcher:
             ["bash", str(REPOSITORY / "scripts" / "msrun_launcher.sh"), shlex.join(words), "2"],
             cwd=folder, env={**os.environ, "PYTHON": sys.executable, "OF_TEST": str(folder)}, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
-            start_new_session=True,
+            start_new_session=True
         )  # fmt: skip
 
     def finish(self) -> str:
@@ -92,7 +92,7 @@ def train(folder: Path, vocabulary: Path, adgen_file: Path, run: Path, *argument
         folder, "finetune", "--train_dataset", adgen_file, "--output_dir", run, *arguments,
         f"processor.tokenizer.vocab_file={vocabulary}", *SMALL_TRAINING, "train_dataset.num_samples=48",
         "runner_config.batch_size=2", f"runner_config.max_steps={NUM_STEPS}", f"checkpoint.save_steps={SAVE_STEPS}",
-        "model.model_config.hidden_dropout=0.1",
+        "model.model_config.hidden_dropout=0.1"
     )  # fmt: skip
 
 

@@ -140,9 +140,7 @@ def test_mistake_in_the_file(text: str, parts: list[str], config: Path) -> None:
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"), ON_THE_COMMAND_LINE, ids=[text for text, _ in ON_THE_COMMAND_LINE]
-)
+@pytest.mark.parametrize(("text", "parts"), ON_THE_COMMAND_LINE, ids=[text for text, _ in ON_THE_COMMAND_LINE])
 def test_mistake_on_the_command_line(text: str, parts: list[str], config: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(config, [text])
@@ -201,9 +199,7 @@ def test_flag_and_override_for_one_key(config: Path) -> None:
         ),
     ],
 )
-def test_evaluation_must_fit_the_sequence_length(
-    overrides: list[str], parts: list[str], config: Path
-) -> None:
+def test_evaluation_must_fit_the_sequence_length(overrides: list[str], parts: list[str], config: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(config, overrides, {"run_mode": "eval"})
     for part in parts:

@@ -93,9 +93,7 @@ def test_flags_under_their_former_names(config: Path) -> None:
 
 
 def test_flags_that_may_stand_alone(config: Path) -> None:
-    arguments = parse_args(
-        ["--config", str(config), "--resume_training", "seed=3", "--use_parallel", "--seed=4"]
-    )
+    arguments = parse_args(["--config", str(config), "--resume_training", "seed=3", "--use_parallel", "--seed=4"])
     assert arguments.flags == {"resume_training": "True", "use_parallel": "True", "seed": "4"}
     assert arguments.overrides == ["seed=3"]
     assert parse_args(["--config", "x", "--use_parallel", "False"]).flags == {"use_parallel": "False"}
@@ -152,9 +150,7 @@ def test_help_is_complete(repository: Path) -> None:
         assert f"{name} = " in keys_help()
 
 
-@pytest.mark.parametrize(
-    ("flag", "part"), [("--help", "usage:"), ("-h", "usage:"), ("--help_keys", "seed = 0")]
-)
+@pytest.mark.parametrize(("flag", "part"), [("--help", "usage:"), ("-h", "usage:"), ("--help_keys", "seed = 0")])
 def test_help_exits_with_0(flag: str, part: str, capsys: pytest.CaptureFixture) -> None:
     for read, argv in ((parse_args, ["--nonsense", flag]), (settings_from_command_line, [flag])):
         with pytest.raises(SystemExit) as caught:

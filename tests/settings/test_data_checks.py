@@ -46,7 +46,7 @@ def test_no_max_seq_length_means_that_of_the_network(config: Path) -> None:
         (["train_dataset.cache_dir=data/train.json/x"], "cache_dir: data/train.json is a file; give a folder"),
         (["train_dataset.num_parallel_workers=0"], "found 0, must be at least 1"),
         (["train_dataset.data_loader.type=ToolAlpaca"], "did you mean ToolAlpacaDataLoader"),
-    ],
+    ]
 )  # fmt: skip
 def test_what_does_not_fit(config: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(SettingsError) as caught:

@@ -49,9 +49,7 @@ def test_ascend_without_a_card_names_the_way_to_a_cpu(config: Path, no_cards: Pa
 
 
 def test_ascend_with_cards_keeps_types(config: Path, cards: Path) -> None:
-    settings = load_settings(
-        config, [ASCEND, "model.model_config.compute_dtype=bfloat16", "context.device_id=1"]
-    )
+    settings = load_settings(config, [ASCEND, "model.model_config.compute_dtype=bfloat16", "context.device_id=1"])
     notes = list(settings.notes)
     check_machine(settings, cards, {})
     assert settings.model.model_config.compute_dtype == "bfloat16"
@@ -138,8 +136,6 @@ def test_float16_training_on_ascend_has_its_conditions(
 
 @pytest.mark.parametrize(("environment", "alone"), [({}, True), ({"MS_WORKER_NUM": "2"}, False)])
 def test_way_to_the_cpu_fits_the_start(environment: dict[str, str], alone: bool, tmp_path: Path) -> None:
-    settings = load_settings(
-        REPOSITORY / "configs" / "glm3" / "run_glm3_6b_lora_800_32G.yaml", check_files=False
-    )
+    settings = load_settings(REPOSITORY / "configs" / "glm3" / "run_glm3_6b_lora_800_32G.yaml", check_files=False)
     (problem,) = machine_problems(settings, tmp_path, environment)
     assert str(problem).endswith("--device_target CPU" + (" --use_parallel False" if alone else ""))

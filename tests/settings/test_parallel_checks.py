@@ -89,7 +89,7 @@ def test_split_of_a_file() -> None:
         CONFIG,
         ["parallel.parallel_mode=0", "parallel.full_batch=False", "parallel.enable_parallel_optimizer=False",
          "parallel_config.model_parallel=1"],
-        check_files=False,
+        check_files=False
     )  # fmt: skip
     assert parallel_of(plain, 4) == ParallelConfig(data_parallel=4)
 

@@ -31,7 +31,7 @@ FIXED = f"{SCALE}.type=FixedLossScaleUpdateCell"
         (["do_eval=True", "eval_dataset.data_loader.dataset_dir="], "eval_dataset", "--eval_dataset PATH"),
         (["output_dir=tokenizer.model"], "output_dir", "tokenizer.model is a file; give a folder"),
         (["output_dir=tokenizer.model/run"], "output_dir", "tokenizer.model is a file"),
-    ],
+    ]
 )  # fmt: skip
 def test_what_does_not_fit_is_named(config: Path, overrides: list[str], key: str, message: str) -> None:
     with pytest.raises(SettingsError) as caught:

@@ -115,8 +115,7 @@ def test_values_by_number(records_file, as_array):
     assert twin[3] == file[3] == values[7]
     seen = []
     threads = [
-        threading.Thread(target=lambda: seen.extend(file[n]["n"] == 2 * n + 1 for n in range(25)))
-        for _ in range(4)
+        threading.Thread(target=lambda: seen.extend(file[n]["n"] == 2 * n + 1 for n in range(25))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()

@@ -135,9 +135,7 @@ class Missing(nn.Cell):
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("rotary", [NotFinite, Cut])
-def test_wrong_broken_and_missing_kernels_fail_alone(
-    monkeypatch: pytest.MonkeyPatch, rotary: type[nn.Cell]
-) -> None:
+def test_wrong_broken_and_missing_kernels_fail_alone(monkeypatch: pytest.MonkeyPatch, rotary: type[nn.Cell]) -> None:
     def flash(dtype: ms.Type) -> nn.Cell:
         built.append(dtype)
         return Missing(dtype) if len(built) < 3 else GroupedAttention(SMALL.heads, SMALL.groups, SMALL.dim)
@@ -155,9 +153,7 @@ def test_wrong_broken_and_missing_kernels_fail_alone(
         assert "shape (2, 24, 6, 15), expected (2, 24, 6, 16)" in rows["rotary embedding"].message
     else:
         assert rows["rotary embedding"].difference != rows["rotary embedding"].difference
-    assert list(row_lines(rows["attention"]))[1].strip() == (
-        "RuntimeError: Unsupported op [FlashAttentionScore]"
-    )
+    assert list(row_lines(rows["attention"]))[1].strip() == ("RuntimeError: Unsupported op [FlashAttentionScore]")
 
 
 @pytest.mark.usefixtures("compiled")
@@ -218,9 +214,7 @@ def test_other_weights_are_noticed(golden: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("golden_folder", [None, Path("nowhere")])
-def test_without_golden_numbers_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, golden_folder: Path | None
-) -> None:
+def test_without_golden_numbers_it_says_so(monkeypatch: pytest.MonkeyPatch, golden_folder: Path | None) -> None:
     monkeypatch.setattr(engine, "portable_rows", lambda sizes: iter([Row("x", "1", "float32", 0.0, 1.0)]))
     lines: list[str] = []
     assert engine.run_checks(golden_folder, lines.append)
@@ -248,7 +242,7 @@ def test_one_failure_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wrong_usage(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    arguments: list[str], cards: list[str], message: str,
+    arguments: list[str], cards: list[str], message: str
 ) -> None:  # fmt: skip
     monkeypatch.setattr(tool, "ascend_cards", lambda: cards)
     with pytest.raises(SystemExit) as left:

@@ -38,7 +38,7 @@ def test_there_and_back(run, source: Path, tmp_path: Path) -> None:
     assert "24/24 tensors" in there.stderr  # the bar
     back = run(
         "--input", "glm3.ckpt", "--output", "hf", "--config", source / "config.json", "--to", "hf",
-        "--max_shard_size", "200KB",
+        "--max_shard_size", "200KB"
     )  # fmt: skip
     assert back.returncode == 0, back.stderr
     reader = open_checkpoint(tmp_path / "hf")

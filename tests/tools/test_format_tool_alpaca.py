@@ -60,10 +60,7 @@ def convert(tool, tmp_path, capsys):
         status = tool.main(["--path", str(path), "--output", str(output), *flags])
         out, err = capsys.readouterr()
         lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else None
-        assert (
-            sorted(item.name for item in tmp_path.iterdir())
-            == ["out.jsonl", "train_data.json"][lines is None :]
-        )
+        assert sorted(item.name for item in tmp_path.iterdir()) == ["out.jsonl", "train_data.json"][lines is None :]
         return status, None if lines is None else [json.loads(line) for line in lines], out, err
 
     return run
@@ -221,9 +218,7 @@ def test_nothing_is_left_of_what_fails(convert, tool, tmp_path, capsys):
         assert message in err
     assert tool.main(["--path", str(tmp_path / "absent"), "--output", str(tmp_path / "x")]) == 1
     assert "no such file" in capsys.readouterr().err
-    assert (
-        tool.main(["--path", str(tmp_path / "train_data.json"), "--output", str(tmp_path / "a" / "x")]) == 1
-    )
+    assert tool.main(["--path", str(tmp_path / "train_data.json"), "--output", str(tmp_path / "a" / "x")]) == 1
     assert "its folder" in capsys.readouterr().err
 
 
@@ -258,9 +253,7 @@ def test_command_line(repository, tmp_path):
     done = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert "--skip_bad" in done.stdout
     for arguments in ([], ["--pat", "x"], ["--path"]):
-        done = subprocess.run(
-            [*program, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
-        )
+        done = subprocess.run([*program, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 2
     (tmp_path / "in.json").write_text(json.dumps([RECORD]), encoding="utf-8")
     subprocess.run([*program, "--path", "in.json"], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -42,9 +42,7 @@ def run(repository: Path, tmp_path: Path):
 @pytest.fixture
 def conf(tmp_path: Path) -> Path:
     path = tmp_path / "hccn.conf"
-    path.write_text(
-        "".join(f"address_{card}=192.1.27.{card + 6}\nnetmask_{card}=255.255.255.0\n" for card in range(8))
-    )
+    path.write_text("".join(f"address_{card}=192.1.27.{card + 6}\nnetmask_{card}=255.255.255.0\n" for card in range(8)))
     return path
 
 
@@ -70,9 +68,7 @@ def test_eight_cards_from_the_file(run, conf, tmp_path):
     }
 
 
-@pytest.mark.skipif(
-    Path("/etc/hccn.conf").exists(), reason="this machine has an hccn.conf, which comes first"
-)
+@pytest.mark.skipif(Path("/etc/hccn.conf").exists(), reason="this machine has an hccn.conf, which comes first")
 def test_eight_cards_from_the_tool_by_default(run, tmp_path):
     done = run("--server_ip", "fd00::1")
     assert done.returncode == 0, done.stderr
@@ -103,9 +99,7 @@ def test_visible_devices_are_physical_and_the_name_is_logical(run, conf, tmp_pat
 
 
 def test_one_card_with_its_output(run, conf, tmp_path):
-    done = run(
-        "--device_num", "[3,4)", "--server_ip", "127.0.0.1", "--hccn_conf", conf, "--output", "one.json"
-    )
+    done = run("--device_num", "[3,4)", "--server_ip", "127.0.0.1", "--hccn_conf", conf, "--output", "one.json")
     assert done.stdout == f"one.json: server 127.0.0.1, card 3 as rank 0, addresses from {conf}\n"
     assert read_rank_table(tmp_path / "folder" / "one.json").rank_size == 1
 
@@ -115,10 +109,7 @@ def test_an_existing_file_stays_unless_told(run, conf, tmp_path):
     (tmp_path / "folder" / "a.json").write_text("mine")
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr
-        == "error: a.json: exists already; choose another name, or add --overwrite (overwrite=True)\n"
-    )
+    assert done.stderr == "error: a.json: exists already; choose another name, or add --overwrite (overwrite=True)\n"
     assert (tmp_path / "folder" / "a.json").read_text() == "mine"
     assert run(*arguments, "--overwrite").returncode == 0
     assert read_rank_table(tmp_path / "folder" / "a.json").rank_size == 8

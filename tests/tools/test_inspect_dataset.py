@@ -30,7 +30,7 @@ def vocabulary(tmp_path_factory, repository):
     sentencepiece.SentencePieceTrainer.Train(
         input=str(source), model_prefix=str(folder / "tokenizer"), vocab_size=600, byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
-        minloglevel=2, num_threads=1,
+        minloglevel=2, num_threads=1
     )  # fmt: skip
     return folder / "tokenizer.model"
 
@@ -94,7 +94,7 @@ def test_conversations(inspect, tmp_path):
     path = write(tmp_path / "chat.json", records)
     status, out, err = inspect(
         "tiny/finetune_glm3_tiny", "--train_dataset", path, "--num_records", 1,
-        "train_dataset.data_loader.type=ConversationDataLoader", "train_dataset.max_target_length=8",
+        "train_dataset.data_loader.type=ConversationDataLoader", "train_dataset.max_target_length=8"
     )  # fmt: skip
     assert status == 0
     assert "29 records, ConversationDataLoader, ChatGLM3Tokenizer" in out
@@ -105,9 +105,7 @@ def test_conversations(inspect, tmp_path):
 
 
 def test_a_record_without_a_label_is_pointed_out(inspect, tmp_path):
-    path = write(
-        tmp_path / "x.json", [{"content": "颜色" * 300, "summary": "x"}, {"content": "a", "summary": "b"}]
-    )
+    path = write(tmp_path / "x.json", [{"content": "颜色" * 300, "summary": "x"}, {"content": "a", "summary": "b"}])
     status, out, _ = inspect("tiny/finetune_glm3_tiny", "--train_dataset", path)
     assert status == 0
     assert "no label left" in out
@@ -116,9 +114,7 @@ def test_a_record_without_a_label_is_pointed_out(inspect, tmp_path):
 
 
 def test_picture(inspect, tmp_path):
-    status, out, _ = inspect(
-        "tiny/multiturn_glm3_tiny", "--png", tmp_path / "new" / "x.png", "--num_records", 0
-    )
+    status, out, _ = inspect("tiny/multiturn_glm3_tiny", "--png", tmp_path / "new" / "x.png", "--num_records", 0)
     assert status == 0
     assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
     assert f"{tmp_path}/new/x.png: histograms" in out
@@ -133,9 +129,7 @@ def test_a_picture_of_a_file_with_a_chinese_name(inspect, tmp_path, recwarn):
 
 def test_bad_records(inspect, tmp_path):
     good = {"content": "a", "summary": "b"}
-    path = write(
-        tmp_path / "x.json", [good, {"content": 5, "summary": "b"}, "x", good, {"content": "", "summary": ""}]
-    )
+    path = write(tmp_path / "x.json", [good, {"content": 5, "summary": "b"}, "x", good, {"content": "", "summary": ""}])
     status, out, err = inspect("tiny/finetune_glm3_tiny", "--train_dataset", path)
     assert (status, out) == (1, "")
     assert f"error: {path}:2: column 'content' must be a string" in err
@@ -172,7 +166,7 @@ def test_bad_records(inspect, tmp_path):
             ["processor.tokenizer.type=ChatGLM2Tokenizer", "train_dataset.data_loader.type=ConversationDataLoader"],
             "ConversationDataLoader needs processor.tokenizer.type: ChatGLM3Tokenizer",
         ),
-    ],
+    ]
 )  # fmt: skip
 def test_settings_that_cannot_be_used(inspect, arguments, message):
     status, out, err = inspect("tiny/finetune_glm3_tiny", *arguments)

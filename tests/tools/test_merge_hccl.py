@@ -82,9 +82,7 @@ def test_what_is_refused(run, tmp_path):
     first, second, small = make(tmp_path, 1), make(tmp_path, 2), make(tmp_path, 3, cards=4)
     (tmp_path / "copy.json").write_text((tmp_path / first).read_text())
     (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "gap.json").write_text(
-        (tmp_path / second).read_text().replace('"rank_id": "7"', '"rank_id": "9"')
-    )
+    (tmp_path / "gap.json").write_text((tmp_path / second).read_text().replace('"rank_id": "7"', '"rank_id": "9"'))
     before = sorted(tmp_path.iterdir())
     for arguments, message in [
         ((first,), "error: 1 rank table given: nothing to merge"),

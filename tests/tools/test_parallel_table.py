@@ -20,7 +20,7 @@ TOOL = REPOSITORY / "tools" / "parallel_table.py"
 def test_bytes_of_the_whole_network() -> None:
     done = subprocess.run(
         [sys.executable, str(TOOL), "--rig", str(RIG)], capture_output=True, text=True, timeout=900,
-        check=False,
+        check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = {tuple(line.split(" | ")[:2]): line for line in done.stdout.splitlines()[2:]}
@@ -32,8 +32,6 @@ def test_bytes_of_the_whole_network() -> None:
 
 
 def test_a_rig_is_needed() -> None:
-    done = subprocess.run(
-        [sys.executable, str(TOOL)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "--rig" in done.stderr

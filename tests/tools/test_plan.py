@@ -16,9 +16,7 @@ LORA = "configs/glm3/run_glm3_6b_lora_800_32G.yaml"
 TINY = "configs/tiny/finetune_glm3_tiny.yaml"
 
 
-def run(
-    *arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
+def run(*arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
     monkeypatch.chdir(REPOSITORY)
     status = plan.main(arguments)
     captured = capsys.readouterr()
@@ -28,7 +26,7 @@ def run(
 def test_as_a_command() -> None:
     done = subprocess.run(
         [sys.executable, "tools/plan.py", "--config", FULL, "--cards", "8", "--memory", "32GB"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "6,243,584,000 parameters" in done.stdout
@@ -95,9 +93,7 @@ PROPOSED = {
 
 
 @pytest.mark.parametrize("name", PROPOSED)
-def test_what_it_proposes_fits(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_it_proposes_fits(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, expected = PROPOSED[name]
     status, out, err = run("--config", *arguments, capsys=capsys, monkeypatch=monkeypatch)
     assert (status, err) == (3, "")
@@ -113,9 +109,7 @@ def test_what_it_proposes_fits(
     assert "on " not in out.splitlines()[1], "the proposal leaves out what the number of cards needs"
 
 
-def test_a_small_card_has_its_reserve_too(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_card_has_its_reserve_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The files' limit is for a larger card."""
     _, out, _ = run("--config", FULL, "--memory", "24GB", capsys=capsys, monkeypatch=monkeypatch)
     assert "of 22.00 GiB" in out
@@ -126,9 +120,7 @@ def test_a_small_card_has_its_reserve_too(
     assert "-" not in next(line for line in out.splitlines() if line.startswith("does not fit"))
 
 
-def test_legacy_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_legacy_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of MindFormers is planned as it is, and takes what is proposed in our names."""
     path = tmp_path / "legacy.yaml"
     path.write_text(legacy_yaml(), encoding="utf-8")

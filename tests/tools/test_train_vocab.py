@@ -121,9 +121,7 @@ def test_long_lines_and_reserved_characters_are_not_lost(tool):
 
 def test_size_limits_named_in_errors_are_exact(tool, sample):
     texts = tool.read_texts(sample, ["content", "summary"])
-    with pytest.raises(
-        tool.VocabularyError, match="too large for this text; the largest possible is"
-    ) as info:
+    with pytest.raises(tool.VocabularyError, match="too large for this text; the largest possible is") as info:
         tool.train_vocabulary(texts, 100_000)
     largest = int(str(info.value).split("possible is ")[1].split()[0])
     assert tool.check_vocabulary(tool.train_vocabulary(texts, largest), largest)

@@ -25,7 +25,7 @@ def run(repository: Path, tmp_path: Path):
         limit = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
         return subprocess.run(
             list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-            preexec_fn=limit,
+            preexec_fn=limit
         )  # fmt: skip
 
     return start

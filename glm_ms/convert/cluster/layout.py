@@ -97,10 +97,7 @@ class Layout:
         if self.optimizer_pieces > 1:
             sizes = tuple(self.device_matrix[axis] for axis in self.repeated_axes)
             found[f"by the parallel optimizer on {list(self.device_matrix)}"] = [
-                sum(
-                    place * strides[axis]
-                    for place, axis in zip(_coordinates(copy, sizes), self.repeated_axes)
-                )
+                sum(place * strides[axis] for place, axis in zip(_coordinates(copy, sizes), self.repeated_axes))
                 for copy in range(1, self.optimizer_pieces)
             ]
         return found
@@ -114,9 +111,7 @@ class Layout:
         self._check_dimensions(part)
         whole = tuple(size * count for size, count in zip(part, self.pieces))
         if self.full_shape is not None and self.full_shape != whole:
-            raise LayoutError(
-                f"all parts together are {list(whole)}, the strategy has {list(self.full_shape)}"
-            )
+            raise LayoutError(f"all parts together are {list(whole)}, the strategy has {list(self.full_shape)}")
         return whole
 
     def part_shape(self, whole: Shape) -> Shape:
@@ -128,17 +123,13 @@ class Layout:
         self._check_dimensions(whole)
         for dimension, (size, count) in enumerate(zip(whole, self.pieces)):
             if size % count:
-                raise LayoutError(
-                    f"dimension {dimension} of {list(whole)} is {size}, not divisible by {count} parts"
-                )
+                raise LayoutError(f"dimension {dimension} of {list(whole)} is {size}, not divisible by {count} parts")
         return tuple(size // count for size, count in zip(whole, self.pieces))
 
     def region(self, whole: Shape, rank: int) -> Region:
         """The part of a rank (counted within its stage) in the whole tensor, as slices of every dimension."""
         sizes = self.part_shape(whole)
-        return tuple(
-            slice(number * size, (number + 1) * size) for number, size in zip(self.position(rank), sizes)
-        )
+        return tuple(slice(number * size, (number + 1) * size) for number, size in zip(self.position(rank), sizes))
 
     def _number(self, axes: tuple[int, ...], coordinates: Shape) -> int:
         number = 0

@@ -216,9 +216,7 @@ def _files_by_step(folder: Path) -> dict[Step, list[Path]]:
     return steps
 
 
-def _choose_step(
-    folder: Path, by_step: list[dict[Step, list[Path]]], wanted: Step, say: Callable[[str], None]
-) -> Step:
+def _choose_step(folder: Path, by_step: list[dict[Step, list[Path]]], wanted: Step, say: Callable[[str], None]) -> Step:
     """The wanted step, or the newest that every rank has."""
     common = set(by_step[0]).intersection(*by_step[1:])
     if wanted is not None:
@@ -258,9 +256,7 @@ def _check_numbers_in_names(files: list[list[Path]]) -> None:
         for match in [_RANK_IN_NAME.search(path.stem)]
         if match
     ]
-    if (
-        len({number for _, _, number in named}) > 1
-    ):  # the same number everywhere has another meaning: lora_rank_8
+    if len({number for _, _, number in named}) > 1:  # the same number everywhere has another meaning: lora_rank_8
         for rank, path, number in named:
             if number != rank:
                 raise CheckpointError(

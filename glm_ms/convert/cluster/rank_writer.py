@@ -95,9 +95,7 @@ class RankWriter:
         pending = self._pending[file]
         expected, info = pending.pop() if pending else ("the end", TensorInfo((), "bool"))
         if (stored, array.shape, array.dtype) != (expected, info.shape, DTYPES[info.dtype].storage):
-            raise CheckpointError(
-                f"{file}: {stored} {list(array.shape)}: expected {expected} {list(info.shape)}"
-            )
+            raise CheckpointError(f"{file}: {stored} {list(array.shape)}: expected {expected} {list(info.shape)}")
         with (self._folder / file).open("ab") as stream:
             if file.suffix == ".ckpt":
                 mindspore_file.write_tensor(stream, stored, info, array)

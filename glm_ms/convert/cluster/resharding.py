@@ -220,9 +220,7 @@ def plan_resharding(
     unreadable = [plan for plan in tensors if plan.whole.dtype not in DTYPES]
     if unreadable:
         plan = unreadable[0]
-        raise CheckpointError(
-            f"{plan.holders[0].file(plan.name)}: {plan.name}: type {plan.whole.dtype} cannot be read"
-        )
+        raise CheckpointError(f"{plan.holders[0].file(plan.name)}: {plan.name}: type {plan.whole.dtype} cannot be read")
     return Resharding(source, output, placement, tensors, companions, known, verify)
 
 
@@ -231,9 +229,7 @@ def _output_folder(output: Path, prefix: str) -> Path:
     if not prefix or Path(prefix).name != prefix:
         raise CheckpointError(f"--prefix {prefix!r}: must be the start of a file name, such as checkpoint_")
     if output.is_dir() and not _is_empty(output):
-        raise CheckpointError(
-            f"{output}: exists already and is not empty; choose another folder or remove it"
-        )
+        raise CheckpointError(f"{output}: exists already and is not empty; choose another folder or remove it")
     check_target(output, folder=True, overwrite=_is_empty(output))
     return output
 
@@ -277,9 +273,7 @@ def _source_folder(path: Path, whole: bool) -> Path:
 def _kind_of(source: list[RankCheckpoint]) -> str:
     kinds = sorted({file.path.suffix[1:] for rank in source for file in rank.files})
     if len(kinds) > 1:
-        raise CheckpointError(
-            f"{source[0].folder}: has files of both formats; choose that of the output with --format"
-        )
+        raise CheckpointError(f"{source[0].folder}: has files of both formats; choose that of the output with --format")
     return kinds[0]
 
 

@@ -123,11 +123,7 @@ def _read_folder(folder: Path) -> Strategy:
 
 
 def _strategy_files(folder: Path) -> list[Path]:
-    found = [
-        file
-        for ending in _ENDINGS
-        for file in [*folder.glob(f"*{ending}"), *folder.glob(f"rank_*/*{ending}")]
-    ]
+    found = [file for ending in _ENDINGS for file in [*folder.glob(f"*{ending}"), *folder.glob(f"rank_*/*{ending}")]]
     found = sorted(file for file in found if file.is_file())
     if not found:
         raise CheckpointError(f"{folder}: has no strategy file (*.ckpt or *.json)")
@@ -167,9 +163,7 @@ def _split_merged(path: Path, raw: RawStrategy) -> list[dict[str, Layout]]:
         stages.setdefault(int(number), {})[name] = layout
     missing = [str(stage) for stage in range(max(stages)) if stage not in stages]
     if missing:
-        raise CheckpointError(
-            f"{path}: lacks pipeline stage {capped(missing)}; merge the files of all stages"
-        )
+        raise CheckpointError(f"{path}: lacks pipeline stage {capped(missing)}; merge the files of all stages")
     return [_layouts(path, stages[stage]) for stage in range(len(stages))]
 
 
@@ -196,9 +190,7 @@ def _layout(raw: RawLayout) -> Layout:
         per_dimension = [[number] for numbers in raw.tensor_map for number in numbers]
     # JSON writes such a dimension as several dimensions; `Layout` refuses it because the shape does not fit.
     shape = tuple(raw.tensor_shape) if raw.tensor_shape is not None else None
-    tensor_map = tuple(
-        tuple(axes - 1 - number for number in numbers if number != -1) for numbers in per_dimension
-    )
+    tensor_map = tuple(tuple(axes - 1 - number for number in numbers if number != -1) for numbers in per_dimension)
     plain = Layout(tuple(raw.dev_matrix), tensor_map, 1, shape)
     step, size = raw.opt_weight_shard_step, raw.opt_weight_shard_size
     if not step or not size:

@@ -163,9 +163,7 @@ def _targets(name: str, whole: TensorInfo, dst: Strategy | None) -> tuple[Target
     return tuple(targets)
 
 
-def _check_source(
-    names: list[str], source: list[RankCheckpoint], src: Strategy, say: Say, partial: bool
-) -> None:
+def _check_source(names: list[str], source: list[RankCheckpoint], src: Strategy, say: Say, partial: bool) -> None:
     """Checks that the checkpoints have every weight of their strategy."""
     absent = _absent(src, names)
     if absent and not partial:
@@ -190,12 +188,7 @@ def _check_source(
 
 
 def _left_out(
-    names: list[str],
-    source: list[RankCheckpoint],
-    src: Strategy | None,
-    dst: Strategy,
-    say: Say,
-    partial: bool,
+    names: list[str], source: list[RankCheckpoint], src: Strategy | None, dst: Strategy, say: Say, partial: bool
 ) -> set[str]:
     """Tensors to leave out because the strategy of the output lacks them: state always, weights with `partial`."""
     unknown = [name for name in names if not dst.stages_with(name)]
@@ -218,9 +211,7 @@ def _left_out(
     return {*state, *weights}
 
 
-def _check_output(
-    names: list[str], source: list[RankCheckpoint], dst: Strategy, say: Say, partial: bool
-) -> None:
+def _check_output(names: list[str], source: list[RankCheckpoint], dst: Strategy, say: Say, partial: bool) -> None:
     """Checks that the source has every weight of the strategy of the output."""
     weights = _absent(dst, names)
     if weights and not partial:

@@ -64,9 +64,7 @@ class Checkpoints(ABC):
             CheckpointError: `resume_training` is set and there is no checkpoint.
         """
 
-    def write(
-        self, step: int, place: tuple[int, int], position: dict[str, Any], best: dict[str, Any] | None
-    ) -> None:
+    def write(self, step: int, place: tuple[int, int], position: dict[str, Any], best: dict[str, Any] | None) -> None:
         """Writes the checkpoint of a step.
 
         The folder gets its name when everything in it is on disk; a process killed while writing leaves nothing

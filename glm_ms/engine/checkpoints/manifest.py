@@ -58,12 +58,7 @@ class Manifest:
 
 
 def write_manifest(
-    folder: Path,
-    step: int,
-    place: tuple[int, int],
-    position: dict[str, Any],
-    best: dict[str, Any] | None,
-    device: str,
+    folder: Path, step: int, place: tuple[int, int], position: dict[str, Any], best: dict[str, Any] | None, device: str
 ) -> None:
     """Reads every file of `folder` once and writes the manifest beside them.
 
@@ -149,10 +144,7 @@ def weights_flag(folder: Path) -> str:
 
 
 def _is_weight_file(path: Path) -> bool:
-    return (
-        path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
-        and path.name != "optimizer.safetensors"
-    )
+    return path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth") and path.name != "optimizer.safetensors"
 
 
 def _why_no_manifest(folder: Path) -> str:

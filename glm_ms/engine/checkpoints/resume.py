@@ -8,13 +8,7 @@ from typing import Any
 
 import mindspore
 
-from glm_ms.engine.checkpoints.manifest import (
-    Manifest,
-    differences,
-    read_manifest,
-    verify_files,
-    weights_flag,
-)
+from glm_ms.engine.checkpoints.manifest import Manifest, differences, read_manifest, verify_files, weights_flag
 from glm_ms.settings import Settings
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import CHECKPOINTS, METRICS_FILE, RESULTS, list_checkpoints, resolve_checkpoint
@@ -55,9 +49,7 @@ def remark_on_versions(manifest: Manifest, device: str, say: Callable[[str], Non
     now = {"mindspore": mindspore.__version__, "device": device}
     changed = differences({"mindspore": manifest.mindspore, "device": manifest.device}, now)
     if changed:
-        say(
-            f"the checkpoint is from another platform ({'; '.join(changed)}): the last digits of the losses may differ"
-        )
+        say(f"the checkpoint is from another platform ({'; '.join(changed)}): the last digits of the losses may differ")
 
 
 def check_base_stays(settings: Settings) -> None:
@@ -95,9 +87,7 @@ def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
     metrics = output_dir / METRICS_FILE
     if not found and not (metrics.is_file() and metrics.stat().st_size):
         return None
-    return _move(
-        output_dir, [path for name in (CHECKPOINTS, *RESULTS) for path in sorted(output_dir.glob(name))], ""
-    )
+    return _move(output_dir, [path for name in (CHECKPOINTS, *RESULTS) for path in sorted(output_dir.glob(name))], "")
 
 
 def _move(output_dir: Path, paths: list[Path], into: str) -> Path:
@@ -115,9 +105,7 @@ def _check_name(folder: Path, manifest: Manifest) -> None:
     steps = {path.resolve(): step for step, path in list_checkpoints(folder.parent.parent)}
     step = steps.get(folder.resolve())
     if step is not None and step != manifest.step:
-        raise CheckpointError(
-            f"{folder}: contains the checkpoint of step {manifest.step}: it has been renamed"
-        )
+        raise CheckpointError(f"{folder}: contains the checkpoint of step {manifest.step}: it has been renamed")
 
 
 def _offer(folder: Path, position: dict[str, Any]) -> str:

@@ -206,13 +206,7 @@ def _eval_scores_figure(training: Curves, evaluation: Curves) -> Figure | None:
         for (name, curve), color in zip(curves.items(), itertools.cycle(_SCORE_COLORS)):
             label, color = (None, _EVALUATION) if alone else (name.upper(), color)
             _line(axes, curve, color, label, marked=True)
-        _finish(
-            axes,
-            f"Evaluation: {metric.title}",
-            metric.unit,
-            list(curves.values()),
-            log=None if alone else False,
-        )
+        _finish(axes, f"Evaluation: {metric.title}", metric.unit, list(curves.values()), log=None if alone else False)
     return figure
 
 
@@ -222,9 +216,7 @@ def _has_points(curves: Curves, name: str) -> bool:
 
 _FIGURES: dict[str, Callable[[Curves, Curves], Any]] = {
     "loss": _loss_figure,
-    "learning_rate": lambda training, _: _training_figure(
-        "learning_rate", "Learning rate", "learning rate", training
-    ),
+    "learning_rate": lambda training, _: _training_figure("learning_rate", "Learning rate", "learning rate", training),
     "grad_norm": lambda training, _: _training_figure(
         "grad_norm", "Gradient norm", "global norm, before clipping", training
     ),
@@ -266,9 +258,7 @@ def _noisy_line(axes: Axes, curve: Curve, label: str) -> None:
     _line(axes, smooth(curve, span), _LINE, f"smoothed over about {steps:,.0f} steps")
 
 
-def _line(
-    axes: Axes, curve: Curve, color: str, label: str | None = None, marked: bool = False, **style: Any
-) -> None:
+def _line(axes: Axes, curve: Curve, color: str, label: str | None = None, marked: bool = False, **style: Any) -> None:
     """A line with gaps at missing values. Points without a neighbour get a marker, or they would be invisible."""
     curve = thin(curve)
     known = np.isfinite(curve.values)
@@ -296,7 +286,7 @@ def _mark_unusable(axes: Axes, training: Curves, name: str) -> None:
             few = thin(Curve(steps, np.zeros(steps.size))).steps
             axes.plot(
                 few, np.full(few.size, 0.02), "x", color=color, markersize=6, label=f"{label} ({steps.size})",
-                transform=axes.get_xaxis_transform(), clip_on=False,
+                transform=axes.get_xaxis_transform(), clip_on=False
             )  # fmt: skip
 
 

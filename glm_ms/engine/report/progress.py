@@ -44,9 +44,7 @@ class StepRecord:
     loss_scale: float | None = None
 
 
-def progress_bar(
-    total: int, description: str, unit: str, done: int = 0, show: bool = True, leave: bool = True
-) -> tqdm:
+def progress_bar(total: int, description: str, unit: str, done: int = 0, show: bool = True, leave: bool = True) -> tqdm:
     """A bar on standard error; updated only every 10 seconds in a file, which keeps every state of the bar.
 
     Args:
@@ -119,9 +117,7 @@ class ProgressLog:
         values = {name: value for name, value in asdict(record).items() if value is not None}
         self._file.write(_json_line(values) + "\n")
         self._file.flush()
-        self._plot(
-            record.step, {name: value for name, value in values.items() if name not in ("step", "epoch")}
-        )
+        self._plot(record.step, {name: value for name, value in values.items() if name not in ("step", "epoch")})
 
     def evaluation(self, step: int, epoch: float, scores: Mapping[str, Any]) -> None:
         """Shows and writes the scores of an evaluation."""
@@ -131,9 +127,7 @@ class ProgressLog:
             self._bar.set_postfix_str(self._shown + self._evaluated)
         if self._file is None:
             return
-        append_line(
-            self._output_dir / EVAL_METRICS_FILE, _json_line({"step": step, "epoch": epoch, **scores})
-        )
+        append_line(self._output_dir / EVAL_METRICS_FILE, _json_line({"step": step, "epoch": epoch, **scores}))
         self._plot(step, {f"eval/{name}": value for name, value in scores.items()})
 
     def _plot(self, step: int, values: Mapping[str, Any]) -> None:

@@ -13,13 +13,7 @@ from mindspore.nn import Optimizer
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
-from glm_ms.engine.checkpoints.slices import (
-    SliceCheckpoints,
-    SliceState,
-    put_slice,
-    stored_shape,
-    whole_parameters,
-)
+from glm_ms.engine.checkpoints.slices import SliceCheckpoints, SliceState, put_slice, stored_shape, whole_parameters
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import ShardedTrainingNetwork, recompute_blocks
 from glm_ms.engine.step.sharded_step import ShardedTrainOneStep, spread
@@ -45,11 +39,7 @@ class ShardedTraining(Training):
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        ranks: Ranks,
-        say: Callable[[str], None],
-        model: GLMForCausalLM | None = None,
+        self, settings: Settings, ranks: Ranks, say: Callable[[str], None], model: GLMForCausalLM | None = None
     ) -> None:
         super().__init__(settings, ranks, say, model)
         self.parallel = parallel_of(settings)
@@ -96,7 +86,7 @@ class ShardedTraining(Training):
         positions = self.batch_size * self.network.seq_length
         return ShardedTrainOneStep(
             spread(self.network, self.parallel), optimizer, copies, positions, self.parallel, self.ranks.rank,
-            arguments["max_grad_norm"], arguments["loss_scale"],
+            arguments["max_grad_norm"], arguments["loss_scale"]
         )  # fmt: skip
 
     def fill(self, step: nn.Cell) -> None:

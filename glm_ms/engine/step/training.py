@@ -42,11 +42,7 @@ class Training:
     network: TrainingNetwork
 
     def __init__(
-        self,
-        settings: Settings,
-        ranks: Ranks,
-        say: Callable[[str], None],
-        model: GLMForCausalLM | None = None,
+        self, settings: Settings, ranks: Ranks, say: Callable[[str], None], model: GLMForCausalLM | None = None
     ) -> None:
         self.settings, self.ranks, self.say, self.given_model = settings, ranks, say, model
         self.checkpoint: Path | None = None

@@ -171,9 +171,7 @@ def _schedule(draft: Draft) -> None:
     rate = draft.chosen.get("lr_schedule.learning_rate")
     if rate is not None and rate.name == "optimizer.learning_rate" and "lr_schedule.type" not in draft.chosen:
         draft.put("lr_schedule.type", "ConstantWarmUpLR", rate)
-        draft.remark(
-            rate, " without lr_schedule is a constant rate: lr_schedule.type is ConstantWarmUpLR here"
-        )
+        draft.remark(rate, " without lr_schedule is a constant rate: lr_schedule.type is ConstantWarmUpLR here")
     warmup = draft.chosen.get("lr_schedule.warmup_steps")
     if draft.value("lr_schedule.warmup_ratio") is not None and warmup is not None and not warmup.typed:
         draft.without_effect(draft.chosen.pop("lr_schedule.warmup_steps"), "warmup_ratio takes its place")
@@ -204,9 +202,7 @@ def _defaults(draft: Draft) -> None:
             draft.put(key, value)
             filled.append(f"{key}: {value}")
     if filled:
-        draft.remarks.append(
-            f"{draft.source}: not in the file, so MindFormers' defaults count: {', '.join(filled)}"
-        )
+        draft.remarks.append(f"{draft.source}: not in the file, so MindFormers' defaults count: {', '.join(filled)}")
 
 
 # In this order, before and after one source is chosen for each of our keys.

@@ -58,13 +58,9 @@ Rule = Union[Renamed, Ignored, Refused]
 CONFIGS = {"ChatGLM2Config": "GLMConfig"}
 NETWORKS = {"ChatGLM2ForConditionalGeneration": "GLMForCausalLM", "ChatGLM2WithPtuning2": "GLMForCausalLM"}
 STEPS = {"MFTrainOneStepCell": "GLMTrainOneStep", "MFPipelineWithLossScaleCell": "GLMTrainOneStep"}
-OPTIMIZERS = dict.fromkeys(
-    ("FP32StateAdamWeightDecay", "FusedAdamWeightDecay", "FusedCastAdamWeightDecay"), "GLMAdamW"
-)
+OPTIMIZERS = dict.fromkeys(("FP32StateAdamWeightDecay", "FusedAdamWeightDecay", "FusedCastAdamWeightDecay"), "GLMAdamW")
 TASKS = ("KeyWordGenDataset", "MultiTurnDataset")
-LEGACY_CLASSES = frozenset(
-    {*CONFIGS, *NETWORKS, *STEPS, *OPTIMIZERS, *TASKS, "CausalLanguageModelingTrainer"}
-)
+LEGACY_CLASSES = frozenset({*CONFIGS, *NETWORKS, *STEPS, *OPTIMIZERS, *TASKS, "CausalLanguageModelingTrainer"})
 LEGACY_SECTIONS = frozenset(
     (
         "trainer",
@@ -233,11 +229,7 @@ _REFUSED = {
 }  # fmt: skip
 
 LEGACY: dict[str, Rule] = {
-    **{
-        f"{section}.{name}".lstrip("."): Ignored(why)
-        for why, section, names in _IGNORED
-        for name in names.split()
-    },
+    **{f"{section}.{name}".lstrip("."): Ignored(why) for why, section, names in _IGNORED for name in names.split()},
     **{f"{old}.{name}": Renamed(f"{new}.{name}") for old, new, names in _MOVED for name in names.split()},
     **_RENAMED,
     **_REFUSED,

@@ -119,9 +119,7 @@ def _with_callbacks(document: Entry) -> Entry:
     for item in callbacks.value:
         kind = item.value.get("type") if item.is_section else None
         if kind is None or not isinstance(kind.value, str):
-            raise SettingsError(
-                f"{item.where}: callbacks: expected `- type: NAME` with the keys of that callback"
-            )
+            raise SettingsError(f"{item.where}: callbacks: expected `- type: NAME` with the keys of that callback")
         if kind.value in section:
             raise SettingsError(f"{item.where}: callbacks: {kind.value} is given twice; remove one")
         keys = {name: entry for name, entry in item.value.items() if name != "type"}
@@ -176,9 +174,7 @@ def _apply(source: Source, draft: Draft) -> None:
         value = source.entry.value
         if isinstance(value, str) and value in rule.values:
             remark = f" ({rule.remark})" if rule.remark else ""
-            draft.renamed.append(
-                f"{source.entry.where}: {source.name}: {value} is {rule.values[value]} here{remark}"
-            )
+            draft.renamed.append(f"{source.entry.where}: {source.name}: {value} is {rule.values[value]} here{remark}")
             source = source.with_value(rule.values[value])
         rank = 0 if rule.key == source.key else rule.rank
         draft.offer(rule.key, dataclasses.replace(source, rank=(rank, source.rank[1])))
@@ -245,9 +241,7 @@ def _without_effect(draft: Draft) -> list[str]:
             section, _, last = name.rpartition(".")
             by_section.setdefault(section, []).append(last)
         listed = [
-            f"{section}.{{{', '.join(last)}}}"
-            if len(last) > 1 and section
-            else _joined(section, ", ".join(last))
+            f"{section}.{{{', '.join(last)}}}" if len(last) > 1 and section else _joined(section, ", ".join(last))
             for section, last in by_section.items()
         ]
         parts.append(f"{', '.join(listed)} ({reason})")

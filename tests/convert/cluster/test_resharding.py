@@ -63,15 +63,7 @@ def four(tmp_path: Path, arrays: dict[str, np.ndarray]) -> Path:
 
 def transform(source: Path, output: Path, src: Path | None, dst: Path | None, **options: object) -> list[str]:
     said: list[str] = []
-    plan_resharding(
-        source,
-        output,
-        prefix="net",
-        src_strategy=src,
-        dst_strategy=dst,
-        say=said.append,
-        **options,
-    ).run()
+    plan_resharding(source, output, prefix="net", src_strategy=src, dst_strategy=dst, say=said.append, **options).run()
     return said
 
 
@@ -117,10 +109,7 @@ def test_merge(four: Path, arrays: dict[str, np.ndarray]) -> None:
 def test_cut_and_cut_again(four: Path, arrays: dict[str, np.ndarray], kind: str) -> None:
     said = transform(four / "slices", four / "two", four / "s4.ckpt", four / "s2.ckpt", kind=kind)
     for rank in range(2):
-        parts = {
-            name: part_of(array, CUTS2[name], rank) if name in CUTS2 else array
-            for name, array in arrays.items()
-        }
+        parts = {name: part_of(array, CUTS2[name], rank) if name in CUTS2 else array for name, array in arrays.items()}
         assert load(four / "two" / f"rank_{rank}" / f"net{rank}.{kind}") == as_stored(parts)
     assert len(said) == 1
     assert "2 tensors that" in said[0]
@@ -141,9 +130,7 @@ def test_pipeline_stages(tmp_path: Path) -> None:
         cuts = stages[stage]
         parts = {name: part_of(array, cuts[name], local) for name, array in arrays.items() if name in cuts}
         if rank == 2:
-            parts["first"] = (
-                arrays["first"] * 0
-            )  # MindSpore may leave what the stage does not use as it began
+            parts["first"] = arrays["first"] * 0  # MindSpore may leave what the stage does not use as it began
         save(tmp_path / "slices" / f"rank_{rank}" / f"net_rank_{rank}-1_5.ckpt", parts)
         (tmp_path / "s").mkdir(exist_ok=True)
         (tmp_path / "s" / f"strategy_rank_{rank}.ckpt").write_bytes(strategy_bytes(cuts, stage=stage))
@@ -168,9 +155,7 @@ def test_newest_common_step(four: Path, arrays: dict[str, np.ndarray]) -> None:
     assert merged["norm"][2] == (arrays["norm"] + 3).tobytes()
     transform(four / "many", four / "older", four / "s4.ckpt", None, step=(1, 20))
     assert load(four / "older" / "rank_0" / "net0.ckpt")["norm"][2] == (arrays["norm"] + 20).tobytes()
-    with pytest.raises(
-        CheckpointError, match=r"rank 3 has no checkpoint of step 2_9; all ranks have 1_20, 2_3"
-    ):
+    with pytest.raises(CheckpointError, match=r"rank 3 has no checkpoint of step 2_9; all ranks have 1_20, 2_3"):
         transform(four / "many", four / "no", four / "s4.ckpt", None, step=(2, 9))
 
 
@@ -305,26 +290,18 @@ def test_strategy_with_a_cut_that_was_not_made(four: Path, arrays: dict[str, np.
     save_ranks(four / "plain", {name: arrays[name] for name in weights}, weights, 4)
     sharded = {name: cut._replace(step=1 if name == "norm" else 2, size=-1) for name, cut in weights.items()}
     (four / "sharded.ckpt").write_bytes(strategy_bytes(sharded))
-    with pytest.raises(
-        CheckpointError, match=r"rank_2/net\.ckpt: embed: .* by the parallel optimizer on \[2, 2\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"rank_2/net\.ckpt: embed: .* by the parallel optimizer on \[2, 2\]"):
         transform(four / "plain", four / "out", four / "sharded.ckpt", None)
     assert not (four / "out").exists()
 
 
 def test_strategy_that_does_not_fit(four: Path) -> None:
     bad = four / "bad.ckpt"
-    bad.write_bytes(
-        strategy_bytes({**CUTS2, "norm": Cut([3], [0])} | {k: Cut([3], [-1, -1]) for k in ("embed",)})
-    )
+    bad.write_bytes(strategy_bytes({**CUTS2, "norm": Cut([3], [0])} | {k: Cut([3], [-1, -1]) for k in ("embed",)}))
     with pytest.raises(CheckpointError, match="others on 3"):
         transform(four / "slices", four / "out", four / "s4.ckpt", bad)
-    bad.write_bytes(
-        strategy_bytes({name: Cut([5], [0] + [-1] * (len(shape) - 1)) for name, shape in SHAPES.items()})
-    )
-    with pytest.raises(
-        CheckpointError, match=r"bad\.ckpt: embed: dimension 0 of \[16, 6\] is 16, not divisible by 5"
-    ):
+    bad.write_bytes(strategy_bytes({name: Cut([5], [0] + [-1] * (len(shape) - 1)) for name, shape in SHAPES.items()}))
+    with pytest.raises(CheckpointError, match=r"bad\.ckpt: embed: dimension 0 of \[16, 6\] is 16, not divisible by 5"):
         transform(four / "slices", four / "out", four / "s4.ckpt", bad)
     bad.write_bytes(strategy_bytes({**CUTS2, "extra": Cut([2], [0])}))
     with pytest.raises(CheckpointError, match=r"lacks 1 parameters of .*bad\.ckpt: extra"):
@@ -349,7 +326,7 @@ def test_output_and_arguments(four: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             plan_resharding(
                 four / given["source"], four / given["output"], prefix=given["prefix"], src_strategy=given["src"],
-                kind=given.get("kind"), say=print,
+                kind=given.get("kind"), say=print
             )  # fmt: skip
     assert (four / "full" / "mine.txt").read_text() == "kept"
     (four / "empty").mkdir()
@@ -384,10 +361,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, cut_again: bool) -
     tracemalloc.start()
     try:
         transform(
-            tmp_path / "slices",
-            tmp_path / "out",
-            tmp_path / "s.ckpt",
-            tmp_path / "o.ckpt" if cut_again else None,
+            tmp_path / "slices", tmp_path / "out", tmp_path / "s.ckpt", tmp_path / "o.ckpt" if cut_again else None
         )
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -401,9 +375,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, cut_again: bool) -
 def test_golden_merge_and_cut(case: str, tmp_path: Path) -> None:
     golden = GOLDEN / case
     transform(golden / "sliced", tmp_path / "whole", golden / "strategy", None)
-    assert load(tmp_path / "whole" / "rank_0" / "net0.ckpt") == load(
-        golden / "whole" / "rank_0" / "whole0.ckpt"
-    )
+    assert load(tmp_path / "whole" / "rank_0" / "net0.ckpt") == load(golden / "whole" / "rank_0" / "whole0.ckpt")
     with np.load(golden / "full.npz") as full:
         assert load(tmp_path / "whole" / "rank_0" / "net0.ckpt") == as_stored(full)
     transform(tmp_path / "whole", tmp_path / "cut", None, golden / "strategy")
@@ -416,9 +388,7 @@ def test_golden_merge_and_cut(case: str, tmp_path: Path) -> None:
 @needs_golden
 def test_golden_to_another_cluster(tmp_path: Path) -> None:
     strategy = GOLDEN / "tp2" / "strategy" / "rank_1.ckpt"
-    transform(
-        GOLDEN / "tp" / "sliced", tmp_path / "two", GOLDEN / "tp" / "strategy" / "rank_0.ckpt", strategy
-    )
+    transform(GOLDEN / "tp" / "sliced", tmp_path / "two", GOLDEN / "tp" / "strategy" / "rank_0.ckpt", strategy)
     for rank in range(2):
         expected = load(GOLDEN / "tp2" / "from_tp" / f"rank_{rank}" / f"cut{rank}.ckpt")
         assert load(tmp_path / "two" / f"rank_{rank}" / f"net{rank}.ckpt") == expected
@@ -432,9 +402,7 @@ def test_golden_pipeline_to_optimizer_shards_and_back(merged: bool, tmp_path: Pa
     transform(GOLDEN / "pp" / "sliced", tmp_path / "opt", pipeline, shards, kind="safetensors")
     for rank in range(8):
         ours = load(tmp_path / "opt" / f"rank_{rank}" / f"net{rank}.safetensors")
-        assert ours == load(
-            GOLDEN / "tp_opt" / "sliced" / f"rank_{rank}" / "net.ckpt"
-        )  # made of the same arrays
+        assert ours == load(GOLDEN / "tp_opt" / "sliced" / f"rank_{rank}" / "net.ckpt")  # made of the same arrays
     transform(tmp_path / "opt", tmp_path / "back", shards, pipeline, kind="ckpt")
     for rank in range(8):
         ours = load(tmp_path / "back" / f"rank_{rank}" / f"net{rank}.ckpt")

@@ -42,19 +42,13 @@ def merged(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         config = GLMConfig.from_pretrained(FOLDER / CASE)
         weights = dict(part for item in weights.items() for part in split_joint(*item, config))
     rng = np.random.default_rng(0)
-    state = {
-        f"adam_m.{name}": rng.standard_normal(array.shape).astype("f4") for name, array in weights.items()
-    }
+    state = {f"adam_m.{name}": rng.standard_normal(array.shape).astype("f4") for name, array in weights.items()}
     arrays = {**weights, **state, "global_step": np.array(12, np.int32)}
     cuts = {name: cut_of(name, array.shape) for name, array in arrays.items() if array.ndim}
     save_ranks(tmp_path / "slices", arrays, cuts, 4)
     (tmp_path / "strategy.ckpt").write_bytes(strategy_bytes(cuts))
     plan_resharding(
-        tmp_path / "slices",
-        tmp_path / "merged",
-        prefix="glm3_",
-        src_strategy=tmp_path / "strategy.ckpt",
-        say=print,
+        tmp_path / "slices", tmp_path / "merged", prefix="glm3_", src_strategy=tmp_path / "strategy.ckpt", say=print
     ).run()
     return tmp_path / "merged"
 
@@ -74,9 +68,7 @@ def test_merged_checkpoint_is_the_network(merged: Path, named: str) -> None:
 
 
 def test_merged_checkpoint_exports_to_hugging_face(merged: Path, tmp_path: Path) -> None:
-    plan_conversion(
-        merged / "rank_0" / "glm3_0.ckpt", tmp_path / "hf", config=FOLDER / CASE, target="hf"
-    ).run()
+    plan_conversion(merged / "rank_0" / "glm3_0.ckpt", tmp_path / "hf", config=FOLDER / CASE, target="hf").run()
     ours, golden = (
         load_file(tmp_path / "hf" / "model.safetensors"),
         load_file(FOLDER / CASE / "model.safetensors"),

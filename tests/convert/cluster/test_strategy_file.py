@@ -61,14 +61,8 @@ def test_regions(form: str, tmp_path: Path) -> None:
 def test_folder_of_stages(tmp_path: Path) -> None:
     for rank in range(8):
         stage = rank // 4
-        write(
-            tmp_path / "a" / f"ckpt_strategy_rank_{rank}.ckpt", {f"w{stage}": Cut([2, 2], [0])}, stage=stage
-        )
-        write(
-            tmp_path / "b" / f"rank_{rank}" / f"s_rank_{rank}.ckpt",
-            {f"w{stage}": Cut([2, 2], [0])},
-            stage=stage,
-        )
+        write(tmp_path / "a" / f"ckpt_strategy_rank_{rank}.ckpt", {f"w{stage}": Cut([2, 2], [0])}, stage=stage)
+        write(tmp_path / "b" / f"rank_{rank}" / f"s_rank_{rank}.ckpt", {f"w{stage}": Cut([2, 2], [0])}, stage=stage)
     for folder in (tmp_path / "a", tmp_path / "b"):
         strategy = read_strategy(folder)
         assert [list(stage) for stage in strategy.stages] == [["w0"], ["w1"]]
@@ -132,9 +126,7 @@ def test_refused_files(tmp_path: Path) -> None:
     refused("uneven parts", write(tmp_path / "uneven.ckpt", CUTS, parts=(3, 5)))
     refused("fields", write(tmp_path / "field.ckpt", CUTS, field=2))
     refused("lists no parameters", write(tmp_path / "nothing.ckpt", {}))
-    refused(
-        "lacks pipeline stage 1", write(tmp_path / "gap.ckpt", {"0-a": Cut([2], [0]), "2-b": Cut([2], [0])})
-    )
+    refused("lacks pipeline stage 1", write(tmp_path / "gap.ckpt", {"0-a": Cut([2], [0]), "2-b": Cut([2], [0])}))
     refused("3 ranks, others on 8", write(tmp_path / "odd.ckpt", {**CUTS, "x": Cut([3], [0])}))
     for content, message in (
         (b"", "empty"),
@@ -191,7 +183,5 @@ def test_golden_layouts(case: str) -> None:
             full = tuple(expected["full"])
             assert list(layout.part_shape(full)) == expected["slice"], name
             assert layout.optimizer_pieces == expected["opt_shard"], name
-            assert (
-                layout.position(rank % strategy.devices)[0] % expected["opt_shard"] == expected["opt_rank"]
-            ), name
+            assert layout.position(rank % strategy.devices)[0] % expected["opt_shard"] == expected["opt_rank"], name
         assert set(strategy.stages[stage]) == set(json.loads(file.read_text()))

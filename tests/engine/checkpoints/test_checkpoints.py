@@ -23,9 +23,7 @@ def steps(run: Path) -> list[int]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_checkpoint_is_the_trained_network(finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,9 +74,7 @@ def test_the_newest_are_kept(finetune, tmp_path: Path, keep_max: int, kept: list
     assert sorted(path.name for path in (run / "checkpoint").iterdir()) == [f"step_{i:08d}" for i in kept]
 
 
-def test_earlier_runs_are_moved_and_whole(
-    finetune, earlier: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_earlier_runs_are_moved_and_whole(finetune, earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (earlier / "earlier_runs" / "1").mkdir(parents=True)
     names = ("checkpoint/", "metrics.jsonl", "settings.yaml")
     kept = {name: content for name, content in files_of(earlier).items() if name.startswith(names)}

@@ -69,9 +69,7 @@ def test_a_fingerprint_is_that_of_the_content(tmp_path: Path, monkeypatch: pytes
     whole = manifest.weights_fingerprint(one)
     assert manifest.weights_fingerprint(other) == whole
     file = one / "model.safetensors"
-    assert manifest.weights_fingerprint(file) == manifest.weights_fingerprint(
-        file.rename(tmp_path / "x.ckpt")
-    )
+    assert manifest.weights_fingerprint(file) == manifest.weights_fingerprint(file.rename(tmp_path / "x.ckpt"))
     for place in (0, (5 << 20) - 1, (5 << 20) // 63):  # first, last and second block
         content = bytearray(5 << 20)
         content[place] = 1

@@ -59,7 +59,7 @@ def resume(vocabulary: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...
         line = tiny_arguments(
             "finetune", vocabulary, *SMALL_TRAINING, *TRAINING, "--output_dir", output_dir,
             *(() if any("resume_training" in str(a) for a in arguments) else ("--resume_training", "True")),
-            *arguments,
+            *arguments
         )  # fmt: skip
         return run_here(line), capsys.readouterr().err
 
@@ -116,9 +116,7 @@ def test_an_adapter_goes_on_alike(kind: str, unbroken: Path, finetune, tmp_path:
         assert ends[0].read_bytes() == ends[1].read_bytes()
     other_base = unbroken / "checkpoint" / "step_00000004"
     (tmp_path / "other").mkdir()
-    status, shown = resume(
-        break_after_step_9(whole, tmp_path / "other"), *keys, "--load_checkpoint", other_base
-    )
+    status, shown = resume(break_after_step_9(whole, tmp_path / "other"), *keys, "--load_checkpoint", other_base)
     assert status == 1
     assert "base_weights: " in shown
 
@@ -272,9 +270,7 @@ def test_checkpoints_of_earlier_versions_are_told_apart(broken: Path, resume) ->
     assert "written by an earlier version of glm_ms" in shown
 
 
-def test_killed_while_a_checkpoint_is_written(
-    vocabulary: Path, unbroken: Path, resume, tmp_path: Path
-) -> None:
+def test_killed_while_a_checkpoint_is_written(vocabulary: Path, unbroken: Path, resume, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     line = tiny_arguments("finetune", vocabulary, *SMALL_TRAINING, *TRAINING, "--output_dir", run)

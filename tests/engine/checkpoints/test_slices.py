@@ -66,9 +66,7 @@ def state_of(
     weights = list(parameters(""))
     network = SimpleNamespace(config=config, trainable_params=lambda: weights, get_parameters=lambda: weights)
     state = [*parameters("adam_m."), Parameter(Tensor(np.array([2.0], np.float32)), name="global_step")]
-    step = SimpleNamespace(
-        optimizer=SimpleNamespace(get_parameters=lambda: [*weights, *state]), loss_scale=None
-    )
+    step = SimpleNamespace(optimizer=SimpleNamespace(get_parameters=lambda: [*weights, *state]), loss_scale=None)
     return SliceState(step, network, set(arrays), slice_metadata(rank, RANKS), adapter, BASE)
 
 
@@ -80,9 +78,7 @@ def save_run(folder: Path, arrays: Mapping[str, np.ndarray], adapter: AdapterCon
         inside.mkdir(parents=True)
         state_of(arrays, rank, config, adapter).write(inside)
         write_manifest(inside, 2, (0, 8), {"seed": 7, "num_ranks": RANKS}, None, "CPU")
-    base = {
-        part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)
-    }
+    base = {part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)}
     cuts = {name: cut_of(name, array) for name, array in {**base, **arrays}.items()}
     cuts.update({f"adam_m.{name}": cuts[name] for name in arrays})
     (folder / "strategy").mkdir()
@@ -110,9 +106,7 @@ def adapter_run(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, P
 @pytest.fixture
 def weights_run(tmp_path: Path) -> Path:
     config = GLMConfig.from_pretrained(FOLDER / CASE)
-    arrays = {
-        part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)
-    }
+    arrays = {part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)}
     return save_run(tmp_path / "run", arrays, None)
 
 
@@ -127,9 +121,7 @@ def test_merged_adapter_is_that_of_one_card(adapter_run: tuple[Path, Path], tmp_
     run, alone = adapter_run
     plan(run, tmp_path / "merged").run()
     files = sorted(file.name for file in alone.iterdir())
-    assert sorted(file.name for file in (tmp_path / "merged").iterdir()) == sorted(
-        [*files, "optimizer.safetensors"]
-    )
+    assert sorted(file.name for file in (tmp_path / "merged").iterdir()) == sorted([*files, "optimizer.safetensors"])
     for name in files:
         left, right = tmp_path / "merged" / name, alone / name
         if name.endswith(".json"):
@@ -196,9 +188,7 @@ def test_adapter_that_cannot_be_merged(adapter_run: tuple[Path, Path], tmp_path:
     plan(run, tmp_path / "merged").run()  # every server may have the base in another place
     key = "lora_alpha" if name == "adapter_config.json" else "pre_seq_len"
     config.write_text(text.replace(f'"{key}": ', f'"{key}": 1'))
-    with pytest.raises(
-        CheckpointError, match=rf"rank_2/.*{name}: differs from .*rank_0.* in {key}; .*different runs"
-    ):
+    with pytest.raises(CheckpointError, match=rf"rank_2/.*{name}: differs from .*rank_0.* in {key}; .*different runs"):
         plan(run, tmp_path / "no")
     config.write_text(text[:40])
     with pytest.raises(CheckpointError, match=rf"rank_2/.*{name}:\d+: not valid JSON"):
@@ -242,9 +232,7 @@ def test_swapped_slices_are_refused(weights_run: Path, tmp_path: Path, file: str
     with pytest.raises(CheckpointError, match=r"rank_1/.*the slice of rank 2 of 4, but it is in rank_1 of 4"):
         plan(weights_run, tmp_path / "no", verify=False)
     config = GLMConfig.from_pretrained(FOLDER / CASE)
-    arrays = {
-        part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)
-    }
+    arrays = {part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)}
     with pytest.raises(CheckpointError, match=r"header says rank 2, but the file is in the place of rank 1"):
         state_of(arrays, 1, config, None).restore(step_folder(rank_folder(weights_run, 1), 2))
 
@@ -257,9 +245,7 @@ def test_a_flipped_bit_is_noticed(weights_run: Path, tmp_path: Path, name: str) 
         content = bytearray(path.read_bytes())
         content[-5] ^= 1
         path.write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match=rf"rank_0/.*{name}: damaged or of another checkpoint: its SHA-256"
-    ):
+    with pytest.raises(CheckpointError, match=rf"rank_0/.*{name}: damaged or of another checkpoint: its SHA-256"):
         plan(weights_run, tmp_path / "merged").run()
     assert not (tmp_path / "merged").exists()
     plan(weights_run, tmp_path / "merged", verify=False).run()
@@ -272,9 +258,7 @@ def test_slices_of_two_runs_are_refused(weights_run: Path, tmp_path: Path) -> No
     manifest = inside / "manifest.json"
     manifest.unlink()
     write_manifest(inside, 2, (0, 8), {"seed": 8, "num_ranks": RANKS}, None, "CPU")
-    with pytest.raises(
-        CheckpointError, match=r"rank_3/.*manifest.json: differs from .*rank_0/.* in seed; the"
-    ):
+    with pytest.raises(CheckpointError, match=r"rank_3/.*manifest.json: differs from .*rank_0/.* in seed; the"):
         plan(weights_run, tmp_path / "no", verify=False)
     manifest.write_text("{}")
     with pytest.raises(CheckpointError, match=r"rank_3/.*manifest.json: damaged"):
@@ -295,21 +279,12 @@ def test_slices_of_a_larger_run_and_single_ones(weights_run: Path, tmp_path: Pat
         shutil.rmtree(weights_run / "slices" / f"rank_{rank}")
     with pytest.raises(CheckpointError, match=r"the slice of rank 0 of 4, but it is in rank_0 of 2 ranks"):
         plan(weights_run, tmp_path / "no", src_strategy=tmp_path / "two.ckpt")
-    with pytest.raises(
-        CheckpointError, match=r"the slice of rank 1 of 4, not a whole checkpoint; give the folder"
-    ):
-        plan(
-            weights_run / "slices" / "rank_1",
-            tmp_path / "no",
-            src_strategy=None,
-            dst_strategy=tmp_path / "two.ckpt",
-        )
+    with pytest.raises(CheckpointError, match=r"the slice of rank 1 of 4, not a whole checkpoint; give the folder"):
+        plan(weights_run / "slices" / "rank_1", tmp_path / "no", src_strategy=None, dst_strategy=tmp_path / "two.ckpt")
 
 
 def test_slices_are_no_checkpoint_to_load(weights_run: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"run: is the output of a sharded run, .* --dst_ckpt_dir .*run_merged"
-    ):
+    with pytest.raises(CheckpointError, match=r"run: is the output of a sharded run, .* --dst_ckpt_dir .*run_merged"):
         load_pretrained(weights_run)
     with pytest.raises(CheckpointError, match=r"It is the slice of rank 1 of 4: merge all slices"):
         load_pretrained(weights_run / "slices" / "rank_1")
@@ -317,9 +292,7 @@ def test_slices_are_no_checkpoint_to_load(weights_run: Path) -> None:
 
 def test_slices_restore(weights_run: Path) -> None:
     config = GLMConfig.from_pretrained(FOLDER / CASE)
-    arrays = {
-        part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)
-    }
+    arrays = {part: value for item in golden_weights(CASE).items() for part, value in split_joint(*item, config)}
     state = state_of({name: array * 0 for name, array in arrays.items()}, 3, config, None)
     state.restore(step_folder(rank_folder(weights_run, 3), 2))
     for parameter in state._weights:

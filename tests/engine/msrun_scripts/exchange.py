@@ -60,7 +60,5 @@ if ranks.rank == 1:
     weights[1].set_data(Tensor([[1.0, 2.0000002]], ms.float32))
 error = error_of(check_equal_on_ranks, weights, ranks)
 other = 1 - ranks.rank
-assert str(error).startswith(
-    f"the weights of rank {ranks.rank} are not those of rank {other}: second differ"
-), error
+assert str(error).startswith(f"the weights of rank {ranks.rank} are not those of rank {other}: second differ"), error
 print("all is well", flush=True)

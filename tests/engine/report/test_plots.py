@@ -37,9 +37,7 @@ def _training(steps: int, **changes: Any) -> list[dict[str, Any]]:
 
 def _evaluation(*steps: int) -> list[dict[str, Any]]:
     scores = {"rouge-1": 40.0, "rouge-2": 20.0, "rouge-l": 35.0, "bleu-4": 10.0}
-    return [
-        {"step": step, "epoch": step / 75, **scores, "loss": 2.0, "perplexity": math.exp(2)} for step in steps
-    ]
+    return [{"step": step, "epoch": step / 75, **scores, "loss": 2.0, "perplexity": math.exp(2)} for step in steps]
 
 
 def _write(folder: Path, training: list[Any], evaluation: list[Any] = ()) -> Path:
@@ -136,7 +134,7 @@ def test_overflows_of_float16_are_marked_and_the_scale_is_drawn(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("line", "number"),
     [("{\"step\": 31, \"lo\n", 31), ("[1, 2]\n", 31), ('{"loss": 1.0}\n', 31), ('{"step": "7"}\n', 31),
-     ('{"step": -1}\n', 31), ("\ufffd\x00\n", 31)],
+     ('{"step": -1}\n', 31), ("\ufffd\x00\n", 31)]
 )  # fmt: skip
 def test_a_broken_line_is_left_out_and_named(tmp_path: Path, said: list[str], line: str, number: int) -> None:
     written = write_plots(_write(tmp_path, [*_training(30), line]), said.append)

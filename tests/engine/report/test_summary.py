@@ -9,15 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_helpers import (
-    DEV_RECORDS,
-    REPOSITORY,
-    SMALL_TRAINING,
-    load_script,
-    read_jsonl,
-    run_here,
-    tiny_arguments,
-)
+from engine_helpers import DEV_RECORDS, REPOSITORY, SMALL_TRAINING, load_script, read_jsonl, run_here, tiny_arguments
 
 from glm_ms.settings import load_settings
 
@@ -44,14 +36,7 @@ def test_an_adapter_of_a_run(
     base: Path, vocabulary: Path, finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "lora $run"
-    finetune(
-        run,
-        *SHORT,
-        "model.pet_config.pet_type=lora",
-        "lr_schedule.learning_rate=0.1",
-        "--load_checkpoint",
-        base,
-    )
+    finetune(run, *SHORT, "model.pet_config.pet_type=lora", "lr_schedule.learning_rate=0.1", "--load_checkpoint", base)
     said = capsys.readouterr().err
     assert f"LoRA adapter and training state: {run / 'checkpoint' / 'step_00000002'}" in said
     shown = commands(said)
@@ -72,9 +57,7 @@ def test_an_adapter_of_a_run(
 
 
 @pytest.mark.slow
-def test_as_typed_into_a_shell(
-    base: Path, finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_as_typed_into_a_shell(base: Path, finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finetune(tmp_path / "run", *SHORT)
     shown = commands(capsys.readouterr().err)
     text = shlex.join([sys.executable, *shown["to evaluate"][1:]])
@@ -100,7 +83,7 @@ def test_lengths_that_evaluation_needs(vocabulary: Path, tmp_path: Path) -> None
     """A training YAML may leave generation and eval_dataset as they are."""
     lines = summary_of(
         tmp_path / "run", vocabulary, "generation.max_new_tokens=500", "eval_dataset.max_target_length=900",
-        f"eval_dataset.data_loader.dataset_dir={DEV_RECORDS}",
+        f"eval_dataset.data_loader.dataset_dir={DEV_RECORDS}"
     )  # fmt: skip
     shown = commands("\n".join(lines))
     assert "generation.max_new_tokens=64" in shown["to evaluate"]

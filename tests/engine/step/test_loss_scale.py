@@ -239,9 +239,7 @@ def test_a_network_learns_in_float16(vocabulary: Path) -> None:
     batch = [Tensor(x) for x in (ids, ids, np.ones_like(ids), np.tile(np.arange(16, dtype=np.int32), (4, 1)))]
     losses, skipped = [], 0
     for i in range(40):
-        loss, norm, _, _ = (
-            float(value.asnumpy()) for value in cell(*batch, Tensor(np.arange(4, dtype=np.int32) + i))
-        )
+        loss, norm, _, _ = (float(value.asnumpy()) for value in cell(*batch, Tensor(np.arange(4, dtype=np.int32) + i)))
         skipped += cell.loss_scale.skipped()
         assert cell.loss_scale.skipped() == (not np.isfinite(norm))
         losses.append(loss)
@@ -280,7 +278,7 @@ def test_a_run_that_only_overflows_stops(
     force(*range(2, 100))
     line = tiny_arguments(
         "finetune", vocabulary, *SMALL_TRAINING, *SCALED, "runner_wrapper.scale_sense.loss_scale_value=2",
-        "checkpoint.save_steps=1", "--output_dir", tmp_path,
+        "checkpoint.save_steps=1", "--output_dir", tmp_path
     )  # fmt: skip
     assert run_here(line) == 1
     shown = capsys.readouterr().err

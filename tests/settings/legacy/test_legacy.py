@@ -90,9 +90,7 @@ def test_every_value_of_the_file_counts(load_legacy) -> None:
     settings = load_legacy(legacy_yaml())
     default = Settings()
     differing = {
-        key: value_of(settings, key)
-        for key in leaf_keys()
-        if value_of(settings, key) != value_of(default, key)
+        key: value_of(settings, key) for key in leaf_keys() if value_of(settings, key) != value_of(default, key)
     }
     unchanged = {key for key, value in EXPECTED.items() if value == value_of(default, key)}
     assert differing == {key: value for key, value in EXPECTED.items() if key not in unchanged}
@@ -181,12 +179,8 @@ def test_ptuning2(load_legacy, legacy_refused) -> None:
         0.0,
     )
     assert any("ChatGLM2WithPtuning2 is GLMForCausalLM here" in note for note in settings.notes)
-    assert (
-        load_legacy(legacy_yaml(pet=PTUNING), WEIGHTS) == settings
-    )  # pre_seq_len: None leaves it to pet_config
-    assert "pre_seq_len: 128: a prefix needs" in legacy_refused(
-        legacy_yaml(("pre_seq_len: None", "pre_seq_len: 128"))
-    )
+    assert load_legacy(legacy_yaml(pet=PTUNING), WEIGHTS) == settings  # pre_seq_len: None leaves it to pet_config
+    assert "pre_seq_len: 128: a prefix needs" in legacy_refused(legacy_yaml(("pre_seq_len: None", "pre_seq_len: 128")))
     orphan = legacy_yaml(("ChatGLM2ForConditionalGeneration", "ChatGLM2WithPtuning2"))
     assert "model.arch.type: ChatGLM2WithPtuning2: needs" in legacy_refused(orphan)
 
@@ -202,14 +196,10 @@ def test_rows_of_glm3_differ_and_that_is_said(load_legacy) -> None:
     settings = load_legacy(legacy_yaml(generation=3))
     assert settings.processor.tokenizer.type == "ChatGLM3Tokenizer"
     assert settings.checkpoint.save_steps == 1000
-    assert any(
-        "data_loader.version: 3: there the answer follows the bare prompt" in note for note in settings.notes
-    )
+    assert any("data_loader.version: 3: there the answer follows the bare prompt" in note for note in settings.notes)
 
 
-@pytest.mark.parametrize(
-    "spelling", ["checkpoint.keep_max", "callbacks.CheckpointMointor.keep_checkpoint_max"]
-)
+@pytest.mark.parametrize("spelling", ["checkpoint.keep_max", "callbacks.CheckpointMointor.keep_checkpoint_max"])
 def test_command_line_has_the_last_word_in_our_spelling(load_legacy, legacy_refused, spelling: str) -> None:
     if spelling.startswith("callbacks"):  # a list cannot be reached into
         assert "callbacks is not a section" in legacy_refused(legacy_yaml(), f"{spelling}=5")
@@ -307,14 +297,11 @@ def test_lengths(load_legacy) -> None:
     settings = load_legacy(both)
     assert (settings.generation.max_length, settings.generation.max_new_tokens) == (100, 100)
     assert any(
-        "max_decode_length: 256 is overridden by model.model_config.max_length: 100" in n
-        for n in settings.notes
+        "max_decode_length: 256 is overridden by model.model_config.max_length: 100" in n for n in settings.notes
     )
     capped = load_legacy(legacy_yaml(), WEIGHTS, "run_mode=eval", "metric.type=ADGENMetric")
     assert capped.generation.max_length == 193
-    assert any(
-        "is more than model.model_config.seq_length: 193, which counts" in note for note in capped.notes
-    )
+    assert any("is more than model.model_config.seq_length: 193, which counts" in note for note in capped.notes)
     # There a prompt may fill the network, so that only its length decides; see generation.max_length.
     load_legacy(legacy_yaml(("max_source_length: 64", "max_source_length: 193")), WEIGHTS, "run_mode=eval",
          "metric.type=ADGENMetric")  # fmt: skip
@@ -336,9 +323,7 @@ def test_schedules_ignore_what_they_do_not_know(load_legacy) -> None:
     ratio = load_legacy(legacy_yaml(("warmup_steps: 0", "warmup_steps: 10\n  warmup_ratio: 0.1")))
     assert (ratio.lr_schedule.warmup_steps, ratio.lr_schedule.warmup_ratio) == (0, 0.1)
     section = legacy_yaml().split("lr_schedule:\n")[1].split("layer_scale")[0]
-    constant = legacy_yaml(
-        (f"lr_schedule:\n{section}", ""), ("  eps: 1.e-8", "  eps: 1.e-8\n  learning_rate: 1.e-4")
-    )
+    constant = legacy_yaml((f"lr_schedule:\n{section}", ""), ("  eps: 1.e-8", "  eps: 1.e-8\n  learning_rate: 1.e-4"))
     schedule = load_legacy(constant).lr_schedule
     assert (schedule.type, schedule.learning_rate) == ("ConstantWarmUpLR", 1e-4)
 
@@ -346,7 +331,7 @@ def test_schedules_ignore_what_they_do_not_know(load_legacy) -> None:
 def test_defaults_are_those_of_mindformers(load_legacy) -> None:
     text = legacy_yaml(
         ("  eps: 1.e-8\n  weight_decay: 0.1\n", ""), ("  use_clip_grad: True\n", ""),
-        ('    param_init_type: "float16"\n    compute_dtype: "float16"\n', ""),
+        ('    param_init_type: "float16"\n    compute_dtype: "float16"\n', "")
     )  # fmt: skip
     settings = load_legacy(text)
     assert settings.optimizer.eps == 1e-6
@@ -358,14 +343,10 @@ def test_defaults_are_those_of_mindformers(load_legacy) -> None:
 
 
 def test_data_parallel_files(load_legacy) -> None:
-    text = legacy_yaml(
-        ("parallel_mode: 1", "parallel_mode: 0"), ("use_parallel: False", "use_parallel: True")
-    )
+    text = legacy_yaml(("parallel_mode: 1", "parallel_mode: 0"), ("use_parallel: False", "use_parallel: True"))
     settings = load_legacy(text)
     assert settings.parallel.full_batch is False
-    assert any(
-        "gradients_mean: False sums the gradients of the cards there" in note for note in settings.notes
-    )
+    assert any("gradients_mean: False sums the gradients of the cards there" in note for note in settings.notes)
 
 
 def test_tokenizers_of_the_run_mode(load_legacy) -> None:
@@ -380,18 +361,14 @@ def test_a_dataset_task_of_its_own_gives_way(load_legacy) -> None:
     text = legacy_yaml(("dataset_config: *train_dataset", "dataset_config: {max_source_length: 9}"))
     settings = load_legacy(text)
     assert settings.train_dataset.max_source_length == 64
-    assert any(
-        "dataset_config.max_source_length: 9 is overridden by train_dataset" in n for n in settings.notes
-    )
+    assert any("dataset_config.max_source_length: 9 is overridden by train_dataset" in n for n in settings.notes)
 
 
 def test_what_is_missing_but_harmless_is_said(load_legacy) -> None:
     settings = load_legacy(
         legacy_yaml(("profile: False", "profile: True"), ("auto_trans_ckpt: False", "auto_trans_ckpt: True"))
     )
-    assert any(
-        "profile: True: there is no profiler; the run continues without" in note for note in settings.notes
-    )
+    assert any("profile: True: there is no profiler; the run continues without" in note for note in settings.notes)
     assert "auto_trans_ckpt" in settings.notes[-1]
 
 

@@ -50,9 +50,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "parts"), REFUSED, ids=[change[1] for change, _ in REFUSED])
-def test_what_would_change_the_result_is_refused(
-    legacy_refused, change: tuple[str, str], parts: list[str]
-) -> None:
+def test_what_would_change_the_result_is_refused(legacy_refused, change: tuple[str, str], parts: list[str]) -> None:
     message = legacy_refused(legacy_yaml(change))
     for part in parts:
         assert part in message
@@ -67,9 +65,7 @@ def test_what_would_change_the_result_is_refused(
         ("generation.max_length=90", "model.model_config.max_length=91"),
     ],
 )
-def test_two_spellings_on_the_command_line_must_agree(
-    load_legacy, legacy_refused, overrides: tuple[str, str]
-) -> None:
+def test_two_spellings_on_the_command_line_must_agree(load_legacy, legacy_refused, overrides: tuple[str, str]) -> None:
     message = legacy_refused(legacy_yaml(), *overrides)
     assert "both mean" in message
     assert "keep one of them" in message
@@ -111,7 +107,7 @@ def test_old_names_stay_unknown_in_our_files(config: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["callbacks: []", "trainer: {}", "infer: {}", "optimizer: {type: FusedAdamWeightDecay}",
-     "runner_wrapper: {type: MFTrainOneStepCell}", "model: {model_config: {type: ChatGLM2Config}}"],
+     "runner_wrapper: {type: MFTrainOneStepCell}", "model: {model_config: {type: ChatGLM2Config}}"]
 )  # fmt: skip
 def test_one_sign_is_enough(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sign.yaml"
@@ -126,9 +122,7 @@ def test_other_networks_are_refused_in_one_line(legacy_refused) -> None:
         ("ChatGLM2ForConditionalGeneration", "LlamaForCausalLM"),
         ("ChatGLM2ForConditionalGeneration", "GLMForPreTraining"),
     ):
-        message = legacy_refused(
-            legacy_yaml(("type: ChatGLM2Config", "type: GLMConfig"), change, ("use_past", "x"))
-        )
+        message = legacy_refused(legacy_yaml(("type: ChatGLM2Config", "type: GLMConfig"), change, ("use_past", "x")))
         assert len(message.splitlines()) == 1
         assert f"model.arch.type: {change[1]}: another network" in message
     misspelt = legacy_yaml(("type: ChatGLM2Config", "type: ChatGLM2Confg"))
