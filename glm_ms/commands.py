@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     # argparse and the usage messages of the tools show this name.
     sys.argv = [f"glm-ms {command}", *rest]
+    if command in RUN_MODES and any(word.split("=")[0] in ("--run_mode", "run_mode") for word in rest):
+        print(f"error: glm-ms {command}: sets run_mode; remove it from the arguments", file=sys.stderr)
+        return 2
     run = _find(command)
     if run is None:
         hint = did_you_mean(command, _descriptions())
@@ -120,27 +123,31 @@ def configs(arguments: Sequence[str]) -> int:
 
 
 def _copy(root: Path, options: Namespace) -> int:
-    """Copies whole or not at all: every name and target is checked before the first file is written."""
+    """Checks every name and target before it writes the first file."""
     names = ["."] if "all" in options.copy else options.copy
     sources: list[Path] = []
     for name in names:
         path = (root / name.removeprefix("configs/")).resolve()
-        if not path.is_relative_to(root.resolve()) or not path.exists():
+        if not name or not path.is_relative_to(root.resolve()) or not path.exists():
             known = [p.relative_to(root).as_posix() for p in [*root.iterdir(), *root.rglob("*.yaml")]]
             print(f"error: {name}: not a configuration{did_you_mean(name, known)}; run glm-ms configs", file=sys.stderr)
             return 2
         sources += [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if _travels(p)]
     pairs = [(path, Path(options.to) / CONFIGS / path.relative_to(root.resolve())) for path in sources]
     for source, target in pairs:
-        if target.exists() and not filecmp.cmp(source, target, shallow=False):
+        if target.is_file() and not filecmp.cmp(source, target, shallow=False):
             print(
                 f"error: {target}: exists with other content; rename it, or copy to another folder with --to",
                 file=sys.stderr,
             )
             return 2
     for source, target in pairs:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        except OSError as error:
+            print(f"error: {target}: cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
         print(target)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -88,15 +89,16 @@ class Account:
 
 
 def _named(title: str, tests: list[str]) -> list[str]:
-    """A count, then each file with the names of its tests."""
-    files: dict[str, list[str]] = {}
+    """A count, then each file with the names of its tests; a name with several parameters is counted."""
+    files: dict[str, Counter[str]] = {}
     for test in sorted(tests):
         file, _, name = test.partition("::")
-        files.setdefault(file, []).append(name)
-    return [
-        f"{title}: {len(tests)} tests",
-        *(f"    {file}: {', '.join(names)}" for file, names in files.items()),
-    ]
+        files.setdefault(file, Counter())[name.partition("[")[0]] += 1
+    rows = {
+        file: ", ".join(f"{name} ({count})" if count > 1 else name for name, count in names.items())
+        for file, names in files.items()
+    }
+    return [f"{title}: {len(tests)} tests", *(f"    {file}: {names}" for file, names in rows.items())]
 
 
 def _shared_file(relative: str) -> Path:

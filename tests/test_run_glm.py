@@ -95,7 +95,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
         (["train_dataset.data_loader.dataset_dir=no.json"], ["no.json", "no such file"]),
         (["--load_checkpoint", "missing"], ["load_checkpoint", "missing", "no such file or folder"]),
         (["model.model_config.seq_length=100"], ["seq_length", "max_target_length"]),
-        (["--predict_data"], ["--predict_data: expected one argument"]),
+        (["--predict_data"], ["--predict_data: a value must follow"]),
         (["--run_mode", "predict", "--predict_data", "missing.txt"], ["missing.txt", "no such file"]),
         (["--device_target", "Ascent"], ["did you mean Ascend"]),
     ]

@@ -125,7 +125,7 @@ def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
     if len(numbers) < 2 or not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{path}: {name}: broken header entry {value!r}")
     *shape, begin, end = numbers
-    if len(shape) != len(value["shape"]) or value.get("dtype") not in FROM_SAFETENSORS:
+    if len(shape) != len(value["shape"]) or str(value.get("dtype")) not in FROM_SAFETENSORS:
         raise CheckpointError(
             f"{path}: {name}: type {value.get('dtype')!r} cannot be read; known: {', '.join(FROM_SAFETENSORS)}"
         )

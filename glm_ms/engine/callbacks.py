@@ -33,9 +33,12 @@ class UpdateCallback(Callback):
         self._run, self._plan, self._log, self._after_update = run, run.plan, log, after_update
         self.last: StepRecord | None = None
 
+    def on_train_step_begin(self, _: RunContext) -> None:
+        """The data pipeline has replaced the handlers when it started; the first step compiles for minutes."""
+        restore_signal_handlers()
+
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Runs after every micro batch; acts after those that complete an update."""
-        restore_signal_handlers()  # the data pipeline has replaced them when it started
         context: Any = run_context.original_args()
         updates, rest = divmod(context.cur_step_num, self._plan.accumulation_steps)
         if rest:

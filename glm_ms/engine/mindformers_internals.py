@@ -39,6 +39,7 @@ __all__ = [
     "extend_auto_tokenizer",
     "extend_yaml_reader",
     "log_to_folder",
+    "quiet_terminal",
     "register_class",
     "section_keys",
 ]
@@ -84,7 +85,12 @@ def log_to_folder(output_dir: str) -> None:
         return
     with no_warnings():  # the call itself logs, through a logger that it has just created
         set_output_path(output_dir)
-    for handler in get_logger().handlers:
+    quiet_terminal()
+
+
+def quiet_terminal() -> None:
+    """Lets MindFormers print errors only, unless GLM_MS_VERBOSE is set; its log file gets everything."""
+    for handler in [] if is_verbose() else get_logger().handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)
 

@@ -5,7 +5,6 @@ A new family is a `Family` in a file of its own and a line in FAMILIES.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from glm_ms.families.chatglm2 import CHATGLM2
 from glm_ms.families.chatglm3 import CHATGLM3
 from glm_ms.families.family import Family
 from glm_ms.model.config import GLMConfig
-from glm_ms.storage.errors import DataError
+from glm_ms.storage.errors import DataError, FileError
+from glm_ms.storage.readers import read_object
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 __all__ = ["FAMILIES", "Family", "build_encoder", "family_of", "read_config", "tokenizer_names"]
@@ -78,7 +78,8 @@ def read_config(path: str | Path) -> GLMConfig:
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     kinds = {family.config.model_type: family.config for family in FAMILIES.values()}
     try:
-        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):  # another file; the class says what is wrong with it
+        model_type = read_object(file).get("model_type")
+    except FileError:  # another kind of file, or a broken one: the class says what is wrong with it
         model_type = None
-    return kinds.get(model_type, GLMConfig).from_pretrained(path)
+    kind = kinds.get(model_type, GLMConfig) if isinstance(model_type, str) else GLMConfig
+    return kind.from_pretrained(path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any, Callable, TypeVar
 
 import mindspore as ms
@@ -26,27 +29,56 @@ _STACK_BYTES = 64 << 20
 class GraphThread:
     """Runs functions one after another in its own thread; any thread may call `run`.
 
-    MindSpore must not compile or run cells in two threads at once.
+    MindSpore must not compile or run cells in two threads at once. The thread is a daemon and not of an executor:
+    executors refuse work as soon as the main thread has ended, while other threads of a program may still generate.
     """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(1, "glm_ms graphs")
-        self._thread: int | None = None
+        self.reset()
+        os.register_at_fork(after_in_child=self.reset)  # threads do not survive a fork
+        atexit.register(self._finish)
+
+    def reset(self) -> None:
+        """Forgets the thread; the next call starts one."""
+        self._jobs: SimpleQueue[tuple[Future, Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def _finish(self) -> None:
+        """Waits for the running cell: MindSpore must not be torn down under it."""
+        if self._thread is not None:
+            self.run(lambda: None)
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Returns function(*args), or raises what it raises. Runs at once if the caller is this thread."""
         if self._thread is None:
             self._start()
-        if threading.get_ident() == self._thread:
+        if threading.current_thread() is self._thread:
             return function(*args)
-        return self._executor.submit(function, *args).result()
+        future: Future[T] = Future()
+        self._jobs.put((future, function, args))
+        return future.result()
 
     def _start(self) -> None:
-        previous = threading.stack_size(_STACK_BYTES)
-        try:
-            self._thread = self._executor.submit(threading.get_ident).result()
-        finally:
-            threading.stack_size(previous)
+        with self._starting:
+            if self._thread is not None:
+                return
+            previous = threading.stack_size(_STACK_BYTES)
+            try:
+                thread = threading.Thread(target=self._work, name="glm_ms graphs", daemon=True)
+                thread.start()
+                self._thread = thread
+            finally:
+                threading.stack_size(previous)
+
+    def _work(self) -> None:
+        while True:
+            future, function, args = self._jobs.get()
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+            del future, function, args  # an idle thread keeps no network alive
 
 
 # One for all networks: the compiler of MindSpore is one per process.

@@ -12,6 +12,7 @@ from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.train import Callback
 
 from glm_ms.engine.evaluate import evaluate
+from glm_ms.engine.mindformers_internals import quiet_terminal
 from glm_ms.engine.predict import predict
 from glm_ms.engine.report.summary import summary
 from glm_ms.engine.train import Given, train
@@ -47,6 +48,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
 
     def __init__(self, model_name: str | None = None) -> None:
         super().__init__(model_name)
+        quiet_terminal()
         self.scores: dict[str, Any] = {}
         # Settings that name the weights trained last without a given model.
         self._trained: dict[str, str] = {}

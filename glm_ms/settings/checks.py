@@ -67,7 +67,8 @@ _ALWAYS = (
          lambda s: s.generation.num_return_sequences > s.generation.num_beams == 1 and not s.generation.do_sample,
          "greedy decoding gives {generation.num_return_sequences} equal answers; set do_sample or num_beams",
          ("generation.do_sample", _BEAMS)),
-    Rule("generation.max_length", lambda s: (s.generation.max_length or 0) > s.model.model_config.seq_length,
+    Rule("generation.max_length", lambda s: s.generation.max_length is not None
+         and s.generation.max_length > s.model.model_config.seq_length,
          "{generation.max_length} is more than " f"{_SEQ_LENGTH} = {{{_SEQ_LENGTH}}}", (_SEQ_LENGTH,)),
     Rule("generation.do_sample", lambda s: s.generation.do_sample and s.generation.num_beams > 1,
          "sampling together with num_beams = {generation.num_beams} is not supported; keep one of both", (_BEAMS,)),
@@ -213,7 +214,8 @@ def _model_config(settings: Settings) -> Iterator[Problem]:
     try:
         _network(settings)
     except ConfigError as error:
-        yield Problem(f"model.model_config.{error.field}", str(error))
+        message = str(error).removeprefix(f"{error.field} = ").removeprefix(f"{error.field} ")
+        yield Problem(f"model.model_config.{error.field}", message)
 
 
 def _split(settings: Settings) -> Iterator[Problem]:

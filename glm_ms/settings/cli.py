@@ -68,10 +68,9 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     Raises:
         SettingsError: an unknown flag, a flag without its value, no --config.
     """
-    options, others = build_parser().parse_known_args(_with_equals(argv))
+    known, problems = _unambiguous(argv)
+    options = build_parser().parse_args(known)
     values = vars(options)
-    problems = _unknown(others)
-    problems += [f"--{text}: expected one argument" for text in options.overrides if "=" not in text]
     if options.config is None:
         problems.append("--config is missing: the YAML file of the run; see configs/")
     if problems:
@@ -81,8 +80,8 @@ def parse_args(argv: Sequence[str]) -> Arguments:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the arguments that `_with_equals` returns."""
-    parser = _Parser(
+    """The parser of the arguments that `_unambiguous` returns."""
+    parser = argparse.ArgumentParser(
         usage=f"python {PROGRAM} --config FILE [--flag value ...] [key.sub=value ...]",
         description="Finetune, evaluate and run ChatGLM2 / ChatGLM3 with the settings of a YAML file.",
         epilog=_EXAMPLES,
@@ -90,20 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--help_keys", action=_HelpKeys, nargs=0, help="show every key with its default")
-    parser.add_argument("--config", metavar="FILE", help="the YAML file of the run (required)")
+    parser.add_argument("--config", type=_unprotected, metavar="FILE", help="the YAML file of the run (required)")
     about = "set any key of the YAML, also written key.sub=value"
-    parser.add_argument(_OVERRIDES, dest="overrides", action="append", default=[], metavar="VALUE", help=about)
+    parser.add_argument(
+        _OVERRIDES, type=_unprotected, dest="overrides", action="append", default=[], metavar="VALUE", help=about
+    )
     for name, flag in FLAGS.items():
         spellings = [f"--{spelling}" for spelling, meant in _SPELLINGS.items() if meant == name]
         doc = flag.about + (leaf_keys()[flag.key].metadata["doc"] if flag.key else "")
-        bare: dict[str, Any] = {"nargs": "?", "const": "True"} if flag.bare else {}
-        parser.add_argument(*spellings, dest=name, metavar=flag.value, help=doc, **bare)
+        bare: dict[str, Any] = {"nargs": "?", "const": "=True"} if flag.bare else {}
+        parser.add_argument(*spellings, type=_unprotected, dest=name, metavar=flag.value, help=doc, **bare)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError([Problem("", message.removeprefix("argument "), where="command line")])
 
 
 class _HelpKeys(argparse.Action):
@@ -114,44 +110,47 @@ class _HelpKeys(argparse.Action):
         parser.exit(0)
 
 
-def _with_equals(argv: Sequence[str]) -> list[str]:
-    """Arguments as argparse reads them without doubt: `--flag=value`, and overrides as `--key.sub=key.sub=value`.
+def _unprotected(text: str) -> str:
+    """The value of an argument that `_unambiguous` has written as `--flag==value`."""
+    return text[1:]
 
-    A value may begin with a dash, as in `--predict_data -5`, but not with two. A flag whose value is optional does not
-    take the override that follows it.
+
+def _unambiguous(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments that argparse reads without doubt, and the problems of the others.
+
+    Flags become `--flag==value`, overrides `--key.sub==key.sub=value`; the second "=" protects the value `--`, which
+    argparse drops. A value may begin with a dash, as in `--predict_data -5`, but not with two. A flag whose value is
+    optional does not take the override that follows it.
     """
-    rest, result = list(argv), []
+    rest, known, problems = list(argv), [], []
     while rest:
         token = rest.pop(0)
-        name = token[2:] if token.startswith("--") else ""
+        name, equals, value = token[2:].partition("=") if token.startswith("--") else ("", "", "")
         flag = FLAGS.get(_SPELLINGS.get(name, ""))
-        takes_value = "=" not in name and (flag is not None or name == "config" or "." in name)
-        is_value = bool(rest) and not rest[0].startswith("--")
-        if is_value and flag is not None and flag.bare:
-            is_value = not _OVERRIDE.fullmatch(rest[0])
-        if takes_value and is_value:
-            token = f"{token}={rest.pop(0)}"
-        if _OVERRIDE.fullmatch(token) or "." in name.partition("=")[0]:
-            token = f"{_OVERRIDES}={token.removeprefix('--')}"
-        result.append(token)
-    return result
-
-
-def _unknown(others: list[str]) -> list[str]:
-    """Problems of the arguments that the parser does not know."""
-    problems, rest = [], list(others)
-    while rest:
-        token = rest.pop(0)
-        name, equals, _ = token.removeprefix("--").partition("=")
-        if token.startswith("--"):
+        bare = flag is not None and bool(flag.bare)
+        next_is_value = bool(rest) and not equals and not rest[0].startswith("--")
+        if token in ("-h", "--help", "--help_keys"):
+            known.append(token)
+        elif flag is not None or name == "config" or "." in name:
+            if next_is_value and not (bare and _OVERRIDE.fullmatch(rest[0])):
+                equals, value = "=", rest.pop(0)
+            if equals:
+                known.append(f"{_OVERRIDES}=={name}={value}" if "." in name else f"--{name}=={value}")
+            elif bare:
+                known.append(token)
+            else:
+                problems.append(f"{token}: a value must follow ({token}=VALUE if it begins with --)")
+        elif _OVERRIDE.fullmatch(token):
+            known.append(f"{_OVERRIDES}=={token}")
+        elif token.startswith("--"):
             problems.append(f"--{name}: unknown flag{_flag_hint(name)}")
-            if rest and not equals and not rest[0].startswith("-"):
+            if next_is_value and not rest[0].startswith("-") and not _OVERRIDE.fullmatch(rest[0]):
                 rest.pop(0)  # probably its value
         elif token.endswith((".yaml", ".yml")):
             problems.append(f"{token!r}: unexpected; did you mean --config {token}?")
         else:
             problems.append(f"{token!r}: unexpected; flags begin with --, overrides are written key.sub=value")
-    return problems
+    return known, problems
 
 
 def _flag_hint(name: str) -> str:

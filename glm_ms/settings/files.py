@@ -54,7 +54,9 @@ def record_problems(settings: Settings, part: str) -> Iterator[Problem]:
     path = Path(loader.dataset_dir)
     if not loader.dataset_dir:
         yield Problem(key, f"missing; give the file of records (--{part}_dataset PATH)")
-    elif not path.is_dir():
+    elif _exists(path) and not path.is_dir() and not path.is_file():
+        yield Problem(key, f"{path}: not a regular file; give a file or folder of records")
+    elif not _exists(path) or path.is_file():
         yield from _missing(key, loader.dataset_dir)
     else:
         found = sorted(item for item in path.iterdir() if item.suffix in _RECORD_ENDINGS and item.is_file())
@@ -89,5 +91,13 @@ def _weights(settings: Settings) -> Iterator[Problem]:
 def _missing(key: str, path: str) -> Iterator[Problem]:
     # OUTPUT_DIR/checkpoint/best means the checkpoint that best.json beside it names.
     best = Path(path).name == "best" and Path(path).with_name("best.json").is_file()
-    if not best and not Path(path).exists():
+    if not best and not _exists(Path(path)):
         yield Problem(key, f"{path}: no such file or folder (from {os.getcwd()})")
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path exists; one that the system cannot look up, for example a name that is too long, does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

@@ -12,7 +12,7 @@ MAX_DEPTH = 100  # levels of JSON; code that walks a value recursively stays far
 
 
 def read_text(path: Path, error: type[FileError] = FileError, missing: str = "no such file") -> str:
-    """Text of a UTF-8 file, without byte order mark, with line feeds only.
+    """Text of a UTF-8 file, without byte order mark; carriage return and line feed become a line feed.
 
     Args:
         path: file.
@@ -30,7 +30,7 @@ def read_text(path: Path, error: type[FileError] = FileError, missing: str = "no
         raise error(f"{path}: is a folder; give a file") from None
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.replace("\r\n", "\n")
 
 
 def decode_text(content: bytes, source: str | Path, error: type[FileError] = FileError, line: int = 1) -> str:

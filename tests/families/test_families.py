@@ -72,3 +72,15 @@ def test_a_config_file_has_the_class_of_its_family(toy, tmp_path: Path):
         read_config(tmp_path)
     with pytest.raises(ConfigError, match="no such file"):
         read_config(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("model_type", [[], {}, None, 3])
+def test_a_model_type_that_is_not_text_is_an_error_of_the_file(model_type, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({**GLMConfig().to_hf_dict(), "model_type": model_type}))
+    with pytest.raises(ConfigError, match="model_type"):
+        read_config(tmp_path)
+
+
+def test_a_byte_order_mark_does_not_hide_the_family(toy, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(ToyConfig().to_hf_dict()), encoding="utf-8-sig")
+    assert type(read_config(tmp_path)) is ToyConfig

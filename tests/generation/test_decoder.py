@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -211,7 +213,29 @@ def test_the_graph_thread_runs_one_function_at_a_time() -> None:
             number * number for number in range(20)
         ]
     assert all(one[1:] == other[1:] for one, other in zip(seen[::2], seen[1::2]))
-    assert {name for *_, name in seen} == {"glm_ms graphs_0"}
+    assert {name for *_, name in seen} == {"glm_ms graphs"}
     with pytest.raises(ZeroDivisionError):
         graphs.run(lambda: 1 / 0)
     assert graphs.run(len, "ab") == 2, "an error does not end the thread"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        # A thread that is still at work when the main thread has ended.
+        "import threading, time\n"
+        "def work():\n    time.sleep(0.5); print(GRAPHS.run(lambda: 'done'))\n"
+        "GRAPHS.run(lambda: 0); threading.Thread(target=work).start()",
+        # A child process, which has no copy of the graph thread.
+        "import os\nGRAPHS.run(lambda: 0)\nchild = os.fork()\n"
+        "if not child: print(GRAPHS.run(lambda: 'done'), flush=True); os._exit(0)\nos.waitpid(child, 0)",
+        "import atexit\nGRAPHS.run(lambda: 0); atexit.register(lambda: print(GRAPHS.run(lambda: 'done')))",
+    ],
+    ids=["after the main thread", "after a fork", "at exit"],
+)
+def test_the_graph_thread_serves_every_caller(program: str, repository) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"from glm_ms.generation.graphs import GRAPHS\n{program}"],
+        cwd=repository, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.split()) == (0, ["done"]), done.stderr

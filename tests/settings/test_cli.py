@@ -104,8 +104,8 @@ def test_flags_that_may_stand_alone(config: Path) -> None:
     ("argv", "parts"),
     [
         ([], ["--config is missing"]),
-        (["--config"], ["--config: expected one argument"]),
-        (["--config", "--epochs", "2"], ["--config: expected one argument"]),
+        (["--config"], ["--config: a value must follow"]),
+        (["--config", "--epochs", "2"], ["--config: a value must follow"]),
         (["--config", "x", "--epoch", "2"], ["--epoch: unknown flag; did you mean --epochs?"]),
         (["--config", "x", "--run-mode=eval"], ["did you mean --run_mode?"]),
         (["--config", "x", "--learning_rate", "1"], ["lr_schedule.learning_rate=VALUE"]),
@@ -116,8 +116,8 @@ def test_flags_that_may_stand_alone(config: Path) -> None:
             ["--config", "x", "--train_dataset_dirs", "a"],
             ["did you mean --train_dataset_dir or --train_dataset?"],
         ),
-        (["--config", "x", "--seed"], ["--seed: expected one argument"]),
-        (["--config", "x", "--optimizer.eps"], ["--optimizer.eps: expected one argument"]),
+        (["--config", "x", "--seed"], ["--seed: a value must follow"]),
+        (["--config", "x", "--optimizer.eps"], ["--optimizer.eps: a value must follow"]),
         (["--config", "x", "train"], ["'train': unexpected"]),
         (["x.yaml"], ["did you mean --config x.yaml?"]),
         (["--config", "x", "-v"], ["'-v': unexpected"]),
@@ -174,3 +174,31 @@ def test_errors_exit_with_2_and_no_traceback(config: Path, capsys: pytest.Captur
 def test_good_command_line(config: Path) -> None:
     settings = settings_from_command_line(["--config", str(config), "--epochs", "2", "seed=9"])
     assert (settings.runner_config.epochs, settings.seed) == (2, 9)
+
+
+def test_two_dashes_are_a_value_behind_an_equals_sign() -> None:
+    found = parse_args(["--config=--", "--predict_data=--", "--use_parallel=--", "a.b=--"])
+    assert found == ("--", {"predict_data": "--", "use_parallel": "--"}, ["a.b=--"])
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--", "--epochs", "2"], ["--: unknown flag"]),
+        (["--seed", "--epochs", "--foo"], ["--seed: a value must", "--epochs: a value must", "--foo: unknown flag"]),
+        (["--foo", "--seed", "2", "bar"], ["--foo: unknown flag", "'bar': unexpected"]),
+        (["--foo", "bar", "a.b=1"], ["--foo: unknown flag"]),
+    ],
+)
+def test_each_word_that_cannot_be_used_is_a_problem(words: list[str], parts: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_args(["--config", "x.yaml", *words])
+    problems = [str(problem) for problem in caught.value.problems]
+    assert len(problems) == len(parts)
+    assert all(part in problem for part, problem in zip(parts, problems))
+
+
+def test_help_comes_before_problems(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--predict_data", "--help"])
+    assert "usage:" in capsys.readouterr().out

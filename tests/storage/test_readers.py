@@ -23,7 +23,7 @@ def file(tmp_path: Path):
 
 
 def test_byte_order_mark_and_line_ends(file) -> None:
-    assert read_text(file(b"\xef\xbb\xbfa\r\nb\rc\n")) == "a\nb\nc\n"
+    assert read_text(file(b"\xef\xbb\xbfa\r\nb\rc\n")) == "a\nb\rc\n"
     assert read_json(file(b'\xef\xbb\xbf{"a": [1, 2.5, null]}')) == {"a": [1, 2.5, None]}
 
 

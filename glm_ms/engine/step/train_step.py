@@ -27,7 +27,7 @@ class TrainOneStep(nn.Cell):
         optimizer: returns the learning rate it used.
         all_reduce: sums a tensor over the ranks; None on a single one.
         max_grad_norm: largest global gradient norm, None for no clipping.
-        loss_scale: arguments of `LossScale`; None for no scaling.
+        loss_scale: arguments of `LossScale`; None, or no `type` in it, for no scaling.
 
     Attributes:
         loss_scale: the `LossScale`, or None.
@@ -49,7 +49,7 @@ class TrainOneStep(nn.Cell):
         self.all_reduce: Any = all_reduce
         self.max_grad_norm = max_grad_norm
         self.square_sum = ops.ReduceSum()
-        self.loss_scale = None if loss_scale is None else LossScale(**loss_scale)
+        self.loss_scale = LossScale(**loss_scale) if loss_scale and loss_scale.get("type") else None
         if self.loss_scale is not None:
             self.overflow = OverflowDetector(all_reduce)
         self.zero = Tensor(0.0, ms.float32)
