@@ -78,7 +78,8 @@ class Evaluator:
             settings.processor.tokenizer.vocab_file,
         )
         hashes = {"eval_dataset": file_sha256(Path(records)), "vocab_file": file_sha256(Path(vocabulary))}
-        ranks_of(settings).agree("SHA-256 of files", hashes)
+        self._ranks = ranks_of(settings)
+        self._ranks.agree("SHA-256 of files", hashes)
         kinds: dict[str, Callable[..., _Pass]] = {TEXT: _TextPass, LOSS: _LossPass}
         inputs = dict.fromkeys(METRICS[name].input for name in settings.metric.type)
         self._names = settings.metric.type
@@ -86,10 +87,11 @@ class Evaluator:
 
     def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
         """All scores of a network by name, on every rank. The network may be in training and is not changed."""
-        metrics = {name: METRICS[name]() for name in self._names}
+        # The first rank alone scores: ROUGE and BLEU of the same texts on every rank of a server would share its cores.
+        metrics = [METRICS[name]() for name in self._names if self._ranks.first]
         for evaluation in self._passes:
-            evaluation.run(model, [item for item in metrics.values() if item.input == evaluation.input])
-        return {score: value for metric in metrics.values() for score, value in metric.result().items()}
+            evaluation.run(model, [metric for metric in metrics if metric.input == evaluation.input])
+        return self._ranks.from_first({score: value for one in metrics for score, value in one.result().items()})
 
 
 class _Pass(ABC):
@@ -111,7 +113,7 @@ class _Pass(ABC):
 
     @abstractmethod
     def run(self, model: GLMForCausalLM, metrics: Sequence[Metric]) -> None:
-        """Updates the metrics, on every rank, with all records."""
+        """Updates the metrics with all records; every rank takes part, also without metrics."""
 
     @abstractmethod
     def _compute(self, model: GLMForCausalLM, batch: list[Any]) -> Any:
