@@ -26,7 +26,9 @@ def construct(self, logits, labels):
     frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()[:-1]]
     NextTokenLoss.construct = original
     print(json.dumps([
-        (path.relative_to(repository).as_posix(), name) for path, name in frames if repository in path.parents
+        (path.relative_to(repository).as_posix(), name)
+        for path, name in frames
+        if repository in path.parents and "site-packages" not in path.parts
     ]))
     return original(self, logits, labels)
 
