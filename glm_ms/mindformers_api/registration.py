@@ -15,6 +15,9 @@ from glm_ms.engine.mindformers_internals import (
     extend_yaml_reader,
     register_class,
 )
+from glm_ms.engine.step.adamw import GLMAdamW
+from glm_ms.engine.step.train_step import GLMTrainOneStep
+from glm_ms.engine.step.trainer import GLMTrainer
 from glm_ms.mindformers_api.config import CONFIG_TYPE, MODEL_TYPE, TOKENIZER_CLASS, MindFormersGLMConfig
 from glm_ms.mindformers_api.dataset import GLMDataset
 from glm_ms.mindformers_api.model import MindFormersGLM
@@ -26,6 +29,9 @@ from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import read_object
 
 REGISTERED = {
+    GLMAdamW: MindFormerModuleType.OPTIMIZER,
+    GLMTrainOneStep: MindFormerModuleType.WRAPPER,
+    GLMTrainer: MindFormerModuleType.TRAINER,
     GLMTextGenerationTrainer: MindFormerModuleType.TRAINER,
     MindFormersGLMConfig: MindFormerModuleType.CONFIG,
     MindFormersGLM: MindFormerModuleType.MODELS,

@@ -57,7 +57,7 @@ def test_a_run_registers_its_own_classes_only(vocabulary: Path, tmp_path: Path) 
 def test_the_engine_itself_registers_with_a_deprecation_line(tmp_path: Path, statement: str) -> None:
     done = python(f"{statement}\n{statement}\nimport glm_ms.engine.ranks\n{IN_MINDFORMERS}", tmp_path)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {"GLMAdamW", "GLMForCausalLM", "GLM3Tokenizer"} <= set(found["registered"])
+    assert {"GLMAdamW", "GLMTrainOneStep", "GLMTrainer", "GLMForCausalLM", "GLM3Tokenizer"} <= set(found["registered"])
     assert done.stderr.count("DeprecationWarning: import glm_ms.engine registers") == 1
 
 
