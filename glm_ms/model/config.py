@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import yaml
 
 from glm_ms.storage.errors import FileError
-from glm_ms.storage.numbers import exponent_number
-from glm_ms.storage.readers import read_object, read_text
+from glm_ms.storage.readers import exponent_number, read_object, read_text
 from glm_ms.storage.suggest import did_you_mean
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from glm_ms.settings.document import Entry
 from glm_ms.settings.errors import Problem, described
 from glm_ms.settings.schema import Settings, allowed, keys_of, leaf_keys
-from glm_ms.storage.numbers import exponent_number
+from glm_ms.storage.readers import exponent_number
 from glm_ms.storage.suggest import did_you_mean, nearest
 
 _EXPECTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}

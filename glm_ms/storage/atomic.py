@@ -19,11 +19,6 @@ _PARTIAL, _REPLACED = ".partial", ".replaced"
 def atomic_output(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iterator[Path]:
     """As `staged`, for checkpoints: never replaces a folder of other things.
 
-    Args:
-        path: final file or folder.
-        folder: the yielded path is an empty folder; else it does not exist and must become a file.
-        overwrite: replace an existing `path`.
-
     Raises:
         CheckpointError: `path` exists without `overwrite`, or must not be replaced, or cannot be written.
     """
@@ -39,15 +34,9 @@ def atomic_output(path: Path, *, folder: bool = False, overwrite: bool = False) 
 def staged(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """Yields a hidden path beside `path` to write to; syncs it and renames it to `path` when the block succeeds.
 
-    If the block raises, its output is removed. If the process is killed, the output stays under its hidden name and
-    the next output to the same `path` removes it.
-
-    Args:
-        path: final file or folder; an existing one of the same kind is replaced.
-        folder: the yielded path is an empty folder; else it does not exist and must become a file.
-
-    Raises:
-        OSError: `path` cannot be written.
+    With `folder` the hidden path is an empty folder, else it does not exist and must become a file. If the block
+    raises, its output is removed. If the process is killed, the output stays under its hidden name and the next output
+    to the same `path` removes it. Raises OSError if `path` cannot be written.
     """
     final = path.resolve()
     token = secrets.token_hex(4)
@@ -66,30 +55,18 @@ def staged(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a small file, whole or not at all; raises OSError if it cannot be written."""
     with staged(path) as work:
         work.write_bytes(content)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a small UTF-8 text file, whole or not at all, line ends as in `text`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """As `replace_bytes`, for UTF-8 text; line ends stay as in `text`."""
     replace_bytes(path, text.encode("utf-8"))
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends one line to a text file in a single write, so that a reader or a kill never sees half of it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Appends one line to a text file in a single write, so that a reader or a kill never sees half of it."""
     with path.open("ab", buffering=0) as file:
         file.write(f"{line}\n".encode())
 
@@ -112,17 +89,11 @@ def check_target(
         raise error(f"{path}: is {kinds[0]}, but {kinds[1]} is to be written; choose another name")
     if not overwrite:
         raise error(f"{path}: exists already; choose another name, or add --overwrite (overwrite=True)")
-    if folder:
-        _check_is_checkpoint_folder(path)
-
-
-def _check_is_checkpoint_folder(folder: Path) -> None:
-    """A typing error in a path must not delete a folder of other files."""
-    items = list(folder.iterdir())
-    flat = all(item.is_file() for item in items)
-    if items and not (flat and (folder / "config.json").is_file()):
-        raise CheckpointError(
-            f"{folder}: does not look like a checkpoint (config.json and files only) and is not replaced; "
+    items = list(path.iterdir()) if folder else []
+    # A typing error in a path must not delete a folder of other files.
+    if items and not ((path / "config.json").is_file() and all(item.is_file() for item in items)):
+        raise error(
+            f"{path}: does not look like a checkpoint (config.json and files only) and is not replaced; "
             "choose another name or remove it yourself"
         )
 
@@ -148,12 +119,10 @@ def _is_abandoned(partial: Path) -> bool:
 
 def _sync(work: Path) -> None:
     """Writes the content to the disk before the rename, so that a power cut cannot leave an empty file."""
-    for file in [work] if work.is_file() else sorted(work.iterdir()):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    for path in (work, *work.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _publish(work: Path, final: Path, aside: Path) -> None:

@@ -23,11 +23,7 @@ def write_manifest_values(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_manifest_values(folder: Path) -> dict[str, Any]:
-    """The values of a manifest.
-
-    Raises:
-        CheckpointError: it is missing, cannot be read or is damaged.
-    """
+    """The values of a manifest; raises CheckpointError if it is missing, cannot be read or is damaged."""
     path = folder / MANIFEST
     values = read_object(path, CheckpointError)
     if values.pop(_CHECKSUM, None) != json_sha256(values):
@@ -41,18 +37,12 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_file(path: Path, known: Mapping[str, Any]) -> None:
-    """Compares a file with its {"bytes", "sha256"} of `describe_files`.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged or of another checkpoint.
-    """
+    """Raises CheckpointError if a file is missing or differs from its {"bytes", "sha256"} of `describe_files`."""
     if not path.is_file():
         raise CheckpointError(f"{path}: missing")
-    size = path.stat().st_size
-    if size != known["bytes"]:
-        raise CheckpointError(
-            f"{path}: has {size} bytes, {known['bytes']} were written: truncated or of another checkpoint"
-        )
+    size, written = path.stat().st_size, known["bytes"]
+    if size != written:
+        raise CheckpointError(f"{path}: has {size} bytes, {written} were written: truncated or of another checkpoint")
     if file_sha256(path) != known["sha256"]:
         raise CheckpointError(f"{path}: damaged or of another checkpoint: its SHA-256 differs from {MANIFEST}")
 

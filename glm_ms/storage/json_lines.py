@@ -27,17 +27,11 @@ _LONGEST_TOKEN = 16
 
 
 class RawValue(NamedTuple):
-    """A JSON value that is not parsed yet.
+    """A JSON value that is not parsed yet."""
 
-    Attributes:
-        line: line of the file, from 1, in which the value begins.
-        start: offset of `text` in the file, in bytes.
-        text: the value, with surrounding white space.
-    """
-
-    line: int
-    start: int
-    text: bytes
+    line: int  # of the file, from 1, in which the value begins
+    start: int  # offset of `text` in the file, in bytes
+    text: bytes  # with surrounding white space
 
 
 def raw_values(path: str | Path) -> Iterator[RawValue]:
@@ -51,11 +45,7 @@ def raw_values(path: str | Path) -> Iterator[RawValue]:
 
 
 def parse_value(raw: RawValue, path: Path) -> Any:
-    """Parses a raw value.
-
-    Raises:
-        DataError: not UTF-8, not valid JSON, or a key twice in one object.
-    """
+    """Parses a raw value; raises DataError if it is not UTF-8, not valid JSON, or has a key twice in one object."""
     # `json` guesses the encoding of bytes, so they are decoded first.
     text = decode_text(raw.text, path, DataError, raw.line).strip(_WHITESPACE)
     return parse_json(text, path, DataError, raw.line, "; each line must be one whole JSON object")
@@ -64,13 +54,8 @@ def parse_value(raw: RawValue, path: Path) -> Any:
 class JsonFile:
     """Random access to the values of a file, which are read on demand.
 
-    The file must not change while this object is in use. Threads may share the object; pickling it is cheap.
-
-    Args:
-        path: file of JSON values.
-
-    Raises:
-        DataError: the file cannot be read.
+    The file must not change while this object is in use; every access raises DataError if it cannot be read or has
+    changed. Threads may share the object; pickling it is cheap.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -101,11 +86,7 @@ class JsonFile:
         self._sizes.append(len(raw.text))
 
     def __getitem__(self, number: int) -> Any:
-        """The value with this number.
-
-        Raises:
-            DataError: the file has changed.
-        """
+        """The value with this number."""
         self._check(self._file)
         start, size = self._starts[number], self._sizes[number]
         text = os.pread(self._file.fileno(), size, start)
@@ -143,25 +124,19 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _values_of(file: BinaryIO, path: Path) -> Iterator[RawValue]:
-    start, is_array = _beginning(file)
-    if is_array:
-        yield from _array_items(_Window(file, path, start))
-        return
-    for line, text in enumerate(file, start=1):
-        if text.strip(_WHITESPACE.encode()):
-            yield RawValue(line, start, text)
-        start += len(text)
-
-
-def _beginning(file: BinaryIO) -> tuple[int, bool]:
-    """Seeks behind the byte order mark, and returns that offset and whether an array begins there."""
     start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
     file.seek(start)
     first = b" "
     while first and first in _WHITESPACE.encode():
         first = file.read(1)
     file.seek(start)
-    return start, first == b"["
+    if first == b"[":
+        yield from _array_items(_Window(file, path, start))
+        return
+    for line, text in enumerate(file, start=1):
+        if text.strip(_WHITESPACE.encode()):
+            yield RawValue(line, start, text)
+        start += len(text)
 
 
 class _Window:
@@ -224,8 +199,7 @@ class _Window:
     def _grow(self) -> bool:
         """Drops the parsed text and reads on, at least as much as is left, so that long values take linear time.
 
-        Returns:
-            False at the end of the file; nothing changes then.
+        Returns False at the end of the file; nothing changes then.
         """
         unparsed = len(self.text) - self.position
         more, ended = "", False
@@ -246,14 +220,13 @@ def _array_items(window: _Window) -> Iterator[RawValue]:
     """Items of a JSON array, each with its line."""
     window.next_character()
     window.advance(window.position + 1)
-    closed = window.next_character() == "]"
-    while not closed:
+    separator = window.next_character()
+    while separator != "]":
         yield window.value()
         separator = window.next_character()
-        if separator not in (",", "]") or not separator:
+        if separator not in (",", "]"):
             raise DataError(f"{window.path}:{window.line}: not valid JSON: expected ',' or ']' after a record")
-        closed = separator == "]"
-        if not closed:
+        if separator == ",":
             window.advance(window.position + 1)
             window.next_character()
     window.advance(window.position + 1)

@@ -15,45 +15,29 @@ from glm_ms.storage.errors import CheckpointError
 def locked(path: Path, *, folder: bool = False, on_wait: Callable[[], None] | None = None) -> Iterator[OSError | None]:
     """Locks a file, which is created if missing, or an existing folder.
 
-    Args:
-        path: file or folder.
-        folder: `path` is a folder.
-        on_wait: called once if another process has the lock; then waits for it.
-
-    Yields:
-        None; the reason if the file system has no locks and `path` is therefore not locked.
-
-    Raises:
-        BlockingIOError: another process has the lock and `on_wait` is None.
-        OSError: `path` cannot be opened.
+    If another process has the lock, calls `on_wait` once and waits; without `on_wait` raises BlockingIOError. Yields
+    None, or the reason if the file system has no locks and `path` is therefore not locked.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+    no_locks = None
     try:
-        yield _lock(descriptor, on_wait)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is None:
+                raise
+            on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            no_locks = error
+        yield no_locks
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, on_wait: Callable[[], None] | None) -> OSError | None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if on_wait is None:
-            raise
-        on_wait()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        return error
-    return None
-
-
 @contextmanager
 def run_lock(output_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Locks the output folder of a run.
-
-    Args:
-        output_dir: folder of the run.
-        say: receives a warning if the file system has no locks; the run continues without.
+    """Locks the output folder of a run; warns through `say` if the file system has no locks, and continues.
 
     Raises:
         CheckpointError: another process is training into the folder.

@@ -1,26 +1,26 @@
-"""One reader for text and JSON: UTF-8 with or without byte order mark, no duplicate keys, bounded nesting."""
+"""One reader for text and JSON: UTF-8 with or without byte order mark, no duplicate keys, bounded nesting.
+
+Errors are of the class `error` that the caller names; `source` is the name of the file in their messages.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from glm_ms.storage.errors import FileError
 
 MAX_DEPTH = 100  # levels of JSON; code that walks a value recursively stays far from Python's limit
+_EXPONENT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def read_text(path: Path, error: type[FileError] = FileError, missing: str = "no such file") -> str:
     """Text of a UTF-8 file, without byte order mark; carriage return and line feed become a line feed.
 
-    Args:
-        path: file.
-        error: class of the errors raised.
-        missing: message for a file that does not exist.
-
     Raises:
-        error: the file is missing, is a folder, cannot be read or is not UTF-8.
+        error: the file is missing (with the message `missing`), is a folder, cannot be read or is not UTF-8.
     """
     try:
         text = decode_text(path.read_bytes(), path, error)
@@ -34,13 +34,7 @@ def read_text(path: Path, error: type[FileError] = FileError, missing: str = "no
 
 
 def decode_text(content: bytes, source: str | Path, error: type[FileError] = FileError, line: int = 1) -> str:
-    """Bytes of UTF-8 text as a string, without byte order mark.
-
-    Args:
-        content: bytes.
-        source: name of their file, for messages.
-        error: class of the errors raised.
-        line: line of the file at which `content` begins.
+    """Bytes of UTF-8 text, from this line of their file, as a string without byte order mark.
 
     Raises:
         error: not UTF-8; the message names the line.
@@ -61,20 +55,12 @@ def not_utf8(problem: UnicodeDecodeError, source: str | Path, line: int) -> str:
 
 
 def read_json(path: Path, error: type[FileError] = FileError, missing: str = "no such file") -> Any:
-    """The JSON value of a file.
-
-    Raises:
-        error: as for `read_text` and `parse_json`.
-    """
+    """The JSON value of a file; errors as of `read_text` and `parse_json`."""
     return parse_json(read_text(path, error, missing), path, error)
 
 
 def read_object(path: Path, error: type[FileError] = FileError, missing: str = "no such file") -> dict[str, Any]:
-    """The JSON object of a file.
-
-    Raises:
-        error: as for `read_text` and `parse_object`.
-    """
+    """The JSON object of a file; errors as of `read_text` and `parse_object`."""
     return parse_object(read_text(path, error, missing), path, error)
 
 
@@ -92,9 +78,6 @@ def parse_json(
     """Parses one JSON value.
 
     Args:
-        text: JSON.
-        source: name of its file, for messages.
-        error: class of the errors raised.
         line: of the file at which `text` begins; None if `text` is the whole file.
         remedy: end of the message for text that is not JSON.
 
@@ -135,3 +118,11 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
         if not level:
             return False
     return True
+
+
+def exponent_number(value: Any) -> Any:
+    """`value` as a float if it is text like 1e-5 or .5E3, else `value` unchanged.
+
+    YAML 1.1 reads a number as text if it has an exponent but no dot or no sign of the exponent.
+    """
+    return float(value) if isinstance(value, str) and _EXPONENT_NUMBER.fullmatch(value) else value

@@ -36,12 +36,8 @@ def step_folder(output_dir: Path, step: int) -> Path:
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint of a run, oldest first. Every folder found is complete."""
-    found = []
-    for path in (output_dir / CHECKPOINTS).glob("step_*"):
-        match = _STEP.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
+    named = [(_STEP.fullmatch(path.name), path) for path in (output_dir / CHECKPOINTS).glob("step_*")]
+    return sorted((int(match.group(1)), path) for match, path in named if match and path.is_dir())
 
 
 def best_file(output_dir: Path) -> Path:
@@ -50,11 +46,7 @@ def best_file(output_dir: Path) -> Path:
 
 
 def best_checkpoint(output_dir: Path) -> Path:
-    """The checkpoint with the best evaluation.
-
-    Raises:
-        CheckpointError: the run has none.
-    """
+    """The checkpoint with the best evaluation; raises CheckpointError if the run has none."""
     path = best_file(output_dir)
     missing = "no such file; a run keeps its best checkpoint with do_eval and checkpoint.best_metric"
     step = read_object(path, CheckpointError, missing).get("step")
@@ -67,11 +59,7 @@ def best_checkpoint(output_dir: Path) -> Path:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means.
-
-    Returns:
-        The newest checkpoint if `path` is the output folder of a run, the best one if it is `checkpoint/best` of a
-        run, else `path` itself.
+    """The newest checkpoint if `path` is the output folder of a run, the best for its `checkpoint/best`, else `path`.
 
     Raises:
         CheckpointError: `path` does not exist, or is a run without checkpoints, or a sharded run, which has slices.

@@ -9,10 +9,7 @@ from collections.abc import Iterable
 def misspelled(word: object, candidates: Iterable[str], cutoff: float = 0.8) -> list[str]:
     """At most two candidates that are spelled nearly like `word`, nearest first; ignores case.
 
-    Args:
-        word: what the user wrote.
-        candidates: what is allowed.
-        cutoff: similarity from 0 to 1 that counts as near, see `difflib.get_close_matches`.
+    `cutoff` is the similarity from 0 to 1 that counts as near, see `difflib.get_close_matches`.
     """
     spelled = {item.lower(): item for item in candidates}
     near = difflib.get_close_matches(str(word).lower(), list(spelled), n=2, cutoff=cutoff)
@@ -24,11 +21,8 @@ def nearest(word: object, candidates: Iterable[str]) -> list[str]:
     candidates, key = list(candidates), str(word).lower()
     near = misspelled(key, candidates, cutoff=0.7)
     if not near and len(key) >= 3:
-        near = [
-            item
-            for item in candidates
-            if len(item) >= 3 and (item.lower().startswith(key) or key.startswith(item.lower()))
-        ]
+        longer = [item for item in candidates if len(item) >= 3]
+        near = [item for item in longer if item.lower().startswith(key) or key.startswith(item.lower())]
     return near[:2]
 
 

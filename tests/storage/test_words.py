@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from glm_ms.storage.errors import capped
-from glm_ms.storage.numbers import exponent_number
+from glm_ms.storage.readers import exponent_number
 from glm_ms.storage.suggest import did_you_mean, misspelled, nearest
 
 
