@@ -22,7 +22,7 @@ from glm_ms.generation import GLMForCausalLM
 from glm_ms.mindformers_api.generation import LENGTHS
 from glm_ms.mindformers_api.model import MindFormersGLM
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, ChatPrompt
-from glm_ms.settings import Problem, Settings, SettingsError, check_machine
+from glm_ms.settings import Problem, Settings, SettingsError, machine_problems
 from glm_ms.settings.checks import check
 from glm_ms.settings.schema import AUTO
 from glm_ms.storage.errors import CheckpointError, DataError
@@ -61,9 +61,9 @@ def begin(settings: Settings, check_train_file: bool = True) -> SentencePieceTok
     if settings.use_parallel and not settings.is_training():
         message = f"True: {settings.run_mode} runs in one process; set False"
         problems.append(Problem("use_parallel", message, where=settings.where("use_parallel")))
+    problems += machine_problems(settings)
     if problems:
         raise SettingsError(problems)
-    check_machine(settings)
     Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     restore_signal_handlers()
     set_device(settings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from glm_ms.settings.cli import Arguments, parse_args, settings_from_command_line
 from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.loader import load_data_settings, load_settings, read_settings
-from glm_ms.settings.machine import ascend_cards, check_machine
+from glm_ms.settings.machine import ascend_cards, machine_problems
 from glm_ms.settings.schema import FLAGS, Settings, resolve_vocab_size
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "Settings",
     "SettingsError",
     "ascend_cards",
-    "check_machine",
     "load_data_settings",
     "load_settings",
+    "machine_problems",
     "parse_args",
     "read_settings",
     "resolve_vocab_size",

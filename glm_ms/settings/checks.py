@@ -10,16 +10,12 @@ from typing import Any, NamedTuple
 from glm_ms.metrics import metric_of
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.parallel import config as parallel_config
-from glm_ms.settings.data_checks import data_notes, fill_max_seq_length, length_problems, loader_problems
+from glm_ms.settings.data_checks import data_notes, file_problems, fill_max_seq_length, length_problems, loader_problems
 from glm_ms.settings.errors import Problem, independent
-from glm_ms.settings.files import file_problems
 from glm_ms.settings.schema import AUTO, SEMI_AUTO, Settings, parallel_of, parts_in_use, training_length, unused_keys
 
-_MODE, _PET, _SEQ_LENGTH = (
-    "parallel.parallel_mode",
-    "model.pet_config.pet_type",
-    "model.model_config.seq_length",
-)
+_MODE, _PET = "parallel.parallel_mode", "model.pet_config.pet_type"
+_SEQ_LENGTH = "model.model_config.seq_length"
 _BASE, _ADAPTER, _STAGE = "load_checkpoint", "load_adapter", "parallel_config.pipeline_stage"
 _BEAMS, _ANSWERS = "generation.num_beams", "generation.num_return_sequences"
 _GATHER = "recompute_config.parallel_optimizer_comm_recompute"
@@ -33,18 +29,11 @@ _SHARDED_ONLY = {
 
 
 class Rule(NamedTuple):
-    """A combination of values that cannot be used.
-
-    Attributes:
-        key: that the problem names.
-        applies: whether settings have the combination.
-        message: text with `str.format` fields of the settings, such as `{lr_schedule.lr_end}`.
-        depends_on: see `Problem`.
-    """
+    """A combination of values that cannot be used; for `key` and `depends_on` see `Problem`."""
 
     key: str
-    applies: Callable[[Settings], Any]
-    message: str
+    applies: Callable[[Settings], Any]  # whether settings have the combination
+    message: str  # with `str.format` fields of the settings, such as `{lr_schedule.lr_end}`
     depends_on: tuple[str, ...] = ()
 
 
@@ -130,12 +119,10 @@ _TRAINING = (
 
 
 def check(settings: Settings, reported: Iterable[Problem] = (), check_files: bool = True) -> list[Problem]:
-    """Checks converted settings, and adjusts what may be adjusted with a note.
+    """Checks converted settings, with `check_files` also the files and folders of the run mode.
 
-    Args:
-        settings: `notes`, dataset paths, row lengths and the number of workers are adjusted in place.
-        reported: problems that are known already; what follows from them is not reported.
-        check_files: also check that the files and folders of the run mode exist.
+    Adjusts `notes`, dataset paths, row lengths and the number of workers in place. What follows from the `reported`
+    problems is not reported again.
     """
     settle(settings)
     found = [*_model_config(settings), *unused_keys(settings, "lr_schedule"), *violated(settings, _ALWAYS)]
@@ -159,10 +146,8 @@ def settle(settings: Settings) -> None:
         ]
     cores, dataset = _cores(), settings.train_dataset
     if dataset.num_parallel_workers > cores:
-        settings.notes.append(
-            f"train_dataset.num_parallel_workers: lowered from {dataset.num_parallel_workers} to {cores}, the cores "
-            "of this machine"
-        )
+        lowered = f"lowered from {dataset.num_parallel_workers} to {cores}, the cores of this machine"
+        settings.notes.append(f"train_dataset.num_parallel_workers: {lowered}")
         dataset.num_parallel_workers = cores
     fill_max_seq_length(settings)
     for part in parts_in_use(settings):

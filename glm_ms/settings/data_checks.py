@@ -1,21 +1,25 @@
-"""`train_dataset` and `eval_dataset`: keys of each data loader, and row lengths against the network."""
+"""Data sets, files and folders of a run: keys of each data loader, row lengths against the network, what must exist."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from operator import attrgetter
+from pathlib import Path
 
 from glm_ms.data.formats import FORMATS
 from glm_ms.families import FAMILIES, family_of
 from glm_ms.metrics import LOSS, METRICS, TEXT, takes
 from glm_ms.settings.errors import Problem
-from glm_ms.settings.files import folder_problems
-from glm_ms.settings.schema import Settings, unused_keys
+from glm_ms.settings.schema import Settings, parts_in_use, unused_keys
 
 _SEQ_LENGTH, _TOKENIZER = "model.model_config.seq_length", "processor.tokenizer.type"
 _MAX_LENGTH, _NEW_TOKENS = "eval_dataset.max_seq_length", "generation.max_new_tokens"
 # `[gMASK] sop`, a role token and one token of text.
 _SHORTEST_PROMPT = 4
+_RECORD_ENDINGS = (".json", ".jsonl")
+# Usual names of the files of each part, for a folder with several record files.
+_PART_NAMES = {"train": ("train",), "eval": ("dev", "eval", "valid", "validation", "test")}
 
 
 def fill_max_seq_length(settings: Settings) -> None:
@@ -48,7 +52,7 @@ def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
     yield from unused_keys(settings, section)
     folder = settings.train_dataset.cache_dir if part == "train" else None
     if folder is not None and folder.strip():
-        yield from folder_problems("train_dataset.cache_dir", folder)
+        yield from _folder_problems("train_dataset.cache_dir", folder)
     elif folder is not None:
         yield Problem("train_dataset.cache_dir", "empty; give a folder, or null for no cache")
 
@@ -57,20 +61,15 @@ def length_problems(settings: Settings, part: str) -> Iterator[Problem]:
     """The lengths of a data set that do not fit the network or the generation, after `fill_max_seq_length`."""
     data, seq_length = settings.get(f"{part}_dataset"), settings.model.model_config.seq_length
     tools = FORMATS[data.data_loader.type].uses_max_seq_length
+    needed, fitting = data.max_source_length + data.max_target_length + 1, seq_length - data.max_source_length - 1
     if part == "eval":
         yield from _length_of_tool_answers(settings) if tools else _length_of_answers(settings)
     elif tools and data.max_seq_length != seq_length:
-        message = (
-            f"{data.max_seq_length} must equal {_SEQ_LENGTH} = {seq_length}; set both to the same, or "
-            "max_seq_length to null"
-        )
+        advice = "set both to the same, or max_seq_length to null"
+        message = f"{data.max_seq_length} must equal {_SEQ_LENGTH} = {seq_length}; {advice}"
         yield Problem("train_dataset.max_seq_length", message, (_SEQ_LENGTH,))
-    elif not tools and seq_length != data.max_source_length + data.max_target_length + 1:
+    elif not tools and seq_length != needed:
         source, target = "train_dataset.max_source_length", "train_dataset.max_target_length"
-        needed, fitting = (
-            data.max_source_length + data.max_target_length + 1,
-            seq_length - data.max_source_length - 1,
-        )
         message = (
             f"{seq_length} must equal {source} + {target} + 1 = {data.max_source_length} + {data.max_target_length} + 1"
             f" = {needed}; set {_SEQ_LENGTH} to {needed}{f', or {target} to {fitting}' if fitting > 0 else ''}"
@@ -79,11 +78,7 @@ def length_problems(settings: Settings, part: str) -> Iterator[Problem]:
 
 
 def _length_of_answers(settings: Settings) -> Iterator[Problem]:
-    data, seq_length, source = (
-        settings.eval_dataset,
-        settings.get(_SEQ_LENGTH),
-        "eval_dataset.max_source_length",
-    )
+    data, seq_length, source = settings.eval_dataset, settings.get(_SEQ_LENGTH), "eval_dataset.max_source_length"
     needs = {
         LOSS: ("eval_dataset.max_target_length", data.max_target_length + 1, " + 1"),
         TEXT: (_NEW_TOKENS, settings.generation.max_new_tokens, ""),
@@ -114,3 +109,88 @@ def _length_of_tool_answers(settings: Settings) -> Iterator[Problem]:
             f"{max(length - _SHORTEST_PROMPT, 1)}, or raise {_MAX_LENGTH}"
         )
         yield Problem(_NEW_TOKENS, message, (_MAX_LENGTH, "metric.type"))
+
+
+def file_problems(settings: Settings) -> Iterator[Problem]:
+    """The problems of files and folders of the run mode; folders of records are replaced by the file in them."""
+    yield from _folder_problems("output_dir", settings.output_dir)
+    yield from vocab_file_problems(settings)
+    yield from _weights(settings)
+    for part in parts_in_use(settings):
+        yield from record_problems(settings, part)
+    prompts = settings.predict_data
+    is_file = "\n" not in prompts and Path(prompts).suffix.lower() in (".txt", ".jsonl")
+    if settings.run_mode == "predict" and is_file:
+        yield from _missing("predict_data", prompts)
+
+
+def _folder_problems(key: str, folder: str) -> Iterator[Problem]:
+    path = Path(folder)
+    blocked = next((item for item in (path, *path.parents) if item.exists() and not item.is_dir()), None)
+    if blocked is not None:
+        yield Problem(key, f"{blocked} is a file; give a folder, which is made if it does not exist")
+
+
+def vocab_file_problems(settings: Settings) -> Iterator[Problem]:
+    """The problems of the file of the tokenizer."""
+    key, path = "processor.tokenizer.vocab_file", settings.processor.tokenizer.vocab_file
+    advice = "give the tokenizer.model of the weights, or train one with tools/train_vocab.py"
+    if not path:
+        yield Problem(key, f"missing; {advice}")
+    elif Path(path).is_dir():
+        inside = Path(path, "tokenizer.model")
+        yield Problem(key, f"{path} is a folder; give the file{f' {inside}' if inside.is_file() else ''}")
+    elif not Path(path).is_file():
+        yield Problem(key, f"{path}: no such file; {advice}")
+
+
+def record_problems(settings: Settings, part: str) -> Iterator[Problem]:
+    """The problems of the records of a part, "train" or "eval"; a folder is replaced by the file in it."""
+    key, loader = f"{part}_dataset.data_loader.dataset_dir", settings.get(f"{part}_dataset.data_loader")
+    path = Path(loader.dataset_dir)
+    if not loader.dataset_dir:
+        yield Problem(key, f"missing; give the file of records (--{part}_dataset PATH)")
+    elif not _exists(path):
+        yield from _missing(key, loader.dataset_dir)
+    elif path.is_dir():
+        found = sorted(item for item in path.iterdir() if item.suffix in _RECORD_ENDINGS and item.is_file())
+        named = [item for name in _PART_NAMES[part] for item in found if item.stem == name]
+        if len(found) == 1 or named:
+            loader.dataset_dir = str((named or found)[0])
+            settings.notes.append(f"{key}: {path} is a folder, {loader.dataset_dir} is read")
+        else:
+            listing = ", ".join(item.name for item in found) or "none"
+            yield Problem(key, f"{path}: which file is meant? .json and .jsonl files there: {listing}; name one")
+    elif not path.is_file():
+        yield Problem(key, f"{path}: not a regular file; give a file or folder of records")
+
+
+def _weights(settings: Settings) -> Iterator[Problem]:
+    resume = settings.resume_training if settings.is_training() else False
+    named = {"load_checkpoint": settings.load_checkpoint, "load_adapter": settings.load_adapter}
+    for key, path in {**named, "resume_training": resume if isinstance(resume, str) else ""}.items():
+        if path:
+            yield from _missing(key, path)
+    if settings.load_checkpoint or resume:
+        return
+    if settings.run_mode == "train" or settings.model.init == "random":
+        settings.notes.append("load_checkpoint: empty, so the weights are random")
+    else:
+        needs = f"missing; run_mode {settings.run_mode} needs initial weights"
+        message = f"{needs}. Name them (--load_checkpoint PATH), or set model.init=random"
+        yield Problem("load_checkpoint", message, ("model.init",))
+
+
+def _missing(key: str, path: str) -> Iterator[Problem]:
+    # OUTPUT_DIR/checkpoint/best means the checkpoint that best.json beside it names.
+    best = Path(path).name == "best" and Path(path).with_name("best.json").is_file()
+    if not best and not _exists(Path(path)):
+        yield Problem(key, f"{path}: no such file or folder (from {os.getcwd()})")
+
+
+def _exists(path: Path) -> bool:
+    """Whether a path exists; one that the system cannot look up, for example a name that is too long, does not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

@@ -11,37 +11,23 @@ from glm_ms.storage.errors import FileError
 
 @dataclass(frozen=True)
 class Problem:
-    """Why settings cannot be used.
+    """Why settings cannot be used."""
 
-    Attributes:
-        key: dotted key that it concerns; empty if it concerns none.
-        message: what is wrong, and the remedy.
-        depends_on: other keys that it is about. If one of them has a problem too, this one is not reported.
-        where: place of the value, such as `configs/x.yaml:12`.
-        meant: keys whose value the user probably meant to set, and which therefore are not checked.
-    """
-
-    key: str
-    message: str
-    depends_on: tuple[str, ...] = ()
-    where: str = ""
-    meant: tuple[str, ...] = ()
+    key: str  # dotted; empty if it concerns none
+    message: str  # what is wrong, and the remedy
+    depends_on: tuple[str, ...] = ()  # if one of these keys has a problem too, this one is not reported
+    where: str = ""  # place of the value, such as `configs/x.yaml:12`
+    meant: tuple[str, ...] = ()  # keys that the user probably meant to set, and which therefore are not checked
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.where, self.key, self.message) if part)
 
 
 class SettingsError(FileError):
-    """Settings cannot be used. The message lists every problem, one per line, with place, key and remedy.
-
-    Args:
-        problems: one or several; a text is a problem that names its place and key itself.
-
-    Attributes:
-        problems: a list of `Problem`.
-    """
+    """Settings cannot be used. The message lists every problem, one per line, with place, key and remedy."""
 
     def __init__(self, problems: str | Problem | Sequence[str | Problem]) -> None:
+        """A text is a problem that names its place and key itself."""
         given = [problems] if isinstance(problems, (str, Problem)) else problems
         self.problems = [Problem("", one) if isinstance(one, str) else one for one in given]
         super().__init__("\n".join(map(str, self.problems)))
@@ -50,15 +36,12 @@ class SettingsError(FileError):
 def independent(problems: Iterable[Problem], reported: Iterable[Problem]) -> list[Problem]:
     """Those `problems` that do not follow from problems that are reported already."""
     bad = {key for problem in reported for key in (problem.key, *problem.meant) if key}
-    return [
-        problem
-        for problem in problems
-        if not any(_is_within(key, other) for key in (problem.key, *problem.depends_on) for other in bad)
-    ]
 
+    def follows(problem: Problem) -> bool:
+        keys = (problem.key, *problem.depends_on)
+        return any(key == other or key.startswith(f"{other}.") for key in keys for other in bad)
 
-def _is_within(key: str, section: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
+    return [problem for problem in problems if not follows(problem)]
 
 
 def described(value: Any) -> str:

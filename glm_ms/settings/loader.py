@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.settings.checks import check, placed, settle
-from glm_ms.settings.data_checks import length_problems, loader_problems
+from glm_ms.settings.data_checks import length_problems, loader_problems, record_problems, vocab_file_problems
 from glm_ms.settings.document import Entry, parse, read_document
 from glm_ms.settings.errors import Problem, SettingsError, independent
-from glm_ms.settings.files import record_problems, vocab_file_problems
 from glm_ms.settings.legacy.translate import is_legacy, translate
 from glm_ms.settings.schema import BATCH_SIZE_KEYS, FLAGS, Settings
 from glm_ms.settings.values import Converter

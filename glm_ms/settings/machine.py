@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from glm_ms.settings.checks import Rule, placed, violated
-from glm_ms.settings.errors import Problem, SettingsError
+from glm_ms.settings.errors import Problem
 from glm_ms.settings.schema import Settings, is_sharded, parallel_of
 
 _CARD = re.compile(r"davinci(\d+)")
@@ -35,29 +35,14 @@ def ascend_cards(dev: str | Path = "/dev") -> list[str]:
     return sorted(filter(_CARD.fullmatch, names), key=lambda name: int(name[len("davinci") :]))
 
 
-def check_machine(settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] | None = None) -> None:
-    """Compares settings with the machine, and adapts them to a CPU with a note for each change.
-
-    Args:
-        settings: adjusted in place if `context.device_target` is CPU: `compute_dtype` and `param_init_type` become
-            float32.
-        dev: folder of device files.
-        environment: environment variables; None: those of this process.
-
-    Raises:
-        SettingsError: no Ascend card, a card number that does not exist, training that the device does not support,
-            or `use_parallel` that does not fit the number of processes.
-    """
-    problems = machine_problems(settings, dev, environment)
-    if problems:
-        raise SettingsError(problems)
-
-
 def machine_problems(
-    settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] | None = None
+    settings: Settings, dev: str | Path = "/dev", environment: Mapping[str, str] = os.environ
 ) -> list[Problem]:
-    """As `check_machine`, but returns the problems."""
-    environment = os.environ if environment is None else environment
+    """Compares settings with the machine: cards, what the device can train, and the number of processes.
+
+    With `context.device_target: CPU`, `compute_dtype` and `param_init_type` become float32, with a note for each
+    change. `dev` is the folder of device files.
+    """
     if settings.context.device_target == "Ascend":
         problems = list(_card(settings, ascend_cards(dev), environment))
         if problems:
@@ -72,17 +57,12 @@ def _card(settings: Settings, cards: list[str], environment: Mapping[str, str]) 
         return  # compiles without a card
     number = settings.context.device_id
     if not cards:
-        clue = ""
-        if environment.get("ASCEND_HOME_PATH") or shutil.which("npu-smi", path=environment.get("PATH")):
-            clue = " (the Ascend software is installed; a container needs access to the cards)"
+        installed = environment.get("ASCEND_HOME_PATH") or shutil.which("npu-smi", path=environment.get("PATH"))
+        clue = " (the Ascend software is installed; a container needs access to the cards)" if installed else ""
         alone = "" if _workers(environment) > 1 else " --use_parallel False"
-        message = (
-            f"Ascend, but this machine has no Ascend card: no /dev/davinci*{clue}. To run on the CPU add "
-            f"--device_target CPU{alone}"
-        )
-        yield Problem("context.device_target", message)
-    # Under msrun the rank decides the card of each process.
-    elif not settings.use_parallel and f"davinci{number}" not in cards:
+        message = f"Ascend, but this machine has no Ascend card: no /dev/davinci*{clue}"
+        yield Problem("context.device_target", f"{message}. To run on the CPU add --device_target CPU{alone}")
+    elif not settings.use_parallel and f"davinci{number}" not in cards:  # msrun gives each process its card
         yield Problem("context.device_id", f"{number}, but the cards here are {', '.join(cards)}")
 
 
@@ -90,10 +70,8 @@ def _fit_to_cpu(settings: Settings) -> None:
     config = settings.model.model_config
     for name in ("param_init_type", "compute_dtype"):
         if getattr(config, name) in _SLOW_ON_CPU:
-            settings.notes.append(
-                f"model.model_config.{name}: {getattr(config, name)} becomes float32 on CPU; "
-                "weights are converted while loading"
-            )
+            change = f"{getattr(config, name)} becomes float32 on CPU; weights are converted while loading"
+            settings.notes.append(f"model.model_config.{name}: {change}")
             setattr(config, name, "float32")
 
 
@@ -104,24 +82,17 @@ def _workers(environment: Mapping[str, str]) -> int:
 
 
 def _processes(settings: Settings, environment: Mapping[str, str]) -> Iterator[Problem]:
-    """`use_parallel` against the number of processes."""
     workers, parallel = _workers(environment), parallel_of(settings)
     if settings.use_parallel and not workers:
-        message = (
-            "True, but the program was started as a single process; start it with "
-            "msrun --worker_num N --local_worker_num N run_glm.py ..., or add --use_parallel False"
-        )
+        start = "msrun --worker_num N --local_worker_num N run_glm.py ..., or add --use_parallel False"
+        message = f"True, but the program was started as a single process; start it with {start}"
         yield Problem("use_parallel", message)
     elif not settings.use_parallel and workers > 1:
-        message = (
-            f"False, but {workers} processes were started, which would write the same files. Add "
-            "--use_parallel True, or start with python"
-        )
-        yield Problem("use_parallel", message)
+        message = f"False, but {workers} processes were started, which would write the same files"
+        yield Problem("use_parallel", f"{message}. Add --use_parallel True, or start with python")
     elif is_sharded(settings) and workers != parallel.cards:
-        message = (
-            "data_parallel x model_parallel x pipeline_stage = "
-            f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages} = {parallel.cards}, "
-            f"but {workers} processes were started; change one of them"
+        product = (
+            f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages} = {parallel.cards}"
         )
-        yield Problem("parallel_config.data_parallel", message)
+        message = f"data_parallel x model_parallel x pipeline_stage = {product}, but {workers} processes were started"
+        yield Problem("parallel_config.data_parallel", f"{message}; change one of them")

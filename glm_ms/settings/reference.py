@@ -25,7 +25,7 @@ also have a flag. `python run_glm.py --help` lists the flags, `--help_keys` the 
 
 def reference() -> str:
     """The page."""
-    return _HEAD + "".join(_section(Settings, ""))
+    return _HEAD + "".join(_section(Settings, "", "keys outside of sections"))
 
 
 def keys_help() -> str:
@@ -34,24 +34,23 @@ def keys_help() -> str:
     return "".join(f"{name} = {_default(item)}\n    {item.metadata['doc']}\n" for name, item in keys)
 
 
-def _section(kind: type, path: str) -> Iterator[str]:
+def _section(kind: type, path: str, doc: str) -> Iterator[str]:
     hints, flags = get_type_hints(kind), {flag.key: f"; flag `--{name}`" for name, flag in FLAGS.items()}
     leaves = [item for item in keys_of(kind) if not dataclasses.is_dataclass(hints[item.name])]
     if leaves:
-        doc = (kind.__doc__ or "").split("\n")[0].partition(": ")[2] if path else "keys outside of sections."
-        yield f"\n## {f'`{path}`' if path else 'Top level'}\n\n{doc[:1].upper()}{doc[1:]}\n\n"
+        yield f"\n## {f'`{path}`' if path else 'Top level'}\n\n{doc[:1].upper()}{doc[1:]}.\n\n"
         yield "| key | default | values | meaning |\n|---|---|---|---|\n"
     for item in leaves:
         meaning = item.metadata["doc"]
         if "used_with" in item.metadata:
             other, values = used_with(item)
             meaning += f" (with `{other}` {' or '.join(f'`{value}`' for value in values)})"
-        meaning += flags.get(f"{path}.{item.name}" if path else item.name, "")
+        meaning += flags.get(f"{path}.{item.name}".lstrip("."), "")
         row = (f"`{item.name}`", f"`{_default(item)}`", _values(hints[item.name], item), meaning)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n"
     for item in keys_of(kind):
         if dataclasses.is_dataclass(hints[item.name]):
-            yield from _section(hints[item.name], f"{path}.{item.name}" if path else item.name)
+            yield from _section(hints[item.name], f"{path}.{item.name}".lstrip("."), item.metadata["doc"])
 
 
 def _values(hint: Any, item: dataclasses.Field) -> str:

@@ -32,16 +32,12 @@ VOCAB_MULTIPLE = 64
 
 
 def key(default: Any, doc: str, **rules: Any) -> Any:
-    """Declares a key.
+    """Declares a key. `default` counts if the YAML does not have it; a list or a dataclass type is made anew each time.
 
-    Args:
-        default: value if the YAML does not have the key; a list or a dataclass type is made anew each time.
-        doc: one line of documentation.
-        rules: `at_least`, `above`, `at_most`, `below` bound numbers; `pattern` (with `example`) is the regular
-            expression of a text; `choices` are the allowed texts, or a function that returns them; `length` fixes a
-            list's length; `or_one` allows a single value in place of a list; `used_with` = (key of the same section,
-            values, or a function of the key's name that returns them): with other values of that key, this one has no
-            effect.
+    Rules: `at_least`, `above`, `at_most`, `below` bound numbers; `pattern` (with `example`) is the regular expression
+    of a text; `choices` are the allowed texts, or a function that returns them; `length` fixes a list's length;
+    `or_one` allows a single value in place of a list; `used_with` = (key of the same section, values, or a function of
+    the key's name that returns them): with other values of that key, this one has no effect.
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, (list, type)):
@@ -68,8 +64,6 @@ def used_with(item: dataclasses.Field) -> tuple[str, tuple[str, ...]]:
 
 @dataclass
 class ContextSettings:
-    """`context`: device and execution mode of MindSpore."""
-
     mode: Literal[0, 1] = key(0, "0: graph (compiled), 1: PyNative (for debugging, many times slower)")
     device_target: Literal["CPU", "Ascend"] = key("CPU", "target device")
     device_id: int = key(0, "card, for a run on a single card", at_least=0)
@@ -82,8 +76,6 @@ class ContextSettings:
 
 @dataclass
 class ParallelSettings:
-    """`parallel`: mode of a distributed run."""
-
     parallel_mode: Literal[0, 1] = key(0, "0: data parallel, 1: semi-automatic (sharding strategies)")
     full_batch: bool = key(False, "every card reads the whole global batch (semi-automatic mode only)")
     enable_parallel_optimizer: bool = key(False, "shard parameters and optimizer state over the cards")
@@ -91,8 +83,6 @@ class ParallelSettings:
 
 @dataclass
 class ParallelConfigSettings:
-    """`parallel_config`: number of parts that each dimension of the work is split into."""
-
     data_parallel: int = key(1, "parts of the batch", at_least=1)
     model_parallel: int = key(1, "parts of each weight", at_least=1)
     pipeline_stage: int = key(1, "pipeline stages of the layers", at_least=1)
@@ -104,8 +94,6 @@ class ParallelConfigSettings:
 
 @dataclass
 class RecomputeSettings:
-    """`recompute_config`: compute activations again in the backward pass in place of keeping them."""
-
     recompute: bool = key(False, "recompute every transformer block: less memory, about a third more time")
     mp_comm_recompute: bool = key(True, "also recompute sums over model-parallel cards (False: keep them)")
     parallel_optimizer_comm_recompute: bool = key(
@@ -119,8 +107,6 @@ _NETWORK = GLMConfig
 
 @dataclass
 class ModelConfigSettings:
-    """`model.model_config`: sizes and switches of the network; names and defaults are those of `glm_ms.GLMConfig`."""
-
     type: Literal["GLMConfig"] = key("GLMConfig", "kind of configuration")
     num_layers: int = key(_NETWORK.num_layers, "transformer blocks")
     padded_vocab_size: Union[int, Literal["auto"]] = key(
@@ -154,8 +140,6 @@ class ModelConfigSettings:
 
 @dataclass
 class ArchSettings:
-    """`model.arch`: the network class."""
-
     type: Literal["GLMForCausalLM"] = key("GLMForCausalLM", "network class")
 
 
@@ -164,11 +148,9 @@ _ADAPTERS = ("pet_type", lambda name: [kind for kind, adapter in ADAPTERS.items(
 
 @dataclass
 class PetSettings:
-    """`model.pet_config`: parameter-efficient finetuning."""
-
     pet_type: Optional[str] = key(
         None, "lora: low-rank adapters, ptuning2: a learnt prefix of keys and values; null: train all weights",
-        choices=lambda: ADAPTERS
+        choices=ADAPTERS
     )  # fmt: skip
     lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_ADAPTERS)
     lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_ADAPTERS)
@@ -184,11 +166,11 @@ class PetSettings:
 
 @dataclass
 class ModelSettings:
-    """`model`: the network and its initial weights."""
-
-    model_config: ModelConfigSettings = key(ModelConfigSettings, "sizes and switches of the network")
-    arch: ArchSettings = key(ArchSettings, "network class")
-    pet_config: PetSettings = key(PetSettings, "parameter-efficient finetuning: LoRA, P-Tuning v2")
+    model_config: ModelConfigSettings = key(
+        ModelConfigSettings, "sizes and switches of the network; names and defaults are those of `glm_ms.GLMConfig`"
+    )
+    arch: ArchSettings = key(ArchSettings, "the network class")
+    pet_config: PetSettings = key(PetSettings, "parameter-efficient finetuning")
     init: Literal["checkpoint", "random"] = key(
         "checkpoint", "an empty load_checkpoint is an error (checkpoint; not in run_mode train) or allowed (random)"
     )
@@ -196,23 +178,17 @@ class ModelSettings:
 
 @dataclass
 class TokenizerSettings:
-    """`processor.tokenizer`: the tokenizer."""
-
     type: str = key("ChatGLM3Tokenizer", "tokenizer class", choices=tokenizer_names)
     vocab_file: str = key("", "path of tokenizer.model")
 
 
 @dataclass
 class ProcessorSettings:
-    """`processor`: text to ids and back."""
-
     tokenizer: TokenizerSettings = key(TokenizerSettings, "the tokenizer")
 
 
 @dataclass
 class RunnerSettings:
-    """`runner_config`: length of training."""
-
     epochs: int = key(1, "passes over the training data", at_least=1)
     batch_size: int = key(8, "training rows per step and data-parallel part", at_least=1)
     max_steps: Optional[int] = key(None, "stop after this many steps; null: after `epochs`", at_least=1)
@@ -225,8 +201,6 @@ _DYNAMIC = ("type", ("DynamicLossScaleUpdateCell",))
 
 @dataclass
 class LossScaleSettings:
-    """`runner_wrapper.scale_sense`: loss scaling, which keeps small float16 gradients from becoming zero."""
-
     type: Optional[Literal["DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"]] = key(
         None, "the scale follows overflows, or is fixed; null: no scaling"
     )
@@ -237,19 +211,17 @@ class LossScaleSettings:
 
 @dataclass
 class WrapperSettings:
-    """`runner_wrapper`: the training step."""
-
     type: Literal["GLMTrainOneStep"] = key("GLMTrainOneStep", "training step")
     use_clip_grad: bool = key(True, "clip the global norm of the gradients")
     max_grad_norm: float = key(1.0, "largest global norm with use_clip_grad", above=0)
-    scale_sense: LossScaleSettings = key(LossScaleSettings, "loss scaling, for compute_dtype float16")
+    scale_sense: LossScaleSettings = key(
+        LossScaleSettings, "loss scaling, which keeps small float16 gradients from becoming zero"
+    )
 
 
 @dataclass
 class OptimizerSettings:
-    """`optimizer`: the optimizer. The learning rate is in `lr_schedule`."""
-
-    type: str = key("GLMAdamW", "AdamW with decoupled weight decay", choices=lambda: OPTIMIZERS)
+    type: str = key("GLMAdamW", "AdamW with decoupled weight decay", choices=OPTIMIZERS)
     betas: list[float] = key([0.9, 0.999], "decay rates of both moments", length=2, **_DROPOUT)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = key(0.01, "decoupled decay, on every trainable parameter", at_least=0)
@@ -261,9 +233,7 @@ _TO_LR_END = ("type", ("CosineWithWarmUpLR", "PolynomialWithWarmUpLR"))
 
 @dataclass
 class LRScheduleSettings:
-    """`lr_schedule`: learning rate over steps."""
-
-    type: str = key("LinearWithWarmUpLR", "decay after the warm-up", choices=lambda: SCHEDULES)
+    type: str = key("LinearWithWarmUpLR", "decay after the warm-up", choices=SCHEDULES)
     learning_rate: float = key(5e-5, "highest learning rate, reached at the end of the warm-up", at_least=0)
     lr_end: float = key(0.0, "learning rate of the last step", at_least=0, used_with=_TO_LR_END)
     warmup_steps: int = key(0, "steps of linear rise from 0", at_least=0)
@@ -275,13 +245,11 @@ class LRScheduleSettings:
 
 @dataclass
 class DataLoaderSettings:
-    """`*_dataset.data_loader`: format and place of the records."""
-
     type: str = key(
         "ADGenDataLoader",
         "format: prompt and answer (ADGen); conversations as in finetune_hf.py of ChatGLM3 (Conversation); "
         "conversations with tools and loss flags, one JSON object per line (ToolAlpaca)",
-        choices=lambda: FORMATS,
+        choices=FORMATS,
     )
     dataset_dir: str = key("", "the .json / .jsonl file, or its folder")
     shuffle: bool = key(True, "a new order in every epoch, drawn from `seed`")
@@ -290,8 +258,6 @@ class DataLoaderSettings:
 
 @dataclass
 class EvalDataLoaderSettings(DataLoaderSettings):
-    """`eval_dataset.data_loader`: format and place of the evaluation records."""
-
     shuffle: Literal[False] = key(False, "evaluation reads the records in the order of the file")
 
 
@@ -310,8 +276,6 @@ class _DatasetSettings:
 
 @dataclass
 class TrainDatasetSettings(_DatasetSettings):
-    """`train_dataset`: training records. The batch size is in `runner_config`."""
-
     num_parallel_workers: int = key(2, "workers that prepare rows; at most one per core", at_least=1)
     drop_remainder: bool = key(True, "drop the last batch of an epoch if it is not full")
     cache_dir: Optional[str] = key(None, "folder of prepared rows, kept by content; null: prepare on demand")
@@ -319,23 +283,17 @@ class TrainDatasetSettings(_DatasetSettings):
 
 @dataclass
 class EvalDatasetSettings(_DatasetSettings):
-    """`eval_dataset`: evaluation records. A last batch that is not full is evaluated too."""
-
-    data_loader: EvalDataLoaderSettings = key(EvalDataLoaderSettings, "format and place of the records")
+    data_loader: EvalDataLoaderSettings = key(EvalDataLoaderSettings, "format and place of the evaluation records")
     batch_size: int = key(8, "rows or prompts at a time, for every metric", at_least=1)
 
 
 @dataclass
 class MetricSettings:
-    """`metric`: metrics of evaluations."""
-
-    type: list[str] = key(["ADGENMetric"], "metrics of run_mode eval", or_one=True, choices=lambda: METRICS)
+    type: list[str] = key(["ADGENMetric"], "metrics of run_mode eval", or_one=True, choices=METRICS)
 
 
 @dataclass
 class GenerationSettings:
-    """`generation`: text generation in eval and predict."""
-
     max_new_tokens: int = key(128, "longest answer in tokens", at_least=1)
     max_length: Optional[int] = key(None, "longest prompt and answer together; null: no limit", at_least=2)
     do_sample: bool = key(False, "draw from the distribution (False: greedy or beam search)")
@@ -351,8 +309,6 @@ class GenerationSettings:
 
 @dataclass
 class CheckpointSettings:
-    """`checkpoint`: checkpoints of training."""
-
     save_steps: Optional[int] = key(500, "save after every so many steps; null: only at the end", at_least=1)
     keep_max: int = key(3, "newest checkpoints to keep", at_least=1)
     best_metric: Optional[str] = key(
@@ -363,19 +319,13 @@ class CheckpointSettings:
 
 @dataclass
 class LoggingSettings:
-    """`logging`: reports of training."""
-
     log_steps: int = key(1, "a line of numbers after every so many steps", at_least=1)
     tensorboard: bool = key(True, "also write TensorBoard files into output_dir")
 
 
 @dataclass
 class Settings:
-    """A whole, checked configuration. `glm_ms.settings.load_settings` builds it.
-
-    Attributes that are not keys: `notes` are sentences for the user about what was adjusted; `source` is the path of
-    the YAML; `origins` is the place of each value by dotted key.
-    """
+    """A whole, checked configuration. `glm_ms.settings.load_settings` builds it."""
 
     seed: int = key(0, "start of every random sequence", at_least=0, at_most=2**32 - 1)
     run_mode: Literal["train", "finetune", "eval", "predict"] = key("finetune", "what to do")
@@ -386,28 +336,37 @@ class Settings:
         False, "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint"
     )
     use_parallel: bool = key(False, "several cards or processes, started by msrun")
-    context: ContextSettings = key(ContextSettings, "device and execution mode")
+    context: ContextSettings = key(ContextSettings, "device and execution mode of MindSpore")
     parallel: ParallelSettings = key(ParallelSettings, "mode of a distributed run")
-    parallel_config: ParallelConfigSettings = key(ParallelConfigSettings, "split of the work")
-    recompute_config: RecomputeSettings = key(RecomputeSettings, "memory against time")
-    model: ModelSettings = key(ModelSettings, "the network")
-    processor: ProcessorSettings = key(ProcessorSettings, "text to ids")
+    parallel_config: ParallelConfigSettings = key(
+        ParallelConfigSettings, "number of parts that each dimension of the work is split into"
+    )
+    recompute_config: RecomputeSettings = key(
+        RecomputeSettings, "compute activations again in the backward pass in place of keeping them"
+    )
+    model: ModelSettings = key(ModelSettings, "the network and its initial weights")
+    processor: ProcessorSettings = key(ProcessorSettings, "text to ids and back")
     runner_config: RunnerSettings = key(RunnerSettings, "length of training")
-    runner_wrapper: WrapperSettings = key(WrapperSettings, "training step")
-    optimizer: OptimizerSettings = key(OptimizerSettings, "optimizer")
-    lr_schedule: LRScheduleSettings = key(LRScheduleSettings, "learning rate")
-    train_dataset: TrainDatasetSettings = key(TrainDatasetSettings, "training records")
-    eval_dataset: EvalDatasetSettings = key(EvalDatasetSettings, "evaluation records")
-    metric: MetricSettings = key(MetricSettings, "metrics")
+    runner_wrapper: WrapperSettings = key(WrapperSettings, "the training step")
+    optimizer: OptimizerSettings = key(OptimizerSettings, "the optimizer. The learning rate is in `lr_schedule`")
+    lr_schedule: LRScheduleSettings = key(LRScheduleSettings, "learning rate over steps")
+    train_dataset: TrainDatasetSettings = key(
+        TrainDatasetSettings, "training records. The batch size is in `runner_config`"
+    )
+    eval_dataset: EvalDatasetSettings = key(
+        EvalDatasetSettings, "evaluation records. A last batch that is not full is evaluated too"
+    )
+    metric: MetricSettings = key(MetricSettings, "metrics of evaluations")
     do_eval: bool = key(False, "evaluate on eval_dataset during training and at its end")
     eval_step_interval: int = key(-1, "updates between evaluations (do_eval); -1: none", at_least=-1)
     eval_epoch_interval: int = key(1, "epochs between evaluations (do_eval); -1: none", at_least=-1)
-    generation: GenerationSettings = key(GenerationSettings, "text generation")
+    generation: GenerationSettings = key(GenerationSettings, "text generation in eval and predict")
     predict_data: str = key("", "a prompt, a .txt / .jsonl file of prompts, or - for standard input")
     predict_batch_size: int = key(1, "prompts generated at a time", at_least=1)
     checkpoint: CheckpointSettings = key(CheckpointSettings, "checkpoints of training")
     logging: LoggingSettings = key(LoggingSettings, "reports of training")
 
+    # No keys: lines for the user about adjustments, path of the YAML, dotted key -> place of its value.
     notes: list[str] = field(default_factory=list, compare=False)
     source: str = field(default="", compare=False)
     origins: dict[str, str] = field(default_factory=dict, compare=False)
@@ -429,11 +388,7 @@ class Settings:
         return functools.reduce(getattr, dotted.split("."), self)
 
     def glm_config(self) -> GLMConfig:
-        """The network's configuration.
-
-        Raises:
-            SettingsError: `padded_vocab_size` is `auto`; call `resolve_vocab_size` first.
-        """
+        """The network's configuration. Raises SettingsError before `resolve_vocab_size` has replaced `auto`."""
         values = dataclasses.asdict(self.model.model_config)
         if values["padded_vocab_size"] == AUTO:
             raise SettingsError(
@@ -480,40 +435,23 @@ def leaf_keys(section: type = Settings, prefix: str = "") -> dict[str, dataclass
     return leaves
 
 
-def keys_used_with(section: type, value: str) -> tuple[str, ...]:
-    """The keys of a section that have an effect with a value of its deciding key, such as "lora"."""
-    ruled = [item for item in dataclasses.fields(section) if "used_with" in item.metadata]
-    return tuple(item.name for item in ruled if value in used_with(item)[1])
-
-
 class Flag(NamedTuple):
-    """A command line flag.
+    """A command line flag; its help is `about` and the documentation of the key."""
 
-    Attributes:
-        key: that it sets; None for --batch_size, whose key depends on the run mode.
-        value: placeholder of the value in the help text.
-        bare: whether the flag alone means True.
-        former: its name in run_mindformer.py, which is accepted too.
-        about: help text before the documentation of the key.
-    """
-
-    key: Optional[str]
-    value: str
-    bare: bool = False
-    former: str = ""
+    key: Optional[str]  # None: --batch_size, whose key depends on the run mode
+    value: str  # placeholder in the help
+    bare: bool = False  # the flag alone means True
+    former: str = ""  # its name in run_mindformer.py, which is accepted too
     about: str = ""
 
 
+_RECORDS = "{}_dataset.data_loader.dataset_dir"
 FLAGS = {
     "run_mode": Flag("run_mode", "{train,finetune,eval,predict}"),
     "load_checkpoint": Flag("load_checkpoint", "PATH"),
     "load_adapter": Flag("load_adapter", "PATH"),
-    "train_dataset": Flag(
-        "train_dataset.data_loader.dataset_dir", "PATH", False, "train_dataset_dir", "training records: "
-    ),
-    "eval_dataset": Flag(
-        "eval_dataset.data_loader.dataset_dir", "PATH", False, "eval_dataset_dir", "evaluation records: "
-    ),
+    "train_dataset": Flag(_RECORDS.format("train"), "PATH", False, "train_dataset_dir", "training records: "),
+    "eval_dataset": Flag(_RECORDS.format("eval"), "PATH", False, "eval_dataset_dir", "evaluation records: "),
     "predict_data": Flag("predict_data", "TEXT"),
     "device_target": Flag("context.device_target", "{CPU,Ascend}"),
     "device_id": Flag("context.device_id", "N"),
@@ -556,8 +494,7 @@ def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> Parallel
     """The split of a run over cards; `num_cards` counts with `parallel_mode: 0`, None: `data_parallel`."""
     split = settings.parallel_config
     if not is_sharded(settings):
-        cards = (num_cards or split.data_parallel) if settings.use_parallel else 1
-        return ParallelConfig(data_parallel=cards)
+        return ParallelConfig(data_parallel=(num_cards or split.data_parallel) if settings.use_parallel else 1)
     return ParallelConfig(
         split.data_parallel, split.model_parallel, split.pipeline_stage, split.micro_batch_num, split.vocab_emb_dp,
         split.use_seq_parallel, settings.parallel.enable_parallel_optimizer
@@ -575,10 +512,7 @@ def training_length(settings: Settings) -> int:
 def resolve_vocab_size(settings: Settings, vocab_size: int) -> int:
     """Replaces `padded_vocab_size: auto` by the size of the tokenizer, rounded up to a multiple of 64; returns it.
 
-    `vocab_size` is the highest id of the tokenizer, special tokens included, plus 1.
-
-    Raises:
-        SettingsError: a fixed size is smaller than the vocabulary.
+    `vocab_size` is the highest id, special tokens included, plus 1. Raises SettingsError if a fixed size is smaller.
     """
     size = settings.model.model_config.padded_vocab_size
     if isinstance(size, str):

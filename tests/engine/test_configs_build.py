@@ -11,8 +11,7 @@ import pytest
 from engine_helpers import CONFIGS
 
 from glm_ms import GLMForCausalLM
-from glm_ms.settings import load_settings, resolve_vocab_size
-from glm_ms.settings.machine import check_machine
+from glm_ms.settings import load_settings, machine_problems, resolve_vocab_size
 
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 SIZES = {
@@ -24,7 +23,7 @@ SIZES = {
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_network_and_loss(path: Path) -> None:
     settings = load_settings(path, flags={"device_target": "CPU", "use_parallel": False}, check_files=False)
-    check_machine(settings, environment={})
+    assert not machine_problems(settings, environment={})
     resolve_vocab_size(settings, 100)
     config = settings.glm_config()
     model = GLMForCausalLM(dataclasses.replace(config, **SIZES))

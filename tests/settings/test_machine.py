@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from glm_ms.settings import SettingsError, ascend_cards, check_machine, load_settings
-from glm_ms.settings.machine import machine_problems
+from glm_ms.settings import Settings, SettingsError, ascend_cards, load_settings, machine_problems
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MSRUN = {"MS_WORKER_NUM": "8"}
 ASCEND = "context.device_target=Ascend"
+
+
+def check_machine(settings: Settings, dev: Path, environment: dict[str, str]) -> None:
+    problems = machine_problems(settings, dev, environment)
+    if problems:
+        raise SettingsError(problems)
 
 
 @pytest.fixture

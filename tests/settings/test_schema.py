@@ -11,8 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from glm_ms.model.config import GLMConfig
+from glm_ms.peft import ADAPTERS
 from glm_ms.settings import FLAGS, Settings, load_settings
-from glm_ms.settings.schema import BATCH_SIZE_KEYS, PetSettings, allowed, keys_used_with, leaf_keys, used_with
+from glm_ms.settings.schema import BATCH_SIZE_KEYS, allowed, leaf_keys, used_with
 
 # Keys whose other values depend on further keys.
 _COMPANIONS = {
@@ -31,8 +32,8 @@ _COMPANIONS = {
     "model.pet_config.pet_type": ["load_checkpoint=data"],
     **{
         f"model.pet_config.{name}": ["load_checkpoint=data", f"model.pet_config.pet_type={kind}"]
-        for kind in ("lora", "ptuning2")
-        for name in keys_used_with(PetSettings, kind)
+        for kind, adapter in ADAPTERS.items()
+        for name in adapter.keys
     },
     **{
         f"runner_wrapper.scale_sense.{name}": ["runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.checkpoints.manifest import weights_fingerprint
+from glm_ms.peft import ADAPTERS
 from glm_ms.settings import Settings
-from glm_ms.settings.schema import PetSettings, keys_used_with
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.run_folder import resolve_checkpoint
 
@@ -57,7 +57,8 @@ def _row_keys(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pet_keys(pet: dict[str, Any]) -> dict[str, Any]:
-    return {key: pet[key] for key in ("pet_type", *keys_used_with(PetSettings, pet["pet_type"]))}
+    adapter = ADAPTERS.get(pet["pet_type"])
+    return {key: pet[key] for key in ("pet_type", *(adapter.keys if adapter else ()))}
 
 
 def _base_weights(settings: Settings) -> str | None:
