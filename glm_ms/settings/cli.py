@@ -43,13 +43,7 @@ _SPELLINGS = {name: name for name in FLAGS} | {flag.former: name for name, flag 
 
 
 class Arguments(NamedTuple):
-    """Parsed arguments.
-
-    Attributes:
-        config: path of the YAML.
-        flags: flag name -> text.
-        overrides: `key.sub=value` texts, in order.
-    """
+    """Parsed arguments: path of the YAML, flag name -> text, `key.sub=value` texts in order."""
 
     config: str
     flags: dict[str, str]
@@ -60,23 +54,16 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     """Sorts arguments into flags and overrides; `load_settings` checks their values.
 
     An override is written `key.sub=value`, `--key.sub=value` or `--key.sub value`. `--help` and `--help_keys` print
-    their text and exit with status 0.
-
-    Args:
-        argv: arguments without the program name.
-
-    Raises:
-        SettingsError: an unknown flag, a flag without its value, no --config.
+    their text and exit with status 0. Raises SettingsError for an unknown flag, a flag without its value, no --config.
     """
     known, problems = _unambiguous(argv)
-    options = build_parser().parse_args(known)
-    values = vars(options)
-    if options.config is None:
+    values = vars(build_parser().parse_args(known))
+    if values["config"] is None:
         problems.append("--config is missing: the YAML file of the run; see configs/")
     if problems:
         raise SettingsError([Problem("", problem, where="command line") for problem in problems])
     flags = {name: values[name] for name in FLAGS if values[name] is not None}
-    return Arguments(options.config, flags, options.overrides)
+    return Arguments(values["config"], flags, values["overrides"])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,9 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--help_keys", action=_HelpKeys, nargs=0, help="show every key with its default")
     parser.add_argument("--config", type=_unprotected, metavar="FILE", help="the YAML file of the run (required)")
     about = "set any key of the YAML, also written key.sub=value"
-    parser.add_argument(
-        _OVERRIDES, type=_unprotected, dest="overrides", action="append", default=[], metavar="VALUE", help=about
-    )
+    several: dict[str, Any] = {"action": "append", "default": [], "dest": "overrides"}
+    parser.add_argument(_OVERRIDES, type=_unprotected, metavar="VALUE", help=about, **several)
     for name, flag in FLAGS.items():
         spellings = [f"--{spelling}" for spelling, meant in _SPELLINGS.items() if meant == name]
         doc = flag.about + (leaf_keys()[flag.key].metadata["doc"] if flag.key else "")
@@ -127,7 +113,7 @@ def _unambiguous(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         token = rest.pop(0)
         name, equals, value = token[2:].partition("=") if token.startswith("--") else ("", "", "")
         flag = FLAGS.get(_SPELLINGS.get(name, ""))
-        bare = flag is not None and bool(flag.bare)
+        bare = flag is not None and flag.bare
         next_is_value = bool(rest) and not equals and not rest[0].startswith("--")
         if token in ("-h", "--help", "--help_keys"):
             known.append(token)
@@ -164,13 +150,9 @@ def _flag_hint(name: str) -> str:
 
 
 def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
-    """The settings of a command line, checked also against the devices of this machine.
+    """The settings of a command line (None: that of this process), checked also against this machine.
 
-    On a wrong command line or configuration it writes the problems to stderr and exits with status 2;
-    on --help it writes the help to stdout and exits with status 0.
-
-    Args:
-        argv: arguments without the program name; None: those of this process.
+    Writes the problems of a wrong command line or configuration to stderr and exits with status 2.
     """
     try:
         config, flags, overrides = parse_args(sys.argv[1:] if argv is None else argv)

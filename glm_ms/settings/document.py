@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,12 @@ MERGE_TAG = "tag:yaml.org,2002:merge"
 
 @dataclass
 class Entry:
-    """A value and where it was written.
+    """A value and where it was written."""
 
-    Attributes:
-        value: a scalar, a list of entries, or a dict of name -> entry.
-        where: place of the value, for errors: `configs/x.yaml:12`.
-        key_where: place of its key.
-        text: the text on the command line; None for values of a file. Keys whose value is text take it literally:
-            `#`, `:` and numbers need no quotes there.
-    """
-
-    value: Any
-    where: str
-    key_where: str = ""
+    value: Any  # a scalar, a list of entries, or a dict of name -> entry
+    where: str  # place of the value, for errors: `configs/x.yaml:12`
+    key_where: str = ""  # place of its key
+    # As typed on the command line, else None. Keys whose value is text take it literally: no quotes for `#` and `:`.
     text: str | None = None
 
     @property
@@ -38,12 +32,7 @@ class Entry:
 
 
 def read_document(path: str | Path) -> Entry:
-    """The top level of a UTF-8 YAML file, which must be a mapping.
-
-    Raises:
-        SettingsError: missing or unreadable file, broken YAML, a duplicate key, a key that is not text,
-            an alias that contains itself, a tag that is not plain YAML.
-    """
+    """The top level of a UTF-8 YAML file. Raises SettingsError if it is missing, broken or not a mapping."""
     path = Path(path)
     siblings = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     text = read_text(path, SettingsError, f"no such file{did_you_mean(path.name, siblings)}")
@@ -56,24 +45,24 @@ def read_document(path: str | Path) -> Entry:
 
 
 def parse(text: str, source: str, lines: bool) -> Entry:
-    """Parses one YAML document. Errors, see `read_document`, name `source`, or `source:line` with `lines`."""
-    loader = None
+    """Parses one YAML document. Errors name `source`, or with `lines` also the line.
+
+    Raises SettingsError for broken YAML, a duplicate key, a key that is not text, an alias that contains itself, a tag
+    that is not plain YAML.
+    """
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         return Entry(None, source) if node is None else _Builder(loader, source, lines).entry(node)
+    except SettingsError:
+        raise
     except yaml.MarkedYAMLError as error:
         place = f"{source}:{error.problem_mark.line + 1}" if lines and error.problem_mark else source
         reason = ", ".join(part for part in (error.context, error.problem) if part)
-    except SettingsError:
-        raise
     except RecursionError:
         place, reason = source, "nested too deeply"
     except (yaml.YAMLError, ValueError) as error:
         place, reason = source, " ".join(str(error).split())
-    finally:
-        if loader is not None:
-            loader.dispose()
     raise SettingsError(f"{place}: not valid YAML: {reason}")
 
 
@@ -100,29 +89,25 @@ class _Builder:
         return entry
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Entry]:
-        merges = [self.merged(value) for key, value in node.value if key.tag == MERGE_TAG]
-        result = {name: entry for merged in reversed(merges) for name, entry in merged.items()}
-        own: dict[str, str] = {}
+        merged: dict[str, Entry] = {}
+        own: dict[str, Entry] = {}
         for key_node, value_node in node.value:
             if key_node.tag == MERGE_TAG:
+                merged = {**self.merged(value_node), **merged}
                 continue
             name, place = self.name(key_node), self.place(key_node)
             if name in own:
-                raise SettingsError(f"{place}: key {name} is given twice, first at {own[name]}; remove one")
-            own[name] = place
-            value = self.entry(value_node)
-            result[name] = Entry(value.value, value.where, place)
-        return result
+                raise SettingsError(f"{place}: key {name} is given twice, first at {own[name].key_where}; remove one")
+            own[name] = dataclasses.replace(self.entry(value_node), key_where=place)
+        return {**merged, **own}
 
     def merged(self, node: yaml.Node) -> dict[str, Entry]:
         """Keys of `<<: *anchor` or `<<: [*a, *b]`; of equal names the first counts."""
-        sources = self.entry(node)
-        result: dict[str, Entry] = {}
-        for source in sources.value if isinstance(sources.value, list) else [sources]:
+        named, result = self.entry(node), dict[str, Entry]()
+        for source in named.value if isinstance(named.value, list) else [named]:
             if not source.is_section:
                 raise SettingsError(f"{self.place(node)}: << must name a mapping")
-            for name, entry in source.value.items():
-                result.setdefault(name, entry)
+            result = {**source.value, **result}
         return result
 
     def name(self, node: yaml.Node) -> str:

@@ -23,18 +23,14 @@ _OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(.*)", re.DOTAL
 def load_settings(
     path: str | Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None, check_files: bool = True
 ) -> Settings:
-    """Reads a YAML file, applies flags and overrides, and checks the result.
+    """Reads a YAML file, applies flags and overrides, and checks the result. `notes` tells what was adjusted.
 
     Args:
         path: YAML file; of this project, or of MindFormers 1.0 to 1.3 (see `glm_ms.settings.legacy.translate`).
         overrides: `key.sub=value` texts; the value is YAML (`[0.9, 0.95]`, `null`, `{a: 1}`), or, for keys whose
             value is text, the text itself. Of several for one key the last counts.
         flags: names of `glm_ms.settings.FLAGS` -> text as typed, or a plain value; `None` values are skipped.
-        check_files: also check that the files and folders that the run mode reads exist. Relative paths
-            start from the current directory.
-
-    Returns:
-        Settings; `notes` tells the user what was adjusted.
+        check_files: also check that the files and folders that the run mode reads exist.
 
     Raises:
         SettingsError: with every problem found, one per line, each with its place, key and remedy.
@@ -48,13 +44,9 @@ def load_settings(
 def read_settings(
     path: str | Path, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None, check_files: bool = True
 ) -> tuple[Settings, list[Problem]]:
-    """As `load_settings`, for callers with further checks whose problems are reported together.
+    """As `load_settings`, but returns the problems, for callers with further checks.
 
-    Returns:
-        Settings, not to be used if there are problems; and the problems.
-
-    Raises:
-        SettingsError: the file cannot be read as YAML at all, or needs an export.
+    Raises SettingsError only for a file that cannot be read as YAML, is for an export or for another network.
     """
     settings, problems = _converted(path, overrides, flags or {})
     return settings, problems + check(settings, problems, check_files)
@@ -65,19 +57,13 @@ def load_data_settings(
 ) -> tuple[Settings, str, list[str]]:
     """As `load_settings`, for tools that only read a data set: only its keys and files are checked.
 
-    `part` is "train" or "eval"; None: the one that the run mode reads.
-
-    Returns:
-        Settings; the part; lengths that do not fit the network or the generation, a line each.
+    `part` is "train" or "eval"; None: the one that the run mode reads. Returns settings, the part, and a line for each
+    length that does not fit the network or the generation.
     """
     settings, problems = _converted(path, overrides, flags)
     settle(settings)
     part = part or ("eval" if settings.run_mode == "eval" else "train")
-    found = [
-        *loader_problems(settings, part),
-        *vocab_file_problems(settings),
-        *record_problems(settings, part),
-    ]
+    found = [*loader_problems(settings, part), *vocab_file_problems(settings), *record_problems(settings, part)]
     problems += placed(settings, independent(found, problems))
     if problems:
         raise SettingsError(problems)
@@ -107,11 +93,10 @@ def _command_line(
     messages: list[str] = []
     by_flag: dict[str, str] = {}
     for name, value in flags.items():
-        key = FLAGS[name].key if name in FLAGS else None
         if name not in FLAGS:
             messages.append(f"--{name}: unknown flag{did_you_mean(name, FLAGS)}")
-        elif value is not None and key is not None:
-            given[key], by_flag[key] = _flag_entry(name, value), name
+        elif value is not None and FLAGS[name].key:
+            given[FLAGS[name].key], by_flag[FLAGS[name].key] = _flag_entry(name, value), name
     for text in overrides:
         match = _OVERRIDE.fullmatch(text)
         if not match:
@@ -132,13 +117,7 @@ def _command_line(
 
 def _flag_entry(name: str, value: Any) -> Entry:
     where = f"command line (--{name} {_short(str(value))})"
-    return _typed(value, where) if isinstance(value, str) else _plain_entry(value, where)
-
-
-def _plain_entry(value: Any, where: str) -> Entry:
-    if isinstance(value, (list, tuple)):
-        value = [_plain_entry(item, where) for item in value]
-    return Entry(value, where, where)
+    return _typed(value, where) if isinstance(value, str) else Entry(value, where, where)
 
 
 def _typed(text: str, where: str) -> Entry:

@@ -1,13 +1,10 @@
-"""The page `docs/settings.md`, written from the declarations.
-
-python -m glm_ms.settings.reference > docs/settings.md
-"""
+"""Writes the page `docs/settings.md` from the declarations: python -m glm_ms.settings.reference > docs/settings.md."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from glm_ms.settings.schema import FLAGS, Settings, allowed, default_of, keys_of, leaf_keys, used_with
@@ -55,23 +52,21 @@ def _section(kind: type, path: str, doc: str) -> Iterator[str]:
 
 def _values(hint: Any, item: dataclasses.Field) -> str:
     """The allowed values of a key in words."""
+
+    def listed(values: Iterable[Any]) -> str:
+        return ", ".join(f"`{value}`" for value in values)
+
     rules = item.metadata
     inner = [kind for kind in (get_args(hint) if get_origin(hint) is Union else (hint,)) if kind is not type(None)]
     if "choices" in rules:
-        words = ", ".join(f"`{name}`" for name in allowed(item))
-        words = f"one or several of {words}" if rules.get("or_one") else words
+        words = f"{'one or several of ' if rules.get('or_one') else ''}{listed(allowed(item))}"
     else:
-        words = " or ".join(_type(kind) for kind in inner)
+        types = (listed(get_args(kind)) if get_origin(kind) is Literal else expected_type(kind) for kind in inner)
+        words = " or ".join(types)
     words += "".join(f", {LIMITS[rule][0]} {rules[rule]}" for rule in LIMITS if rule in rules)
     words += f", {rules['length']} values" if "length" in rules else ""
     words += f" such as `{rules['example']}`" if "example" in rules else ""
     return f"{words}, or null" if type(None) in get_args(hint) else words
-
-
-def _type(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(kind))
-    return expected_type(kind)
 
 
 def _default(item: dataclasses.Field) -> str:

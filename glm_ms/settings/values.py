@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.errors import Problem, described
+from glm_ms.settings.errors import Problem, SettingsError, described
 from glm_ms.settings.schema import Settings, allowed, keys_of, leaf_keys
 from glm_ms.storage.readers import exponent_number
 from glm_ms.storage.suggest import did_you_mean, nearest
@@ -21,43 +22,31 @@ _UNQUOTED = {int: r"[-+]?\d+", float: r"[-+]?\d*\.?\d+", bool: r"(?i)true|false"
 _LISTED = 40
 # Rule of a key -> its words in an error, and the test.
 LIMITS = {
-    "at_least": ("at least", lambda value, bound: value >= bound),
-    "above": ("above", lambda value, bound: value > bound),
-    "at_most": ("at most", lambda value, bound: value <= bound),
-    "below": ("below", lambda value, bound: value < bound),
+    "at_least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "at_most": ("at most", operator.le),
+    "below": ("below", operator.lt),
 }
 
 
-class _BadValueError(Exception):
-    """What is wrong with one value, without its place."""
-
-
 class Converter:
-    """Converts a document.
-
-    Attributes:
-        problems: all that were found.
-        origins: dotted key -> where its value was written.
-    """
+    """Converts a document."""
 
     def __init__(self) -> None:
-        self.problems: list[Problem] = []
-        self.origins: dict[str, str] = {}
+        self.problems: list[Problem] = []  # all that were found
+        self.origins: dict[str, str] = {}  # dotted key -> where its value was written
 
     def section(self, kind: type, entry: Entry, path: str = "") -> Any:
-        """Builds dataclass `kind` from a mapping, or from null; keys that are absent keep their default.
-
-        `path` is the dotted name of the section, "" for the top level.
-        """
+        """Builds dataclass `kind` from a mapping or null; `path` is the dotted name of the section."""
         fields = {item.name: item for item in keys_of(kind)}
         if not entry.is_section:
             if entry.value is not None:
-                expected = f"expected a section with {', '.join(list(fields)[:4])} ..."
-                self._bad(path, entry, f"{expected}, found {described(entry.value)}")
+                message = f"expected a section with {', '.join(list(fields)[:4])} ..., found {described(entry.value)}"
+                self.problems.append(Problem(path, message, where=entry.where))
             return kind()
         values, hints = {}, get_type_hints(kind)
         for name, item in entry.value.items():
-            dotted = f"{path}.{name}" if path else name
+            dotted = f"{path}.{name}".lstrip(".")
             if name not in fields:
                 self.problems.append(unknown_key(dotted, dotted, item, fields))
             elif dataclasses.is_dataclass(hints[name]):
@@ -66,12 +55,9 @@ class Converter:
                 self.origins[dotted] = item.where
                 try:
                     values[name] = _convert(hints[name], item, fields[name])
-                except _BadValueError as error:
-                    self._bad(dotted, item, str(error))
+                except SettingsError as error:
+                    self.problems.append(Problem(dotted, str(error), where=item.where))
         return kind(**values)
-
-    def _bad(self, dotted: str, entry: Entry, message: str) -> None:
-        self.problems.append(Problem(dotted, message, where=entry.where))
 
 
 def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[str]) -> Problem:
@@ -84,12 +70,12 @@ def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[st
         hint = f"; the key is {' or '.join(elsewhere[:3])}" if elsewhere else ""
     if not hint and len(siblings) <= _LISTED:
         hint = f"; known here: {', '.join(siblings)}"
-    meant = tuple(f"{path}.{near}" if path else near for near in nearest(name, siblings))
+    meant = tuple(f"{path}.{near}".lstrip(".") for near in nearest(name, siblings))
     return Problem(written, f"unknown key{hint}", where=entry.key_where or entry.where, meant=meant)
 
 
 def _convert(hint: Any, entry: Entry, field: dataclasses.Field) -> Any:
-    """The value of an entry as `hint` asks. Raises _BadValueError."""
+    """The value of an entry as `hint` asks. Raises SettingsError, with a message that names no place."""
     if hint is str and entry.value is None and entry.text is None and field.default == "":
         return ""  # `load_checkpoint:`
     origin = get_origin(hint)
@@ -111,11 +97,11 @@ def _any_of(hints: tuple[Any, ...], entry: Entry, field: dataclasses.Field) -> A
     for hint in kinds:
         try:
             return _convert(hint, entry, field)
-        except _BadValueError:
+        except SettingsError:
             if len(kinds) == 1:
                 raise
     expected = " or ".join(map(expected_type, kinds))
-    raise _BadValueError(f"expected {expected}, found {described(entry.value)}")
+    raise SettingsError(f"expected {expected}, found {described(entry.value)}")
 
 
 def expected_type(hint: Any) -> str:
@@ -126,31 +112,29 @@ def expected_type(hint: Any) -> str:
 
 
 def _one_of(choices: tuple[Any, ...], entry: Entry) -> Any:
-    value = entry.value
-    if entry.text is not None and isinstance(choices[0], str):
-        value = entry.text
+    value = entry.value if entry.text is None or not isinstance(choices[0], str) else entry.text
     for choice in choices:
         if type(value) is type(choice) and value == choice:
             return choice
     names = [str(choice) for choice in choices]
     hint = did_you_mean(value, names) if isinstance(value, str) else ""
-    raise _BadValueError(f"found {described(value)}, allowed: {', '.join(names)}{hint}")
+    raise SettingsError(f"found {described(value)}, allowed: {', '.join(names)}{hint}")
 
 
 def _list(hint: Any, entry: Entry, field: dataclasses.Field) -> list[Any]:
     items, or_one = entry.value, field.metadata.get("or_one")
     if not isinstance(items, list):
         if not or_one or entry.value is None:
-            raise _BadValueError(f"expected a list, found {described(entry.value)}; write [a, b]")
+            raise SettingsError(f"expected a list, found {described(entry.value)}; write [a, b]")
         items = [entry]
     length = field.metadata.get("length", len(items))
     if len(items) != length:
-        raise _BadValueError(f"expected {length} values, found {len(items)}")
+        raise SettingsError(f"expected {length} values, found {len(items)}")
     if not items:
-        raise _BadValueError("the list is empty; name at least one")
+        raise SettingsError("the list is empty; name at least one")
     values = [_convert(hint, item, field) for item in items]
     if or_one and len(set(values)) < len(values):
-        raise _BadValueError("a value is given twice")
+        raise SettingsError("a value is given twice")
     return values
 
 
@@ -163,25 +147,25 @@ def _scalar(kind: type, entry: Entry) -> Any:
         try:
             value = float(value) if type(value) is int else value
         except OverflowError:
-            raise _BadValueError("expected a finite number, found one with too many digits") from None
+            raise SettingsError("expected a finite number, found one with too many digits") from None
     if type(value) is not kind:
         remedy = ""
         if kind is str and isinstance(value, (int, float)):
             remedy = "; put it in quotes"
         elif kind is not str and isinstance(value, str) and re.fullmatch(_UNQUOTED[kind], value):
             remedy = "; remove the quotes"
-        raise _BadValueError(f"expected {_EXPECTED[kind]}, found {described(value)}{remedy}")
+        raise SettingsError(f"expected {_EXPECTED[kind]}, found {described(value)}{remedy}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise _BadValueError(f"expected a finite number, found {value}")
+        raise SettingsError(f"expected a finite number, found {value}")
     return value
 
 
 def _in_range(value: Any, field: dataclasses.Field) -> Any:
     rules = field.metadata
     if isinstance(value, str) and "pattern" in rules and not re.fullmatch(rules["pattern"], value):
-        raise _BadValueError(f"found {described(value)}, write it like {rules['example']}")
+        raise SettingsError(f"found {described(value)}, write it like {rules['example']}")
     limits = {} if isinstance(value, (str, bool)) else {name: rules[name] for name in LIMITS if name in rules}
     if all(LIMITS[name][1](value, bound) for name, bound in limits.items()):
         return value
     wanted = " and ".join(f"{LIMITS[name][0]} {bound}" for name, bound in limits.items())
-    raise _BadValueError(f"found {value}, must be {wanted}")
+    raise SettingsError(f"found {value}, must be {wanted}")

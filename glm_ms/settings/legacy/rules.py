@@ -1,20 +1,98 @@
-"""Keys of MindFormers' files that act together, which single rows of `table` cannot express."""
+"""The state of a translation, see `translate`, and rules for keys of MindFormers' files that act together."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.legacy.draft import Draft, Source
+from glm_ms.settings.errors import Problem, described
 from glm_ms.settings.legacy.table import LEGACY_DEFAULTS, LEGACY_TOP_K, ZOO_NAMES
 from glm_ms.settings.schema import TRAINING_MODES, default_of, leaf_keys, used_with
 
 _SECTIONS_WITH_TYPES = ("lr_schedule", "model.pet_config", "runner_wrapper.scale_sense")
 _SAMPLING = ("generation.temperature", "generation.top_k", "generation.top_p")
 _SCALE = "runner_wrapper.scale_sense"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A key as it was given."""
+
+    name: str  # as it was written
+    entry: Entry
+    typed: bool  # on the command line
+    key: str = ""  # its name in MindFormers' files, section aliases resolved
+    rank: tuple[int, int] = (0, 0)  # of several sources of one key of ours, the lowest counts
+
+    @property
+    def value(self) -> Any:
+        """The value, with MindFormers' text 'None' as null."""
+        return None if self.entry.value == "None" else self.entry.value
+
+    def with_value(self, value: Any) -> Source:
+        return dataclasses.replace(self, entry=dataclasses.replace(self.entry, value=value, text=None))
+
+
+@dataclass
+class Draft:
+    """The state of a translation."""
+
+    source: str  # path of the file
+    found: dict[str, Source] = field(default_factory=dict)  # key of MindFormers, aliases resolved -> its source
+    targets: defaultdict[str, list[Source]] = field(default_factory=lambda: defaultdict(list))  # our key -> candidates
+    chosen: dict[str, Source] = field(default_factory=dict)  # our key -> the source that became it
+    renamed: list[str] = field(default_factory=list)  # lines for the user about class names
+    remarks: list[str] = field(default_factory=list)  # lines about everything else
+    problems: list[Problem] = field(default_factory=list)
+    unused: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> keys
+
+    def take(self, key: str, name: str) -> Source | None:
+        """Removes the source of our `key` that is MindFormers' key `name`; returns it, if there is one."""
+        taken = [source for source in self.targets[key] if source.key == name]
+        self.targets[key] = [source for source in self.targets[key] if source.key != name]
+        return taken[0] if taken else None
+
+    def given(self, name: str) -> Any:
+        """The value of a key in MindFormers' files; None if it is absent."""
+        return self.found[name].value if name in self.found else None
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value of one of our keys, once all are chosen."""
+        return self.chosen[key].value if key in self.chosen else default
+
+    def put(self, key: str, value: Any, cause: Source | None = None) -> None:
+        """Sets one of our keys to a derived value, whose place is that of `cause`."""
+        where = cause.entry.where if cause else self.source
+        self.chosen[key] = Source(key, Entry(value, where, where), bool(cause and cause.typed))
+
+    def without_effect(self, source: Source, reason: str) -> None:
+        self.unused[reason].append(source.name)
+
+    def remark(self, source: Source, text: str) -> None:
+        self.remarks.append(f"{source.entry.where}: {source.name}: {shown(source)}{text}")
+
+    def refuse(self, source: Source, text: str) -> None:
+        self.problems.append(Problem(source.name, f"{shown(source)}: {text}", where=source.entry.where))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; True is not 1, and lists of entries are compared by their values."""
+    if isinstance(one, list) and isinstance(other, list):
+        return [item.value for item in one] == [item.value for item in other]
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+def shown(source: Source) -> str:
+    """The value of a key, for a line to the user."""
+    value = source.value
+    if value is None or isinstance(value, (list, dict)):
+        return described(value)
+    return str(value) if value != "" else '""'
 
 
 def _default(key: str) -> Any:
@@ -32,7 +110,7 @@ def _betas(draft: Draft) -> None:
     entries = [Entry(beta, where) if source is None else source.entry for source, beta in zip(given, usual)]
     names = " and ".join(source.name.rpartition(".")[2] for source in present)
     both = Source(f"optimizer.{names}", Entry(entries, where, where), first.typed, rank=(1, 0))
-    draft.offer("optimizer.betas", both)
+    draft.targets["optimizer.betas"].append(both)
 
 
 def _loss_scale(draft: Draft) -> None:
@@ -42,10 +120,10 @@ def _loss_scale(draft: Draft) -> None:
         return
     fixed = source.value != 1
     kind = source.with_value("FixedLossScaleUpdateCell" if fixed else None)
-    draft.offer(f"{_SCALE}.type", dataclasses.replace(kind, name=f"{_SCALE}.type"))
+    draft.targets[f"{_SCALE}.type"].append(dataclasses.replace(kind, name=f"{_SCALE}.type"))
     if fixed:
         value = dataclasses.replace(source, name=f"{_SCALE}.loss_scale_value")
-        draft.offer(value.name, value)
+        draft.targets[value.name].append(value)
         draft.remark(source, " is the loss_scale_value of a FixedLossScaleUpdateCell here")
     else:
         draft.without_effect(source, "gradients are scaled by 1")
@@ -75,7 +153,7 @@ def _tokenizer(draft: Draft) -> None:
     """Each run mode of MindFormers reads the tokenizer of another section; they usually agree."""
     part = {"eval": "eval_dataset", "predict": "processor"}.get(draft.given("run_mode"), "train_dataset")
     for name in ("type", "vocab_file"):
-        sources = draft.targets.get(f"processor.tokenizer.{name}", [])
+        sources = draft.targets[f"processor.tokenizer.{name}"]
         for index, source in enumerate(sources):
             section = source.key.partition(".")[0]
             rank = 0 if section == part else 1 + (section != "processor")
@@ -84,7 +162,7 @@ def _tokenizer(draft: Draft) -> None:
 
 def _weights(draft: Draft) -> None:
     """Names of MindFormers' online zoo are not paths; with an empty `load_checkpoint` the model's key counts."""
-    sources = sorted(draft.targets.get("load_checkpoint", ()), key=lambda source: source.rank)
+    sources = sorted(draft.targets["load_checkpoint"], key=lambda source: source.rank)
     zoo = [one for one in sources if re.fullmatch(ZOO_NAMES, str(one.value)) and not Path(one.value).exists()]
     paths = [one for one in sources if one not in zoo and (one.typed or one.value not in ("", None))]
     draft.targets["load_checkpoint"] = paths
@@ -98,7 +176,7 @@ def _weights(draft: Draft) -> None:
     draft.remark(zoo[0], text)
     # If a path is needed, the error says why there is none.
     where = f"{zoo[0].entry.where} ({zoo[0].value} of MindFormers' online zoo)"
-    draft.offer("load_checkpoint", Source("load_checkpoint", Entry("", where, where), zoo[0].typed))
+    draft.targets["load_checkpoint"].append(Source("load_checkpoint", Entry("", where, where), zoo[0].typed))
 
 
 def _data_parallel(draft: Draft) -> None:

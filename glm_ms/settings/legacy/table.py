@@ -13,19 +13,12 @@ from typing import Any, Union
 
 @dataclass(frozen=True)
 class Renamed:
-    """A key that is one of ours.
+    """A key that is one of ours."""
 
-    Attributes:
-        key: its name here.
-        values: value there -> value here; others stay as they are, and are checked by the schema.
-        remark: added to the line about a translated value.
-        rank: of several keys of a file that become the same key, the lowest rank counts.
-    """
-
-    key: str
-    values: Mapping[Any, Any] = field(default_factory=dict)
-    remark: str = ""
-    rank: int = 1
+    key: str  # its name here
+    values: Mapping[Any, Any] = field(default_factory=dict)  # value there -> value here; others stay as they are
+    remark: str = ""  # added to the line about a translated value
+    rank: int = 1  # of several keys of a file that become the same key, the lowest rank counts
 
 
 @dataclass(frozen=True)
@@ -37,19 +30,12 @@ class Ignored:
 
 @dataclass(frozen=True)
 class Refused:
-    """A key with a value that is an error.
+    """A key with a value that is an error."""
 
-    Attributes:
-        unless: values without effect; all others are refused.
-        reason: why those have no effect.
-        remedy: what to do about the others.
-        accepted: value -> what to tell the user about it; the run continues.
-    """
-
-    unless: tuple[Any, ...]
-    reason: str
-    remedy: str
-    accepted: Mapping[Any, str] = field(default_factory=dict)
+    unless: tuple[Any, ...]  # values without effect; all others are refused
+    reason: str  # why those have no effect
+    remedy: str  # what to do about the others
+    accepted: Mapping[Any, str] = field(default_factory=dict)  # value -> note for the user; the run continues
 
 
 Rule = Union[Renamed, Ignored, Refused]
@@ -62,15 +48,7 @@ OPTIMIZERS = dict.fromkeys(("FP32StateAdamWeightDecay", "FusedAdamWeightDecay", 
 TASKS = ("KeyWordGenDataset", "MultiTurnDataset")
 LEGACY_CLASSES = frozenset({*CONFIGS, *NETWORKS, *STEPS, *OPTIMIZERS, *TASKS, "CausalLanguageModelingTrainer"})
 LEGACY_SECTIONS = frozenset(
-    (
-        "trainer",
-        "callbacks",
-        "eval_callbacks",
-        "train_dataset_task",
-        "eval_dataset_task",
-        "moe_config",
-        "infer",
-    )
+    ("trainer", "callbacks", "eval_callbacks", "train_dataset_task", "eval_dataset_task", "moe_config", "infer")
 )
 # Two names of one section. Of the first two MindFormers itself overwrites the left by the right.
 SECTION_ALIASES = {
@@ -97,6 +75,7 @@ _LR_SCHEDULES = {
     "cosine": "CosineWithWarmUpLR",
     "polynomial": "PolynomialWithWarmUpLR",
 }
+_OUR_OPTIMIZER = {"AdamWeightDecay": "GLMAdamW", "AdamW": "GLMAdamW"}
 _ADAMW = "AdamW with bias correction, whose weight_decay also reaches norms and biases"
 _FEED = "the way of feeding batches does not change them"
 _SHARDS = "whole checkpoints are loaded; tools/transform_ckpt.py merges slices"
@@ -172,9 +151,7 @@ _RENAMED = {
     "runner_wrapper.type": Renamed("runner_wrapper.type", STEPS),
     # A number; the section has our names. See glm_ms.settings.legacy.rules.
     "runner_wrapper.scale_sense": Renamed("runner_wrapper.scale_sense.loss_scale_value"),
-    "optimizer.type": Renamed(
-        "optimizer.type", {**OPTIMIZERS, "AdamWeightDecay": "GLMAdamW", "AdamW": "GLMAdamW"}, _ADAMW
-    ),
+    "optimizer.type": Renamed("optimizer.type", {**OPTIMIZERS, **_OUR_OPTIMIZER}, _ADAMW),
     "optimizer.beta1": Renamed("optimizer.betas"),
     "optimizer.beta2": Renamed("optimizer.betas"),
     "optimizer.learning_rate": Renamed("lr_schedule.learning_rate"),

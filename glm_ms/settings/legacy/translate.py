@@ -14,18 +14,8 @@ from collections.abc import Collection
 
 from glm_ms.settings.document import Entry
 from glm_ms.settings.errors import Problem, SettingsError, described
-from glm_ms.settings.legacy.draft import Draft, Source, same, shown
-from glm_ms.settings.legacy.rules import AFTER_CHOICE, BEFORE_CHOICE
-from glm_ms.settings.legacy.table import (
-    CONFIGS,
-    LEGACY,
-    LEGACY_CLASSES,
-    LEGACY_SECTIONS,
-    NETWORKS,
-    SECTION_ALIASES,
-    Ignored,
-    Renamed,
-)
+from glm_ms.settings.legacy import table
+from glm_ms.settings.legacy.rules import AFTER_CHOICE, BEFORE_CHOICE, Draft, Source, same, shown
 from glm_ms.settings.schema import leaf_keys
 from glm_ms.settings.values import unknown_key
 from glm_ms.storage.suggest import did_you_mean
@@ -45,7 +35,7 @@ def is_legacy(document: Entry) -> bool:
         types.discard("GLMConfig")  # ChatGLM-6B of MindFormers has a class of that name, and another network
     if types & _OUR_CLASSES:
         return False
-    return bool(types & LEGACY_CLASSES or LEGACY_SECTIONS & document.value.keys())
+    return bool(types & table.LEGACY_CLASSES or table.LEGACY_SECTIONS & document.value.keys())
 
 
 def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Entry, list[str], list[Problem]]:
@@ -60,13 +50,12 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Ent
         typed: `Entry.where` of everything that comes from the command line.
 
     Returns:
-        The document in our names; lines for the user about the meaning of names and values; problems.
+        The document in our names, lines for the user about names and values, problems.
 
     Raises:
         SettingsError: the file is for an export, which is not supported, or for another network.
     """
-    _refuse_export(document)
-    _refuse_other_networks(document)
+    _refuse_whole_files(document)
     draft = Draft(source)
     _read(_with_callbacks(document), draft, typed)
     for combine in BEFORE_CHOICE:
@@ -82,26 +71,22 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Ent
 
 
 def _at(document: Entry, dotted: str) -> Entry:
-    """The entry of a key; one of null if it is absent."""
+    """The entry of a key; null if it is absent."""
     for name in dotted.split("."):
         document = (document.value.get(name) if document.is_section else None) or Entry(None, "")
     return document
 
 
-def _refuse_export(document: Entry) -> None:
-    run_mode = document.value.get("run_mode")
-    if run_mode is None and "infer" in document.value:
-        run_mode = dataclasses.replace(document.value["infer"], value="export")
-    if run_mode is not None and run_mode.value == "export":
+def _refuse_whole_files(document: Entry) -> None:
+    """Raises one error for an export or another network, in place of one for each of its keys."""
+    run_mode, infer = document.value.get("run_mode"), document.value.get("infer")
+    export = infer if run_mode is None else run_mode if run_mode.value == "export" else None
+    if export is not None:
         raise SettingsError(
-            f"{run_mode.where}: run_mode: export: MindIR files are not supported. tools/convert_weight.py converts "
+            f"{export.where}: run_mode: export: MindIR files are not supported. tools/convert_weight.py converts "
             "weights to other formats; --run_mode predict answers prompts with the keys of this file"
         )
-
-
-def _refuse_other_networks(document: Entry) -> None:
-    """Raises one error in place of one for each key of another model."""
-    for key, known in (("model.model_config.type", CONFIGS), ("model.arch.type", NETWORKS)):
+    for key, known in (("model.model_config.type", table.CONFIGS), ("model.arch.type", table.NETWORKS)):
         entry = _at(document, key)
         if isinstance(entry.value, str) and entry.value not in (*known, *_OUR_CLASSES):
             raise SettingsError(
@@ -132,29 +117,31 @@ def _with_callbacks(document: Entry) -> Entry:
 def _sections() -> dict[str, set[str]]:
     """Section of our or of MindFormers' files -> names in it."""
     sections: dict[str, set[str]] = {}
-    for key in (*LEGACY, *leaf_keys(), *SECTION_ALIASES):
-        names = key.split(".")
-        for depth, name in enumerate(names):
-            sections.setdefault(".".join(names[:depth]), set()).add(name)
+    for key in (*table.LEGACY, *leaf_keys(), *table.SECTION_ALIASES):
+        while key:
+            section, _, name = key.rpartition(".")
+            sections.setdefault(section, set()).add(name)
+            key = section
     return sections
 
 
 def _read(
     section: Entry, draft: Draft, typed: Collection[str], path: str = "", spelled: str = "", rank: int = 0
 ) -> None:
-    """The one pass: applies the rule of every key of a section and of the sections in it."""
+    """Applies the rule of every key of a section and of the sections in it."""
     sections = _sections()
     for name, entry in section.value.items():
-        dotted, written = _joined(path, name), _joined(spelled, name)
-        key = SECTION_ALIASES.get(dotted, dotted)
+        dotted, written = f"{path}.{name}".lstrip("."), f"{spelled}.{name}".lstrip(".")
+        key = table.SECTION_ALIASES.get(dotted, dotted)
         source = Source(written, entry, entry.where in typed, key, (0, rank + (key != dotted)))
         if key in sections and entry.is_section and entry.value:
             _read(entry, draft, typed, key, written, source.rank[1])
-        elif key in LEGACY or key in leaf_keys():
+        elif key in table.LEGACY or key in leaf_keys():
             _apply(source, draft)
         elif key not in sections:
             problem = unknown_key(dotted, written, entry, sorted(sections[path]))
-            meant = tuple(_our_name(near) for near in problem.meant)
+            rules = [(near, table.LEGACY.get(near)) for near in problem.meant]
+            meant = tuple(rule.key if isinstance(rule, table.Renamed) else near for near, rule in rules)
             draft.problems.append(dataclasses.replace(problem, meant=meant))
         elif entry.value not in (None, "None", {}):
             message = f"expected a section, found {described(entry.value)}"
@@ -163,36 +150,27 @@ def _read(
 
 def _apply(source: Source, draft: Draft) -> None:
     """Applies the rule of a key."""
-    known, rule = draft.found.get(source.key), LEGACY.get(source.key)
+    known, rule = draft.found.get(source.key), table.LEGACY.get(source.key)
     if known is not None and same(known.value, source.value) and known.typed >= source.typed:
         return  # the same section again, behind an alias
     if known is None or source.typed > known.typed:
         draft.found[source.key] = source
     if rule is None:
-        draft.offer(source.key, source)
-    elif isinstance(rule, Renamed):
+        draft.targets[source.key].append(source)
+    elif isinstance(rule, table.Renamed):
         value = source.entry.value
         if isinstance(value, str) and value in rule.values:
             remark = f" ({rule.remark})" if rule.remark else ""
             draft.renamed.append(f"{source.entry.where}: {source.name}: {value} is {rule.values[value]} here{remark}")
             source = source.with_value(rule.values[value])
         rank = 0 if rule.key == source.key else rule.rank
-        draft.offer(rule.key, dataclasses.replace(source, rank=(rank, source.rank[1])))
-    elif isinstance(rule, Ignored) or any(same(value, source.value) for value in rule.unless):
+        draft.targets[rule.key].append(dataclasses.replace(source, rank=(rank, source.rank[1])))
+    elif isinstance(rule, table.Ignored) or any(same(value, source.value) for value in rule.unless):
         draft.without_effect(source, rule.reason)
     elif any(same(value, source.value) for value in rule.accepted):
         draft.remark(source, f": {rule.accepted[source.value]}")
     else:
         draft.refuse(source, rule.remedy)
-
-
-def _our_name(key: str) -> str:
-    rule = LEGACY.get(key)
-    return rule.key if isinstance(rule, Renamed) else key
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _best(sources: list[Source], key: str, draft: Draft) -> Source:
@@ -240,10 +218,10 @@ def _without_effect(draft: Draft) -> list[str]:
         for name in names:
             section, _, last = name.rpartition(".")
             by_section.setdefault(section, []).append(last)
-        listed = [
-            f"{section}.{{{', '.join(last)}}}" if len(last) > 1 and section else _joined(section, ", ".join(last))
-            for section, last in by_section.items()
-        ]
+        listed = []
+        for section, last in by_section.items():
+            together = f"{{{', '.join(last)}}}" if len(last) > 1 and section else ", ".join(last)
+            listed.append(f"{section}.{together}".lstrip("."))
         parts.append(f"{', '.join(listed)} ({reason})")
     return [f"{draft.source}: no effect here: {'; '.join(parts)}"] if parts else []
 
