@@ -95,8 +95,8 @@ def _command_line(
     for name, value in flags.items():
         if name not in FLAGS:
             messages.append(f"--{name}: unknown flag{did_you_mean(name, FLAGS)}")
-        elif value is not None and FLAGS[name].key:
-            given[FLAGS[name].key], by_flag[FLAGS[name].key] = _flag_entry(name, value), name
+        elif value is not None and (key := FLAGS[name].key):
+            given[key], by_flag[key] = _flag_entry(name, value), name
     for text in overrides:
         match = _OVERRIDE.fullmatch(text)
         if not match:

@@ -219,8 +219,8 @@ def _without_effect(draft: Draft) -> list[str]:
             section, _, last = name.rpartition(".")
             by_section.setdefault(section, []).append(last)
         listed = []
-        for section, last in by_section.items():
-            together = f"{{{', '.join(last)}}}" if len(last) > 1 and section else ", ".join(last)
+        for section, inside in by_section.items():
+            together = f"{{{', '.join(inside)}}}" if len(inside) > 1 and section else ", ".join(inside)
             listed.append(f"{section}.{together}".lstrip("."))
         parts.append(f"{', '.join(listed)} ({reason})")
     return [f"{draft.source}: no effect here: {'; '.join(parts)}"] if parts else []
