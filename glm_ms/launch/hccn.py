@@ -6,7 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _TIMEOUT = 30  # seconds for one call of hccn_tool, which usually takes less tha
 
 _RANGE = re.compile(r"\[\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*([)\]])")
 _COUNT = re.compile(r"[0-9]{1,6}")
-_ADDRESS_LINE = re.compile(r"address_([^=\s]*)\s*=\s*(\S*)")
+_ADDRESS_LINE = re.compile(r"address_([0-9]{1,6})\s*=\s*(\S+)")
 _TOOL_ADDRESS = re.compile(r"^\s*ipaddr\s*:\s*(\S+)\s*$", re.MULTILINE)
 
 
@@ -33,24 +33,25 @@ def card_range(text: str) -> range:
         RankTableError: another form, an empty or reversed range, or too many cards.
     """
     text = text.strip()
+    where = f'--device_num "{text}":'
     match = _RANGE.fullmatch(text)
-    if match and match[3] == "]":
-        first, last = int(match[1]), int(match[2])
-        raise RankTableError(
-            f'--device_num "{text}": the end is not part of a range; '
-            f'write "[{first},{last})" for cards up to {last - 1}, "[{first},{last + 1})" for cards up to {last}'
-        )
     if match:
-        cards = range(int(match[1]), int(match[2]))
+        first, end = int(match[1]), int(match[2])
+        if match[3] == "]":
+            raise RankTableError(
+                f"{where} the end is not part of a range; "
+                f'write "[{first},{end})" for cards up to {end - 1}, "[{first},{end + 1})" for cards up to {end}'
+            )
+        cards = range(first, end)
     elif _COUNT.fullmatch(text):
         cards = range(int(text))
     else:
-        raise RankTableError(f'--device_num "{text}": write a range such as "[0,8)" for cards 0 to 7, or a number')
+        raise RankTableError(f'{where} write a range such as "[0,8)" for cards 0 to 7, or a number')
     if not cards:
         reverse = f'; did you mean "[{cards.stop},{cards.start})"?' if cards.stop < cards.start else ""
-        raise RankTableError(f'--device_num "{text}": has no cards{reverse}')
+        raise RankTableError(f"{where} has no cards{reverse}")
     if cards.stop > MOST_CARDS:
-        raise RankTableError(f'--device_num "{text}": no server has more than {MOST_CARDS} cards')
+        raise RankTableError(f"{where} no server has more than {MOST_CARDS} cards")
     return cards
 
 
@@ -60,29 +61,25 @@ def visible_cards(text: str) -> tuple[int, ...]:
     Raises:
         RankTableError: not numbers between commas, or a card twice.
     """
+    where = f'--visible_devices "{text}":'
     cards: list[int] = []
     for item in text.split(","):
         if not _COUNT.fullmatch(item.strip()):
-            raise RankTableError(f'--visible_devices "{text}": {item!r} is not a card; write "0,1,2,3"')
+            raise RankTableError(f'{where} {item!r} is not a card; write "0,1,2,3"')
         card = int(item)
         if card in cards:
-            raise RankTableError(f'--visible_devices "{text}": card {card} is there twice')
+            raise RankTableError(f"{where} card {card} is there twice")
         if card >= MOST_CARDS:
-            raise RankTableError(f'--visible_devices "{text}": no server has a card {card}')
+            raise RankTableError(f"{where} no server has a card {card}")
         cards.append(card)
     return tuple(cards)
 
 
 def physical_cards(logical: Sequence[int], visible: Sequence[int] | None) -> tuple[int, ...]:
-    """Physical numbers of logical cards; the same numbers without `visible`.
-
-    Raises:
-        RankTableError: a card is not visible.
-    """
+    """Physical numbers of logical cards, the same without `visible`; RankTableError if a card is not visible."""
     if visible is None:
         return tuple(logical)
-    beyond = [card for card in logical if card >= len(visible)]
-    if beyond:
+    if any(card >= len(visible) for card in logical):
         raise RankTableError(
             f"--device_num asks for logical cards {name_numbers(logical)}, but --visible_devices has "
             f'{len(visible)}, so that they end at {len(visible) - 1}; "[0,{len(visible)})" takes them all'
@@ -92,12 +89,11 @@ def physical_cards(logical: Sequence[int], visible: Sequence[int] | None) -> tup
 
 def note_on_halves(cards: Sequence[int]) -> str | None:
     """A remark if the cards are of both halves of an 8-card server, but not all 8; else None."""
-    chosen = set(cards)
-    low = {card for card in chosen if card < _HALF}
-    if max(chosen) >= 2 * _HALF or low in (set(), chosen) or len(chosen) == 2 * _HALF:
+    low = sum(card < _HALF for card in cards)
+    if max(cards) >= 2 * _HALF or low in (0, len(cards)) or len(cards) == 2 * _HALF:
         return None
     return (
-        f"cards {name_numbers(sorted(chosen))} are of both halves of the server (0-3 and 4-7); on Atlas 800 "
+        f"cards {name_numbers(sorted(cards))} are of both halves of the server (0-3 and 4-7); on Atlas 800 "
         "training servers with Ascend 910A, HCCL accepts cards of one half, or all 8"
     )
 
@@ -126,16 +122,22 @@ def read_addresses(
         if not isinstance(error, FileNotFoundError):
             say(f"{path}: {reason}; using hccn_tool")
     missing = [card for card in cards if card not in listed]
+    tool = _find_hccn_tool() if missing else None
+    places = ", ".join(map(str, HCCN_TOOL_PLACES))
     asked: dict[int, str] = {}
-    tool = find_hccn_tool() if missing else None
-    if tool is not None:
-        asked, reasons = _ask_for_all(tool, missing)
-        if reasons:
-            first = f"{tool}: {next(iter(reasons.values()))}"
-            raise _no_address(list(reasons), f"{path}: {reason}", first)
-    elif missing:
-        places = ", ".join(map(str, HCCN_TOOL_PLACES))
-        raise _no_address(missing, f"{path}: {reason}", f"hccn_tool: neither on PATH nor {places}")
+    failures = {}  # card -> what the tool said
+    for card in missing:
+        address, said = _ask(tool, card) if tool else (None, f"neither on PATH nor {places}")
+        if address is None:
+            failures[card] = said
+        else:
+            asked[card] = address
+    if failures:
+        first, said = next(iter(failures.items()))
+        raise RankTableError(
+            f"{_name_cards(list(failures))}: no address. {path}: {reason.format(card=first)}. {tool or 'hccn_tool'}: "
+            f"{said}. Set one: hccn_tool -i {first} -ip -s address A.B.C.D netmask 255.255.255.0, or add it to the file"
+        )
     found = {card: asked.get(card) or listed[card] for card in cards}
     origins = {card: str(tool if card in asked else path) for card in cards}
     _check_addresses(found, origins)
@@ -153,20 +155,19 @@ def read_hccn_conf(path: Path) -> dict[int, str]:
     """
     addresses: dict[int, str] = {}
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip().startswith("address_"):
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if not line.startswith("address_"):
             continue
-        match = _ADDRESS_LINE.fullmatch(line.strip())
-        if not match or not _COUNT.fullmatch(match[1]) or not match[2]:
-            raise RankTableError(f"{path}:{number}: {line.strip()!r}: write it as address_0=192.98.92.107")
+        match = _ADDRESS_LINE.fullmatch(line)
+        if not match:
+            raise RankTableError(f"{path}:{number}: {line!r}: write it as address_0=192.98.92.107")
         card, address = int(match[1]), match[2]
-        if addresses.get(card, address) != address:
+        if addresses.setdefault(card, address) != address:
             raise RankTableError(f"{path}:{number}: card {card} has two addresses, {addresses[card]} and {address}")
-        addresses[card] = address
     return addresses
 
 
-def find_hccn_tool() -> Path | None:
+def _find_hccn_tool() -> Path | None:
     """The program on PATH, else where drivers install it, else None."""
     on_path = shutil.which("hccn_tool")
     if on_path:
@@ -174,40 +175,26 @@ def find_hccn_tool() -> Path | None:
     return next((place for place in HCCN_TOOL_PLACES if place.is_file()), None)
 
 
-def _ask_for_all(tool: Path, cards: Iterable[int]) -> tuple[dict[int, str], dict[int, str]]:
-    """Card -> address, and card -> reason why it has none."""
-    addresses: dict[int, str] = {}
-    reasons: dict[int, str] = {}
-    for card in cards:
-        command = [str(tool), "-i", str(card), "-ip", "-g"]
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                timeout=_TIMEOUT, check=False
-            )  # fmt: skip
-        except OSError as error:
-            raise RankTableError(f"{tool}: cannot be started: {error.strerror}") from None
-        except subprocess.TimeoutExpired:
-            raise RankTableError(
-                f"{' '.join(command)}: no answer for {_TIMEOUT} s; check that the driver works (npu-smi info), "
-                "or give the addresses in a file with --hccn_conf"
-            ) from None
-        output = done.stdout.decode("utf-8", errors="replace")
-        match = _TOOL_ADDRESS.search(output)
-        if done.returncode == 0 and match:
-            addresses[card] = match[1]
-        else:
-            lines = output.strip().splitlines()
-            said = f'said "{lines[-1].strip()[:200]}"' if lines else "said nothing"
-            reasons[card] = f"-i {card} -ip -g {said} (exit status {done.returncode})"
-    return addresses, reasons
-
-
-def _no_address(cards: Sequence[int], conf: str, tool: str) -> RankTableError:
-    return RankTableError(
-        f"{_name_cards(cards)}: no address. {conf.format(card=cards[0])}. {tool}. "
-        f"Set one: hccn_tool -i {cards[0]} -ip -s address A.B.C.D netmask 255.255.255.0, or add it to the file"
-    )
+def _ask(tool: Path, card: int) -> tuple[str | None, str]:
+    """The address of a card, None if it has none, and what the tool said."""
+    command = [str(tool), "-i", str(card), "-ip", "-g"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=_TIMEOUT, check=False
+        )  # fmt: skip
+    except OSError as error:
+        raise RankTableError(f"{tool}: cannot be started: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise RankTableError(
+            f"{' '.join(command)}: no answer for {_TIMEOUT} s; check that the driver works (npu-smi info), "
+            "or give the addresses in a file with --hccn_conf"
+        ) from None
+    output = done.stdout.decode("utf-8", errors="replace")
+    match = _TOOL_ADDRESS.search(output) if done.returncode == 0 else None
+    lines = output.strip().splitlines()
+    said = f'said "{lines[-1].strip()[:200]}"' if lines else "said nothing"
+    return match[1] if match else None, f"-i {card} -ip -g {said} (exit status {done.returncode})"
 
 
 def _name_cards(cards: Sequence[int]) -> str:

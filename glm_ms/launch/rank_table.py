@@ -1,26 +1,98 @@
-"""Rank tables of Ascend servers: makes, merges, checks, reads and writes them."""
+"""Rank tables of Ascend servers: makes, merges, checks, reads and writes them.
+
+A table says which cards of which servers train together, and in which order; HCCL reads its file. The format is
+template 1, version "1.0", of the CANN documentation (HCCL, "rank table"): JSON in which all values are strings.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
-from glm_ms.launch.rank_table_file import Device, RankTable, RankTableError, Server, parse_rank_table
 from glm_ms.storage.atomic import check_target, replace_text
+from glm_ms.storage.errors import FileError
+from glm_ms.storage.readers import read_json
+from glm_ms.storage.suggest import nearest
 
 LONGEST_SERVER_ID = 64
 _MOST_PROBLEMS = 5
+_VERSION, _COMPLETED, _RESERVE = "1.0", "completed", "reserve"
+_TABLE_KEYS = ("version", "server_count", "server_list", "status")
+_SERVER_KEYS = ("server_id", "device", "host_nic_ip")
+_DEVICE_KEYS = ("device_id", "device_ip", "rank_id")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
+_KINDS = {
+    dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null",
+    int: "a number", float: "a number",
+}  # fmt: skip
+
+
+class RankTableError(FileError):
+    """A rank table, or an option or file from which one is made, is wrong."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One card. `others` are further keys of the file, written back unchanged."""
+
+    device_id: int  # physical number of the card in its server, as in /dev/davinci0
+    device_ip: str  # IPv4 or IPv6 address of its network port
+    rank_id: int
+    others: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server. `others` are further keys of the file, written back unchanged."""
+
+    server_id: str  # address or other unique name
+    devices: tuple[Device, ...]  # in the order of their ranks
+    host_nic_ip: str = _RESERVE
+    others: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class RankTable:
+    """Servers that train together, in the order of their ranks. `source` is the path of the file, or empty."""
+
+    servers: tuple[Server, ...]
+    source: str = field(default="", compare=False)
+
+    @property
+    def rank_size(self) -> int:
+        """Number of cards, which is the number of processes."""
+        return sum(len(server.devices) for server in self.servers)
+
+    def to_json(self) -> str:
+        """Content of the file."""
+        servers = [
+            {
+                "server_id": server.server_id,
+                "device": [_device_to_json(device) for device in server.devices],
+                "host_nic_ip": server.host_nic_ip,
+                **server.others,
+            }
+            for server in self.servers
+        ]
+        table = {"version": _VERSION, "server_count": str(len(servers)), "server_list": servers, "status": _COMPLETED}
+        return json.dumps(table, indent=4, ensure_ascii=False) + "\n"
+
+
+def _device_to_json(device: Device) -> dict[str, Any]:
+    ids = {"device_id": str(device.device_id), "device_ip": device.device_ip, "rank_id": str(device.rank_id)}
+    return {**ids, **device.others}
+
+
+# ------------------------------------------------------------------ tables from addresses and from other tables
 
 
 def single_server(server_id: str, addresses: Mapping[int, str]) -> RankTable:
-    """The table of one server.
-
-    Args:
-        server_id: address of the server.
-        addresses: `device_id` -> `device_ip`; ranks follow this order, from 0.
+    """The table of one server; the ranks follow the order of `addresses` (device_id -> device_ip), from 0.
 
     Raises:
         RankTableError: a name or address is wrong or used twice, or there are no cards.
@@ -53,17 +125,14 @@ def merge(tables: Sequence[RankTable]) -> RankTable:
     several = [table.source for table in tables if table.source and len(table.servers) > 1]
     hint = f" ({several[0]} has several servers: is it the result of an earlier merge?)" if several else ""
     _raise(_between_servers(servers, names), f"cannot be merged{hint}")
-    merged = RankTable(tuple(servers))
-    validate(merged)
-    return merged
+    return RankTable(tuple(servers))
+
+
+# ------------------------------------------------------------------ checks
 
 
 def validate(table: RankTable) -> None:
-    """Checks all that HCCL requires and the table alone can show.
-
-    Raises:
-        RankTableError: lists the problems, with servers, cards and ranks.
-    """
+    """Checks all that HCCL requires and the table alone can show; RankTableError lists the problems."""
     where = table.source or "rank table"
     if not table.servers:
         raise RankTableError(f"{where}: has no servers")
@@ -149,10 +218,8 @@ def _rank_problems(table: RankTable) -> Iterator[str]:
     for server in table.servers:
         own = sorted(device.rank_id for device in server.devices)
         if own[-1] - own[0] + 1 != len(own):
-            yield (
-                f"server {server.server_id}: its ranks are {name_numbers(own)}, with gaps; "
-                "the ranks of one server must be consecutive"
-            )
+            gaps = f"its ranks are {name_numbers(own)}, with gaps; the ranks of one server must be consecutive"
+            yield f"server {server.server_id}: {gaps}"
 
 
 def name_numbers(numbers: Sequence[int]) -> str:
@@ -190,6 +257,9 @@ def _comparable(name: str) -> IPv4Address | IPv6Address | str:
         return name
 
 
+# ------------------------------------------------------------------ files
+
+
 def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = False) -> None:
     """Writes the file of a table, whole or not at all.
 
@@ -205,11 +275,90 @@ def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = Fa
 
 
 def read_rank_table(path: str | Path) -> RankTable:
-    """Reads and checks the file of a table.
+    """Reads and checks the file of a table, and sorts it by rank.
 
     Raises:
-        RankTableError: see `parse_rank_table` and `validate`; the message names the file and the key.
+        RankTableError: the file cannot be read or is not a table of version 1.0, or see `validate`; the message names
+            the file and the key.
     """
-    table = parse_rank_table(path)
-    validate(table)
-    return table
+    place = f"{path}: "
+    document = read_json(Path(path), RankTableError, "no such file; make it with tools/hccl_tools.py")
+    table = _object(document, str(path))
+    _check_template(table, place)
+    servers = [_server(*item) for item in _objects(table, "server_list", place)]
+    count = _number(table, "server_count", place)
+    if count != len(servers):
+        raise RankTableError(f"{place}server_count is {count}, but server_list has {len(servers)} servers")
+    servers.sort(key=lambda server: min((device.rank_id for device in server.devices), default=0))
+    found = RankTable(tuple(servers), source=str(path))
+    validate(found)
+    return found
+
+
+def _check_template(table: dict[str, Any], place: str) -> None:
+    if "group_list" in table:
+        raise RankTableError(f"{place}a rank table of template 2 (group_list); make a new one with tools/hccl_tools.py")
+    if not table.keys() & {*_TABLE_KEYS}:
+        raise RankTableError(f"{place}not a rank table: none of the keys {', '.join(_TABLE_KEYS)}")
+    version = _value(table, "version", str, place)
+    if version != _VERSION:
+        raise RankTableError(f'{place}version is "{version}"; only "{_VERSION}" is supported')
+    status = _value(table, "status", str, place)
+    if status != _COMPLETED:
+        remedy = "wait for its completion, or make a new table"
+        raise RankTableError(f'{place}status is "{status}", not "{_COMPLETED}"; {remedy}')
+    unknown = [key for key in table if key not in _TABLE_KEYS]
+    if unknown:
+        raise RankTableError(f'{place}unknown key "{unknown[0]}"; a rank table has {", ".join(_TABLE_KEYS)}')
+
+
+def _server(server: dict[str, Any], place: str) -> Server:
+    devices = [_device(*item) for item in _objects(server, "device", place)]
+    return Server(
+        server_id=_value(server, "server_id", str, place),
+        devices=tuple(sorted(devices, key=lambda device: device.rank_id)),
+        host_nic_ip=_value({"host_nic_ip": _RESERVE, **server}, "host_nic_ip", str, place),
+        others={key: value for key, value in server.items() if key not in _SERVER_KEYS},
+    )
+
+
+def _device(device: dict[str, Any], place: str) -> Device:
+    return Device(
+        device_id=_number(device, "device_id", place),
+        device_ip=_value(device, "device_ip", str, place),
+        rank_id=_number(device, "rank_id", place),
+        others={key: value for key, value in device.items() if key not in _DEVICE_KEYS},
+    )
+
+
+def _objects(item: dict[str, Any], key: str, place: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a list, each with the place of its keys for messages."""
+    for number, value in enumerate(_value(item, key, list, place)):
+        where = f"{place}{key}[{number}]"
+        yield _object(value, where), f"{where}."
+
+
+def _object(item: Any, where: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise RankTableError(f"{where}: {_KINDS[type(item)]}, but an object is needed: {{...}}")
+    return item
+
+
+def _value(item: dict[str, Any], key: str, kind: type, place: str) -> Any:
+    if key not in item:
+        near = nearest(key, item)
+        hint = f'; did you mean this by "{near[0]}"?' if near else ""
+        raise RankTableError(f"{place}{key}: is missing{hint}")
+    value = item[key]
+    if not isinstance(value, kind):
+        number = kind is str and type(value) in (int, float)
+        remedy = f'; all values of a rank table are strings, write "{value}"' if number else ""
+        raise RankTableError(f"{place}{key}: is {_KINDS[type(value)]}, but {_KINDS[kind]} is needed{remedy}")
+    return value
+
+
+def _number(item: dict[str, Any], key: str, place: str) -> int:
+    text = _value(item, key, str, place)
+    if not _NUMBER.fullmatch(text):
+        raise RankTableError(f'{place}{key}: "{text}" is not a whole number from 0, such as "0"')
+    return int(text)
