@@ -10,8 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glm_ms.launch.processes import Interrupts, claim, clean_environment, is_local
-from glm_ms.launch.rank_job import LaunchError, Member, Say, Show, make_room_for_logs, run_command, run_ranks
+from glm_ms.launch.processes import Interrupts, is_local
+from glm_ms.launch.rank_job import (
+    LaunchError,
+    Member,
+    RankJob,
+    clean_environment,
+    guarded,
+    run_command,
+    say,
+    take_log_folder,
+)
 from glm_ms.launch.rank_table import RankTable, Server, name_numbers, read_rank_table
 
 USAGE = """\
@@ -41,34 +50,18 @@ _RANGE = re.compile(r"\[(\d{1,5}),\s*(\d{1,5})[)\]]", re.ASCII)
 
 @dataclass(frozen=True)
 class Request:
-    """Arguments of the launcher, see `USAGE`; `numbers` are the cards, or ranks, of DEVICE_RANGE."""
+    """Arguments of the launcher, see `USAGE`."""
 
     rank_table: str
-    config: str
-    numbers: range
-    run_status: str
+    numbers: range  # cards, or ranks, of DEVICE_RANGE
     rank_size: int | None
-    predict_data: str | None
-    flags: tuple[str, ...]
-
-    def command(self) -> list[str]:
-        """Command line of every rank."""
-        script = Path(__file__).resolve().parents[2] / "run_glm.py"
-        predict_data = [] if self.predict_data is None else ["--predict_data", self.predict_data]
-        return [
-            sys.executable, str(script), "--config", self.config, "--use_parallel", "True",
-            "--run_mode", self.run_status, *predict_data, *self.flags,
-        ]  # fmt: skip
+    command: tuple[str, ...]  # command line of every rank
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """Reads the arguments.
-
-    Raises:
-        LaunchError: an argument is wrong.
-    """
+    """Reads the arguments; LaunchError if one is wrong."""
     number = next((n for n, word in enumerate(arguments) if word.startswith("--")), len(arguments))
-    words, flags = list(arguments[:number]), tuple(arguments[number:])
+    words, flags = arguments[:number], arguments[number:]
     if len(words) < 4:
         raise LaunchError(
             f"{len(words)} arguments; RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE RUN_STATUS are needed. "
@@ -82,12 +75,12 @@ def parse(arguments: Sequence[str]) -> Request:
             raise LaunchError(f"{name} {path}: no such file in {Path.cwd()}; check the path")
     if run_status not in RUN_STATUSES:
         raise LaunchError(f"RUN_STATUS {run_status}: must be one of {', '.join(RUN_STATUSES)}")
-    predict_data = None
+    prompt = []
     if run_status == "predict" and rest:
-        predict_data = rest.pop()
-        if predict_data.isdecimal() and not rest:
+        prompt = ["--predict_data", rest.pop()]
+        if prompt[1].isdecimal() and not rest:
             raise LaunchError(
-                f"{predict_data}: with predict, the last argument is PREDICT_DATA, and RANK_SIZE comes before it; "
+                f"{prompt[1]}: with predict, the last argument is PREDICT_DATA, and RANK_SIZE comes before it; "
                 "write a prompt that is a number into a .txt file"
             )
     flag_form = "flags of run_glm.py begin with -- (write key.sub=value as --key.sub value)"
@@ -95,16 +88,14 @@ def parse(arguments: Sequence[str]) -> Request:
         raise LaunchError(f"{rest[1]}: one argument too many; {flag_form}")
     if rest and (not (rest[0].isascii() and rest[0].isdecimal()) or int(rest[0]) < 1):
         raise LaunchError(f"RANK_SIZE {rest[0]}: not a number of cards; {flag_form}")
+    script = Path(__file__).resolve().parents[2] / "run_glm.py"
+    given = ["--config", config, "--use_parallel", "True", "--run_mode", run_status, *prompt, *flags]
     rank_size = int(rest[0]) if rest else None
-    return Request(table, config, device_range(cards), run_status, rank_size, predict_data, flags)
+    return Request(table, device_range(cards), rank_size, (sys.executable, str(script), *given))
 
 
 def device_range(text: str) -> range:
-    """Numbers of "[0,8)". "[0,8]" means the same, as in the scripts of MindFormers.
-
-    Raises:
-        LaunchError: not such a range, or empty.
-    """
+    """Numbers of "[0,8)". "[0,8]" means the same, as in the scripts of MindFormers."""
     match = _RANGE.fullmatch(text.strip())
     if match is None or int(match[1]) >= int(match[2]):
         raise LaunchError(f'DEVICE_RANGE {text}: not a range such as "[0,8)", which means 0 to 7; keep the quotes')
@@ -112,14 +103,9 @@ def device_range(text: str) -> range:
 
 
 def this_server(table: RankTable, server_id: str | None) -> Server:
-    """Finds this machine in a table.
+    """Finds this machine in a table; LaunchError if no server, or several, can be this machine.
 
-    Args:
-        table: of one or several servers.
-        server_id: the environment variable SERVER_ID: a server_id of the table, or a number in it.
-
-    Raises:
-        LaunchError: no server, or several, can be this machine.
+    `server_id` is the environment variable SERVER_ID: a server_id of the table, or a number in it.
     """
     known = ", ".join(f"{number}: {server.server_id}" for number, server in enumerate(table.servers))
     if server_id:
@@ -166,7 +152,7 @@ def check_cards(request: Request, table: RankTable, server: Server) -> None:
         )
 
 
-def launch(arguments: Sequence[str], say: Say, show: Show) -> int:
+def launch(arguments: Sequence[str]) -> int:
     """Starts the ranks of this server and waits for their end.
 
     Returns:
@@ -182,41 +168,27 @@ def launch(arguments: Sequence[str], say: Say, show: Show) -> int:
     server = this_server(table, os.environ.get("SERVER_ID"))
     check_cards(request, table, server)
     interrupts = Interrupts()
-    holder = claim(f"logs {LOG_DIR.resolve()}")
-    if holder is None:
-        raise LaunchError(f"{LOG_DIR}: another job is writing its logs there; start this one in another folder")
     alone = len(table.servers) == 1
-    logs = {device.rank_id: LOG_DIR / f"rank_{device.rank_id}" / LOG_NAME for device in server.devices}
-    # Other servers may share the folder and have started: then only the logs of these ranks are old.
-    make_room_for_logs(
-        LOG_DIR,
-        lambda: LOG_DIR.glob(f"rank_*/{LOG_NAME}") if alone else logs.values(),
-        logs.values(),
-        str(LOG_DIR),
-        say,
-    )
-    environment = clean_environment(say)
-    environment["RANK_TABLE_FILE"] = str(Path(request.rank_table).resolve())
-    environment["RANK_SIZE"] = str(table.rank_size)
-
-    def start(environment: dict[str, str]) -> dict[int, Member]:
-        members = {}
-        for device in sorted(server.devices, key=lambda device: device.rank_id):
-            log = logs[device.rank_id]
-            own = {"RANK_ID": str(device.rank_id), "DEVICE_ID": str(device.device_id)}
-            with log.open("wb") as file:
-                process = subprocess.Popen(
-                    request.command(), env={**environment, **own}, stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=file, start_new_session=True
-                )  # fmt: skip
-            process.returncode = 0  # so that only the job waits for it, not this object
-            members[process.pid] = Member(f"rank {device.rank_id}", log)
-        ranks = sorted(logs)
-        say(f"ranks {name_numbers(ranks)} of {table.rank_size} started; rank {ranks[0]} follows, all logs: {LOG_DIR}")
-        return members
-
-    with holder:
-        return run_ranks(start, environment, interrupts, say, show, alone)
+    devices = sorted(server.devices, key=lambda device: device.rank_id)
+    logs = [LOG_DIR / f"rank_{device.rank_id}" / LOG_NAME for device in devices]
+    patterns = [f"rank_*/{LOG_NAME}"] if alone else []
+    with take_log_folder(LOG_DIR, logs, patterns):
+        whole = {"RANK_TABLE_FILE": str(Path(request.rank_table).resolve()), "RANK_SIZE": str(table.rank_size)}
+        with guarded({**clean_environment(), **whole}) as environment:
+            members = []
+            for device, log in zip(devices, logs):
+                own = {"RANK_ID": str(device.rank_id), "DEVICE_ID": str(device.device_id)}
+                with log.open("wb") as file:
+                    process = subprocess.Popen(
+                        request.command, env={**environment, **own}, stdin=subprocess.DEVNULL, stdout=file,
+                        stderr=file, start_new_session=True
+                    )  # fmt: skip
+                process.returncode = 0  # so that only the job waits for it, not this object
+                members.append(Member(process.pid, f"rank {device.rank_id}", log))
+            names = name_numbers([device.rank_id for device in devices])
+            first = members[0].name
+            say(f"ranks {names} of {table.rank_size} started; {first} follows, all logs: {LOG_DIR}")
+            return RankJob(members, interrupts, alone).wait()
 
 
 def main(arguments: Sequence[str]) -> int:

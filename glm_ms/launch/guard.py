@@ -21,14 +21,7 @@ _PAUSE = 0.05
 
 
 class Guard:
-    """Watches this process until `dismiss`.
-
-    Attributes:
-        environment: for the processes of the job: that of the constructor, and the mark by which the guard finds them.
-
-    Raises:
-        OSError: no process can be started.
-    """
+    """Watches this process until `dismiss`; `environment`, with the mark of the job, is for its processes."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         token = secrets.token_hex(8)

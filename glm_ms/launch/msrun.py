@@ -15,29 +15,193 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from glm_ms.launch.msrun_arguments import DEFAULT_PORT, USAGE, Job, parse
-from glm_ms.launch.processes import Interrupts, claim, claim_port, clean_environment, is_local
+from glm_ms.launch.processes import Interrupts, claim_port, end_descendants, is_local
 from glm_ms.launch.rank_job import (
     LaunchError,
     Member,
-    Say,
-    Show,
-    end_started,
-    make_room_for_logs,
+    RankJob,
+    clean_environment,
+    guarded,
     run_command,
-    run_ranks,
+    say,
+    take_log_folder,
 )
 from glm_ms.launch.rank_logs import reason_in
 
+USAGE = """\
+usage: msrun_launcher.sh "SCRIPT ARGUMENTS"
+       msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM
+       msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM MASTER_PORT LOG_DIR JOIN CLUSTER_TIME_OUT
+       msrun_launcher.sh "SCRIPT ARGUMENTS" WORKER_NUM LOCAL_WORKER MASTER_ADDR MASTER_PORT NODE_RANK [LOG_DIR [JOIN \\
+           [CLUSTER_TIME_OUT]]]
+
+Starts a Python script once per card with msrun, shows rank 0 live, and waits. When a rank fails, or the launcher is
+interrupted or killed, all ranks end; the first failing rank's traceback and log are named. The first three forms use
+one server; with the last one, start it on every server, with NODE_RANK 0 on that of MASTER_ADDR.
+
+  "SCRIPT ARGUMENTS"  one quoted word, as in "run_glm.py --config X.yaml --run_mode finetune --use_parallel True"
+  WORKER_NUM          ranks on all servers together      (8)
+  LOCAL_WORKER        ranks on this server               (WORKER_NUM)
+  MASTER_ADDR         address of the first server        (127.0.0.1)
+  MASTER_PORT         free port of the first server      (8118, or another one if that is taken)
+  NODE_RANK           number of this server, from 0      (0)
+  LOG_DIR             for worker_N.log, scheduler.log, msrun.log; earlier logs are kept there (output/msrun_log)
+  JOIN                False: return at once, do not watch the ranks (True)
+  CLUSTER_TIME_OUT    seconds until all ranks must have connected (7200)
+"""
+_ONE_SERVER = ("WORKER_NUM", "MASTER_PORT", "LOG_DIR", "JOIN", "CLUSTER_TIME_OUT")
+_MANY_SERVERS = (
+    "WORKER_NUM", "LOCAL_WORKER", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOG_DIR", "JOIN", "CLUSTER_TIME_OUT",
+)  # fmt: skip
+# Least and most value of the whole numbers.
+_LIMITS = {
+    "WORKER_NUM": (1, None),
+    "LOCAL_WORKER": (1, None),
+    "MASTER_PORT": (1024, 65535),
+    "NODE_RANK": (0, None),
+    "CLUSTER_TIME_OUT": (1, None),
+}
+DEFAULT_PORT = 8118
+_LAUNCHERS = ("msrun", "mpirun", "torchrun", "bash", "sh")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Arguments of the launcher, see `USAGE`; `master_port` is None for any free one."""
+
+    command: tuple[str, ...]
+    worker_num: int = 8
+    local_worker: int = 8
+    master_addr: str = "127.0.0.1"
+    master_port: int | None = None
+    node_rank: int = 0
+    log_dir: Path = Path("output/msrun_log")
+    join: bool = True
+    cluster_time_out: int = 7200
+
+    @property
+    def alone(self) -> bool:
+        """Whether all ranks are on this server."""
+        return self.local_worker == self.worker_num
+
+    @property
+    def first_rank(self) -> int:
+        """First rank of this server."""
+        return 0 if self.alone else self.node_rank * self.local_worker
+
+    @property
+    def msrun_log(self) -> Path:
+        """File for the output of msrun itself."""
+        return self.log_dir / ("msrun.log" if self.alone else f"msrun_node_{self.node_rank}.log")
+
+    @property
+    def scheduler_log(self) -> Path:
+        """File for the output of the scheduler, which runs on the server with `node_rank` 0."""
+        return self.log_dir / "scheduler.log"
+
+    def worker_log(self, rank: int) -> Path:
+        """File for the output of a rank."""
+        return self.log_dir / f"worker_{rank}.log"
+
+    def logs(self) -> list[Path]:
+        """Logs that this server writes."""
+        own = [self.worker_log(self.first_rank + number) for number in range(self.local_worker)]
+        return [*own, *([self.scheduler_log] if self.node_rank == 0 else []), self.msrun_log]
+
+    def claim_logs(self) -> socket.socket:
+        """Claims the folder of the logs and moves those of earlier jobs away; see `take_log_folder`."""
+        patterns = ("worker_*.log", "scheduler.log", "msrun.log", "msrun_node_*.log") if self.alone else ()
+        return take_log_folder(self.log_dir, self.logs(), patterns, f"LOG_DIR {self.log_dir}")
+
+
+def parse(arguments: Sequence[str]) -> Job:
+    """Reads the arguments of the launcher; LaunchError if one is wrong."""
+    names, command = _names(arguments), _command(arguments[0])
+    given = {name.lower(): _value(name, text) for name, text in zip(names, arguments[1:])}
+    given.setdefault("local_worker", given.get("worker_num", Job.worker_num))
+    job = Job(command, **given)
+    if job.worker_num % job.local_worker:
+        raise LaunchError(
+            f"WORKER_NUM {job.worker_num} is not a multiple of LOCAL_WORKER {job.local_worker}; "
+            "all servers start the same number"
+        )
+    servers = job.worker_num // job.local_worker
+    if job.node_rank >= servers:
+        raise LaunchError(
+            f"NODE_RANK {job.node_rank}: with WORKER_NUM {job.worker_num} and LOCAL_WORKER {job.local_worker} there "
+            f"are {servers} servers, numbered from 0"
+        )
+    return job
+
+
+def _names(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Names of the arguments after the script; their number selects the form."""
+    number = len(arguments)
+    if number in (1, 2):
+        return _ONE_SERVER[: number - 1]
+    # Two forms have 6 arguments. The fifth is JOIN in one, MASTER_PORT in the other.
+    if number == 6 and not arguments[4].isdecimal():
+        return _ONE_SERVER
+    if 6 <= number <= 9:
+        return _MANY_SERVERS[: number - 1]
+    raise LaunchError(
+        f"{number} arguments; there are forms with 1, 2, 6, and for many servers 6 to 9. The script and its arguments "
+        "are one word, in quotes. See msrun_launcher.sh --help"
+    )
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of an argument."""
+    if name in _LIMITS:
+        if not (text.isascii() and text.isdecimal()):
+            raise LaunchError(f"{name} {text}: not a whole number; the arguments are in the order of --help")
+        number, (least, most) = int(text), _LIMITS[name]
+        if number < least or (most is not None and number > most):
+            allowed = f"{least} to {most}" if most is not None else f"at least {least}"
+            raise LaunchError(f"{name} {text}: must be {allowed}; the arguments are in the order of --help")
+        return number
+    if name == "JOIN":
+        if text not in ("True", "False"):
+            raise LaunchError(f"JOIN {text}: must be True or False")
+        return text == "True"
+    if name == "LOG_DIR":
+        if not text:
+            raise LaunchError(f"LOG_DIR is empty; the default is {Job.log_dir}")
+        return Path(text)
+    return text
+
+
+def _command(text: str) -> tuple[str, ...]:
+    """Splits script and arguments like a shell."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise LaunchError(f"{text}: quotes do not match ({str(error).lower()})") from None
+    if words and words[0] in ("python", "python3"):
+        words = words[1:]
+    if not words:
+        raise LaunchError('the first argument is empty; give a script, as in "run_glm.py --config X.yaml"')
+    script = words[0]
+    if script in _LAUNCHERS or script.startswith("-"):
+        raise LaunchError(f"{script}: the first argument begins with a Python script; the launcher calls msrun itself")
+    if script.isdecimal():
+        order = "the first argument is the script with its arguments in quotes, the numbers follow"
+        raise LaunchError(f"{script}: not a script; {order}")
+    if not Path(script).is_file():
+        beside = Path(__file__).resolve().parents[2] / script
+        found = f"it is {beside}: cd {beside.parent} first, or give that path"
+        remedy = found if beside.is_file() else "check the path"
+        raise LaunchError(f"{script}: no such file in {Path.cwd()}; {remedy}")
+    return tuple(words)
+
 
 def check_machine(job: Job) -> None:
-    """Checks that this machine can start the job.
-
-    Raises:
-        LaunchError: MindSpore is missing, or `master_addr` does not fit `node_rank`.
-    """
+    """Raises LaunchError if this machine has no MindSpore, or if `master_addr` does not fit `node_rank`."""
     if importlib.util.find_spec("mindspore") is None:
         raise LaunchError(
             f"{sys.executable} has no MindSpore; activate the environment that has it, or give its interpreter: "
@@ -64,26 +228,25 @@ def check_machine(job: Job) -> None:
         raise LaunchError(f"MASTER_ADDR {job.master_addr}: the other servers cannot reach it; give another address")
 
 
-def reserve_port(job: Job, say: Say) -> tuple[int, socket.socket | None]:
+def reserve_port(job: Job) -> tuple[int, socket.socket | None]:
     """The port of the scheduler, and its claim (see `claim_port`) on the server of the scheduler.
 
     Raises:
         LaunchError: MASTER_PORT was given and is taken on this server.
     """
+    wanted = port = job.master_port or DEFAULT_PORT
     if job.node_rank:
-        return job.port or DEFAULT_PORT, None
-    wanted = job.port or DEFAULT_PORT
-    holder = claim_port(wanted)
-    if holder is not None:
-        return wanted, holder
-    if job.port is not None:
-        raise LaunchError(f"MASTER_PORT {wanted} is taken by another program of this server; give another one")
+        return port, None
+    holder = claim_port(port)
+    if holder is None and job.master_port is not None:
+        raise LaunchError(f"MASTER_PORT {port} is taken by another program of this server; give another one")
     while holder is None:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         holder = claim_port(port)
-    say(f"note: port {wanted} is taken; using {port}")
+    if port != wanted:
+        say(f"note: port {wanted} is taken; using {port}")
     return port, holder
 
 
@@ -110,7 +273,7 @@ def _interpreter() -> tuple[str, ...]:
     )
 
 
-def launch(arguments: Sequence[str], say: Say, show: Show) -> int:
+def launch(arguments: Sequence[str]) -> int:
     """Starts a job and, unless `join` is False, waits for its end.
 
     Returns:
@@ -123,42 +286,37 @@ def launch(arguments: Sequence[str], say: Say, show: Show) -> int:
     job = parse(arguments)
     check_machine(job)
     interrupts = Interrupts()
-    environment = clean_environment(say)
+    environment = clean_environment()
     if shutil.which("msrun", path=environment["PATH"]) is None:
         raise LaunchError(f"no msrun beside {sys.executable} or on PATH; reinstall MindSpore there")
-    log_dir_holder = claim(f"logs {job.log_dir.resolve()}")
-    if log_dir_holder is None:
-        raise LaunchError(f"LOG_DIR {job.log_dir}: another job is writing its logs there; give another one")
-    port, port_holder = reserve_port(job, say)
-    command = msrun_command(job, port)
-    make_room_for_logs(job.log_dir, job.former_logs, [job.msrun_log], f"LOG_DIR {job.log_dir}", say)
-    say(shlex.join(command))
-    if not job.join:
-        status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
-        failed = f"error: msrun: exit status {status}"
-        say(failed if status else f"started, and not watched; logs: {job.log_dir}")
-        return status
-    try:
-        return run_ranks(
-            lambda environment: start_and_adopt(job, command, environment, interrupts, say),
-            environment, interrupts, say, show, job.alone
-        )  # fmt: skip
-    finally:
-        for holder in (log_dir_holder, port_holder):
-            if holder is not None:
-                holder.close()
+    with ExitStack() as claims:
+        port, holder = reserve_port(job)
+        if holder is not None:
+            claims.enter_context(holder)
+        command = msrun_command(job, port)
+        claims.enter_context(job.claim_logs())
+        say(shlex.join(command))
+        if not job.join:
+            status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+            failed = f"error: msrun: exit status {status}"
+            say(failed if status else f"started, and not watched; logs: {job.log_dir}")
+            return status
+        with guarded(environment) as own_environment:
+            members = start_and_adopt(job, command, own_environment, interrupts)
+            if not members:
+                say("interrupted while the ranks were being started")
+                return 128 + interrupts.received
+            return RankJob(members, interrupts, job.alone).wait()
 
 
-def start_and_adopt(
-    job: Job, command: list[str], environment: dict[str, str], interrupts: Interrupts, say: Say
-) -> dict[int, Member]:
+def start_and_adopt(job: Job, command: list[str], environment: dict[str, str], interrupts: Interrupts) -> list[Member]:
     """Runs msrun to its end; the processes that it started become children of this one.
 
     Returns:
-        The processes; none after an interrupt.
+        The processes; none after an interrupt, which ends them.
 
     Raises:
-        LaunchError: msrun failed; all that it started has ended.
+        LaunchError: msrun failed.
     """
     reports, end_of_msrun = os.pipe()
     program = shutil.which(command[0], path=environment["PATH"])
@@ -176,20 +334,20 @@ def start_and_adopt(
         while msrun.poll() is None and not interrupts.received:
             time.sleep(0.05)
         if interrupts.received:
-            return {}
+            end_descendants()
+            return []
         started = lines.read().splitlines()
     if msrun.returncode != 0:
-        end_started()
         reason = reason_in(job.msrun_log.read_text(encoding="utf-8", errors="replace"))
         raise LaunchError(f"msrun failed (exit status {msrun.returncode}), log: {job.msrun_log}\n{reason}")
-    members = {}
+    members = []
     for line in started:
         process, role, rank = line.split()
         if role == "MS_SCHED":
-            members[int(process)] = Member("scheduler", job.log_dir / "scheduler.log", is_rank=False)
+            members.append(Member(int(process), "scheduler", job.scheduler_log, is_rank=False))
         elif rank != "-":  # other processes are helpers of msrun
-            members[int(process)] = Member(f"rank {rank}", job.worker_log(int(rank)))
-    if not any(member.is_rank for member in members.values()):
+            members.append(Member(int(process), f"rank {rank}", job.worker_log(int(rank))))
+    if not any(member.is_rank for member in members):
         raise LaunchError(f"msrun has started no rank; log: {job.msrun_log}")
     first = job.first_rank
     elsewhere = "" if first == 0 else " (the server with NODE_RANK 0 shows rank 0)"

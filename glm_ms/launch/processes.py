@@ -8,26 +8,16 @@ import hashlib
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 _PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
-# Set by msrun and other launchers for their own processes; wrong for the processes of another job.
-JOB_VARIABLES = (
-    "MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_SERVER_NUM", "MS_NODE_ID", "MS_TOPO_TIMEOUT",
-    "RANK_ID", "RANK_SIZE", "RANK_TABLE_FILE", "MINDSPORE_HCCL_CONFIG_PATH", "DEVICE_ID", "DEVICE_NUM",
-)  # fmt: skip
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of orphaned descendants, so that it receives their exit statuses.
-
-    Raises:
-        OSError: the system refuses.
-    """
+    """Makes this process the parent of orphaned descendants, so that it receives their exit statuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -65,26 +55,40 @@ def send(process: int, number: int) -> None:
         pass
 
 
+def reap() -> Iterator[tuple[int, int]]:
+    """Collects the children that have ended: process, exit status (of a signal: negative)."""
+    while True:
+        try:
+            process, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if process == 0:
+            return
+        yield process, os.waitstatus_to_exitcode(status)
+
+
 def kill_descendants(seconds: float = 10) -> list[int]:
     """Sends SIGKILL to all descendants of this process until none is left.
 
-    Returns:
-        Those left after `seconds`; a process in a call of a device driver cannot be killed.
+    Returns those left after `seconds`; a process in a call of a device driver cannot be killed.
     """
     deadline = time.monotonic() + seconds
-    while True:
-        left = descendants(os.getpid())
+    while left := descendants(os.getpid()):
         for process in left:
             send(process, signal.SIGKILL)
-        while left:
-            try:
-                if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                    break
-            except ChildProcessError:
-                break
-        if not left or time.monotonic() > deadline:
-            return left
+        for _ in reap():
+            pass
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.02)
+    return left
+
+
+def end_descendants() -> None:
+    """Sends SIGTERM, then SIGKILL, to all descendants of this process."""
+    for process in descendants(os.getpid()):
+        send(process, signal.SIGTERM)
+    kill_descendants()
 
 
 class Interrupts:
@@ -107,11 +111,7 @@ class Interrupts:
 
 
 def claim(what: str) -> socket.socket | None:
-    """Claims a name for this process on this machine; the kernel frees it when the process ends.
-
-    Returns:
-        An object to keep; None if another process has the name.
-    """
+    """Claims a name on this machine for as long as the returned object is open; None if another process has it."""
     holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     name = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()
     try:
@@ -149,16 +149,3 @@ def is_local(address: str) -> bool:
         except OSError:
             return False
     return True
-
-
-def clean_environment(say: Callable[[str], None]) -> dict[str, str]:
-    """The environment without the variables of an outer job, and with this interpreter first on PATH, because msrun
-    starts the `python` of PATH."""
-    dropped = [name for name in JOB_VARIABLES if name in os.environ]
-    if dropped:
-        say(f"note: not passed on, as each rank gets its own: {', '.join(dropped)}")
-    environment = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
-    programs = str(Path(sys.executable).absolute().parent)
-    environment["PATH"] = os.pathsep.join([programs, *filter(None, [os.environ.get("PATH")])])
-    environment.setdefault("PYTHONUNBUFFERED", "1")  # the output of ranks is shown live
-    return environment

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.launch.guard import Guard
-from glm_ms.launch.processes import Interrupts, adopt_orphans, descendants, kill_descendants, send
-from glm_ms.launch.rank_logs import LogWatch, ends_with_traceback, keep_earlier_logs, reason_in
+from glm_ms.launch.processes import Interrupts, adopt_orphans, claim, end_descendants, kill_descendants, reap, send
+from glm_ms.launch.rank_logs import LogWatch, ends_with_traceback, reason_in
 from glm_ms.storage.errors import FileError
 
 POLL_SECONDS = 0.1
@@ -23,77 +26,83 @@ SCHEDULER_PATIENCE = 5.0
 # A rank that wrote its traceback and hangs while it ends is the cause of a failure that follows in this time.
 _HANGING_SECONDS = 120.0
 _SCHEDULER_END_SECONDS = 60.0
-
-Say = Callable[[str], None]
-Show = Callable[[bytes], None]
+_EARLIER = "earlier"  # subfolder for logs of earlier jobs
+# Set by msrun and other launchers for their own processes; wrong for the processes of another job.
+JOB_VARIABLES = (
+    "MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM", "MS_SERVER_NUM", "MS_NODE_ID", "MS_TOPO_TIMEOUT",
+    "RANK_ID", "RANK_SIZE", "RANK_TABLE_FILE", "MINDSPORE_HCCL_CONFIG_PATH", "DEVICE_ID", "DEVICE_NUM",
+)  # fmt: skip
 
 
 class LaunchError(ValueError):
     """A job cannot be started; the message has the reason and the remedy."""
 
 
-@dataclass(frozen=True)
-class Member:
-    """One process of a job.
-
-    Attributes:
-        name: "rank 3", or "scheduler".
-        log: file of its standard output and error.
-        is_rank: False for the scheduler.
-    """
-
-    name: str
-    log: Path
-    is_rank: bool = True
-
-
-def run_command(usage: str, launch: Callable[[Sequence[str], Say, Show], int], arguments: Sequence[str]) -> int:
-    """Command line of a launcher.
-
-    Returns:
-        The exit status: 2 for wrong arguments or a job that cannot be started, else that of `launch`.
-    """
+def run_command(usage: str, launch: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Command line of a launcher; returns 2 for wrong arguments or a job that cannot be started, else as `launch`."""
     if arguments and arguments[0] in ("-h", "--help"):
-        _show_on_stdout(usage.encode())
+        _show(usage.encode())
         return 0
     try:
         if arguments:
-            return launch(arguments, _say_on_stderr, _show_on_stdout)
-        _say_on_stderr(usage)
+            return launch(arguments)
+        say(usage)
     except (LaunchError, FileError, OSError) as error:
-        _say_on_stderr(f"error: {error}")
+        say(f"error: {error}")
     return 2
 
 
-def _say_on_stderr(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+def say(line: str) -> None:
+    """Prints a line for the user to standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def _show_on_stdout(piece: bytes) -> None:
-    """Prints bytes unchanged and at once, progress bars included."""
+def _show(piece: bytes) -> None:
+    """Prints bytes to standard output, unchanged and at once, progress bars included."""
     sys.stdout.buffer.write(piece)
     sys.stdout.buffer.flush()
 
 
-def make_room_for_logs(
-    folder: Path, earlier: Callable[[], Iterable[Path]], own: Iterable[Path], name: str, say: Say
-) -> None:
-    """Creates empty logs, after moving those of earlier jobs away.
+# ------------------------------------------------------------------ before the start
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without the variables of an outer job, and with this interpreter first on PATH, because msrun
+    starts the `python` of PATH."""
+    dropped = [name for name in JOB_VARIABLES if name in os.environ]
+    if dropped:
+        say(f"note: not passed on, as each rank gets its own: {', '.join(dropped)}")
+    environment = {name: value for name, value in os.environ.items() if name not in JOB_VARIABLES}
+    programs = str(Path(sys.executable).absolute().parent)
+    environment["PATH"] = os.pathsep.join([programs, *filter(None, [os.environ.get("PATH")])])
+    environment.setdefault("PYTHONUNBUFFERED", "1")  # the output of ranks is shown live
+    return environment
+
+
+def take_log_folder(folder: Path, own: Sequence[Path], patterns: Sequence[str], name: str = "") -> socket.socket:
+    """Claims a folder for the logs of one job, moves the logs of earlier jobs away and creates empty ones.
 
     Args:
-        folder: folder of the logs.
-        earlier: gives the logs to move.
+        folder: created if missing.
         own: logs of this job.
-        name: of `folder`, for the error.
-        say: receives the place of the earlier logs.
+        patterns: of logs of earlier jobs in `folder`. If other servers may share the folder and have started, none:
+            then only earlier logs at the paths `own` are moved.
+        name: what errors call the folder; by default its path.
+
+    Returns:
+        The claim, which lasts until it is closed.
 
     Raises:
-        LaunchError: logs cannot be written there.
+        LaunchError: another job has the folder, or logs cannot be written there.
     """
+    name = name or str(folder)
+    holder = claim(f"logs {folder.resolve()}")
+    if holder is None:
+        raise LaunchError(f"{name}: another job is writing its logs there; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = keep_earlier_logs(folder, list(earlier()))
+        earlier = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+        kept = _keep_earlier_logs(folder, earlier if patterns else [path for path in own if path.exists()])
         for log in own:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.touch()
@@ -103,61 +112,85 @@ def make_room_for_logs(
         ) from None
     if kept is not None:
         say(f"logs of a former job: {kept}")
+    return holder
 
 
-def run_ranks(
-    start: Callable[[dict[str, str]], dict[int, Member]],
-    environment: Mapping[str, str],
-    interrupts: Interrupts,
-    say: Say,
-    show: Show,
-    alone: bool,
-) -> int:
-    """Starts ranks and waits for their end; no process of the job is left afterwards.
+def _keep_earlier_logs(folder: Path, logs: Sequence[Path]) -> Path | None:
+    """Moves logs, if any, to `earlier/DATE_TIME/`, the time at which they last changed; returns that folder."""
+    if not logs:
+        return None
+    moment = time.strftime("%Y%m%d_%H%M%S", time.localtime(max(path.stat().st_mtime for path in logs)))
+    target, number = folder / _EARLIER / moment, 1
+    while target.exists():
+        number += 1
+        target = folder / _EARLIER / f"{moment}_{number}"
+    for path in logs:
+        place = target / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    return target
 
-    Args:
-        start: starts the ranks with an environment; process -> member.
-        environment: environment of the ranks.
-        interrupts: signals of this process.
-        say: receives lines for the user.
-        show: receives the output of the first rank of this machine, live.
-        alone: whether all ranks of the job are on this machine.
 
-    Returns:
-        The exit status: see `RankJob.wait`.
-    """
+@contextmanager
+def guarded(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Yields the environment for the processes of a job. They end with the block if it raises, or with this process."""
     adopt_orphans()
     guard = Guard(environment)
     try:
-        members = start(guard.environment)
-        if not members:
-            end_started()
-            say("interrupted while the ranks were being started")
-            return 128 + interrupts.received
-        return RankJob(members, interrupts, say, show, alone).wait()
+        yield guard.environment
     except BaseException:
-        end_started()
+        end_descendants()
         raise
     finally:
         guard.dismiss()
 
 
-class RankJob:
-    """Processes that this one has started or adopted. Arguments: see `run_ranks`."""
+# ------------------------------------------------------------------ the job
 
-    def __init__(
-        self, members: Mapping[int, Member], interrupts: Interrupts, say: Say, show: Show, alone: bool
-    ) -> None:
-        self._members = dict(members)
-        self._interrupts, self._say, self._alone = interrupts, say, alone
-        self._running = set(members)
-        self._ends: dict[int, tuple[float, int]] = {}  # process -> time, exit status (of a signal: negative)
-        self._logs = {process: LogWatch(member.log) for process, member in members.items()}
-        shown = next(member.log for member in members.values() if member.is_rank)
-        self._viewer = _Viewer(shown, show)
+
+@dataclass(eq=False)
+class Member:
+    """One process of a job that this process has started or adopted.
+
+    Attributes:
+        name: "rank 3", or "scheduler".
+        log: file of its standard output and error.
+        is_rank: False for the scheduler.
+        status: exit status, negative for a signal; None while it runs.
+        end: time at which it was seen to have ended, as `time.monotonic()`.
+    """
+
+    process: int
+    name: str
+    log: Path
+    is_rank: bool = True
+    status: int | None = None
+    end: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.watch = LogWatch(self.log)
+
+    @property
+    def failure(self) -> str:
+        """How it failed, for messages."""
+        if self.status is None:
+            return f"{self.name} failed and did not end by itself"
+        if self.status >= 0:
+            return f"{self.name} failed (exit status {self.status})"
+        number = signal.Signals(-self.status)
+        hint = "; by a user, or by the system for lack of memory: see dmesg" if number == signal.SIGKILL else ""
+        return f"{self.name} was ended by signal {number:d} ({number.name}{hint})"
+
+
+class RankJob:
+    """Processes of a job; `alone` if all ranks of the job are on this machine."""
+
+    def __init__(self, members: Sequence[Member], interrupts: Interrupts, alone: bool) -> None:
+        self._members, self._interrupts, self._alone = members, interrupts, alone
+        self._viewer = _Viewer(next(member.log for member in members if member.is_rank))
 
     def wait(self) -> int:
-        """Waits for the end of all ranks; no process of the job is left afterwards.
+        """Waits for the end of all ranks, and shows the output of the first one live.
 
         Returns:
             0 if all ranks succeeded; else the exit status of the one that failed first, 128 + N for signal N;
@@ -176,25 +209,23 @@ class RankJob:
 
     def _look(self) -> None:
         """Reads the logs, then collects ended processes: so a traceback is known before its rank has ended."""
-        for log in self._logs.values():
-            log.update()
-        while True:
-            try:
-                process, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if process == 0:
-                return
-            if process in self._running:
-                self._running.discard(process)
-                self._ends[process] = (time.monotonic(), os.waitstatus_to_exitcode(status))
+        for member in self._members:
+            member.watch.update()
+        for process, status in reap():
+            for member in self._running():
+                if member.process == process:
+                    member.status, member.end = status, time.monotonic()
+
+    def _running(self) -> list[Member]:
+        return [member for member in self._members if member.status is None]
 
     def _ranks_running(self) -> bool:
-        return any(self._members[process].is_rank for process in self._running)
+        return any(member.is_rank for member in self._running())
 
-    def _bad_ends(self, ranks: bool) -> list[int]:
+    def _bad_ends(self, ranks: bool) -> list[Member]:
         """Failed processes, in the order in which they ended."""
-        return [p for p, (_, status) in self._ends.items() if status and self._members[p].is_rank == ranks]
+        failed = (member for member in self._members if member.status and member.is_rank == ranks)
+        return sorted(failed, key=lambda member: member.end)
 
     def _has_failed(self) -> bool:
         if self._bad_ends(ranks=True):
@@ -204,126 +235,97 @@ class RankJob:
             # If all ranks are on this machine, the job has succeeded, even if the scheduler fails.
             return bool(schedulers) and not self._alone
         late = time.monotonic() - SCHEDULER_PATIENCE
-        return any(self._ends[process][0] < late for process in schedulers)
+        return any(member.end < late for member in schedulers)
 
     def _wait_for_scheduler(self) -> None:
         """After the ranks of this machine succeeded: the scheduler ends after the ranks of all machines."""
         begin, told = time.monotonic(), False
-        while self._running and not self._interrupts.received:
+        while self._running() and not self._interrupts.received:
             self._look()
             waited = time.monotonic() - begin
             if self._alone and waited > _SCHEDULER_END_SECONDS:
-                self._say(f"note: all ranks have succeeded; killing the scheduler, still there after {waited:.0f} s")
+                say(f"note: all ranks have succeeded; killing the scheduler, still there after {waited:.0f} s")
                 return
             if not self._alone and waited > 10 and not told:
-                self._say("the ranks of this server have succeeded; waiting for those of the other servers")
+                say("the ranks of this server have succeeded; waiting for those of the other servers")
                 told = True
             time.sleep(POLL_SECONDS)
 
     def _succeeded(self) -> int:
         self._viewer.stop()
-        for process in self._bad_ends(ranks=False):
-            log = self._members[process].log
-            self._say(f"note: all ranks have succeeded, but {self._described(process)}, log: {log}")
-        for process in self._running:  # a scheduler that does not end
-            send(process, signal.SIGKILL)
+        for member in self._bad_ends(ranks=False):
+            say(f"note: all ranks have succeeded, but {member.failure}, log: {member.log}")
+        for member in self._running():  # a scheduler that does not end
+            send(member.process, signal.SIGKILL)
         return 0
 
     def _failed(self) -> int:
-        cause, others = self._cause(), self._bad_ends(ranks=True)
+        cause = self._cause()
+        # Described before the others, which did not fail, and perhaps the cause itself end on request.
+        error = f"error: {cause.failure}, log: {cause.log}"
+        status = 1 if cause.status is None else cause.status
+        also = ", ".join(member.failure for member in self._bad_ends(ranks=True) if member is not cause)
         self._end_all(signal.SIGTERM)
         self._viewer.stop()
-        member = self._members[cause]
-        reason = reason_in(self._logs[cause].text())
-        self._say("")
-        self._say(f"last output of {member.name}:\n{reason}\n" if reason else f"{member.name} wrote nothing.\n")
-        also = ", ".join(self._described(process) for process in others if process != cause)
+        reason = reason_in(cause.watch.text())
+        say(f"\nlast output of {cause.name}:\n{reason}\n" if reason else f"\n{cause.name} wrote nothing.\n")
         if also:
-            self._say(f"after it: {also}")
-        self._say(f"error: {self._described(cause)}, log: {member.log}")
-        status = self._ends[cause][1] if cause in self._ends else 1
+            say(f"after it: {also}")
+        say(error)
         return 128 - status if status < 0 else status or 1
 
-    def _cause(self) -> int:
+    def _cause(self) -> Member:
         """The process that failed first. A failure begins with the traceback, if there is one: ranks that wait for
         the failed one may end before it has ended itself."""
         ended = self._bad_ends(ranks=True) or self._bad_ends(ranks=False)
-        first_end = min(self._ends[process][0] for process in ended)
-        begun = {process: self._ends[process][0] for process in ended}
-        for process in (*ended, *self._running):
-            log = self._logs[process]
-            moment = log.traceback_time
-            if moment is None or first_end - moment > _HANGING_SECONDS or not self._members[process].is_rank:
+        first_end = ended[0].end
+        begun = {member: member.end for member in ended}
+        for member in (*ended, *self._running()):
+            moment = member.watch.traceback_time
+            if moment is None or first_end - moment > _HANGING_SECONDS or not member.is_rank:
                 continue
-            if process in begun or ends_with_traceback(log.text()):
-                begun[process] = moment
+            if member in begun or ends_with_traceback(member.watch.text()):
+                begun[member] = moment
         return min(begun, key=begun.__getitem__)
-
-    def _described(self, process: int) -> str:
-        name = self._members[process].name
-        if process not in self._ends:
-            return f"{name} failed and did not end by itself"
-        status = self._ends[process][1]
-        if status >= 0:
-            return f"{name} failed (exit status {status})"
-        hint = "; by a user, or by the system for lack of memory: see dmesg" if -status == signal.SIGKILL else ""
-        return f"{name} was ended by signal {-status} ({signal.Signals(-status).name}{hint})"
 
     def _interrupted(self) -> int:
         number = self._interrupts.received
-        self._say(f"\n{signal.Signals(number).name}: ending all ranks")
+        say(f"\n{signal.Signals(number).name}: ending all ranks")
         self._end_all(number)
         self._viewer.stop()
-        self._say(f"interrupted; logs: {next(iter(self._members.values())).log.parent}")
+        say(f"interrupted; logs: {self._members[0].log.parent}")
         return 128 + number
 
     def _end_all(self, number: int) -> None:
-        """Sends a signal to all processes, and SIGKILL after a while."""
-        for process in self._running:
-            send(process, number)
-        deadline = time.monotonic() + GRACE_SECONDS
-        signals = self._interrupts.count
-        ends = dict(self._ends)
-        while self._running and time.monotonic() < deadline and self._interrupts.count == signals:
+        """Sends a signal to all processes, and SIGKILL after a while, or after another signal to this process."""
+        for member in self._running():
+            send(member.process, number)
+        deadline, signals = time.monotonic() + GRACE_SECONDS, self._interrupts.count
+        while self._running() and time.monotonic() < deadline and self._interrupts.count == signals:
             self._look()
             time.sleep(POLL_SECONDS / 2)
-        self._ends = ends  # processes that end on request did not fail
         left = kill_descendants()
         if left:
-            self._say(f"warning: these processes cannot be killed: {', '.join(map(str, left))}")
+            say(f"warning: these processes cannot be killed: {', '.join(map(str, left))}")
 
 
-def end_started() -> None:
-    """Ends everything that this process has started, if there is no job yet."""
-    for process in descendants(os.getpid()):
-        send(process, signal.SIGTERM)
-    kill_descendants()
+class _Viewer(threading.Thread):
+    """Prints a log while it grows. A thread: a slow reader of the output must not delay the watch."""
 
-
-class _Viewer:
-    """Shows a log while it grows. A separate thread: a slow reader of the output must not delay the watch."""
-
-    def __init__(self, path: Path, show: Show) -> None:
-        self._show: Show | None = show
-        self._log = LogWatch(path, self._pass_on)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="viewer", daemon=True)
-        self.start = self._thread.start
+    def __init__(self, path: Path) -> None:
+        super().__init__(name="viewer", daemon=True)
+        self._log = LogWatch(path, _show)
+        self._ending = threading.Event()
 
     def stop(self) -> None:
-        """Shows the rest of the log, within 2 seconds."""
-        self._stopped.set()
-        self._thread.join(timeout=2)
+        """Prints the rest of the log, within 2 seconds."""
+        self._ending.set()
+        self.join(timeout=2)
 
-    def _pass_on(self, piece: bytes) -> None:
-        if self._show is None:
-            return
+    def run(self) -> None:
         try:
-            self._show(piece)
-        except OSError:
-            self._show = None  # the reader has closed the pipe; the job continues
-
-    def _run(self) -> None:
-        while not self._stopped.wait(POLL_SECONDS):
+            while not self._ending.wait(POLL_SECONDS):
+                self._log.update()
             self._log.update()
-        self._log.update()
+        except OSError:  # the reader of the output has closed the pipe; the job continues
+            return

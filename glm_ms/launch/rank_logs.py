@@ -1,4 +1,4 @@
-"""Log files of ranks: follows them while they grow, finds the reason of a failure, keeps those of earlier jobs."""
+"""Log files of ranks: follows them while they grow, and finds the reason of a failure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-
-EARLIER = "earlier"  # subfolder for logs of earlier jobs
+from typing import BinaryIO
 
 _TRACEBACK = "Traceback (most recent call last):"
 # Lines between chained tracebacks (PEP 3134; texts of the traceback module).
@@ -27,10 +26,10 @@ _TAIL_BYTES = 1 << 20
 
 
 class LogWatch:
-    """Reads a log file while it grows.
+    """Reads a log file, which may be missing at first, while it grows.
 
     Args:
-        path: may be missing at first.
+        path: the file.
         show: receives new bytes, if given.
 
     Attributes:
@@ -38,49 +37,37 @@ class LogWatch:
     """
 
     def __init__(self, path: Path, show: Callable[[bytes], None] | None = None) -> None:
-        self.path = path
         self.traceback_time: float | None = None
-        self._show = show
-        self._descriptor = -1
-        self._end = b""
+        self._path, self._show = path, show
+        self._file: BinaryIO | None = None
+        self._end = b""  # of the bytes read: a marker may come in two pieces
 
-    def update(self) -> bool:
-        """Reads the new bytes; returns whether there were any."""
-        # Opened once: a later job may rename the file.
-        if self._descriptor < 0:
+    def update(self) -> None:
+        """Reads the new bytes."""
+        if self._file is None:
             try:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._file = self._path.open("rb", buffering=0)  # once: a later job may rename the file
             except FileNotFoundError:
-                return False
-        anything = False
-        while piece := os.read(self._descriptor, 1 << 16):
-            anything = True
-            marker = _TRACEBACK.encode()
-            if marker in self._end + piece:
+                return
+        marker = _TRACEBACK.encode()
+        while piece := self._file.read(1 << 16):
+            seen = self._end + piece
+            self._end = seen[-len(marker) + 1 :]
+            if marker in seen:
                 # It may be older than this call. Usually a process writes nothing after its traceback.
-                silent = time.time() - os.fstat(self._descriptor).st_mtime
+                silent = time.time() - os.fstat(self._file.fileno()).st_mtime
                 self.traceback_time = time.monotonic() - max(silent, 0.0)
-                self._end = b""
-            else:
-                self._end = (self._end + piece)[-len(marker) :]
             if self._show is not None:
                 self._show(piece)
-        return anything
 
     def text(self) -> str:
         """The last megabyte of the log."""
         self.update()
-        if self._descriptor < 0:
+        if self._file is None:
             return ""
-        size = os.fstat(self._descriptor).st_size
+        size = os.fstat(self._file.fileno()).st_size
         start = max(0, size - _TAIL_BYTES)
-        return os.pread(self._descriptor, size - start, start).decode("utf-8", errors="replace")
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        return os.pread(self._file.fileno(), size - start, start).decode("utf-8", errors="replace")
 
 
 def reason_in(text: str) -> str:
@@ -92,18 +79,17 @@ def reason_in(text: str) -> str:
     lines = _as_seen(text)
     found = _last_traceback(lines)
     if found is None:
-        kept = [line for line in lines if not _is_noise(line, ("ERROR", "CRITICAL"))]
+        kept = [line for line in lines if not _is_noise(line, but=("ERROR", "CRITICAL"))]
         return "\n".join(kept[-_LAST_LINES:]).strip("\n")
     start, end = found
-    block = [line for line in lines[start:end] if not _is_noise(line, ())]
+    block = [line for line in lines[start:end] if not _is_noise(line)]
     if _CPP_STACK in block:
         block = block[: block.index(_CPP_STACK)]
     while block and (_RULER.match(block[-1]) or not block[-1].strip()):
         block.pop()
     if len(block) > _MOST_LINES:
-        left_out = len(block) - _MOST_LINES
         half = _MOST_LINES // 2
-        block = [*block[:half], f"... {left_out} lines left out, see the log ...", *block[-half:]]
+        block[half:-half] = [f"... {len(block) - _MOST_LINES} lines left out, see the log ..."]
     return "\n".join(block).strip("\n")
 
 
@@ -111,15 +97,14 @@ def ends_with_traceback(text: str) -> bool:
     """Whether a log has only lines of MindSpore after its last traceback: then the process is ending."""
     lines = _as_seen(text)
     found = _last_traceback(lines)
-    if found is None:
+    if found is None or found[1] < len(lines):
         return False
-    start, end = found
-    for line in lines[_end_of_traceback(lines, start) : end]:
+    for line in lines[_end_of_traceback(lines, found[0]) :]:
         if line == _CPP_STACK:
             break
-        if line.strip() and not _RULER.match(line) and not _is_noise(line, ()):
+        if line.strip() and not _RULER.match(line) and not _is_noise(line):
             return False
-    return end == len(lines)
+    return True
 
 
 def _as_seen(text: str) -> list[str]:
@@ -127,7 +112,7 @@ def _as_seen(text: str) -> list[str]:
     return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
 
 
-def _is_noise(line: str, but: Iterable[str]) -> bool:
+def _is_noise(line: str, but: Iterable[str] = ()) -> bool:
     match = _MINDSPORE.match(line)
     return match is not None and match["level"] not in but
 
@@ -149,37 +134,7 @@ def _last_traceback(lines: list[str]) -> tuple[int, int] | None:
 
 def _end_of_traceback(lines: list[str], start: int) -> int:
     """The line after the last traceback from `start`."""
-    number = max(n for n in range(start, len(lines)) if n == start or lines[n].endswith(_TRACEBACK)) + 1
-    while number < len(lines) and (lines[number].startswith(" ") or _is_noise(lines[number], ())):
+    number = max(n for n in range(start, len(lines)) if lines[n].endswith(_TRACEBACK)) + 1
+    while number < len(lines) and (lines[number].startswith(" ") or _is_noise(lines[number])):
         number += 1
     return number + 1
-
-
-def keep_earlier_logs(folder: Path, logs: Iterable[Path]) -> Path | None:
-    """Moves logs of an earlier job to `earlier/DATE_TIME/`, with the time at which it last wrote.
-
-    Args:
-        folder: folder of the logs.
-        logs: files in `folder`; those that exist are moved.
-
-    Returns:
-        The folder they were moved to; None if there were none.
-    """
-    old = [path for path in logs if path.exists()]
-    if not old:
-        return None
-    moment = time.strftime("%Y%m%d_%H%M%S", time.localtime(max(path.stat().st_mtime for path in old)))
-    target = folder / EARLIER / moment
-    number = 1
-    while True:
-        try:
-            target.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            target = folder / EARLIER / f"{moment}_{number}"
-    for path in old:
-        place = target / path.relative_to(folder)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
-    return target

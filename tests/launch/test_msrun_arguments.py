@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import sys
 from pathlib import Path
 
 import pytest
 
-from glm_ms.launch import processes
-from glm_ms.launch.msrun import check_machine, msrun_command, reserve_port
-from glm_ms.launch.msrun_arguments import Job, parse
-from glm_ms.launch.rank_job import LaunchError, make_room_for_logs
+from glm_ms.launch.msrun import Job, check_machine, msrun_command, parse, reserve_port
+from glm_ms.launch.rank_job import JOB_VARIABLES, LaunchError, clean_environment
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def test_nine_arguments_are_for_many_servers(script: str):
 def test_many_servers_without_the_last_arguments(script: str, number: int):
     words = [script, "16", "8", "192.0.2.9", "8118", "1", "logs", "False"][:number]
     job = parse(words)
-    assert (job.worker_num, job.local_worker, job.master_addr, job.port, job.node_rank) == (
+    assert (job.worker_num, job.local_worker, job.master_addr, job.master_port, job.node_rank) == (
         16, 8, "192.0.2.9", 8118, 1,
     )  # fmt: skip
     assert (str(job.log_dir), job.join) == (
@@ -122,54 +121,62 @@ def test_no_mindspore(monkeypatch: pytest.MonkeyPatch):
         check_machine(Job(("run.py",)))
 
 
-def test_ports():
-    said: list[str] = []
+def test_ports(capsys: pytest.CaptureFixture[str]):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(LaunchError, match=f"MASTER_PORT {port} is taken"):
-            reserve_port(Job(("run.py",), port=port), said.append)
+            reserve_port(Job(("run.py",), master_port=port))
         # Not asked for on a server that only connects to it.
-        assert reserve_port(Job(("run.py",), 16, 8, "192.0.2.1", port, 1), said.append) == (port, None)
-    again, holder = reserve_port(Job(("run.py",), port=port), said.append)
+        assert reserve_port(Job(("run.py",), 16, 8, "192.0.2.1", port, 1)) == (port, None)
+    again, holder = reserve_port(Job(("run.py",), master_port=port))
     assert again == port
     with (
         holder,
         pytest.raises(LaunchError, match="is taken"),
     ):  # by this launcher, whose scheduler has yet to begin
-        reserve_port(Job(("run.py",), port=port), said.append)
-    assert said == []
+        reserve_port(Job(("run.py",), master_port=port))
+    assert capsys.readouterr().err == ""
 
 
-def test_another_port_where_none_was_asked_for(monkeypatch: pytest.MonkeyPatch):
-    said: list[str] = []
+def test_another_port_where_none_was_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
         monkeypatch.setattr("glm_ms.launch.msrun.DEFAULT_PORT", port)
-        other, holder = reserve_port(Job(("run.py",)), said.append)
+        other, holder = reserve_port(Job(("run.py",)))
     holder.close()
     assert other != port
-    assert said == [f"note: port {port} is taken; using {other}"]
+    assert capsys.readouterr().err == f"note: port {port} is taken; using {other}\n"
 
 
-def test_logs_of_former_jobs(tmp_path: Path):
-    """Of more ranks too, unless other servers may be writing them at the moment."""
+@pytest.mark.parametrize(
+    ("job", "moved"),
+    [
+        (Job(("run.py",), 2, 2), ["scheduler.log", "worker_0.log", "worker_7.log"]),
+        # Other servers may be writing the other logs at the moment.
+        (Job(("run.py",), 4, 2, "192.0.2.9"), ["scheduler.log", "worker_0.log"]),
+    ],
+)
+def test_logs_of_former_jobs(tmp_path: Path, job: Job, moved: list[str]):
+    job = dataclasses.replace(job, log_dir=tmp_path / "logs")
+    job.claim_logs().close()
+    assert sorted(path.name for path in job.log_dir.iterdir()) == sorted(path.name for path in job.logs())
+    for path in job.log_dir.iterdir():
+        path.unlink()
     for name in ("worker_0.log", "worker_7.log", "scheduler.log", "notes.log"):
-        (tmp_path / name).write_text("")
-    alone = Job(("run.py",), 2, 2, log_dir=tmp_path)
-    assert [path.name for path in alone.former_logs()] == ["scheduler.log", "worker_0.log", "worker_7.log"]
-    one_of_two = Job(("run.py",), 4, 2, "192.0.2.9", log_dir=tmp_path)
-    assert [path.name for path in one_of_two.former_logs()] == ["worker_0.log", "scheduler.log"]
-    assert Job(("run.py",), 2, 2, log_dir=tmp_path / "new").former_logs() == []
+        (job.log_dir / name).write_text("")
+    job.claim_logs().close()
+    assert sorted(path.name for path in job.log_dir.glob("earlier/*/*")) == moved
+    assert (job.log_dir / "notes.log").exists()
 
 
 def test_log_dir_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match=r"LOG_DIR .*file/logs: logs cannot be written there \(Not a directory"):
-        make_room_for_logs(tmp_path / "file" / "logs", list, [], f"LOG_DIR {tmp_path}/file/logs", print)
+        Job(("run.py",), log_dir=tmp_path / "file" / "logs").claim_logs()
 
 
 def test_the_command_of_msrun():
@@ -183,17 +190,16 @@ def test_the_command_of_msrun():
     assert many[many.index("--node_rank") + 1] == "1"
 
 
-def test_variables_of_an_outer_job_stay_outside(monkeypatch: pytest.MonkeyPatch):
-    for name in processes.JOB_VARIABLES:
+def test_variables_of_an_outer_job_stay_outside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name in JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    said: list[str] = []
     monkeypatch.setenv("PATH", "/usr/bin")
-    assert processes.clean_environment(said.append)["PATH"] == f"{Path(sys.executable).absolute().parent}:/usr/bin"
-    assert said == []
+    assert clean_environment()["PATH"] == f"{Path(sys.executable).absolute().parent}:/usr/bin"
+    assert capsys.readouterr().err == ""
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("RANK_ID", "3")
     monkeypatch.setenv("MS_ALLOC_CONF", "a setting of the user")
-    environment = processes.clean_environment(said.append)
+    environment = clean_environment()
     assert {"MS_ROLE", "RANK_ID"}.isdisjoint(environment)
     assert environment["MS_ALLOC_CONF"] == "a setting of the user"
-    assert said == ["note: not passed on, as each rank gets its own: MS_ROLE, RANK_ID"]
+    assert capsys.readouterr().err == "note: not passed on, as each rank gets its own: MS_ROLE, RANK_ID\n"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from glm_ms.launch.rank_logs import LogWatch, ends_with_traceback, keep_earlier_logs, reason_in
+from glm_ms.launch.rank_job import take_log_folder
+from glm_ms.launch.rank_logs import LogWatch, ends_with_traceback, reason_in
 
 NOISE = "[WARNING] DISTRIBUTED(4715,7fb2f544bb80,python):2026-01-01-00:00:01.565.185 [tcp_comm.cc:485] Connect] 1\n"
 TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 7, in <module>\n    f()\nValueError: ill\n'
@@ -75,10 +76,11 @@ def test_a_log_is_read_while_it_grows_and_after_it_was_moved(tmp_path: Path):
     seen: list[bytes] = []
     path = tmp_path / "worker_0.log"
     log = LogWatch(path, seen.append)
-    assert not log.update()
+    log.update()
     with path.open("wb", buffering=0) as file:
         file.write(b" 10%\r")
-        assert log.update()
+        log.update()
+        assert seen
         file.write(b" 20%\rTraceback (most rec")
         log.update()
         assert log.traceback_time is None
@@ -87,24 +89,22 @@ def test_a_log_is_read_while_it_grows_and_after_it_was_moved(tmp_path: Path):
         log.update()
     assert log.traceback_time is not None
     assert b"".join(seen) == b" 10%\r 20%\rTraceback (most recent call last):\n"
-    log.close()
 
 
 def test_former_logs_are_kept(tmp_path: Path):
     logs = [tmp_path / "worker_0.log", tmp_path / "rank_1" / "run.log"]
-    assert keep_earlier_logs(tmp_path, logs) is None
-    kept = []
+    take_log_folder(tmp_path, logs, []).close()
+    assert not (tmp_path / "earlier").exists()
     for text in ("first", "second"):
         for path in logs:
-            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
             os.utime(path, (1e9, 1e9))  # both jobs in the same second
         (tmp_path / "notes.txt").write_text("mine")
-        kept.append(keep_earlier_logs(tmp_path, logs))
-        assert not any(path.exists() for path in logs)
+        take_log_folder(tmp_path, logs, []).close()
+        assert {path.read_text() for path in logs} == {""}
+    kept = sorted((tmp_path / "earlier").iterdir())
+    assert len(kept) == 2
     for folder, text in zip(kept, ("first", "second")):
-        assert folder.parent == tmp_path / "earlier"
         assert (folder / "worker_0.log").read_text() == text
         assert (folder / "rank_1" / "run.log").read_text() == text
-    assert kept[0] != kept[1]
     assert (tmp_path / "notes.txt").exists()
