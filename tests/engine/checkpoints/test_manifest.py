@@ -48,11 +48,11 @@ def test_a_later_layout_is_named(folder: Path) -> None:
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     from glm_ms.engine.checkpoints.manifest import read_manifest
 
-    with pytest.raises(CheckpointError, match=r"no training checkpoint \(manifest.json is missing\)"):
+    with pytest.raises(CheckpointError, match=r"not a training checkpoint \(manifest.json is missing\)"):
         read_manifest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(CheckpointError, match=r"weights alone .*--load_checkpoint"):
+        with pytest.raises(CheckpointError, match=r"only weights .*--load_checkpoint"):
             read_manifest(path)
 
 
