@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from engine_helpers import SMALL_TRAINING, TRAIN_RECORDS, load_script, run_here, tiny_arguments
+from engine_helpers import SMALL_TRAINING, run_here, tiny_arguments, write_small_vocabulary
 
 # MindFormers opens log files under this folder when it is imported.
 _LOGS = tempfile.TemporaryDirectory(prefix="glm_ms_tests_")
@@ -20,11 +20,7 @@ logging.raiseExceptions = False
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A vocabulary of 800 pieces, trained from the sample."""
-    tool = load_script("tools/train_vocab.py")
-    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    texts = tool.read_texts(TRAIN_RECORDS, ["content", "summary"])
-    tool.write_whole(path, tool.train_vocabulary(texts, 800))
-    return path
+    return write_small_vocabulary(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,15 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+def write_small_vocabulary(folder: Path) -> Path:
+    """A vocabulary of 800 pieces, trained from the sample: `tokenizer.model` in a folder."""
+    tool = load_script("tools/train_vocab.py")
+    path = folder / "tokenizer.model"
+    texts = tool.read_texts(TRAIN_RECORDS, ["content", "summary"])
+    tool.write_whole(path, tool.train_vocabulary(texts, 800))
+    return path
+
+
 def tiny_arguments(job: str, vocabulary: Path, *arguments: object, generation: int = 3) -> list[str]:
     """Command line of a job (finetune, eval, predict) of configs/tiny with absolute paths."""
     arguments_of_job = {

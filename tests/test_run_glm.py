@@ -24,6 +24,7 @@ from engine_helpers import (
     read_jsonl,
     run_apart,
     tiny_arguments,
+    write_small_vocabulary,
 )
 from safetensors.numpy import load_file, save_file
 
@@ -41,11 +42,7 @@ ONE_STEP = (
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tool = load_script("tools/train_vocab.py")
-    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    texts = tool.read_texts(TRAIN_RECORDS, ["content", "summary"])
-    tool.write_whole(path, tool.train_vocabulary(texts, 800))
-    return path
+    return write_small_vocabulary(tmp_path_factory.mktemp("vocabulary"))
 
 
 @pytest.fixture(scope="module")

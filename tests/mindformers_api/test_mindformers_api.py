@@ -31,21 +31,8 @@ from glm_ms.mindformers_api import (
     MindFormersGLMConfig,
 )
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
-from glm_ms.storage.run_folder import resolve_checkpoint
 
 TEXTS = ["你好", "", "类型#裤*版型#宽松*颜色#蓝色", "a <|user|> b </s>", " spaces  \n and lines "]
-
-
-@pytest.fixture(scope="module")
-def run(finetune, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of a short training by run_glm.py."""
-    return finetune(tmp_path_factory.mktemp("run"), "eval_dataset.num_samples=4")
-
-
-@pytest.fixture(scope="module")
-def weights(run: Path) -> Path:
-    """The checkpoint of that run: a folder with config.json and model.safetensors."""
-    return resolve_checkpoint(run)
 
 
 @pytest.fixture(scope="module")

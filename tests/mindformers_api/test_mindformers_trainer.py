@@ -41,18 +41,6 @@ PAGE = (REPOSITORY / "docs" / "mindformers.md").read_text(encoding="utf-8")
 EXAMPLE = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "mindformers" in block)
 
 
-@pytest.fixture(scope="module")
-def run(finetune, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of a short training by run_glm.py."""
-    return finetune(tmp_path_factory.mktemp("run"), "eval_dataset.num_samples=4")
-
-
-@pytest.fixture(scope="module")
-def weights(run: Path) -> Path:
-    """The checkpoint of that run: a folder with config.json and model.safetensors."""
-    return resolve_checkpoint(run)
-
-
 def test_training_has_the_losses_of_run_glm(run: Path, tmp_path: Path):
     trainer = Trainer(args=yaml_of(run, tmp_path), task="text_generation")
     trainer.train()
