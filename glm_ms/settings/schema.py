@@ -25,10 +25,24 @@ from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
 
 AUTO = "auto"
 TRAINING_MODES = ("train", "finetune")
-# Value of `parallel.parallel_mode` for sharding strategies.
-SEMI_AUTO = 1
+SEMI_AUTO = 1  # value of `parallel.parallel_mode` for sharding strategies
 # The vocabulary is padded to a multiple of this, which splits evenly over cards and suits matrix units.
 VOCAB_MULTIPLE = 64
+# Run mode -> the key that --batch_size sets.
+BATCH_SIZE_KEYS = {
+    **dict.fromkeys(TRAINING_MODES, "runner_config.batch_size"),
+    "eval": "eval_dataset.batch_size",
+    "predict": "predict_batch_size",
+}
+_VOCAB_KEY = "model.model_config.padded_vocab_size"
+_NETWORK, _DROPOUT = GLMConfig, {"at_least": 0, "below": 1}
+# Keys that decide whether others have an effect, and with which values; see `used_with` in `key`.
+_ADAPTERS = ("pet_type", lambda name: [kind for kind, adapter in ADAPTERS.items() if name in adapter.keys])
+_FIXED_ROWS = ("data_loader.type", lambda _: formats_with_max_seq_length())
+_SCALED = ("type", ("DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"))
+_DYNAMIC = ("type", ("DynamicLossScaleUpdateCell",))
+_COSINE, _POLYNOMIAL = ("type", ("CosineWithWarmUpLR",)), ("type", ("PolynomialWithWarmUpLR",))
+_TO_LR_END = ("type", ("CosineWithWarmUpLR", "PolynomialWithWarmUpLR"))
 
 
 def key(default: Any, doc: str, **rules: Any) -> Any:
@@ -98,10 +112,6 @@ class RecomputeSettings:
     parallel_optimizer_comm_recompute: bool = key(False, "gather sharded weights again (False: keep them whole)")
 
 
-_DROPOUT = {"at_least": 0, "below": 1}
-_NETWORK = GLMConfig
-
-
 @dataclass
 class ModelConfigSettings:
     type: Literal["GLMConfig"] = key("GLMConfig", "kind of configuration")
@@ -138,9 +148,6 @@ class ModelConfigSettings:
 @dataclass
 class ArchSettings:
     type: Literal["GLMForCausalLM"] = key("GLMForCausalLM", "network class")
-
-
-_ADAPTERS = ("pet_type", lambda name: [kind for kind, adapter in ADAPTERS.items() if name in adapter.keys])
 
 
 @dataclass
@@ -191,10 +198,6 @@ class RunnerSettings:
     gradient_accumulation_steps: int = key(1, "steps whose gradients make one update", at_least=1)
 
 
-_SCALED = ("type", ("DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"))
-_DYNAMIC = ("type", ("DynamicLossScaleUpdateCell",))
-
-
 @dataclass
 class LossScaleSettings:
     type: Optional[Literal["DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"]] = key(
@@ -219,10 +222,6 @@ class OptimizerSettings:
     betas: list[float] = key([0.9, 0.999], "decay rates of both moments", length=2, **_DROPOUT)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = key(0.01, "decoupled decay, on every trainable parameter", at_least=0)
-
-
-_COSINE, _POLYNOMIAL = ("type", ("CosineWithWarmUpLR",)), ("type", ("PolynomialWithWarmUpLR",))
-_TO_LR_END = ("type", ("CosineWithWarmUpLR", "PolynomialWithWarmUpLR"))
 
 
 @dataclass
@@ -261,9 +260,8 @@ class _DatasetSettings:
     max_source_length: int = key(64, "tokens of the prompt, special tokens included", at_least=1)
     max_target_length: int = key(127, "tokens of the answer", at_least=1)
     max_seq_length: Optional[int] = key(
-        None, "tokens of a row; null: model.model_config.seq_length", at_least=4,
-        used_with=("data_loader.type", lambda _: formats_with_max_seq_length())
-    )  # fmt: skip
+        None, "tokens of a row; null: model.model_config.seq_length", at_least=4, used_with=_FIXED_ROWS
+    )
     ignore_pad_token_for_loss: bool = key(True, "padding has no loss")
     num_samples: Optional[int] = key(None, "use only the first records, this many; null: all", at_least=1)
 
@@ -391,15 +389,6 @@ class Settings:
     def to_yaml(self) -> str:
         """The effective settings as YAML text; loading it gives equal settings."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-_VOCAB_KEY = "model.model_config.padded_vocab_size"
-# Run mode -> the key that --batch_size sets.
-BATCH_SIZE_KEYS = {
-    **dict.fromkeys(TRAINING_MODES, "runner_config.batch_size"),
-    "eval": "eval_dataset.batch_size",
-    "predict": "predict_batch_size",
-}
 
 
 def keys_of(section: type) -> list[dataclasses.Field]:
