@@ -1,11 +1,12 @@
 """Ends the ranks of a launcher that was killed; otherwise they would continue and keep their cards. Linux only.
 
-The guard is a small process in its own session. It waits for the end of a pipe whose other end only the launcher has
-open, then kills every process whose environment has the launcher's mark, whatever its parent is by then.
+The guard is a process in its own session. It waits for the end of a pipe whose other end only the launcher has open,
+then kills every process whose environment has the launcher's mark, whatever its parent is by then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -50,16 +51,12 @@ class Guard:
 
 def marked(token: str) -> list[int]:
     """Running processes of this user with a mark, except this one."""
-    wanted, found = f"{MARK}={token}".encode(), []
-    for entry in os.listdir("/proc"):
-        if not entry.isdecimal() or int(entry) == os.getpid():
-            continue
-        try:
-            variables = Path("/proc", entry, "environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended, or belongs to another user
-            continue
-        if wanted in variables:
-            found.append(int(entry))
+    found = []
+    for process in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+            variables = Path("/proc", str(process), "environ").read_bytes().split(b"\0")
+            if f"{MARK}={token}".encode() in variables and process != os.getpid():
+                found.append(process)
     return found
 
 
@@ -72,10 +69,8 @@ def keep_watch(descriptor: int, token: str) -> None:
     deadline = time.monotonic() + _SECONDS
     while (left := marked(token)) and time.monotonic() < deadline:
         for process in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(_PAUSE)
 
 

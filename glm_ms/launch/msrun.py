@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,33 +90,19 @@ class Job:
         return self.local_worker == self.worker_num
 
     @property
-    def first_rank(self) -> int:
-        """First rank of this server."""
-        return 0 if self.alone else self.node_rank * self.local_worker
-
-    @property
-    def msrun_log(self) -> Path:
-        """File for the output of msrun itself."""
-        return self.log_dir / ("msrun.log" if self.alone else f"msrun_node_{self.node_rank}.log")
-
-    @property
-    def scheduler_log(self) -> Path:
-        """File for the output of the scheduler, which runs on the server with `node_rank` 0."""
-        return self.log_dir / "scheduler.log"
-
-    def worker_log(self, rank: int) -> Path:
-        """File for the output of a rank."""
-        return self.log_dir / f"worker_{rank}.log"
-
-    def logs(self) -> list[Path]:
-        """Logs that this server writes."""
-        own = [self.worker_log(self.first_rank + number) for number in range(self.local_worker)]
-        return [*own, *([self.scheduler_log] if self.node_rank == 0 else []), self.msrun_log]
+    def logs(self) -> dict[str, Path]:
+        """Files for the output of this server's processes: "rank N", "scheduler", and "msrun" itself."""
+        first = self.node_rank * self.local_worker
+        files = {f"rank {rank}": f"worker_{rank}.log" for rank in range(first, first + self.local_worker)}
+        if self.node_rank == 0:
+            files["scheduler"] = "scheduler.log"
+        files["msrun"] = "msrun.log" if self.alone else f"msrun_node_{self.node_rank}.log"
+        return {name: self.log_dir / file for name, file in files.items()}
 
     def claim_logs(self) -> socket.socket:
         """Claims the folder of the logs and moves those of earlier jobs away; see `take_log_folder`."""
         patterns = ("worker_*.log", "scheduler.log", "msrun.log", "msrun_node_*.log") if self.alone else ()
-        return take_log_folder(self.log_dir, self.logs(), patterns, f"LOG_DIR {self.log_dir}")
+        return take_log_folder(self.log_dir, list(self.logs.values()), patterns, f"LOG_DIR {self.log_dir}")
 
 
 def parse(arguments: Sequence[str]) -> Job:
@@ -228,15 +214,14 @@ def check_machine(job: Job) -> None:
         raise LaunchError(f"MASTER_ADDR {job.master_addr}: the other servers cannot reach it; give another address")
 
 
-def reserve_port(job: Job) -> tuple[int, socket.socket | None]:
+def reserve_port(job: Job) -> tuple[int, AbstractContextManager]:
     """The port of the scheduler, and its claim (see `claim_port`) on the server of the scheduler.
 
-    Raises:
-        LaunchError: MASTER_PORT was given and is taken on this server.
+    Raises LaunchError if MASTER_PORT was given and is taken on this server.
     """
     wanted = port = job.master_port or DEFAULT_PORT
     if job.node_rank:
-        return port, None
+        return port, nullcontext()
     holder = claim_port(port)
     if holder is None and job.master_port is not None:
         raise LaunchError(f"MASTER_PORT {port} is taken by another program of this server; give another one")
@@ -289,12 +274,9 @@ def launch(arguments: Sequence[str]) -> int:
     environment = clean_environment()
     if shutil.which("msrun", path=environment["PATH"]) is None:
         raise LaunchError(f"no msrun beside {sys.executable} or on PATH; reinstall MindSpore there")
-    with ExitStack() as claims:
-        port, holder = reserve_port(job)
-        if holder is not None:
-            claims.enter_context(holder)
-        command = msrun_command(job, port)
-        claims.enter_context(job.claim_logs())
+    port, port_claim = reserve_port(job)
+    command = msrun_command(job, port)
+    with port_claim, job.claim_logs():
         say(shlex.join(command))
         if not job.join:
             status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
@@ -310,19 +292,16 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def start_and_adopt(job: Job, command: list[str], environment: dict[str, str], interrupts: Interrupts) -> list[Member]:
-    """Runs msrun to its end; the processes that it started become children of this one.
+    """Runs msrun to its end, or to an interrupt; the processes that it started become children of this one.
 
-    Returns:
-        The processes; none after an interrupt, which ends them.
-
-    Raises:
-        LaunchError: msrun failed.
+    Returns the processes; none after an interrupt, which ends them. Raises LaunchError if msrun failed.
     """
     reports, end_of_msrun = os.pipe()
     program = shutil.which(command[0], path=environment["PATH"])
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([here, *filter(None, [environment.get("PYTHONPATH")])])
-    with job.msrun_log.open("wb") as log, open(reports, encoding="ascii") as lines:
+    msrun_log = job.logs["msrun"]
+    with msrun_log.open("wb") as log, open(reports, encoding="ascii") as lines:
         try:
             msrun = subprocess.Popen(
                 [sys.executable, "-m", "glm_ms.launch.msrun_start", str(end_of_msrun), str(program), *command[1:]],
@@ -338,20 +317,18 @@ def start_and_adopt(job: Job, command: list[str], environment: dict[str, str], i
             return []
         started = lines.read().splitlines()
     if msrun.returncode != 0:
-        reason = reason_in(job.msrun_log.read_text(encoding="utf-8", errors="replace"))
-        raise LaunchError(f"msrun failed (exit status {msrun.returncode}), log: {job.msrun_log}\n{reason}")
+        reason = reason_in(msrun_log.read_text(encoding="utf-8", errors="replace"))
+        raise LaunchError(f"msrun failed (exit status {msrun.returncode}), log: {msrun_log}\n{reason}")
     members = []
-    for line in started:
-        process, role, rank = line.split()
-        if role == "MS_SCHED":
-            members.append(Member(int(process), "scheduler", job.scheduler_log, is_rank=False))
-        elif rank != "-":  # other processes are helpers of msrun
-            members.append(Member(int(process), f"rank {rank}", job.worker_log(int(rank))))
-    if not any(member.is_rank for member in members):
-        raise LaunchError(f"msrun has started no rank; log: {job.msrun_log}")
-    first = job.first_rank
-    elsewhere = "" if first == 0 else " (the server with NODE_RANK 0 shows rank 0)"
-    say(f"{job.local_worker} ranks started; rank {first} follows{elsewhere}, all logs: {job.log_dir}")
+    for process, role, rank in map(str.split, started):
+        name = "scheduler" if role == "MS_SCHED" else f"rank {rank}"
+        if name in job.logs:  # other processes are helpers of msrun
+            members.append(Member(int(process), name, job.logs[name], is_rank=name != "scheduler"))
+    first = next((member.name for member in members if member.is_rank), None)
+    if first is None:
+        raise LaunchError(f"msrun has started no rank; log: {msrun_log}")
+    elsewhere = "" if job.node_rank == 0 else " (the server with NODE_RANK 0 shows rank 0)"
+    say(f"{job.local_worker} ranks started; {first} follows{elsewhere}, all logs: {job.log_dir}")
     return members
 
 

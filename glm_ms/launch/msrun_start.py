@@ -2,10 +2,9 @@
 
     python -m glm_ms.launch.msrun_start DESCRIPTOR MSRUN ARGUMENTS ...
 
-DESCRIPTOR receives a line for each process: its id, MS_ROLE and RANK_ID ("-" if not set).
-
-msrun does not report these numbers. When it returns, Python also waits for its processes that have ended already and
-drops their exit statuses. The subclass of Popen here prevents both.
+DESCRIPTOR receives a line for each process: its id, MS_ROLE and RANK_ID ("-" if not set). msrun does not report them.
+When it returns, Python also waits for its processes that have ended already and drops their exit statuses. The subclass
+of Popen here prevents both.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -23,36 +24,28 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def descendants(process: int) -> list[int]:
-    """Children of a process, their children, and so on, zombies included."""
+def descendants() -> list[int]:
+    """Children of this process, their children, and so on, zombies included."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdecimal():
-            continue
-        try:
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             stat = Path("/proc", entry, "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:  # it has ended meanwhile
-            continue
-        # The name of the program, in parentheses, may contain spaces and parentheses.
-        parent = int(stat.rpartition(")")[2].split()[1])
-        children.setdefault(parent, []).append(int(entry))
-    found, waiting = [], children.get(process, [])
-    while waiting:
-        child = waiting.pop()
-        found.append(child)
-        waiting += children.get(child, ())
+            # The name of the program, in parentheses, may contain spaces and parentheses.
+            parent = int(stat.rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry))
+    found = children.get(os.getpid(), [])
+    for child in found:  # which grows meanwhile
+        found += children.get(child, ())
     return found
 
 
 def send(process: int, number: int) -> None:
     """Sends a signal to a process and, if it leads a process group, to the group."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter: a group of zombies
         if os.getpgid(process) == process:
             os.killpg(process, number)
         else:
             os.kill(process, number)
-    except (ProcessLookupError, PermissionError):  # the latter: a group of zombies
-        pass
 
 
 def reap() -> Iterator[tuple[int, int]]:
@@ -73,7 +66,7 @@ def kill_descendants(seconds: float = 10) -> list[int]:
     Returns those left after `seconds`; a process in a call of a device driver cannot be killed.
     """
     deadline = time.monotonic() + seconds
-    while left := descendants(os.getpid()):
+    while left := descendants():
         for process in left:
             send(process, signal.SIGKILL)
         for _ in reap():
@@ -86,7 +79,7 @@ def kill_descendants(seconds: float = 10) -> list[int]:
 
 def end_descendants() -> None:
     """Sends SIGTERM, then SIGKILL, to all descendants of this process."""
-    for process in descendants(os.getpid()):
+    for process in descendants():
         send(process, signal.SIGTERM)
     kill_descendants()
 
@@ -94,9 +87,7 @@ def end_descendants() -> None:
 class Interrupts:
     """Records SIGINT, SIGTERM and SIGHUP; the process continues. An ignored signal (nohup) stays ignored.
 
-    Attributes:
-        received: number of the first signal; 0 before.
-        count: number of signals received.
+    `received` is the number of the first signal, 0 before; `count` is how many were received.
     """
 
     def __init__(self) -> None:
@@ -146,6 +137,6 @@ def is_local(address: str) -> bool:
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((address, 0))
+            return True
         except OSError:
             return False
-    return True

@@ -12,8 +12,8 @@ from mindformers import MindFormerConfig
 from mindformers.models import build_model_config
 from mindformers.models.configuration_utils import PretrainedConfig
 
-from glm_ms import tokenizer as tokenizers
 from glm_ms.convert.reader import open_checkpoint
+from glm_ms.families import family_of
 from glm_ms.mindformers_api.generation import LENGTHS, OPTIONS
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.settings.schema import AUTO, VOCAB_MULTIPLE
@@ -30,13 +30,7 @@ TOKENIZER_CLASS = "ChatGLMTokenizer"
 _FIELDS = tuple(field.name for field in dataclasses.fields(GLMConfig))
 _GENERATION = tuple(name for name in (*OPTIONS, *LENGTHS) if name not in _FIELDS)
 _OF_THIS_CLASS = ("generation", "load_adapter", "tokenizer")
-_OF_BASE_CLASS = (
-    "name_or_path",
-    "_commit_hash",
-    "checkpoint_name_or_path",
-    "architectures",
-    "parallel_config",
-)
+_OF_BASE_CLASS = ("name_or_path", "_commit_hash", "checkpoint_name_or_path", "architectures", "parallel_config")
 # Keys that MindFormers passes to every configuration, or adds to it, and that this network does not use.
 # `use_past`: decoding is always incremental.
 _IGNORED = (
@@ -44,6 +38,11 @@ _IGNORED = (
     "code_revision", "dataset_config", "disable_lazy_inline", "is_encoder_decoder", "is_sample_acceleration",
     "mindformers_version", "model_generation", "model_type", "moe_config", "pet_config", "pretrained_model_dir",
     "quantization", "quantization_config", "tokenizer_class", "trust_remote_code", "type", "use_past",
+)  # fmt: skip
+# Keyword arguments of from_pretrained about downloads. glm_ms downloads nothing.
+DOWNLOAD_OPTIONS = (
+    "cache_dir", "force_download", "ignore_mismatched_sizes", "local_files_only", "proxies", "resume_download",
+    "revision", "token", "trust_remote_code", "_commit_hash", "_from_auto", "_from_pipeline", "code_revision",
 )  # fmt: skip
 _EMBEDDING = "transformer.embedding.embedding_table"
 
@@ -55,10 +54,7 @@ class MindFormersGLMConfig(PretrainedConfig):
         kwargs: fields of the architecture. `padded_vocab_size: auto` is taken from the weights, or else from the
             tokenizer. `checkpoint_name_or_path`: initial weights, in any format that `glm_ms.load_pretrained` reads.
             `load_adapter`: adapter for these weights. `tokenizer`: `type` and `vocab_file`, as in
-            `processor.tokenizer` of a YAML. Generation options become the defaults of the model.
-
-    Attributes:
-        generation: generation options by name.
+            `processor.tokenizer` of a YAML. Generation options become the defaults of the model (`generation`).
 
     Raises:
         ConfigError: unknown key or invalid value.
@@ -106,17 +102,15 @@ class MindFormersGLMConfig(PretrainedConfig):
         vocab_file = self.tokenizer.get("vocab_file")
         if not vocab_file or not Path(vocab_file).is_file():
             return None
-        return getattr(tokenizers, self.tokenizer["type"])(vocab_file)
+        return family_of(self.tokenizer["type"]).tokenizer(vocab_file)
 
     def architecture(self) -> GLMConfig:
         """The configuration of the network alone; ConfigError if `padded_vocab_size` is still `auto`."""
         source = self.name_or_path or type(self).__name__
         if self.padded_vocab_size == AUTO:
-            raise ConfigError(
-                f"{source}: padded_vocab_size: auto needs load_checkpoint or an existing "
-                f"processor.tokenizer.vocab_file (now: {self.tokenizer.get('vocab_file') or 'not given'}); "
-                "or give a number"
-            )
+            needed = "load_checkpoint or an existing processor.tokenizer.vocab_file"
+            now = self.tokenizer.get("vocab_file") or "not given"
+            raise ConfigError(f"{source}: padded_vocab_size: auto needs {needed} (now: {now}); or give a number")
         return GLMConfig.from_dict({key: getattr(self, key) for key in _FIELDS}, source=source)
 
     @classmethod
@@ -138,8 +132,8 @@ class MindFormersGLMConfig(PretrainedConfig):
         """AutoConfig calls this with the content of a config.json and its path as `name_or_path`.
 
         With a path, the reader of glm_ms reads the file again, because it knows every key of the released files. Other
-        `kwargs` replace values. With `return_unused_kwargs` the result is a pair, and its second part is empty, because
-        an unknown key is an error.
+        `kwargs` replace values. `return_unused_kwargs` asks for a pair, whose second part is empty: an unknown key is
+        an error.
         """
         as_pair = kwargs.pop("return_unused_kwargs", False)
         path = kwargs.get("name_or_path", "")
@@ -153,8 +147,7 @@ class MindFormersGLMConfig(PretrainedConfig):
         """Writes `config.json` with `save_json=True`, else `<save_name>.yaml`. AutoConfig reads both."""
         folder = create_folder(save_directory)
         if kwargs.get("save_json"):
-            text = json.dumps(self.architecture().to_hf_dict(), indent=2) + "\n"
-            replace_text(folder / "config.json", text)
+            replace_text(folder / "config.json", json.dumps(self.architecture().to_hf_dict(), indent=2) + "\n")
             return
         fields = {"type": CONFIG_TYPE, **{key: getattr(self, key) for key in _FIELDS}}
         document = {"model": {"model_config": fields, "arch": {"type": MODEL_TYPE}}}

@@ -10,33 +10,32 @@ from mindspore.dataset import Dataset
 
 from glm_ms.engine.batches import TrainingPlan, training_batches
 from glm_ms.engine.from_settings import labelled_rows
-from glm_ms.mindformers_api.run_yaml import to_entry
-from glm_ms.mindformers_api.tokenizer import BY_GENERATION
+from glm_ms.families import family_of
+from glm_ms.mindformers_api.run_yaml import CORE_TOKENIZERS, to_entry
 from glm_ms.settings import SettingsError
 from glm_ms.settings.schema import EvalDatasetSettings, TrainDatasetSettings, keys_of
 from glm_ms.settings.values import Converter
-
-_TOKENIZERS = {kind.__name__: kind for kind in BY_GENERATION.values()}
 
 
 class GLMDataset:
     """`build_dataset(config.train_dataset_task)` returns the training rows in batches.
 
     The data set is one epoch, in the order of the first epoch of a run: that of the file, or of `shuffle` and `seed`.
-
-    Args:
-        dataset_config: a `train_dataset` or `eval_dataset` section of a YAML of glm_ms, with the keys that
-            `mindformers_document` adds: `tokenizer`, `batch_size`, `seed`.
-
-    Returns:
-        A MindSpore data set with the columns `glm_ms.engine.batches.TRAINING_COLUMNS`.
-
-    Raises:
-        DataError, SettingsError, VocabularyError: unusable records, keys or tokenizer.
     """
 
     def __new__(cls, dataset_config: MindFormerConfig) -> Dataset:
-        """Returns a data set and not an object of this class, because MindFormers registers only classes."""
+        """Returns a data set and not an object of this class, because MindFormers registers only classes.
+
+        Args:
+            dataset_config: a `train_dataset` or `eval_dataset` section of a YAML of glm_ms, with the keys that
+                `mindformers_document` adds: `tokenizer`, `batch_size`, `seed`.
+
+        Returns:
+            A MindSpore data set with the columns `glm_ms.engine.batches.TRAINING_COLUMNS`.
+
+        Raises:
+            DataError, SettingsError, VocabularyError: unusable records, keys or tokenizer.
+        """
         evaluates = bool(dataset_config.do_eval)
         kind, converter = EvalDatasetSettings if evaluates else TrainDatasetSettings, Converter()
         values = to_entry(_known_keys(kind, dataset_config), "dataset_config")
@@ -44,9 +43,10 @@ class GLMDataset:
         if converter.problems:
             raise SettingsError(converter.problems)
         tokenizer = dataset_config.tokenizer
-        if not tokenizer or tokenizer.type not in _TOKENIZERS:
-            raise SettingsError(f"tokenizer.type: must be one of {', '.join(_TOKENIZERS)}, found {tokenizer!r}")
-        rows = labelled_rows(section, _TOKENIZERS[tokenizer.type](tokenizer.vocab_file).core)
+        if not tokenizer or tokenizer.type not in CORE_TOKENIZERS:
+            raise SettingsError(f"tokenizer.type: must be one of {', '.join(CORE_TOKENIZERS)}, found {tokenizer!r}")
+        core = family_of(CORE_TOKENIZERS[tokenizer.type]).tokenizer(tokenizer.vocab_file)
+        rows = labelled_rows(section, core)
         plan = TrainingPlan(
             num_rows=len(rows),
             batch_size=dataset_config.batch_size or 1,

@@ -1,15 +1,17 @@
-"""Converts the arguments of MindFormers' `generate` to those of `glm_ms.generation`."""
+"""Options of MindFormers' `generate` and `predict` -> those of `glm_ms.generation`, and settings."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from mindformers.generation import GenerationConfig as MindFormersGeneration
+from mindformers.models.tokenization_utils_base import to_py_obj
 
 from glm_ms.generation.config import GenerationConfig
+from glm_ms.settings import Settings, SettingsError
+from glm_ms.storage.suggest import did_you_mean
 
 # Names for the length of the whole sequence, prompt included. glm_ms uses the first.
 LENGTHS = ("max_length", "max_decode_length")
@@ -23,6 +25,8 @@ _NEUTRAL_VALUES = {
     "encoder_repetition_penalty": (1.0,),
 }
 _IGNORED = ("batch_size", "bos_token_id", "model_name", "window_size", "level", "guess_set_size")
+# The Trainer and MindFormers' run scripts pass these with every prediction.
+_IGNORED_BY_PREDICT = ("image_processor", "audio_processor", "is_full_config", "adapter_id", "save_file", "task")
 _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
 _BEAM_OPTIONS = ("length_penalty", "early_stopping")
 
@@ -44,7 +48,7 @@ def generation_arguments(
     """Converts one call of `generate`.
 
     Args:
-        input_ids: one or several prompts, padded as described in `remove_padding`.
+        input_ids: one or several prompts, padded as described in `_remove_padding`.
         base: options that `given` does not set.
         given: options by their MindFormers or glm_ms names; None means not set.
         seq_length: maximum length of the network.
@@ -53,17 +57,15 @@ def generation_arguments(
         prompts without padding; keyword arguments of `generate`; whether to return a dictionary.
 
     Raises:
-        ValueError: an unknown or unsupported option, or a length that leaves no room for new tokens.
+        ValueError: an unsupported option, or prompts that are not rows of integers.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None and name not in _IGNORED}
     as_dictionary = bool(given.pop("return_dict_in_generate", base.return_dict_in_generate))
     mask = given.pop("attention_mask", None)
-    prompts = remove_padding(input_ids, given.get("pad_token_id", base.pad_token_id), mask)
+    prompts = _remove_padding(input_ids, given.get("pad_token_id", base.pad_token_id), mask)
     for name, neutral in _NEUTRAL_VALUES.items():
         if name in given and given.pop(name) not in neutral:
             raise ValueError(f"{name}: glm_ms does not support this option; remove it")
-    for name in _IGNORED:
-        given.pop(name, None)
     for name in LENGTHS[1:]:
         if name in given:
             given.setdefault(LENGTHS[0], given.pop(name))
@@ -77,19 +79,12 @@ def generation_arguments(
     return prompts, {**options, **given}, as_dictionary
 
 
-def remove_padding(input_ids: Any, pad_token_id: int, attention_mask: Any = None) -> list[list[int]]:
-    """Prompts without padding.
+def _remove_padding(input_ids: Any, pad_token_id: int, attention_mask: Any) -> list[list[int]]:
+    """Prompts without padding, which `attention_mask` marks with 0.
 
     Without a mask, `pad_token_id` at the right end is padding, as in MindFormers, and at the left end too, because the
     ChatGLM tokenizers pad there. No ChatGLM prompt begins with this id. So a row that begins with it is padded on the
     left only, and its right end is kept.
-
-    Args:
-        input_ids: ids of one prompt or of several, as lists, arrays or tensors.
-        attention_mask: 0 on padding, same shape.
-
-    Raises:
-        ValueError: not integers, or only padding.
     """
     rows = _rows(input_ids, "input_ids")
     if attention_mask is None:
@@ -112,7 +107,7 @@ def _without_ends(row: list[int], pad_token_id: int) -> list[int]:
 
 
 def _rows(values: Any, name: str) -> list[list[int]]:
-    values = _to_lists(values)
+    values = to_py_obj(values)
     if not isinstance(values, list) or not values:
         raise ValueError(f"{name}: expected the token ids of one or several prompts, found {values!r}")
     rows = values if isinstance(values[0], list) else [values]
@@ -120,14 +115,6 @@ def _rows(values: Any, name: str) -> list[list[int]]:
         if not isinstance(row, list) or not all(type(token) in (int, bool) for token in row):
             raise ValueError(f"{name}: expected integers, for one or several prompts")
     return rows
-
-
-def _to_lists(values: Any) -> Any:
-    if hasattr(values, "asnumpy"):
-        values = values.asnumpy()
-    if isinstance(values, (np.ndarray, np.generic)):
-        return values.tolist()
-    return [_to_lists(value) for value in values] if isinstance(values, Sequence) else values
 
 
 def _set_length(given: dict[str, Any], options: dict[str, Any], seq_length: int) -> None:
@@ -139,3 +126,31 @@ def _set_length(given: dict[str, Any], options: dict[str, Any], seq_length: int)
     elif options.get("max_new_tokens") is None:
         longest = seq_length if options["max_length"] is None else min(options["max_length"], seq_length)
         given["max_new_tokens"] = given["max_length"] = longest
+
+
+def set_generation(settings: Settings, options: dict[str, Any]) -> None:
+    """Overwrites settings with the options of a call of `predict`; SettingsError for an unknown one.
+
+    Options are the keys of `generation` in a YAML, `batch_size`, `seed`; None means not set. `max_new_tokens` overrides
+    `max_length`, as in MindFormers, and either overrides both of the YAML.
+    """
+    generation = settings.generation
+    known = [item.name for item in dataclasses.fields(generation)]
+    for name, value in options.items():
+        name = LENGTHS[0] if name in LENGTHS else name
+        if value is None or name in _IGNORED_BY_PREDICT:
+            continue
+        if name == "batch_size":
+            settings.predict_batch_size = value
+        elif name == "seed":
+            settings.seed = value
+        elif name in known:
+            setattr(generation, name, value)
+        else:
+            hint = did_you_mean(name, [*known, "batch_size", "seed"], f"; known: {', '.join(known)}")
+            raise SettingsError(f"predict({name}=...): unknown option{hint}")
+    lengths = [options[name] for name in LENGTHS if options.get(name) is not None]
+    if options.get("max_new_tokens") is not None:
+        generation.max_length = None
+    elif lengths:
+        generation.max_new_tokens = lengths[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import mindspore as ms
@@ -16,7 +15,7 @@ from glm_ms.convert.reader import load_parameters, open_checkpoint
 from glm_ms.convert.writers import write_file
 from glm_ms.engine.weights import check_config_beside
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.mindformers_api.config import MindFormersGLMConfig, create_folder
+from glm_ms.mindformers_api.config import DOWNLOAD_OPTIONS, MindFormersGLMConfig, create_folder
 from glm_ms.mindformers_api.generation import default_generation, generation_arguments
 from glm_ms.model.loss import NextTokenLoss
 from glm_ms.pretrained import load_pretrained
@@ -24,11 +23,6 @@ from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 WEIGHTS_FILE = "model.safetensors"
-# Keyword arguments of from_pretrained about downloads. glm_ms downloads nothing.
-_DOWNLOAD_OPTIONS = (
-    "cache_dir", "force_download", "ignore_mismatched_sizes", "local_files_only", "proxies", "resume_download",
-    "revision", "token", "trust_remote_code", "_commit_hash", "_from_auto", "_from_pipeline", "code_revision",
-)  # fmt: skip
 
 
 class MindFormersGLM(PreTrainedModel):
@@ -37,13 +31,11 @@ class MindFormersGLM(PreTrainedModel):
     Args:
         config: architecture. `checkpoint_name_or_path` and `load_adapter` are loaded; without the former the weights
             are random.
-        core: an existing model to wrap; None builds one.
-        weights_from: path of the weights of `core`.
+        core: an existing model to wrap, with weights of the path `weights_from`; None builds one.
 
     Attributes:
         core: the model of glm_ms, whose `network` this cell runs.
-        weights_from: path of the weights; empty if they are random.
-        adapter_from: path of the adapter of `core`; empty without one.
+        weights_from, adapter_from: paths of weights and adapter; empty if the weights are random, without an adapter.
 
     Raises:
         CheckpointError, ConfigError: unusable weights or configuration.
@@ -67,9 +59,8 @@ class MindFormersGLM(PreTrainedModel):
         # An answer ends at the stop ids of the tokenizer that the YAML names, unless the YAML gives other ids.
         tokenizer = config.build_tokenizer()
         stop = {} if tokenizer is None else {"eos_token_id": list(tokenizer.stop_token_ids)}
-        self.generation_config = default_generation(
-            {**stop, **config.generation}, config.eos_token_id, config.pad_token_id
-        )
+        options = {**stop, **config.generation}
+        self.generation_config = default_generation(options, config.eos_token_id, config.pad_token_id)
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -84,9 +75,8 @@ class MindFormersGLM(PreTrainedModel):
     ) -> Tensor:
         """All int32 [B, S]. Default mask: no padding. Default positions: number of unmasked tokens before.
 
-        Returns:
-            logits, float32 [B, S, V]. With labels (-100 for tokens without loss, shifted inside): the mean loss over
-            the labelled tokens, float32 scalar.
+        Returns logits, float32 [B, S, V]; with labels (-100 for tokens without loss, shifted inside) the mean loss over
+        the labelled tokens, float32 scalar.
         """
         if attention_mask is None:
             attention_mask = ops.ones_like(input_ids)
@@ -111,18 +101,15 @@ class MindFormersGLM(PreTrainedModel):
         """MindFormers' `generate`, computed by the cached decoding of glm_ms.
 
         Args:
-            input_ids: ids of one prompt or of several; `generation.remove_padding` describes the padding.
+            input_ids: ids of one prompt or of several, padded on the left or right.
             generation_config: replaces the model's own `generation_config`.
             logits_processor: must be None.
             streamer: receives the prompt and then every token; one sequence only.
-            kwargs: single options by their glm_ms or MindFormers names (`max_length`, `return_dict_in_generate`).
+            kwargs: single options by their glm_ms or MindFormers names; ValueError for unknown or invalid ones.
 
         Returns:
             Ids of every sequence with its prompt and without padding, int32 [tokens] each; with
             `return_dict_in_generate` as {"sequences": ...}.
-
-        Raises:
-            ValueError: unknown or invalid option.
         """
         if logits_processor:
             raise ValueError("logits_processor: not supported; use temperature, top_k, top_p, repetition_penalty")
@@ -156,16 +143,11 @@ class MindFormersGLM(PreTrainedModel):
     ) -> MindFormersGLM:
         """Loads a model from any path that `glm_ms.load_pretrained` reads.
 
-        Args:
-            pretrained_model_name_or_dir: Hugging Face folder, `.ckpt` or `.safetensors`, output folder of a run.
-            config: a MindFormersGLMConfig or its path; None reads the config.json of the folder.
-            kwargs: values that replace those of the configuration file.
-
-        Raises:
-            CheckpointError, ConfigError: unusable weights or configuration.
+        `config` is a MindFormersGLMConfig or its path; None reads the config.json of the folder. `kwargs` replace
+        values of the configuration file. Raises CheckpointError or ConfigError.
         """
         path = resolve_checkpoint(kwargs.pop("pretrained_model_name_or_path", None) or pretrained_model_name_or_dir)
-        kwargs = {key: value for key, value in kwargs.items() if key not in _DOWNLOAD_OPTIONS}
+        kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_OPTIONS}
         if not isinstance(config, MindFormersGLMConfig):
             source = config or (path if (path / "config.json").is_file() else None)
             if source is None:
@@ -176,7 +158,7 @@ class MindFormersGLM(PreTrainedModel):
     from_pretrained_experimental_mode = from_pretrained  # AutoModel calls this one for folders with a config.json
 
     def load_checkpoint(self, config: MindFormersGLMConfig) -> None:
-        """Loads `config.checkpoint_name_or_path`; see `load_weights`."""
+        """MindFormers calls this; see `load_weights`."""
         if not config.checkpoint_name_or_path:
             raise CheckpointError("checkpoint_name_or_path: empty; give a Hugging Face folder, .safetensors or .ckpt")
         self.load_weights(config.checkpoint_name_or_path)
@@ -184,8 +166,7 @@ class MindFormersGLM(PreTrainedModel):
     def load_weights(self, path: str) -> None:
         """Replaces all weights by those of a checkpoint in any format; an adapter stays attached.
 
-        Raises:
-            CheckpointError: unreadable weights, or weights of another network.
+        Raises CheckpointError for unreadable weights, or weights of another network.
         """
         folder, core = resolve_checkpoint(path), self.core
         with open_checkpoint(folder) as reader:
@@ -209,12 +190,11 @@ class MindFormersGLM(PreTrainedModel):
         folder = create_folder(save_directory)
         parameters, dtype = self.core.parameters(), self.core.config.param_init_type
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-
-        def arrays() -> Iterator[tuple[str, np.ndarray]]:
-            for name, value in parameters.items():
-                yield name, convert_dtype(value.value().astype(ms.float32).asnumpy(), "float32", dtype, name)
-
-        write_file(folder / WEIGHTS_FILE, shapes, dtype, arrays(), overwrite=True)
+        arrays = (
+            (name, convert_dtype(value.value().astype(ms.float32).asnumpy(), "float32", dtype, name))
+            for name, value in parameters.items()
+        )
+        write_file(folder / WEIGHTS_FILE, shapes, dtype, arrays, overwrite=True)
         self.config.save_pretrained(str(folder), save_json=True)
 
     def get_model_parameters(self, only_trainable: bool = True) -> list[Parameter]:

@@ -21,6 +21,7 @@ from glm_ms.storage.suggest import did_you_mean
 OWN_SECTION = "glm_ms"
 TASK_TRAINER, DATASET_TASK = "GLMTextGenerationTrainer", "GLMDataset"
 TOKENIZERS = {"ChatGLM2Tokenizer": "GLM2Tokenizer", "ChatGLM3Tokenizer": "GLM3Tokenizer"}
+CORE_TOKENIZERS = {registered: name for name, registered in TOKENIZERS.items()}
 # MindFormers overwrites these three under their own names.
 _OVERWRITTEN = ("load_checkpoint", "resume_training", "eval_dataset.batch_size")
 # Keys that MindFormers overwrites, refuses (max_steps) or gives another meaning (checkpoint).
@@ -161,7 +162,7 @@ def _value(config: MindFormerConfig, own: Mapping[str, Any], key: str) -> Any:
         types = [section["type"] for section in config["metric"]]
         value = types[0] if len(types) == 1 else types
     if key == "processor.tokenizer.type":
-        value = next((name for name, registered in TOKENIZERS.items() if registered == value), value)
+        value = CORE_TOKENIZERS.get(str(value), value)
     return value
 
 

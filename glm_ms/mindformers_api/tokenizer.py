@@ -12,7 +12,7 @@ from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.models.tokenization_utils_base import BatchEncoding, PaddingStrategy, TruncationStrategy, to_py_obj
 
 from glm_ms.families import FAMILIES, family_of
-from glm_ms.mindformers_api.config import TOKENIZER_CLASS, create_folder
+from glm_ms.mindformers_api.config import DOWNLOAD_OPTIONS, TOKENIZER_CLASS, create_folder
 from glm_ms.mindformers_api.run_yaml import read_run_yaml
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.readers import read_object
@@ -26,19 +26,15 @@ _RELEASED = {name: family.generation for family in FAMILIES.values() for name in
 _PUBLISHERS = ("THUDM", "zai-org", "ZhipuAI")
 # Arguments of AutoTokenizer, and keys of the released tokenizer_config.json files that change nothing.
 _IGNORED = (
-    "_commit_hash", "_from_auto", "_from_pipeline", "added_tokens_decoder", "auto_map", "cache_dir", "chat_template",
-    "clean_up_tokenization_spaces", "config", "do_lower_case", "force_download", "local_files_only", "proxies",
-    "remove_space", "resume_download", "revision", "token", "tokenizer_class", "tokenizer_type", "trust_remote_code",
-    "use_fast", GENERATION_KEY,
+    *DOWNLOAD_OPTIONS, "added_tokens_decoder", "auto_map", "chat_template", "clean_up_tokenization_spaces", "config",
+    "do_lower_case", "remove_space", "tokenizer_class", "tokenizer_type", "use_fast", GENERATION_KEY,
 )  # fmt: skip
 _UNSUPPORTED = ("return_overflowing_tokens", "return_special_tokens_mask", "return_offsets_mapping", "stride")
 
 
 class ChatPrompt(str):
-    """Text of a prompt in the chat template, with its ids. The tokenizers use the ids and do not read the text.
-
-    So the role tokens of a built prompt are special tokens, while the same spelling in a user's text is plain text.
-    """
+    """Text of a prompt in the chat template, with its ids. The tokenizers use the ids alone: so the role tokens of a
+    built prompt are special tokens, while the same spelling in a user's text is plain text."""
 
     token_ids: list[int]
 
@@ -55,15 +51,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     """Base class of `GLM2Tokenizer` and `GLM3Tokenizer`; `from_pretrained` returns the one that fits the path.
 
     Args:
-        vocab_file: the SentencePiece model.
+        vocab_file: the SentencePiece model; VocabularyError if it cannot be used.
         kwargs: keys of a tokenizer_config.json.
 
     Attributes:
         core: the tokenizer of glm_ms.
         stop_token_ids: ids that end an answer, for `generate(..., eos_token_id=...)`.
-
-    Raises:
-        VocabularyError: the file does not exist or is not a SentencePiece model.
     """
 
     vocab_files_names = {"vocab_file": MODEL_FILE}  # noqa: RUF012 - declared by the base class
@@ -83,8 +76,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             raise ValueError(f"padding_side = {kwargs['padding_side']!r}: must be 'left'")
         tokens = {"eos_token": self.core.eos_token, "pad_token": self.core.pad_token}
         super().__init__(**{**tokens, "unk_token": self.core.unk_token, **kwargs})
-
-    # ------------------------------------------------------------------ as in the tokenizer of glm_ms
 
     vocab_size = property(lambda self: self.core.vocab_size)
     pad_token_id = property(lambda self: self.core.pad_token_id)
@@ -123,8 +114,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         raise ValueError(f"{type(self).__name__}: cannot add tokens; the weights determine the vocabulary")
 
     add_special_tokens = add_tokens
-
-    # ------------------------------------------------------------------ text to ids
 
     def _get_padding_truncation_strategies(
         self, padding: Any = False, truncation: Any = None, max_length: int | None = None, **kwargs: Any
@@ -177,7 +166,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _pad_rows(
         self,
-        rows: Sequence[dict[str, list[int]]],
+        rows: Any,
         single: bool,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
         max_length: int | None = None,
@@ -211,13 +200,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Pads encoded texts on the left."""
         strategy, _, max_length, _ = self._get_padding_truncation_strategies(padding, None, max_length)
         rows = to_py_obj(encoded_inputs)
-        if isinstance(rows, dict):
-            rows = [dict(zip(rows, values)) for values in zip(*rows.values())]
         return self._pad_rows(
             rows, False, strategy, max_length, pad_to_multiple_of, return_attention_mask, return_tensors
         )
-
-    # ------------------------------------------------------------------ chat
 
     def build_prompt(self, query: str, history: Sequence[Any] | None = None, role: str = "user") -> ChatPrompt:
         """A question in the chat template, as input of this tokenizer or of a pipeline."""
@@ -235,8 +220,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Raises ValueError: the base class would apply the template of other models."""
         raise ValueError("apply_chat_template: use build_prompt or build_chat_input")
 
-    # ------------------------------------------------------------------ ids to text
-
     def decode(self, token_ids: Any, *_: Any, **__: Any) -> str | list[str]:
         """Text of ids, or a list of texts for a list of sequences, as pipelines need it.
 
@@ -250,8 +233,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         rows = [[token for token in row if token < self.vocab_size] for row in ([ids] if single else ids)]
         texts = [self.core.decode(row) for row in rows]
         return texts[0] if single else texts
-
-    # ------------------------------------------------------------------ files
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, *_: Any, **kwargs: Any) -> ChatGLMTokenizer:
@@ -268,7 +249,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """
         path = Path(str(kwargs.pop("pretrained_model_name_or_path", None) or name_or_path))
         own = None if cls.core_class is None else family_of(cls.core_class.__name__).generation
-        generation, vocab_file = find_tokenizer(path, kwargs.pop(GENERATION_KEY, None) or own)
+        generation, vocab_file = _find_tokenizer(path, kwargs.pop(GENERATION_KEY, None) or own)
         return BY_GENERATION[generation](str(vocab_file), **{**kwargs, "name_or_path": str(path)})
 
     def save_pretrained(self, save_directory: str, *_: Any, **kwargs: Any) -> tuple[str, ...]:
@@ -305,19 +286,14 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, (list, tuple)) and len(item) == 2 and all(isinstance(text, str) for text in item)
 
 
-def find_tokenizer(path: Path, generation: int | None = None) -> tuple[int, Path]:
-    """The generation (2 or 3) and the SentencePiece model of a path, as in `ChatGLMTokenizer.from_pretrained`.
-
-    `generation` replaces the one found at `path`.
-    """
+def _find_tokenizer(path: Path, generation: int | None = None) -> tuple[int, Path]:
+    """The generation (2 or 3), by default the one found at the path, and the SentencePiece model."""
     found: int | None
     if path.is_dir() and not (path / MODEL_FILE).is_file():
         yaml_of_run = sorted(path.glob("*settings.yaml"))
         if not yaml_of_run:
-            raise VocabularyError(
-                f"{path}: no {MODEL_FILE} here; copy the one of the weights into the folder, or give its path or the "
-                "YAML of the run"
-            )
+            remedy = "copy the one of the weights into the folder, or give its path or the YAML of the run"
+            raise VocabularyError(f"{path}: no {MODEL_FILE} here; {remedy}")
         path = yaml_of_run[0]
     if path.suffix in (".yaml", ".yml"):
         chosen = read_run_yaml(path).processor.tokenizer

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 from mindformers import MindFormerConfig
+from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import CausalLanguageModelingTrainer
+from mindspore.dataset import Dataset
 from mindspore.train import Callback
 
+from glm_ms.engine.dataset_rows import DatasetRows
 from glm_ms.engine.evaluate import evaluate
+from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import quiet_terminal
 from glm_ms.engine.predict import predict
+from glm_ms.engine.process import restore_signal_handlers
 from glm_ms.engine.report.summary import summary
+from glm_ms.engine.run import set_device
 from glm_ms.engine.train import Given, train
-from glm_ms.engine.weights import build_model
+from glm_ms.engine.weights import adapter_config, build_model, different_fields
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.mindformers_api import job
-from glm_ms.mindformers_api.job import say
+from glm_ms.mindformers_api.generation import set_generation
 from glm_ms.mindformers_api.model import MindFormersGLM
 from glm_ms.mindformers_api.run_yaml import settings_of
-from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
+from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, ChatPrompt
 from glm_ms.peft.store import is_adapter_folder
-from glm_ms.settings import Settings
-from glm_ms.settings.schema import TRAINING_MODES
+from glm_ms.settings import Problem, Settings, SettingsError, machine_problems
+from glm_ms.settings.checks import check
+from glm_ms.settings.schema import AUTO, TRAINING_MODES
 from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 TEXT = "text_generation_text"  # MindFormers' pipelines use this key
+PROMPT_COLUMN = "prompt"
+_TRAIN_FILE = "train_dataset.data_loader.dataset_dir"
 
 
 class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
@@ -78,25 +90,25 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             FloatingPointError: the run has diverged.
         """
         others = {name: kwargs.get(name) for name in ("compute_metrics", "eval_dataset")}
-        job.refuse({"optimizers": optimizer, "wrapper": wrapper, **others})
+        _refuse({"optimizers": optimizer, "wrapper": wrapper, **others})
         mode = config.run_mode if config.run_mode in TRAINING_MODES else TRAINING_MODES[-1]
         settings = settings_of(config, run_mode=mode)
-        weights_given = job.apply_checkpoint(settings, *job.take_checkpoint(config))
+        weights_given = _apply_checkpoint(settings, *_take_checkpoint(config))
         if network is not None:
-            job.plan_training(network, settings, weights_given)
-        rows = None if dataset is None else job.rows_of(dataset, settings)
-        tokenizer = job.begin(settings, check_train_file=rows is None)
-        core = None if network is None else job.before_training(network, settings)
-        train(settings, tokenizer, say, Given(core, rows, tuple(callbacks or ())))
+            _plan_training(network, settings, weights_given)
+        rows = None if dataset is None else _rows_of(dataset, settings)
+        tokenizer = _begin(settings, check_train_file=rows is None)
+        core = None if network is None else _fill(network, settings)
+        train(settings, tokenizer, _say, Given(core, rows, tuple(callbacks or ())))
+        trained = "load_checkpoint" if settings.model.pet_config.pet_type is None else "load_adapter"
         self.network, self._trained, self._built = network, {}, None
-        if network is not None:
-            job.after_training(network, settings)
-        elif settings.model.pet_config.pet_type is None:
-            self._trained = {"load_checkpoint": settings.output_dir}
+        if network is None:
+            self._trained = {"load_checkpoint": settings.load_checkpoint, trained: settings.output_dir}
         else:
-            self._trained = {"load_checkpoint": settings.load_checkpoint, "load_adapter": settings.output_dir}
+            network.core.network.set_train(False)
+            setattr(network, "weights_from" if trained == "load_checkpoint" else "adapter_from", settings.output_dir)
         for line in summary(settings):
-            say(line)
+            _say(line)
 
     def evaluate(
         self,
@@ -111,10 +123,10 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
 
         MindFormers' Trainer returns nothing. `scores` and `eval_scores.json` in the output folder have the numbers.
         """
-        job.refuse({"eval_dataset": dataset, "compute_metrics": compute_metrics, "eval_callbacks": callbacks or None})
+        _refuse({"eval_dataset": dataset, "compute_metrics": compute_metrics, "eval_callbacks": callbacks or None})
         settings = settings_of(config, run_mode="eval")
         model, tokenizer = self._prepare(settings, config, network)
-        self.scores = evaluate(settings, model, tokenizer, say)
+        self.scores = evaluate(settings, model, tokenizer, _say)
         for name, value in self.scores.items():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
         return self.scores
@@ -139,53 +151,223 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         """
         settings = settings_of(config, run_mode="predict")
         with tempfile.TemporaryDirectory() as folder:
-            settings.predict_data = job.predict_data(input_data, settings, Path(folder))
+            settings.predict_data = _predict_data(input_data, settings, Path(folder))
             if tokenizer is not None:
-                job.set_tokenizer(settings, tokenizer)
-            job.set_generation(settings, kwargs)
+                _set_tokenizer(settings, tokenizer)
+            set_generation(settings, kwargs)
             model, core_tokenizer = self._prepare(settings, config, network)
-            results = predict(settings, model, core_tokenizer, lambda _: None, say)
+            results = predict(settings, model, core_tokenizer, lambda _: None, _say)
         return [{TEXT: list(result.answers)} for result in results]
 
     def _prepare(
         self, settings: Settings, config: MindFormerConfig, network: MindFormersGLM | None
     ) -> tuple[GLMForCausalLM, SentencePieceTokenizer]:
         """Checks an evaluation or prediction; returns its model and tokenizer."""
-        path, _ = job.take_checkpoint(config)
+        path, _ = _take_checkpoint(config)
         if network is None:
             for key, value in self._trained.items():
                 setattr(settings, key, value)
         else:
             settings.load_checkpoint = network.weights_from or settings.load_checkpoint
             settings.load_adapter = network.adapter_from or settings.load_adapter
+            _check_network(network, settings)
         if path:
             adapter = is_adapter_folder(resolve_checkpoint(path))
             setattr(settings, "load_adapter" if adapter else "load_checkpoint", path)
-        if network is None:
-            tokenizer = job.begin(settings)
-            model = self._build(settings, tokenizer)
-        else:
-            job.check_network(network, settings)
-            tokenizer = job.begin(settings)
-            model = job.load_missing_weights(network, settings)
-        settings_file = Path(settings.output_dir) / f"{settings.run_mode}_settings.yaml"
-        replace_text(settings_file, settings.to_yaml())
+        tokenizer = _begin(settings)
+        model = self._build(settings, tokenizer) if network is None else _load_missing_weights(network, settings)
+        replace_text(Path(settings.output_dir, f"{settings.run_mode}_settings.yaml"), settings.to_yaml())
         return model, tokenizer
 
     def _build(self, settings: Settings, tokenizer: SentencePieceTokenizer) -> GLMForCausalLM:
         """The model of the settings. Jobs with the same weights in a row load and compile it once."""
-        files = [_version(path) for path in (settings.load_checkpoint, settings.load_adapter)]
-        key = (files, settings.seed, settings.to_dict()["model"])
+        found = [resolve_checkpoint(path) for path in (settings.load_checkpoint, settings.load_adapter) if path]
+        versions = [(path, path.stat().st_mtime_ns) for path in found]
+        key = (versions, settings.load_adapter, settings.seed, settings.to_dict()["model"])
         if self._built is not None and self._built[0] == key:
-            say(f"weights: {settings.load_checkpoint or 'random'}, loaded by an earlier job")
+            _say(f"weights: {settings.load_checkpoint or 'random'}, loaded by an earlier job")
         else:
-            self._built = (key, build_model(settings, tokenizer.vocab_size, say))
+            self._built = (key, build_model(settings, tokenizer.vocab_size, _say))
         return self._built[1]
 
 
-def _version(path: str) -> tuple[Path, int] | None:
-    """The checkpoint at a path and the time of its last change; None without a path."""
-    if not path:
-        return None
-    found = resolve_checkpoint(path)
-    return found, found.stat().st_mtime_ns
+def _say(line: str) -> None:
+    """Prints a line for the user to standard error, on the first rank, as `run_glm.py` does."""
+    if get_real_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _refuse(given: dict[str, Any]) -> None:
+    """Raises SettingsError for objects given to the Trainer whose choice is part of the YAML."""
+    for name, value in given.items():
+        if value is not None:
+            raise SettingsError(
+                f"Trainer({name}=...): not supported with glm_ms; the YAML determines optimizer, lr_schedule, "
+                "runner_wrapper, eval_dataset and metric"
+            )
+
+
+def _begin(settings: Settings, check_train_file: bool = True) -> SentencePieceTokenizer:
+    """Checks a job as `run_glm.py` does, sets the device and builds the tokenizer.
+
+    Adjusts the settings and prints each adjustment. `check_train_file` is False if the caller gives the training data.
+    Raises SettingsError with all problems, or VocabularyError for an unusable file of the tokenizer.
+    """
+    problems = [problem for problem in check(settings) if check_train_file or problem.key != _TRAIN_FILE]
+    if settings.use_parallel and not settings.is_training():
+        message = f"True: {settings.run_mode} runs in one process; set False"
+        problems.append(Problem("use_parallel", message, where=settings.where("use_parallel")))
+    problems += machine_problems(settings)
+    if problems:
+        raise SettingsError(problems)
+    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+    restore_signal_handlers()
+    set_device(settings)
+    ms.set_seed(settings.seed)
+    for note in settings.notes:
+        _say(note)
+    return build_tokenizer(settings)
+
+
+def _take_checkpoint(config: MindFormerConfig) -> tuple[str | None, Any]:
+    """Removes and returns the checkpoint (`finetune_checkpoint=` ...) and `resume_training=` of a call, or None.
+
+    The Trainer stores both in its configuration, where they would also apply to its next calls.
+    """
+    path, resume = config.get("load_checkpoint") or None, config.get("resume_training")
+    config.update(load_checkpoint=None, resume_training=None, checkpoint={}, use_legacy_format=True)
+    return path, resume
+
+
+def _apply_checkpoint(settings: Settings, path: str | None, resume: Any) -> bool:
+    """Replaces the checkpoint of the settings by that of a training call, as `_take_checkpoint` returns it.
+
+    Returns whether the call gives initial weights. Raises SettingsError if `resume` is not True or False.
+    """
+    if resume not in (None, True, False):
+        raise SettingsError(
+            f"resume_training = {resume!r}: must be True or False; give the checkpoint as resume_from_checkpoint"
+        )
+    if resume is not None:
+        settings.resume_training = path or True if resume else False
+    if path and not resume:
+        settings.load_checkpoint = path
+    return bool(path and not resume)
+
+
+def _check_network(network: MindFormersGLM, settings: Settings) -> None:
+    """Raises SettingsError if a given model is another network than that of the YAML, or has a smaller seq_length."""
+    core = network.core.config
+    wanted = settings.model.model_config
+    if wanted.padded_vocab_size == AUTO:
+        wanted.padded_vocab_size = core.padded_vocab_size
+    different = different_fields(settings.glm_config(), core, "the model")
+    if core.seq_length < wanted.seq_length:
+        different.append(f"model.model_config.seq_length: {wanted.seq_length}, in the model {core.seq_length}")
+    if different:
+        raise SettingsError(f"{settings.source} and the model given are different networks: {'; '.join(different)}")
+
+
+def _plan_training(network: MindFormersGLM, settings: Settings, weights_given: bool) -> None:
+    """Adapts the settings of a training to a given model; the model does not change.
+
+    `load_checkpoint` becomes the path of the model's weights, unless the call gives others (`weights_given`). Raises
+    CheckpointError for an adapter that the settings do not train.
+    """
+    _check_network(network, settings)
+    adapter_not_trained = network.core.adapter is not None and settings.model.pet_config.pet_type is None
+    if settings.load_adapter or adapter_not_trained:
+        raise CheckpointError(
+            "Trainer(model=...): the model has an adapter or load_adapter names one; to continue training an adapter, "
+            "give no model and set load_checkpoint and load_adapter in the YAML"
+        )
+    if not weights_given:
+        settings.load_checkpoint = network.weights_from or settings.load_checkpoint
+    if not settings.load_checkpoint:
+        settings.model.init = "random"  # the caller wants the weights that the model has
+
+
+def _fill(network: MindFormersGLM, settings: Settings) -> GLMForCausalLM:
+    """A given model with the weights of the settings and, if they train one, an adapter."""
+    if settings.resume_training is False:
+        _load_missing_weights(network, settings)
+    adapter = adapter_config(settings)
+    if adapter is not None and network.core.adapter is None:
+        network.core.add_adapter(adapter, settings.seed)
+    return network.core
+
+
+def _load_missing_weights(network: MindFormersGLM, settings: Settings) -> GLMForCausalLM:
+    """Loads the weights and the adapter of the settings into a given model, unless it has them.
+
+    Raises CheckpointError if they are unusable, or if the model has another adapter.
+    """
+    core = network.core
+    if settings.load_checkpoint and settings.load_checkpoint != network.weights_from:
+        network.load_weights(settings.load_checkpoint)
+    _say(f"weights: {network.weights_from or 'random'}")
+    if settings.load_adapter and settings.load_adapter != network.adapter_from:
+        if core.adapter is not None:
+            raise CheckpointError(
+                f"{settings.load_adapter}: the model given already has an adapter, from {network.adapter_from}"
+            )
+        _say(str(core.load_adapter(settings.load_adapter)))
+        network.adapter_from = settings.load_adapter
+    return core
+
+
+def _rows_of(dataset: Any, settings: Settings) -> DatasetRows:
+    """Rows of a given data set, which also determines batch size and order of the run; DataError if unusable."""
+    if not isinstance(dataset, Dataset):
+        kind = type(dataset).__name__
+        raise DataError(
+            f"Trainer(train_dataset=...): expected the path of a file or a MindSpore data set, found {kind}"
+        )
+    rows = DatasetRows(dataset)
+    longest = settings.model.model_config.seq_length
+    if rows.seq_length > longest:
+        raise DataError(
+            f"train_dataset: rows of {rows.seq_length} tokens exceed model.model_config.seq_length = {longest}"
+        )
+    settings.runner_config.batch_size = rows.batch_size
+    settings.train_dataset.data_loader.shuffle = False
+    _say("train_dataset: batch size and order are those of the data set, the same in every epoch")
+    return rows
+
+
+def _set_tokenizer(settings: Settings, tokenizer: Any) -> None:
+    """Replaces the tokenizer of the YAML by a given one, which must be one of glm_ms."""
+    if not isinstance(tokenizer, ChatGLMTokenizer):
+        raise SettingsError(
+            f"Trainer(tokenizer=...): {type(tokenizer).__name__}: expected a tokenizer of glm_ms, as AutoTokenizer "
+            "loads it from a GLM folder or YAML"
+        )
+    chosen = settings.processor.tokenizer
+    chosen.type, chosen.vocab_file = type(tokenizer.core).__name__, tokenizer.vocab_file
+
+
+def _predict_data(input_data: Any, settings: Settings, folder: Path) -> str:
+    """The value of `predict_data` for the input of a call; a list becomes a file in `folder`.
+
+    The input is a text, the path of a file, a list of texts, or a MindSpore data set with a column `prompt`. DataError
+    for anything else. The Trainer passes the records of `eval_dataset` if the call gives no input; so `predict_data` of
+    the settings replaces a data set.
+    """
+    if isinstance(input_data, Dataset):
+        if settings.predict_data:
+            return settings.predict_data
+        columns = input_data.get_col_names()
+        if PROMPT_COLUMN not in columns:
+            raise DataError(f"input_data: no column {PROMPT_COLUMN}; its columns are {', '.join(columns)}")
+        iterator = input_data.create_dict_iterator(num_epochs=1, output_numpy=True)
+        input_data = [text for item in iterator for text in item[PROMPT_COLUMN].reshape(-1).tolist()]
+    for text in input_data if isinstance(input_data, list) else [input_data]:
+        if not isinstance(text, str):
+            raise DataError(f"input_data: expected texts, found {type(text).__name__}")
+        if isinstance(text, ChatPrompt):
+            raise DataError("input_data: a text of build_prompt; give plain texts, predict builds the prompts")
+    if not isinstance(input_data, list):
+        return input_data
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in input_data), encoding="utf-8")
+    return str(path)

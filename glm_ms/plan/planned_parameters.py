@@ -21,15 +21,30 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class PlannedParameter:
-    """A parameter of the network."""
+    """A parameter of the network.
 
-    shape: tuple[int, ...]  # of the whole
-    item_bytes: int  # of an element as it is stored
-    trained: bool  # has a gradient and two moments
+    Attributes:
+        shape: of the whole.
+        item_bytes: of an element as it is stored.
+        trained: has a gradient and two moments.
+    """
+
+    shape: tuple[int, ...]
+    item_bytes: int
+    trained: bool
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
 
 
 def lora_targets(settings: Settings, config: GLMConfig) -> list[str]:
-    """Modules with a low-rank update, none without a LoRA adapter. AdapterError if `target_modules` matches none."""
+    """Modules with a low-rank update; empty if the run has no LoRA adapter.
+
+    Raises:
+        AdapterError: `target_modules` matches none.
+    """
     if settings.model.pet_config.pet_type != "lora":
         return []
     return target_names(settings.model.pet_config.target_modules, linear_names(expected_shapes(config)))
@@ -38,12 +53,14 @@ def lora_targets(settings: Settings, config: GLMConfig) -> list[str]:
 def planned_parameters(settings: Settings, config: GLMConfig) -> dict[str, PlannedParameter]:
     """Name -> parameter of the network of a run; sharded runs have the parts of joint layers.
 
-    Raises AdapterError if `target_modules` matches no module.
+    Raises:
+        AdapterError: `target_modules` matches no module.
     """
     pet, training = settings.model.pet_config, settings.is_training()
-    shapes, stored = expected_shapes(config), ITEM_BYTES[config.param_init_type]
+    shapes = expected_shapes(config)
     base_shapes = sharded_shapes(config, shapes) if is_sharded(settings) else shapes
     trained = training and pet.pet_type is None
+    stored = ITEM_BYTES[config.param_init_type]
     result = {name: PlannedParameter(tuple(shape), stored, trained) for name, shape in base_shapes.items()}
     if pet.pet_type is not None:
         adapter = ADAPTERS[pet.pet_type]

