@@ -11,7 +11,7 @@ from glm_ms.convert.reader import load_parameters, open_checkpoint
 from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
-from glm_ms.peft.store import is_adapter_folder
+from glm_ms.peft import is_adapter_folder
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
@@ -19,17 +19,13 @@ from glm_ms.storage.run_folder import resolve_checkpoint
 def load_pretrained(
     path: str | Path, config: GLMConfig | str | Path | None = None, adapter: str | Path | None = None
 ) -> GLMForCausalLM:
-    """Loads a model.
+    """Loads a model. On a CPU its weights are float32, the only type that is fast there; elsewhere as the config says.
 
     Args:
         path: Hugging Face folder (safetensors, or .bin shards), MindSpore `.ckpt` or `.safetensors`, or the
             output folder of a training run (its newest checkpoint).
         config: architecture, or the folder, `config.json` or YAML to read it from. None: `config.json` in `path`.
         adapter: LoRA or P-Tuning adapter to attach; see `GLMForCausalLM.load_adapter`.
-
-    Returns:
-        The model. On a CPU its weights are float32, the only type that is fast there; elsewhere they have
-        the types of the config.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit the config.

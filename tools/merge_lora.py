@@ -23,8 +23,9 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.convert.conversion import Conversion, parse_size, plan_conversion
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
-from glm_ms.peft import AdapterError, StoredAdapter, lora_deltas, read_adapter
-from glm_ms.peft.store import is_adapter_folder
+from glm_ms.peft import is_adapter_folder
+from glm_ms.peft.adapter import AdapterError, StoredAdapter, read_adapter
+from glm_ms.peft.lora import lora_deltas
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.run_folder import resolve_checkpoint
 

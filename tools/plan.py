@@ -24,7 +24,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 import yaml  # noqa: E402
 
 from glm_ms.families import family_of  # noqa: E402
-from glm_ms.peft import AdapterError  # noqa: E402
+from glm_ms.peft.adapter import AdapterError  # noqa: E402
 from glm_ms.plan import RunPlan, describe, nearest_fit, plan_run  # noqa: E402
 from glm_ms.plan.report import GIB  # noqa: E402
 from glm_ms.settings import Settings, SettingsError, load_settings, resolve_vocab_size  # noqa: E402

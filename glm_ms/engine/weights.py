@@ -15,8 +15,8 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.layers import DTYPES
 from glm_ms.ops.registry import fuse_kernels
 from glm_ms.parallel.layers import sharded_glm
-from glm_ms.peft import ADAPTERS, AdapterConfig, AdapterError, StoredAdapter, read_adapter
-from glm_ms.peft.store import is_adapter_folder
+from glm_ms.peft import ADAPTERS, is_adapter_folder
+from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, read_adapter
 from glm_ms.settings import Settings, resolve_vocab_size
 from glm_ms.settings.schema import AUTO, parallel_of
 from glm_ms.storage.errors import CheckpointError

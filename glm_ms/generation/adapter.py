@@ -9,7 +9,7 @@ import numpy as np
 
 from glm_ms.generation.graphs import Logits, run_cell
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.peft import Adapter, AdapterError, StoredAdapter, attach, read_adapter
+from glm_ms.peft.adapter import Adapter, AdapterError, StoredAdapter, attach, read_adapter
 
 _PROBE_LENGTH = 16
 

@@ -22,7 +22,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
-from glm_ms.peft import Adapter, AdapterConfig, StoredAdapter, attach
+from glm_ms.peft.adapter import Adapter, AdapterConfig, StoredAdapter, attach
 
 TokenIds = Any  # one prompt or a batch: (nested) lists, NumPy arrays or MindSpore tensors of integers
 
@@ -117,7 +117,7 @@ class GLMForCausalLM:
 
         Args:
             source: path of an adapter of this project, of the library `peft`, or of a P-Tuning checkpoint of the
-                original code; see `glm_ms.peft.read_adapter`, whose result is accepted as well.
+                original code; see `glm_ms.peft.adapter.read_adapter`, whose result is accepted as well.
 
         Returns:
             Matched tensors, their norm, and the largest change of a logit on a probe prompt.

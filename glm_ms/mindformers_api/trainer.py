@@ -31,7 +31,7 @@ from glm_ms.mindformers_api.generation import set_generation
 from glm_ms.mindformers_api.model import MindFormersGLM
 from glm_ms.mindformers_api.run_yaml import settings_of
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, ChatPrompt
-from glm_ms.peft.store import is_adapter_folder
+from glm_ms.peft import is_adapter_folder
 from glm_ms.settings import Problem, Settings, SettingsError, machine_problems
 from glm_ms.settings.checks import check
 from glm_ms.settings.schema import AUTO, TRAINING_MODES

@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
-from glm_ms.ops.attention import HIDDEN_SCORE
+from glm_ms.ops.portable import HIDDEN_SCORE
 
 
 class KVCache:
@@ -24,35 +24,25 @@ class KVCache:
         self.slots, self.capacity = slots, capacity
         self.groups, self.dim = config.num_kv_heads, config.kv_channels
         shape, dtype = (slots * self.groups * capacity, self.dim), DTYPES[config.compute_dtype]
-        self.keys, self.values = (
-            [
-                Parameter(Tensor(np.zeros(shape, np.float32), dtype), name=f"{name}.{i}", requires_grad=False)
-                for i in range(config.num_layers)
-            ]
-            for name in ("key_cache", "value_cache")
-        )
+
+        def table(name: str) -> Parameter:
+            return Parameter(Tensor(np.zeros(shape, np.float32), dtype), name=name, requires_grad=False)
+
+        self.keys = [table(f"key_cache.{i}") for i in range(config.num_layers)]
+        self.values = [table(f"value_cache.{i}") for i in range(config.num_layers)]
 
     def rows(self, slots: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """Table rows int32 [B * S * G], in the order of keys [B, S, G].
-
-        Args:
-            slots: int [B].
-            indices: int [B, S], index of each token within its slot.
-        """
+        """Table rows int32 [B * S * G], in the order of keys [B, S, G], for slots [B] and indices in them [B, S]."""
         groups = np.arange(self.groups)
         rows = (slots[:, None, None] * self.groups + groups) * self.capacity + indices[:, :, None]
         return rows.reshape(-1).astype(np.int32)
 
 
 class CachedGLM(nn.Cell):
-    """The network over a `KVCache`; returns the logits of the last token of each row.
+    """The network over a `KVCache`, which it writes in place.
 
     Two instances share network and cache: one for prompts (dynamic shapes, `slots` and `last` given), one for steps
     over all slots (static shapes, without them).
-
-    Args:
-        network: weights.
-        cache: written in place.
     """
 
     def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
@@ -65,28 +55,19 @@ class CachedGLM(nn.Cell):
         self.gather, self.reshape = ops.Gather(), ops.Reshape()
 
     def construct(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        indices: Tensor,
-        rows: Tensor,
-        slots: Tensor | None = None,
-        last: Tensor | None = None,
-    ) -> Tensor:
-        """Runs new tokens and stores their keys and values.
+        self, input_ids: Tensor, position_ids: Tensor, indices: Tensor, rows: Tensor,
+        slots: Tensor | None = None, last: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Runs new tokens, stores their keys and values, returns the logits of the last of each row, float32 [B, V].
 
         A token sees the keys of its slot up to its own index. A prompt that is padded on the right therefore never
         sees its padding, and later tokens overwrite it.
 
         Args:
-            input_ids, position_ids: int32 [B, S], the new tokens.
-            indices: int32 [B, S], index of each token within its slot.
+            input_ids, position_ids, indices: int32 [B, S]; `indices` are those within a slot.
             rows: int32 [B * S * G], `KVCache.rows` of them.
             slots: int32 [B], slot of each row. None: row i is slot i, and B is the number of slots.
             last: int32 [B], place of the last token of each row in [B * S]. None: S is 1.
-
-        Returns:
-            float32 [B, V].
         """
         net = self.transformer
         cos, sin = net.rotation(position_ids)
@@ -94,7 +75,7 @@ class CachedGLM(nn.Cell):
         bias = self.hide(ops.cast(hidden, ms.float32), HIDDEN_SCORE)
         x = net.embedding(input_ids)
         for i in range(len(self.keys)):
-            x = net.encoder.layers[i].cached(x, cos, sin, bias, rows, (self.keys[i], self.values[i]), slots)
+            x = net.encoder.layers[i](x, cos, sin, bias, None, None, (self.keys[i], self.values[i], rows, slots))
         x = self.reshape(x, (-1, self.hidden_size))
         if last is not None:
             x = self.gather(x, last, 0)
@@ -102,12 +83,7 @@ class CachedGLM(nn.Cell):
 
 
 class WritePrefix(nn.Cell):
-    """Writes the keys and values of a prefix encoder at the start of every slot.
-
-    Args:
-        prefix_encoder: see `GLMTransformer.prefix_encoder`.
-        cache: written in place.
-    """
+    """Writes the keys and values of a `GLMTransformer.prefix_encoder` at the start of every slot."""
 
     def __init__(self, prefix_encoder: nn.Cell, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,9 +17,8 @@ from glm_ms.storage.suggest import did_you_mean
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 
 # Keys of a Hugging Face config.json without effect here: bookkeeping of files, and switches of the reference code
-# between equal ways of computing.
-# `apply_query_key_layer_scaling` divides by the layer number and multiplies back; `attention_softmax_in_fp32`
-# and `fp32_residual_connection` differ only below float32.
+# between equal ways of computing. `apply_query_key_layer_scaling` divides by the layer number and multiplies back;
+# `attention_softmax_in_fp32` and `fp32_residual_connection` differ only below float32.
 _HF_KEYS_WITHOUT_EFFECT = frozenset(
     {
         "_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype",
@@ -32,11 +32,7 @@ _HF_KEYS_WITHOUT_EFFECT = frozenset(
 
 
 class ConfigError(FileError):
-    """A configuration cannot be used; the message names file, key and remedy.
-
-    Attributes:
-        field: field of `GLMConfig` that it concerns, empty if none.
-    """
+    """A configuration cannot be used; the message names file, key and remedy, `field` the field of `GLMConfig`."""
 
     def __init__(self, message: str, field: str = "") -> None:
         super().__init__(message)
@@ -44,10 +40,7 @@ class ConfigError(FileError):
 
 
 # Joint linear layers of a block -> their parts in the order of their rows.
-JOINT_PARTS = {
-    "self_attention.query_key_value": ("query", "key", "value"),
-    "mlp.dense_h_to_4h": ("gate", "up"),
-}
+JOINT_PARTS = {"self_attention.query_key_value": ("query", "key", "value"), "mlp.dense_h_to_4h": ("gate", "up")}
 
 
 @dataclass
@@ -55,23 +48,18 @@ class GLMConfig:
     """Sizes and switches of the network. Names and defaults are those of the released ChatGLM configs.
 
     Args:
-        num_layers: transformer blocks.
         padded_vocab_size: rows of the embedding and of the output layer.
-        hidden_size: width of the residual stream.
         ffn_hidden_size: width of each SwiGLU half.
         kv_channels: width of one attention head.
-        num_attention_heads: query heads.
         seq_length: longest sequence, in tokens.
-        multi_query_attention: queries share key/value groups; qkv rows are [q | k | v]. When false
-            every head has its own key and value and qkv rows are interleaved head by head.
-        multi_query_group_num: key/value groups when `multi_query_attention`.
+        multi_query_attention: queries share `multi_query_group_num` keys and values; qkv rows are [q | k | v].
+            When false every head has its own key and value and qkv rows are interleaved head by head.
         rope_ratio: scales the rotary base, 10000 * rope_ratio (32K models: 50).
         rmsnorm: RMSNorm when true, LayerNorm (with bias) when false.
         apply_residual_connection_post_layernorm: the residual branch starts after the norm.
         post_layer_norm: a final norm follows the last block.
-        add_bias_linear: dense layers carry a bias.
-        add_qkv_bias: the qkv projection carries a bias.
-        param_init_type: storage type of the parameters, one of float32, float16, bfloat16.
+        add_bias_linear, add_qkv_bias: the dense layers, the qkv projection have a bias.
+        param_init_type: storage type of the parameters, one of `FLOAT_TYPES`.
         compute_dtype: type of the matrix products; norms, softmax and loss are float32 always.
 
     Raises:
@@ -106,27 +94,16 @@ class GLMConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
-        for name in _POSITIVE_SIZES:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1", name)
+        for names, fits, rule in _RULES:
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise ConfigError(f"{name} = {getattr(self, name)!r}: {rule}", name)
         if self.multi_query_attention and self.num_attention_heads % self.multi_query_group_num:
             raise ConfigError(
                 f"num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"multi_query_group_num = {self.multi_query_group_num}",
                 "num_attention_heads",
             )
-        if self.kv_channels % 4:
-            message = f"kv_channels = {self.kv_channels}: must be a multiple of 4 (rotary pairs)"
-            raise ConfigError(message, "kv_channels")
-        for name in ("param_init_type", "compute_dtype"):
-            if getattr(self, name) not in FLOAT_TYPES:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(FLOAT_TYPES)}", name)
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be in [0, 1)", name)
-        for name in ("layernorm_epsilon", "rope_ratio"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: must be above 0", name)
 
     @property
     def num_kv_heads(self) -> int:
@@ -147,8 +124,8 @@ class GLMConfig:
     def joint_parts(self) -> dict[str, dict[str, int]]:
         """Joint linear layer of a block -> part -> rows."""
         kv_size = self.num_kv_heads * self.kv_channels
-        rows = {"query": self.query_size, "key": kv_size, "value": kv_size}
-        rows.update({"gate": self.ffn_hidden_size, "up": self.ffn_hidden_size})
+        rows = {"query": self.query_size, "key": kv_size, "value": kv_size,
+                "gate": self.ffn_hidden_size, "up": self.ffn_hidden_size}  # fmt: skip
         return {joint: {part: rows[part] for part in parts} for joint, parts in JOINT_PARTS.items()}
 
     @property
@@ -157,7 +134,7 @@ class GLMConfig:
         return self.kv_channels // 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by name, as plain Python values."""
+        """Every field by name."""
         return dataclasses.asdict(self)
 
     def to_hf_dict(self) -> dict[str, Any]:
@@ -167,23 +144,15 @@ class GLMConfig:
         del fields["compute_dtype"]
         if fields["rope_ratio"] == 1:  # older reference code does not know the key
             del fields["rope_ratio"]
-        return {
-            "model_type": self.model_type,
-            "architectures": ["ChatGLMModel"],
-            "tie_word_embeddings": False,
-            **fields,
-        }
+        files = {"model_type": self.model_type, "architectures": ["ChatGLMModel"], "tie_word_embeddings": False}
+        return {**files, **fields}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> GLMConfig:
-        """Builds a config from fields of this class.
-
-        Args:
-            values: field name -> value. A `type` key, if present, must be "GLMConfig".
-            source: name of the origin, for errors.
+        """Builds a config from field names and values; a `type` key, if there is one, must be the name of the class.
 
         Raises:
-            ConfigError: an unknown key or an unusable value.
+            ConfigError: an unknown key or an unusable value; the message begins with `source`.
         """
         values = dict(values)
         kind = values.pop("type", cls.__name__)
@@ -200,10 +169,7 @@ class GLMConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> GLMConfig:
-        """Reads a Hugging Face folder or `config.json`, or a YAML of this project.
-
-        Args:
-            path: folder with `config.json`; a `.json` file; or a `.yaml`, whose `model.model_config` section is read.
+        """Reads a Hugging Face folder or its `config.json`, or the `model.model_config` section of a YAML.
 
         Raises:
             ConfigError: the file is missing, broken, of another model type, or has unknown keys.
@@ -226,10 +192,9 @@ class GLMConfig:
         if values.pop("tie_word_embeddings", False):
             raise ConfigError(f"{path}: tie_word_embeddings = true: ChatGLM has a separate output layer")
         if values.get("quantization_bit"):
-            raise ConfigError(
-                f"{path}: quantization_bit = {values['quantization_bit']}: quantized weights are not supported; "
-                "use the unquantized release"
-            )
+            bits = values["quantization_bit"]
+            reason = "quantized weights are not supported; use the unquantized release"
+            raise ConfigError(f"{path}: quantization_bit = {bits}: {reason}")
         if values.pop("pre_seq_len", None):
             raise ConfigError(
                 f"{path}: pre_seq_len is set, so this is a P-Tuning prefix and not a model; give it as adapter "
@@ -242,18 +207,23 @@ class GLMConfig:
         return cls.from_dict(values, source=str(path))
 
 
-_POSITIVE_SIZES = (
-    "num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels",
-    "num_attention_heads", "seq_length", "multi_query_group_num",
-)  # fmt: skip
+_SIZES = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
+          "seq_length", "multi_query_group_num")  # fmt: skip
+# Fields, which of their values fit, the rule in words.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (_SIZES, lambda value: value >= 1, "must be at least 1"),
+    (("kv_channels",), lambda value: value % 4 == 0, "must be a multiple of 4 (rotary pairs)"),
+    (("param_init_type", "compute_dtype"), FLOAT_TYPES.__contains__, f"must be one of {', '.join(FLOAT_TYPES)}"),
+    (("hidden_dropout", "attention_dropout"), lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    (("layernorm_epsilon", "rope_ratio"), lambda value: value > 0, "must be above 0"),
+)
 
 
 def _check_type(field: dataclasses.Field, value: Any) -> None:
     """Compares a value with its annotation; an int is a float, a bool is not a number."""
     allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[str(field.type)]
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        message = f"{field.name} = {value!r}: expected {field.type}, found {type(value).__name__}"
-        raise ConfigError(message, field.name)
+        raise ConfigError(f"{field.name} = {value!r}: expected {field.type}, found {type(value).__name__}", field.name)
 
 
 def _yaml_model_section(path: Path) -> dict[str, Any]:

@@ -8,45 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Optional
 
 from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.model.config import GLMConfig
-from glm_ms.model.layers import DTYPES, Embedding, build_norm
-from glm_ms.model.linear import build_linear
-from glm_ms.model.mask import AttentionBias
-from glm_ms.ops.activation import SwiGLU
-from glm_ms.ops.attention import GroupedAttention
-from glm_ms.ops.dropout import SeededDropout
-from glm_ms.ops.rotary import ApplyRotary, rotary_tables
+from glm_ms.model.layers import DTYPES, Embedding, Norm, build_linear
+from glm_ms.ops.portable import ApplyRotary, AttentionBias, GroupedAttention, SeededDropout, SwiGLU, rotary_tables
 
 # Each dropout has its own random stream: block index * DROPOUTS_PER_BLOCK + one of these.
 DROPOUTS_PER_BLOCK = 3
 _ATTENTION_WEIGHTS, _AFTER_ATTENTION, _AFTER_MLP = range(DROPOUTS_PER_BLOCK)
+_LINEARS_OF_BLOCK = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 # Of dropout, int32 [B]; None: no dropout.
 Seeds = Optional[Tensor]
 # Keys and values [B, P, G, D] before those of the tokens; None: P is 0.
 Prefix = Optional[tuple[Tensor, Tensor]]
-
-
-def grouped_attention(config: GLMConfig, index: int, groups: int) -> GroupedAttention:
-    """Attention of block `index` over `groups` key/value heads."""
-    stream = index * DROPOUTS_PER_BLOCK + _ATTENTION_WEIGHTS
-    heads, dim = config.num_attention_heads, config.kv_channels
-    return GroupedAttention(heads, groups, dim, config.attention_dropout, stream)
+# Keys and values of all slots, each [slots * G * T, D] (`glm_ms.model.cache`); the row int32 [B * S * G] that each new
+# key belongs to; the slot int32 [B] of each row of x, None: row i is slot i, and B is the number of slots.
+Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor]]]
 
 
 class SelfAttention(nn.Cell):
-    """Joint qkv projection, rotary embedding, grouped attention, output projection of block `index`."""
+    """Joint qkv projection, rotary embedding, grouped attention, output projection of block `index`.
 
-    def __init__(self, config: GLMConfig, index: int, linear: str = "plain") -> None:
+    Attention works on `copies` of each key/value head, which only a subclass makes.
+    """
+
+    def __init__(self, config: GLMConfig, index: int, linear: str = "plain", copies: int = 1) -> None:
         super().__init__()
-        self.heads, self.groups, self.dim = (
-            config.num_attention_heads,
-            config.num_kv_heads,
-            config.kv_channels,
-        )
+        self.heads, self.groups, self.dim = config.num_attention_heads, config.num_kv_heads, config.kv_channels
         self.interleaved = not config.multi_query_attention
         self.query_key_value = build_linear(
             linear, config, config.hidden_size, config.qkv_size, config.add_bias_linear or config.add_qkv_bias,
@@ -54,11 +46,10 @@ class SelfAttention(nn.Cell):
         )  # fmt: skip
         self.dense = build_linear(linear, config, config.query_size, config.hidden_size, config.add_bias_linear)
         self.rotary = ApplyRotary(config.kv_channels, DTYPES[config.compute_dtype])
-        self.attention = grouped_attention(config, index, self.groups)
-        self.prepend = ops.Concat(axis=1)
-        self.reshape, self.transpose = ops.Reshape(), ops.Transpose()
-        self.write = ops.ScatterUpdate()
-        self.gather = ops.Gather()
+        stream = index * DROPOUTS_PER_BLOCK + _ATTENTION_WEIGHTS
+        self.attention = GroupedAttention(self.heads, self.groups * copies, self.dim, config.attention_dropout, stream)
+        self.reshape, self.transpose, self.prepend = ops.Reshape(), ops.Transpose(), ops.Concat(axis=1)
+        self.write, self.gather = ops.ScatterUpdate(), ops.Gather()
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, seeds: Seeds = None) -> tuple[Tensor, ...]:
         """x [B, S, H] -> query [B, S, N, D], key and value [B, S, G, D]; query and key rotated."""
@@ -71,48 +62,28 @@ class SelfAttention(nn.Cell):
         turned = self.rotary(qkv[:, :, : heads + groups], cos, sin)
         return turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + groups :]
 
-    def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None
-    ) -> Tensor:
-        """x [B, S, H], cos and sin [B, S, 1, D], bias [B, 1, S, P + S] -> [B, S, H]."""
-        query, key, value = self.project(x, cos, sin, seeds)
-        if prefix is not None:
-            key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
-        key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
-        return self.dense(self.attention(query, key, value, bias, seeds), seeds)
-
-    def cached(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor,
-        rows: Tensor,
-        cache: tuple[Parameter, Parameter],
-        slots: Tensor | None = None,
-    ) -> Tensor:
-        """The same with a cache: writes the new keys and values, attends over the slot of each row.
-
-        Args:
-            x: [B, S, H].
-            bias: [B, 1, S, T].
-            rows: int32 [B * S * G], row of the flat cache that each new key belongs to.
-            cache: keys and values, each [slots * G * T, D]; see glm_ms.model.cache.
-            slots: int32 [B], slot of each row of x. None: row i is slot i, and B is the number of slots.
-
-        Returns:
-            [B, S, H].
-        """
-        query, key, value = self.project(x, cos, sin)
-        batch, total = ops.shape(bias)[0], ops.shape(bias)[3]
-        keys = self.write(cache[0], rows, self.reshape(key, (-1, self.dim)))
-        values = self.write(cache[1], rows, self.reshape(value, (-1, self.dim)))
+    def cached(self, new: Tensor, table: Parameter, rows: Tensor, slots: Tensor | None, total: int) -> Tensor:
+        """Writes new keys or values [B, S, G, D] to their table of `Cache`; returns all of each row, [B, G, T, D]."""
+        whole = self.write(table, rows, self.reshape(new, (-1, self.dim)))
         if slots is not None:
-            width = self.groups * total * self.dim
-            keys = self.gather(self.reshape(keys, (-1, width)), slots, 0)
-            values = self.gather(self.reshape(values, (-1, width)), slots, 0)
-        shape = (batch, self.groups, total, self.dim)
-        return self.dense(self.attention(query, self.reshape(keys, shape), self.reshape(values, shape), bias))
+            whole = self.gather(self.reshape(whole, (-1, self.groups * total * self.dim)), slots, 0)
+        return self.reshape(whole, (ops.shape(new)[0], self.groups, total, self.dim))
+
+    def construct(
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None,
+        cache: Cache = None
+    ) -> Tensor:  # fmt: skip
+        """x [B, S, H], cos and sin [B, S, 1, D], bias [B, 1, S, P + S], with a cache [B, 1, S, T] -> [B, S, H]."""
+        query, key, value = self.project(x, cos, sin, seeds)
+        if cache is not None:
+            total = ops.shape(bias)[3]
+            key = self.cached(key, cache[0], cache[2], cache[3], total)
+            value = self.cached(value, cache[1], cache[2], cache[3], total)
+        else:
+            if prefix is not None:
+                key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
+            key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
+        return self.dense(self.attention(query, key, value, bias, seeds), seeds)
 
 
 class MLP(nn.Cell):
@@ -121,9 +92,8 @@ class MLP(nn.Cell):
     def __init__(self, config: GLMConfig, linear: str = "plain") -> None:
         super().__init__()
         hidden, ffn, has_bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
-        self.dense_h_to_4h = build_linear(
-            linear, config, hidden, 2 * ffn, has_bias, config.joint_parts["mlp.dense_h_to_4h"]
-        )
+        parts = config.joint_parts["mlp.dense_h_to_4h"]
+        self.dense_h_to_4h = build_linear(linear, config, hidden, 2 * ffn, has_bias, parts)
         self.activation = SwiGLU()
         self.dense_4h_to_h = build_linear(linear, config, ffn, hidden, has_bias)
 
@@ -154,9 +124,9 @@ class GLMBlock(nn.Cell):
     def __init__(self, config: GLMConfig, index: int, cells: Cells) -> None:
         super().__init__()
         self.residual_after_norm = config.apply_residual_connection_post_layernorm
-        self.input_layernorm = build_norm(config)
+        self.input_layernorm = Norm(config)
         self.self_attention = cells.attention(config, index, cells.linear)
-        self.post_attention_layernorm = build_norm(config)
+        self.post_attention_layernorm = Norm(config)
         self.mlp = cells.mlp(config, cells.linear)
         self.dropouts = config.hidden_dropout > 0
         if self.dropouts:
@@ -166,28 +136,12 @@ class GLMBlock(nn.Cell):
         self.add_attention, self.add_mlp = ops.Add(), ops.Add()
 
     def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None
-    ) -> Tensor:
-        """As `SelfAttention.construct`."""
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None,
+        cache: Cache = None
+    ) -> Tensor:  # fmt: skip
+        """As `SelfAttention.construct`. Dropout needs `hidden_dropout` and seeds."""
         normed = self.input_layernorm(x)
-        return self.finish(x, normed, self.self_attention(normed, cos, sin, bias, seeds, prefix), seeds)
-
-    def cached(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        bias: Tensor,
-        rows: Tensor,
-        cache: tuple[Parameter, Parameter],
-        slots: Tensor | None = None,
-    ) -> Tensor:
-        """`construct` over a cache; see `SelfAttention.cached`."""
-        normed = self.input_layernorm(x)
-        return self.finish(x, normed, self.self_attention.cached(normed, cos, sin, bias, rows, cache, slots))
-
-    def finish(self, x: Tensor, normed: Tensor, attended: Tensor, seeds: Seeds = None) -> Tensor:
-        """Residual, norm, MLP, residual; with dropout if the config asks for it and there are seeds."""
+        attended = self.self_attention(normed, cos, sin, bias, seeds, prefix, cache)
         drop = self.dropouts and seeds is not None
         if drop:
             attended = self.drop_attention(attended, seeds)
@@ -205,7 +159,7 @@ class GLMEncoder(nn.Cell):
     def __init__(self, config: GLMConfig, cells: Cells) -> None:
         super().__init__()
         self.layers = nn.CellList([GLMBlock(config, index, cells) for index in range(config.num_layers)])
-        self.final_layernorm = build_norm(config) if config.post_layer_norm else None
+        self.final_layernorm = Norm(config) if config.post_layer_norm else None
 
     def finish(self, x: Tensor) -> Tensor:
         """Final norm, if there is one."""
@@ -213,20 +167,17 @@ class GLMEncoder(nn.Cell):
 
 
 class GLMTransformer(nn.Cell):
-    """Token ids to logits.
+    """Token ids to the input of the output layer.
 
-    Attributes:
-        prefix_encoder: a cell that gives for (batch size, seeds) the keys and values [B, P, G, D] of every layer before
-            those of the tokens, and has P as `length`; None without one, see `glm_ms.peft`.
+    `prefix_encoder` gives for (batch size, seeds) the keys and values [B, P, G, D] of every layer before those of the
+    tokens, and has P as `length`; None without one, see `glm_ms.peft`.
     """
 
     def __init__(self, config: GLMConfig, cells: Cells) -> None:
         super().__init__()
         self.embedding = cells.embedding(config)
         self.encoder = GLMEncoder(config, cells)
-        self.output_layer = build_linear(
-            cells.linear, config, config.hidden_size, config.padded_vocab_size, has_bias=False
-        )
+        self.output_layer = build_linear(cells.linear, config, config.hidden_size, config.padded_vocab_size, False)
         self.prefix_encoder: Any = None
         self.attention_bias = AttentionBias()
         self.join_slots, self.join_masks = ops.Concat(axis=0), ops.Concat(axis=1)
@@ -237,8 +188,7 @@ class GLMTransformer(nn.Cell):
 
     def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids int32 [B, S] -> cos, sin [B, S, 1, D]."""
-        cos = self.gather(self.cos_table, position_ids, 0)
-        sin = self.gather(self.sin_table, position_ids, 0)
+        cos, sin = self.gather(self.cos_table, position_ids, 0), self.gather(self.sin_table, position_ids, 0)
         return self.expand(cos, 2), self.expand(sin, 2)
 
     def prefixed_bias(self, attention_mask: Tensor, slots: Tensor) -> Tensor:
@@ -257,17 +207,9 @@ class GLMTransformer(nn.Cell):
     def construct(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor, seeds: Seeds = None
     ) -> Tensor:
-        """The input of the output layer.
+        """Ids, mask (0 on padding), positions (below `config.seq_length`), all int32 [B, S] -> [B, S, H].
 
-        Args:
-            input_ids: int32 [B, S].
-            attention_mask: int32 [B, S], 0 on padding.
-            position_ids: int32 [B, S], below `config.seq_length`.
-            slots: int32 [S], 0, 1, ..., S - 1.
-            seeds: int32 [B], one for each row, from which all dropouts follow; None: no dropout.
-
-        Returns:
-            [B, S, H].
+        `slots` int32 [S] is 0, 1, ..., S - 1. All dropouts of a row follow from its seed, int32 [B]; None: no dropout.
         """
         cos, sin = self.rotation(position_ids)
         x = self.embedding(input_ids)
@@ -297,11 +239,8 @@ class GLMNetwork(nn.Cell):
         """Name -> every linear layer, in the order of the network."""
         found = {}
         for index, layer in enumerate(self.transformer.encoder.layers):
-            attention, mlp, block = layer.self_attention, layer.mlp, f"transformer.encoder.layers.{index}"
-            found[f"{block}.self_attention.query_key_value"] = attention.query_key_value
-            found[f"{block}.self_attention.dense"] = attention.dense
-            found[f"{block}.mlp.dense_h_to_4h"] = mlp.dense_h_to_4h
-            found[f"{block}.mlp.dense_4h_to_h"] = mlp.dense_4h_to_h
+            for name in _LINEARS_OF_BLOCK:
+                found[f"transformer.encoder.layers.{index}.{name}"] = attrgetter(name)(layer)
         return {**found, "transformer.output_layer": self.transformer.output_layer}
 
     def construct(

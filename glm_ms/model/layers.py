@@ -1,16 +1,22 @@
-"""Cells with parameters: embedding and norms."""
+"""Cells with parameters: embedding, norms, linear layers with their table of classes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Optional
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, Normal, initializer
 
 from glm_ms.model.config import GLMConfig
-from glm_ms.ops.norm import LayerNormalize, RMSNormalize
+from glm_ms.ops.portable import LayerNormalize, RMSNormalize
 
 # Standard deviation of random weights, for networks trained from scratch.
 INIT_STD = 0.02
+
+# Part -> rows, of a linear layer that is several projections in one; None for other layers.
+Parts = Optional[Mapping[str, int]]
 
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
@@ -34,33 +40,61 @@ class Embedding(nn.Cell):
         return self.cast(self.gather(self.embedding_table, input_ids, 0), self.dtype)
 
 
-class RMSNorm(nn.Cell):
-    """RMSNorm with a trained scale `weight` [H]."""
+class Norm(nn.Cell):
+    """RMSNorm with a trained `weight` [H], or LayerNorm with a `bias` [H] too."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        self.weight = new_parameter((config.hidden_size,), config.param_init_type, "ones")
-        self.normalize = RMSNormalize(config.layernorm_epsilon)
+        width, dtype, eps = (config.hidden_size,), config.param_init_type, config.layernorm_epsilon
+        self.weight = new_parameter(width, dtype, "ones")
+        self.bias = None if config.rmsnorm else new_parameter(width, dtype, "zeros")
+        self.normalize = RMSNormalize(eps) if config.rmsnorm else LayerNormalize(eps)
 
     def construct(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
-        return self.normalize(x, self.weight)
+        return self.normalize(x, self.weight) if self.bias is None else self.normalize(x, self.weight, self.bias)
 
 
-class LayerNorm(nn.Cell):
-    """LayerNorm with trained `weight` [H] and `bias` [H]."""
+class Linear(nn.Cell):
+    """y = x W^T + b, computed in `config.compute_dtype`. Weight [out, in], bias [out] or None.
 
-    def __init__(self, config: GLMConfig) -> None:
+    Every class of `LINEARS` takes these arguments and has the attributes `in_features`, `out_features`, `dtype` and
+    `lora`: a cell whose result for (x, seeds) is added to y; None without one, see `glm_ms.peft`. This class has one
+    weight for all `parts` of a joint layer.
+    """
+
+    def __init__(
+        self, config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Parts = None
+    ) -> None:
         super().__init__()
-        self.weight = new_parameter((config.hidden_size,), config.param_init_type, "ones")
-        self.bias = new_parameter((config.hidden_size,), config.param_init_type, "zeros")
-        self.normalize = LayerNormalize(config.layernorm_epsilon)
+        self.in_features, self.out_features, self.dtype = in_features, out_features, DTYPES[config.compute_dtype]
+        self.weight = new_parameter((out_features, in_features), config.param_init_type)
+        self.bias = new_parameter((out_features,), config.param_init_type, "zeros") if has_bias else None
+        self.lora: nn.Cell | None = None
+        self.matmul, self.reshape = ops.MatMul(transpose_b=True), ops.Reshape()
+        self.bias_add, self.lora_add = ops.Add(), ops.Add()
+        self.cast, self.cast_weight, self.cast_bias = ops.Cast(), ops.Cast(), ops.Cast()
 
-    def construct(self, x: Tensor) -> Tensor:
-        """x [..., H] -> [..., H]."""
-        return self.normalize(x, self.weight, self.bias)
+    def construct(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """x [B, ..., in], seeds of dropout int32 [B] -> [B, ..., out] of the compute type."""
+        shape = ops.shape(x)
+        x = self.cast(x, self.dtype)
+        y = self.reshape(x, (-1, self.in_features))
+        y = self.matmul(y, self.cast_weight(self.weight, self.dtype))
+        if self.bias is not None:
+            y = self.bias_add(y, self.cast_bias(self.bias, self.dtype))
+        y = self.reshape(y, shape[:-1] + (self.out_features,))  # noqa: RUF005, the graph compiler wants +
+        return y if self.lora is None else self.lora_add(y, self.lora(x, seeds))
 
 
-def build_norm(config: GLMConfig) -> nn.Cell:
-    """The norm the config asks for."""
-    return RMSNorm(config) if config.rmsnorm else LayerNorm(config)
+# Kind -> class. `glm_ms.parallel.layers` adds "sharded".
+LINEARS: dict[str, Callable[..., nn.Cell]] = {"plain": Linear}
+
+
+def build_linear(
+    kind: str, config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Parts = None
+) -> nn.Cell:
+    """Builds any linear layer of a network; for the arguments see `Linear`. Raises ValueError for an unknown kind."""
+    if kind not in LINEARS:
+        raise ValueError(f"linear layers of kind {kind!r}: unknown; use one of {', '.join(LINEARS)}")
+    return LINEARS[kind](config, in_features, out_features, has_bias, parts)

@@ -43,11 +43,7 @@ class NextTokenLoss(nn.Cell):
 
 
 class GLMWithLoss(nn.Cell):
-    """Network and loss as one cell, which training differentiates.
-
-    Args:
-        network: a `GLMNetwork`.
-    """
+    """A `GLMNetwork` and its loss as one cell."""
 
     def __init__(self, network: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
@@ -55,14 +51,9 @@ class GLMWithLoss(nn.Cell):
         self.loss = NextTokenLoss()
 
     def construct(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        slots: Tensor,
-        seeds: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor,
+        seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """All int32 [B, S], slots int32 [S], seeds of dropout int32 [B] or None for no dropout -> (loss sum, number
         of labelled tokens), float32 scalars."""
         return self.loss(self.network(input_ids, attention_mask, position_ids, slots, seeds), labels)

@@ -1,8 +1,7 @@
 """Ascend kernels: the only file that names them. None of them runs on a CPU.
 
-`glm_ms.ops.registry` puts a fused cell in the place of the portable one, `tools/check_device.py` compares the two on a
-card. Limits of shapes and types are those of CANN's operator reference (aclnnRmsNorm, aclnnRotaryPositionEmbedding,
-aclnnFlashAttentionScore).
+Limits of shapes and types are those of CANN's operator reference (aclnnRmsNorm, aclnnRotaryPositionEmbedding,
+aclnnFlashAttentionScore). `tools/check_device.py` compares each cell on a card with the portable one.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from mindspore._c_expression import MSContext
 from mindspore.ops.auto_generate import FlashAttentionScore, RmsNorm, RotaryPositionEmbedding
 from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloatStatusV2
 
-from glm_ms.ops.attention import GroupedAttention
-from glm_ms.ops.norm import RMSNormalize
-from glm_ms.ops.rotary import ApplyRotary
+from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize
 
 # Words of the float status register.
 _WORDS = 8
@@ -40,18 +37,14 @@ def saturates() -> bool:
 
     True on the 910A, and on later cards with MS_ASCEND_CHECK_OVERFLOW_MODE=SATURATION_MODE.
     """
-    if ms.get_context("device_target") != "Ascend":
-        return False
-    if os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE") == "SATURATION_MODE":
-        return True
-    return soc_version() == _FIRST_GENERATION
+    soc, mode = soc_version(), os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE")
+    return soc == _FIRST_GENERATION or (soc != "" and mode == "SATURATION_MODE")
 
 
 def why_not_fused() -> str | None:
     """Why this card has no fused kernels; None if it has them."""
-    if soc_version() == _FIRST_GENERATION:
-        return "this card (910A) lacks them, cards from 800T A2 on have them"
-    return None
+    first = soc_version() == _FIRST_GENERATION
+    return "this card (910A) lacks them, cards from 800T A2 on have them" if first else None
 
 
 class FloatStatus(nn.Cell):
@@ -71,7 +64,7 @@ class FloatStatus(nn.Cell):
 
 
 class FusedRMSNormalize(nn.Cell):
-    """`glm_ms.ops.norm.RMSNormalize` in one kernel, which computes in float32 inside.
+    """`RMSNormalize` in one kernel, which computes in float32 inside.
 
     If the weight has another type than x, both are cast to float32: rounding the weight to the type of x would lose
     digits, and not every card mixes types.
@@ -94,7 +87,7 @@ class FusedRMSNormalize(nn.Cell):
 
 
 class FusedRotary(nn.Cell):
-    """`glm_ms.ops.rotary.ApplyRotary` in one kernel.
+    """`ApplyRotary` in one kernel.
 
     The tables have cosine 1 and sine 0 on the half of a head that is not rotated, so the kernel runs over whole heads.
     In the interleaved mode it takes one table for all rows of a batch; batch and sequence therefore become one axis,
@@ -123,14 +116,10 @@ class FusedRotary(nn.Cell):
 
 
 class FlashAttention(nn.Cell):
-    """`glm_ms.ops.attention.GroupedAttention` without dropout, in one kernel that does not store all scores.
+    """`GroupedAttention` without dropout, in one kernel that does not store all scores.
 
     The kernel takes a mask in place of an additive bias, so the bias may only be 0 (seen) or below 0 (hidden), as
-    that of `glm_ms.model.mask` is. A query that sees no key, which does not happen there, has an undefined result.
-
-    Args:
-        num_heads: query heads N.
-        head_dim: channels D of a head, a multiple of `HEAD_DIM_UNIT` up to `MAX_HEAD_DIM`.
+    that of `AttentionBias` is. A query that sees no key, which does not happen there, has an undefined result.
     """
 
     HEAD_DIM_UNIT, MAX_HEAD_DIM = 16, 512
@@ -139,9 +128,8 @@ class FlashAttention(nn.Cell):
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.width = num_heads * head_dim
-        self.attention = FlashAttentionScore(
-            head_num=num_heads, scale_value=1.0 / math.sqrt(head_dim), input_layout="BNSD"
-        )
+        scale = 1.0 / math.sqrt(head_dim)
+        self.attention = FlashAttentionScore(head_num=num_heads, scale_value=scale, input_layout="BNSD")
         self.hidden, self.reshape, self.cast = ops.Less(), ops.Reshape(), ops.Cast()
         self.split_heads, self.merge_heads = ops.Transpose(), ops.Transpose()
 

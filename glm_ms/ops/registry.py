@@ -7,29 +7,18 @@ To add a kernel, write its cell in a file of its own and enter it in `OPERATORS`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import mindspore as ms
 from mindspore import nn
 
 from glm_ms.ops import ascend
-from glm_ms.ops.attention import GroupedAttention
-from glm_ms.ops.norm import RMSNormalize
-from glm_ms.ops.rotary import ApplyRotary
+from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize
 
 PORTABLE = "portable"
 
-
-class Kernel(Protocol):
-    """The class of a fused cell, which takes the inputs of the portable one and gives its result but for rounding."""
-
-    @staticmethod
-    def replacing(cell: nn.Cell, dtype: ms.Type) -> nn.Cell | str:
-        """The fused cell for a portable one and its compute type, or why there is none."""
-
-
-# (operator, device) -> class of the cell.
+# (operator, device) -> class of the cell. A fused one takes the inputs of the portable one and gives its result but for
+# rounding. `replacing(cell, dtype)` returns the one for a portable cell and its compute type, or why there is none.
 OPERATORS: dict[tuple[str, str], Any] = {
     ("RMS norm", PORTABLE): RMSNormalize,
     ("RMS norm", "Ascend"): ascend.FusedRMSNormalize,
@@ -38,8 +27,6 @@ OPERATORS: dict[tuple[str, str], Any] = {
     ("attention", PORTABLE): GroupedAttention,
     ("attention", "Ascend"): ascend.FlashAttention,
 }
-# Device -> function that says why a card of its kind has no kernels, None if it has them.
-_UNAVAILABLE: dict[str, Callable[[], str | None]] = {"Ascend": ascend.why_not_fused}
 
 
 def device() -> str:
@@ -58,7 +45,7 @@ def why_portable() -> str | None:
     if not operators_of(name):
         others = sorted({place for _, place in OPERATORS} - {PORTABLE})
         return f"the device is {name}, the fused kernels are for {', '.join(others)}"
-    return _UNAVAILABLE.get(name, lambda: None)()
+    return ascend.why_not_fused()
 
 
 def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type) -> list[str]:
@@ -67,13 +54,8 @@ def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type) -> list[str]:
     Parameters, their names and the results (but for rounding) stay as they are. Call it before the network is
     compiled. Strategies of `glm_ms.parallel` are for portable operators: do not fuse a sharded network.
 
-    Args:
-        network: changed in place.
-        compute_dtype: type of the matrix products of the network.
-
     Returns:
-        Lines for the user: what was replaced, and what was not and why. On a device without fused kernels one line
-        says so, and nothing is changed.
+        Lines for the user: what was replaced, and what was not and why.
     """
     reason = why_portable()
     if reason is not None:

@@ -1,5 +1,1 @@
-"""Networks whose weights are split over cards: their cells, the strategies of their operators, the slices of their
-parameters.
-
-`config` and `partition` need no MindSpore.
-"""
+"""Networks whose weights are split over cards. `config` and `partition` need no MindSpore."""

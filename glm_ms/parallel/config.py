@@ -66,46 +66,30 @@ def parallel_problems(
 ) -> Iterator[tuple[str, str]]:
     """Why a split does not fit a network: (field of `ParallelConfig`, reason) for every problem.
 
-    Args:
-        config: architecture.
-        parallel: the split.
-        rows: rows of one micro batch over all data-parallel cards.
-        seq_length: positions of a row.
+    `rows` are those of one micro batch over all data-parallel cards.
     """
-    ways = parallel.model_parallel
+    ways, data, split = parallel.model_parallel, parallel.data_parallel, parallel.row_split
+    stages, micro = parallel.pipeline_stages, parallel.micro_batch_num
+    groups, positions = config.num_kv_heads, rows * seq_length
     if not config.multi_query_attention:
         yield "model_parallel", "multi_query_attention: False has no sharding strategies"
     for name in ("num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
         size = getattr(config, name)
         if size % ways:
             yield "model_parallel", f"{name} = {size} is not divisible by model_parallel = {ways}"
-    groups = config.num_kv_heads
     if groups % ways and ways % groups:
-        yield (
-            "model_parallel",
-            f"{groups} key/value heads and model_parallel = {ways}: one must be divisible by the other",
-        )
-    if rows % parallel.data_parallel:
-        yield (
-            "data_parallel",
-            f"a batch of {rows} rows is not divisible by data_parallel = {parallel.data_parallel}",
-        )
-    positions = rows * seq_length
-    if parallel.use_seq_parallel and positions % parallel.row_split:
-        yield (
-            "use_seq_parallel",
-            f"{rows} rows x {seq_length} positions = {positions} is not divisible by data_parallel x "
-            f"model_parallel = {parallel.row_split}",
-        )
-    if parallel.use_seq_parallel and parallel.model_parallel == 1:
+        reason = f"{groups} key/value heads and model_parallel = {ways}: one must be divisible by the other"
+        yield "model_parallel", reason
+    if rows % data:
+        yield "data_parallel", f"a batch of {rows} rows is not divisible by data_parallel = {data}"
+    if parallel.use_seq_parallel and positions % split:
+        reason = f"{positions} is not divisible by data_parallel x model_parallel = {split}"
+        yield "use_seq_parallel", f"{rows} rows x {seq_length} positions = {reason}"
+    if parallel.use_seq_parallel and ways == 1:
         yield "use_seq_parallel", "True needs model_parallel above 1"
-    stages = parallel.pipeline_stages
     if stages > config.num_layers:
         yield "pipeline_stages", f"{stages} stages for num_layers = {config.num_layers} blocks"
-    if stages > 1 and parallel.micro_batch_num < stages:
-        yield (
-            "micro_batch_num",
-            f"{parallel.micro_batch_num} is below pipeline_stage = {stages}, so that some stage is always idle",
-        )
-    if stages == 1 and parallel.micro_batch_num > 1:
-        yield "micro_batch_num", f"{parallel.micro_batch_num} has no effect with pipeline_stage = 1"
+    if stages > 1 and micro < stages:
+        yield "micro_batch_num", f"{micro} is below pipeline_stage = {stages}, so that some stage is always idle"
+    if stages == 1 and micro > 1:
+        yield "micro_batch_num", f"{micro} has no effect with pipeline_stage = 1"

@@ -1,4 +1,4 @@
-"""Cells of a network whose weights are split over cards, and the network built of them.
+"""Cells of a network whose weights are split over cards, the network built of them, and its loss.
 
 Between two layers hidden states have two axes, [M, H] with M = B * S: their rows can then be split over all cards of a
 stage, whatever the batch size.
@@ -14,11 +14,10 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from glm_ms.model.config import GLMConfig
-from glm_ms.model.glm import MLP, Cells, GLMNetwork, Prefix, Seeds, SelfAttention, grouped_attention
-from glm_ms.model.layers import DTYPES, Embedding
-from glm_ms.model.linear import LINEARS, Parts, build_linear
-from glm_ms.ops.dropout import SeededDropout
-from glm_ms.ops.rotary import pair_rotation
+from glm_ms.model.glm import MLP, Cache, Cells, GLMNetwork, Prefix, Seeds, SelfAttention
+from glm_ms.model.layers import DTYPES, LINEARS, Embedding, Parts, build_linear
+from glm_ms.model.loss import IGNORED_LABEL
+from glm_ms.ops.portable import SeededDropout, pair_rotation
 from glm_ms.parallel.config import ParallelConfig, kv_copies
 
 
@@ -32,8 +31,7 @@ class FlatEmbedding(Embedding):
 
     def construct(self, input_ids: Tensor) -> Tensor:
         """input_ids int32 [B, S] -> [M, H] of the compute type."""
-        x = self.cast(self.gather(self.embedding_table, input_ids, 0), self.dtype)
-        return self.reshape(x, (-1, self.width))
+        return self.reshape(super().construct(input_ids), (-1, self.width))
 
 
 class FlatDropout(nn.Cell):
@@ -62,10 +60,8 @@ class PartedLinear(nn.Cell):
         self, config: GLMConfig, in_features: int, out_features: int, has_bias: bool, parts: Mapping[str, int]
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.dtype = DTYPES[config.compute_dtype]
+        self.in_features, self.out_features, self.dtype = in_features, out_features, DTYPES[config.compute_dtype]
         self.lora: nn.Cell | None = None
-        self.sizes = tuple(parts.values())
         for name, rows in parts.items():
             setattr(self, name, build_linear("plain", config, in_features, rows, has_bias))
         self.parts = tuple(getattr(self, name) for name in parts)
@@ -81,8 +77,8 @@ class PartedLinear(nn.Cell):
         update = self.lora(x, seeds)
         rows, begin = ops.shape(update)[0], 0
         updated = ()  # type: tuple
-        for i in range(len(self.sizes)):
-            end = begin + self.sizes[i]
+        for i in range(len(self.parts)):
+            end = begin + self.parts[i].out_features
             piece = self.slices[i](update, (0, begin), (rows, end), (1, 1))
             updated += (self.adds[i](results[i], piece),)
             begin = end
@@ -130,29 +126,26 @@ class ShardedAttention(SelfAttention):
     """Attention with separate projections and `copies` of each key/value head, over rows without a batch axis."""
 
     def __init__(self, config: GLMConfig, index: int, linear: str, copies: int) -> None:
-        super().__init__(config, index, linear)
+        super().__init__(config, index, linear, copies)
         dtype = DTYPES[config.compute_dtype]
         self.rotary, self.rotary_key = HeadRotary(self.dim, dtype), HeadRotary(self.dim, dtype)
-        self.split_key, self.split_value = ops.Transpose(), ops.Transpose()
-        self.prepend_key, self.prepend_value = ops.Concat(axis=1), ops.Concat(axis=1)
-        self.repeat_key: Any = RepeatHeads(copies) if copies > 1 else None
-        self.repeat_value: Any = RepeatHeads(copies) if copies > 1 else None
-        self.attention = grouped_attention(config, index, self.groups * copies)
+        self.repeat: Any = RepeatHeads(copies) if copies > 1 else None
 
     def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None
-    ) -> Tensor:
-        """x [M, H] -> [M, H]; the other arguments as in `SelfAttention.construct`."""
+        self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None,
+        cache: Cache = None
+    ) -> Tensor:  # fmt: skip
+        """x [M, H] -> [M, H]; other arguments as in `SelfAttention.construct`, but there is no cache."""
         batch, length = ops.shape(cos)[0], ops.shape(cos)[1]
         query, key, value = self.query_key_value(x, seeds)
         query = self.rotary(self.reshape(query, (batch, length, self.heads, self.dim)), cos, sin)
         key = self.rotary_key(self.reshape(key, (batch, length, self.groups, self.dim)), cos, sin)
         value = self.reshape(value, (batch, length, self.groups, self.dim))
         if prefix is not None:
-            key, value = self.prepend_key((prefix[0], key)), self.prepend_value((prefix[1], value))
-        if self.repeat_key is not None:
-            key, value = self.repeat_key(key), self.repeat_value(value)
-        key, value = self.split_key(key, (0, 2, 1, 3)), self.split_value(value, (0, 2, 1, 3))
+            key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
+        if self.repeat is not None:
+            key, value = self.repeat(key), self.repeat(value)
+        key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
         mixed = self.attention(query, key, value, bias, seeds)
         return self.dense(self.reshape(mixed, (-1, self.heads * self.dim)), seeds)
 
@@ -164,6 +157,50 @@ class ShardedMLP(MLP):
         """x [M, H] -> [M, H]."""
         gate, up = self.dense_h_to_4h(x, seeds)
         return self.dense_4h_to_h(self.activation.gated(gate, up), seeds)
+
+
+class VocabularyParallelLoss(nn.Cell):
+    """`NextTokenLoss` of operators that each card computes for its part of the vocabulary.
+
+    log softmax takes a maximum and a sum, which are reduced over the cards; no card has all logits of a row.
+    """
+
+    def __init__(self, vocab_size: int, parallel: ParallelConfig) -> None:
+        super().__init__()
+        d, m = parallel.data_parallel, parallel.model_parallel
+        self.vocab_size = vocab_size
+        rows, cards = (d, 1), (d, m)
+        self.tail = ops.StridedSlice().shard((rows,))
+        self.concat = ops.Concat(axis=1).shard((rows, rows))
+        self.not_equal = ops.NotEqual().shard((rows, ()))
+        self.to_float, self.to_int = ops.Cast().shard((rows,)), ops.Cast().shard((rows,))
+        self.mask_target = ops.Mul().shard((rows, rows))
+        self.maximum = ops.ReduceMax(keep_dims=True).shard((cards,))
+        self.shift = ops.Sub().shard((cards, rows))
+        self.exp, self.log = ops.Exp().shard((cards,)), ops.Log().shard((rows,))
+        self.sum_exp = ops.ReduceSum(keep_dims=True).shard((cards,))
+        self.one_hot = ops.OneHot().shard((cards, (), ()))
+        self.pick = ops.Mul().shard((cards, cards))
+        self.sum_picked = ops.ReduceSum(keep_dims=True).shard((cards,))
+        self.subtract, self.weigh = ops.Sub().shard((rows, rows)), ops.Mul().shard((rows, rows))
+        self.total, self.count = ops.ReduceSum().shard((rows,)), ops.ReduceSum().shard((rows,))
+        self.reshape = ops.Reshape()
+        self.on, self.off = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+
+    def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """logits float32 [M, V] with M = B * S, labels int32 [B, S] (-100 ignored) -> (sum, count), float32
+        scalars."""
+        batch, length = ops.shape(labels)
+        last = ops.fill(ms.int32, (batch, 1), IGNORED_LABEL)
+        target = self.concat((self.tail(labels, (0, 1), (batch, length), (1, 1)), last))
+        real = self.not_equal(target, IGNORED_LABEL)
+        target = self.reshape(self.mask_target(target, self.to_int(real, ms.int32)), (batch * length,))
+        weight = self.reshape(self.to_float(real, ms.float32), (batch * length, 1))
+        shifted = self.shift(logits, ops.stop_gradient(self.maximum(logits, 1)))
+        log_sum = self.log(self.sum_exp(self.exp(shifted), 1))
+        one_hot = self.one_hot(target, self.vocab_size, self.on, self.off)
+        loss = self.subtract(log_sum, self.sum_picked(self.pick(shifted, one_hot), 1))
+        return self.total(self.weigh(loss, weight)), self.count(weight)
 
 
 def sharded_glm(config: GLMConfig, parallel: ParallelConfig) -> GLMNetwork:

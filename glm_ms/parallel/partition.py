@@ -54,8 +54,6 @@ def parameter_slices(
     """The slice of every parameter of a sharded network.
 
     Args:
-        config: architecture.
-        parallel: the split.
         shapes: name -> whole shape, joint layers in parts (`sharded_shapes`); with those of an adapter.
         item_bytes: name -> bytes of an element.
     """

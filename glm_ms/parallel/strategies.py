@@ -9,11 +9,8 @@ from __future__ import annotations
 from mindspore import nn
 
 from glm_ms.model.glm import MLP, GLMBlock, GLMNetwork
-from glm_ms.model.layers import Embedding, RMSNorm
-from glm_ms.model.linear import Linear
-from glm_ms.model.mask import AttentionBias
-from glm_ms.ops.attention import GroupedAttention
-from glm_ms.ops.dropout import SeededDropout
+from glm_ms.model.layers import Embedding, Linear, Norm
+from glm_ms.ops.portable import AttentionBias, GroupedAttention, RMSNormalize, SeededDropout
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.layers import HeadRotary, PartedLinear, ShardedAttention
 
@@ -21,17 +18,11 @@ from glm_ms.parallel.layers import HeadRotary, PartedLinear, ShardedAttention
 def attach_strategies(network: GLMNetwork, parallel: ParallelConfig) -> None:
     """Gives every operator of a network its strategy, and its cells a pipeline stage.
 
-    Args:
-        network: of `sharded_glm`, not compiled yet, with its adapter if it has one.
-        parallel: the split that the network was built for.
+    The network is that of `sharded_glm` for the same split, not compiled yet, with its adapter if it has one.
     """
     _Strategies(parallel).network(network)
-    if parallel.pipeline_stages > 1:
-        _set_stages(network, parallel)
-
-
-def _set_stages(network: GLMNetwork, parallel: ParallelConfig) -> None:
-    """The embedding and the first blocks in the first pipeline stage, the output layer in the last."""
+    if parallel.pipeline_stages == 1:
+        return
     glm, last = network.transformer, parallel.pipeline_stages - 1
     glm.embedding.pipeline_stage = 0
     for index, layer in enumerate(glm.encoder.layers):
@@ -99,11 +90,11 @@ class _Strategies:
             for flat in (cell.drop_attention, cell.drop_mlp):
                 self.dropout(flat.drop, 3, (self.d, 1, 1))
 
-    def norm(self, cell: nn.Cell) -> None:
+    def norm(self, cell: Norm) -> None:
         """A norm over [M, H]: rows are independent."""
         rows, width = (self.r, 1), (1,)
         _shard(cell.normalize, cast=(rows,), cast_weight=(width,))
-        if isinstance(cell, RMSNorm):
+        if isinstance(cell.normalize, RMSNormalize):
             _shard(cell.normalize, square=(rows,), mean=(rows,), add=(rows, ()), rsqrt=(rows,), scale=(rows, rows),
                    weigh=(rows, width))  # fmt: skip
         else:
@@ -117,12 +108,9 @@ class _Strategies:
         self.parted(cell.query_key_value, (self.m, own, own))
         self.rotary(cell.rotary, self.m)
         self.rotary(cell.rotary_key, own)
-        _shard(cell, prepend_key=(keys, keys), prepend_value=(keys, keys))
-        for repeat in (cell.repeat_key, cell.repeat_value):
-            if repeat is not None:  # whole heads go in; what follows takes its own
-                _shard(repeat, tile=((self.d, 1, 1, 1, 1),))
-        heads = (self.d, 1, self.m, 1)
-        _shard(cell, split_key=(heads,), split_value=(heads,))
+        _shard(cell, prepend=(keys, keys), transpose=((self.d, 1, self.m, 1),))
+        if cell.repeat is not None:  # whole heads go in; what follows takes its own
+            _shard(cell.repeat, tile=((self.d, 1, 1, 1, 1),))
         self.attention(cell.attention)
         self.by_rows(cell.dense)
 

@@ -1,23 +1,17 @@
-"""Parameter-efficient finetuning: LoRA and P-Tuning v2, attached to a network, saved, loaded, merged.
-
-`ADAPTERS` is the table of adapter types. Importing this package loads no MindSpore; the names below are loaded on first
-use.
-"""
+"""Parameter-efficient finetuning, LoRA and P-Tuning v2: the table of adapter types. Importing it loads no MindSpore."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glm_ms.convert.adapter_files import LORA, PREFIX, AdapterFiles
 
 if TYPE_CHECKING:
-    from glm_ms.peft.adapter import Adapter, AdapterConfig, attach
-    from glm_ms.peft.lora import LoraConfig, lora_deltas
-    from glm_ms.peft.ptuning import PrefixConfig
-    from glm_ms.peft.store import AdapterError, StoredAdapter, read_adapter
+    from glm_ms.peft.adapter import Adapter, AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -62,19 +56,12 @@ ADAPTERS: dict[str, AdapterType] = {
     ),
 }  # fmt: skip
 
-_HOMES = {
-    "Adapter": "adapter", "AdapterConfig": "adapter", "attach": "adapter",
-    "LoraConfig": "lora", "lora_deltas": "lora", "PrefixConfig": "ptuning",
-    "AdapterError": "store", "StoredAdapter": "store", "read_adapter": "store",
-}  # fmt: skip
 
-__all__ = [
-    "ADAPTERS", "Adapter", "AdapterConfig", "AdapterError", "AdapterType", "LoraConfig", "PrefixConfig",
-    "StoredAdapter", "attach", "lora_deltas", "read_adapter",
-]  # fmt: skip
+def weights_files() -> list[str]:
+    """Names of the weights of all types, as this project and `peft` store them."""
+    return [name for kind in ADAPTERS.values() for name in (kind.files.weights, *kind.others)]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'glm_ms.peft' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"glm_ms.peft.{_HOMES[name]}"), name)
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder contains an adapter of this project or of `peft`, and so no base weights."""
+    return any((path / name).is_file() for name in weights_files())

@@ -1,9 +1,10 @@
-"""What all types of adapters have in common: attach, assign, save, restore."""
+"""Adapters of any type: attach to a network, save, read those of this project, of `peft` and of the original code."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -14,9 +15,16 @@ from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.peft import ADAPTERS
-from glm_ms.peft.store import AdapterError, StoredAdapter
-from glm_ms.storage.errors import capped
+from glm_ms.peft import ADAPTERS, weights_files
+from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.run_folder import resolve_checkpoint
+
+# The original P-Tuning code saves its encoder under these names.
+_ORIGINAL = ("model.safetensors", "pytorch_model.bin")
+
+
+class AdapterError(CheckpointError):
+    """An adapter cannot be built, read, or does not belong to its network; the message names file and remedy."""
 
 
 class AdapterConfig(Protocol):
@@ -27,6 +35,31 @@ class AdapterConfig(Protocol):
     @property
     def dropout(self) -> float:
         """Probability of zero in training."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter that has been read.
+
+    Attributes:
+        path: its file.
+        config: its settings; the dropout matters only if it is trained further.
+        tensors: name of the parameter -> float32 array.
+    """
+
+    path: Path
+    config: AdapterConfig
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the linear layers a LoRA adapter changes, in the order of the file."""
+        return list(dict.fromkeys(name.rpartition(".lora_")[0] for name in self.tensors if ".lora_" in name))
+
+    @property
+    def norm(self) -> float:
+        """Root of the sum of squares over all tensors."""
+        return float(np.sqrt(sum(np.square(t, dtype=np.float64).sum() for t in self.tensors.values())))
 
 
 class Adapter(ABC):
@@ -47,16 +80,10 @@ class Adapter(ABC):
     @classmethod
     @abstractmethod
     def attach(cls, network: GLMNetwork, config: Any, seed: int, stored: StoredAdapter | None) -> Adapter:
-        """Attaches an adapter with random values.
-
-        Args:
-            network: changed in place, unless there is an error.
-            config: settings.
-            seed: of the random values.
-            stored: gives the structure, as far as the config does not.
+        """Attaches an adapter with random values; `stored` gives the structure, as far as the config does not.
 
         Raises:
-            AdapterError: the adapter does not fit the network.
+            AdapterError: the adapter does not fit the network, which is unchanged then.
         """
 
     @abstractmethod
@@ -97,11 +124,7 @@ class Adapter(ABC):
         return list(self._parameters.values())
 
     def assign(self, tensors: Mapping[str, np.ndarray], source: Path) -> None:
-        """Overwrites every parameter.
-
-        Args:
-            tensors: name of the parameter -> float32 array.
-            source: where the tensors come from, for errors.
+        """Overwrites every parameter with the float32 array of its name; `source` is named in errors.
 
         Raises:
             AdapterError: a tensor is missing or unexpected, has another shape, or contains NaN or infinity.
@@ -125,11 +148,7 @@ class Adapter(ABC):
             parameter.set_data(Tensor(np.ascontiguousarray(tensors[name], np.float32)))
 
     def restore(self, folder: Path) -> None:
-        """Overwrites every parameter with what `save` has written.
-
-        Raises:
-            CheckpointError: the file is missing or damaged, or has other tensors.
-        """
+        """Overwrites every parameter with what `save` has written; CheckpointError if it is damaged or does not fit."""
         path = folder / ADAPTERS[self.kind].files.weights
         with open_checkpoint(path) as reader:
             tensors = {self.plain_name(name): reader.read(name, "float32") for name in reader.names()}
@@ -145,13 +164,9 @@ class Adapter(ABC):
 
 
 def attach(network: GLMNetwork, config: AdapterConfig, seed: int = 0, stored: StoredAdapter | None = None) -> Adapter:
-    """Attaches an adapter and freezes the rest of a network.
+    """Attaches an adapter with random values of `seed` and freezes the rest of a network.
 
-    Args:
-        network: without an adapter.
-        config: type and sizes.
-        seed: of the random values.
-        stored: gives the structure; its values are assigned with `Adapter.assign`.
+    A stored adapter gives the structure; its values are assigned with `Adapter.assign`.
 
     Raises:
         AdapterError: the adapter does not fit the network, or the network has an adapter already.
@@ -164,3 +179,50 @@ def attach(network: GLMNetwork, config: AdapterConfig, seed: int = 0, stored: St
     for parameter in network.get_parameters():
         parameter.requires_grad = id(parameter) in own
     return adapter
+
+
+def read_adapter(path: str | Path) -> StoredAdapter:
+    """Reads an adapter.
+
+    Args:
+        path: a folder of this project or of `peft` (`adapter_config.json`, `adapter_model.safetensors` or .bin), a
+            P-Tuning checkpoint of the original code (`pytorch_model.bin` or `model.safetensors` with
+            `transformer.prefix_encoder.*`), the output folder of a run, or the file of weights itself.
+
+    Raises:
+        AdapterError: there is none, it is empty, damaged, or of a type that cannot be used.
+    """
+    try:
+        path = _weights_file(resolve_checkpoint(path))
+        with open_checkpoint(path) as reader:
+            kind = ADAPTERS[_kind_of(path, reader.names())].load()
+            tensors = {kind.plain_name(name): reader.read(name, "float32") for name in reader.names()}
+    except AdapterError:
+        raise
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
+    return StoredAdapter(path, kind.stored_config(path, tensors), tensors)
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    names = (*weights_files(), *_ORIGINAL)
+    name = next((name for name in names if (path / name).is_file()), None)
+    if name is None:
+        raise AdapterError(f"{path}: contains no adapter; expected one of {', '.join(names)}")
+    return path / name
+
+
+def _kind_of(path: Path, names: Sequence[str]) -> str:
+    """The type of adapter that all these tensors belong to."""
+    for kind, adapter in ADAPTERS.items():
+        others = [name for name in names if not adapter.files.owns(name)]
+        if len(others) == len(names):
+            continue
+        if others:
+            raise AdapterError(f"{path}: {len(others)} tensors are not of a {kind} adapter: {capped(others)}")
+        return kind
+    shown = f"contains {capped(names)}" if names else "is empty"
+    marks = " or ".join(f"*{mark}*" for adapter in ADAPTERS.values() for mark in adapter.files.marks)
+    raise AdapterError(f"{path}: no adapter: {shown}; expected tensors {marks}")

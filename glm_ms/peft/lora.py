@@ -20,9 +20,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from glm_ms.convert.adapter_files import LORA
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
-from glm_ms.ops.dropout import SeededDropout
-from glm_ms.peft.adapter import Adapter
-from glm_ms.peft.store import AdapterError, StoredAdapter
+from glm_ms.ops.portable import SeededDropout
+from glm_ms.peft.adapter import Adapter, AdapterError, StoredAdapter
 from glm_ms.storage.errors import capped
 from glm_ms.storage.readers import read_object
 
@@ -36,11 +35,9 @@ _NEUTRAL: dict[str, tuple] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Settings of LoRA.
+    """Settings of LoRA: the update is B A alpha / rank, A [rank, in], B [out, rank].
 
     Args:
-        rank: rows of A and columns of B.
-        alpha: the update is B A alpha / rank.
         dropout: probability of zero on the input of A while training.
         target_modules: a regular expression that must match the whole name of a module, or a list of names, each
             for all modules that end in it.
@@ -70,8 +67,7 @@ class LowRankUpdate(nn.Cell):
         a = generator.uniform(-bound, bound, (config.rank, linear.in_features)).astype(np.float32)
         self.a = Parameter(Tensor(a))
         self.b = Parameter(Tensor(np.zeros((linear.out_features, config.rank), np.float32)))
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.dtype = linear.dtype
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.dtype
         self.scaling = config.scaling
         self.dropout = SeededDropout(config.dropout, stream) if config.dropout > 0 else None
         self.down, self.up = ops.MatMul(transpose_b=True), ops.MatMul(transpose_b=True)
@@ -90,7 +86,7 @@ class LowRankUpdate(nn.Cell):
 
 
 class LoraAdapter(Adapter):
-    """LoRA on linear layers of a network, whose parameters are frozen."""
+    """LoRA on linear layers of a network."""
 
     kind = "lora"
     config_class = LoraConfig
@@ -99,15 +95,11 @@ class LoraAdapter(Adapter):
     def attach(cls, network: GLMNetwork, config: LoraConfig, seed: int, stored: StoredAdapter | None) -> LoraAdapter:
         """Without a stored adapter `config.target_modules` selects the modules."""
         linears = network.linears()
-        if stored is None:
-            modules = target_names(config.target_modules, linears)
-        else:
-            modules = stored.modules
-            unknown = [name for name in modules if name not in linears]
-            if unknown:
-                raise AdapterError(
-                    f"{stored.path}: made for another base: this network has no linear layers {capped(unknown)}"
-                )
+        modules = target_names(config.target_modules, linears) if stored is None else stored.modules
+        unknown = [name for name in modules if name not in linears]
+        if stored is not None and unknown:
+            reason = f"this network has no linear layers {capped(unknown)}"
+            raise AdapterError(f"{stored.path}: made for another base: {reason}")
         adapter, generator = cls(network, config), np.random.default_rng(seed)
         first_stream = network.config.num_layers * DROPOUTS_PER_BLOCK
         for place, name in enumerate(modules):
@@ -139,9 +131,8 @@ class LoraAdapter(Adapter):
         for name, value in tensors.items():
             rank = value.shape[0 if name.endswith(A) else -1] if value.ndim == 2 else None
             if rank != config.rank:
-                raise AdapterError(
-                    f"{path}: {name} has shape {list(value.shape)}, but {LORA.config} says r = {config.rank}"
-                )
+                found = f"{name} has shape {list(value.shape)}"
+                raise AdapterError(f"{path}: {found}, but {LORA.config} says r = {config.rank}")
         return config
 
     @classmethod
@@ -195,13 +186,12 @@ def target_names(target_modules: str | Sequence[str], names: Iterable[str]) -> l
         try:
             found = [name for name in names if re.fullmatch(target_modules, name)]
         except re.error as error:
-            message = f"target_modules: {target_modules!r} is not a regular expression: {error}"
-            raise AdapterError(message) from None
+            reason = f"is not a regular expression: {error}"
+            raise AdapterError(f"target_modules: {target_modules!r} {reason}") from None
         missing = [] if found else [target_modules]
     else:
-        endings = {ending: f".{ending}" for ending in target_modules}
-        found = [name for name in names if any(f".{name}".endswith(end) for end in endings.values())]
-        missing = [one for one, end in endings.items() if not any(f".{name}".endswith(end) for name in names)]
+        found = [name for name in names if any(f".{name}".endswith(f".{end}") for end in target_modules)]
+        missing = [end for end in target_modules if not any(f".{name}".endswith(f".{end}") for name in names)]
     if missing:
         modules = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names)
         raise AdapterError(
@@ -212,14 +202,9 @@ def target_names(target_modules: str | Sequence[str], names: Iterable[str]) -> l
 
 
 def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callable[[], np.ndarray]]:
-    """What merging adds to each weight.
+    """Name of each weight -> function that computes what merging adds to it, or with `remove` takes away again.
 
-    Args:
-        stored: a LoRA adapter.
-        remove: subtract a merged adapter.
-
-    Returns:
-        Name of the weight -> function that computes the difference, float32 [out, in], which is as large as the weight.
+    The functions return float32 [out, in], as large as the weight.
 
     Raises:
         AdapterError: not LoRA, half a pair, or an adapter that changes nothing.
@@ -229,10 +214,10 @@ def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callab
     factor = -stored.config.scaling if remove else stored.config.scaling
     deltas: dict[str, Callable[[], np.ndarray]] = {}
     for module in stored.modules:
-        halves = [stored.tensors.get(f"{module}.{ending}") for ending in (A, B)]
-        if halves[0] is None or halves[1] is None:
+        a, b = (stored.tensors.get(f"{module}.{ending}") for ending in (A, B))
+        if a is None or b is None:
             raise AdapterError(f"{stored.path}: {module} has only one of lora_A and lora_B")
-        deltas[f"{module}.weight"] = partial(_product, halves[1], halves[0], factor)
+        deltas[f"{module}.weight"] = partial(_product, b, a, factor)
     if not any(stored.tensors[f"{module}.{B}"].any() for module in stored.modules):
         raise AdapterError(f"{stored.path}: every lora_B is zero, so this adapter changes nothing; was it trained?")
     return deltas
@@ -253,12 +238,10 @@ def _read_config(path: Path) -> LoraConfig:
         targets = document.get("target_modules") or []
         if not (int(document["r"]) >= 1 and 0 < float(document["lora_alpha"]) < math.inf):
             raise ValueError(f"r = {document['r']}, lora_alpha = {document['lora_alpha']}")
+        targets = targets if isinstance(targets, str) else tuple(sorted(map(str, targets)))
         return LoraConfig(
-            rank=int(document["r"]),
-            alpha=float(document["lora_alpha"]),
-            dropout=float(document.get("lora_dropout") or 0),
-            target_modules=targets if isinstance(targets, str) else tuple(sorted(map(str, targets))),
-            use_rslora=bool(document.get("use_rslora", False)),
-        )
+            int(document["r"]), float(document["lora_alpha"]), float(document.get("lora_dropout") or 0), targets,
+            bool(document.get("use_rslora", False))
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path}: r and lora_alpha must be positive numbers: {error!r}") from None

@@ -20,9 +20,8 @@ from glm_ms.convert.adapter_files import PREFIX
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
 from glm_ms.model.layers import DTYPES
-from glm_ms.ops.dropout import SeededDropout
-from glm_ms.peft.adapter import Adapter
-from glm_ms.peft.store import AdapterError, StoredAdapter
+from glm_ms.ops.portable import SeededDropout
+from glm_ms.peft.adapter import Adapter, AdapterError, StoredAdapter
 
 HF_PREFIX = "transformer.prefix_encoder."
 EMBEDDING, HIDDEN, OUTPUT = "embedding.weight", "trans.0", "trans.2"
@@ -36,7 +35,7 @@ class PrefixConfig:
         pre_seq_len: positions P of the prefix.
         prefix_projection: an MLP (linear, tanh, linear) follows the embedding.
         projection_dim: its width; None: the hidden size of the network.
-        dropout: probability of zero on keys and values of the prefix while training.
+        dropout: probability of zero on keys and values of the prefix, in training.
     """
 
     kind: ClassVar[str] = "ptuning2"
@@ -102,7 +101,7 @@ class PrefixEncoder(nn.Cell):
 
 
 class PrefixAdapter(Adapter):
-    """P-Tuning v2 on a network, whose parameters are frozen."""
+    """P-Tuning v2 on a network."""
 
     kind = "ptuning2"
     config_class = PrefixConfig
@@ -135,12 +134,8 @@ class PrefixAdapter(Adapter):
     @classmethod
     def write_config(cls, folder: Path, config: PrefixConfig, network: GLMConfig, base_model: str) -> None:
         """Writes the `config.json` of the network with `pre_seq_len`."""
-        document = {
-            **network.to_hf_dict(),
-            "pre_seq_len": config.pre_seq_len,
-            "prefix_projection": config.prefix_projection,
-            "_name_or_path": base_model,
-        }
+        own = {"pre_seq_len": config.pre_seq_len, "prefix_projection": config.prefix_projection}
+        document = {**network.to_hf_dict(), **own, "_name_or_path": base_model}
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         (folder / PREFIX.config).write_text(text, encoding="utf-8")
 

@@ -20,40 +20,27 @@ _TYPES = {"Ascend": ("float16", "bfloat16")}
 
 
 def set_device(device_target: str, device_id: int) -> None:
-    """Opens the device, for compiled graphs.
-
-    Raises:
-        RuntimeError, ValueError: of MindSpore, if the device cannot be opened.
-    """
+    """Opens the device, for compiled graphs; MindSpore raises RuntimeError or ValueError if it cannot be opened."""
     ms.set_context(mode=ms.GRAPH_MODE)
-    if device_target == "CPU":
-        ms.set_device("CPU")
-    else:
-        ms.set_device(device_target, device_id)
+    ms.set_device(device_target, None if device_target == "CPU" else device_id)
 
 
 def run_checks(golden: Path | None, say: Callable[[str], None]) -> bool:
-    """Runs every check that the current device allows and prints a table as it grows.
+    """Runs every check that the current device allows, prints a table as it grows, returns whether all passed.
 
-    Args:
-        golden: tests/golden of the repository; None or a folder without the numbers: those checks are left out, and
-            a line says so.
-        say: takes lines for the user.
-
-    Returns:
-        Whether all passed.
+    `golden` is tests/golden of the repository. Without its numbers those checks are left out, and a line says so.
     """
-    for line in _device_lines():
+    if golden is not None and not (golden / "models" / MODEL / "golden.npz").is_file():
+        golden = None
+    for line in (*_device_lines(), *head_lines()):
         say(line)
     failed = total = 0
-    for line in head_lines():
-        say(line)
     for row in _rows(golden):
         total += 1
         failed += not row.passed
         for line in row_lines(row):
             say(line)
-    if not _has_numbers(golden):
+    if golden is None:
         say(
             "training and generation were not checked: the reference numbers (tests/golden) are missing; run this tool "
             "in a checkout of the repository"
@@ -69,16 +56,12 @@ def _rows(golden: Path | None) -> Iterator[Row]:
         for dtype in _TYPES.get(device(), ("float32",)):
             for sizes in (SMALL, REAL):
                 yield from fused_rows(sizes, dtype)
-    if golden is None or not _has_numbers(golden):
+    if golden is None:
         return
     yield from golden_rows(golden, "float32", fused=False)
     if fused:
         yield from golden_rows(golden, "float32", fused=True)
         yield from golden_rows(golden, "float16", fused=True)
-
-
-def _has_numbers(golden: Path | None) -> bool:
-    return golden is not None and (golden / "models" / MODEL / "golden.npz").is_file()
 
 
 def _device_lines() -> Iterator[str]:
@@ -104,6 +87,6 @@ def _cann_version() -> str:
     try:
         lines = (Path(home) / "compiler" / "version.info").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return ", CANN of unknown version"
-    versions = [line.partition("=")[2] for line in lines if line.startswith("Version=")]
-    return f", CANN {versions[0]}" if versions else ", CANN of unknown version"
+        lines = []
+    version = next((line.partition("=")[2] for line in lines if line.startswith("Version=")), "of unknown version")
+    return f", CANN {version}"

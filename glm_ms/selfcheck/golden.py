@@ -33,13 +33,8 @@ _HALF_LOSS_EPS = 0.5
 
 
 def golden_rows(golden: Path, dtype: str, fused: bool) -> Iterator[Row]:
-    """Losses and gradient norm of three steps of finetuning, then 16 greedy tokens.
-
-    Args:
-        golden: tests/golden of the repository.
-        dtype: compute type; weights are float32.
-        fused: with the fused kernels of the device.
-    """
+    """Losses and gradient norm of three steps of finetuning, then 16 greedy tokens, computed in `dtype` with float32
+    weights; `golden` is tests/golden of the repository."""
     kernels = "fused" if fused else "portable"
     names = [f"{kernels} training: {name}" for name in ("loss", "gradient")]
     try:
@@ -53,8 +48,7 @@ def golden_rows(golden: Path, dtype: str, fused: bool) -> Iterator[Row]:
 def _model(golden: Path, dtype: str, fused: bool) -> GLMForCausalLM:
     folder = golden / "models" / MODEL
     config = GLMConfig.from_pretrained(folder)
-    config = dataclasses.replace(config, param_init_type="float32", compute_dtype=dtype)
-    model = load_pretrained(folder, config)
+    model = load_pretrained(folder, dataclasses.replace(config, param_init_type="float32", compute_dtype=dtype))
     if fused:
         fuse_kernels(model.network, getattr(ms, dtype))
     return model
@@ -66,9 +60,8 @@ def _training_rows(golden: Path, dtype: str, fused: bool, names: list[str]) -> l
     rows, length = batches["input_ids"].shape[1:]
     network = TrainingNetwork(_model(golden, dtype, fused).network, length)
     wanted = curve["optimizer"]
-    optimizer = GLMAdamW(
-        network.trainable_params(), wanted["lr"], wanted["betas"], wanted["eps"], wanted["weight_decay"]
-    )
+    options = (wanted[key] for key in ("lr", "betas", "eps", "weight_decay"))
+    optimizer = GLMAdamW(network.trainable_params(), *options)
     step = GLMTrainOneStep(network, optimizer, wanted["clip_global_norm"])
     step.set_train()
     results, elapsed = [], 0.0

@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
 from glm_ms.ops import registry
-from glm_ms.ops.attention import HIDDEN_SCORE, GroupedAttention
-from glm_ms.ops.norm import RMSNormalize
-from glm_ms.ops.rotary import ApplyRotary, rotary_tables
+from glm_ms.ops.portable import HIDDEN_SCORE, ApplyRotary, GroupedAttention, RMSNormalize, rotary_tables
 from glm_ms.selfcheck.rows import Numbers, Row, guarded
 
 # Distance from 1 to the next number, by which differences are measured.
@@ -50,11 +49,11 @@ class KernelCase:
 
     Args:
         name: of the check.
-        operator: key of `glm_ms.ops.registry.OPERATORS`.
+        operator: name in `glm_ms.ops.registry.OPERATORS`.
         shape: of its main input.
         portable: builds the portable cell, given the type.
-        inputs: float32 ones take the type under test unless `kept`.
-        kept: positions of the inputs that keep their type.
+        inputs: float32 arrays.
+        kept: positions of the inputs that do not take the type under test.
         differentiable: positions of the inputs whose gradients are compared.
         exact: the result by NumPy in float64.
         roundings: allowed difference, in units of the last place of the largest result. In float16 the portable
@@ -79,13 +78,9 @@ class KernelCase:
         ]
 
     def fused(self, dtype: str) -> nn.Cell:
-        """The kernel of this device.
-
-        Raises:
-            ValueError: it cannot take these sizes or this type.
-        """
-        kernel = registry.operators_of(registry.device())[self.operator]
-        cell = kernel.replacing(self.portable(getattr(ms, dtype)), getattr(ms, dtype))
+        """The kernel of this device; ValueError if it cannot take these sizes or this type."""
+        kernel, kind = registry.operators_of(registry.device())[self.operator], getattr(ms, dtype)
+        cell = kernel.replacing(self.portable(kind), kind)
         if isinstance(cell, str):
             raise ValueError(cell)
         return cell
@@ -193,11 +188,12 @@ def _against_numpy(case: KernelCase) -> Numbers:
 
 
 def _against_portable(case: KernelCase, dtype: str, gradients: bool = False) -> Numbers:
-    inputs, cells = case.tensors(dtype), [case.portable(getattr(ms, dtype)), case.fused(dtype)]
-    roundings = case.roundings
+    inputs, roundings = case.tensors(dtype), case.roundings
+    cells = [case.portable(getattr(ms, dtype)), case.fused(dtype)]
     if gradients:
         weights = _normal(np.random.default_rng(1), *cells[0](*inputs).shape)
-        inputs, cells = [Tensor(weights), *inputs], [_Gradients(cell, case.differentiable) for cell in cells]
+        positions = tuple(i + 1 for i in case.differentiable)
+        inputs, cells = [Tensor(weights), *inputs], [ops.grad(_Weighed(cell), positions) for cell in cells]
         roundings *= _GRADIENT_FACTOR
     (expected, portable_ms), (found, fused_ms) = (_timed(cell, inputs) for cell in cells)
     return (*_compare(found, list(map(_array, expected)), dtype, roundings), fused_ms, portable_ms)
@@ -215,28 +211,14 @@ class _Weighed(nn.Cell):
         return self.total(ops.cast(self.cell(*inputs), ms.float32) * weights)
 
 
-class _Gradients(nn.Cell):
-    """Gradients of `_Weighed` for the inputs of the cell at the given positions."""
-
-    def __init__(self, cell: nn.Cell, positions: Sequence[int]) -> None:
-        super().__init__()
-        self.gradients = ops.grad(_Weighed(cell), tuple(i + 1 for i in positions))
-
-    def construct(self, weights: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """As `_Weighed.construct` -> the gradients."""
-        return self.gradients(weights, *inputs)
-
-
-def _timed(cell: nn.Cell, inputs: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+def _timed(compute: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[list[Tensor], float]:
     """Results, and milliseconds of a call after the one that compiles; reading a result waits for the device."""
-    result = cell(*inputs)
-    results = [result] if isinstance(result, Tensor) else list(result)
-    _array(results[0])
-    start = time.perf_counter()
-    for _ in range(_REPEATS):
-        result = cell(*inputs)
-    results = [result] if isinstance(result, Tensor) else list(result)
-    _array(results[0])
+    for repeats in (1, _REPEATS):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = compute(*inputs)
+        results = [result] if isinstance(result, Tensor) else list(result)
+        _array(results[0])
     return results, (time.perf_counter() - start) / _REPEATS * 1e3
 
 
@@ -247,11 +229,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 def _compare(
     found: Sequence[Tensor], expected: Sequence[np.ndarray], dtype: str, roundings: int
 ) -> tuple[float, float]:
-    """Largest difference and allowed one, of the result with the largest ratio of both.
-
-    Raises:
-        ValueError: a result has a wrong shape.
-    """
+    """Largest difference and allowed one, of the result with the largest ratio; ValueError for a wrong shape."""
     roundings *= _FLOAT32_FACTOR if dtype == "float32" else 1
     worst = (0.0, 0.0, -1.0)
     for tensor, wanted in zip(found, expected):

@@ -9,25 +9,18 @@ from typing import Optional
 from glm_ms.ascend_hints import essence, hints
 
 # What a kernel that is missing, refused or broken raises.
-DEVICE_ERRORS = (
-    RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, MemoryError,
-)  # fmt: skip
+DEVICE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, MemoryError)
 
-_COLUMNS = (
-    ("check", 28), ("shape", 25), ("dtype", 8), ("max diff", 9), ("allowed", 9),
-    ("ms fused", 9), ("ms portable", 11),
-)  # fmt: skip
+_COLUMNS = (("check", 28), ("shape", 25), ("dtype", 8), ("max diff", 9), ("allowed", 9), ("ms fused", 9),
+            ("ms portable", 11))  # fmt: skip
 _LONGEST_MESSAGE = 300
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison.
+    """One comparison: what was compared, of which sizes, computed in which type.
 
     Args:
-        check: what was compared.
-        shape: sizes, for the reader.
-        dtype: type that was computed in.
         difference: largest absolute difference, or number of differing tokens; None after an error.
         allowed: largest difference that passes.
         fused_ms, portable_ms: milliseconds of one call; None: not run.
@@ -69,10 +62,8 @@ def head_lines() -> list[str]:
 
 def row_lines(row: Row) -> Iterator[str]:
     """A row, followed by its error and hints on that, if there is one."""
-    cells = (
-        row.check, row.shape, row.dtype, _number(row.difference), _number(row.allowed),
-        _milliseconds(row.fused_ms), _milliseconds(row.portable_ms),
-    )  # fmt: skip
+    numbers = (*map(_number, (row.difference, row.allowed)), *map(_milliseconds, (row.fused_ms, row.portable_ms)))
+    cells = (row.check, row.shape, row.dtype, *numbers)
     texts = " | ".join(cell.ljust(width) for cell, (_, width) in zip(cells, _COLUMNS))
     yield f"{texts} | {'pass' if row.passed else 'FAIL'}"
     if row.message:

@@ -11,7 +11,7 @@ import pytest
 from engine_helpers import TRAINED_NETWORK, curve, read_jsonl, run_here, tiny_arguments
 
 from glm_ms import load_pretrained
-from glm_ms.peft import read_adapter
+from glm_ms.peft.adapter import read_adapter
 from glm_ms.storage.run_folder import list_checkpoints
 
 TRAINING = (

@@ -19,9 +19,7 @@ from tolerances import LOGITS
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.ops import ascend, registry
-from glm_ms.ops.attention import GroupedAttention
-from glm_ms.ops.norm import RMSNormalize
-from glm_ms.ops.rotary import ApplyRotary
+from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize
 from glm_ms.selfcheck.kernels import SMALL, KernelCase, fused_rows, kernel_cases
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

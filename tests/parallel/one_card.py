@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
-from glm_ms.ops.rotary import ApplyRotary
+from glm_ms.ops.portable import ApplyRotary
 
 
 def use_portable_rotary(network: GLMNetwork) -> None:

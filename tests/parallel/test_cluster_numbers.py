@@ -15,7 +15,7 @@ from mindspore import Tensor
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.engine.step.network import TrainingNetwork
 from glm_ms.engine.weights import adapter_config
-from glm_ms.ops.rotary import pair_rotation, rotary_tables
+from glm_ms.ops.portable import pair_rotation, rotary_tables
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.plan import planned_parameters
 from glm_ms.plan.planned_parameters import stored_parts

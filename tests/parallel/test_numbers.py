@@ -16,7 +16,8 @@ from glm_ms.convert.names import split_joint
 from glm_ms.engine.step.network import ShardedTrainingNetwork, TrainingNetwork
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.layers import sharded_glm
-from glm_ms.peft import LoraConfig, PrefixConfig
+from glm_ms.peft.lora import LoraConfig
+from glm_ms.peft.ptuning import PrefixConfig
 from tests.parallel.one_card import use_portable_rotary
 from tests.tolerances import GRADIENT, LOSS
 

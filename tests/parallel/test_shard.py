@@ -8,7 +8,9 @@ from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.layers import sharded_glm
 from glm_ms.parallel.strategies import attach_strategies
-from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig
+from glm_ms.peft.adapter import AdapterConfig
+from glm_ms.peft.lora import LoraConfig
+from glm_ms.peft.ptuning import PrefixConfig
 
 CONFIG = GLMConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, kv_channels=4, num_attention_heads=4, padded_vocab_size=32,

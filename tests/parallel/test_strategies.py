@@ -23,7 +23,9 @@ from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
-from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
+from glm_ms.peft.adapter import AdapterConfig, read_adapter
+from glm_ms.peft.lora import LoraConfig
+from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.plan import plan_run
 from glm_ms.settings import load_settings
 from tests.parallel.collectives import loss_divisors, sent_bytes

@@ -14,9 +14,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from reference import fresh_golden_model
 
 from glm_ms.convert.adapter_files import AdapterFiles
-from glm_ms.peft import ADAPTERS, AdapterType, read_adapter
-from glm_ms.peft.adapter import Adapter
-from glm_ms.peft.store import is_adapter_folder
+from glm_ms.peft import ADAPTERS, AdapterType, is_adapter_folder
+from glm_ms.peft.adapter import Adapter, read_adapter
 
 IDS = np.random.default_rng(3).integers(0, 512, (2, 20))
 FILES = AdapterFiles("shift.json", "shift.safetensors", "", (".shift",))

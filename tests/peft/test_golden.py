@@ -15,7 +15,7 @@ from reference import FOLDER, fresh_golden_model
 from tolerances import ADAPTER, GRAD_NORM, LOGITS, LOSS, LOSS_CURVE, WEIGHT_NORM
 
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.peft import read_adapter
+from glm_ms.peft.adapter import read_adapter
 
 TRAIN = FOLDER.parent / "train"
 LORA = ("lora", "lora_glm3_left_padded")

@@ -9,7 +9,7 @@ import pytest
 from reference import FOLDER, fresh_golden_model
 from tolerances import LOGITS
 
-from glm_ms.peft import LoraConfig
+from glm_ms.peft.lora import LoraConfig
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

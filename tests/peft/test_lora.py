@@ -13,8 +13,9 @@ from reference import FOLDER, fresh_golden_model, golden_weights
 
 from glm_ms import GLMConfig, load_pretrained
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.peft import AdapterError, LoraConfig, PrefixConfig, lora_deltas, read_adapter
-from glm_ms.peft.lora import target_names
+from glm_ms.peft.adapter import AdapterError, read_adapter
+from glm_ms.peft.lora import LoraConfig, lora_deltas, target_names
+from glm_ms.peft.ptuning import PrefixConfig
 
 IDS = np.random.default_rng(3).integers(0, 512, (2, 20))
 NAMES = [

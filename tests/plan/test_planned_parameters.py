@@ -6,7 +6,7 @@ from glm_ms import GLMForCausalLM
 from glm_ms.engine.step.network import ShardedTrainingNetwork
 from glm_ms.engine.weights import adapter_config
 from glm_ms.parallel.layers import sharded_glm
-from glm_ms.peft import AdapterError
+from glm_ms.peft.adapter import AdapterError
 from glm_ms.plan import planned_parameters
 from glm_ms.plan.planned_parameters import lora_targets
 from glm_ms.settings import load_settings

@@ -16,9 +16,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from glm_ms.ops import registry
-from glm_ms.ops.attention import GroupedAttention
-from glm_ms.ops.norm import RMSNormalize
-from glm_ms.ops.rotary import ApplyRotary
+from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize
 from glm_ms.selfcheck import device as engine
 from glm_ms.selfcheck.golden import golden_rows
 from glm_ms.selfcheck.kernels import SMALL, fused_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 import mindspore
 
-from glm_ms.peft.store import is_adapter_folder
+from glm_ms.peft import is_adapter_folder
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import (
     MANIFEST,

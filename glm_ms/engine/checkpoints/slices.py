@@ -20,7 +20,8 @@ from glm_ms.convert.reader import CheckpointReader, load_parameters
 from glm_ms.engine.checkpoints.checkpoints import WEIGHTS, Checkpoints, optimizer_state, write_config
 from glm_ms.engine.checkpoints.parameters_file import read_parameters, write_parameters
 from glm_ms.model.config import GLMConfig
-from glm_ms.peft import ADAPTERS, AdapterConfig
+from glm_ms.peft import ADAPTERS
+from glm_ms.peft.adapter import AdapterConfig
 from glm_ms.settings import Settings
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import SLICES, list_checkpoints, step_folder

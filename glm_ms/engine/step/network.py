@@ -8,7 +8,7 @@ from mindspore import Parameter, Tensor, nn
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.loss import NextTokenLoss
 from glm_ms.parallel.config import ParallelConfig
-from glm_ms.parallel.loss import VocabularyParallelLoss
+from glm_ms.parallel.layers import VocabularyParallelLoss
 from glm_ms.parallel.strategies import attach_strategies
 from glm_ms.settings import Settings
 

@@ -21,7 +21,9 @@ from glm_ms.convert.names import INV_FREQ, expected_shapes, split_joint
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.checkpoints.manifest import write_manifest
 from glm_ms.engine.checkpoints.slices import SliceState, rank_folder
-from glm_ms.peft import AdapterConfig, LoraConfig, PrefixConfig, read_adapter
+from glm_ms.peft.adapter import AdapterConfig, read_adapter
+from glm_ms.peft.lora import LoraConfig
+from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import step_folder
 

@@ -13,7 +13,9 @@ from reference import FOLDER, fresh_golden_model
 from safetensors.numpy import load_file, save_file
 
 from glm_ms import load_pretrained
-from glm_ms.peft import AdapterError, LoraConfig, PrefixConfig, read_adapter
+from glm_ms.peft.adapter import AdapterError, read_adapter
+from glm_ms.peft.lora import LoraConfig
+from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.storage.errors import CheckpointError
 
 LORA = FOLDER.parent / "train" / "lora" / "final"

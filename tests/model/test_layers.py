@@ -8,8 +8,8 @@ import pytest
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.convert.names import expected_shapes
 from glm_ms.model.glm import Cells, GLMNetwork
-from glm_ms.model.linear import LINEARS, Linear, build_linear
-from glm_ms.peft import LoraConfig
+from glm_ms.model.layers import LINEARS, Linear, build_linear
+from glm_ms.peft.lora import LoraConfig
 
 CONFIG = GLMConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=24, kv_channels=4, num_attention_heads=4, padded_vocab_size=32,
