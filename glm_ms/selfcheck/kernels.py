@@ -189,26 +189,22 @@ def _against_numpy(case: KernelCase) -> Numbers:
 
 def _against_portable(case: KernelCase, dtype: str, gradients: bool = False) -> Numbers:
     inputs, roundings = case.tensors(dtype), case.roundings
-    cells = [case.portable(getattr(ms, dtype)), case.fused(dtype)]
+    cells: list[Callable[..., Any]] = [case.portable(getattr(ms, dtype)), case.fused(dtype)]
     if gradients:
         weights = _normal(np.random.default_rng(1), *cells[0](*inputs).shape)
-        positions = tuple(i + 1 for i in case.differentiable)
-        inputs, cells = [Tensor(weights), *inputs], [ops.grad(_Weighed(cell), positions) for cell in cells]
+        inputs, cells = [Tensor(weights), *inputs], [_gradients(cell, case.differentiable) for cell in cells]
         roundings *= _GRADIENT_FACTOR
     (expected, portable_ms), (found, fused_ms) = (_timed(cell, inputs) for cell in cells)
     return (*_compare(found, list(map(_array, expected)), dtype, roundings), fused_ms, portable_ms)
 
 
-class _Weighed(nn.Cell):
-    """Sum of a cell's result times given weights: a scalar with a gradient that is not all ones."""
+def _gradients(cell: nn.Cell, positions: Sequence[int]) -> Callable[..., Any]:
+    """Gradients, for the inputs at the given positions, of the sum of a cell's result times weights: not all are 1."""
 
-    def __init__(self, cell: nn.Cell) -> None:
-        super().__init__()
-        self.cell, self.total = cell, ops.ReduceSum()
+    def weighed(weights: Tensor, *inputs: Tensor) -> Tensor:
+        return ops.ReduceSum()(ops.cast(cell(*inputs), ms.float32) * weights)
 
-    def construct(self, weights: Tensor, *inputs: Tensor) -> Tensor:
-        """weights float32 of the shape of the result -> float32 scalar."""
-        return self.total(ops.cast(self.cell(*inputs), ms.float32) * weights)
+    return ops.grad(weighed, tuple(i + 1 for i in positions))
 
 
 def _timed(compute: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[list[Tensor], float]:
