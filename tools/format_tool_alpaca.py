@@ -22,8 +22,7 @@ from typing import Any, TextIO
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glm_ms.data.conversations import parse_tool_conversation, tool_call_problem
-from glm_ms.data.records import checked_text
+from glm_ms.data.records import checked_text, parse_tool_conversation, tool_call_problem
 from glm_ms.storage.atomic import atomic_output
 from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.json_lines import parse_value, raw_values

@@ -21,8 +21,15 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.length_report import advice_lines, cut_lines, histogram_lines, summary_lines
-from glm_ms.data.marked import LEGEND, marked_lines
+from glm_ms.data.inspection import (
+    LEGEND,
+    advice_lines,
+    cut_lines,
+    histogram_lines,
+    marked_lines,
+    summary_lines,
+    write_length_plot,
+)
 from glm_ms.data.statistics import LengthStatistics, measure
 from glm_ms.families import build_encoder, family_of
 from glm_ms.settings import Settings, SettingsError, load_data_settings, parse_args
@@ -116,8 +123,6 @@ def _show(settings: Settings, part: str, options: argparse.Namespace) -> None:
         for line in lines:
             print(line, flush=True)
     if options.png is not None:
-        from glm_ms.data.length_plot import write_length_plot  # matplotlib takes half a second
-
         # The font of the picture has no Chinese characters.
         name = path.name.encode("ascii", "replace").decode()
         write_length_plot(statistics, options.png, f"{name}: {len(statistics):,} records")

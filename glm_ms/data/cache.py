@@ -12,20 +12,20 @@ import hashlib
 import json
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from glm_ms.data.rows import IGNORED
-from glm_ms.data.workers import check_may_start, map_batches, processes_for
+from glm_ms.data.workers import map_values, processes_for
 from glm_ms.storage.atomic import staged
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.json_lines import JsonFile, RawValue
 from glm_ms.storage.lock import locked
-from glm_ms.storage.readers import read_json
+from glm_ms.storage.readers import read_object
 
 if TYPE_CHECKING:
     from glm_ms.data.encoder import Encoder
@@ -33,13 +33,8 @@ if TYPE_CHECKING:
 # Raise it if the same records make other rows.
 FORMAT_VERSION = 1
 _ABOUT = "cache.json"
-_ARRAYS: dict[str, np.dtype] = {
-    "input_ids": np.dtype("<i4"), "labels": np.dtype("<i4"), "offsets": np.dtype("<i8"),
-}  # fmt: skip
-_NPY_HEADER = 128
+_ARRAYS = {"input_ids": np.dtype("<i4"), "labels": np.dtype("<i4"), "offsets": np.dtype("<i8")}
 _CHUNK = 4 << 20
-# Sizes of a record that makes no row.
-_EMPTY, _WITHOUT_LABELS = -1, -2
 
 Say = Callable[[str], None]
 
@@ -61,14 +56,10 @@ class CacheRequest(NamedTuple):
 
 
 class CachedRows:
-    """Ids and labels of the rows of a cache.
+    """Ids and labels of the rows of a cache; attributes as in `TrainDataset`.
 
     Args:
-        folder: of the cache.
         verify: compare the checksums of all files, which reads them once.
-
-    Attributes:
-        skipped, without_labels: records skipped when it was prepared, see `TrainDataset`.
 
     Raises:
         DataError: the cache is damaged.
@@ -76,21 +67,15 @@ class CachedRows:
 
     def __init__(self, folder: Path, verify: bool = True) -> None:
         self.folder = folder
+        about = read_object(folder / _ABOUT, DataError)
         try:
-            about = read_json(folder / _ABOUT, DataError)
             self.skipped: int = about["skipped"]
             self.without_labels: int = about["without_labels"]
-            arrays = {
-                name: _mapped(folder / f"{name}.npy", about["files"][name], dtype, verify)
-                for name, dtype in _ARRAYS.items()
-            }
-        except OSError as error:
-            raise DataError(f"{error.filename or folder}: {error.strerror or error}") from None
-        except DataError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
+            self._input_ids, self._labels, self._offsets = (
+                _mapped(folder / f"{name}.npy", about["files"][name], dtype, verify) for name, dtype in _ARRAYS.items()
+            )
+        except (KeyError, TypeError) as error:
             raise DataError(f"{folder / _ABOUT}: not what was written ({error})") from None
-        self._input_ids, self._labels, self._offsets = (arrays[name] for name in _ARRAYS)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -102,6 +87,30 @@ class CachedRows:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CachedRows, (self.folder, False)  # pickling a map would copy the file
+
+
+def _mapped(path: Path, about: dict[str, int], dtype: np.dtype, verify: bool) -> np.ndarray:
+    try:
+        items = np.load(path, mmap_mode="r")
+        if items.dtype != dtype or items.shape != (about["items"],):
+            raise DataError(f"{path}: has {items.dtype} {items.shape}, expected {dtype} ({about['items']},)")
+        if verify and _checksum(path, items.offset) != about["crc32"]:
+            raise DataError(f"{path}: its checksum is not the one that was written")
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: {error}") from None
+    return items
+
+
+def _checksum(path: Path, start: int) -> int:
+    """CRC-32 of the items. It reads the file, because pages of a map would count as memory in use."""
+    checksum = 0
+    with path.open("rb") as file:
+        file.seek(start)
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def cached_rows(
@@ -122,41 +131,9 @@ def cached_rows(
         DataError: the file or the folder of caches cannot be used.
     """
     file = JsonFile(path)
+    # Before the lock: it raises an error in a process started here, which would wait for the lock for ever.
     num_processes = processes_for(file.num_bytes, request.num_workers)
-    if num_processes > 1:
-        check_may_start()  # before the lock: a process started here would wait for it for ever
-    identity = _identity(file, encoder, num_samples)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()[:32]
-    folder = Path(request.folder) / digest
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        found = _found(folder)
-        if isinstance(found, CachedRows):
-            return found
-        waiting = f"{folder.parent}: waiting for another process that prepares the same rows"
-        with locked(folder.with_name(f".{digest}.lock"), on_wait=lambda: say(waiting)):
-            found = _found(folder)
-            if isinstance(found, CachedRows):
-                return found
-            if found is not None:
-                say(f"{folder}: this cache of prepared rows is damaged ({found}); it is made again")
-            with staged(folder, folder=True) as partial:
-                _write(partial, file, encoder, num_samples, num_processes, identity, say)
-    except _NoRows:
-        return None
-    except OSError as error:
-        # Without file locks another process may have been first; its rows are the same.
-        if isinstance(found := _found(folder), CachedRows):
-            return found
-        raise DataError(
-            f"train_dataset.cache_dir: {error.filename or folder.parent}: cannot be written: "
-            f"{error.strerror or error}; choose another folder, or cache_dir: null for none"
-        ) from error
-    return CachedRows(folder, verify=False)
-
-
-def _identity(file: JsonFile, encoder: Encoder, num_samples: int | None) -> dict[str, Any]:
-    return {
+    identity = {
         "format_version": FORMAT_VERSION,
         "records": file_sha256(file.path),
         "vocabulary": hashlib.sha256(encoder.tokenizer.sp.serialized_model_proto()).hexdigest(),
@@ -164,131 +141,84 @@ def _identity(file: JsonFile, encoder: Encoder, num_samples: int | None) -> dict
         "num_samples": num_samples,
         **encoder.identity(),
     }
-
-
-def _found(folder: Path) -> CachedRows | str | None:
-    """The rows; or what is wrong with them; or None if there are none."""
-    if not folder.exists():
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()[:32]
+    folder = Path(request.folder) / digest
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        rows = _found(folder)
+        if rows is not None:
+            return rows
+        waiting = f"{folder.parent}: waiting for another process that prepares the same rows"
+        with locked(folder.with_name(f".{digest}.lock"), on_wait=lambda: say(waiting)):
+            rows = _found(folder, say)
+            if rows is not None:
+                return rows
+            if num_processes > 1:
+                say(f"{path}: preparing its rows in {num_processes} processes")
+            work = functools.partial(_encoded, encoder, file.path)
+            with staged(folder, folder=True) as partial:
+                about = _write(partial, map_values(work, file.raw_values(), num_processes), num_samples)
+                about = {**about, "path": str(path), "made_of": identity}
+                text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
+                (partial / _ABOUT).write_text(text, encoding="utf-8")
+    except _NoRows:
         return None
+    except OSError as error:
+        # Without file locks another process may have been first; its rows are the same.
+        rows = _found(folder)
+        if rows is not None:
+            return rows
+        raise DataError(
+            f"train_dataset.cache_dir: {error.filename or folder.parent}: cannot be written: "
+            f"{error.strerror or error}; choose another folder, or cache_dir: null for none"
+        ) from error
+    return CachedRows(folder, verify=False)
+
+
+def _found(folder: Path, say: Say | None = None) -> CachedRows | None:
+    """The rows, if there are any; tells `say` what is wrong with them."""
     try:
-        return CachedRows(folder)
+        return CachedRows(folder) if folder.exists() else None
     except DataError as error:
-        return str(error)
+        if say is not None:
+            say(f"{folder}: this cache of prepared rows is damaged ({error}); it is made again")
+        return None
 
 
-def _mapped(path: Path, about: dict[str, int], dtype: np.dtype, verify: bool) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: {error}") from None
-    if array.dtype != dtype or array.shape != (about["items"],):
-        raise DataError(f"{path}: has {array.dtype} {array.shape}, expected {dtype} ({about['items']},)")
-    if verify and _checksum(path) != about["crc32"]:
-        raise DataError(f"{path}: its checksum is not the one that was written")
-    return array
+def _encoded(encoder: Encoder, path: Path, raw: RawValue) -> tuple[array, array] | None:
+    """Ids and labels of a value, unpadded; None for an empty record, no ids if there is no label."""
+    record = encoder.read_raw(raw, path)
+    if record is None:
+        return None
+    input_ids, labels = encoder.train_ids(record)
+    if all(label == IGNORED for label in labels):
+        return array("i"), array("i")
+    return array("i", input_ids), array("i", labels)
 
 
-def _checksum(path: Path) -> int:
-    """CRC-32 of the items. It reads the file, because pages of a map would count as memory in use."""
-    checksum = 0
-    with path.open("rb") as file:
-        file.seek(_NPY_HEADER)
-        while chunk := file.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
-class _Prepared(NamedTuple):
-    """The rows of a batch of values, unpadded, one after the other.
-
-    Attributes:
-        sizes: int64, for every value the number of its ids, or _EMPTY or _WITHOUT_LABELS.
-        input_ids, labels: int32 [sum of the sizes above 0].
-        error: of the value after the last one of `sizes`.
-    """
-
-    sizes: np.ndarray
-    input_ids: np.ndarray
-    labels: np.ndarray
-    error: DataError | None = None
-
-
-def _prepare(encoder: Encoder, path: Path, batch: list[RawValue]) -> _Prepared:
-    """Stops at the first value that is not a record, with the error."""
-    sizes, input_ids, labels = array("q"), array("i"), array("i")
-    error = None
-    for raw in batch:
-        try:
-            record = encoder.read_raw(raw, path)
-        except DataError as caught:
-            error = caught
-            break
-        if record is None:
-            sizes.append(_EMPTY)
-            continue
-        own_ids, own_labels = encoder.train_ids(record)
-        if all(label == IGNORED for label in own_labels):
-            sizes.append(_WITHOUT_LABELS)
-            continue
-        sizes.append(len(own_ids))
-        input_ids.extend(own_ids)
-        labels.extend(own_labels)
-    return _Prepared(np.array(sizes, np.int64), np.array(input_ids, np.int32), np.array(labels, np.int32), error)
-
-
-def _first_rows(parts: Iterable[_Prepared], num_rows: int | None) -> Iterator[_Prepared]:
-    """Parts up to the row with a number, all of them if it is None; raises the first error before it."""
-    for part in parts:
-        if num_rows is not None:
-            ends = np.flatnonzero(part.sizes > 0)
-            if len(ends) >= num_rows:
-                sizes = part.sizes[: int(ends[num_rows - 1]) + 1]
-                ids = int(sizes[sizes > 0].sum())
-                yield _Prepared(sizes, part.input_ids[:ids], part.labels[:ids])
-                return
-            num_rows -= len(ends)
-        yield part
-        if part.error is not None:
-            raise part.error
-
-
-def _write(
-    partial: Path,
-    file: JsonFile,
-    encoder: Encoder,
-    num_samples: int | None,
-    num_processes: int,
-    identity: dict[str, Any],
-    say: Say,
-) -> None:
-    """Streams from the file of records into the files of a cache."""
-    if num_processes > 1:
-        say(f"{file.path}: preparing its rows in {num_processes} processes")
-    counts = {_EMPTY: 0, _WITHOUT_LABELS: 0}
+def _write(partial: Path, rows: Iterable[tuple[array, array] | None], num_samples: int | None) -> dict[str, Any]:
+    """Writes the arrays of a cache, piece by piece; returns what `cache.json` says about them."""
+    skipped = without_labels = num_rows = end = 0
     writers = {name: _NpyWriter(partial / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
     try:
-        writers["offsets"].write(np.zeros(1, np.int64))
-        end = 0
-        work = functools.partial(_prepare, encoder, file.path)
-        for part in _first_rows(map_batches(work, file.raw_values(), num_processes), num_samples):
-            for kind in counts:
-                counts[kind] += int((part.sizes == kind).sum())
-            writers["offsets"].write(end + np.cumsum(part.sizes[part.sizes > 0]))
-            writers["input_ids"].write(part.input_ids)
-            writers["labels"].write(part.labels)
-            end += len(part.input_ids)
+        writers["offsets"].write([0])
+        for row in rows:
+            if row is None:
+                skipped += 1
+            elif not row[0]:
+                without_labels += 1
+            else:
+                end += len(row[0])
+                for name, values in zip(_ARRAYS, (*row, [end])):
+                    writers[name].write(values)
+                num_rows += 1
+                if num_rows == num_samples:
+                    break
     finally:
         files = {name: writer.close() for name, writer in writers.items()}
-    if not end:
+    if not num_rows:
         raise _NoRows
-    about = {
-        "skipped": counts[_EMPTY],
-        "without_labels": counts[_WITHOUT_LABELS],
-        "files": files,
-        "path": str(file.path),
-        "made_of": identity,
-    }
-    (partial / _ABOUT).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return {"skipped": skipped, "without_labels": without_labels, "files": files}
 
 
 class _NpyWriter:
@@ -296,22 +226,24 @@ class _NpyWriter:
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self._file = path.open("wb")
-        self._file.write(bytes(_NPY_HEADER))
         self._dtype, self._items, self._checksum = dtype, 0, 0
+        self._write_header()
 
-    def write(self, values: np.ndarray) -> None:
+    def _write_header(self) -> None:
+        """It takes the same number of bytes for any number of items."""
+        about = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._items,)}
+        np.lib.format.write_array_header_1_0(self._file, about)
+
+    def write(self, values: Sequence[int]) -> None:
         """Appends values."""
-        content = np.ascontiguousarray(values, self._dtype).tobytes()
+        content = np.asarray(values, self._dtype).tobytes()
         self._file.write(content)
         self._items += len(values)
         self._checksum = zlib.crc32(content, self._checksum)
 
     def close(self) -> dict[str, int]:
-        """Writes the header; returns `items` and their `crc32`."""
-        shape = f"{{'descr': '{self._dtype.str}', 'fortran_order': False, 'shape': ({self._items},), }}"
-        size = _NPY_HEADER - 10  # of format 1.0: magic string, version, size of the header as two bytes
-        header = b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + shape.encode().ljust(size - 1) + b"\n"
+        """Completes the header; returns `items` and their `crc32`."""
         with self._file as file:
             file.seek(0)
-            file.write(header)
+            self._write_header()
         return {"items": self._items, "crc32": self._checksum}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from glm_ms.data.rows import IGNORED, Row, check_length, row_length
+from glm_ms.data.rows import Row
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import RawValue, parse_value
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import SentencePieceTokenizer
-
 
 # `[gMASK] sop` and one token of text.
 SHORTEST_PROMPT = 3
@@ -126,15 +126,17 @@ class Encoder(ABC):
         self.data_loader: str = section.data_loader.type
         self._read, self._columns = read, tuple(section.data_loader.origin_columns)
         self._ignore_pad = section.ignore_pad_token_for_loss
-        self.seq_length = self._set_lengths(section, max_prompt_length)
-
-    def _set_lengths(self, section: Section, max_prompt_length: int | None) -> int:
-        """Checks and keeps the lengths; returns the ids in a row."""
-        check_length("max_source_length", section.max_source_length, SHORTEST_PROMPT)
-        check_length("max_target_length", section.max_target_length)
-        self._max_source_length = section.max_source_length
-        self._max_target_length = section.max_target_length
-        return row_length(section.max_source_length, section.max_target_length)
+        if self.uses_max_seq_length:
+            if section.max_seq_length is None:
+                raise DataError(f"max_seq_length: missing; {self.data_loader} needs the tokens of a row")
+            check_length("max_seq_length", section.max_seq_length, SHORTEST_PROMPT + 1)
+            self.seq_length = self._max_target_length = section.max_seq_length
+            self._max_source_length = self.seq_length - 1 if max_prompt_length is None else max_prompt_length
+        else:
+            check_length("max_source_length", section.max_source_length, SHORTEST_PROMPT)
+            check_length("max_target_length", section.max_target_length)
+            self._max_source_length, self._max_target_length = section.max_source_length, section.max_target_length
+            self.seq_length = self._max_source_length + self._max_target_length + 1  # </s> ends a row
 
     def read(self, value: Any, place: str) -> Messages | None:
         """The messages of a JSON value; None for a record to skip because a text is empty.
@@ -192,9 +194,7 @@ class Encoder(ABC):
         }
 
 
-def cut_lengths(labels: Sequence[int], length: int) -> Lengths:
-    """`Lengths` of a record whose prompt and answers are cut together, to `length` ids on the right."""
-    answer = sum(label != IGNORED for label in labels)
-    kept_answer = sum(label != IGNORED for label in labels[:length])
-    kept = min(len(labels), length)
-    return Lengths(len(labels) - answer, answer, kept - kept_answer, kept_answer)
+def check_length(name: str, value: int, smallest: int = 1) -> None:
+    """Raises DataError unless `value` is an integer of at least `smallest`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
+        raise DataError(f"{name} = {value!r}: must be an integer of at least {smallest}")

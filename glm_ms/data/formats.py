@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glm_ms.data.conversations import parse_conversation, parse_tool_conversation
 from glm_ms.data.encoder import Encoder, Reader
 from glm_ms.data.messages import ConversationEncoder, ToolAlpacaEncoder
-from glm_ms.data.records import read_prompt_and_answer
+from glm_ms.data.records import parse_conversation, parse_tool_conversation, read_prompt_and_answer
 
 
 @dataclass(frozen=True)
@@ -32,21 +31,13 @@ class DataFormat:
         """See `Encoder`."""
         return self.encoder is not None and self.encoder.uses_max_seq_length
 
-    @property
-    def needs_roles(self) -> bool:
-        """See `Encoder`."""
-        return self.encoder is not None and self.encoder.needs_roles
 
-
+_COLUMNS = "data_loader.origin_columns"
 FORMATS: dict[str, DataFormat] = {
     "ADGenDataLoader": DataFormat(read_prompt_and_answer),
-    "ConversationDataLoader": DataFormat(
-        parse_conversation, ConversationEncoder, unused_keys=("data_loader.origin_columns",)
-    ),
+    "ConversationDataLoader": DataFormat(parse_conversation, ConversationEncoder, (_COLUMNS,)),
     "ToolAlpacaDataLoader": DataFormat(
-        parse_tool_conversation,
-        ToolAlpacaEncoder,
-        unused_keys=("data_loader.origin_columns", "max_source_length", "max_target_length"),
+        parse_tool_conversation, ToolAlpacaEncoder, (_COLUMNS, "max_source_length", "max_target_length")
     ),
 }
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from glm_ms.data.encoder import SHORTEST_PROMPT, Encoder, EvalRow, Lengths, Message, Messages, Section, cut_lengths
-from glm_ms.data.rows import IGNORED, check_length, left_padded_row, right_padded_row
-from glm_ms.storage.errors import DataError
+from glm_ms.data.encoder import SHORTEST_PROMPT, Encoder, EvalRow, Lengths, Message, Messages
+from glm_ms.data.rows import IGNORED, left_padded_row, right_padded_row
 
 if TYPE_CHECKING:
     from glm_ms.tokenizer import ChatGLM3Tokenizer
@@ -16,40 +15,37 @@ if TYPE_CHECKING:
 class MessageEncoder(Encoder):
     """Messages one after the other, cut together on the right to the length of a row, padded on the left.
 
-    Prompts to generate from are the ids before an answer and `<|assistant|>`. An answer with `max_source_length` ids
-    or more before it has no prompt.
+    Prompts to generate from are the ids before an answer and `<|assistant|>`, one for every message of the assistant
+    with loss; the reference is the message and </s>. An answer with `max_source_length` ids or more before it has no
+    prompt.
     """
 
     needs_roles = True
     layout = staticmethod(left_padded_row)
     tokenizer: ChatGLM3Tokenizer
 
-    def has_labels(self, record: Messages) -> bool:
-        """See `Encoder`. A long prompt can push every label out of the row."""
+    def has_labels(self, record: Messages) -> bool:  # a long prompt can push every label out of the row
         begin = len(self.tokenizer.prefix_tokens)
         for message in record:
-            if begin + 1 >= self.seq_length:
-                return False
-            if message.loss:
-                return True
+            if message.loss or begin + 1 >= self.seq_length:
+                return begin + 1 < self.seq_length
             begin += len(_message(self.tokenizer, message))
         return False
 
     def train_ids(self, record: Messages) -> tuple[list[int], list[int]]:
-        """See `Encoder`."""
         input_ids, labels = message_ids(self.tokenizer, record)
         return input_ids[: self.seq_length], labels[: self.seq_length]
 
     def lengths(self, record: Messages) -> Lengths:
-        """See `Encoder`."""
-        return cut_lengths(message_ids(self.tokenizer, record)[1], self.seq_length)
+        labels = message_ids(self.tokenizer, record)[1]
+        kept = labels[: self.seq_length]
+        answer, kept_answer = (sum(label != IGNORED for label in part) for part in (labels, kept))
+        return Lengths(len(labels) - answer, answer, len(kept) - kept_answer, kept_answer)
 
     def limits(self) -> dict[str, tuple[str, int]]:
-        """See `Encoder`."""
         return {"whole": ("max_source_length + max_target_length + 1", self.seq_length)}
 
     def eval_rows(self, record: Messages) -> list[EvalRow | None]:
-        """See `Encoder`. One for every message of the assistant with loss; the reference is the message and </s>."""
         rows: list[EvalRow | None] = []
         input_ids = list(self.tokenizer.prefix_tokens)
         for message in record:
@@ -60,22 +56,18 @@ class MessageEncoder(Encoder):
             ids = _message(self.tokenizer, message)
             if wanted:
                 prompt = input_ids + ids[:1]
-                answer = [*ids[1:], self.tokenizer.eos_token_id][: self._longest_answer(len(prompt))]
+                longest = min(self._max_target_length, self.seq_length - len(prompt))
+                answer = [*ids[1:], self.tokenizer.eos_token_id][:longest]
                 # All that the model reads: the last question alone would not explain an answer.
                 rows.append(EvalRow(self.tokenizer.decode(prompt), prompt, answer))
             input_ids += ids
         return rows
-
-    def _longest_answer(self, prompt_length: int) -> int:
-        """Most ids of a reference answer."""
-        return self._max_target_length
 
 
 class LastAnswerEncoder(MessageEncoder):
     """Prompt and answer for ChatGLM3; of a record with a history, evaluation takes the last answer."""
 
     def eval_rows(self, record: Messages) -> list[EvalRow | None]:
-        """See `Encoder`."""
         row = super().eval_rows(record)[-1]
         return [None if row is None else row._replace(prompt=record[-2].content)]
 
@@ -88,12 +80,11 @@ class ConversationEncoder(MessageEncoder):
     too_long = "with more before the answer than max_source_length allows for; raise it"
 
     def length_keys(self, seq_length: int, prompt: int) -> dict[str, int]:
-        """See `Encoder`. Training uses the sum only; the length of the answer stays as it is, if it fits."""
+        # Training uses the sum only; the length of the answer stays as it is, if it fits.
         answer = min(self._max_target_length, seq_length - SHORTEST_PROMPT - 1)
         return {"max_source_length": seq_length - answer - 1, "max_target_length": answer}
 
     def identity(self) -> dict[str, Any]:
-        """See `Encoder`."""
         return {"data_loader": self.data_loader, "seq_length": self.seq_length}
 
 
@@ -114,27 +105,13 @@ class ToolAlpacaEncoder(MessageEncoder):
         "raise the former or lower the latter"
     )
 
-    def _set_lengths(self, section: Section, max_prompt_length: int | None) -> int:
-        length = section.max_seq_length
-        if length is None:
-            raise DataError(f"max_seq_length: missing; {section.data_loader.type} needs the tokens of a row")
-        check_length("max_seq_length", length, SHORTEST_PROMPT + 1)
-        self._max_source_length = length - 1 if max_prompt_length is None else max_prompt_length
-        return length
-
-    def _longest_answer(self, prompt_length: int) -> int:
-        return self.seq_length - prompt_length
-
     def limits(self) -> dict[str, tuple[str, int]]:
-        """See `Encoder`."""
         return {"whole": ("max_seq_length", self.seq_length)}
 
     def length_keys(self, seq_length: int, prompt: int) -> dict[str, int]:
-        """See `Encoder`."""
         return {"max_seq_length": seq_length}
 
     def identity(self) -> dict[str, Any]:
-        """See `Encoder`."""
         return {"data_loader": self.data_loader, "max_seq_length": self.seq_length}
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING
-
-from glm_ms.storage.errors import DataError
 
 if TYPE_CHECKING:  # loaded on first use, because reading settings imports this module
     import numpy as np
@@ -17,32 +14,14 @@ IGNORED = -100  # label without loss
 Row = dict[str, "np.ndarray"]
 
 
-def row_length(max_source_length: int, max_target_length: int) -> int:
-    """Ids in a training row: source, target and the token that ends it."""
-    return max_source_length + max_target_length + 1
-
-
-def check_length(name: str, value: int, smallest: int = 1) -> None:
-    """Raises DataError unless `value` is an integer of at least `smallest`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
-        raise DataError(f"{name} = {value!r}: must be an integer of at least {smallest}")
-
-
 def right_padded_row(
     input_ids: Sequence[int], labels: Sequence[int], length: int, pad_token_id: int, pad_label: int = IGNORED
 ) -> Row:
     """A row padded on the right. As in the reference, padding is visible (mask 1) and positions count through it."""
     import numpy as np
 
-    row = {
-        "input_ids": np.full(length, pad_token_id, np.int32),
-        "labels": np.full(length, pad_label, np.int32),
-        "attention_mask": np.ones(length, np.int32),
-        "position_ids": np.arange(length, dtype=np.int32),
-    }
-    row["input_ids"][: len(input_ids)] = input_ids
-    row["labels"][: len(labels)] = labels
-    return row
+    row = _filled(input_ids, labels, slice(len(input_ids)), length, pad_token_id, pad_label)
+    return {**row, "attention_mask": np.ones(length, np.int32), "position_ids": np.arange(length, dtype=np.int32)}
 
 
 def left_padded_row(input_ids: Sequence[int], labels: Sequence[int], length: int, pad_token_id: int) -> Row:
@@ -50,14 +29,16 @@ def left_padded_row(input_ids: Sequence[int], labels: Sequence[int], length: int
     import numpy as np
 
     padding = length - len(input_ids)
-    row = {
-        "input_ids": np.full(length, pad_token_id, np.int32),
-        "labels": np.full(length, IGNORED, np.int32),
-        "attention_mask": np.zeros(length, np.int32),
-        "position_ids": np.zeros(length, np.int32),
-    }
-    row["input_ids"][padding:] = input_ids
-    row["labels"][padding:] = labels
-    row["attention_mask"][padding:] = 1
-    row["position_ids"][padding:] = np.arange(len(input_ids))
+    row = _filled(input_ids, labels, slice(padding, length), length, pad_token_id, IGNORED)
+    places = np.arange(-padding, len(input_ids), dtype=np.int32)
+    return {**row, "attention_mask": (places >= 0).astype(np.int32), "position_ids": np.maximum(places, 0)}
+
+
+def _filled(
+    input_ids: Sequence[int], labels: Sequence[int], place: slice, length: int, pad_token_id: int, pad_label: int
+) -> Row:
+    import numpy as np
+
+    row = {"input_ids": np.full(length, pad_token_id, np.int32), "labels": np.full(length, pad_label, np.int32)}
+    row["input_ids"][place], row["labels"][place] = input_ids, labels
     return row

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from glm_ms.data.encoder import SHORTEST_PROMPT, Encoder, EvalRow, Lengths, Messages
-from glm_ms.data.rows import IGNORED, Row, check_length, right_padded_row
+from glm_ms.data.encoder import SHORTEST_PROMPT, Encoder, EvalRow, Lengths, Messages, check_length
+from glm_ms.data.rows import IGNORED, Row, right_padded_row
 from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer import ChatGLM2Tokenizer, SentencePieceTokenizer
 
@@ -15,6 +15,9 @@ class SourceTargetEncoder(Encoder):
     """A prompt of numbered rounds, the last answer and </s>; prompt and answer are cut apart, on the right.
 
     `max_source_length` counts `[gMASK] sop`, `max_target_length` does not count </s>. Rows are padded on the right.
+    There is one answer to generate, the last. As in the reference its labels begin with `[gMASK] sop`, which count
+    towards `max_target_length`, and have no </s>; without `ignore_pad_token_for_loss` the labels of a prompt are the
+    padding id.
     """
 
     learns_padding = True
@@ -22,11 +25,7 @@ class SourceTargetEncoder(Encoder):
     layout = staticmethod(right_padded_row)
 
     def read(self, value: Any, place: str) -> Messages | None:
-        """See `Encoder`.
-
-        Raises:
-            DataError: also messages that are not user and assistant in turn.
-        """
+        """See `Encoder`; raises DataError also for messages that are not user and assistant in turn."""
         record = super().read(value, place)
         if record and [message.role for message in record] != ["user", "assistant"] * (len(record) // 2):
             raise DataError(
@@ -35,27 +34,17 @@ class SourceTargetEncoder(Encoder):
         return record
 
     def has_labels(self, record: Messages) -> bool:
-        """See `Encoder`. Cutting the answer leaves </s>, a label."""
-        return True
+        return True  # cutting the answer leaves </s>
 
     def train_ids(self, record: Messages) -> tuple[list[int], list[int]]:
-        """See `Encoder`. Without `ignore_pad_token_for_loss` labels of the prompt are the padding id, as reference."""
-        texts = self._prompt(record), record[-1].content
-        lengths = self._max_source_length, self._max_target_length
+        texts, lengths = (self._prompt(record), record[-1].content), (self._max_source_length, self._max_target_length)
         return source_target_ids(self.tokenizer, *texts, *lengths, self._ignore_pad)
 
     def row(self, input_ids: Sequence[int], labels: Sequence[int]) -> Row:
-        """See `Encoder`."""
         pad = self.tokenizer.pad_token_id
-        label = IGNORED if self._ignore_pad else pad
-        return right_padded_row(input_ids, labels, self.seq_length, pad, label)
+        return right_padded_row(input_ids, labels, self.seq_length, pad, IGNORED if self._ignore_pad else pad)
 
     def eval_rows(self, record: Messages) -> list[EvalRow | None]:
-        """See `Encoder`. One, for the last answer.
-
-        As in the reference the labels begin with `[gMASK] sop`, which count towards `max_target_length`, and have no
-        </s>.
-        """
         check_length("max_target_length", self._max_target_length, SHORTEST_PROMPT)
         encode, pad = self.tokenizer.encode, self.tokenizer.pad_token_id
         input_ids = encode(self._prompt(record), truncation=True, max_length=self._max_source_length)
@@ -65,14 +54,12 @@ class SourceTargetEncoder(Encoder):
         return [EvalRow(record[-2].content, input_ids, labels)]
 
     def lengths(self, record: Messages) -> Lengths:
-        """See `Encoder`."""
         prompt = len(self.tokenizer.encode(self._prompt(record)))
         answer = len(self.tokenizer.encode(record[-1].content, add_special_tokens=False))
         kept = min(prompt, self._max_source_length), min(answer, self._max_target_length) + 1
         return Lengths(prompt, answer + 1, *kept)
 
     def limits(self) -> dict[str, tuple[str, int]]:
-        """See `Encoder`. The answer is counted with </s>, `max_target_length` without."""
         return {
             "prompt": ("max_source_length", self._max_source_length),
             "answer": ("max_target_length + 1", self._max_target_length + 1),

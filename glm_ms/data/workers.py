@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -17,59 +18,103 @@ from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import RawValue
 
 Result = TypeVar("Result")
+Work = Callable[[RawValue], Any]
+_Done = tuple[list[Any], "DataError | None"]  # results of a batch, and the error that ended it
 
 _BATCH_BYTES = 1 << 19
 # Preparing a smaller file takes less time than starting processes.
 _WORTH_PROCESSES = 4 << 20
-
 _NO_GUARD = (
     'the running script has no `if __name__ == "__main__":`, which Python needs to start processes; add it, or set '
     "train_dataset.num_parallel_workers: 1 to do without processes"
 )
 
-_work: Callable[[list[RawValue]], Any] | None = None  # of a worker process
+_work: Work | None = None  # of a worker process
 
 
 def processes_for(num_bytes: int, num_workers: int) -> int:
-    """Number of processes that pay for a file of this size; 1 is the present process."""
-    return num_workers if num_bytes >= _WORTH_PROCESSES else 1
+    """Number of processes that pay for a file of this size; 1 is the present process.
 
-
-def check_may_start() -> None:
-    """Raises DataError in a process that imports the script of its parent: the script has no guard."""
+    Raises:
+        DataError: this process imports the script of its parent, so the script has no guard.
+    """
+    number = num_workers if num_bytes >= _WORTH_PROCESSES else 1
     # multiprocessing itself checks this attribute before it starts a process.
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
+    if number > 1 and getattr(multiprocessing.current_process(), "_inheriting", False):
         raise DataError(_NO_GUARD)
+    return number
 
 
-def map_batches(
-    work: Callable[[list[RawValue]], Result], values: Iterable[RawValue], num_processes: int
+def map_values(
+    work: Callable[[RawValue], Result], values: Iterable[RawValue], num_processes: int
 ) -> Generator[Result, None, None]:
-    """Yields `work(batch)` for every batch of values, in order, with few batches in memory.
+    """Yields `work(value)` for every value of a file, in order, with few of them in memory.
 
     Processes are spawned and not forked, because a fork breaks the threads of MindSpore. Python imports the running
     script in each of them, so the script needs `if __name__ == "__main__":`.
 
     Args:
         work: can be pickled if `num_processes` is above 1; each process receives it once.
-        values: of a file.
+        values: a DataError from them comes after the results of the values before it.
         num_processes: 1 works in the present process.
 
     Raises:
         DataError: a process ended early; and the first error of `values` or `work`.
     """
-    if num_processes == 1:
-        for batch, error in _batches(values):
-            if batch:
-                yield work(batch)
+    failures: list[DataError] = []
+    batches = _batches(values, failures)
+    with closing(_here(work, batches) if num_processes == 1 else _in_pool(work, batches, num_processes)) as done:
+        for results, error in done:
+            yield from results
             if error is not None:
                 raise error
-        return
-    pool = ProcessPoolExecutor(
-        num_processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(work,)
-    )
+    if failures:
+        raise failures[0]
+
+
+def _batches(values: Iterable[RawValue], failures: list[DataError]) -> Iterator[list[RawValue]]:
+    """Batches of about one size. An error ends the values and is added to `failures`."""
+    batch: list[RawValue] = []
+    size = 0
     try:
-        yield from _in_order(pool, values, 2 * num_processes)
+        for value in values:
+            batch.append(value)
+            size += len(value.text)
+            if size >= _BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+    except DataError as error:
+        failures.append(error)
+    if batch:
+        yield batch
+
+
+def _apply(work: Work, batch: list[RawValue]) -> _Done:
+    results: list[Any] = []
+    try:
+        for value in batch:
+            results.append(work(value))
+    except DataError as error:
+        return results, error
+    return results, None
+
+
+def _here(work: Work, batches: Iterable[list[RawValue]]) -> Generator[_Done, None, None]:
+    for batch in batches:
+        yield _apply(work, batch)
+
+
+def _in_pool(work: Work, batches: Iterable[list[RawValue]], num_processes: int) -> Generator[_Done, None, None]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_processes, context, initializer=_begin, initargs=(work,))
+    waiting: deque[Future[_Done]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_run, batch))
+            if len(waiting) > 2 * num_processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise DataError(
             f"a process that prepared records has ended early: it was killed (out of memory?), or {_NO_GUARD}"
@@ -78,37 +123,7 @@ def map_batches(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, values: Iterable[RawValue], most: int) -> Iterator[Any]:
-    waiting: deque[Future] = deque()
-    for batch, error in _batches(values):
-        if batch:
-            waiting.append(pool.submit(_run, batch))
-        while waiting and (error is not None or len(waiting) > most):
-            yield waiting.popleft().result()
-        if error is not None:
-            raise error
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _batches(values: Iterable[RawValue]) -> Iterator[tuple[list[RawValue], DataError | None]]:
-    """Batches of about one size; the last one has the error that ended the values, if any."""
-    batch: list[RawValue] = []
-    size = 0
-    try:
-        for value in values:
-            batch.append(value)
-            size += len(value.text)
-            if size >= _BATCH_BYTES:
-                yield batch, None
-                batch, size = [], 0
-    except DataError as error:
-        yield batch, error
-        return
-    yield batch, None
-
-
-def _begin(work: Callable[[list[RawValue]], Any]) -> None:
+def _begin(work: Work) -> None:
     """Prepares a worker process."""
     global _work
     _work = work
@@ -124,6 +139,6 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _run(batch: list[RawValue]) -> Any:
+def _run(batch: list[RawValue]) -> _Done:
     assert _work is not None
-    return _work(batch)
+    return _apply(_work, batch)

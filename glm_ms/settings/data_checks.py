@@ -41,12 +41,13 @@ def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
     """The problems of a data set ("train" or "eval") that concern neither the network nor generation."""
     section = f"{part}_dataset"
     data, family = settings.get(section), family_of(settings.processor.tokenizer.type)
-    kind, name, data_format = data.data_loader.type, family.tokenizer.__name__, FORMATS[data.data_loader.type]
-    if data_format.needs_roles and not family.tokenizer.roles:
+    kind, name = data.data_loader.type, family.tokenizer.__name__
+    encoder = FORMATS[kind].encoder or family.encoder
+    if encoder.needs_roles and not family.tokenizer.roles:
         usable = [item.tokenizer.__name__ for item in FAMILIES.values() if item.tokenizer.roles]
         message = f"{kind} needs {_TOKENIZER}: {' or '.join(usable)}, found {name}, which has no roles"
         yield Problem(f"{section}.data_loader.type", message, (_TOKENIZER,))
-    elif not data.ignore_pad_token_for_loss and not (data_format.encoder or family.encoder).learns_padding:
+    elif not data.ignore_pad_token_for_loss and not encoder.learns_padding:
         message = f"False is not possible with {kind} and {name}; remove it"
         yield Problem(f"{section}.ignore_pad_token_for_loss", message, (_TOKENIZER,))
     yield from unused_keys(settings, section)

@@ -7,15 +7,15 @@ import json
 import pytest
 from data_helpers import conversation_encoder, tool_encoder
 
-from glm_ms.data.conversations import (
+from glm_ms.data.datasets import EvalDataset, TrainDataset
+from glm_ms.data.encoder import Lengths
+from glm_ms.data.records import (
     Message,
     format_tool_call,
     parse_conversation,
     parse_tool_conversation,
     tool_call_problem,
 )
-from glm_ms.data.datasets import EvalDataset, TrainDataset
-from glm_ms.data.encoder import Lengths
 from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer.chatglm3 import parse_tool_call
 

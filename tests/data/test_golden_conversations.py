@@ -11,10 +11,10 @@ import pytest
 from data_helpers import conversation_encoder, tool_encoder
 
 from glm_ms.data.cache import CacheRequest
-from glm_ms.data.conversations import format_tool_call, parse_tool_conversation
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.encoder import Encoder
 from glm_ms.data.messages import message_ids
+from glm_ms.data.records import format_tool_call, parse_tool_conversation
 from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer import ChatGLM3Tokenizer
 from glm_ms.tokenizer.chatglm3 import parse_tool_call

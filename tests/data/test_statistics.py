@@ -8,9 +8,18 @@ from data_helpers import adgen_encoder, adgen_rows, conversation_encoder, tool_e
 
 from glm_ms.data import workers
 from glm_ms.data.datasets import TrainDataset
-from glm_ms.data.length_plot import write_length_plot
-from glm_ms.data.length_report import advice_lines, cut_lines, histogram_lines, summary_lines
-from glm_ms.data.marked import LOSS, PADDING_LABEL, SILENT, marked_lines, parts
+from glm_ms.data.inspection import (
+    LOSS,
+    PADDING_LABEL,
+    SILENT,
+    advice_lines,
+    cut_lines,
+    histogram_lines,
+    marked_lines,
+    parts,
+    summary_lines,
+    write_length_plot,
+)
 from glm_ms.data.statistics import LengthStatistics, measure, quantile
 from glm_ms.storage.errors import DataError
 

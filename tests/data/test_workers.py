@@ -1,4 +1,4 @@
-"""Batches in order, with few of them in memory, whatever happens."""
+"""Results in order, with few values in memory, whatever happens."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ import os
 import pytest
 
 from glm_ms.data import workers
-from glm_ms.data.workers import map_batches, processes_for
+from glm_ms.data.workers import map_values, processes_for
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import RawValue
 
 
-class Lines:
+def line_of(raw):
     """Work that a worker process can be given."""
-
-    def __call__(self, batch):
-        lines = [raw.line for raw in batch]
-        if 7 in lines:
-            raise DataError(f"line {lines[0]}")
-        if 70 in lines:
-            os._exit(3)
-        return lines, os.getpid()
+    if raw.line == 7:
+        raise DataError("line 7")
+    if raw.line == 70:
+        os._exit(3)
+    return raw.line, os.getpid()
 
 
 def values(last, fault=None):
@@ -38,12 +35,11 @@ def small_batches(monkeypatch):
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_order(small_batches, num_processes):
-    results = list(map_batches(Lines(), values(150), num_processes))
-    assert [line for lines, _ in results for line in lines] == list(range(100, 150))
-    assert {len(lines) for lines, _ in results[:-1]} == {3}
+    results = list(map_values(line_of, values(150), num_processes))
+    assert [line for line, _ in results] == list(range(100, 150))
     elsewhere = {process for _, process in results} - {os.getpid()}
     assert len(elsewhere) >= (num_processes > 1)
-    assert list(map_batches(Lines(), [], num_processes)) == []
+    assert list(map_values(line_of, [], num_processes)) == []
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -51,22 +47,30 @@ def test_a_fault_of_the_file_comes_after_what_stands_before_it(small_batches, nu
     seen = []
 
     def collect():
-        for lines, _ in map_batches(Lines(), values(150, fault=110), num_processes):
-            seen.extend(lines)
+        for line, _ in map_values(line_of, values(150, fault=110), num_processes):
+            seen.append(line)
 
     with pytest.raises(DataError, match="fault at 110"):
         collect()
     assert seen == list(range(100, 110))
 
 
-def test_a_fault_in_a_process(small_batches):
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_fault_of_the_work_comes_after_what_stands_before_it(small_batches, num_processes):
+    seen = []
+
+    def collect():
+        for line, _ in map_values(line_of, [*values(104), RawValue(7, 0, b"x"), *values(109)], num_processes):
+            seen.append(line)
+
     with pytest.raises(DataError, match="line 7"):
-        list(map_batches(Lines(), [RawValue(7, 0, b"x")], 2))
+        collect()
+    assert seen == list(range(100, 104))
 
 
 def test_a_lost_process_is_no_hang(small_batches):
     with pytest.raises(DataError, match="has ended early: it was killed"):
-        list(map_batches(Lines(), [RawValue(70, 0, b"x")], 2))
+        list(map_values(line_of, [RawValue(70, 0, b"x")], 2))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -78,7 +82,7 @@ def test_few_values_are_read_ahead(small_batches, num_processes):
             read.append(value.line)
             yield value
 
-    results = map_batches(Lines(), watched(), num_processes)
+    results = map_values(line_of, watched(), num_processes)
     next(results)
     assert len(read) <= 3 * (2 * num_processes + 2)
     results.close()

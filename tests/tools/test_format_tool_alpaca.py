@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from glm_ms.data.conversations import parse_tool_conversation
+from glm_ms.data.records import parse_tool_conversation
 
 STEP = [
     [
