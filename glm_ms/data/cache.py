@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Raise it if the same records make other rows.
 FORMAT_VERSION = 1
 _ABOUT = "cache.json"
-_ARRAYS = {"input_ids": np.dtype("<i4"), "labels": np.dtype("<i4"), "offsets": np.dtype("<i8")}
+_ARRAYS: dict[str, np.dtype] = {"input_ids": np.dtype("<i4"), "labels": np.dtype("<i4"), "offsets": np.dtype("<i8")}
 _CHUNK = 4 << 20
 
 Say = Callable[[str], None]

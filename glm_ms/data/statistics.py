@@ -114,8 +114,10 @@ def measure(
     if not found:
         nothing = f"{path}: no record to measure; {skipped} are empty, {len(bad)} are malformed"
         raise DataError(nothing) if skipped or bad else no_records(file.path)
-    columns = np.ascontiguousarray(np.array(found, np.int32).T)
-    return LengthStatistics(*columns, encoder.seq_length, encoder.limits(), skipped, bad)
+    prompt, answer, kept_prompt, kept_answer = np.ascontiguousarray(np.array(found, np.int32).T)
+    return LengthStatistics(
+        prompt, answer, kept_prompt, kept_answer, encoder.seq_length, encoder.limits(), skipped, bad
+    )
 
 
 def _measured(encoder: Encoder, path: Path, skip_bad: bool, raw: RawValue) -> Lengths | str | None:
