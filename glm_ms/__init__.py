@@ -1,8 +1,4 @@
-"""ChatGLM2-6B and ChatGLM3-6B on MindSpore.
-
-The names below are loaded on first use, so that importing `glm_ms` alone costs nothing; none of them
-needs mindformers.
-"""
+"""ChatGLM2-6B and ChatGLM3-6B on MindSpore. The names below are loaded on first use; none needs mindformers."""
 
 from __future__ import annotations
 
@@ -25,14 +21,7 @@ _HOME = {
     "ChatGLM3Tokenizer": "glm_ms.tokenizer",
 }
 
-__all__ = [
-    "ChatGLM2Tokenizer",
-    "ChatGLM3Tokenizer",
-    "GLMConfig",
-    "GLMForCausalLM",
-    "__version__",
-    "load_pretrained",
-]
+__all__ = ["ChatGLM2Tokenizer", "ChatGLM3Tokenizer", "GLMConfig", "GLMForCausalLM", "__version__", "load_pretrained"]
 
 
 def __getattr__(name: str) -> object:

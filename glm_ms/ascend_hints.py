@@ -21,121 +21,77 @@ _CANN = "8.2, 8.3, 8.5 or 9.0"
 class Hint(NamedTuple):
     """One known cause."""
 
-    pattern: re.Pattern[str]  # matches somewhere in the message
+    pattern: str  # matches somewhere in the message, in upper or lower case
     text: str  # cause and remedy
-    of_device: bool  # the logs of the card have details
-
-
-def _hint(pattern: str, text: str, of_device: bool = True) -> Hint:
-    return Hint(re.compile(pattern, re.IGNORECASE), text, of_device)
+    of_device: bool = True  # the logs of the card have details
 
 
 _HINTS = (
-    _hint(
-        r"(can ?not|can't|must|should) be (evenly )?(divisible|divided)|not divisible",
-        "a size is not divisible by the number of its parts. parallel_config.model_parallel must divide "
-        "num_attention_heads, hidden_size and ffn_hidden_size of model.model_config, and padded_vocab_size where "
-        "vocab_emb_dp is False; data_parallel and micro_batch_num the rows of a step (runner_config.batch_size); "
-        "pipeline_stage num_layers; data_parallel * model_parallel * pipeline_stage is the number of cards",
-        of_device=False,
-    ),
-    _hint(
-        r"No module named '?(te|tbe|topi|hccl|schedule_search|auto_tune|op_test_frame|opc_tool)\b|"
-        r"whl package \"?te\"?|Cannot find the tbe operator",
-        f"the Python parts of CANN are not on the path of this interpreter: {_SET_ENV}; if they are still missing, "
-        "pip install sympy $ASCEND_HOME_PATH/lib64/te-*.whl $ASCEND_HOME_PATH/lib64/hccl-*.whl",
-        of_device=False,
-    ),
-    _hint(
-        r"libascend_hal\.so|libdrv|Cannot find driver so",
-        "the driver is not found: npu-smi info must list the cards, and LD_LIBRARY_PATH must have "
-        "/usr/local/Ascend/driver/lib64/driver and /usr/local/Ascend/driver/lib64/common; in a container, mount "
-        "/usr/local/Ascend/driver and pass the cards (/dev/davinci*, davinci_manager, devmm_svm, hisi_hdc)",
-        of_device=False,
-    ),
-    _hint(
-        r"lib(ge|graph|ascendcl|hccl|runtime|cann|acl|opapi|nnopbase|error_manager|register)\w*\.so|"
-        r"libmindspore_ascend\.so|Cannot find opp path|ASCEND_OPP_PATH",
-        f"CANN is not found, or not of a version that MindSpore 2.9 works with ({_CANN}): {_SET_ENV} and compare "
-        "with the table on https://www.mindspore.cn/install",
-        of_device=False,
-    ),
-    _hint(
-        r"memory not enough|memory is not enough|out of (device )?memory|alloc\w* [\w ]*memory[\w ]* (failed|error)|"
-        r"allocate memory failed|AllocFeatureMemory|EL0004|EI0007|EI0011",
-        "the card has not enough free memory. Try a smaller runner_config.batch_size, recompute_config.recompute=True, "
-        "parallel.enable_parallel_optimizer=True or more model_parallel; tools/plan.py --config ... --memory 32GB "
-        "names the nearest setting that fits. npu-smi info shows other processes on the card, "
-        "context.max_device_memory is what MindSpore may take",
-        of_device=False,
-    ),
-    _hint(
-        r"EJ0001|HCCP process",
-        "an earlier process still uses the card: end it (npu-smi info lists processes), wait 10 seconds, start again",
-    ),
-    _hint(
-        r"EI0006|get(ting)? socket|wait socket establish|socket timeout|HCCL_CONNECT_TIMEOUT",
-        "not all ranks connected in time. Find the rank that failed first: the others wait for it. If none failed, "
-        f"allow more time (export HCCL_CONNECT_TIMEOUT=600, 120 to 7200 seconds, 120 if unset) and {_LINK}",
-    ),
-    _hint(
-        r"EI0002|Notify (register|wait)|HCCL_EXEC_TIMEOUT",
-        "a rank waited too long for another one. Find the rank with the earlier error; if a rank only does slow work, "
-        f"such as writing checkpoints, increase HCCL_EXEC_TIMEOUT (seconds); {_LINK}",
-    ),
-    _hint(
-        r"EI0004|EI0014|EI0017|rank[_ ]?table",
-        "the rank table does not fit the machine: make a new one with tools/hccl_tools.py on every server and "
-        "tools/merge_hccl.py on one; device_ip must be the output of hccn_tool -i N -ip -g. msrun needs no rank table: "
-        "unset RANK_TABLE_FILE",
-    ),
-    _hint(r"EI0001", "an HCCL environment variable has a value that is not allowed; the message names it", False),
-    _hint(
-        r"EI0003|EI0005", "the ranks do not run the same program: same YAML, same flags, same version on every server"
-    ),
-    _hint(r"EI0008", "the servers have different versions of CANN"),
-    _hint(r"EI0009|EI0010|EI0012|EI0013|EI0015", f"the link between two cards fails: {_LINK}"),
-    _hint(r"EI0019|EI0020", "an address or port for HCCL is taken: end the other job, or change HCCL_IF_BASE_PORT"),
-    _hint(
-        r"Ascend kernel runtime initialization failed|device.{0,20}(is )?(busy|occupied)",
-        "the card cannot be opened: npu-smi info shows its health and the process that uses it; "
-        "context.device_id selects another one",
-    ),
-    _hint(
-        r"updates? in a row (have|has) overflowed|loss scale has fallen",
-        "on 800T A2 and later cards an overflow gives infinities: unset MS_ASCEND_CHECK_OVERFLOW_MODE or set it to "
-        "INFNAN_MODE (SATURATION_MODE hides them). Otherwise the run diverges: lower the learning rate, or compute in "
-        "bfloat16, which needs no loss scaling",
-        of_device=False,
-    ),
-    _hint(r"\bE[IJ]\d{4}\b|\bHCCL\b.*(error|fail)", f"communication between cards failed: {_LINK}"),
-)
+    Hint(r"(can ?not|can't|must|should) be (evenly )?(divisible|divided)|not divisible",
+         "a size is not divisible by the number of its parts. parallel_config.model_parallel must divide "
+         "num_attention_heads, hidden_size and ffn_hidden_size of model.model_config, and padded_vocab_size where "
+         "vocab_emb_dp is False; data_parallel and micro_batch_num the rows of a step (runner_config.batch_size); "
+         "pipeline_stage num_layers; data_parallel * model_parallel * pipeline_stage is the number of cards", False),
+    Hint(r"No module named '?(te|tbe|topi|hccl|schedule_search|auto_tune|op_test_frame|opc_tool)\b|"
+         r"whl package \"?te\"?|Cannot find the tbe operator",
+         f"the Python parts of CANN are not on the path of this interpreter: {_SET_ENV}; if they are still missing, "
+         "pip install sympy $ASCEND_HOME_PATH/lib64/te-*.whl $ASCEND_HOME_PATH/lib64/hccl-*.whl", False),
+    Hint(r"libascend_hal\.so|libdrv|Cannot find driver so",
+         "the driver is not found: npu-smi info must list the cards, and LD_LIBRARY_PATH must have "
+         "/usr/local/Ascend/driver/lib64/driver and /usr/local/Ascend/driver/lib64/common; in a container, mount "
+         "/usr/local/Ascend/driver and pass the cards (/dev/davinci*, davinci_manager, devmm_svm, hisi_hdc)", False),
+    Hint(r"lib(ge|graph|ascendcl|hccl|runtime|cann|acl|opapi|nnopbase|error_manager|register)\w*\.so|"
+         r"libmindspore_ascend\.so|Cannot find opp path|ASCEND_OPP_PATH",
+         f"CANN is not found, or not of a version that MindSpore 2.9 works with ({_CANN}): {_SET_ENV} and compare "
+         "with the table on https://www.mindspore.cn/install", False),
+    Hint(r"memory not enough|memory is not enough|out of (device )?memory|alloc\w* [\w ]*memory[\w ]* (failed|error)|"
+         r"allocate memory failed|AllocFeatureMemory|EL0004|EI0007|EI0011",
+         "the card has not enough free memory. Try a smaller runner_config.batch_size, "
+         "recompute_config.recompute=True, parallel.enable_parallel_optimizer=True or more model_parallel; "
+         "tools/plan.py --config ... --memory 32GB names the nearest setting that fits. npu-smi info shows other "
+         "processes on the card, context.max_device_memory is what MindSpore may take", False),
+    Hint(r"EJ0001|HCCP process",
+         "an earlier process still uses the card: end it (npu-smi info lists processes), wait 10 seconds, start again"),
+    Hint(r"EI0006|get(ting)? socket|wait socket establish|socket timeout|HCCL_CONNECT_TIMEOUT",
+         "not all ranks connected in time. Find the rank that failed first: the others wait for it. If none failed, "
+         f"allow more time (export HCCL_CONNECT_TIMEOUT=600, 120 to 7200 seconds, 120 if unset) and {_LINK}"),
+    Hint(r"EI0002|Notify (register|wait)|HCCL_EXEC_TIMEOUT",
+         "a rank waited too long for another one. Find the rank with the earlier error; if a rank only does slow work, "
+         f"such as writing checkpoints, increase HCCL_EXEC_TIMEOUT (seconds); {_LINK}"),
+    Hint(r"EI0004|EI0014|EI0017|rank[_ ]?table",
+         "the rank table does not fit the machine: make a new one with tools/hccl_tools.py on every server and "
+         "tools/merge_hccl.py on one; device_ip must be the output of hccn_tool -i N -ip -g. msrun needs no rank "
+         "table: unset RANK_TABLE_FILE"),
+    Hint(r"EI0001", "an HCCL environment variable has a value that is not allowed; the message names it", False),
+    Hint(r"EI0003|EI0005",
+         "the ranks do not run the same program: same YAML, same flags, same version on every server"),
+    Hint(r"EI0008", "the servers have different versions of CANN"),
+    Hint(r"EI0009|EI0010|EI0012|EI0013|EI0015", f"the link between two cards fails: {_LINK}"),
+    Hint(r"EI0019|EI0020", "an address or port for HCCL is taken: end the other job, or change HCCL_IF_BASE_PORT"),
+    Hint(r"Ascend kernel runtime initialization failed|device.{0,20}(is )?(busy|occupied)",
+         "the card cannot be opened: npu-smi info shows its health and the process that uses it; "
+         "context.device_id selects another one"),
+    Hint(r"updates? in a row (have|has) overflowed|loss scale has fallen",
+         "on 800T A2 and later cards an overflow gives infinities: unset MS_ASCEND_CHECK_OVERFLOW_MODE or set it to "
+         "INFNAN_MODE (SATURATION_MODE hides them). Otherwise the run diverges: lower the learning rate, or compute in "
+         "bfloat16, which needs no loss scaling", False),
+    Hint(r"\bE[IJ]\d{4}\b|\bHCCL\b.*(error|fail)", f"communication between cards failed: {_LINK}"),
+)  # fmt: skip
 
 
-def hints(message: str, environment: Mapping[str, str] | None = None) -> list[str]:
-    """Known causes of an error.
-
-    Args:
-        message: text of the error.
-        environment: environment variables; None for those of this process.
-
-    Returns:
-        Causes with remedies, the most specific first, and the place of the card's logs for errors of a card; empty
-        for an error that is not in the table.
-    """
-    found = [hint for hint in _HINTS if hint.pattern.search(message)]
+def hints(message: str, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Known causes of an error, the most specific first, with remedies and the place of the card's logs."""
+    found = [hint for hint in _HINTS if re.search(hint.pattern, message, re.IGNORECASE)]
     if len(found) > 1:  # the last entry matches every code
         found = [hint for hint in found if hint is not _HINTS[-1]]
     lines = [hint.text for hint in found]
     if any(hint.of_device for hint in found):
-        lines.append(
-            f"the card's own logs are in {host_log_folder(environment)} (debug/plog, one file per process); "
-            "export ASCEND_GLOBAL_LOG_LEVEL=1 logs more"
-        )
+        place = f"the card's own logs are in {host_log_folder(environment)} (debug/plog, one file per process)"
+        lines.append(f"{place}; export ASCEND_GLOBAL_LOG_LEVEL=1 logs more")
     return lines
 
 
-def error_lines(error: BaseException | str, environment: Mapping[str, str] | None = None) -> list[str]:
+def error_lines(error: BaseException | str, environment: Mapping[str, str] = os.environ) -> list[str]:
     """Lines for the terminal: `error: ...`, without MindSpore's C++ call stack, and `hint: ...` per known cause."""
     message = str(error)
     return [f"error: {essence(message)}", *(f"hint: {line}" for line in hints(message, environment))]
@@ -146,13 +102,11 @@ def essence(message: str) -> str:
     head, stack, _ = message.partition("- C++ Call Stack")
     if not stack:
         return message
-    lines = [line for line in head.strip().splitlines() if line.strip("- ")]
-    return "\n".join(lines) or message
+    return "\n".join(line for line in head.strip().splitlines() if line.strip("- ")) or message
 
 
-def host_log_folder(environment: Mapping[str, str] | None = None) -> str:
+def host_log_folder(environment: Mapping[str, str] = os.environ) -> str:
     """Folder of CANN's logs: ASCEND_PROCESS_LOG_PATH, ASCEND_WORK_PATH/log or ~/ascend/log."""
-    environment = os.environ if environment is None else environment
     if environment.get("ASCEND_PROCESS_LOG_PATH"):
         return environment["ASCEND_PROCESS_LOG_PATH"]
     if environment.get("ASCEND_WORK_PATH"):
@@ -160,14 +114,8 @@ def host_log_folder(environment: Mapping[str, str] | None = None) -> str:
     return str(Path(environment.get("HOME", "~")) / "ascend" / "log")
 
 
-def overflow_mode_note(soc: str, environment: Mapping[str, str] | None = None) -> str | None:
-    """A remark if MS_ASCEND_CHECK_OVERFLOW_MODE does not suit the card, else None.
-
-    Args:
-        soc: name of the chip, from `glm_ms.ops.ascend.soc_version`.
-        environment: environment variables; None for those of this process.
-    """
-    environment = os.environ if environment is None else environment
+def overflow_mode_note(soc: str, environment: Mapping[str, str] = os.environ) -> str | None:
+    """A remark if MS_ASCEND_CHECK_OVERFLOW_MODE does not suit the chip (`glm_ms.ops.ascend.soc_version`), or None."""
     mode = environment.get("MS_ASCEND_CHECK_OVERFLOW_MODE")
     if not soc or mode is None:
         return None

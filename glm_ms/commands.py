@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import shutil
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,13 @@ LAUNCHERS = {
     "distribute": ("glm_ms.launch.distribute", "start one process per card of a rank table"),
 }
 CONFIGS = "configs"
+_USAGE = """usage: glm-ms COMMAND [ARGUMENTS]
+
+{}
+
+glm-ms COMMAND --help lists the arguments of a command. Begin with:
+  glm-ms configs --copy tiny
+  glm-ms finetune --config configs/tiny/finetune_glm3_tiny.yaml"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,19 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glm_ms {__version__}")
         return 0
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_usage())
+        print(_USAGE.format("\n".join(f"  {name:20}{text}" for name, text in _descriptions().items())))
         return 0
     command, rest = words[0], words[1:]
     # argparse and the usage messages of the tools show this name.
     sys.argv = [f"glm-ms {command}", *rest]
     if command in RUN_MODES and any(word.split("=")[0] in ("--run_mode", "run_mode") for word in rest):
-        print(f"error: glm-ms {command}: sets run_mode; remove it from the arguments", file=sys.stderr)
-        return 2
+        return _fail(f"glm-ms {command}: sets run_mode; remove it from the arguments")
     run = _find(command)
     if run is None:
         hint = did_you_mean(command, _descriptions())
-        print(f"error: glm-ms {command}: unknown command{hint}; run glm-ms --help", file=sys.stderr)
-        return 2
+        return _fail(f"glm-ms {command}: unknown command{hint}; run glm-ms --help")
     return run(rest)
 
 
@@ -90,22 +95,8 @@ def _load(path: Path) -> ModuleType:
 
 def _descriptions() -> dict[str, str]:
     """Every command and what it does."""
-    others = {name: text for name, (_, text) in (*TOOLS.items(), *LAUNCHERS.items())}
+    others = {name: text for name, (_, text) in {**TOOLS, **LAUNCHERS}.items()}
     return {**RUN_MODES, **others, CONFIGS: "list the configurations, or copy them to a folder"}
-
-
-def _usage() -> str:
-    rows = [f"  {name:20}{text}" for name, text in _descriptions().items()]
-    lines = [
-        "usage: glm-ms COMMAND [ARGUMENTS]",
-        "",
-        *rows,
-        "",
-        "glm-ms COMMAND --help lists the arguments of a command. Begin with:",
-        "  glm-ms configs --copy tiny",
-        "  glm-ms finetune --config configs/tiny/finetune_glm3_tiny.yaml",
-    ]
-    return "\n".join(lines)
 
 
 def configs(arguments: Sequence[str]) -> int:
@@ -115,45 +106,40 @@ def configs(arguments: Sequence[str]) -> int:
     parser.add_argument("--to", default=".", help="where the folder configs/ is made (default: this folder)")
     options = parser.parse_args(arguments)
     root = resource(CONFIGS)
-    if options.copy is None:
-        for path in sorted(root.rglob("*.yaml")):
-            print(path.relative_to(root).as_posix())
-        return 0
-    return _copy(root, options)
+    if options.copy is not None:
+        return _copy(root, options.copy, options.to)
+    for path in sorted(root.rglob("*.yaml")):
+        print(path.relative_to(root).as_posix())
+    return 0
 
 
-def _copy(root: Path, options: Namespace) -> int:
+def _copy(root: Path, names: Sequence[str], to: str) -> int:
     """Checks every name and target before it writes the first file."""
-    names = ["."] if "all" in options.copy else options.copy
     sources: list[Path] = []
-    for name in names:
+    for name in ["."] if "all" in names else names:
         path = (root / name.removeprefix("configs/")).resolve()
         if not name or not path.is_relative_to(root.resolve()) or not path.exists():
             known = [p.relative_to(root).as_posix() for p in [*root.iterdir(), *root.rglob("*.yaml")]]
-            print(f"error: {name}: not a configuration{did_you_mean(name, known)}; run glm-ms configs", file=sys.stderr)
-            return 2
-        sources += [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if _travels(p)]
-    pairs = [(path, Path(options.to) / CONFIGS / path.relative_to(root.resolve())) for path in sources]
+            return _fail(f"{name}: not a configuration{did_you_mean(name, known)}; run glm-ms configs")
+        inside = [path] if path.is_file() else sorted(path.rglob("*"))
+        sources += [file for file in inside if file.is_file() and "__pycache__" not in file.parts]
+    pairs = [(path, Path(to) / CONFIGS / path.relative_to(root.resolve())) for path in sources]
     for source, target in pairs:
         if target.is_file() and not filecmp.cmp(source, target, shallow=False):
-            print(
-                f"error: {target}: exists with other content; rename it, or copy to another folder with --to",
-                file=sys.stderr,
-            )
-            return 2
+            return _fail(f"{target}: exists with other content; rename it, or copy to another folder with --to")
     for source, target in pairs:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         except OSError as error:
-            print(f"error: {target}: cannot be written: {error.strerror}", file=sys.stderr)
-            return 1
+            return _fail(f"{target}: cannot be written: {error.strerror}", status=1)
         print(target)
     return 0
 
 
-def _travels(path: Path) -> bool:
-    return path.is_file() and "__pycache__" not in path.parts
+def _fail(message: str, status: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

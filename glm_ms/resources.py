@@ -8,16 +8,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def resource(relative: str) -> Path:
-    """The path of `configs`, `tools`, `run_glm.py` or a file below them.
+    """The path of "configs", "tools", "run_glm.py" or a file below them, such as "configs/tiny/eval_glm3_tiny.yaml".
 
-    An installed package carries the folders in `glm_ms/` and `run_glm.py` beside it; a checkout has all of them at the
-    top level.
-
-    Args:
-        relative: path from the top level of the project, for example "configs/tiny/finetune_glm3_tiny.yaml".
-
-    Raises:
-        FileNotFoundError: the project has no such file.
+    A checkout has them at the top level; an installed package has the folders in `glm_ms/` and `run_glm.py` beside it.
     """
     for folder in (_PACKAGE, _PACKAGE.parent):
         path = folder / relative

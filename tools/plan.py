@@ -25,8 +25,7 @@ import yaml  # noqa: E402
 
 from glm_ms.families import family_of  # noqa: E402
 from glm_ms.peft.adapter import AdapterError  # noqa: E402
-from glm_ms.plan import RunPlan, describe, nearest_fit, plan_run  # noqa: E402
-from glm_ms.plan.report import GIB  # noqa: E402
+from glm_ms.plan import GIB, RunPlan, describe, nearest_fit, plan_run  # noqa: E402
 from glm_ms.settings import Settings, SettingsError, load_settings, resolve_vocab_size  # noqa: E402
 from glm_ms.settings.schema import AUTO, is_sharded  # noqa: E402
 from glm_ms.tokenizer import VocabularyError  # noqa: E402

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from glm_ms.plan.planned_parameters import PlannedParameter, planned_parameters
-from glm_ms.plan.report import describe
-from glm_ms.plan.run_plan import CardMemory, RunPlan, plan_run
+from glm_ms.plan.planned_parameters import planned_parameters
+from glm_ms.plan.run_plan import GIB, RunPlan, describe, plan_run
 from glm_ms.plan.search import nearest_fit
 
-__all__ = [
-    "CardMemory",
-    "PlannedParameter",
-    "RunPlan",
-    "describe",
-    "nearest_fit",
-    "plan_run",
-    "planned_parameters",
-]
+__all__ = ["GIB", "RunPlan", "describe", "nearest_fit", "plan_run", "planned_parameters"]

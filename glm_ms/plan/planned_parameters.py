@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,46 +22,30 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class PlannedParameter:
-    """A parameter of the network.
+    """A parameter of the network."""
 
-    Attributes:
-        shape: of the whole.
-        item_bytes: of an element as it is stored.
-        trained: has a gradient and two moments.
-    """
-
-    shape: tuple[int, ...]
-    item_bytes: int
-    trained: bool
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
+    shape: tuple[int, ...]  # of the whole
+    item_bytes: int  # of an element as it is stored
+    trained: bool  # has a gradient and two moments
 
 
-def lora_targets(settings: Settings, config: GLMConfig) -> list[str]:
-    """Modules with a low-rank update; empty if the run has no LoRA adapter.
-
-    Raises:
-        AdapterError: `target_modules` matches none.
-    """
+def lora_targets(settings: Settings, config: GLMConfig) -> frozenset[str]:
+    """Names, within their block, of modules with a low-rank update. AdapterError if `target_modules` matches none."""
     if settings.model.pet_config.pet_type != "lora":
-        return []
-    return target_names(settings.model.pet_config.target_modules, linear_names(expected_shapes(config)))
+        return frozenset()
+    names = target_names(settings.model.pet_config.target_modules, linear_names(expected_shapes(config)))
+    return frozenset(re.sub(r"^transformer\.(encoder\.layers\.\d+\.)?", "", name) for name in names)
 
 
 def planned_parameters(settings: Settings, config: GLMConfig) -> dict[str, PlannedParameter]:
     """Name -> parameter of the network of a run; sharded runs have the parts of joint layers.
 
-    Raises:
-        AdapterError: `target_modules` matches no module.
+    Raises AdapterError if `target_modules` matches no module.
     """
     pet, training = settings.model.pet_config, settings.is_training()
-    shapes = expected_shapes(config)
+    shapes, stored = expected_shapes(config), ITEM_BYTES[config.param_init_type]
     base_shapes = sharded_shapes(config, shapes) if is_sharded(settings) else shapes
     trained = training and pet.pet_type is None
-    stored = ITEM_BYTES[config.param_init_type]
     result = {name: PlannedParameter(tuple(shape), stored, trained) for name, shape in base_shapes.items()}
     if pet.pet_type is not None:
         adapter = ADAPTERS[pet.pet_type]

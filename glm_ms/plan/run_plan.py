@@ -1,87 +1,56 @@
-"""`plan_run`: settings -> memory of a card of each stage, and work and traffic of a step."""
+"""`plan_run`: settings -> memory of a card of each stage, work and traffic of a step; and the plan as text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from glm_ms.generation.decoder import cache_capacity, slot_count
 from glm_ms.metrics import TEXT, takes
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
-from glm_ms.plan import traffic
-from glm_ms.plan.activations import Work, activation_bytes, prefill_bytes
-from glm_ms.plan.planned_parameters import (
-    FLOAT32,
-    ITEM_BYTES,
-    StoredPart,
-    lora_targets,
-    planned_parameters,
-    stored_parts,
-)
+from glm_ms.plan import work as costs
+from glm_ms.plan.planned_parameters import FLOAT32, StoredPart, lora_targets, planned_parameters, stored_parts
+from glm_ms.plan.work import Work
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import is_sharded, parallel_of, training_length
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class CardMemory:
-    """Bytes on one card.
+    """Bytes on one card."""
 
-    Attributes:
-        stage: pipeline stage of the card.
-        weights: in their storage type.
-        gradients: of the trained parameters, with the sums of micro batches if there are any.
-        optimizer: both moments.
-        copies: weights in the compute type, and gathered from other cards, as far as a step keeps them.
-        activations: intermediate results of a step, with or without recompute as set; in eval and predict of a prefill.
-        activations_kept: the same without recompute.
-        activations_recomputed: the same with recompute.
-        kv_cache: keys and values of generation.
-    """
-
-    stage: int
-    weights: int
-    gradients: int = 0
-    optimizer: int = 0
-    copies: int = 0
-    activations: int = 0
-    activations_kept: int = 0
-    activations_recomputed: int = 0
-    kv_cache: int = 0
+    stage: int  # pipeline stage of the card
+    weights: int  # in their storage type
+    gradients: int = 0  # of the trained parameters, with the sums of micro batches if there are any
+    optimizer: int = 0  # both moments
+    copies: int = 0  # weights in the compute type, and gathered from other cards, as far as a step keeps them
+    activations: int = 0  # of a step, with or without recompute as set; in eval and predict of a prefill
+    activations_kept: int = 0  # the same without recompute
+    activations_recomputed: int = 0  # the same with recompute
+    kv_cache: int = 0  # keys and values of generation
 
     @property
     def total(self) -> int:
-        """Sum of all."""
         return self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.kv_cache
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Memory, work and traffic of a run.
-
-    Attributes:
-        settings: of the run.
-        config: its architecture.
-        parallel: the split.
-        parameters: elements of the whole network, adapter included.
-        trained: elements of the trained parameters.
-        stages: memory of a card of each pipeline stage.
-        rows: rows of an update on all cards; 0 if nothing is trained.
-        tokens: positions of these rows.
-        flops: floating point operations of an update on all cards.
-        sent: purpose -> bytes that the card with most traffic sends in an update.
-    """
+    """Memory, work and traffic of a run."""
 
     settings: Settings
-    config: GLMConfig
     parallel: ParallelConfig
-    parameters: int
-    trained: int
-    stages: tuple[CardMemory, ...]
-    rows: int = 0
-    tokens: int = 0
-    flops: int = 0
-    sent: Mapping[str, float] = field(default_factory=dict)
+    parameters: int  # elements of the whole network, adapter included
+    trained: int  # elements of the trained parameters
+    stages: tuple[CardMemory, ...]  # memory of a card of each pipeline stage
+    rows: int = 0  # of an update on all cards; 0 if nothing is trained
+    tokens: int = 0  # positions of these rows
+    flops: int = 0  # floating point operations of an update on all cards
+    sent: Mapping[str, float] = field(default_factory=dict)  # purpose -> bytes in an update, card with most traffic
 
     @property
     def card(self) -> CardMemory:
@@ -90,19 +59,19 @@ class RunPlan:
 
 
 def plan_run(settings: Settings, num_cards: int) -> RunPlan:
-    """Plans a run on a number of cards. The settings are checked, with the size of the vocabulary known.
+    """Plans a run on a number of cards, from checked settings with the size of the vocabulary known.
 
-    Raises:
-        AdapterError: `target_modules` matches no module.
+    Raises AdapterError if `target_modules` matches no module.
     """
     config, parallel = settings.glm_config(), parallel_of(settings, num_cards)
     parameters = planned_parameters(settings, config)
     parts = stored_parts(config, parallel, parameters)
-    sizes = sum(p.size for p in parameters.values()), sum(p.size for p in parameters.values() if p.trained)
+    elements = {name: math.prod(parameter.shape) for name, parameter in parameters.items()}
+    sizes = sum(elements.values()), sum(elements[name] for name in parameters if parameters[name].trained)
     if not settings.is_training():
         weights = sum(part.stored for part in parts if part.slice.stage == 0)
         card = CardMemory(0, weights, **_generation(settings, config))
-        return RunPlan(settings, config, parallel, *sizes, stages=(card,))
+        return RunPlan(settings, parallel, *sizes, stages=(card,))
     pet = settings.model.pet_config
     work = Work(
         config,
@@ -112,29 +81,22 @@ def plan_run(settings: Settings, num_cards: int) -> RunPlan:
         prefix=_prefix(settings),
         sharded=is_sharded(settings),
         base_trained=pet.pet_type is None,
-        lora_targets=frozenset(_name_in_block(name) for name in lora_targets(settings, config)),
+        lora_targets=lora_targets(settings, config),
         lora_dropout=pet.pet_type == "lora" and pet.lora_dropout > 0,
-        fused_attention=_fuses_attention(settings, config),
+        fused_kernels=settings.context.use_fused_kernels,
         keeps_sums=not settings.recompute_config.mp_comm_recompute,
     )
     micro_batches = parallel.micro_batch_num * settings.runner_config.gradient_accumulation_steps
     rows = work.rows * parallel.data_parallel * micro_batches
     recompute, keys = settings.recompute_config.recompute, work.length + work.prefix
+    flops = costs.step_flops(config, rows * work.length, keys, work.base_trained, recompute)
     stages = [
         _Stage(settings, work, stage, [part for part in parts if part.slice.stage == stage])
         for stage in range(parallel.pipeline_stages)
     ]
-    return RunPlan(
-        settings,
-        config,
-        parallel,
-        *sizes,
-        stages=tuple(stage.memory() for stage in stages),
-        rows=rows,
-        tokens=rows * work.length,
-        flops=traffic.step_flops(config, rows * work.length, keys, work.base_trained, recompute),
-        sent=max((stage.sent() for stage in stages), key=lambda sent: sum(sent.values())),
-    )
+    memory = tuple(stage.memory() for stage in stages)
+    sent = max((stage.sent() for stage in stages), key=lambda sent: sum(sent.values()))
+    return RunPlan(settings, parallel, *sizes, memory, rows, rows * work.length, flops, sent)
 
 
 @dataclass(frozen=True)
@@ -147,7 +109,6 @@ class _Stage:
     parts: list[StoredPart]
 
     def memory(self) -> CardMemory:
-        """Bytes on the card."""
         settings = self.settings
         trained = sum(FLOAT32 * part.elements for part in self.parts if part.parameter.trained)
         kept, recomputed = self._activations(False), self._activations(True)
@@ -175,7 +136,7 @@ class _Stage:
         stages_left = self.work.parallel.pipeline_stages - self.stage
         # One forward, one backward: Narayanan et al. 2021, arXiv:2104.04473.
         in_flight = min(stages_left, self.work.parallel.micro_batch_num)
-        return activation_bytes(self.work, self._layers, in_flight, recompute, has_loss=stages_left == 1)
+        return costs.activation_bytes(self.work, self._layers, in_flight, recompute, has_loss=stages_left == 1)
 
     def _copies(self) -> int:
         """Weights cast to the compute type or gathered for a product, whose derivative needs them again. Recomputed
@@ -213,31 +174,19 @@ class _Stage:
         work, recompute = self.work, self.settings.recompute_config
         passes = 2 if recompute.parallel_optimizer_comm_recompute else 1
         first, last = self.stage == 0, self.stage == work.parallel.pipeline_stages - 1
-        tensor = traffic.tensor_traffic(work, self._layers, recompute.recompute, first, last)
+        tensor = costs.tensor_traffic(work, self._layers, recompute.recompute, first, last)
         micro = work.parallel.micro_batch_num
         return {
-            "gradients": traffic.gradient_traffic(self.parts),
-            "gathered weights": traffic.weight_traffic(self.parts, work.item, passes),
+            "gradients": costs.gradient_traffic(self.parts),
+            "gathered weights": costs.weight_traffic(self.parts, work.item, passes),
             "tensor parallelism": micro * tensor,
-            "pipeline": micro * traffic.stage_traffic(work, self.stage),
+            "pipeline": micro * costs.stage_traffic(work, self.stage),
         }
-
-
-def _name_in_block(module: str) -> str:
-    """Name of a module within its block."""
-    inside = module.partition("encoder.layers.")[2]
-    return inside.partition(".")[2] or module.removeprefix("transformer.")
 
 
 def _prefix(settings: Settings) -> int:
     pet = settings.model.pet_config
     return pet.pre_seq_len if pet.pet_type == "ptuning2" else 0
-
-
-def _fuses_attention(settings: Settings, config: GLMConfig) -> bool:
-    """Whether attention is one kernel, on cards that have it; see `glm_ms.ops.registry`."""
-    half = ITEM_BYTES[config.compute_dtype] < FLOAT32
-    return settings.context.use_fused_kernels and half and not config.attention_dropout
 
 
 def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
@@ -248,11 +197,59 @@ def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
     prompt = min(longest, config.seq_length)
     slots = min(prompt + options.max_new_tokens, options.max_length or config.seq_length, config.seq_length)
     rows, capacity = slot_count(batch * options.num_beams), cache_capacity(slots) + _prefix(settings)
-    item = ITEM_BYTES[config.compute_dtype]
-    cache = 2 * config.num_layers * rows * config.num_kv_heads * capacity * config.kv_channels * item
-    if options.num_beams > 1:
-        cache += cache // (2 * config.num_layers)  # a copy of one table while beams are reordered
     prompt = min(prompt, slots)
-    fused = _fuses_attention(settings, config)
-    work = Work(config, ParallelConfig(), batch, prompt, prefix=capacity - prompt, fused_attention=fused)
-    return {"kv_cache": cache, "activations": prefill_bytes(work)}
+    fused = settings.context.use_fused_kernels
+    work = Work(config, ParallelConfig(), batch, prompt, prefix=capacity - prompt, fused_kernels=fused)
+    table = rows * config.num_kv_heads * capacity * config.kv_channels * work.item
+    # While beams are reordered, there is a copy of one table.
+    cache = table * (2 * config.num_layers + (options.num_beams > 1))
+    return {"kv_cache": cache, "activations": costs.prefill_bytes(work)}
+
+
+def describe(plan: RunPlan, memory: int | None) -> Iterator[str]:
+    """Lines about a run on cards with `memory` bytes for it (None: unknown): what it is, its memory, its work."""
+    parallel, card = plan.parallel, plan.card
+    yield (
+        f"{plan.parameters:,} parameters, {plan.trained:,} trained; {parallel.cards} card"
+        f"{'' if parallel.cards == 1 else 's'}: data_parallel {parallel.data_parallel} x "
+        f"model_parallel {parallel.model_parallel} x pipeline_stage {parallel.pipeline_stages}"
+    )
+    where = f" (stage {card.stage}, which needs most)" if len(plan.stages) > 1 else ""
+    yield f"memory of a card{where}:"
+    for name, size, note in (*_memory(plan, card), ("in all", card.total, "")):
+        yield f"  {name:<18}{_size(size):>12}  {size:>15,} bytes{'  ' + note if note else ''}"
+    if memory is not None:
+        free = memory - card.total
+        more = f"{_size(free)} left" if free >= 0 else f"{_size(-free)} too much"
+        verdict = "fits" if free >= 0 else "does not fit"
+        yield f"{verdict}: {_size(card.total)} of {_size(memory)}, {more}"
+    if plan.rows:
+        yield "one update:"
+        yield f"  {plan.rows:,} rows, {plan.tokens:,} tokens (padding included)"
+        yield f"  {plan.flops / 1e12:,.1f} TFLOP, {plan.flops / parallel.cards / 1e12:,.1f} on each card"
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in plan.sent.items() if size)
+        yield f"  {_size(sum(plan.sent.values()))} sent by each card{': ' + parts if parts else ''}"
+
+
+def _memory(plan: RunPlan, card: CardMemory) -> Iterator[tuple[str, int, str]]:
+    """Name, bytes and note of each part."""
+    yield "weights", card.weights, ""
+    note = "while prompts are read"
+    if plan.settings.is_training():
+        yield "gradients", card.gradients, "float32"
+        yield "optimizer", card.optimizer, "two float32 moments"
+        yield "copies of weights", card.copies, "cast to the compute type, or gathered"
+        recompute = plan.settings.recompute_config.recompute
+        step, other = card.activations_kept, card.activations_recomputed
+        step, other = (other, step) if recompute else (step, other)
+        note = f"{'with' if recompute else 'without'} recompute; {'without' if recompute else 'with'} {_size(other)}"
+        if card.activations > step:
+            note = "while an evaluation reads prompts, more than a step's"
+    yield "activations", card.activations, note
+    yield "KV cache", card.kv_cache, ""
+
+
+def _size(size: float) -> str:
+    if not size:
+        return "0"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from glm_ms.metrics import metric_of
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.parallel import config as parallel_config
-from glm_ms.settings.data_checks import data_notes, file_problems, fill_max_seq_length, length_problems, loader_problems
+from glm_ms.settings.data_checks import file_problems, length_problems, loader_problems, settle_data
 from glm_ms.settings.errors import Problem, independent
-from glm_ms.settings.schema import AUTO, SEMI_AUTO, Settings, parallel_of, parts_in_use, training_length, unused_keys
+from glm_ms.settings.schema import AUTO, Settings, is_sharded, parallel_of, parts_in_use, training_length, unused_keys
 
 _MODE, _PET = "parallel.parallel_mode", "model.pet_config.pet_type"
 _SEQ_LENGTH = "model.model_config.seq_length"
@@ -125,7 +125,7 @@ def check(settings: Settings, reported: Iterable[Problem] = (), check_files: boo
     problems is not reported again.
     """
     settle(settings)
-    found = [*_model_config(settings), *unused_keys(settings, "lr_schedule"), *violated(settings, _ALWAYS)]
+    found = [*_network(settings), *unused_keys(settings, "lr_schedule"), *violated(settings, _ALWAYS)]
     for problem in _of_run_mode(settings, check_files):
         found.append(dataclasses.replace(problem, depends_on=(*problem.depends_on, "run_mode")))
     return placed(settings, independent(found, reported))
@@ -149,9 +149,7 @@ def settle(settings: Settings) -> None:
         lowered = f"lowered from {dataset.num_parallel_workers} to {cores}, the cores of this machine"
         settings.notes.append(f"train_dataset.num_parallel_workers: {lowered}")
         dataset.num_parallel_workers = cores
-    fill_max_seq_length(settings)
-    for part in parts_in_use(settings):
-        settings.notes += data_notes(settings, part)
+    settle_data(settings)
 
 
 def violated(settings: Settings, rules: Iterable[Rule]) -> Iterator[Problem]:
@@ -163,9 +161,8 @@ def violated(settings: Settings, rules: Iterable[Rule]) -> Iterator[Problem]:
 
 def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:
     training, kind = settings.is_training(), settings.get(_PET)
-    if settings.use_parallel and settings.parallel.parallel_mode == SEMI_AUTO:
+    if is_sharded(settings):
         yield from violated(settings, _SHARDED)
-        yield from _split(settings)
     elif settings.use_parallel:
         for key, plain in _SHARDED_ONLY.items():
             if settings.get(key) != plain:
@@ -186,32 +183,24 @@ def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:
         yield from file_problems(settings)
 
 
-def _network(settings: Settings) -> GLMConfig:
-    """The architecture; an unknown size of the vocabulary is one that every split divides."""
+def _network(settings: Settings) -> Iterator[Problem]:
+    """The problems of the architecture and of its split over cards."""
     values = vars(settings.model.model_config).copy()
     del values["type"]
-    if values["padded_vocab_size"] == AUTO:
+    if values["padded_vocab_size"] == AUTO:  # unknown yet: a size that every split divides
         values["padded_vocab_size"] = 64 * settings.parallel_config.model_parallel
-    return GLMConfig(**values)
-
-
-def _model_config(settings: Settings) -> Iterator[Problem]:
     try:
-        _network(settings)
+        config = GLMConfig(**values)
     except ConfigError as error:
         message = str(error).removeprefix(f"{error.field} = ").removeprefix(f"{error.field} ")
         yield Problem(f"model.model_config.{error.field}", message)
-
-
-def _split(settings: Settings) -> Iterator[Problem]:
-    try:
-        config = _network(settings)
-    except ConfigError:
-        return  # reported by `_model_config`
+        return
+    if not is_sharded(settings):
+        return
     parallel = parallel_of(settings)
     rows = settings.runner_config.batch_size * parallel.data_parallel
     for field, reason in parallel_config.parallel_problems(config, parallel, rows, training_length(settings)):
-        yield Problem(_KEYS.get(field, f"parallel_config.{field}"), reason)
+        yield Problem(_KEYS.get(field, f"parallel_config.{field}"), reason, ("run_mode",))
 
 
 def _best_metric(settings: Settings) -> Iterator[Problem]:

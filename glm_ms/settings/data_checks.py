@@ -22,19 +22,19 @@ _RECORD_ENDINGS = (".json", ".jsonl")
 _PART_NAMES = {"train": ("train",), "eval": ("dev", "eval", "valid", "validation", "test")}
 
 
-def fill_max_seq_length(settings: Settings) -> None:
-    """Replaces `max_seq_length: null` by the length of the network, if the data loader uses the key."""
+def settle_data(settings: Settings) -> None:
+    """Replaces `max_seq_length: null` by the length of the network, if the data loader uses the key; notes unused keys.
+
+    Those are no problems: a file for one data loader also serves another.
+    """
     for data in (settings.train_dataset, settings.eval_dataset):
         if FORMATS[data.data_loader.type].uses_max_seq_length and data.max_seq_length is None:
             data.max_seq_length = settings.model.model_config.seq_length
-
-
-def data_notes(settings: Settings, part: str) -> Iterator[str]:
-    """A line for every key without effect. These are no problems: a file for one data loader also serves another."""
-    data = settings.get(f"{part}_dataset")
-    for name in FORMATS[data.data_loader.type].unused_keys:
-        if attrgetter(name)(data) != attrgetter(name)(type(data)()):
-            yield f"{part}_dataset.{name}: no effect with {data.data_loader.type}"
+    for part in parts_in_use(settings):
+        data = settings.get(f"{part}_dataset")
+        for name in FORMATS[data.data_loader.type].unused_keys:
+            if attrgetter(name)(data) != attrgetter(name)(type(data)()):
+                settings.notes.append(f"{part}_dataset.{name}: no effect with {data.data_loader.type}")
 
 
 def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
@@ -59,7 +59,7 @@ def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
 
 
 def length_problems(settings: Settings, part: str) -> Iterator[Problem]:
-    """The lengths of a data set that do not fit the network or the generation, after `fill_max_seq_length`."""
+    """The lengths of a data set that do not fit the network or the generation, after `settle_data`."""
     data, seq_length = settings.get(f"{part}_dataset"), settings.model.model_config.seq_length
     tools = FORMATS[data.data_loader.type].uses_max_seq_length
     needed, fitting = data.max_source_length + data.max_target_length + 1, seq_length - data.max_source_length - 1

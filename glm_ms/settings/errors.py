@@ -44,6 +44,11 @@ def independent(problems: Iterable[Problem], reported: Iterable[Problem]) -> lis
     return [problem for problem in problems if not follows(problem)]
 
 
+def joined(section: str, name: str) -> str:
+    """The dotted name of a key; `section` is "" for the top level."""
+    return f"{section}.{name}" if section else name
+
+
 def described(value: Any) -> str:
     """A value with its type, as in YAML: `'two' (str)`."""
     if value is None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from glm_ms.settings.errors import joined
 from glm_ms.settings.schema import FLAGS, Settings, allowed, default_of, keys_of, leaf_keys, used_with
 from glm_ms.settings.values import LIMITS, expected_type
 
@@ -42,12 +43,12 @@ def _section(kind: type, path: str, doc: str) -> Iterator[str]:
         if "used_with" in item.metadata:
             other, values = used_with(item)
             meaning += f" (with `{other}` {' or '.join(f'`{value}`' for value in values)})"
-        meaning += flags.get(f"{path}.{item.name}".lstrip("."), "")
+        meaning += flags.get(joined(path, item.name), "")
         row = (f"`{item.name}`", f"`{_default(item)}`", _values(hints[item.name], item), meaning)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n"
     for item in keys_of(kind):
         if dataclasses.is_dataclass(hints[item.name]):
-            yield from _section(hints[item.name], f"{path}.{item.name}".lstrip("."), item.metadata["doc"])
+            yield from _section(hints[item.name], joined(path, item.name), item.metadata["doc"])
 
 
 def _values(hint: Any, item: dataclasses.Field) -> str:

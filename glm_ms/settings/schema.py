@@ -25,10 +25,23 @@ from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
 
 AUTO = "auto"
 TRAINING_MODES = ("train", "finetune")
-# Value of `parallel.parallel_mode` for sharding strategies.
-SEMI_AUTO = 1
 # The vocabulary is padded to a multiple of this, which splits evenly over cards and suits matrix units.
 VOCAB_MULTIPLE = 64
+# Run mode -> the key that --batch_size sets.
+BATCH_SIZE_KEYS = {
+    **dict.fromkeys(TRAINING_MODES, "runner_config.batch_size"),
+    "eval": "eval_dataset.batch_size",
+    "predict": "predict_batch_size",
+}
+_VOCAB_KEY = "model.model_config.padded_vocab_size"
+_NETWORK, _DROPOUT = GLMConfig, {"at_least": 0, "below": 1}
+# Keys that decide whether others have an effect, and with which values; see `used_with` in `key`.
+_ADAPTERS = ("pet_type", lambda name: [kind for kind, adapter in ADAPTERS.items() if name in adapter.keys])
+_FIXED_ROWS = ("data_loader.type", lambda _: formats_with_max_seq_length())
+_SCALED = ("type", ("DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"))
+_DYNAMIC = ("type", ("DynamicLossScaleUpdateCell",))
+_COSINE, _POLYNOMIAL = ("type", ("CosineWithWarmUpLR",)), ("type", ("PolynomialWithWarmUpLR",))
+_TO_LR_END = ("type", ("CosineWithWarmUpLR", "PolynomialWithWarmUpLR"))
 
 
 def key(default: Any, doc: str, **rules: Any) -> Any:
@@ -46,7 +59,6 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
 
 
 def default_of(item: dataclasses.Field) -> Any:
-    """The default of a key."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
@@ -96,13 +108,7 @@ class ParallelConfigSettings:
 class RecomputeSettings:
     recompute: bool = key(False, "recompute every transformer block: less memory, about a third more time")
     mp_comm_recompute: bool = key(True, "also recompute sums over model-parallel cards (False: keep them)")
-    parallel_optimizer_comm_recompute: bool = key(
-        False, "gather the weights of sharded optimizers again (False: keep them, whole, on every card)"
-    )
-
-
-_DROPOUT = {"at_least": 0, "below": 1}
-_NETWORK = GLMConfig
+    parallel_optimizer_comm_recompute: bool = key(False, "gather sharded weights again (False: keep them whole)")
 
 
 @dataclass
@@ -143,15 +149,11 @@ class ArchSettings:
     type: Literal["GLMForCausalLM"] = key("GLMForCausalLM", "network class")
 
 
-_ADAPTERS = ("pet_type", lambda name: [kind for kind, adapter in ADAPTERS.items() if name in adapter.keys])
-
-
 @dataclass
 class PetSettings:
     pet_type: Optional[str] = key(
-        None, "lora: low-rank adapters, ptuning2: a learnt prefix of keys and values; null: train all weights",
-        choices=ADAPTERS
-    )  # fmt: skip
+        None, "lora: low-rank adapters, ptuning2: a learnt prefix; null: train all weights", choices=ADAPTERS
+    )
     lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_ADAPTERS)
     lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_ADAPTERS)
     lora_dropout: float = key(0.1, "dropout on the input of A", **_DROPOUT, used_with=_ADAPTERS)
@@ -195,10 +197,6 @@ class RunnerSettings:
     gradient_accumulation_steps: int = key(1, "steps whose gradients make one update", at_least=1)
 
 
-_SCALED = ("type", ("DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"))
-_DYNAMIC = ("type", ("DynamicLossScaleUpdateCell",))
-
-
 @dataclass
 class LossScaleSettings:
     type: Optional[Literal["DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"]] = key(
@@ -214,9 +212,7 @@ class WrapperSettings:
     type: Literal["GLMTrainOneStep"] = key("GLMTrainOneStep", "training step")
     use_clip_grad: bool = key(True, "clip the global norm of the gradients")
     max_grad_norm: float = key(1.0, "largest global norm with use_clip_grad", above=0)
-    scale_sense: LossScaleSettings = key(
-        LossScaleSettings, "loss scaling, which keeps small float16 gradients from becoming zero"
-    )
+    scale_sense: LossScaleSettings = key(LossScaleSettings, "loss scaling, against float16 gradients that become zero")
 
 
 @dataclass
@@ -225,10 +221,6 @@ class OptimizerSettings:
     betas: list[float] = key([0.9, 0.999], "decay rates of both moments", length=2, **_DROPOUT)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = key(0.01, "decoupled decay, on every trainable parameter", at_least=0)
-
-
-_COSINE, _POLYNOMIAL = ("type", ("CosineWithWarmUpLR",)), ("type", ("PolynomialWithWarmUpLR",))
-_TO_LR_END = ("type", ("CosineWithWarmUpLR", "PolynomialWithWarmUpLR"))
 
 
 @dataclass
@@ -267,9 +259,8 @@ class _DatasetSettings:
     max_source_length: int = key(64, "tokens of the prompt, special tokens included", at_least=1)
     max_target_length: int = key(127, "tokens of the answer", at_least=1)
     max_seq_length: Optional[int] = key(
-        None, "tokens of a row; null: model.model_config.seq_length", at_least=4,
-        used_with=("data_loader.type", lambda _: formats_with_max_seq_length())
-    )  # fmt: skip
+        None, "tokens of a row; null: model.model_config.seq_length", at_least=4, used_with=_FIXED_ROWS
+    )
     ignore_pad_token_for_loss: bool = key(True, "padding has no loss")
     num_samples: Optional[int] = key(None, "use only the first records, this many; null: all", at_least=1)
 
@@ -312,9 +303,8 @@ class CheckpointSettings:
     save_steps: Optional[int] = key(500, "save after every so many steps; null: only at the end", at_least=1)
     keep_max: int = key(3, "newest checkpoints to keep", at_least=1)
     best_metric: Optional[str] = key(
-        None, "also keep the checkpoint with the best evaluation (do_eval) by this score; null: none",
-        choices=score_names
-    )  # fmt: skip
+        None, "also keep the checkpoint that evaluates best (do_eval) by this score; null: none", choices=score_names
+    )
 
 
 @dataclass
@@ -332,18 +322,12 @@ class Settings:
     output_dir: str = key("./output", "folder for checkpoints, logs and predictions")
     load_checkpoint: str = key("", "initial weights: folder, .safetensors, .ckpt, or output folder of a run")
     load_adapter: str = key("", "adapter for load_checkpoint: folder, file, or output folder of its run")
-    resume_training: Union[bool, str] = key(
-        False, "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint"
-    )
+    resume_training: Union[bool, str] = key(False, "True: continue from the newest checkpoint of output_dir; or a path")
     use_parallel: bool = key(False, "several cards or processes, started by msrun")
     context: ContextSettings = key(ContextSettings, "device and execution mode of MindSpore")
     parallel: ParallelSettings = key(ParallelSettings, "mode of a distributed run")
-    parallel_config: ParallelConfigSettings = key(
-        ParallelConfigSettings, "number of parts that each dimension of the work is split into"
-    )
-    recompute_config: RecomputeSettings = key(
-        RecomputeSettings, "compute activations again in the backward pass in place of keeping them"
-    )
+    parallel_config: ParallelConfigSettings = key(ParallelConfigSettings, "parts of each dimension of the work")
+    recompute_config: RecomputeSettings = key(RecomputeSettings, "compute activations again in the backward pass")
     model: ModelSettings = key(ModelSettings, "the network and its initial weights")
     processor: ProcessorSettings = key(ProcessorSettings, "text to ids and back")
     runner_config: RunnerSettings = key(RunnerSettings, "length of training")
@@ -351,11 +335,9 @@ class Settings:
     optimizer: OptimizerSettings = key(OptimizerSettings, "the optimizer. The learning rate is in `lr_schedule`")
     lr_schedule: LRScheduleSettings = key(LRScheduleSettings, "learning rate over steps")
     train_dataset: TrainDatasetSettings = key(
-        TrainDatasetSettings, "training records. The batch size is in `runner_config`"
+        TrainDatasetSettings, "training records (batch size: see `runner_config`)"
     )
-    eval_dataset: EvalDatasetSettings = key(
-        EvalDatasetSettings, "evaluation records. A last batch that is not full is evaluated too"
-    )
+    eval_dataset: EvalDatasetSettings = key(EvalDatasetSettings, "evaluation records, the last incomplete batch too")
     metric: MetricSettings = key(MetricSettings, "metrics of evaluations")
     do_eval: bool = key(False, "evaluate on eval_dataset during training and at its end")
     eval_step_interval: int = key(-1, "updates between evaluations (do_eval); -1: none", at_least=-1)
@@ -406,15 +388,6 @@ class Settings:
     def to_yaml(self) -> str:
         """The effective settings as YAML text; loading it gives equal settings."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-_VOCAB_KEY = "model.model_config.padded_vocab_size"
-# Run mode -> the key that --batch_size sets.
-BATCH_SIZE_KEYS = {
-    **dict.fromkeys(TRAINING_MODES, "runner_config.batch_size"),
-    "eval": "eval_dataset.batch_size",
-    "predict": "predict_batch_size",
-}
 
 
 def keys_of(section: type) -> list[dataclasses.Field]:
@@ -487,7 +460,7 @@ def unused_keys(settings: Settings, section: str) -> Iterator[Problem]:
 
 def is_sharded(settings: Settings) -> bool:
     """Whether sharding strategies split the weights, and not only the batch."""
-    return settings.use_parallel and settings.parallel.parallel_mode == SEMI_AUTO
+    return settings.use_parallel and settings.parallel.parallel_mode == 1
 
 
 def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> ParallelConfig:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.errors import Problem, SettingsError, described
+from glm_ms.settings.errors import Problem, SettingsError, described, joined
 from glm_ms.settings.schema import Settings, allowed, keys_of, leaf_keys
 from glm_ms.storage.readers import exponent_number
 from glm_ms.storage.suggest import did_you_mean, nearest
@@ -46,7 +46,7 @@ class Converter:
             return kind()
         values, hints = {}, get_type_hints(kind)
         for name, item in entry.value.items():
-            dotted = f"{path}.{name}".lstrip(".")
+            dotted = joined(path, name)
             if name not in fields:
                 self.problems.append(unknown_key(dotted, dotted, item, fields))
             elif dataclasses.is_dataclass(hints[name]):
@@ -70,7 +70,7 @@ def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[st
         hint = f"; the key is {' or '.join(elsewhere[:3])}" if elsewhere else ""
     if not hint and len(siblings) <= _LISTED:
         hint = f"; known here: {', '.join(siblings)}"
-    meant = tuple(f"{path}.{near}".lstrip(".") for near in nearest(name, siblings))
+    meant = tuple(joined(path, near) for near in nearest(name, siblings))
     return Problem(written, f"unknown key{hint}", where=entry.key_where or entry.where, meant=meant)
 
 

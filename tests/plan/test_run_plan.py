@@ -4,7 +4,8 @@ import pytest
 
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.generation.decoder import CachedDecoder, cache_capacity
-from glm_ms.plan import RunPlan, nearest_fit, plan_run, traffic
+from glm_ms.plan import RunPlan, nearest_fit, plan_run
+from glm_ms.plan.work import step_flops
 from glm_ms.settings import SettingsError, load_settings
 from tests.plan.test_measured_memory import CONFIG, RECOMPUTE, SHARDED, keys
 
@@ -90,13 +91,13 @@ def test_cache_is_that_of_a_decoder() -> None:
 def test_flops_of_six_billion_parameters() -> None:
     """6 N operations a token for the weights (8 N with recompute), and the attention besides."""
     weights = 6_243_584_000 - FULL_6B.padded_vocab_size * FULL_6B.hidden_size  # the embedding is looked up
-    found = traffic.step_flops(FULL_6B, 1000, 0, base_trained=True, recompute=False)
+    found = step_flops(FULL_6B, 1000, 0, base_trained=True, recompute=False)
     assert found == pytest.approx(6 * weights * 1000, rel=1e-3)
-    attention = traffic.step_flops(FULL_6B, 1000, 192, base_trained=True, recompute=False) - found
+    attention = step_flops(FULL_6B, 1000, 192, base_trained=True, recompute=False) - found
     assert attention == 3 * 4 * 28 * 1000 * 192 * 4096
-    frozen = traffic.step_flops(FULL_6B, 1000, 0, base_trained=False, recompute=False)
+    frozen = step_flops(FULL_6B, 1000, 0, base_trained=False, recompute=False)
     assert frozen * 3 == found * 2
-    frozen_attention = traffic.step_flops(FULL_6B, 1000, 192, base_trained=False, recompute=False) - frozen
+    frozen_attention = step_flops(FULL_6B, 1000, 192, base_trained=False, recompute=False) - frozen
     assert frozen_attention == attention  # queries, keys and values have gradients all the same
 
 

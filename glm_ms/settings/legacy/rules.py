@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Draft:
     """The state of a translation."""
 
     source: str  # path of the file
+    typed: Collection[str]  # places of what comes from the command line
     found: dict[str, Source] = field(default_factory=dict)  # key of MindFormers, aliases resolved -> its source
     targets: defaultdict[str, list[Source]] = field(default_factory=lambda: defaultdict(list))  # our key -> candidates
     chosen: dict[str, Source] = field(default_factory=dict)  # our key -> the source that became it

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Collection
 
 from glm_ms.settings.document import Entry
-from glm_ms.settings.errors import Problem, SettingsError, described
+from glm_ms.settings.errors import Problem, SettingsError, described, joined
 from glm_ms.settings.legacy import table
 from glm_ms.settings.legacy.rules import AFTER_CHOICE, BEFORE_CHOICE, Draft, Source, same, shown
 from glm_ms.settings.schema import leaf_keys
@@ -49,15 +49,12 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Ent
         source: path of the file.
         typed: `Entry.where` of everything that comes from the command line.
 
-    Returns:
-        The document in our names, lines for the user about names and values, problems.
-
-    Raises:
-        SettingsError: the file is for an export, which is not supported, or for another network.
+    Returns the document in our names, lines for the user about names and values, and problems. Raises SettingsError for
+    an export, which is not supported, or another network.
     """
     _refuse_whole_files(document)
-    draft = Draft(source)
-    _read(_with_callbacks(document), draft, typed)
+    draft = Draft(source, typed)
+    _read(Source("", _with_callbacks(document), False), draft)
     for combine in BEFORE_CHOICE:
         combine(draft)
     for key, sources in draft.targets.items():
@@ -125,21 +122,20 @@ def _sections() -> dict[str, set[str]]:
     return sections
 
 
-def _read(
-    section: Entry, draft: Draft, typed: Collection[str], path: str = "", spelled: str = "", rank: int = 0
-) -> None:
+def _read(section: Source, draft: Draft) -> None:
     """Applies the rule of every key of a section and of the sections in it."""
     sections = _sections()
-    for name, entry in section.value.items():
-        dotted, written = f"{path}.{name}".lstrip("."), f"{spelled}.{name}".lstrip(".")
+    for name, entry in section.entry.value.items():
+        dotted, written = joined(section.key, name), joined(section.name, name)
         key = table.SECTION_ALIASES.get(dotted, dotted)
-        source = Source(written, entry, entry.where in typed, key, (0, rank + (key != dotted)))
+        rank = section.rank[1] + (key != dotted)
+        source = Source(written, entry, entry.where in draft.typed, key, (0, rank))
         if key in sections and entry.is_section and entry.value:
-            _read(entry, draft, typed, key, written, source.rank[1])
+            _read(source, draft)
         elif key in table.LEGACY or key in leaf_keys():
             _apply(source, draft)
         elif key not in sections:
-            problem = unknown_key(dotted, written, entry, sorted(sections[path]))
+            problem = unknown_key(dotted, written, entry, sorted(sections[section.key]))
             rules = [(near, table.LEGACY.get(near)) for near in problem.meant]
             meant = tuple(rule.key if isinstance(rule, table.Renamed) else near for near, rule in rules)
             draft.problems.append(dataclasses.replace(problem, meant=meant))
@@ -221,7 +217,7 @@ def _without_effect(draft: Draft) -> list[str]:
         listed = []
         for section, inside in by_section.items():
             together = f"{{{', '.join(inside)}}}" if len(inside) > 1 and section else ", ".join(inside)
-            listed.append(f"{section}.{together}".lstrip("."))
+            listed.append(joined(section, together))
         parts.append(f"{', '.join(listed)} ({reason})")
     return [f"{draft.source}: no effect here: {'; '.join(parts)}"] if parts else []
 
