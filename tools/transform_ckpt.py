@@ -26,7 +26,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.convert.adapter_files import CONFIG, LORA
-from glm_ms.convert.cluster.rank_writer import FORMATS
+from glm_ms.convert.cluster.placement import FORMATS
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
 from glm_ms.convert.conversion import peak_memory
 from glm_ms.storage.errors import CheckpointError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,12 @@ _PATHS = ("base_model_name_or_path", "_name_or_path")
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Files of one kind of adapter.
+    """Files of one kind of adapter."""
 
-    Attributes:
-        config: file that describes the adapter.
-        weights: file of its tensors.
-        prefix: of the names in that file.
-        marks: every tensor name contains one of these.
-    """
-
-    config: str
-    weights: str
-    prefix: str
-    marks: tuple[str, ...]
+    config: str  # file that describes the adapter
+    weights: str  # file of its tensors
+    prefix: str  # of the names in that file
+    marks: tuple[str, ...]  # every tensor name contains one of these
 
     def owns(self, name: str) -> bool:
         """Whether a name, without prefix, can be that of a tensor of such an adapter."""
@@ -46,7 +39,7 @@ class AdapterFiles:
 LORA = AdapterFiles("adapter_config.json", "adapter_model.safetensors", "base_model.model.", (".lora_A.", ".lora_B."))
 PREFIX = AdapterFiles(CONFIG, "prefix_encoder.safetensors", "", ("transformer.prefix_encoder.",))
 KINDS = (LORA, PREFIX)
-COMPANIONS = (CONFIG, LORA.config)
+_COMPANIONS = (CONFIG, LORA.config)
 
 
 def adapter_files_of(names: Collection[str]) -> AdapterFiles | None:
@@ -59,41 +52,21 @@ def plain_name(file: Path, stored: str) -> str:
     return stored.removeprefix(LORA.prefix) if file.name == LORA.weights else stored
 
 
-def read_companions(folder: Path) -> dict[str, bytes]:
-    """File name -> content of the companions in a folder.
+def common_companions(folders: Iterable[Path]) -> dict[str, bytes]:
+    """File name -> content of the files that describe the tensors, which all ranks must share except for paths.
 
     Raises:
-        CheckpointError: a file cannot be read or is not a JSON object.
+        CheckpointError: the folders of two ranks differ, or a file cannot be read or is not a JSON object.
     """
-    found = {}
-    for path in (folder / name for name in COMPANIONS):
-        if path.is_file():
-            _document(path)
-            found[path.name] = path.read_bytes()
-    return found
-
-
-def common_companions(folders: Mapping[int, Path]) -> dict[str, bytes]:
-    """Companions of all ranks, which must be equal except for paths.
-
-    Args:
-        folders: rank -> folder of its tensors.
-
-    Raises:
-        CheckpointError: two ranks differ, or a file is damaged.
-    """
-    common: dict[str, tuple[Path, bytes]] = {}
-    for folder in folders.values():
-        for name, content in read_companions(folder).items():
-            first, _ = common.setdefault(name, (folder / name, content))
-            keys = differing_keys(_document(first), _document(folder / name))
-            if keys:
-                raise CheckpointError(
-                    f"{folder / name}: differs from {first} in {', '.join(keys)}; the slices are of different runs"
-                )
-    return {name: content for name, (_, content) in common.items()}
-
-
-def _document(path: Path) -> dict[str, Any]:
-    document = read_object(path, CheckpointError)
-    return {key: value for key, value in document.items() if key not in _PATHS}
+    common: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in (folder / name for folder in folders for name in _COMPANIONS):
+        if not path.is_file():
+            continue
+        document = read_object(path, CheckpointError)
+        first, expected = common.setdefault(path.name, (path, document))
+        keys = [key for key in differing_keys(expected, document) if key not in _PATHS]
+        if keys:
+            raise CheckpointError(
+                f"{path}: differs from {first} in {', '.join(keys)}; the slices are of different runs"
+            )
+    return {name: path.read_bytes() for name, (path, _) in common.items()}

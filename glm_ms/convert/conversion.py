@@ -34,15 +34,10 @@ class Conversion:
     """A conversion that passed all checks of names, shapes and types; `run` executes it.
 
     Attributes:
-        reader: the input.
-        output: final path.
         target: "hf" or "mindspore".
-        config: architecture of both.
-        dtype: element type of the output.
         shapes: glm_ms name -> shape, in the order of the input.
         max_shard_size: bytes of tensors in one file of a Hugging Face folder.
         extra_files: tokenizer files to copy.
-        overwrite: replace an existing output.
         deltas: glm_ms name -> function giving a float32 array that is added to the tensor, in float32.
     """
 
@@ -62,25 +57,22 @@ class Conversion:
         """Bytes of all parameters in the output."""
         return size_in_bytes(self.shapes, self.dtype)
 
-    def run(self, on_tensor: Callable[[str, int], None] | None = None) -> None:
+    def run(self, on_tensor: Callable[[str, int], None] = lambda name, size: None) -> None:
         """Reads, converts and writes the tensors one by one.
 
-        Args:
-            on_tensor: called with the name and the bytes in the output of each tensor that is done.
+        Calls `on_tensor` with the name and the bytes in the output of each tensor that is done.
 
         Raises:
             CheckpointError: a tensor cannot be read or overflows the type, or the output cannot be written; `output`
                 is unchanged then.
         """
-        stream = self._stream(on_tensor or (lambda name, size: None))
+        tensors = self.shapes, self.dtype, self._stream(on_tensor)
         with self.reader:
             if self.target == "hf":
-                write_hf_folder(
-                    self.output, self.config, self.shapes, self.dtype, stream, self.max_shard_size,
-                    self.extra_files, self.overwrite
-                )  # fmt: skip
+                more = self.max_shard_size, self.extra_files, self.overwrite
+                write_hf_folder(self.output, self.config, *tensors, *more)
             else:
-                write_file(self.output, self.shapes, self.dtype, stream, self.overwrite)
+                write_file(self.output, *tensors, self.overwrite)
 
     def _stream(self, on_tensor: Callable[[str, int], None]) -> Iterator[tuple[str, np.ndarray]]:
         for name in self.shapes:
@@ -115,10 +107,9 @@ def plan_conversion(
         source: checkpoint that `open_checkpoint` reads, or the output folder of a run.
         output: a folder (Hugging Face), a `.ckpt` or a `.safetensors` (MindSpore).
         config: folder, config.json or YAML; by default the config.json in a `source` folder.
-        dtype: "float32", "float16" or "bfloat16"; by default that of all weights of the input.
+        dtype: one of `FLOAT_TYPES`; by default that of all weights of the input.
         target: "hf" or "mindspore"; by default by the ending of `output`.
         max_shard_size: bytes of tensors in one file, for "hf" only; 2 GB by default.
-        overwrite: replace an existing output.
 
     Raises:
         CheckpointError, ConfigError: the input, the config or the output cannot be used, or do not fit.
@@ -226,8 +217,7 @@ def _check_apart(reader: CheckpointReader, output: Path) -> None:
 
 
 def _tokenizer_files(source: Path, config: str | Path | None) -> tuple[Path, ...]:
-    folders = [folder for folder in (source, Path(config) if config else source) if folder.is_dir()]
-    found = {
-        name: folder / name for folder in reversed(folders) for name in TOKENIZER_FILES if (folder / name).is_file()
-    }
+    """The tokenizer files of the config's folder; those in the folder of the input take precedence."""
+    folders = (Path(config or source), source)
+    found = {name: folder / name for folder in folders for name in TOKENIZER_FILES if (folder / name).is_file()}
     return tuple(found.values())

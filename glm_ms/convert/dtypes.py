@@ -22,8 +22,7 @@ class DType:
 
     Attributes:
         storage: NumPy type of its arrays, little-endian; uint16 bit patterns for bfloat16.
-        safetensors: its name in a safetensors header.
-        mindspore: its name in a MindSpore checkpoint.
+        safetensors, mindspore: its name in a safetensors header and in a MindSpore checkpoint.
         largest: largest finite value of a floating type, 0 for others.
     """
 
@@ -79,18 +78,12 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def convert_dtype(array: np.ndarray, source: str, target: str, what: str) -> np.ndarray:
-    """Converts a stored tensor from one floating type to another.
+    """Converts a tensor, in the storage type of `source`, from one floating type to another.
 
-    Args:
-        array: elements of type `source`, in the storage type of the table.
-        source, target: names of floating types.
-        what: file and name of the tensor, for errors.
-
-    Returns:
-        The array itself if the types are equal, else a new one of the same shape.
+    Returns the array itself if the types are equal, else a new one of the same shape.
 
     Raises:
-        CheckpointError: a type is not floating, or a finite value would become infinite.
+        CheckpointError: a type is not floating, or a finite value would become infinite; the message names `what`.
     """
     for dtype in (source, target):
         if not is_floating(dtype):
@@ -102,26 +95,18 @@ def convert_dtype(array: np.ndarray, source: str, target: str, what: str) -> np.
     for start in range(0, flat_in.size, _CHUNK):
         chunk = flat_in[start : start + _CHUNK]
         values = bfloat16_to_float32(chunk) if source == "bfloat16" else chunk
-        converted = _rounded(values, target)
-        infinite = ~_finite(converted, target)
-        if infinite.any() and np.isfinite(values[infinite]).any():
-            value = values[infinite & np.isfinite(values)][0]
+        with np.errstate(over="ignore"):  # the error below names the tensor
+            if target == "bfloat16":
+                converted = float32_to_bfloat16(values.astype(np.float32))
+                finite = (converted & 0x7F80) != 0x7F80  # the exponent of infinity and NaN
+            else:
+                converted = values.astype(DTYPES[target].storage)
+                finite = np.isfinite(converted)
+        if not finite.all() and np.isfinite(values[~finite]).any():
+            value = values[~finite & np.isfinite(values)][0]
             raise CheckpointError(
                 f"{what}: value {value:g} overflows {target} (largest {DTYPES[target].largest:g}); "
                 "choose a type with a larger range, such as float32"
             )
         flat_out[start : start + _CHUNK] = converted
     return result
-
-
-def _finite(array: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
-        return (array & 0x7F80) != 0x7F80  # the exponent of infinity and NaN
-    return np.isfinite(array)
-
-
-def _rounded(values: np.ndarray, target: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # the caller checks for overflow and names the tensor
-        if target == "bfloat16":
-            return float32_to_bfloat16(values.astype(np.float32))
-        return values.astype(DTYPES[target].storage)

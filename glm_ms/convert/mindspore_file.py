@@ -32,8 +32,7 @@ _CIPHERS = tuple((0x7F3A5ED8 + cipher).to_bytes(4, "little") for cipher in range
 class MindSporeFile(TensorFile):
     """Reads a `.ckpt` file. Opening walks through the entries and skips their contents.
 
-    Raises:
-        CheckpointError: not a MindSpore checkpoint, encrypted, truncated, or its CRC does not match.
+    Raises CheckpointError if it is not a MindSpore checkpoint, is encrypted or truncated, or its CRC does not match.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,8 +46,8 @@ class MindSporeFile(TensorFile):
             stored = sum(length for _, length in self.spans[name])
             if info.dtype in DTYPES and stored != info.nbytes:
                 raise CheckpointError(
-                    f"{path}: {name}: {stored} bytes stored for shape {list(info.shape)} of {info.dtype}; "
-                    "the file is truncated or damaged, fetch it again"
+                    f"{path}: {name}: {stored} bytes stored for {info}; the file is truncated or damaged, "
+                    "fetch it again"
                 )
 
     def _payload_end(self, file: BinaryIO) -> int:
@@ -89,7 +88,7 @@ class MindSporeFile(TensorFile):
     def _entry(self, file: BinaryIO, span: Span) -> tuple[str, TensorInfo, list[Span]]:
         """Name, description and places of the content of one entry."""
         tag, kind, body = "", "", None
-        for number, value in _bounded(file, span):
+        for number, value in fields(file, span[0], sum(span)):
             if number == 1 and not isinstance(value, int):
                 tag = self._text(file, value)
             elif number == 2 and not isinstance(value, int):
@@ -97,7 +96,7 @@ class MindSporeFile(TensorFile):
         if not tag or body is None:
             raise CheckpointError(f"{self.path}: entry {tag!r} at byte {span[0]} is not a tensor")
         dims, spans = [], []
-        for number, value in _bounded(file, body):
+        for number, value in fields(file, body[0], sum(body)):
             if number == 1 and isinstance(value, int):
                 dims.append(value)
             elif number == 2 and not isinstance(value, int):
@@ -115,22 +114,8 @@ class MindSporeFile(TensorFile):
             raise CheckpointError(f"{self.path}: damaged at byte {span[0]}: a name is not text") from None
 
 
-def _bounded(file: BinaryIO, span: Span) -> Iterator[tuple[int, int | Span]]:
-    return fields(file, span[0], sum(span))
-
-
 def write_mindspore(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, arrays: Iterator[np.ndarray]) -> None:
-    """Writes a `.ckpt` that `mindspore.load_checkpoint` reads, with one tensor in memory at a time.
-
-    Args:
-        path: file to write; must not exist.
-        shapes: name -> shape, in the order of `arrays`.
-        dtype: element type of all tensors, a name of `dtypes.DTYPES`.
-        arrays: gives one array per name, in the storage type of `dtype`.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes a new `.ckpt` that `mindspore.load_checkpoint` reads; arguments as of `write_safetensors`."""
     with path.open("xb") as file:
         for name, shape in shapes.items():
             write_tensor(file, name, TensorInfo(shape, dtype), next(arrays))
@@ -138,17 +123,17 @@ def write_mindspore(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, 
 
 def write_tensor(file: BinaryIO, name: str, info: TensorInfo, array: np.ndarray) -> None:
     """Appends the entries of one tensor to a `.ckpt`; `array` has the storage type of `info.dtype`."""
-    kind = DTYPES[info.dtype].mindspore
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     for start in range(0, len(content), _ENTRY_BYTES):
         part = content[start : start + _ENTRY_BYTES]
-        file.write(_entry_head(name, info.shape, kind, len(part)))
+        file.write(_entry_head(name, info, len(part)))
         file.write(part)
 
 
-def _entry_head(name: str, shape: tuple[int, ...], kind: str, size: int) -> bytes:
+def _entry_head(name: str, info: TensorInfo, size: int) -> bytes:
     """An entry up to its content, which comes last and is written without a copy."""
-    tensor = b"".join(b"\x08" + encode(dim) for dim in shape or (0,))  # MindSpore's spelling of a scalar
+    kind = DTYPES[info.dtype].mindspore
+    tensor = b"".join(b"\x08" + encode(dim) for dim in info.shape or (0,))  # MindSpore's spelling of a scalar
     tensor += b"\x12" + encode(len(kind)) + kind.encode("ascii") + b"\x1a" + encode(size)
     tag = name.encode("utf-8")
     value = b"\n" + encode(len(tag)) + tag + b"\x12" + encode(len(tensor) + size) + tensor

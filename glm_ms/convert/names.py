@@ -53,15 +53,9 @@ def is_training_state(name: str) -> bool:
 
 
 def split_joint(name: str, value: np.ndarray, config: GLMConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Splits a joint weight (query-key-value, gate and up) into the parts that sharded networks have.
+    """Name and rows of the parts of a joint weight (query-key-value, gate and up), as sharded networks have them.
 
-    Args:
-        name: glm_ms name.
-        value: [rows, ...].
-        config: architecture, with `multi_query_attention`.
-
-    Yields:
-        (name, rows) of each part; the parameter itself if it is not joint.
+    Other parameters are given as they are. `value` is [rows, ...].
     """
     module, _, kind = name.rpartition(".")
     parts = next((parts for joint, parts in config.joint_parts.items() if module.endswith(joint)), None)
@@ -93,16 +87,28 @@ def _parts_of(module: str) -> tuple[str, ...]:
 
 
 def expected_shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the network, by glm_ms name, with its shape; dense weights are [out, in].
-
-    The order is that of the network: embedding, blocks, final norm, output layer.
-    """
-    embedding = (config.padded_vocab_size, config.hidden_size)
+    """Every parameter of the network, by glm_ms name and in its order, with its shape; dense weights are [out, in]."""
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    embedding = (config.padded_vocab_size, hidden)
+    dense_bias, norm_bias = config.add_bias_linear, not config.rmsnorm
     shapes: dict[str, tuple[int, ...]] = {"transformer.embedding.embedding_table": embedding}
+
+    def add(module: str, *weight: int, bias: bool) -> None:
+        shapes[f"{module}.weight"] = weight
+        if bias:
+            shapes[f"{module}.bias"] = weight[:1]
+
     for layer in range(config.num_layers):
-        shapes.update(_block_shapes(config, f"transformer.encoder.layers.{layer}"))
+        block = f"transformer.encoder.layers.{layer}"
+        attention = f"{block}.self_attention"
+        add(f"{block}.input_layernorm", hidden, bias=norm_bias)
+        add(f"{attention}.query_key_value", config.qkv_size, hidden, bias=dense_bias or config.add_qkv_bias)
+        add(f"{attention}.dense", hidden, config.query_size, bias=dense_bias)
+        add(f"{block}.post_attention_layernorm", hidden, bias=norm_bias)
+        add(f"{block}.mlp.dense_h_to_4h", 2 * ffn, hidden, bias=dense_bias)
+        add(f"{block}.mlp.dense_4h_to_h", hidden, ffn, bias=dense_bias)
     if config.post_layer_norm:
-        shapes.update(_norm_shapes(config, "transformer.encoder.final_layernorm"))
+        add("transformer.encoder.final_layernorm", hidden, bias=norm_bias)
     shapes["transformer.output_layer.weight"] = embedding
     return shapes
 
@@ -116,34 +122,3 @@ def inverse_frequencies(config: GLMConfig) -> np.ndarray:
     exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     powers = (10000.0 ** exponents.astype(np.float64)).astype(np.float32)
     return np.float32(1) / powers
-
-
-def _block_shapes(config: GLMConfig, block: str) -> dict[str, tuple[int, ...]]:
-    dense_bias = config.add_bias_linear
-    return {
-        **_norm_shapes(config, f"{block}.input_layernorm"),
-        **_dense_shapes(
-            f"{block}.self_attention.query_key_value",
-            config.qkv_size,
-            config.hidden_size,
-            dense_bias or config.add_qkv_bias,
-        ),
-        **_dense_shapes(f"{block}.self_attention.dense", config.hidden_size, config.query_size, dense_bias),
-        **_norm_shapes(config, f"{block}.post_attention_layernorm"),
-        **_dense_shapes(f"{block}.mlp.dense_h_to_4h", 2 * config.ffn_hidden_size, config.hidden_size, dense_bias),
-        **_dense_shapes(f"{block}.mlp.dense_4h_to_h", config.hidden_size, config.ffn_hidden_size, dense_bias),
-    }
-
-
-def _dense_shapes(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
-    if bias:
-        shapes[f"{name}.bias"] = (rows,)
-    return shapes
-
-
-def _norm_shapes(config: GLMConfig, name: str) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (config.hidden_size,)}
-    if not config.rmsnorm:
-        shapes[f"{name}.bias"] = (config.hidden_size,)
-    return shapes

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO, Union
+from typing import BinaryIO
 
 from glm_ms.storage.errors import FileError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 Span = tuple[int, int]  # offset and length of bytes in the file
-Value = Union[int, Span]
 
 
 class WireError(FileError):
     """Not protobuf, or damaged; the message has no file name."""
 
 
-def fields(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, Value]]:
-    """Fields of the message from byte `begin` to byte `end`: number, and an integer or the span of its bytes.
-
-    Raises:
-        WireError: the bytes are not a message, or are truncated.
-    """
+def fields(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, int | Span]]:
+    """Fields of the message from byte `begin` to byte `end`: number, and an integer or the span of its bytes."""
     position = begin
     while position < end:
         file.seek(position)
         key = varint(file)
         wire = key & 7
-        value: Value
+        value: int | Span
         if wire == _VARINT:
             value = varint(file)
             position = file.tell()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePath
-from types import TracebackType
 from typing import Callable
 
 import numpy as np
@@ -20,12 +20,11 @@ from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.suggest import did_you_mean, misspelled
 
+_TORCH_ENDINGS = (".bin", ".pth", ".pt")
 _BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {
     ".safetensors": SafetensorsFile,
     ".ckpt": MindSporeFile,
-    ".bin": TorchFile,
-    ".pth": TorchFile,
-    ".pt": TorchFile,
+    **dict.fromkeys(_TORCH_ENDINGS, TorchFile),
 }
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What a folder may have, in the order of preference.
@@ -33,7 +32,7 @@ _FOLDER_CONTENT = (_INDEXES[0], "model.safetensors", _INDEXES[1], "pytorch_model
 _NEW_LINE = "\n    "
 
 
-class CheckpointReader:
+class CheckpointReader(AbstractContextManager["CheckpointReader"]):
     """The weights of a checkpoint under glm_ms names, read one tensor at a time.
 
     At most one file is open at a time; reading in the order of `names()` opens each once. Joins the parts of joint
@@ -42,10 +41,8 @@ class CheckpointReader:
     Args:
         path: folder or file, as the user gave it.
         files: the files of tensors.
-        chosen: stored name -> index into `files` if there is an index file; else all tensors of all files are read.
 
     Attributes:
-        path: as given.
         ignored: stored names of optimizer state and training counters.
         slice: "rank 1 of 8" if a file says that it has the slices of one rank; else None.
 
@@ -53,18 +50,17 @@ class CheckpointReader:
         CheckpointError: a parameter is stored twice, or a part of a joint one is missing.
     """
 
-    def __init__(self, path: Path, files: list[TensorFile], chosen: dict[str, int] | None = None) -> None:
+    def __init__(self, path: Path, files: list[TensorFile]) -> None:
         self.path = path
         self.ignored: tuple[str, ...] = ()
         self.slice: str | None = None
         # Parameter -> index of a part -> its tensor.
         self._home: dict[str, dict[int, tuple[TensorFile, str]]] = {}
         self._open: TensorFile | None = None
-        for position, file in enumerate(files):
+        for file in files:
             self.slice = self.slice or described_slice(file)
             for stored in file.entries:
-                if chosen is None or chosen[stored] == position:
-                    self._register(file, stored)
+                self._register(file, stored)
         self._check_parts()
 
     def names(self) -> list[str]:
@@ -90,15 +86,9 @@ class CheckpointReader:
         return list(dict.fromkeys(file.path for home in self._home.values() for file, _ in home.values()))
 
     def read(self, name: str, dtype: str | None = None) -> np.ndarray:
-        """Reads one parameter.
+        """A new array with one parameter, as "float32", "float16", "bfloat16" or, without `dtype`, as it is stored.
 
-        Args:
-            name: glm_ms name.
-            dtype: "float32", "float16" or "bfloat16"; None for the stored one.
-
-        Returns:
-            A new array of shape `shape(name)`. NumPy has no bfloat16: its elements are uint16 bit patterns
-            (`bfloat16_to_float32` converts them).
+        NumPy has no bfloat16: its elements are uint16 bit patterns (`bfloat16_to_float32` converts them).
 
         Raises:
             CheckpointError: unknown name, unreadable file, or a value too large for `dtype`.
@@ -112,22 +102,17 @@ class CheckpointReader:
             self._open.release()
             self._open = None
 
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _read_tensor(self, file: TensorFile, stored: str, name: str, dtype: str | None) -> np.ndarray:
-        if self._open is not None and self._open is not file:
-            self._open.release()
+        if self._open is not file:
+            self.close()
         self._open = file
         array = file.read(stored)
-        if dtype is None:
-            return array
-        return convert_dtype(array, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
+        return (
+            array if dtype is None else convert_dtype(array, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
+        )
 
     def _register(self, file: TensorFile, stored: str) -> None:
         if is_training_state(stored):
@@ -173,22 +158,23 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            return _open_folder(path)
         if not path.exists():
             raise CheckpointError(f"{path}: no such file or folder")
-        return CheckpointReader(path, [_open_file(path)])
+        return _open_folder(path) if path.is_dir() else CheckpointReader(path, [open_file(path)])
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror}") from error
 
 
-def _open_file(path: Path) -> TensorFile:
+def open_file(path: Path) -> TensorFile:
+    """Opens one file of tensors by its ending; raises CheckpointError as `open_checkpoint`."""
     if path.name.endswith(".index.json"):
         raise CheckpointError(f"{path}: an index; give its folder, {path.parent}")
-    reader = _BY_ENDING.get(path.suffix)
-    if reader is None:
+    if path.suffix not in _BY_ENDING:
         raise CheckpointError(f"{path}: unknown ending; known are {', '.join(_BY_ENDING)}, or give a folder")
-    return reader(path)
+    try:
+        return _BY_ENDING[path.suffix](path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _open_folder(folder: Path) -> CheckpointReader:
@@ -196,7 +182,7 @@ def _open_folder(folder: Path) -> CheckpointReader:
     if name in _INDEXES:
         return _open_shards(folder, folder / name)
     if name is not None:
-        return CheckpointReader(folder, [_open_file(folder / name)])
+        return CheckpointReader(folder, [open_file(folder / name)])
     found = sorted(item for item in folder.iterdir() if item.suffix in _BY_ENDING and item.is_file())
     ranks = sorted(item for item in folder.glob("rank_*") if item.is_dir())
     if not found and len(ranks) == 1:  # as tools/transform_ckpt.py makes it
@@ -216,7 +202,7 @@ def _open_folder(folder: Path) -> CheckpointReader:
             f"{folder}: has several checkpoints ({capped([item.name for item in found])}) and no {_INDEXES[0]}; "
             "give one of them"
         )
-    return CheckpointReader(folder, [_open_file(found[0])])
+    return CheckpointReader(folder, [open_file(found[0])])
 
 
 def _open_shards(folder: Path, index: Path) -> CheckpointReader:
@@ -226,19 +212,16 @@ def _open_shards(folder: Path, index: Path) -> CheckpointReader:
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise CheckpointError(f"{index}: {len(missing)} of {len(shards)} shards missing: {capped(missing)}")
-    files = [_open_file(folder / shard) for shard in shards]
-    position = {shard: number for number, shard in enumerate(shards)}
-    lacking = [
-        f"{name} (should be in {shard})"
-        for name, shard in shard_of.items()
-        if name not in files[position[shard]].entries
-    ]
+    files = {shard: open_file(folder / shard) for shard in shards}
+    lacking = [f"{name} (should be in {shard})" for name, shard in shard_of.items() if name not in files[shard].entries]
     if lacking:
         raise CheckpointError(f"{index}: {len(lacking)} tensors are not in their shard: {capped(lacking)}")
-    unlisted = [f"{name} (in {file.path.name})" for file in files for name in file.entries if name not in shard_of]
+    unlisted = [f"{name} (in {shard})" for shard in shards for name in files[shard].entries if name not in shard_of]
     if unlisted:
         raise CheckpointError(f"{index}: {len(unlisted)} tensors of the shards are not listed: {capped(unlisted)}")
-    return CheckpointReader(folder, files, {name: position[shard] for name, shard in shard_of.items()})
+    for shard, file in files.items():  # a shard may also have tensors that the index finds in another one
+        file.entries = {name: info for name, info in file.entries.items() if shard_of[name] == shard}
+    return CheckpointReader(folder, list(files.values()))
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -259,50 +242,40 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
         CheckpointError: parameters are missing, unexpected, of a wrong shape or not floating point; lists all, at most
             ten of a kind, with the file and the expected and found shapes.
     """
-    expected = expected_shapes(config)
-    found = reader.names()
+    expected, found = expected_shapes(config), reader.names()
     known = set(found)
     absent = [name for name in expected if name not in known]
-    missing = [f"{name} {list(expected[name])}" for name in absent]
-    unexpected = [_unexpected(name, reader, absent) for name in found if name not in expected]
-    misshaped, mistyped = [], []
+    problems: dict[str, list[str]] = {
+        "missing": [f"{name} {list(expected[name])}" for name in absent],
+        "unexpected": [],
+        "of the wrong shape": [],
+        "not floating point": [],
+    }
     for name in found:
+        shape, where = reader.shape(name), f"{name} in {reader.file(name).name}"
         if name not in expected:
+            near = misspelled(name, absent)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems["unexpected"].append(f"{name} {list(shape)} in {reader.file(name).name}{hint}")
             continue
-        where = f"{name} in {reader.file(name).name}"
-        if reader.shape(name) != expected[name]:
-            misshaped.append(f"{where}: expected {list(expected[name])}, found {list(reader.shape(name))}")
+        if shape != expected[name]:
+            problems["of the wrong shape"].append(f"{where}: expected {list(expected[name])}, found {list(shape)}")
         if not is_floating(reader.dtype(name)):
-            mistyped.append(f"{where}: {reader.dtype(name)}")
-    problems = [
-        f"\n  {len(items)} {what}:\n    {capped(items, _NEW_LINE)}"
-        for what, items in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of the wrong shape", misshaped),
-            ("not floating point", mistyped),
-        )
-        if items
-    ]
-    if problems and reader.slice is not None:
-        problems.append(f"\n  It is the slice of {reader.slice}: merge all slices with tools/transform_ckpt.py")
-    if problems:
+            problems["not floating point"].append(f"{where}: {reader.dtype(name)}")
+    listed = [f"\n  {len(items)} {what}:\n    {capped(items, _NEW_LINE)}" for what, items in problems.items() if items]
+    if listed:
+        if reader.slice is not None:
+            listed.append(f"\n  It is the slice of {reader.slice}: merge all slices with tools/transform_ckpt.py")
         raise CheckpointError(
             f"{reader.path}: {len(found)} parameters do not fit the config, which expects {len(expected)}"
-            + "".join(problems)
+            + "".join(listed)
         )
 
 
 def load_parameters(reader: CheckpointReader, config: GLMConfig, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Checks a checkpoint with a config, then gives its parameters one at a time.
+    """Checks a checkpoint with a config, then gives (glm_ms name, array) of every parameter, in the order of the files.
 
-    Args:
-        reader: an open checkpoint.
-        config: what the network expects.
-        dtype: "float32", "float16" or "bfloat16"; the last as uint16 bit patterns.
-
-    Returns:
-        An iterator of (glm_ms name, array) over every parameter of the config, in the order of the files.
+    `dtype` is "float32", "float16" or "bfloat16"; the last as uint16 bit patterns.
 
     Raises:
         CheckpointError: at once if names or shapes do not fit or `dtype` is unknown; during the iteration if a tensor
@@ -311,9 +284,3 @@ def load_parameters(reader: CheckpointReader, config: GLMConfig, dtype: str) -> 
     check_float_type(dtype)
     check_names_and_shapes(config, reader)
     return ((name, reader.read(name, dtype)) for name in reader.names())
-
-
-def _unexpected(name: str, reader: CheckpointReader, absent: list[str]) -> str:
-    near = misspelled(name, absent)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{name} {list(reader.shape(name))} in {reader.file(name).name}{hint}"

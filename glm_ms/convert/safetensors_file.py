@@ -25,16 +25,12 @@ _ALIGNMENT = 8
 
 
 class SafetensorsFile(TensorFile):
-    """Reads a `.safetensors` file; only the header stays in memory.
-
-    Raises:
-        CheckpointError: not a safetensors file, a broken header, or a truncated file.
-    """
+    """Reads a `.safetensors` file; raises CheckpointError if the header is none or broken, or the file truncated."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        size = path.stat().st_size
         with path.open("rb") as file:
-            size = path.stat().st_size
             header, start = _read_header(path, file, size)
         metadata = header.pop("__metadata__", None)
         if isinstance(metadata, dict):
@@ -44,37 +40,33 @@ class SafetensorsFile(TensorFile):
             info, begin, end = _entry(path, name, value)
             if end - begin != info.nbytes:
                 raise CheckpointError(f"{path}: {name}: size in bytes does not match shape and type")
-            found.append((begin, end, name, info))
+            found.append((begin, name, info))
         position = 0
-        for begin, end, name, info in sorted(found, key=lambda item: item[:2]):
+        for begin, name, info in sorted(found, key=lambda item: (item[0], item[2].nbytes)):
             if begin != position:
                 raise CheckpointError(f"{path}: {name}: data offsets leave a gap or overlap")
-            position = end
+            position += info.nbytes
             self.entries[name] = info
-            self.spans[name] = [(start + begin, end - begin)]
-        if start + position > size:
+            self.spans[name] = [(start + begin, info.nbytes)]
+        end = start + position
+        if end > size:
             raise CheckpointError(
-                f"{path}: truncated: {start + position} bytes according to the header, the file has {size}; "
-                "fetch it again"
+                f"{path}: truncated: {end} bytes according to the header, the file has {size}; fetch it again"
             )
-        if start + position < size:
-            raise CheckpointError(f"{path}: {size - start - position} bytes too many after the tensors")
+        if end < size:
+            raise CheckpointError(f"{path}: {size - end} bytes too many after the tensors")
 
 
 def write_safetensors(
     path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, arrays: Iterator[np.ndarray], metadata: dict[str, str]
 ) -> None:
-    """Writes one file, with one tensor in memory at a time.
+    """Writes a new file, with one tensor in memory at a time; raises OSError if it cannot be written.
 
     Args:
-        path: file to write; must not exist.
         shapes: name -> shape, in the order of `arrays`.
         dtype: element type of all tensors, a name of `dtypes.DTYPES`.
         arrays: gives at least one array per name, in the storage type of `dtype`.
         metadata: free text of the header, such as {"format": "pt"}.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     with path.open("xb") as file:
         write_header(file, {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}, metadata)
@@ -87,13 +79,9 @@ def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name, info in tensors.items():
-        end = position + info.nbytes
-        header[name] = {
-            "dtype": DTYPES[info.dtype].safetensors,
-            "shape": list(info.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
+        offsets = [position, position + info.nbytes]
+        header[name] = {"dtype": DTYPES[info.dtype].safetensors, "shape": list(info.shape), "data_offsets": offsets}
+        position = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)
     file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
@@ -37,6 +36,9 @@ class TensorInfo:
         """Size in a file, in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].storage.itemsize
 
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {self.dtype}"
+
 
 class TensorFile:
     """One file of tensors. Subclasses parse it and fill the attributes; the file is opened on the first `read`.
@@ -48,20 +50,15 @@ class TensorFile:
         metadata: free text of its header; empty if the format has none.
     """
 
-    metadata: Mapping[str, str] = MappingProxyType({})
-
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.metadata: Mapping[str, str] = {}
         self.entries: dict[str, TensorInfo] = {}
         self.spans: dict[str, list[tuple[int, int]]] = {}
         self._file: BinaryIO | None = None
 
     def read(self, name: str) -> np.ndarray:
-        """A new array with the tensor `name`, in the storage type of its dtype.
-
-        Raises:
-            CheckpointError: the file cannot be read, or is shorter than it was when it was opened.
-        """
+        """A new array with a tensor, in the storage type of its dtype; raises CheckpointError if it cannot be read."""
         info = self.entries[name]
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: {name}: type {info.dtype} cannot be read")

@@ -11,16 +11,13 @@ import numpy as np
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content
 from glm_ms.storage.errors import CheckpointError, capped
 
-_ZIP = b"PK\x03\x04"
-_PICKLE = b"\x80"
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 class TorchFile(TensorFile):
     """Reads a state dict that `torch.save` wrote. Files are mapped, so unread tensors cost no memory.
 
-    Raises:
-        CheckpointError: torch is not installed, the file is not a PyTorch file, is broken, or has
-            anything but tensors.
+    Raises CheckpointError if torch is not installed, or the file is broken or has anything but tensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +62,7 @@ class TorchFile(TensorFile):
             # Only ZIP files can be mapped; the format before torch 1.6 is read at once.
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP) or None)
         except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{self.path}: broken or truncated PyTorch file, fetch it again ({reason})"
             ) from error

@@ -33,15 +33,12 @@ def size_in_bytes(shapes: Shapes, dtype: str) -> int:
 
 
 def write_file(path: str | Path, shapes: Shapes, dtype: str, parameters: Parameters, overwrite: bool = False) -> None:
-    """Writes one `.safetensors` or `.ckpt` with glm_ms names; both load in MindSpore.
+    """Writes one `.safetensors` or `.ckpt` (by its ending), whole or not at all; both load in MindSpore.
 
     Args:
-        path: output, whole or not written at all; its ending selects the format.
         shapes: glm_ms name -> shape, in the order of `parameters`.
         dtype: "float32", "float16" or "bfloat16".
-        parameters: (name, array) pairs in the type `dtype` (bfloat16 as uint16 bit patterns), consumed one
-            at a time.
-        overwrite: replace an existing file.
+        parameters: (name, array) pairs in the type `dtype` (bfloat16 as uint16 bit patterns), consumed one by one.
 
     Raises:
         CheckpointError: the output exists or cannot be written, or a parameter differs from `shapes`.
@@ -56,7 +53,7 @@ def write_file(path: str | Path, shapes: Shapes, dtype: str, parameters: Paramet
             write_mindspore(work, shapes, dtype, arrays)
         else:
             write_safetensors(work, shapes, dtype, arrays, {"format": "ms"})
-        _check_exhausted(arrays)
+        next(arrays, None)  # runs the check after the last array
 
 
 def write_hf_folder(
@@ -69,42 +66,29 @@ def write_hf_folder(
     extra_files: Iterable[Path] = (),
     overwrite: bool = False,
 ) -> None:
-    """Writes a Hugging Face folder: config.json and `model.safetensors`, or shards with their index.
+    """Writes a Hugging Face folder, as `write_file`: config.json and `model.safetensors`, or shards with their index.
 
     Args:
-        path: output folder, whole or not written at all.
         config: for config.json, with `dtype` as torch_dtype.
-        shapes: glm_ms name -> shape, in the order of `parameters`.
-        dtype: "float32", "float16" or "bfloat16".
-        parameters: (glm_ms name, array) pairs in the type `dtype`, consumed one at a time.
         max_shard_size: bytes of tensors in one file; a larger tensor has a separate file.
         extra_files: copied into the folder, such as those of the tokenizer.
-        overwrite: replace an existing checkpoint folder.
-
-    Raises:
-        CheckpointError: the output exists or cannot be written, or a parameter differs from `shapes`.
     """
     path = Path(path)
     inv_freq = convert_dtype(inverse_frequencies(config), "float32", dtype, INV_FREQ)
     hf_shapes = {to_hf_name(name, config): shape for name, shape in shapes.items()}
     hf_shapes[INV_FREQ] = inv_freq.shape
-    shards = _split(hf_shapes, dtype, max_shard_size)
+    total, shards = size_in_bytes(hf_shapes, dtype), _split(hf_shapes, dtype, max_shard_size)
     with atomic_output(path, folder=True, overwrite=overwrite) as work:
-        check_space(work, path, size_in_bytes(hf_shapes, dtype))
+        check_space(work, path, total)
         arrays = _checked(hf_shapes, dtype, _renamed(parameters, config, inv_freq))
         for file, shard in shards.items():
             write_safetensors(work / file, shard, dtype, arrays, {"format": "pt"})
-        _check_exhausted(arrays)
+        next(arrays, None)  # runs the check after the last array
         if len(shards) > 1:
-            _write_json(
-                work / "model.safetensors.index.json",
-                {
-                    "metadata": {"total_size": size_in_bytes(hf_shapes, dtype)},
-                    "weight_map": {name: file for file, shard in shards.items() for name in shard},
-                },
-            )
-        stored_config = dataclasses.replace(config, param_init_type=dtype)
-        _write_json(work / "config.json", stored_config.to_hf_dict())
+            homes = {name: file for file, shard in shards.items() for name in shard}
+            index = {"metadata": {"total_size": total}, "weight_map": homes}
+            _write_json(work / "model.safetensors.index.json", index)
+        _write_json(work / "config.json", dataclasses.replace(config, param_init_type=dtype).to_hf_dict())
         for extra in extra_files:
             shutil.copyfile(extra, work / extra.name)
 
@@ -117,20 +101,13 @@ def _checked(shapes: Shapes, dtype: str, parameters: Parameters) -> Iterator[np.
     for name, array in parameters:
         expected, shape = next(pending, ("the end", ()))
         if name != expected or array.shape != tuple(shape) or array.dtype != storage:
-            raise CheckpointError(
-                f"{name} {list(array.shape)} {array.dtype}: expected {expected} {list(shape)} {storage}"
-            )
+            found = f"{name} {list(array.shape)} {array.dtype}"
+            raise CheckpointError(f"{found}: expected {expected} {list(shape)} {storage}")
         yield array
         del array  # so that memory has one tensor, not two, while the next is read
     absent = next(pending, None)
     if absent is not None:
         raise CheckpointError(f"{absent[0]}: expected, but missing")
-
-
-def _check_exhausted(arrays: Iterator[np.ndarray]) -> None:
-    """Runs the last check of `_checked`, which is after the last array."""
-    if next(arrays, None) is not None:
-        raise CheckpointError("more arrays than names")
 
 
 def _renamed(parameters: Parameters, config: GLMConfig, inv_freq: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -158,16 +135,10 @@ def _split(shapes: Shapes, dtype: str, max_shard_size: int) -> dict[str, Shapes]
 
 
 def check_space(folder: Path, path: Path, needed: int) -> None:
-    """Checks free disk space before writing.
-
-    Raises:
-        CheckpointError: `path`, in `folder`, needs more than is free.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed + _MARGIN > free:
-        raise CheckpointError(
-            f"{path}: needs {(needed + _MARGIN) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk"
-        )
+    """Raises CheckpointError if the disk of `folder` has less free space than `path` needs; call it before writing."""
+    needed, free = needed + _MARGIN, shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(f"{path}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk")
 
 
 def _write_json(path: Path, document: dict[str, object]) -> None:

@@ -8,7 +8,10 @@ splits dimension 0 again between ranks that would have the same part.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 Shape = tuple[int, ...]
 Region = tuple[slice, ...]
@@ -75,7 +78,7 @@ class Layout:
 
     def position(self, rank: int) -> Shape:
         """Index of the part of a rank (counted within its stage) in each dimension."""
-        coordinates = _coordinates(rank % self.devices, self.device_matrix)
+        coordinates = [int(place) for place in np.unravel_index(rank % self.devices, self.device_matrix)]
         numbers = [self._number(axes, coordinates) for axes in self.tensor_map]
         if numbers:
             copy = self._number(self.repeated_axes, coordinates)
@@ -85,29 +88,19 @@ class Layout:
     def neighbours(self) -> dict[str, list[int]]:
         """Description of each split -> the ranks (counted within the stage) whose parts differ from that of rank 0 in
         this split alone."""
-        strides = [math.prod(self.device_matrix[axis + 1 :]) for axis in range(len(self.device_matrix))]
-        found = {
-            f"along axis {axis} of {list(self.device_matrix)}": [
-                number * strides[axis] for number in range(1, self.device_matrix[axis])
-            ]
-            for axes in self.tensor_map
-            for axis in axes
-            if self.device_matrix[axis] > 1
-        }
+        matrix, ranks = list(self.device_matrix), np.arange(self.devices).reshape(self.device_matrix)
+        found = {}
+        for axis in (axis for axes in self.tensor_map for axis in axes if matrix[axis] > 1):
+            line = ranks.swapaxes(0, axis).reshape(matrix[axis], -1)[1:, 0]
+            found[f"along axis {axis} of {matrix}"] = line.tolist()
         if self.optimizer_pieces > 1:
-            sizes = tuple(self.device_matrix[axis] for axis in self.repeated_axes)
-            found[f"by the parallel optimizer on {list(self.device_matrix)}"] = [
-                sum(place * strides[axis] for place, axis in zip(_coordinates(copy, sizes), self.repeated_axes))
-                for copy in range(1, self.optimizer_pieces)
-            ]
+            split = {axis for axes in self.tensor_map for axis in axes}
+            copies = ranks[tuple(0 if axis in split else slice(None) for axis in range(len(matrix)))]
+            found[f"by the parallel optimizer on {matrix}"] = copies.reshape(-1)[1 : self.optimizer_pieces].tolist()
         return found
 
     def whole_shape(self, part: Shape) -> Shape:
-        """Shape of the whole tensor, from that of a part.
-
-        Raises:
-            LayoutError: the part has another number of dimensions, or the whole differs from the strategy.
-        """
+        """Shape of the whole tensor, from that of a part; LayoutError if it differs from the strategy."""
         self._check_dimensions(part)
         whole = tuple(size * count for size, count in zip(part, self.pieces))
         if self.full_shape is not None and self.full_shape != whole:
@@ -115,11 +108,7 @@ class Layout:
         return whole
 
     def part_shape(self, whole: Shape) -> Shape:
-        """Shape of a part of a tensor.
-
-        Raises:
-            LayoutError: a dimension is not divisible by its parts, or the number of dimensions differs.
-        """
+        """Shape of a part of a tensor; LayoutError if a dimension is not divisible by its parts."""
         self._check_dimensions(whole)
         for dimension, (size, count) in enumerate(zip(whole, self.pieces)):
             if size % count:
@@ -131,7 +120,7 @@ class Layout:
         sizes = self.part_shape(whole)
         return tuple(slice(number * size, (number + 1) * size) for number, size in zip(self.position(rank), sizes))
 
-    def _number(self, axes: tuple[int, ...], coordinates: Shape) -> int:
+    def _number(self, axes: tuple[int, ...], coordinates: Sequence[int]) -> int:
         number = 0
         for axis in axes:
             number = number * self.device_matrix[axis] + coordinates[axis]
@@ -142,11 +131,3 @@ class Layout:
             raise LayoutError(
                 f"shape {list(shape)} has {len(shape)} dimensions, the strategy splits {len(self.tensor_map)}"
             )
-
-
-def _coordinates(rank: int, device_matrix: Shape) -> Shape:
-    found = []
-    for size in reversed(device_matrix):
-        found.append(rank % size)
-        rank //= size
-    return tuple(reversed(found))

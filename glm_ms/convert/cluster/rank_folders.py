@@ -7,7 +7,7 @@ Every file is open only while a tensor is read, so that hundreds of ranks do not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -15,37 +15,29 @@ from typing import Any, Callable, Optional
 import numpy as np
 
 from glm_ms.convert.adapter_files import plain_name
-from glm_ms.convert.mindspore_file import MindSporeFile
-from glm_ms.convert.safetensors_file import SafetensorsFile
+from glm_ms.convert.reader import open_file
 from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile, TensorInfo, described_slice
+from glm_ms.convert.writers import FILE_ENDINGS
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.integrity import MANIFEST, check_file, differing_keys, read_manifest_values
 from glm_ms.storage.run_folder import list_checkpoints
 
-_READERS: dict[str, Callable[[Path], TensorFile]] = {".ckpt": MindSporeFile, ".safetensors": SafetensorsFile}
 _FOLDER = re.compile(r"rank_(\d+)")
 _RANK_IN_NAME = re.compile(r"rank_?(\d+)", re.IGNORECASE)
 _STEP_IN_NAME = re.compile(r".+-(\d+)_(\d+)")  # MindSpore's ModelCheckpoint: prefix-EPOCH_STEP
 _LAST_NUMBER = re.compile(r".*?(\d+)")
-Step = Optional[tuple[int, int]]
+Say = Callable[[str], None]
+Step = Optional[tuple[int, int]]  # (epoch, step) in the names of files; None if there is none
 KnownFiles = Mapping[Path, Mapping[str, Any]]  # file -> its size and SHA-256 in a manifest
 
 
 @dataclass
 class RankCheckpoint:
-    """The checkpoint of one rank.
-
-    Attributes:
-        rank: number of the rank.
-        folder: its folder, or the file that the user gave.
-        files: the files of the chosen step.
-        step: (epoch, step) in their names; None if there is none.
-    """
+    """The checkpoint of one rank: its folder, or the file that the user gave, and its files."""
 
     rank: int
     folder: Path
     files: list[TensorFile]
-    step: Step
 
     def __post_init__(self) -> None:
         self._home: dict[str, tuple[TensorFile, str]] = {}
@@ -61,7 +53,7 @@ class RankCheckpoint:
     @property
     def place(self) -> Path:
         """The folder of its files."""
-        return self.files[0].path.parent if self.files else self.folder
+        return self.files[0].path.parent
 
     def names(self) -> list[str]:
         """Names of the tensors, without the prefix of adapter files, in the order of the files."""
@@ -89,18 +81,12 @@ class RankCheckpoint:
             file.release()
 
 
-def open_ranks(folder: Path, count: int, step: Step, say: Callable[[str], None]) -> list[RankCheckpoint]:
-    """Opens the checkpoints of ranks 0 to `count` - 1.
-
-    Args:
-        folder: folder with rank_0, rank_1, ...
-        count: number of ranks in the strategy.
-        step: (epoch, step) to use; None for the newest that all ranks have.
-        say: receives the step if there are several.
+def open_ranks(folder: Path, count: int, step: Step, say: Say) -> list[RankCheckpoint]:
+    """Opens the checkpoints of ranks 0 to `count` - 1 of a strategy, of `step` or of the newest that all ranks have.
 
     Raises:
         CheckpointError: a rank is missing or too many, its folder has no checkpoint of that step, a file is damaged,
-            or the name of a file has another rank than its folder.
+            or its name or header has another rank than its folder.
     """
     folders = rank_folders(folder)
     if not folders:
@@ -109,9 +95,8 @@ def open_ranks(folder: Path, count: int, step: Step, say: Callable[[str], None])
         raise CheckpointError(f"{folder}: has no folders rank_0, rank_1, ... of the {count} ranks{hint}")
     missing = [str(rank) for rank in range(count) if rank not in folders]
     extra = [str(rank) for rank in sorted(folders) if rank >= count]
-    if missing or extra:
-        problems = [f"rank {capped(missing)} missing"] if missing else []
-        problems += [f"rank {capped(extra)} too many"] if extra else []
+    problems = [f"rank {capped(ranks)} {what}" for ranks, what in ((missing, "missing"), (extra, "too many")) if ranks]
+    if problems:
         raise CheckpointError(
             f"{folder}: the strategy describes {count} ranks, the folder has {len(folders)} (rank_N): "
             f"{'; '.join(problems)}. Bring the folders of all ranks together, and give the strategy of all pipeline "
@@ -119,38 +104,40 @@ def open_ranks(folder: Path, count: int, step: Step, say: Callable[[str], None])
         )
     by_step = [_files_by_step(folders[rank]) for rank in range(count)]
     chosen = _choose_step(folder, by_step, step, say)
-    files = [steps[chosen] for steps in by_step]
-    _check_numbers_in_names(files)
-    ranks = [RankCheckpoint(rank, folders[rank], list(_open(files[rank])), chosen) for rank in range(count)]
-    for rank in ranks:
-        _check_headers(rank, count)
+    _check_numbers_in_names([steps[chosen] for steps in by_step])
+    ranks = [RankCheckpoint(number, folders[number], _opened(files[chosen])) for number, files in enumerate(by_step)]
+    for checkpoint in ranks:
+        expected = str(checkpoint.rank), str(count)
+        for file in checkpoint.files:
+            rank, total = file.metadata.get(RANK, expected[0]), file.metadata.get(RANKS, expected[1])
+            if (rank, total) != expected:
+                raise CheckpointError(
+                    f"{file.path}: the slice of rank {rank} of {total}, but it is in {checkpoint.folder.name} of "
+                    f"{count} ranks; files were swapped, or are of another run"
+                )
     return ranks
 
 
-def open_whole(path: Path, step: Step, say: Callable[[str], None]) -> RankCheckpoint:
+def open_whole(path: Path, step: Step, say: Say) -> RankCheckpoint:
     """Opens a whole checkpoint: a file, a folder with its files, or a folder with rank_0 alone.
 
     Raises:
         CheckpointError: there is no checkpoint, or there are several ranks.
     """
     if path.is_file():
-        if path.suffix not in _READERS:
-            raise CheckpointError(f"{path}: must end in {' or '.join(_READERS)}")
-        return _whole(path, [path], None)
-    folders = rank_folders(path) if path.is_dir() else {}
-    if len(folders) > 1:
-        raise CheckpointError(
-            f"{path}: has {len(folders)} ranks; give their --src_ckpt_strategy, or one folder such as "
-            f"{path / 'rank_0'} if every rank has the whole checkpoint"
-        )
-    folder = next(iter(folders.values()), path)
-    by_step = _files_by_step(folder)
-    chosen = _choose_step(folder, [by_step], step, say)
-    return _whole(folder, by_step[chosen], chosen)
-
-
-def _whole(path: Path, files: list[Path], step: Step) -> RankCheckpoint:
-    checkpoint = RankCheckpoint(0, path, list(_open(files)), step)
+        if path.suffix not in FILE_ENDINGS:
+            raise CheckpointError(f"{path}: must end in {' or '.join(FILE_ENDINGS)}")
+        checkpoint = RankCheckpoint(0, path, _opened([path]))
+    else:
+        folders = rank_folders(path) if path.is_dir() else {}
+        if len(folders) > 1:
+            raise CheckpointError(
+                f"{path}: has {len(folders)} ranks; give their --src_ckpt_strategy, or one folder such as "
+                f"{path / 'rank_0'} if every rank has the whole checkpoint"
+            )
+        folder = next(iter(folders.values()), path)
+        by_step = _files_by_step(folder)
+        checkpoint = RankCheckpoint(0, folder, _opened(by_step[_choose_step(folder, [by_step], step, say)]))
     for file in checkpoint.files:
         if described_slice(file):
             raise CheckpointError(
@@ -160,15 +147,8 @@ def _whole(path: Path, files: list[Path], step: Step) -> RankCheckpoint:
     return checkpoint
 
 
-def _check_headers(rank: RankCheckpoint, count: int) -> None:
-    """Compares the ranks in headers with the folders."""
-    for file in rank.files:
-        stated = file.metadata.get(RANK, str(rank.rank)), file.metadata.get(RANKS, str(count))
-        if stated != (str(rank.rank), str(count)):
-            raise CheckpointError(
-                f"{file.path}: the slice of rank {stated[0]} of {stated[1]}, but it is in {rank.folder.name} of "
-                f"{count} ranks; files were swapped, or are of another run"
-            )
+def _opened(paths: list[Path]) -> list[TensorFile]:
+    return [open_file(path) for path in paths]
 
 
 def rank_folders(folder: Path) -> dict[int, Path]:
@@ -184,12 +164,11 @@ def rank_folders(folder: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for item in sorted(folder.iterdir()):
         match = _FOLDER.fullmatch(item.name)
-        if match is None or not item.is_dir():
-            continue
-        rank = int(match.group(1))
-        if rank in found:
-            raise CheckpointError(f"{folder}: both {found[rank].name} and {item.name} are of rank {rank}")
-        found[rank] = item
+        if match and item.is_dir():
+            rank = int(match.group(1))
+            if rank in found:
+                raise CheckpointError(f"{folder}: both {found[rank].name} and {item.name} are of rank {rank}")
+            found[rank] = item
     return found
 
 
@@ -198,17 +177,17 @@ def _files_by_step(folder: Path) -> dict[Step, list[Path]]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such file or folder")
     for step, inside in list_checkpoints(folder):  # of a sharded run
-        steps[(0, step)] = sorted(file for file in inside.iterdir() if file.suffix in _READERS)
+        steps[(0, step)] = sorted(file for file in inside.iterdir() if file.suffix in FILE_ENDINGS)
         if not steps[(0, step)]:
-            raise CheckpointError(f"{inside}: has no tensors ({' or '.join(_READERS)}); remove it")
+            raise CheckpointError(f"{inside}: has no tensors ({' or '.join(FILE_ENDINGS)}); remove it")
     if steps:
         return steps
     for file in sorted(folder.iterdir()):
-        if file.suffix in _READERS and file.is_file() and not file.name.startswith("."):
+        if file.suffix in FILE_ENDINGS and file.is_file() and not file.name.startswith("."):
             match = _STEP_IN_NAME.fullmatch(file.stem)
             steps.setdefault((int(match.group(1)), int(match.group(2))) if match else None, []).append(file)
     if not steps:
-        raise CheckpointError(f"{folder}: has no checkpoint ({' or '.join(_READERS)})")
+        raise CheckpointError(f"{folder}: has no checkpoint ({' or '.join(FILE_ENDINGS)})")
     if None in steps and len(steps) > 1:
         raise CheckpointError(
             f"{folder}: {steps[None][0].name} names no step, others do; leave the files of one checkpoint there"
@@ -216,25 +195,24 @@ def _files_by_step(folder: Path) -> dict[Step, list[Path]]:
     return steps
 
 
-def _choose_step(folder: Path, by_step: list[dict[Step, list[Path]]], wanted: Step, say: Callable[[str], None]) -> Step:
+def _choose_step(folder: Path, by_step: list[dict[Step, list[Path]]], wanted: Step, say: Say) -> Step:
     """The wanted step, or the newest that every rank has."""
-    common = set(by_step[0]).intersection(*by_step[1:])
+    common = sorted(set(by_step[0]).intersection(*by_step[1:]), key=_order)
     if wanted is not None:
         absent = [str(rank) for rank, steps in enumerate(by_step) if wanted not in steps]
         if absent:
             raise CheckpointError(
                 f"{folder}: rank {capped(absent)} has no checkpoint of step {_text(wanted)}; "
-                f"all ranks have {capped(sorted(map(_text, common))) or 'none in common'}"
+                f"all ranks have {capped([_text(step) for step in common]) or 'none in common'}"
             )
         return wanted
     if not common:
         newest = [f"rank {rank}: {_text(max(steps, key=_order))}" for rank, steps in enumerate(by_step)]
         raise CheckpointError(f"{folder}: the ranks have no step in common; newest are {capped(newest)}")
-    chosen = max(common, key=_order)
     everything = {step for steps in by_step for step in steps}
     if len(everything) > 1:
-        say(f"using step {_text(chosen)}, the newest that all ranks have, of {len(everything)} steps found")
-    return chosen
+        say(f"using step {_text(common[-1])}, the newest that all ranks have, of {len(everything)} steps found")
+    return common[-1]
 
 
 def _order(step: Step) -> tuple[int, int]:
@@ -249,13 +227,8 @@ def _text(step: Step) -> str:
 
 def _check_numbers_in_names(files: list[list[Path]]) -> None:
     """Compares the ranks in file names with the folders, which may have been swapped."""
-    named = [
-        (rank, path, int(match.group(1)))
-        for rank, paths in enumerate(files)
-        for path in paths
-        for match in [_RANK_IN_NAME.search(path.stem)]
-        if match
-    ]
+    matches = [(rank, path, _RANK_IN_NAME.search(path.stem)) for rank, paths in enumerate(files) for path in paths]
+    named = [(rank, path, int(match.group(1))) for rank, path, match in matches if match]
     if len({number for _, _, number in named}) > 1:  # the same number everywhere has another meaning: lora_rank_8
         for rank, path, number in named:
             if number != rank:
@@ -267,19 +240,11 @@ def _check_numbers_in_names(files: list[list[Path]]) -> None:
     numbers = [int(match.group(1)) if match else -1 for match in ends]
     if sorted(numbers) == list(range(len(files))) and len(files) > 1:
         for rank, number in enumerate(numbers):
+            path = files[rank][0]
             if number != rank:
                 raise CheckpointError(
-                    f"{files[rank][0]}: its name ends in {number}, but it is in {files[rank][0].parent.name}; "
-                    "the files were swapped"
+                    f"{path}: its name ends in {number}, but it is in {path.parent.name}; the files were swapped"
                 )
-
-
-def _open(paths: list[Path]) -> Iterator[TensorFile]:
-    for path in paths:
-        try:
-            yield _READERS[path.suffix](path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_rank_manifests(folders: Iterable[Path]) -> KnownFiles:
@@ -290,28 +255,23 @@ def read_rank_manifests(folders: Iterable[Path]) -> KnownFiles:
     """
     known: dict[Path, Mapping[str, Any]] = {}
     first: tuple[Path, dict[str, Any]] | None = None
-    for folder in folders:
-        if not (folder / MANIFEST).is_file():
+    for path in (folder / MANIFEST for folder in folders):
+        if not path.is_file():
             continue
-        values = read_manifest_values(folder)
+        values = read_manifest_values(path.parent)
         position = {"step": values.get("step"), **(values.get("position") or {})}
-        first = first or (folder, position)
+        first = first or (path, position)
         keys = differing_keys(first[1], position)
         if keys:
             raise CheckpointError(
-                f"{folder / MANIFEST}: differs from {first[0] / MANIFEST} in {', '.join(keys)}; the slices are of "
-                "different runs"
+                f"{path}: differs from {first[0]} in {', '.join(keys)}; the slices are of different runs"
             )
-        known.update((folder / name, of_file) for name, of_file in values["files"].items())
+        known.update((path.with_name(name), of_file) for name, of_file in values["files"].items())
     return known
 
 
 def check_rank_file(path: Path, known: KnownFiles) -> None:
-    """Compares a file with its manifest, if there is one.
-
-    Raises:
-        CheckpointError: the file is damaged, or was added later.
-    """
+    """Raises CheckpointError if a file differs from its manifest, or was added later; some have no manifest."""
     if path in known:
         check_file(path, known[path])
     elif (path.parent / MANIFEST).is_file():

@@ -6,7 +6,7 @@ be equal bit for bit, and the ranks must be of one step. Needs memory for the la
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -15,9 +15,11 @@ import numpy as np
 
 from glm_ms.convert.adapter_files import adapter_files_of, common_companions
 from glm_ms.convert.cluster.layout import Layout
+from glm_ms.convert.cluster.placement import FORMATS, Placement
 from glm_ms.convert.cluster.rank_folders import (
     KnownFiles,
     RankCheckpoint,
+    Say,
     Step,
     check_rank_file,
     open_ranks,
@@ -25,9 +27,8 @@ from glm_ms.convert.cluster.rank_folders import (
     rank_folders,
     read_rank_manifests,
 )
-from glm_ms.convert.cluster.rank_writer import FORMATS, Placement, RankWriter
-from glm_ms.convert.cluster.strategy_file import Strategy, read_strategy
-from glm_ms.convert.cluster.tensor_plan import Say, TensorPlan, plan_tensors
+from glm_ms.convert.cluster.strategy_file import read_strategy
+from glm_ms.convert.cluster.tensor_plan import TensorPlan, plan_tensors
 from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.names import is_training_state
 from glm_ms.convert.tensor_file import TensorInfo
@@ -45,10 +46,8 @@ class Resharding:
     """A transformation that passed all checks of names, shapes and types; `run` executes it.
 
     Attributes:
-        source: the ranks to read.
         output: folder to create.
         placement: its files.
-        tensors: plans of the tensors to write.
         companions: file name -> content of files that describe the tensors, for the output.
         known: size and SHA-256 of the files of the source, from manifests.
         verify: compare all copies of a slice, and every file with its manifest.
@@ -80,9 +79,8 @@ class Resharding:
     def run(self, on_bytes: Callable[[int], None] = lambda size: None) -> None:
         """Checks the files, then reads, checks and writes the tensors one by one.
 
-        Args:
-            on_bytes: called with the bytes of each file (`checked_bytes` in all) and of each whole tensor
-                (`total_bytes` in all) that is done.
+        Calls `on_bytes` with the bytes of each file (`checked_bytes` in all) and of each whole tensor (`total_bytes` in
+        all) that is done.
 
         Raises:
             CheckpointError: copies of a slice differ, a file is damaged or cannot be read, or the output cannot be
@@ -99,15 +97,20 @@ class Resharding:
         joiner = _Joiner(self.verify)
         with atomic_output(self.output, folder=True, overwrite=_is_empty(self.output)) as work:
             check_space(work, self.output, needed)
-            writer = RankWriter(work, self.placement, announced)
+            for rank, tensors in enumerate(announced):
+                self.placement.create(work, rank, tensors)
             for plan in self.tensors:
-                _write(writer, plan, joiner.join(plan))
+                self._write(work, plan, joiner.join(plan))
                 on_bytes(plan.whole.nbytes)
             joiner.finish()
-            writer.finish()
             for name, content in self.companions.items():
                 for file in self.placement.companion_files(name):
                     (work / file).write_bytes(content)
+
+    def _write(self, work: Path, plan: TensorPlan, whole: np.ndarray) -> None:
+        for target in plan.targets:
+            part = whole if target.info == plan.whole else np.ascontiguousarray(whole[target.region])
+            self.placement.append(work, target.rank, plan.name, target.info, part)
 
 
 class _Joiner:
@@ -115,6 +118,7 @@ class _Joiner:
 
     def __init__(self, verify: bool) -> None:
         self._verify = verify
+        # Descriptions of splits: equal parts seen so far, with a tensor and two ranks; and those with different parts.
         self._alike: dict[str, tuple[str, RankCheckpoint, RankCheckpoint]] = {}
         self._distinct: set[str] = set()
 
@@ -208,52 +212,46 @@ def plan_resharding(
             f"{src_ckpt_dir}: nothing to do without a strategy; give --src_ckpt_strategy to merge, "
             "--dst_ckpt_strategy to split, or both"
         )
-    output = _output_folder(Path(dst_ckpt_dir), prefix)
-    src = read_strategy(src_strategy) if src_strategy is not None else None
-    dst = read_strategy(dst_strategy) if dst_strategy is not None else None
-    path = _source_folder(Path(src_ckpt_dir), whole=src is None)
-    source = [open_whole(path, step, say)] if src is None else open_ranks(path, src.ranks, step, say)
-    known = read_rank_manifests(rank.place for rank in source)
-    companions = common_companions({rank.rank: rank.place for rank in source})
-    placement = _placement(source, companions, dst, prefix, kind, say)
-    tensors = plan_tensors(source, src, dst, say, partial, weights_only)
-    unreadable = [plan for plan in tensors if plan.whole.dtype not in DTYPES]
-    if unreadable:
-        plan = unreadable[0]
-        raise CheckpointError(f"{plan.holders[0].file(plan.name)}: {plan.name}: type {plan.whole.dtype} cannot be read")
-    return Resharding(source, output, placement, tensors, companions, known, verify)
-
-
-def _output_folder(output: Path, prefix: str) -> Path:
-    """Checks that the output folder can be created and that files can have these names."""
     if not prefix or Path(prefix).name != prefix:
         raise CheckpointError(f"--prefix {prefix!r}: must be the start of a file name, such as checkpoint_")
+    if kind is not None and kind not in FORMATS:
+        raise CheckpointError(f"--format {kind!r}: must be {' or '.join(FORMATS)}")
+    output = Path(dst_ckpt_dir)
     if output.is_dir() and not _is_empty(output):
         raise CheckpointError(f"{output}: exists already and is not empty; choose another folder or remove it")
     check_target(output, folder=True, overwrite=_is_empty(output))
-    return output
+    src = read_strategy(src_strategy) if src_strategy is not None else None
+    dst = read_strategy(dst_strategy) if dst_strategy is not None else None
+    path = Path(src_ckpt_dir)
+    if path.is_dir() and not rank_folders(path):  # the output folder of a run: its slices, or its newest checkpoint
+        path = path / SLICES if src is not None and (path / SLICES).is_dir() else resolve_checkpoint(path)
+    source = [open_whole(path, step, say)] if src is None else open_ranks(path, src.ranks, step, say)
+    known = read_rank_manifests(rank.place for rank in source)
+    companions = common_companions(rank.place for rank in source)
+    if dst is None:
+        placement = _placement_of_merged(source, companions, prefix, kind, say)
+    else:
+        placement = Placement(prefix, kind or _kind_of(source), dst.ranks)
+    tensors = plan_tensors(source, src, dst, say, partial, weights_only)
+    for plan in tensors:
+        if plan.whole.dtype not in DTYPES:
+            file = plan.holders[0].file(plan.name)
+            raise CheckpointError(f"{file}: {plan.name}: type {plan.whole.dtype} cannot be read")
+    return Resharding(source, output, placement, tensors, companions, known, verify)
 
 
-def _placement(
-    source: list[RankCheckpoint],
-    companions: Mapping[str, bytes],
-    dst: Strategy | None,
-    prefix: str,
-    kind: str | None,
-    say: Say,
+def _placement_of_merged(
+    source: list[RankCheckpoint], companions: Collection[str], prefix: str, kind: str | None, say: Say
 ) -> Placement:
-    """The files of the output: those of an adapter if the source is one and is merged."""
-    if kind is not None and kind not in FORMATS:
-        raise CheckpointError(f"--format {kind!r}: must be {' or '.join(FORMATS)}")
+    """One checkpoint, or the files of an adapter if the source is one."""
     weights = {name for rank in source for name in rank.names() if not is_training_state(name)}
     adapter = adapter_files_of(weights)
-    if dst is not None or adapter is None:
-        return Placement(prefix, kind or _kind_of(source), dst.ranks if dst else 1)
-    if adapter.config not in companions:
-        say(
-            f"{source[0].place}: an adapter without {adapter.config}: only its tensors are written; to load them, "
-            "first copy that file from its training there"
-        )
+    if adapter is None or adapter.config not in companions:
+        if adapter is not None:
+            say(
+                f"{source[0].place}: an adapter without {adapter.config}: only its tensors are written; to load them, "
+                "first copy that file from its training there"
+            )
         return Placement(prefix, kind or _kind_of(source), 1)
     if kind == "ckpt":
         raise CheckpointError(
@@ -263,24 +261,11 @@ def _placement(
     return Placement(prefix, "safetensors", 1, adapter)
 
 
-def _source_folder(path: Path, whole: bool) -> Path:
-    """The folder of the ranks; for the output folder of a run its slices, or its newest checkpoint."""
-    if path.is_dir() and not rank_folders(path):
-        return path / SLICES if not whole and (path / SLICES).is_dir() else resolve_checkpoint(path)
-    return path
-
-
 def _kind_of(source: list[RankCheckpoint]) -> str:
     kinds = sorted({file.path.suffix[1:] for rank in source for file in rank.files})
     if len(kinds) > 1:
         raise CheckpointError(f"{source[0].folder}: has files of both formats; choose that of the output with --format")
     return kinds[0]
-
-
-def _write(writer: RankWriter, plan: TensorPlan, whole: np.ndarray) -> None:
-    for target in plan.targets:
-        part = whole if target.info == plan.whole else np.ascontiguousarray(whole[target.region])
-        writer.append(target.rank, plan.name, part)
 
 
 def _same_bits(left: np.ndarray, right: np.ndarray) -> bool:
