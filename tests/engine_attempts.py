@@ -16,7 +16,7 @@ from engine_helpers import REPOSITORY, environment_of_a_user
 SLOW_RUN = """
 import runpy, sys, time
 from glm_ms.engine.callbacks import UpdateCallback
-from glm_ms.engine.checkpoints import parameters_file
+from glm_ms.engine.checkpoints import checkpoints
 from glm_ms.peft import adapter
 
 def slow(path, shapes, dtype, arrays, metadata):
@@ -24,8 +24,8 @@ def slow(path, shapes, dtype, arrays, metadata):
     pause = {file_seconds} / len(shapes) if whole else 0
     write(path, shapes, dtype, (time.sleep(pause) or array for array in arrays), metadata)
 
-write = parameters_file.write_safetensors
-for module in (parameters_file, adapter):
+write = checkpoints.write_safetensors
+for module in (checkpoints, adapter):
     module.write_safetensors = slow
 end = UpdateCallback.on_train_step_end
 UpdateCallback.on_train_step_end = lambda *arguments: time.sleep({step_seconds}) or end(*arguments)

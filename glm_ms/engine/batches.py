@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,16 +33,77 @@ class TrainingRows(Protocol):
         """One line for the user."""
 
 
+class DatasetRows:
+    """The rows of a MindSpore data set that a caller hands to `train`, in memory, in the order in which it yields them.
+
+    Args:
+        dataset: batches [B, S] or rows [S] of integers: `input_ids` and `labels` (-100 where a token carries no loss),
+            and optionally `attention_mask` (default: nothing is padding) and `position_ids` (default: counted from the
+            mask).
+
+    Attributes:
+        batch_size: rows of its batches.
+        sha256: of all rows.
+
+    Raises:
+        DataError: a column is missing, or rows are not integers of one length.
+    """
+
+    def __init__(self, dataset: ds.Dataset) -> None:
+        names = dataset.get_col_names()
+        missing = [name for name in ("input_ids", "labels") if name not in names]
+        if missing:
+            raise DataError(f"train_dataset: has no column {missing[0]}; its columns are {', '.join(names)}")
+        found = [name for name in COLUMNS if name in names]
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in found}
+        for item in dataset.create_dict_iterator(num_epochs=1, output_numpy=True):
+            for name in found:
+                parts[name].append(np.atleast_2d(item[name]))
+        if not parts["input_ids"]:
+            raise DataError("train_dataset: has no rows")
+        self.batch_size = len(parts["input_ids"][0])
+        self._columns = columns = {name: _joined(name, arrays) for name, arrays in parts.items()}
+        shape = columns["input_ids"].shape
+        columns.setdefault("attention_mask", np.ones(shape, np.int32))
+        mask = columns["attention_mask"]
+        columns.setdefault("position_ids", (np.maximum(np.cumsum(mask, 1) - 1, 0) * mask).astype(np.int32))
+        for name, values in columns.items():
+            if values.shape != shape:
+                raise DataError(f"train_dataset: {name} has shape {values.shape}, input_ids {shape}")
+        self.seq_length = shape[1]
+        digest = hashlib.sha256()
+        for name in COLUMNS:
+            digest.update(columns[name].tobytes())
+        self.sha256 = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._columns["input_ids"])
+
+    def __getitem__(self, index: int) -> Row:
+        """int32 [seq_length] of each of COLUMNS."""
+        return {name: self._columns[name][index] for name in COLUMNS}
+
+    def describe(self) -> str:
+        return f"train_dataset: {len(self)} rows of {self.seq_length} tokens, read into memory"
+
+
+def _joined(name: str, arrays: list[np.ndarray]) -> np.ndarray:
+    lengths = sorted({array.shape[-1] for array in arrays})
+    if len(lengths) > 1 or arrays[0].ndim != 2 or not np.issubdtype(arrays[0].dtype, np.integer):
+        raise DataError(
+            f"train_dataset: {name}: expected rows of integers of one length, found {arrays[0].dtype} of {lengths}"
+        )
+    return np.concatenate(arrays).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """How many steps a run has and which rows each step takes.
 
     A step is one update: `accumulation_steps` micro batches of `batch_size` rows on each of `num_ranks` ranks.
 
-    Args:
+    Attributes:
         num_rows: rows of the data set.
-        batch_size, accumulation_steps, num_ranks: rows of a step.
-        epochs: passes over the rows.
         max_steps: at most so many steps, None for all.
         seed, shuffle: order of each epoch, see `epoch_order`.
         drop_remainder: leave out the rows of an epoch that do not fill a step; otherwise the last step is
@@ -77,9 +139,8 @@ class TrainingPlan:
     @property
     def steps_per_epoch(self) -> int:
         """Updates of one pass over the rows."""
-        if self.drop_remainder:
-            return self.num_rows // self.rows_per_step
-        return -(-self.num_rows // self.rows_per_step)
+        filled_up = 0 if self.drop_remainder else self.rows_per_step - 1
+        return (self.num_rows + filled_up) // self.rows_per_step
 
     @property
     def total_steps(self) -> int:
@@ -156,9 +217,7 @@ def training_batches(
     """The micro batches of one rank from `start_step` to the end of the run, as a MindSpore data set.
 
     The whole run is one pass of this data set: the order contains the epochs, so that a run can resume at any step.
-
-    Returns:
-        batches of TRAINING_COLUMNS, int32 [batch_size, seq_length] each, the seeds int32 [batch_size].
+    Columns are TRAINING_COLUMNS: int32 [batch_size, seq_length] each, the seeds int32 [batch_size].
     """
     data = ds.GeneratorDataset(
         _Rows(rows, plan, start_step, rank),

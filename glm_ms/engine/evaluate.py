@@ -14,8 +14,8 @@ import numpy as np
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.rows import IGNORED, Row
 from glm_ms.engine.batches import COLUMNS
-from glm_ms.engine.from_settings import labelled_rows, prompts_with_references
-from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options
+from glm_ms.engine.from_settings import generation_options, labelled_rows, prompts_with_references
+from glm_ms.engine.predict import answer_text, check_prompt_lengths
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.engine.report.progress import progress_bar
 from glm_ms.generation import GLMForCausalLM
@@ -61,11 +61,7 @@ class Evaluator:
     The ranks of a parallel run take the batches in turn. Batches and calls are those of a single process, and so are
     the scores and the predictions, which the first rank writes into the output folder.
 
-    Args:
-        settings: `eval_dataset`, `metric`, `generation`.
-        tokenizer: of the records.
-        say: takes lines for the user, once.
-        leave: full progress bars stay visible.
+    `say` takes lines for the user, once; with `leave` full progress bars stay visible.
 
     Raises:
         DataError: no usable record, or rows longer than the network.
@@ -73,16 +69,12 @@ class Evaluator:
     """
 
     def __init__(self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool = True) -> None:
-        records, vocabulary = (
-            settings.eval_dataset.data_loader.dataset_dir,
-            settings.processor.tokenizer.vocab_file,
-        )
+        records, vocabulary = settings.eval_dataset.data_loader.dataset_dir, settings.processor.tokenizer.vocab_file
+        self._ranks, self._names = ranks_of(settings), settings.metric.type
         hashes = {"eval_dataset": file_sha256(Path(records)), "vocab_file": file_sha256(Path(vocabulary))}
-        self._ranks = ranks_of(settings)
         self._ranks.agree("SHA-256 of files", hashes)
         kinds: dict[str, Callable[..., _Pass]] = {TEXT: _TextPass, LOSS: _LossPass}
-        inputs = dict.fromkeys(METRICS[name].input for name in settings.metric.type)
-        self._names = settings.metric.type
+        inputs = dict.fromkeys(METRICS[name].input for name in self._names)
         self._passes = [kinds[kind](settings, tokenizer, say, leave) for kind in inputs]
 
     def __call__(self, model: GLMForCausalLM) -> dict[str, Any]:
@@ -142,7 +134,7 @@ class _TextPass(_Pass):
         records = prompts_with_references(data, tokenizer, settings.generation)
         say(records.describe())
         options = generation_options(settings, tokenizer, say)
-        stop = list(options["eos_token_id"]) + [tokenizer.get_command(token) for token in records.stop_tokens]
+        stop = options["eos_token_id"] + [tokenizer.get_command(token) for token in records.stop_tokens]
         # One text per reference.
         self._options = {**options, "eos_token_id": stop, "num_return_sequences": 1}
         prompts = [records[i]["input_ids"] for i in range(len(records))]

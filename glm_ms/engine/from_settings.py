@@ -1,8 +1,10 @@
-"""The tokenizer and the data sets that the settings name."""
+"""Tokenizer, data sets and options of generation from the settings."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from glm_ms.data.cache import CacheRequest
 from glm_ms.data.datasets import EvalDataset, TrainDataset
@@ -17,12 +19,7 @@ def labelled_rows(
     tokenizer: SentencePieceTokenizer,
     say: Callable[[str], None] | None = None,
 ) -> TrainDataset:
-    """The rows with labels of a section, cached on disk if it has a `cache_dir`.
-
-    Args:
-        data: the section.
-        tokenizer: of the records.
-        say: takes a line for the user about the cache.
+    """The rows with labels of a section, cached on disk if it has a `cache_dir`; `say` takes a line about the cache.
 
     Raises:
         DataError: the records or the keys cannot be used.
@@ -52,3 +49,21 @@ def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
     """The tokenizer of `processor.tokenizer`."""
     chosen = settings.processor.tokenizer
     return family_of(chosen.type).tokenizer(chosen.vocab_file)
+
+
+def generation_options(
+    settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Keyword arguments of `GLMForCausalLM.generate`. An answer ends at the tokenizer's stop ids.
+
+    Options without effect are left out with a line to the user: a YAML may have `top_p` beside `do_sample: False`.
+    """
+    options = dataclasses.asdict(settings.generation)
+    for condition, applies, names in (
+        ("do_sample: True", options["do_sample"], ("temperature", "top_k", "top_p")),
+        ("num_beams > 1", options["num_beams"] > 1, ("length_penalty", "early_stopping")),
+    ):
+        unused = [] if applies else [n for n in names if options.pop(n) != getattr(GenerationSettings(), n)]
+        if unused:
+            say(f"generation.{', generation.'.join(unused)}: no effect without generation.{condition}")
+    return {**options, "eos_token_id": list(tokenizer.stop_token_ids), "seed": settings.seed}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from glm_ms.engine.generate import answer_text, check_prompt_lengths, generation_options, known_ids
+import numpy as np
+
+from glm_ms.engine.from_settings import generation_options
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
@@ -19,6 +21,7 @@ from glm_ms.storage.readers import decode_text, parse_json, read_text
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
 
 RESULTS_FILE = "predict_results.jsonl"
+Say = Callable[[str], None]
 _PROMPT_KEYS = ("prompt", "content", "query", "text")
 
 
@@ -32,10 +35,8 @@ class Prediction(NamedTuple):
 def read_prompts(predict_data: str) -> list[str]:
     """Prompts of `--predict_data`.
 
-    Args:
-        predict_data: `-` for standard input (a prompt a line), a path ending in .txt (a prompt a line) or
-            .jsonl (an object a line with `prompt`, `content`, `query` or `text`, or a string a line), else
-            the prompt itself.
+    It is `-` for standard input (a prompt a line), a path ending in .txt (a prompt a line) or .jsonl (an object a line
+    with `prompt`, `content`, `query` or `text`, or a string a line), else the prompt itself.
 
     Raises:
         DataError: a file is missing, empty or broken; the message has file and line.
@@ -62,11 +63,7 @@ def read_prompts(predict_data: str) -> list[str]:
 
 
 def predict(
-    settings: Settings,
-    model: GLMForCausalLM,
-    tokenizer: SentencePieceTokenizer,
-    show: Callable[[str], None],
-    say: Callable[[str], None],
+    settings: Settings, model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, show: Say, say: Say
 ) -> list[Prediction]:
     """Answers every prompt and writes `predict_results.jsonl` into the output folder.
 
@@ -75,8 +72,6 @@ def predict(
     batches and answers of a single process; the first rank shows and writes.
 
     Args:
-        settings: the run.
-        model, tokenizer: network and vocabulary.
         show: takes pieces of text for the user, line breaks included.
         say: takes notes.
 
@@ -119,6 +114,42 @@ def predict(
     return results
 
 
+def check_prompt_lengths(prompts: Sequence[Sequence[int]], options: Mapping[str, Any], seq_length: int) -> None:
+    """Checks all prompts before the first answer: one that is too long must not cost the answers to the others.
+
+    Raises:
+        DataError: a prompt is too long.
+    """
+    longest, max_new_tokens = options["max_length"], options["max_new_tokens"]
+    for number, prompt in enumerate(prompts, 1):
+        if longest is not None and len(prompt) >= longest:
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens, which leaves no room for an answer within "
+                f"generation.max_length = {longest}; shorten it, or raise generation.max_length"
+            )
+        if len(prompt) + max_new_tokens > seq_length and (longest is None or longest > seq_length):
+            raise DataError(
+                f"prompt {number} has {len(prompt)} tokens; with generation.max_new_tokens = {max_new_tokens} that "
+                f"exceeds model.model_config.seq_length = {seq_length}; shorten it, lower the one or raise the other"
+            )
+
+
+def _known_ids(tokenizer: SentencePieceTokenizer, ids: Sequence[int] | np.ndarray) -> list[int]:
+    """Ids that the tokenizer has. The network may have more: an untrained one generates such padding ids too."""
+    return [int(token) for token in ids if token < tokenizer.vocab_size]
+
+
+def answer_text(tokenizer: SentencePieceTokenizer, ids: Sequence[int], stop_ids: Sequence[int] | None = None) -> str:
+    """Generated ids as text, without the stop id at the end and surrounding white space.
+
+    `stop_ids` are those that ended generation; None: those of the tokenizer.
+    """
+    ids = _known_ids(tokenizer, ids)
+    if ids and ids[-1] in (tokenizer.stop_token_ids if stop_ids is None else stop_ids):
+        ids.pop()
+    return tokenizer.decode(ids).strip()
+
+
 def _prompt_ids(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
     if tokenizer.is_template(text.lstrip()):
         return tokenizer.encode_template(text.lstrip())
@@ -126,18 +157,14 @@ def _prompt_ids(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
 
 
 def _stream(
-    model: GLMForCausalLM,
-    tokenizer: SentencePieceTokenizer,
-    prompt: list[int],
-    options: dict,
-    show: Callable[[str], None],
+    model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, prompt: list[int], options: dict, show: Say
 ) -> str:
     decoder = IncrementalDecoder(tokenizer)
     text = ""
     for tokens in model.stream(prompt, **options):
         if int(tokens[0]) in options["eos_token_id"]:
             break
-        piece = "".join(decoder.push(token) for token in known_ids(tokenizer, list(map(int, tokens))))
+        piece = "".join(decoder.push(token) for token in _known_ids(tokenizer, tokens))
         if not text:
             piece = piece.lstrip()
         text += piece

@@ -10,24 +10,25 @@ from pathlib import Path
 from mindformers import Trainer
 from mindspore.train.callback import Callback, LambdaCallback
 
-from glm_ms.engine.batches import TrainingPlan, TrainingRows, training_batches
-from glm_ms.engine.callbacks import UpdateCallback
-from glm_ms.engine.checkpoints.best import BestEvaluation
-from glm_ms.engine.checkpoints.position import position_state
-from glm_ms.engine.checkpoints.resume import check_base_stays, check_checkpoint, remark_on_versions, set_aside
-from glm_ms.engine.dataset_rows import DatasetRows
+from glm_ms.engine.batches import DatasetRows, TrainingPlan, TrainingRows, training_batches
+from glm_ms.engine.callbacks import TrainingRun, UpdateCallback
+from glm_ms.engine.checkpoints.checkpoints import BestEvaluation
+from glm_ms.engine.checkpoints.resume import (
+    check_base_stays,
+    check_checkpoint,
+    position_state,
+    remark_on_versions,
+    set_aside,
+)
 from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.from_settings import labelled_rows
-from glm_ms.engine.milestones import Milestones
 from glm_ms.engine.mindformers_internals import log_to_folder
 from glm_ms.engine.process import hidden_stdout
 from glm_ms.engine.ranks import Ranks, ranks_of
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.step.sharding import ShardedTraining
-from glm_ms.engine.step.trainer import register_classes
 from glm_ms.engine.step.trainer_config import mindformers_config
-from glm_ms.engine.step.training import Training
-from glm_ms.engine.training_run import TrainingRun
+from glm_ms.engine.step.training import Training, register_classes
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import is_sharded
@@ -45,7 +46,7 @@ class Given:
 
     Attributes:
         model: trained itself; it has its weights and adapter.
-        rows: training rows, in place of the file of `train_dataset`.
+        rows: in place of the file of `train_dataset`.
         callbacks: called after ours.
     """
 
@@ -57,16 +58,9 @@ class Given:
 def train(
     settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, given: Given | None = None
 ) -> StepRecord | None:
-    """Trains a network as the settings say, through the MindFormers Trainer.
+    """Trains a network as the settings say, through the MindFormers Trainer; `say` takes lines for the user.
 
-    Args:
-        settings: a checked configuration.
-        tokenizer: of the records.
-        say: takes lines for the user.
-        given: objects of the caller.
-
-    Returns:
-        The record of the last update; None if a resumed run had nothing left to do.
+    Returns the record of the last update; None if a resumed run had nothing left to do.
 
     Raises:
         CheckpointError, DataError, SettingsError: weights, records or settings that cannot be used.
@@ -122,15 +116,14 @@ def prepare(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ran
 def begin_output(run: TrainingRun) -> BestEvaluation:
     """Prepares the output folder, after every check has passed: moves an earlier run aside, writes the settings."""
     known = None if run.manifest is None else run.manifest.best
-    best = BestEvaluation(run.output_dir, run.settings.checkpoint.best_metric if run.ranks.first else None, known)
+    metric = run.settings.checkpoint.best_metric if run.ranks.first else None
+    best = BestEvaluation(run.output_dir, metric, known, run.say)
     own = run.training.checkpoints.folder
     if run.ranks.first:
         aside = set_aside(run.output_dir, run.checkpoint)
         if aside is not None:
             run.say(f"the files of an earlier run in {run.output_dir} have been moved to {aside}")
         replace_text(run.output_dir / SETTINGS_FILE, run.settings.to_yaml())
-        if best.dropped:
-            run.say(f"the best evaluation of the checkpoint is ignored: {best.dropped}")
         if run.manifest is not None:
             best.write()
     if own != run.output_dir:
@@ -140,13 +133,8 @@ def begin_output(run: TrainingRun) -> BestEvaluation:
 
 
 def fit(run: TrainingRun, best: BestEvaluation, callbacks: tuple[Callback, ...]) -> StepRecord | None:
-    """Builds network, optimizer and training step, and makes all updates that are left.
-
-    Returns:
-        The record of the last update.
-    """
-    settings, training = run.settings, run.training
-    logging = settings.logging
+    """Builds network, optimizer and training step, and makes all updates that are left; returns the last record."""
+    settings, training, logging = run.settings, run.training, run.settings.logging
     log = ProgressLog(
         run.output_dir, run.plan.total_steps, run.start, logging.log_steps, logging.tensorboard, run.ranks.first
     )
@@ -159,7 +147,7 @@ def fit(run: TrainingRun, best: BestEvaluation, callbacks: tuple[Callback, ...])
         # Trainer takes a PreTrainedModel only; its task trainer takes any cell.
         trainer.trainer.network = training.build_network(run.rows.seq_length)
         trainer.trainer.training, trainer.trainer.total_steps = training, run.plan.total_steps
-        updates = UpdateCallback(run, log, Milestones(run, best, log))
+        updates = UpdateCallback(run, log, best)
         with hidden_stdout() as show:  # MindFormers prints its configuration before the first step
             trainer.callbacks = [LambdaCallback(on_train_begin=lambda _: show()), updates, *callbacks]
             trainer.train()

@@ -16,7 +16,7 @@ from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore.dataset import Dataset
 from mindspore.train import Callback
 
-from glm_ms.engine.dataset_rows import DatasetRows
+from glm_ms.engine.batches import DatasetRows
 from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import quiet_terminal

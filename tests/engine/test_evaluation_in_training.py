@@ -155,19 +155,21 @@ def test_the_best_stays(vocabulary: Path, finetune, tmp_path: Path, monkeypatch:
 
 
 def test_a_best_that_is_gone_does_not_count(tmp_path: Path) -> None:
-    from glm_ms.engine.checkpoints.best import BestEvaluation
+    from glm_ms.engine.checkpoints.checkpoints import BestEvaluation
 
     known = {"step": 4, "metric": "loss", "value": 1.0}
-    gone = BestEvaluation(tmp_path, "loss", known)
-    assert gone.record is None
-    assert "step 4, is not in" in gone.dropped
+    said: list[str] = []
+    assert BestEvaluation(tmp_path, "loss", known, said.append).record is None
     (tmp_path / "checkpoint" / "step_00000004").mkdir(parents=True)
-    there = BestEvaluation(tmp_path, "loss", known)
+    there = BestEvaluation(tmp_path, "loss", known, said.append)
     assert there.steps == (4,)
     assert not there.improves(5, {"loss": 1.0})
     assert not there.improves(5, {"loss": float("nan")})
     assert there.improves(5, {"loss": 0.5})
-    assert BestEvaluation(tmp_path, "bleu-4", known).dropped == "it was measured by loss"
+    assert BestEvaluation(tmp_path, "bleu-4", known, said.append).record is None
+    assert [text.partition("ignored: ")[2] for text in said] == [
+        f"its checkpoint, step 4, is not in {tmp_path}", "it was measured by loss",
+    ]  # fmt: skip
 
 
 def test_best_without_a_run_that_keeps_it(plain: Path) -> None:

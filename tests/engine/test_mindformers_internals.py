@@ -42,7 +42,7 @@ def test_methods_that_the_trainer_overrides() -> None:
     """MindFormers calls them by name: an override of a method that has gone would be ignored silently."""
     from mindformers.trainer import CausalLanguageModelingTrainer
 
-    from glm_ms.engine.step.trainer import GLMTrainer
+    from glm_ms.engine.step.training import GLMTrainer
 
     overridden = [name for name, value in vars(GLMTrainer).items() if callable(value) and name[0] != "_"]
     assert {"create_optimizer_scheduler", "create_model_wrapper"} <= set(overridden)

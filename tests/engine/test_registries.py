@@ -144,7 +144,7 @@ def test_family(finetune, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.
     assert type(model.config) is ToyConfig
     ids = ChatGLM3Tokenizer(vocabulary).build_chat_input("Q: 类型#裙")["input_ids"]
     (sequence,) = model.generate(ids, max_new_tokens=6, eos_token_id=[tokenizer.get_command("<|system|>")])
-    from glm_ms.engine.generate import answer_text
+    from glm_ms.engine.predict import answer_text
 
     (answer,) = read_jsonl(tmp_path / "out" / "predict_results.jsonl")[0]["answers"]
     assert answer == answer_text(tokenizer, sequence[len(ids) :])

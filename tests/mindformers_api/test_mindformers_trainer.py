@@ -32,7 +32,7 @@ from mindformers_helpers import QUESTION, TEXT, losses, yaml_of
 from mindspore import dataset as ds
 
 from glm_ms import load_pretrained
-from glm_ms.engine.dataset_rows import DatasetRows
+from glm_ms.engine.batches import DatasetRows
 from glm_ms.mindformers_api.run_yaml import settings_of
 from glm_ms.storage.run_folder import resolve_checkpoint
 

@@ -1,31 +1,37 @@
-"""The checkpoints of a training run: found, written as a whole or not at all, restored, removed when old."""
+"""The checkpoints of a training run: found, written as a whole or not at all, restored, removed when old; the best."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mindspore import Parameter, nn
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn
 from mindspore.nn import Optimizer
 
 from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
+from glm_ms.convert.dtypes import convert_dtype
 from glm_ms.convert.reader import load_parameters, open_checkpoint
+from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
 from glm_ms.engine.checkpoints.manifest import write_manifest
-from glm_ms.engine.checkpoints.parameters_file import read_parameters, write_parameters
 from glm_ms.generation import GLMForCausalLM
+from glm_ms.metrics import HIGHER, METRICS, metric_of
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import Settings
-from glm_ms.storage.atomic import atomic_output
+from glm_ms.storage.atomic import atomic_output, replace_text
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.run_folder import CHECKPOINTS, list_checkpoints, resolve_checkpoint, step_folder
+from glm_ms.storage.run_folder import CHECKPOINTS, best_file, list_checkpoints, resolve_checkpoint, step_folder
 
 WEIGHTS = "model.safetensors"
+Metadata = Mapping[str, str]
 
 
 class State(Protocol):
@@ -42,8 +48,7 @@ class Checkpoints(ABC):
     """The checkpoints of this rank.
 
     Args:
-        settings: of the run.
-        folder: output folder that has the checkpoints of this rank.
+        folder: output folder that has them.
         writes: whether this rank writes checkpoints, and verifies the one that it resumes from.
         keep_max: number of newest checkpoints that stay.
 
@@ -65,14 +70,10 @@ class Checkpoints(ABC):
         """
 
     def write(self, step: int, place: tuple[int, int], position: dict[str, Any], best: dict[str, Any] | None) -> None:
-        """Writes the checkpoint of a step.
+        """Writes the checkpoint after `step` updates; the other values are those of `write_manifest`.
 
         The folder gets its name when everything in it is on disk; a process killed while writing leaves nothing
         under that name.
-
-        Args:
-            step: updates made.
-            place, position, best: see `write_manifest`.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -93,21 +94,14 @@ class Checkpoints(ABC):
         for hidden in (self.folder / CHECKPOINTS).glob(".step_*.old"):
             shutil.rmtree(hidden, ignore_errors=True)
         for step, old in list_checkpoints(self.folder)[: -self.keep_max]:
-            if step in kept:
-                continue
-            # Renamed first: a process killed during the removal must not leave half a checkpoint.
-            doomed = old.with_name(f".{old.name}.old")
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+            if step not in kept:
+                # Renamed first: a process killed during the removal must not leave half a checkpoint.
+                doomed = old.rename(old.with_name(f".{old.name}.old"))
+                shutil.rmtree(doomed)
 
 
 class WholeCheckpoints(Checkpoints):
-    """Checkpoints of a run in which every rank has the whole network; the first rank writes them.
-
-    Args:
-        settings: of the run.
-        writes: this is the first rank.
-    """
+    """Checkpoints of a run in which every rank has the whole network; the first rank writes them."""
 
     def __init__(self, settings: Settings, writes: bool) -> None:
         super().__init__(settings, Path(settings.output_dir), writes, settings.checkpoint.keep_max)
@@ -131,10 +125,8 @@ class WholeCheckpoints(Checkpoints):
 class WholeState:
     """Network or adapter, optimizer and loss scale of a run in which every rank has the whole network.
 
-    A run that trains all weights saves them, one that trains an adapter saves only the adapter.
-
-    Args:
-        model: network, with the adapter if the run trains one.
+    Attributes:
+        model: with the adapter if the run trains one; then only the adapter is saved.
         step: the training step, with its optimizer and loss scale.
         base_model: where the base weights under an adapter came from, noted in its files.
         restores_weights: `restore` also loads full weights; False if the network was built with them.
@@ -163,6 +155,64 @@ class WholeState:
         read_parameters(folder / OPTIMIZER, optimizer_state(self.step, self.model.network))
 
 
+class BestEvaluation:
+    """Which evaluation of a run was the best so far; its checkpoint is kept besides the newest ones.
+
+    The record is written into the manifest of every checkpoint, from which a resumed run reads it, and into
+    `checkpoint/best.json`, to which the path `OUTPUT_DIR/checkpoint/best` refers.
+
+    Args:
+        metric: name of the score; None: nothing is kept.
+        known: the record of the checkpoint that the run resumes from. It is ignored, with a line to `say`, if it has
+            another score, or if its checkpoint is not in `output_dir`.
+
+    Attributes:
+        record: {"step", "metric", "value"}; None before the first finite score.
+    """
+
+    def __init__(
+        self, output_dir: Path, metric: str | None, known: Mapping[str, Any] | None, say: Callable[[str], None]
+    ) -> None:
+        self._output_dir, self.metric = output_dir, metric
+        self.record: dict[str, Any] | None = None
+        if not known or metric is None:
+            return
+        if known["metric"] != metric:
+            say(f"the best evaluation of the checkpoint is ignored: it was measured by {known['metric']}")
+        elif not step_folder(output_dir, known["step"]).is_dir():
+            say(
+                f"the best evaluation of the checkpoint is ignored: its checkpoint, step {known['step']}, is not in "
+                f"{output_dir}"
+            )
+        else:
+            self.record = dict(known)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The step whose checkpoint is kept, if any."""
+        return () if self.record is None else (self.record["step"],)
+
+    def improves(self, step: int, scores: Mapping[str, Any]) -> bool:
+        """Whether an evaluation is better than all before; if so, it becomes the best."""
+        value = None if self.metric is None else scores.get(self.metric)
+        if self.metric is None or value is None or not math.isfinite(value):
+            return False
+        if self.record is not None:
+            gain = value - self.record["value"]
+            if (gain if METRICS[metric_of(self.metric)].better[self.metric] == HIGHER else -gain) <= 0:
+                return False
+        self.record = {"step": step, "metric": self.metric, "value": value}
+        return True
+
+    def write(self) -> None:
+        """Updates `best.json`; call it after the checkpoint of the record is written."""
+        path = best_file(self._output_dir)
+        if self.record is None:
+            path.unlink(missing_ok=True)
+        else:
+            replace_text(path, json.dumps(self.record) + "\n")
+
+
 def optimizer_state(step: nn.Cell, network: nn.Cell) -> list[Parameter]:
     """What the optimizer of a training step has besides the parameters of the network, and the loss scale."""
     shared = {id(parameter) for parameter in network.get_parameters()}
@@ -174,6 +224,55 @@ def optimizer_state(step: nn.Cell, network: nn.Cell) -> list[Parameter]:
 def write_config(folder: Path, config: GLMConfig) -> None:
     """Writes the `config.json` that describes the weights of a folder."""
     (folder / CONFIG).write_text(json.dumps(config.to_hf_dict(), indent=2), encoding="utf-8")
+
+
+def write_parameters(
+    path: Path, parameters: Iterable[Parameter], dtype: str, prefix: str = "", metadata: Metadata | None = None
+) -> None:
+    """Writes parameters to a .safetensors file under their names after `prefix`, a tensor at a time.
+
+    `dtype` is the element type of the file, `metadata` goes into its header.
+    """
+    parameters = list(parameters)
+
+    def arrays() -> Iterator[np.ndarray]:
+        for parameter in parameters:
+            # float32 represents float16, bfloat16 and counters of updates (below 2^24) exactly.
+            value = parameter.value().astype(ms.float32).asnumpy()
+            yield convert_dtype(value, "float32", dtype, parameter.name)
+
+    shapes = {f"{prefix}{parameter.name}": tuple(parameter.shape) for parameter in parameters}
+    write_safetensors(path, shapes, dtype, arrays(), {"format": "np", **(metadata or {})})
+
+
+def read_parameters(
+    path: Path, parameters: Iterable[Parameter], prefix: str = "", metadata: Metadata | None = None
+) -> None:
+    """Overwrites parameters with the tensors of a file of `write_parameters`, a tensor at a time.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, has no tensor of a name or one of another shape, or its header
+            has not all of `metadata`.
+    """
+    try:
+        file = SafetensorsFile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    for key, value in (metadata or {}).items():
+        if file.metadata.get(key) != value:
+            raise CheckpointError(
+                f"{path}: its header says {key} {file.metadata.get(key)}, but the file is in the place of {key} "
+                f"{value}; the files were swapped or are of another run"
+            )
+    for parameter in parameters:
+        name, shape = f"{prefix}{parameter.name}", tuple(parameter.shape)
+        if name not in file.entries:
+            raise CheckpointError(f"{path}: has no tensor {name}; was another optimizer used?")
+        array = file.read(name)
+        if array.shape != shape:
+            raise CheckpointError(f"{path}: {parameter.name} has shape {array.shape}, this run needs {shape}")
+        parameter.set_data(Tensor(array, parameter.dtype))
+    file.release()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,9 @@ class Manifest:
     Attributes:
         step: updates (and skipped updates) made.
         epoch, row: the next row in the order of training: pass over the data and place in its order.
-        position: what a resumed run must share, see `glm_ms.engine.checkpoints.position`.
-        best: the best evaluation so far, see `glm_ms.engine.checkpoints.best`; None without one.
+        position: what a resumed run must share, see `position_state` in `glm_ms.engine.checkpoints.resume`.
+        best: the record of `BestEvaluation` in `glm_ms.engine.checkpoints.checkpoints`; None without one.
         files: name -> {"bytes", "sha256"} of every other file.
-        device: kind of device that computed it.
         config_sha256: of `position`.
         format_version, glm_ms, mindspore: versions of the layout and of the programs.
     """
@@ -53,19 +52,16 @@ class Manifest:
     device: str
     config_sha256: str = ""
     format_version: int = FORMAT_VERSION
-    glm_ms: str = field(default=__version__)
-    mindspore: str = field(default=mindspore.__version__)
+    glm_ms: str = __version__
+    mindspore: str = mindspore.__version__
 
 
 def write_manifest(
     folder: Path, step: int, place: tuple[int, int], position: dict[str, Any], best: dict[str, Any] | None, device: str
 ) -> None:
-    """Reads every file of `folder` once and writes the manifest beside them.
+    """Reads every file of a checkpoint once and writes the manifest beside them.
 
-    Args:
-        folder: a checkpoint that is complete except for its manifest.
-        step, position, best, device: see `Manifest`.
-        place: `epoch` and `row` of `Manifest`.
+    `place` is (`epoch`, `row`) of `Manifest`, which explains the other values too.
     """
     files = describe_files(folder)
     manifest = Manifest(step, *place, position, best, files, device, json_sha256(position))
@@ -105,10 +101,7 @@ def weights_fingerprint(path: Path) -> str:
 
     SHA-256 over names, sizes and contents of the weight files; of a file above 64 MB only 64 blocks of 64 KiB are read,
     spread evenly from its first to its last byte. Training changes every weight, so weights of another training differ
-    in every block.
-
-    Args:
-        path: a file, or a folder with weight files.
+    in every block. `path` is a file, or a folder with weight files.
     """
     files = [path] if path.is_file() else [item for item in sorted(path.iterdir()) if _is_weight_file(item)]
     digest = hashlib.sha256()
@@ -148,16 +141,14 @@ def _is_weight_file(path: Path) -> bool:
 
 
 def _why_no_manifest(folder: Path) -> str:
+    start = f"start a new run from its weights with {weights_flag(folder)} {folder}"
     if (folder / _EARLIER_FORMAT).is_file():
         return (
             f"{folder}: written by an earlier version of glm_ms ({_EARLIER_FORMAT} in place of {MANIFEST}), which "
-            f"cannot be resumed; start a new run from its weights with {weights_flag(folder)} {folder}"
+            f"cannot be resumed; {start}"
         )
     if folder.is_file() or any(_is_weight_file(path) for path in folder.iterdir()):
-        return (
-            f"{folder}: not a training checkpoint, only weights (no {MANIFEST}); start a new run from them with "
-            f"{weights_flag(folder)} {folder}"
-        )
+        return f"{folder}: not a training checkpoint, only weights (no {MANIFEST}); {start}"
     return (
         f"{folder}: not a training checkpoint ({MANIFEST} is missing); a run resumes from a folder such as "
         "OUTPUT_DIR/checkpoint/step_00000100"

@@ -1,4 +1,4 @@
-"""Resuming a run: whether a checkpoint is intact and belongs to these settings; moving an earlier run aside."""
+"""Resuming a run: what it must share with its checkpoint, whether that is intact; moving an earlier run aside."""
 
 from __future__ import annotations
 
@@ -8,21 +8,64 @@ from typing import Any
 
 import mindspore
 
-from glm_ms.engine.checkpoints.manifest import Manifest, differences, read_manifest, verify_files, weights_flag
+from glm_ms.engine.batches import TrainingPlan
+from glm_ms.engine.checkpoints.manifest import (
+    Manifest,
+    differences,
+    read_manifest,
+    verify_files,
+    weights_fingerprint,
+    weights_flag,
+)
+from glm_ms.peft import ADAPTERS
 from glm_ms.settings import Settings
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.run_folder import CHECKPOINTS, METRICS_FILE, RESULTS, list_checkpoints, resolve_checkpoint
 
 EARLIER_RUNS = "earlier_runs"
+# Keys of train_dataset that change no row; the records are compared by their SHA-256 and number.
+_NO_ROWS = ("num_parallel_workers", "cache_dir", "num_samples", "drop_remainder")
+
+
+def position_state(settings: Settings, plan: TrainingPlan, records: str | None = None) -> dict[str, Any]:
+    """The values that a resumed run must share with the run that wrote the checkpoint; JSON.
+
+    With equal values it continues the same loss curve to the last digit: rows and their order, network, trained
+    parameters, dropout, optimizer, schedule, loss scaling. The contents of files count, not their paths; evaluation,
+    saving and logging do not. `records` is the SHA-256 of rows that do not come from the file that the settings name.
+    """
+    whole = settings.to_dict()
+    wrapper, data, pet = whole["runner_wrapper"], whole["train_dataset"], whole["model"]["pet_config"]
+    loader = {key: value for key, value in data["data_loader"].items() if key != "dataset_dir"}
+    adapter = ADAPTERS.get(pet["pet_type"])
+    return {
+        "num_rows": plan.num_rows,
+        "batch_size": plan.batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "num_ranks": plan.num_ranks,
+        "total_steps": plan.total_steps,
+        "seed": plan.seed,
+        "drop_remainder": plan.drop_remainder,
+        "records": records or file_sha256(Path(settings.train_dataset.data_loader.dataset_dir)),
+        "train_dataset": {**{k: v for k, v in data.items() if k not in _NO_ROWS}, "data_loader": loader},
+        "tokenizer": settings.processor.tokenizer.type,
+        "vocabulary": file_sha256(Path(settings.processor.tokenizer.vocab_file)),
+        "model_config": {k: v for k, v in whole["model"]["model_config"].items() if k != "padded_vocab_size"},
+        "pet_config": {key: pet[key] for key in ("pet_type", *(adapter.keys if adapter else ()))},
+        # Of the frozen weights under an adapter; without one the checkpoint contains all weights.
+        "base_weights": weights_fingerprint(resolve_checkpoint(settings.load_checkpoint)) if adapter else None,
+        "optimizer": whole["optimizer"],
+        "lr_schedule": whole["lr_schedule"],
+        "max_grad_norm": wrapper["max_grad_norm"] if wrapper["use_clip_grad"] else None,
+        "scale_sense": wrapper["scale_sense"] if wrapper["scale_sense"]["type"] else None,
+    }
 
 
 def check_checkpoint(folder: Path, position: dict[str, Any], verify: bool = True) -> Manifest:
-    """Checks that this run can resume from a checkpoint.
+    """Checks that a run with this `position_state` can resume from a checkpoint, and returns its manifest.
 
-    Args:
-        folder: the checkpoint.
-        position: `position_state` of this run.
-        verify: check the SHA-256 of every file; one rank of a parallel run is enough.
+    `verify` checks the SHA-256 of every file; one rank of a parallel run is enough.
 
     Raises:
         CheckpointError: it is not a training checkpoint, damaged or of another run (the message names the newest intact
@@ -70,15 +113,9 @@ def check_base_stays(settings: Settings) -> None:
 
 
 def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
-    """Moves the files of an earlier run to `earlier_runs/N`; nothing is deleted.
+    """Moves the files of an earlier run to `earlier_runs/N`, and returns that folder, or None without such files.
 
-    Args:
-        output_dir: folder of the run.
-        checkpoint: to resume from; None for a new run. If it is in this folder, only later checkpoints are moved: the
-            resumed run writes them again.
-
-    Returns:
-        The new folder; None if there was nothing to move.
+    If the run resumes from a `checkpoint` in this folder, only later checkpoints are moved: it writes them again.
     """
     found = list_checkpoints(output_dir)
     if checkpoint is not None and checkpoint.resolve() in [path.resolve() for _, path in found]:

@@ -17,8 +17,14 @@ from glm_ms.convert.adapter_files import OPTIMIZER
 from glm_ms.convert.cluster.layout import Layout
 from glm_ms.convert.names import split_joint
 from glm_ms.convert.reader import CheckpointReader, load_parameters
-from glm_ms.engine.checkpoints.checkpoints import WEIGHTS, Checkpoints, optimizer_state, write_config
-from glm_ms.engine.checkpoints.parameters_file import read_parameters, write_parameters
+from glm_ms.engine.checkpoints.checkpoints import (
+    WEIGHTS,
+    Checkpoints,
+    optimizer_state,
+    read_parameters,
+    write_config,
+    write_parameters,
+)
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import ADAPTERS
 from glm_ms.peft.adapter import AdapterConfig
@@ -28,13 +34,7 @@ from glm_ms.storage.run_folder import SLICES, list_checkpoints, step_folder
 
 
 class SliceCheckpoints(Checkpoints):
-    """Checkpoints of one card of a sharded run.
-
-    Args:
-        settings: of the run.
-        rank: of this card.
-        cards: of the run.
-    """
+    """Checkpoints of one of the `cards` of a sharded run."""
 
     def __init__(self, settings: Settings, rank: int, cards: int) -> None:
         # One more than asked for: other cards may still be writing the newest, and only a step that all have counts.
@@ -64,11 +64,9 @@ class SliceState:
 
     Args:
         step: compiled, so that parameters have the shapes of their slices.
-        network: of the step.
         mine: names of the parameters of this card's pipeline stage.
         metadata: rank and number of cards, see `slice_metadata`.
-        adapter: the adapter that is trained; None for all weights.
-        base_model: where the base weights under an adapter came from, noted in its files.
+        base_model: as in `WholeState`.
     """
 
     def __init__(
@@ -119,14 +117,9 @@ def whole_parameters(reader: CheckpointReader, config: GLMConfig) -> Iterator[tu
 
 
 def put_slice(parameter: Parameter, whole: np.ndarray, layout: tuple, rank: int, dtype: str) -> None:
-    """Overwrites a parameter with its slice of a whole array.
+    """Overwrites a parameter of a compiled network with a card's slice of a whole array.
 
-    Args:
-        parameter: of a compiled network.
-        whole: the array.
-        layout: of the parameter, from `Cell.parameter_layout_dict`.
-        rank: of this card.
-        dtype: of `whole`; bfloat16 are bit patterns, NumPy has no type for them.
+    `layout` is that of `Cell.parameter_layout_dict`. bfloat16 arrays are bit patterns: NumPy has no type for them.
     """
     value = cut(whole, layout, rank)
     if dtype == "bfloat16":

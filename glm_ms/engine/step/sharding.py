@@ -1,33 +1,38 @@
-"""Network, training step and checkpoints of a run whose weights are split over the cards."""
+"""Network, training step and checkpoints of a run whose weights MindSpore's parallel compiler splits over the cards.
+
+The compiler inserts the sums over what the strategies split: every card gets the whole loss and token count, and the
+gradient of the whole batch for its slice of each weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.communication import create_group
 from mindspore.nn import Optimizer
 
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoints.slices import SliceCheckpoints, SliceState, put_slice, stored_shape, whole_parameters
+from glm_ms.engine.mindformers_internals import VirtualDatasetCell
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import ShardedTrainingNetwork, recompute_blocks
-from glm_ms.engine.step.sharded_step import ShardedTrainOneStep, spread
 from glm_ms.engine.step.train_step import TrainOneStep
-from glm_ms.engine.step.trainer_config import step_arguments, strategy_file
+from glm_ms.engine.step.trainer_config import step_arguments
 from glm_ms.engine.step.training import Training
 from glm_ms.engine.weights import adapter_config, build_unfilled_model
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.parallel.config import parallel_problems
+from glm_ms.parallel.config import ParallelConfig, parallel_problems
 from glm_ms.parallel.partition import Slice, parameter_slices, stage_of_parameter
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.schema import parallel_of
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import STRATEGIES, resolve_checkpoint
 
 _ITEM_BYTES = {ms.float32: 4, ms.float16: 2, ms.bfloat16: 2}
 
@@ -44,7 +49,7 @@ class ShardedTraining(Training):
         super().__init__(settings, ranks, say, model)
         self.parallel = parallel_of(settings)
         self.stage = ranks.rank // self.parallel.stage_cards
-        self.strategy_file = strategy_file(Path(settings.output_dir), ranks.rank)
+        self.strategy_file = Path(settings.output_dir) / STRATEGIES / f"ckpt_strategy_rank_{ranks.rank}.ckpt"
         self.batch_size *= self.parallel.data_parallel * self.parallel.micro_batch_num
         self.batch_ranks, self.batch_rank = 1, 0
         self.checkpoints = SliceCheckpoints(settings, ranks.rank, self.parallel.cards)
@@ -80,14 +85,9 @@ class ShardedTraining(Training):
         return []
 
     def build_step(self, optimizer: Optimizer) -> TrainOneStep:
-        """The training step of this card."""
-        slices, arguments = self._slices(), step_arguments(self.settings)
+        slices = self._slices()
         copies = [slices[parameter.name].copies for parameter in optimizer.parameters]
-        positions = self.batch_size * self.network.seq_length
-        return ShardedTrainOneStep(
-            spread(self.network, self.parallel), optimizer, copies, positions, self.parallel, self.ranks.rank,
-            arguments["max_grad_norm"], arguments["loss_scale"]
-        )  # fmt: skip
+        return ShardedTrainOneStep(self, optimizer, copies)
 
     def fill(self, step: nn.Cell) -> None:
         """Compiles the step and gives every parameter its values: of the checkpoint of this card, of the whole weights
@@ -151,3 +151,97 @@ class ShardedTraining(Training):
         shapes = {parameter.name: tuple(parameter.shape) for parameter in mine}
         sizes = {parameter.name: _ITEM_BYTES[parameter.dtype] for parameter in mine}
         return parameter_slices(self.network.config, self.parallel, shapes, sizes)
+
+
+class Stacked(nn.Cell):
+    """Loss sum and token count as one tensor.
+
+    A pipeline adds one tensor over its micro batches. And the compiler divides a derivative by the number of cards that
+    have the same output only if the network has one output; with several, every gradient would be that many times too
+    large.
+    """
+
+    def __init__(self, network: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network = network
+        self.reshape = ops.Reshape()
+        self.join = ops.Concat().shard(((1,), (1,)))
+
+    def construct(self, *inputs: Tensor) -> Tensor:
+        """-> float32 [2]."""
+        loss, tokens = self.network(*inputs)
+        return self.join((self.reshape(loss, (1,)), self.reshape(tokens, (1,))))
+
+
+def spread(network: nn.Cell, parallel: ParallelConfig) -> nn.Cell:
+    """A network whose inputs are distributed over the cards and, with pipeline stages, over micro batches.
+
+    `network` returns (loss sum, number of labelled tokens) of a micro batch, the result both of a whole step as one
+    tensor [2].
+    """
+    step: nn.Cell = Stacked(network)
+    if parallel.pipeline_stages > 1:
+        step = nn.PipelineCell(step, parallel.micro_batch_num)
+        for add in step.add_list:
+            add.shard(((1,), (1,)))
+    return VirtualDatasetCell(step)
+
+
+class ShardedTrainOneStep(TrainOneStep):
+    """A training step on slices: only the norm of the gradients needs a sum over the cards.
+
+    With pipeline stages several micro batches are in the pipeline at the same time; the gradients of a card are those
+    of its own stage, and only the last stage knows the loss.
+
+    Args:
+        training: with its network.
+        optimizer: of the slices, with pipeline stages of this card's stage.
+        copies: for each parameter of the optimizer, how many cards have each of its elements.
+    """
+
+    def __init__(self, training: ShardedTraining, optimizer: Optimizer, copies: Sequence[int]) -> None:
+        parallel, arguments = training.parallel, step_arguments(training.settings)
+        network = spread(training.network, parallel)
+        super().__init__(network, optimizer, ops.AllReduce(), arguments["max_grad_norm"], arguments["loss_scale"])
+        self.gradient = ops.GradOperation(get_by_list=True, sens_param=True)
+        # With loss scaling the loss sum divided by the positions of a step, padding included, is differentiated.
+        self.part = 1.0 / (training.batch_size * training.network.seq_length)
+        self.shares = tuple(1.0 / number for number in copies)
+        self.has_stages = parallel.pipeline_stages > 1
+        if self.has_stages:
+            self.network.add_flags(defer_inline=True)
+            self.reducer = nn.PipelineGradReducer(optimizer.parameters)
+            self.all_reduce_stages = ops.AllReduce(group=_stage_group(parallel, training.ranks.rank))
+
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One whole step; returns what `finish` returns."""
+        both = self.network(*inputs)
+        scale = ops.ones_like(self.zero)
+        if self.loss_scale is not None:
+            scale = self.loss_scale.scale * self.part
+        gradients = self.gradient(self.network, self.weights)(*inputs, ops.ones_like(both) * scale)
+        if self.has_stages:
+            gradients = self.reducer(gradients)
+            both = self.all_reduce_stages(both)
+        loss, tokens = both[0], both[1]
+        if self.loss_scale is not None:
+            loss = self.overflow.watch(loss, gradients)
+            gradients = self.scaled(gradients, 1.0 / scale)
+        return self.finish(loss, tokens, gradients)
+
+    def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Sum of the squares of all elements of the whole gradients, each counted once."""
+        squares = self.zero
+        for i in range(len(gradients)):
+            square = self.square_sum(ops.square(ops.cast(gradients[i], ms.float32)))
+            squares = squares + square * self.shares[i]
+        return self.all_reduce(squares)
+
+
+def _stage_group(parallel: ParallelConfig, rank: int) -> str:
+    """The communication group of the cards that have the same place in every stage."""
+    place = rank % parallel.stage_cards
+    ranks = list(range(place, parallel.cards, parallel.stage_cards))
+    name = f"glm_stages_{place}"
+    create_group(name, ranks)
+    return name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mindformers import MindFormerConfig
@@ -11,7 +10,6 @@ from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.parallel.partition import OPTIMIZER_SHARD_THRESHOLD_KB
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import is_sharded
-from glm_ms.storage.run_folder import STRATEGIES
 
 
 def mindformers_config(settings: Settings) -> MindFormerConfig:
@@ -83,8 +81,3 @@ def parallel_context(settings: Settings) -> dict[str, Any]:
             # MindSpore 2.9 ignores the argument of this name of `Cell.recompute`; this level does the same.
             values["parallel_optimizer_config"]["optimizer_level"] = "level3"
     return values
-
-
-def strategy_file(output_dir: Path, rank: int) -> Path:
-    """The file in which the compiler of a card writes how its parameters are sliced."""
-    return output_dir / STRATEGIES / f"ckpt_strategy_rank_{rank}.ckpt"

@@ -1,22 +1,29 @@
-"""Network, training step and checkpoints of a run; `glm_ms.engine.step.sharding` has those of a sharded run."""
+"""Network, optimizer, training step and checkpoints of a run; `sharding.py` has those of a sharded run."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore import Parameter, nn
 from mindspore.nn import Optimizer
+from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 
 from glm_ms.engine.checkpoints.checkpoints import Checkpoints, WholeCheckpoints, WholeState
-from glm_ms.engine.mindformers_internals import build_wrapper
+from glm_ms.engine.mindformers_internals import MindFormerModuleType, build_optim, build_wrapper, register_class
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
-from glm_ms.engine.step.train_step import TrainOneStep
+from glm_ms.engine.step.train_step import GLMTrainOneStep, TrainOneStep
 from glm_ms.engine.step.trainer_config import step_arguments
 from glm_ms.engine.weights import build_model, fuse
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
+from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
+from glm_ms.settings.schema import LRScheduleSettings
 
 
 class Training:
@@ -25,8 +32,6 @@ class Training:
     Call `build_model`, `build_network`, `build_step` and `fill` in this order.
 
     Args:
-        settings: of the run.
-        ranks: of the run.
         say: takes lines for the user.
         model: trained in place of a model built from the settings.
 
@@ -51,11 +56,7 @@ class Training:
         self.checkpoints: Checkpoints = WholeCheckpoints(settings, ranks.first)
 
     def build_model(self, vocab_size: int, checkpoint: Path | None) -> None:
-        """Builds the model, unless one was given.
-
-        Args:
-            vocab_size: of the tokenizer.
-            checkpoint: to resume from.
+        """Builds the model, unless one was given, for a tokenizer of `vocab_size`; `checkpoint` is resumed from.
 
         Raises:
             CheckpointError, SettingsError: as `glm_ms.engine.weights.build_model`.
@@ -96,3 +97,60 @@ class Training:
         self.checkpoints.state = WholeState(self.model, step, base_model, restores_weights=not has_weights)
         if self.checkpoint is not None:
             self.checkpoints.restore(self.checkpoint)
+
+
+class GLMTrainer(CausalLanguageModelingTrainer):
+    """The task trainer that MindFormers runs, with our optimizer and training step.
+
+    Attributes:
+        training: builds and fills network and training step; set before `train`.
+        total_steps: updates of the whole run, over which the learning rate is scheduled; set before `train`.
+    """
+
+    training: Training
+    total_steps: int
+
+    def create_optimizer_scheduler(self, network: nn.Cell, *_: Any, **__: Any) -> Optimizer:
+        """One group of parameters: the reference decays all of them, MindFormers exempts norms and biases."""
+        self.lr_scheduler = build_schedule(self.training.settings.lr_schedule, self.total_steps)
+        arguments = {"params": self.training.trained_parameters(), "learning_rate": self.lr_scheduler}
+        self.optimizer = build_optim(self.config.optimizer, default_args=arguments)
+        return self.optimizer
+
+    def wrap_network_with_tool_cells(self, network: nn.Cell) -> nn.Cell:
+        """Unchanged: our step splits the batch and accumulates micro batches itself."""
+        return network
+
+    def create_model_wrapper(self, network: nn.Cell, optimizer: Optimizer) -> nn.Cell:
+        """Our step, with all weights and states loaded."""
+        step = self.training.build_step(optimizer)
+        self.training.fill(step)
+        return step
+
+
+def register_classes(settings: Settings) -> None:
+    """Enters the classes that the settings name into MindFormers' registry: optimizer, training step, trainer.
+
+    Raises:
+        NameTakenError: another package has registered a class under one of their names.
+    """
+    register_class(_load(OPTIMIZERS[settings.optimizer.type]), MindFormerModuleType.OPTIMIZER)
+    register_class(GLMTrainOneStep, MindFormerModuleType.WRAPPER)
+    register_class(GLMTrainer, MindFormerModuleType.TRAINER)
+
+
+def build_schedule(settings: LRScheduleSettings, run_steps: int) -> LearningRateSchedule:
+    """The schedule of `lr_schedule`, a function of the updates made; `run_steps` replaces `total_steps: -1`."""
+    values: dict[str, Any] = {"learning_rate": settings.learning_rate, "warmup_steps": settings.warmup_steps}
+    values["total_steps"] = run_steps if settings.total_steps == -1 else settings.total_steps
+    if settings.warmup_ratio is not None:
+        values["warmup_steps"] = int(settings.warmup_ratio * values["total_steps"])
+    for key in dataclasses.fields(settings):
+        if settings.type in key.metadata.get("used_with", ("type", ()))[1]:
+            values[key.name] = getattr(settings, key.name)
+    return _load(SCHEDULES[settings.type])(**values)
+
+
+def _load(place: str) -> type:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -26,12 +26,12 @@ if fault == "reading" and rank == 1:
 
     _Rows.__getitem__ = broken
 elif fault == "disk full" and rank == 0:
-    from glm_ms.engine.checkpoints import parameters_file
+    from glm_ms.engine.checkpoints import checkpoints
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
 
-    parameters_file.write_safetensors = full
+    checkpoints.write_safetensors = full
 elif fault == "slow disk" and rank == 0:
     from glm_ms.engine.checkpoints.checkpoints import Checkpoints
 
