@@ -25,23 +25,14 @@ from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell as VirtualDataset
 
 from glm_ms.engine.process import is_verbose, no_warnings
 
+# Handed on; the rest is used below.
 __all__ = [
     "CONFIG_MAPPING",
     "MindFormerModuleType",
-    "MindFormerRegister",
-    "NameTakenError",
     "VirtualDatasetCell",
-    "add_model_name",
     "build_context",
     "build_optim",
     "build_wrapper",
-    "check_name_is_free",
-    "extend_auto_tokenizer",
-    "extend_yaml_reader",
-    "log_to_folder",
-    "quiet_terminal",
-    "register_class",
-    "section_keys",
 ]
 
 
@@ -50,12 +41,9 @@ class NameTakenError(RuntimeError):
 
 
 def register_class(cls: type, kind: str, name: str | None = None) -> None:
-    """Enters a class into MindFormers' registry; safe to call again.
+    """Enters a class into MindFormers' registry of a MindFormerModuleType; safe to call again.
 
-    Args:
-        cls: the class.
-        kind: of MindFormerModuleType.
-        name: name in YAML files; default: the name of the class.
+    `name` is its name in YAML files, by default that of the class.
 
     Raises:
         NameTakenError: another class has the name.

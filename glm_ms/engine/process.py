@@ -28,8 +28,7 @@ def is_verbose() -> bool:
 def quiet_imports(log_folder: str) -> Iterator[None]:
     """Imports mindspore and mindformers without their warnings; for the start of a program.
 
-    Args:
-        log_folder: MindFormers opens its log files below it when it is imported.
+    MindFormers opens its log files below `log_folder` when it is imported.
     """
     os.environ["LOCAL_DEFAULT_PATH"] = log_folder
     if is_verbose():
@@ -79,15 +78,10 @@ def end_process_after(error: BaseException) -> None:
 
     As the last handler registered it runs before MindSpore's own, which waits for the other ranks.
     """
-    atexit.register(_end_process, _status(error))
-
-
-def _status(error: BaseException) -> int:
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, SettingsError):
-        return 2
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    status = {SettingsError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        status = error.code
+    atexit.register(_end_process, status)
 
 
 def _end_process(status: int) -> None:

@@ -33,14 +33,7 @@ class RankError(ValueError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of a run.
-
-    All ranks call the methods in the same order; with one rank they cost nothing.
-
-    Attributes:
-        rank: of this process, from 0.
-        size: number of processes.
-    """
+    """This process, from 0, among all of a run. All call the methods in the same order; with one they cost nothing."""
 
     rank: int = 0
     size: int = 1
@@ -51,10 +44,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks in their order, on every rank.
-
-        Args:
-            value: JSON; finite floats arrive to the last digit.
+        """The JSON values of all ranks in their order, on every rank; finite floats arrive to the last digit.
 
         Raises:
             RankError: another rank has ended.
@@ -73,44 +63,29 @@ class Ranks:
         return self.gather(value if self.first else None)[0]
 
     def share_out(self, items: Sequence[Item], work: Callable[[Item], Any]) -> Iterator[Any]:
-        """Calls `work` for all items, each on one rank.
+        """Calls `work` for all items, each on one rank; yields its JSON results in order, on every rank.
 
-        The ranks take turns and exchange their results after every round: the call for an item is the same as in a
-        single process, for any number of ranks.
-
-        Args:
-            items: the same on all ranks; there may be fewer than ranks.
-            work: item -> JSON.
-
-        Yields:
-            What `work` returned, in the order of items, on every rank.
+        The items are the same on all ranks, and may be fewer. The ranks take turns and exchange their results after
+        every round: the call for an item is the same as in a single process, for any number of ranks.
 
         Raises:
             RankError: `work` failed on another rank; its error is quoted. On the rank itself that error is raised.
         """
         for start in range(0, len(items), self.size):
-            mine, value, failure = start + self.rank, None, None
+            mine = start + self.rank
             try:
                 value = work(items[mine]) if mine < len(items) else None
             except Exception as error:
-                if self.size == 1:
-                    raise
-                failure = error
-            reason = None if failure is None else f"{type(failure).__name__}: {failure}"
-            found = self.gather([value, reason])
-            if failure is not None:
-                raise failure
+                self.gather([None, f"{type(error).__name__}: {error}"])
+                raise
+            found = self.gather([value, None])
             for rank, (_, reason) in enumerate(found):
                 if reason is not None:
                     raise RankError(f"rank {rank} has failed: {reason}")
             yield from (value for value, _ in found[: len(items) - start])
 
     def agree(self, what: str, value: Mapping[str, Any]) -> None:
-        """Checks that all ranks have the same values.
-
-        Args:
-            what: name of the values, for the error.
-            value: JSON by name.
+        """Checks that all ranks have the same JSON values by name; `what` names them in the error.
 
         Raises:
             RankError: a rank differs from the first; it names the first such value, and both.
@@ -136,10 +111,6 @@ def check_equal_on_ranks(parameters: Iterable[Parameter], ranks: Ranks) -> None:
 
     Data parallel ranks make the same updates; one that differs (faulty memory, an old checkpoint on one server) would
     spoil the run silently.
-
-    Args:
-        parameters: the same on all ranks, not sliced.
-        ranks: of the run.
 
     Raises:
         RankError: it names the first tensor that differs, and the rank.

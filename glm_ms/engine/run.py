@@ -33,13 +33,10 @@ _PER_SERVER = frozenset(
 
 
 def run(settings: Settings) -> None:
-    """Runs train, finetune, eval or predict.
+    """Runs train, finetune, eval or predict with settings whose device has been checked.
 
     In a parallel run every rank calls it. A rank that fails ends its process at once, so that the program that started
     the ranks sees it and ends the others.
-
-    Args:
-        settings: a configuration whose device has been checked.
 
     Raises:
         ValueError: weights, data or settings that cannot be used, with a message for the user.
@@ -67,8 +64,7 @@ def _run(settings: Settings) -> None:
 
     ms.set_seed(settings.seed)
     tokenizer = build_tokenizer(settings)
-    overflow = overflow_mode_note(soc_version())
-    for note in [*settings.notes, *([overflow] if overflow else [])]:
+    for note in filter(None, [*settings.notes, overflow_mode_note(soc_version())]):
         say(note)
     if settings.is_training():
         _train(settings, tokenizer, say)
@@ -106,7 +102,6 @@ def set_device(settings: Settings) -> None:
 
 
 def _check_prompts(settings: Settings) -> None:
-    """Raises SettingsError if the prompts of a parallel run come from standard input."""
     if settings.use_parallel and settings.run_mode == "predict" and settings.predict_data == "-":
         raise SettingsError(
             f"{settings.where('predict_data')}: predict_data: -: the ranks of msrun get no standard input; put the "

@@ -134,10 +134,8 @@ def begin_output(run: TrainingRun) -> BestEvaluation:
 
 def fit(run: TrainingRun, best: BestEvaluation, callbacks: tuple[Callback, ...]) -> StepRecord | None:
     """Builds network, optimizer and training step, and makes all updates that are left; returns the last record."""
-    settings, training, logging = run.settings, run.training, run.settings.logging
-    log = ProgressLog(
-        run.output_dir, run.plan.total_steps, run.start, logging.log_steps, logging.tensorboard, run.ranks.first
-    )
+    settings, training = run.settings, run.training
+    log = ProgressLog(settings, run.plan.total_steps, run.start, show=run.ranks.first)
     try:
         register_classes(settings)
         log_to_folder(settings.output_dir)

@@ -36,11 +36,9 @@ def build_model(
 ) -> GLMForCausalLM:
     """Builds the network of a run, loads its weights, and attaches its adapter.
 
-    `padded_vocab_size: auto` becomes the size of the checkpoint, or without one that of the tokenizer.
+    `padded_vocab_size: auto` becomes the size of the checkpoint, or without one that of the tokenizer, `vocab_size`.
 
     Args:
-        settings: the run.
-        vocab_size: ids of the tokenizer.
         say: takes lines for the user.
         checkpoint: of the run that is resumed; replaces `load_checkpoint`, or `load_adapter` if the run trains an
             adapter, because that checkpoint contains no base weights.
@@ -84,8 +82,7 @@ def adapter_config(settings: Settings) -> AdapterConfig | None:
 def _checked_against_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig) -> StoredAdapter:
     """A stored adapter with the dropout of the settings, for further training.
 
-    Raises:
-        AdapterError: its kind or its sizes are not those of the settings.
+    Raises AdapterError if its kind or its sizes are not those of the settings.
     """
     then: Any = stored.config
     if then.kind != wanted.kind:
@@ -116,17 +113,14 @@ def _base_model(
     settings: Settings, vocab_size: int, say: Callable[[str], None], checkpoint: Path | None
 ) -> GLMForCausalLM:
     if checkpoint is None:
-        resolve_vocab_size(settings, vocab_size)
-        say("weights: random")
-        return GLMForCausalLM(settings.glm_config())
+        return GLMForCausalLM(_config_for(settings, vocab_size, say))
     if is_adapter_folder(checkpoint):
         raise CheckpointError(
             f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter, not weights; "
             "name it with --load_adapter, and with --load_checkpoint the base weights it was trained on"
         )
     with open_checkpoint(checkpoint) as reader:
-        config = _config_for(settings, vocab_size, checkpoint, reader)
-        say(f"weights: {checkpoint}")
+        config = _config_for(settings, vocab_size, say, checkpoint, reader)
         dtype = "float16" if config.param_init_type == "float16" else "float32"
         return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
 
@@ -135,19 +129,15 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str
     """The network of a sharded run, with a new adapter if it trains one; its weights are loaded after it is sliced.
 
     Raises:
-        CheckpointError: `load_checkpoint` does not belong to the configured network.
-        SettingsError: the vocabulary does not fit the tokenizer.
+        CheckpointError, SettingsError: as `build_model`.
     """
     if settings.load_checkpoint:
         checkpoint = resolve_checkpoint(settings.load_checkpoint)
         with open_checkpoint(checkpoint) as reader:
-            config = _config_for(settings, vocab_size, checkpoint, reader)
+            config = _config_for(settings, vocab_size, say, checkpoint, reader)
             check_names_and_shapes(config, reader)
-        say(f"weights: {checkpoint}")
     else:
-        resolve_vocab_size(settings, vocab_size)
-        config = settings.glm_config()
-        say("weights: random")
+        config = _config_for(settings, vocab_size, say)
     model = GLMForCausalLM(config, sharded_glm(config, parallel_of(settings)))
     adapter = adapter_config(settings)
     if adapter is not None:
@@ -155,25 +145,27 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str
     return model
 
 
-def _config_for(settings: Settings, vocab_size: int, checkpoint: Path, reader: CheckpointReader) -> GLMConfig:
-    """The architecture, checked against the checkpoint of its weights."""
+def _config_for(
+    settings: Settings,
+    vocab_size: int,
+    say: Callable[[str], None],
+    checkpoint: Path | None = None,
+    reader: CheckpointReader | None = None,
+) -> GLMConfig:
+    """The architecture, checked against the checkpoint of its weights, which `reader` reads."""
     model_config = settings.model.model_config
-    if model_config.padded_vocab_size == AUTO and _EMBEDDING in reader.names():
+    if reader is not None and model_config.padded_vocab_size == AUTO and _EMBEDDING in reader.names():
         model_config.padded_vocab_size = reader.shape(_EMBEDDING)[0]
     resolve_vocab_size(settings, vocab_size)
     config = settings.glm_config()
-    # Shapes do not determine head sizes or rope_ratio.
-    check_config_beside(checkpoint, config, settings.source)
+    if checkpoint is not None:  # shapes do not determine head sizes or rope_ratio
+        check_config_beside(checkpoint, config, settings.source)
+    say(f"weights: {checkpoint or 'random'}")
     return config
 
 
 def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> None:
-    """Checks a config against the config.json beside the weights, if there is one.
-
-    Args:
-        checkpoint: file or folder of weights.
-        config: of the network to build.
-        source: the file of `config`, for the error.
+    """Checks a config, read from the file `source`, against the config.json beside the weights, if there is one.
 
     Raises:
         CheckpointError: both describe different networks.

@@ -32,12 +32,7 @@ _SCORE_COLORS = ("#1f5f99", "#4c9f70", "#8457a8", "#b8860b")
 
 
 class Curve(NamedTuple):
-    """Values over updates.
-
-    Attributes:
-        steps: int64 [points], rising, none twice.
-        values: float64 [points]; NaN where the run had a value that is not finite.
-    """
+    """Values, float64 [points], over updates, int64 [points], rising; NaN where the run had no finite value."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -57,12 +52,8 @@ def write_plots(output_dir: Path, say: Callable[[str], None] = warnings.warn) ->
     A finished run must not fail because of a picture, so nothing is raised: `say` gets a line with the reason for a
     plot that cannot be drawn. Each file is whole or absent; one without numbers is removed.
 
-    Args:
-        output_dir: folder of the run.
-        say: takes lines for the user.
-
-    Returns:
-        The files written, of `loss.png`, `learning_rate.png`, `grad_norm.png`, `loss_scale.png` and `eval_scores.png`.
+    Returns the files written, of `loss.png`, `learning_rate.png`, `grad_norm.png`, `loss_scale.png` and
+    `eval_scores.png`.
     """
     try:
         import matplotlib.backends.backend_agg  # noqa: F401 - half a second that only plots need
@@ -174,7 +165,6 @@ def _loss_figure(training: Curves, evaluation: Curves) -> Figure | None:
 
 
 def _training_figure(name: str, title: str, label: str, training: Curves) -> Figure | None:
-    """Learning rate, gradient norm or loss scale."""
     if not _has_points(training, name):
         return None
     curve = training[name]
@@ -193,11 +183,10 @@ def _training_figure(name: str, title: str, label: str, training: Curves) -> Fig
 
 
 def _eval_scores_figure(training: Curves, evaluation: Curves) -> Figure | None:
-    panels = [
-        (metric, {name: evaluation[name] for name in metric.plotted if _has_points(evaluation, name)})
-        for metric in METRICS.values()
-    ]
-    panels = [(metric, curves) for metric, curves in panels if curves]
+    panels = []
+    for metric in METRICS.values():
+        curves = {name: evaluation[name] for name in metric.plotted if _has_points(evaluation, name)}
+        panels += [(metric, curves)] if curves else []
     if not panels:
         return None
     figure, all_axes = _axes(training, len(panels))
@@ -232,19 +221,12 @@ def _axes(training: Curves, panels: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9, 1.5 + 3.2 * panels), dpi=110, layout="constrained", facecolor="white")
     all_axes = [figure.add_subplot(panels, 1, place + 1) for place in range(panels)]
     all_axes[-1].set_xlabel("update (step)")
-    _epochs_on_top(all_axes[0], training)
+    epochs = training["epoch"].finite() if _has_points(training, "epoch") else None
+    if epochs is not None and epochs.values[-1] > 0 and epochs.steps[-1] > 0:
+        steps_per_epoch = epochs.steps[-1] / epochs.values[-1]
+        scales = (lambda x: x / steps_per_epoch, lambda x: x * steps_per_epoch)
+        all_axes[0].secondary_xaxis("top", scales).set_xlabel("epoch")
     return figure, all_axes
-
-
-def _epochs_on_top(axes: Axes, training: Curves) -> None:
-    if "epoch" not in training:
-        return
-    epochs = training["epoch"].finite()
-    if not epochs.steps.size or epochs.values[-1] <= 0 or epochs.steps[-1] <= 0:
-        return
-    steps_per_epoch = epochs.steps[-1] / epochs.values[-1]
-    top = axes.secondary_xaxis("top", (lambda x: x / steps_per_epoch, lambda x: x * steps_per_epoch))
-    top.set_xlabel("epoch")
 
 
 def _noisy_line(axes: Axes, curve: Curve, label: str) -> None:
@@ -278,10 +260,7 @@ def _mark_unusable(axes: Axes, training: Curves, name: str) -> None:
     overflows = overflow.steps[overflow.values > 0]
     curve = training[name]
     lost = np.setdiff1d(curve.steps[~np.isfinite(curve.values)], overflows)
-    for steps, color, label in (
-        (overflows, _LINE, "overflow, update skipped"),
-        (lost, _WARNING, "not finite"),
-    ):
+    for steps, color, label in ((overflows, _LINE, "overflow, update skipped"), (lost, _WARNING, "not finite")):
         if steps.size:
             few = thin(Curve(steps, np.zeros(steps.size))).steps
             axes.plot(

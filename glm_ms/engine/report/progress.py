@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glm_ms.metrics import METRICS
+from glm_ms.settings import Settings
 from glm_ms.storage.atomic import append_line, replace_text
 from glm_ms.storage.run_folder import EVAL_METRICS_FILE, METRICS_FILE, TENSORBOARD
 
@@ -45,46 +46,27 @@ class StepRecord:
 
 
 def progress_bar(total: int, description: str, unit: str, done: int = 0, show: bool = True, leave: bool = True) -> tqdm:
-    """A bar on standard error; updated only every 10 seconds in a file, which keeps every state of the bar.
+    """A bar on standard error, which stays visible when it is full unless it is below another one: `leave=False`.
 
-    Args:
-        leave: the full bar stays visible; False for a bar below another one.
+    A file keeps every state of a bar: there it is updated only every 10 seconds, and not shown below another one.
     """
+    terminal = sys.stderr.isatty()
+    hidden, interval = not show or not (leave or terminal), 0.1 if terminal else 10.0
     return tqdm(
-        total=total,
-        initial=done,
-        desc=description,
-        unit=unit,
-        # A file keeps every bar: a bar below another one would only be noise there.
-        disable=not show or not (leave or sys.stderr.isatty()),
-        leave=leave,
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-    )
+        total=total, initial=done, desc=description, unit=unit, disable=hidden, leave=leave, dynamic_ncols=True,
+        mininterval=interval
+    )  # fmt: skip
 
 
 class ProgressLog:
     """Bar and files of a training run. With `show=False`, on ranks other than the first, it does nothing.
 
-    Args:
-        output_dir: folder of `metrics.jsonl`, `eval_metrics.jsonl` and `tensorboard/`.
-        total_steps: updates of the whole run.
-        start_step: updates already made; lines of later steps, from a killed run, are removed.
-        log_steps: write a line every so many steps (and for the last one).
-        tensorboard: also write event files.
-        show: False for silence.
+    `start_step` updates of `total_steps` are already made; lines of later steps, from a killed run, are removed.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        total_steps: int,
-        start_step: int = 0,
-        log_steps: int = 1,
-        tensorboard: bool = True,
-        show: bool = True,
-    ) -> None:
-        self._total, self._log_steps = total_steps, log_steps
+    def __init__(self, settings: Settings, total_steps: int, start_step: int, show: bool) -> None:
+        output_dir = Path(settings.output_dir)
+        self._total, self._log_steps = total_steps, settings.logging.log_steps
         self._bar = progress_bar(total_steps, "compiling", "step", start_step, show)
         self._file = self._writer = None
         self._output_dir, self._shown, self._evaluated = output_dir, "", ""
@@ -92,7 +74,7 @@ class ProgressLog:
             for name in (METRICS_FILE, EVAL_METRICS_FILE):
                 _drop_after(output_dir / name, start_step)
             self._file = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
-        if show and tensorboard:
+        if show and settings.logging.tensorboard:
             from tensorboardX import SummaryWriter  # takes 0.5 s, and is optional
 
             self._writer = SummaryWriter(str(output_dir / TENSORBOARD), purge_step=start_step + 1)
@@ -107,7 +89,12 @@ class ProgressLog:
     def step(self, record: StepRecord) -> None:
         """Shows and writes one update."""
         self._bar.set_description("training", refresh=False)
-        self._shown = self._postfix(record)
+        loss = "overflow, update skipped" if record.overflow else f"loss {record.loss:.4f}"
+        scale = "" if record.loss_scale is None else f", loss scale {record.loss_scale:g}"
+        self._shown = (
+            f"{loss}, lr {record.learning_rate:.2e}, grad norm {record.grad_norm:.3f}{scale}, "
+            f"{record.tokens_per_second:,.0f} tokens/s"
+        )
         self._bar.set_postfix_str(self._shown + self._evaluated, refresh=False)
         self._bar.update(1)
         # Every skipped step has a line: such steps are rare, and readers look for them.
@@ -137,26 +124,15 @@ class ProgressLog:
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, step)
 
-    def _postfix(self, record: StepRecord) -> str:
-        loss = "overflow, update skipped" if record.overflow else f"loss {record.loss:.4f}"
-        scale = "" if record.loss_scale is None else f", loss scale {record.loss_scale:g}"
-        return (
-            f"{loss}, lr {record.learning_rate:.2e}, grad norm {record.grad_norm:.3f}{scale}, "
-            f"{record.tokens_per_second:,.0f} tokens/s"
-        )
-
     def sync(self) -> None:
         """Forces the lines to the disk: after a power cut no checkpoint must exist without the lines before it."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes bar and files."""
-        self._bar.close()
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for output in (self._bar, self._file, self._writer):
+            if output is not None:
+                output.close()
 
 
 def _json_line(values: Mapping[str, Any]) -> str:

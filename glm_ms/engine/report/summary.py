@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from glm_ms.metrics import LOSS, TEXT, takes
@@ -28,25 +29,21 @@ _PLACEHOLDER = "RECORDS.json"
 
 
 def summary(settings: Settings) -> list[str]:
-    """Lines for the user at the end of a run.
+    """Lines for the user at the end of a run, whose output folder has `settings.yaml` and checkpoints.
 
     Every command is checked; the problems that prevent it from running are named beside it.
-
-    Args:
-        settings: of the run, whose output folder holds `settings.yaml` and checkpoints.
     """
-    output_dir = Path(settings.output_dir)
+    output_dir = result = Path(settings.output_dir)
     if is_sharded(settings):
         return _sharded(settings)
-    kind = {"lora": "LoRA adapter", "ptuning2": "P-Tuning adapter"}.get(
-        settings.model.pet_config.pet_type or "", "weights"
-    )
-    checkpoints = list_checkpoints(output_dir)
-    lines = [f"{kind} and training state: {path}" for _, path in checkpoints[-1:]]
-    best = _best(output_dir)
-    if best is not None:
-        lines.append(f"{kind} with the best evaluation: {best} ({best_checkpoint(output_dir).name})")
-    for purpose, command in _commands(settings, best or output_dir):
+    kinds = {"lora": "LoRA adapter", "ptuning2": "P-Tuning adapter"}
+    kind = kinds.get(settings.model.pet_config.pet_type or "", "weights")
+    lines = [f"{kind} and training state: {path}" for _, path in list_checkpoints(output_dir)[-1:]]
+    with suppress(CheckpointError):
+        step = best_checkpoint(output_dir).name
+        result = output_dir / CHECKPOINTS / BEST
+        lines.append(f"{kind} with the best evaluation: {result} ({step})")
+    for purpose, command in _commands(settings, result):
         lines.append(f"{purpose}: {shlex.join(command)}{_missing(command)}")
     return lines
 
@@ -66,14 +63,6 @@ def _sharded(settings: Settings) -> list[str]:
         f"to merge: {shlex.join(merge)}",
         f"then to evaluate: {shlex.join(evaluate)}{_missing(evaluate)}",
     ]
-
-
-def _best(output_dir: Path) -> Path | None:
-    try:
-        best_checkpoint(output_dir)
-    except CheckpointError:
-        return None
-    return output_dir / CHECKPOINTS / BEST
 
 
 def _commands(settings: Settings, result: Path) -> Iterator[tuple[str, list[str]]]:
@@ -121,10 +110,8 @@ def _evaluation_flags(settings: Settings) -> list[str]:
     room, prompt = settings.model.model_config.seq_length, data.max_source_length
     if prompt + data.max_target_length + 1 > room and takes(LOSS, settings.metric.type):
         prompt = train.max_source_length
-        flags += [
-            f"eval_dataset.max_source_length={prompt}",
-            f"eval_dataset.max_target_length={train.max_target_length}",
-        ]
+        target = train.max_target_length
+        flags += [f"eval_dataset.max_source_length={prompt}", f"eval_dataset.max_target_length={target}"]
     return flags + (_answer_length(settings, room - prompt) if takes(TEXT, settings.metric.type) else [])
 
 

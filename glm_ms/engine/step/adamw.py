@@ -17,11 +17,8 @@ class GLMAdamW(nn.Optimizer):
     corrected update if it is called with learning rate lr c2 / c1, eps c2 and decay wd c1 / c2.
 
     Args:
-        params: parameters to train.
         learning_rate: schedule over the number of updates made so far, or a constant.
-        betas: decay rates of the moments.
         eps: added to the root of the corrected second moment.
-        weight_decay: decoupled decay.
 
     Raises:
         ValueError: a parameter is not float32.
@@ -63,14 +60,7 @@ class GLMAdamW(nn.Optimizer):
         decay = ops.reshape(self.decay * c1 / c2, ())
         for i in range(len(gradients)):
             self.update(
-                self.parameters[i],
-                self.moments1[i],
-                self.moments2[i],
-                scaled_rate,
-                self.beta1_tensor,
-                self.beta2_tensor,
-                eps,
-                decay,
-                gradients[i],
-            )
+                self.parameters[i], self.moments1[i], self.moments2[i], scaled_rate, self.beta1_tensor,
+                self.beta2_tensor, eps, decay, gradients[i]
+            )  # fmt: skip
         return done

@@ -25,8 +25,7 @@ class OverflowDetector(nn.Cell):
     Infinities and NaN in any gradient make the global norm infinite or NaN. Some Ascend cards saturate instead
     (`glm_ms.ops.ascend.saturates`): there the overflow register is read as well.
 
-    Args:
-        all_reduce: sums a tensor over the ranks; None on a single one.
+    `all_reduce` sums a tensor over the ranks; it is None on a single one.
     """
 
     def __init__(self, all_reduce: nn.Cell | None = None) -> None:
@@ -62,8 +61,7 @@ class LossScale(nn.Cell):
     Args:
         type: DYNAMIC or FIXED.
         loss_scale_value: first scale.
-        scale_factor: an overflow divides a dynamic scale by it, `scale_window` good updates multiply it.
-        scale_window: good updates in a row before a dynamic scale grows.
+        scale_factor: an overflow divides a dynamic scale by it, `scale_window` good updates in a row multiply it.
 
     Attributes:
         scale: float32 scalar.
@@ -118,13 +116,10 @@ class LossScale(nn.Cell):
 
 
 class ScaledLoss(nn.Cell):
-    """A network whose scaled mean loss is differentiated.
+    """A network whose scaled mean loss is differentiated; `network` returns (loss sum, number of labelled tokens).
 
     The mean over the labelled tokens is scaled and not the sum, which is thousands of times larger and would overflow
     float16 earlier.
-
-    Args:
-        network: cell that returns (loss sum, number of labelled tokens).
     """
 
     def __init__(self, network: nn.Cell) -> None:

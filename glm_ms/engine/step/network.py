@@ -14,12 +14,9 @@ from glm_ms.settings import Settings
 
 
 class TrainingNetwork(nn.Cell):
-    """Loss of a batch of fixed length.
+    """Loss of a batch of rows of `seq_length` tokens; parameter names are those of the network.
 
-    Args:
-        network: weights; parameter names stay as they are.
-        seq_length: length of every row.
-        loss: (logits, labels) -> (loss sum, number of labelled tokens).
+    `loss` is (logits, labels) -> (loss sum, number of labelled tokens).
     """
 
     def __init__(self, network: GLMNetwork, seq_length: int, loss: nn.Cell | None = None) -> None:
@@ -49,12 +46,9 @@ class TrainingNetwork(nn.Cell):
 
 
 class ShardedTrainingNetwork(TrainingNetwork):
-    """Loss of a global batch of fixed length, split over the cards.
+    """Loss of a global batch, split over the cards.
 
-    Args:
-        network: of `glm_ms.parallel.layers.sharded_glm`, with its adapter if it has one.
-        parallel: the split.
-        seq_length: length of every row.
+    `network` is that of `glm_ms.parallel.layers.sharded_glm`, with its adapter if it has one.
     """
 
     def __init__(self, network: GLMNetwork, parallel: ParallelConfig, seq_length: int) -> None:

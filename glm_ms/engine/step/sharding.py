@@ -60,12 +60,8 @@ class ShardedTraining(Training):
         self.model = build_unfilled_model(self.settings, vocab_size, self.say)
 
     def build_network(self, seq_length: int) -> ShardedTrainingNetwork:
-        """The network with its strategies and its loss.
-
-        Raises:
-            SettingsError: the network cannot be split like this; known only here if the tokenizer decides the size of
-                the vocabulary.
-        """
+        """Raises SettingsError if the network cannot be split like this, which is known only here if the tokenizer
+        decides the size of the vocabulary."""
         network = self.model.network
         rows = self.batch_size // self.parallel.micro_batch_num
         reasons = [r for _, r in parallel_problems(network.config, self.parallel, rows, seq_length)]
@@ -109,8 +105,7 @@ class ShardedTraining(Training):
     def compile(self, step: nn.Cell) -> dict[str, tuple]:
         """Compiles a step, after which every parameter has the shape of its slice, and writes the strategy file.
 
-        Returns:
-            Name -> layout, as MindSpore's slicing functions take it, for the parameters of this card's stage.
+        Returns name -> layout, as MindSpore's slicing functions take it, for the parameters of this card's stage.
 
         Raises:
             CheckpointError: the compiler has sliced a parameter differently from the rules of
@@ -142,7 +137,6 @@ class ShardedTraining(Training):
                     put_slice(parameters[name], whole, layouts[name], self.ranks.rank, config.param_init_type)
 
     def _is_mine(self, parameter: Parameter) -> bool:
-        """Whether this card's pipeline stage has a parameter."""
         return stage_of_parameter(parameter.name, self.network.config, self.parallel) == self.stage
 
     def _slices(self) -> dict[str, Slice]:
@@ -241,7 +235,6 @@ class ShardedTrainOneStep(TrainOneStep):
 def _stage_group(parallel: ParallelConfig, rank: int) -> str:
     """The communication group of the cards that have the same place in every stage."""
     place = rank % parallel.stage_cards
-    ranks = list(range(place, parallel.cards, parallel.stage_cards))
     name = f"glm_stages_{place}"
-    create_group(name, ranks)
+    create_group(name, list(range(place, parallel.cards, parallel.stage_cards)))
     return name

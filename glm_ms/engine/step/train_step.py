@@ -28,9 +28,6 @@ class TrainOneStep(nn.Cell):
         all_reduce: sums a tensor over the ranks; None on a single one.
         max_grad_norm: largest global gradient norm, None for no clipping.
         loss_scale: arguments of `LossScale`; None, or no `type` in it, for no scaling.
-
-    Attributes:
-        loss_scale: the `LossScale`, or None.
     """
 
     def __init__(
@@ -57,11 +54,7 @@ class TrainOneStep(nn.Cell):
     def finish(
         self, loss: Tensor, tokens: Tensor, gradients: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, clip, update.
-
-        Args:
-            loss, tokens, gradients: loss sum, number of labelled tokens and gradients of the loss sum, of the whole
-                step.
+        """Mean, clip, update, with loss sum, number of labelled tokens and gradients of the loss sum of a whole step.
 
         Returns:
             mean loss over the labelled tokens, global gradient norm before clipping, learning rate, number of labelled
