@@ -14,8 +14,7 @@ from glm_ms.data.rows import IGNORED, Row
 from glm_ms.storage.errors import DataError
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
-SEEDS = "dropout_seeds"
-TRAINING_COLUMNS = (*COLUMNS, SEEDS)
+TRAINING_COLUMNS = (*COLUMNS, "dropout_seeds")
 
 
 class TrainingRows(Protocol):
@@ -133,7 +132,7 @@ class TrainingPlan:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one update, all ranks together."""
+        """All ranks together."""
         return self.batch_size * self.accumulation_steps * self.num_ranks
 
     @property
@@ -219,11 +218,8 @@ def training_batches(
     The whole run is one pass of this data set: the order contains the epochs, so that a run can resume at any step.
     Columns are TRAINING_COLUMNS: int32 [batch_size, seq_length] each, the seeds int32 [batch_size].
     """
+    source = _Rows(rows, plan, start_step, rank)
     data = ds.GeneratorDataset(
-        _Rows(rows, plan, start_step, rank),
-        list(TRAINING_COLUMNS),
-        shuffle=False,
-        num_parallel_workers=num_workers,
-        python_multiprocessing=False,
+        source, list(TRAINING_COLUMNS), num_parallel_workers=num_workers, shuffle=False, python_multiprocessing=False
     )
     return data.batch(plan.batch_size, drop_remainder=True, num_parallel_workers=1)

@@ -21,8 +21,7 @@ def labelled_rows(
 ) -> TrainDataset:
     """The rows with labels of a section, cached on disk if it has a `cache_dir`; `say` takes a line about the cache.
 
-    Raises:
-        DataError: the records or the keys cannot be used.
+    Raises DataError if the records or the keys cannot be used.
     """
     cache = None
     if isinstance(data, TrainDatasetSettings) and data.cache_dir is not None:
@@ -33,11 +32,7 @@ def labelled_rows(
 def prompts_with_references(
     data: EvalDatasetSettings, tokenizer: SentencePieceTokenizer, generation: GenerationSettings
 ) -> EvalDataset:
-    """The prompts of a section, and the reference texts that answers are compared with.
-
-    Raises:
-        DataError: the records or the keys cannot be used.
-    """
+    """The prompts of a section, with reference texts. Raises DataError if the records or the keys cannot be used."""
     most = None
     if data.max_seq_length is not None:
         room = generation.max_new_tokens if generation.max_length is None else 1

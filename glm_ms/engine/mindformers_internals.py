@@ -43,10 +43,7 @@ class NameTakenError(RuntimeError):
 def register_class(cls: type, kind: str, name: str | None = None) -> None:
     """Enters a class into MindFormers' registry of a MindFormerModuleType; safe to call again.
 
-    `name` is its name in YAML files, by default that of the class.
-
-    Raises:
-        NameTakenError: another class has the name.
+    `name` is its name in YAML files, by default that of the class. Raises NameTakenError if another class has it.
     """
     name = name or cls.__name__
     found = MindFormerRegister.registry.get(kind, {}).get(name)
@@ -86,8 +83,7 @@ def quiet_terminal() -> None:
 def add_model_name(name: str, path: str) -> None:
     """Makes `Trainer(task="text_generation", model_name=name)`, or `model=name`, read the YAML at `path`.
 
-    Raises:
-        NameTakenError: the name stands for another YAML.
+    Raises NameTakenError if it reads another one.
     """
     names = MindFormerBook.get_trainer_support_task_list()["text_generation"]
     if names.setdefault(name, path) != path:

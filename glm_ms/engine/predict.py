@@ -36,10 +36,8 @@ def read_prompts(predict_data: str) -> list[str]:
     """Prompts of `--predict_data`.
 
     It is `-` for standard input (a prompt a line), a path ending in .txt (a prompt a line) or .jsonl (an object a line
-    with `prompt`, `content`, `query` or `text`, or a string a line), else the prompt itself.
-
-    Raises:
-        DataError: a file is missing, empty or broken; the message has file and line.
+    with `prompt`, `content`, `query` or `text`, or a string a line), else the prompt itself. Raises DataError, with
+    file and line, if a file is missing, empty or broken.
     """
     suffix = Path(predict_data).suffix.lower() if "\n" not in predict_data else ""
     source, prompts = predict_data, [predict_data]
@@ -117,8 +115,7 @@ def predict(
 def check_prompt_lengths(prompts: Sequence[Sequence[int]], options: Mapping[str, Any], seq_length: int) -> None:
     """Checks all prompts before the first answer: one that is too long must not cost the answers to the others.
 
-    Raises:
-        DataError: a prompt is too long.
+    Raises DataError.
     """
     longest, max_new_tokens = options["max_length"], options["max_new_tokens"]
     for number, prompt in enumerate(prompts, 1):

@@ -46,8 +46,7 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all ranks in their order, on every rank; finite floats arrive to the last digit.
 
-        Raises:
-            RankError: another rank has ended.
+        Raises RankError if another rank has ended.
         """
         if self.size == 1:
             return [value]
@@ -66,10 +65,8 @@ class Ranks:
         """Calls `work` for all items, each on one rank; yields its JSON results in order, on every rank.
 
         The items are the same on all ranks, and may be fewer. The ranks take turns and exchange their results after
-        every round: the call for an item is the same as in a single process, for any number of ranks.
-
-        Raises:
-            RankError: `work` failed on another rank; its error is quoted. On the rank itself that error is raised.
+        every round: the call for an item is the same as in a single process, for any number of ranks. An error of
+        `work` is raised on its rank, and quoted in a RankError on the others.
         """
         for start in range(0, len(items), self.size):
             mine = start + self.rank
@@ -87,8 +84,7 @@ class Ranks:
     def agree(self, what: str, value: Mapping[str, Any]) -> None:
         """Checks that all ranks have the same JSON values by name; `what` names them in the error.
 
-        Raises:
-            RankError: a rank differs from the first; it names the first such value, and both.
+        Raises RankError, with the first value in which a rank differs from the first rank.
         """
         values = self.gather(dict(value))
         for rank, other in enumerate(values):
@@ -110,10 +106,7 @@ def check_equal_on_ranks(parameters: Iterable[Parameter], ranks: Ranks) -> None:
     """Checks that replicated parameters are the same on all ranks, bit by bit.
 
     Data parallel ranks make the same updates; one that differs (faulty memory, an old checkpoint on one server) would
-    spoil the run silently.
-
-    Raises:
-        RankError: it names the first tensor that differs, and the rank.
+    spoil the run silently. Raises RankError with the first tensor that differs, and the rank.
     """
     if ranks.size == 1:
         return

@@ -36,10 +36,8 @@ def run(settings: Settings) -> None:
     """Runs train, finetune, eval or predict with settings whose device has been checked.
 
     In a parallel run every rank calls it. A rank that fails ends its process at once, so that the program that started
-    the ranks sees it and ends the others.
-
-    Raises:
-        ValueError: weights, data or settings that cannot be used, with a message for the user.
+    the ranks sees it and ends the others. Raises ValueError, with a message for the user, for weights, data or settings
+    that cannot be used.
     """
     try:
         _run(settings)

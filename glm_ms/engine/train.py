@@ -88,8 +88,7 @@ def prepare(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ran
         check_base_stays(settings)
     rows: TrainingRows = given.rows or labelled_rows(settings.train_dataset, tokenizer, say)
     say(rows.describe())
-    plan = _plan(settings, len(rows), training)
-    _remark_on_schedule(settings, plan, say)
+    plan = _plan(settings, len(rows), training, say)
     position = position_state(settings, plan, None if given.rows is None else given.rows.sha256)
     manifest = None
     if checkpoint is not None:
@@ -162,9 +161,10 @@ def finish_output(run: TrainingRun) -> None:
             (run.output_dir / STRATEGIES).rmdir()
 
 
-def _plan(settings: Settings, num_rows: int, training: Training) -> TrainingPlan:
-    runner = settings.runner_config
-    return TrainingPlan(
+def _plan(settings: Settings, num_rows: int, training: Training, say: Say) -> TrainingPlan:
+    """The plan of a run, with a remark if its warm-up does not end."""
+    runner, schedule = settings.runner_config, settings.lr_schedule
+    plan = TrainingPlan(
         num_rows=num_rows,
         batch_size=training.batch_size,
         accumulation_steps=runner.gradient_accumulation_steps,
@@ -175,12 +175,9 @@ def _plan(settings: Settings, num_rows: int, training: Training) -> TrainingPlan
         shuffle=settings.train_dataset.data_loader.shuffle,
         drop_remainder=settings.train_dataset.drop_remainder,
     )
-
-
-def _remark_on_schedule(settings: Settings, plan: TrainingPlan, say: Say) -> None:
-    schedule = settings.lr_schedule
     if schedule.warmup_ratio is None and schedule.warmup_steps >= plan.total_steps:
         say(
             f"lr_schedule.warmup_steps = {schedule.warmup_steps}: the run has {plan.total_steps} steps, so the "
             "learning rate never reaches its highest value"
         )
+    return plan

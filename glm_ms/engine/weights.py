@@ -128,8 +128,7 @@ def _base_model(
 def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str], None]) -> GLMForCausalLM:
     """The network of a sharded run, with a new adapter if it trains one; its weights are loaded after it is sliced.
 
-    Raises:
-        CheckpointError, SettingsError: as `build_model`.
+    Raises as `build_model`.
     """
     if settings.load_checkpoint:
         checkpoint = resolve_checkpoint(settings.load_checkpoint)
@@ -167,8 +166,7 @@ def _config_for(
 def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> None:
     """Checks a config, read from the file `source`, against the config.json beside the weights, if there is one.
 
-    Raises:
-        CheckpointError: both describe different networks.
+    Raises CheckpointError if both describe different networks.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not (folder / "config.json").is_file():

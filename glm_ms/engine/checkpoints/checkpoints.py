@@ -63,20 +63,13 @@ class Checkpoints(ABC):
 
     @abstractmethod
     def find(self) -> Path | None:
-        """The checkpoint to resume from; None for a new run.
-
-        Raises:
-            CheckpointError: `resume_training` is set and there is no checkpoint.
-        """
+        """The checkpoint to resume from; None for a new run. Raises CheckpointError if `resume_training` finds none."""
 
     def write(self, step: int, place: tuple[int, int], position: dict[str, Any], best: dict[str, Any] | None) -> None:
         """Writes the checkpoint after `step` updates; the other values are those of `write_manifest`.
 
         The folder gets its name when everything in it is on disk; a process killed while writing leaves nothing
-        under that name.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
+        under that name. Raises CheckpointError if the folder cannot be written.
         """
         folder = step_folder(self.folder, step)
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -11,16 +11,9 @@ from typing import Any
 import mindspore
 
 from glm_ms.peft import is_adapter_folder
+from glm_ms.storage import integrity
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.integrity import (
-    MANIFEST,
-    check_file,
-    describe_files,
-    file_sha256,
-    json_sha256,
-    read_manifest_values,
-    write_manifest_values,
-)
+from glm_ms.storage.integrity import MANIFEST, file_sha256
 from glm_ms.version import __version__
 
 FORMAT_VERSION = 1
@@ -50,7 +43,7 @@ class Manifest:
     best: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
     device: str
-    config_sha256: str = ""
+    config_sha256: str
     format_version: int = FORMAT_VERSION
     glm_ms: str = __version__
     mindspore: str = mindspore.__version__
@@ -63,21 +56,17 @@ def write_manifest(
 
     `place` is (`epoch`, `row`) of `Manifest`, which explains the other values too.
     """
-    files = describe_files(folder)
-    manifest = Manifest(step, *place, position, best, files, device, json_sha256(position))
-    write_manifest_values(folder, asdict(manifest))
+    files, config_sha256 = integrity.describe_files(folder), integrity.json_sha256(position)
+    manifest = Manifest(step, *place, position, best, files, device, config_sha256)
+    integrity.write_manifest_values(folder, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged, or has another version of the layout.
-    """
+    """The manifest of a checkpoint. Raises CheckpointError if it is missing, damaged, or of another layout."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(_why_no_manifest(folder))
-    values = read_manifest_values(folder)
+    values = integrity.read_manifest_values(folder)
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: layout {values.get('format_version')}, this version of glm_ms ({__version__}) reads layout "
@@ -87,13 +76,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Checks size and SHA-256 of every file of a checkpoint, reading each once.
-
-    Raises:
-        CheckpointError: a file is missing, cut short, damaged or that of another checkpoint.
-    """
+    """Checks size and SHA-256 of every file of a checkpoint, reading each once; raises CheckpointError."""
     for name, known in manifest.files.items():
-        check_file(folder / name, known)
+        integrity.check_file(folder / name, known)
 
 
 def weights_fingerprint(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,7 @@ def remark_on_versions(manifest: Manifest, device: str, say: Callable[[str], Non
 def check_base_stays(settings: Settings) -> None:
     """Refuses a new adapter run in the output folder of its base weights, which `set_aside` would move.
 
-    Raises:
-        CheckpointError: `load_checkpoint` lies in the output folder.
+    Raises CheckpointError.
     """
     if settings.model.pet_config.pet_type is None or not settings.load_checkpoint:
         return
@@ -128,10 +128,8 @@ def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
 
 
 def _move(output_dir: Path, paths: list[Path], into: str) -> Path:
-    number = 1
-    while (output_dir / EARLIER_RUNS / str(number)).exists():
-        number += 1
-    target = output_dir / EARLIER_RUNS / str(number)
+    numbered = (output_dir / EARLIER_RUNS / str(number) for number in itertools.count(1))
+    target = next(path for path in numbered if not path.exists())
     (target / into).mkdir(parents=True)
     for path in paths:
         path.rename(target / into / path.name)

@@ -6,17 +6,16 @@ slices by the strategy files in `<output_dir>/strategy`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 from mindspore.communication import get_group_size
 
 from glm_ms.convert.adapter_files import OPTIMIZER
 from glm_ms.convert.cluster.layout import Layout
 from glm_ms.convert.names import split_joint
-from glm_ms.convert.reader import CheckpointReader, load_parameters
+from glm_ms.convert.reader import load_parameters, open_checkpoint
 from glm_ms.engine.checkpoints.checkpoints import (
     WEIGHTS,
     Checkpoints,
@@ -110,21 +109,20 @@ def common_step(output_dir: Path, cards: int) -> int | None:
     return max(set.intersection(*steps), default=None)
 
 
-def whole_parameters(reader: CheckpointReader, config: GLMConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters of a checkpoint under the names of a sharded network: joint layers in their parts."""
-    for name, value in load_parameters(reader, config, config.param_init_type):
-        yield from split_joint(name, value, config)
-
-
-def put_slice(parameter: Parameter, whole: np.ndarray, layout: tuple, rank: int, dtype: str) -> None:
-    """Overwrites a parameter of a compiled network with a card's slice of a whole array.
-
-    `layout` is that of `Cell.parameter_layout_dict`. bfloat16 arrays are bit patterns: NumPy has no type for them.
-    """
-    value = cut(whole, layout, rank)
-    if dtype == "bfloat16":
-        value = (value.astype(np.uint32) << 16).view(np.float32)
-    parameter.set_data(Tensor(value, parameter.dtype), slice_shape=True)
+def load_slices(path: Path, network: nn.Cell, layouts: dict[str, tuple], rank: int) -> None:
+    """Gives a compiled network a card's slices of a whole checkpoint, a tensor at a time, by the layout of each."""
+    config: GLMConfig = network.config
+    parameters = {parameter.name: parameter for parameter in network.get_parameters()}
+    with open_checkpoint(path) as reader:
+        for stored, joint in load_parameters(reader, config, config.param_init_type):
+            for name, whole in split_joint(stored, joint, config):
+                if name not in layouts:
+                    continue
+                value = _cut(whole, layouts[name], rank)
+                if config.param_init_type == "bfloat16":  # bit patterns: NumPy has no type for them
+                    value = (value.astype(np.uint32) << 16).view(np.float32)
+                parameter = parameters[name]
+                parameter.set_data(Tensor(value, parameter.dtype), slice_shape=True)
 
 
 def stored_shape(layout: tuple) -> tuple[int, ...]:
@@ -135,7 +133,7 @@ def stored_shape(layout: tuple) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def cut(whole: np.ndarray, layout: tuple, rank: int) -> np.ndarray:
+def _cut(whole: np.ndarray, layout: tuple, rank: int) -> np.ndarray:
     """A card's slice of a whole array: by device matrix and tensor map, then by the group of the sharded optimizer."""
     devices, tensor_map, group = layout[0], layout[1], layout[5]
     axes = tuple(() if mapped == -1 else (len(devices) - 1 - mapped,) for mapped in tensor_map)

@@ -15,10 +15,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.communication import create_group
 from mindspore.nn import Optimizer
 
-from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
-from glm_ms.engine.checkpoints.slices import SliceCheckpoints, SliceState, put_slice, stored_shape, whole_parameters
+from glm_ms.engine.checkpoints.slices import SliceCheckpoints, SliceState, load_slices, stored_shape
 from glm_ms.engine.mindformers_internals import VirtualDatasetCell
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import ShardedTrainingNetwork, recompute_blocks
@@ -87,11 +86,7 @@ class ShardedTraining(Training):
 
     def fill(self, step: nn.Cell) -> None:
         """Compiles the step and gives every parameter its values: of the checkpoint of this card, of the whole weights
-        that the settings name, or random ones.
-
-        Raises:
-            CheckpointError: weights that do not fit.
-        """
+        that the settings name, or random ones. Raises CheckpointError for weights that do not fit."""
         self.say(f"compiling for {self.parallel.cards} cards; this takes minutes for a 6B network")
         layouts = self.compile(step)
         metadata = slice_metadata(self.ranks.rank, self.parallel.cards)
@@ -100,7 +95,7 @@ class ShardedTraining(Training):
         if self.checkpoint is not None:
             self.checkpoints.restore(self.checkpoint)
         if base and (self.checkpoint is None or adapter is not None):
-            self._load_slices(resolve_checkpoint(base), layouts)
+            load_slices(resolve_checkpoint(base), self.network, layouts, self.ranks.rank)
 
     def compile(self, step: nn.Cell) -> dict[str, tuple]:
         """Compiles a step, after which every parameter has the shape of its slice, and writes the strategy file.
@@ -126,15 +121,6 @@ class ShardedTraining(Training):
                     "please report this with the YAML and the version of MindSpore"
                 )
         return layouts
-
-    def _load_slices(self, path: Path, layouts: dict[str, tuple]) -> None:
-        """Gives the parameters of this card their slices of a whole checkpoint, a tensor at a time."""
-        parameters = {parameter.name: parameter for parameter in self.network.get_parameters()}
-        config = self.network.config
-        with open_checkpoint(path) as reader:
-            for name, whole in whole_parameters(reader, config):
-                if name in layouts:
-                    put_slice(parameters[name], whole, layouts[name], self.ranks.rank, config.param_init_type)
 
     def _is_mine(self, parameter: Parameter) -> bool:
         return stage_of_parameter(parameter.name, self.network.config, self.parallel) == self.stage
@@ -205,7 +191,11 @@ class ShardedTrainOneStep(TrainOneStep):
         if self.has_stages:
             self.network.add_flags(defer_inline=True)
             self.reducer = nn.PipelineGradReducer(optimizer.parameters)
-            self.all_reduce_stages = ops.AllReduce(group=_stage_group(parallel, training.ranks.rank))
+            # The cards that have the same place in every stage.
+            place = training.ranks.rank % parallel.stage_cards
+            group = f"glm_stages_{place}"
+            create_group(group, list(range(place, parallel.cards, parallel.stage_cards)))
+            self.all_reduce_stages = ops.AllReduce(group=group)
 
     def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One whole step; returns what `finish` returns."""
@@ -230,11 +220,3 @@ class ShardedTrainOneStep(TrainOneStep):
             square = self.square_sum(ops.square(ops.cast(gradients[i], ms.float32)))
             squares = squares + square * self.shares[i]
         return self.all_reduce(squares)
-
-
-def _stage_group(parallel: ParallelConfig, rank: int) -> str:
-    """The communication group of the cards that have the same place in every stage."""
-    place = rank % parallel.stage_cards
-    name = f"glm_stages_{place}"
-    create_group(name, list(range(place, parallel.cards, parallel.stage_cards)))
-    return name

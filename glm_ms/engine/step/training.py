@@ -58,8 +58,7 @@ class Training:
     def build_model(self, vocab_size: int, checkpoint: Path | None) -> None:
         """Builds the model, unless one was given, for a tokenizer of `vocab_size`; `checkpoint` is resumed from.
 
-        Raises:
-            CheckpointError, SettingsError: as `glm_ms.engine.weights.build_model`.
+        Raises as `build_model` of `glm_ms.engine.weights`.
         """
         self.checkpoint = checkpoint
         if self.given_model is not None:
@@ -88,11 +87,7 @@ class Training:
         return build_wrapper(config, {"network": self.network, "optimizer": optimizer})
 
     def fill(self, step: nn.Cell) -> None:
-        """Loads the state of the checkpoint that the run resumes from.
-
-        Raises:
-            CheckpointError: it does not fit.
-        """
+        """Loads the state of the checkpoint that the run resumes from. Raises CheckpointError if it does not fit."""
         base_model, has_weights = self.settings.load_checkpoint, self.given_model is None
         self.checkpoints.state = WholeState(self.model, step, base_model, restores_weights=not has_weights)
         if self.checkpoint is not None:
@@ -131,8 +126,7 @@ class GLMTrainer(CausalLanguageModelingTrainer):
 def register_classes(settings: Settings) -> None:
     """Enters the classes that the settings name into MindFormers' registry: optimizer, training step, trainer.
 
-    Raises:
-        NameTakenError: another package has registered a class under one of their names.
+    Raises NameTakenError if another package has registered a class under one of their names.
     """
     register_class(_load(OPTIMIZERS[settings.optimizer.type]), MindFormerModuleType.OPTIMIZER)
     register_class(GLMTrainOneStep, MindFormerModuleType.WRAPPER)
