@@ -17,7 +17,7 @@ from glm_ms.engine.mindformers_internals import (
 )
 from glm_ms.engine.step.adamw import GLMAdamW
 from glm_ms.engine.step.train_step import GLMTrainOneStep
-from glm_ms.engine.step.trainer import GLMTrainer
+from glm_ms.engine.step.training import GLMTrainer
 from glm_ms.mindformers_api.config import CONFIG_TYPE, MODEL_TYPE, TOKENIZER_CLASS, MindFormersGLMConfig
 from glm_ms.mindformers_api.dataset import GLMDataset
 from glm_ms.mindformers_api.model import MindFormersGLM
