@@ -34,10 +34,7 @@ def evaluate(settings: Settings, model: GLMForCausalLM, tokenizer: SentencePiece
     """Measures every metric of the settings on `eval_dataset`.
 
     Writes `eval_scores.json`, and with a metric of texts `eval_predictions.jsonl`, into the output folder. In a
-    parallel run all ranks call it, and the first writes.
-
-    Returns:
-        All scores by name, on every rank.
+    parallel run all ranks call it, and the first writes. Returns all scores by name, on every rank.
 
     Raises:
         DataError: no usable record.
@@ -59,9 +56,8 @@ class Evaluator:
     """Measures networks on `eval_dataset` any number of times; reads the records once.
 
     The ranks of a parallel run take the batches in turn. Batches and calls are those of a single process, and so are
-    the scores and the predictions, which the first rank writes into the output folder.
-
-    `say` takes lines for the user, once; with `leave` full progress bars stay visible.
+    the scores and the predictions, which the first rank writes into the output folder. `say` takes lines for the user,
+    once; with `leave` full progress bars stay visible.
 
     Raises:
         DataError: no usable record, or rows longer than the network.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,8 @@ def check_name_is_free(found: type | None, name: str, cls: type, where: str) -> 
 
 
 def log_to_folder(output_dir: str) -> None:
-    """MindFormers writes its log below `output_dir`; the terminal gets errors only, unless GLM_MS_VERBOSE is set.
-
-    MindFormers has one logger for each output folder.
-    """
-    if is_verbose():
-        set_output_path(output_dir)
-        return
-    with no_warnings():  # the call itself logs, through a logger that it has just created
+    """MindFormers writes its log, one for each output folder, below `output_dir`; quiets the terminal."""
+    with nullcontext() if is_verbose() else no_warnings():  # the call logs, through a logger that it has just created
         set_output_path(output_dir)
     quiet_terminal()
 

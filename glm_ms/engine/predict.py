@@ -69,12 +69,8 @@ def predict(
     prompt without beams is shown while it is generated. The ranks of a parallel run take the batches in turn, with the
     batches and answers of a single process; the first rank shows and writes.
 
-    Args:
-        show: takes pieces of text for the user, line breaks included.
-        say: takes notes.
-
-    Returns:
-        All predictions in the order of the prompts, on every rank.
+    `show` takes pieces of text for the user, line breaks included, `say` notes. Returns all predictions in order, on
+    every rank.
 
     Raises:
         DataError: prompts that cannot be read or are too long.

@@ -7,6 +7,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,7 +104,12 @@ def _read(path: Path, names: Iterable[str], say: Callable[[str], None]) -> Curve
             f"{path}: lines that are not a record of a step are left out of the plots: {len(broken)} of "
             f"{len(lines)}, the first is line {broken[0]}"
         )
-    return {name: _curve(points) for name, points in found.items() if points}
+    curves = {}
+    for name, points in found.items():
+        if points:
+            steps = sorted(points)
+            curves[name] = Curve(np.array(steps, np.int64), np.array([points[step] for step in steps], np.float64))
+    return curves
 
 
 def _record(line: str) -> dict[str, Any] | None:
@@ -118,11 +124,6 @@ def _record(line: str) -> dict[str, Any] | None:
 def _number(value: Any) -> float:
     """NaN for null, which a run writes for a value that is not finite, and for anything that is not a number."""
     return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else float("nan")
-
-
-def _curve(points: dict[int, float]) -> Curve:
-    steps = sorted(points)
-    return Curve(np.array(steps, np.int64), np.array([points[step] for step in steps], np.float64))
 
 
 def thin(curve: Curve, max_points: int = MAX_POINTS) -> Curve:
@@ -164,7 +165,7 @@ def _loss_figure(training: Curves, evaluation: Curves) -> Figure | None:
     return figure
 
 
-def _training_figure(name: str, title: str, label: str, training: Curves) -> Figure | None:
+def _training_figure(name: str, title: str, label: str, training: Curves, _: Curves) -> Figure | None:
     if not _has_points(training, name):
         return None
     curve = training[name]
@@ -205,11 +206,9 @@ def _has_points(curves: Curves, name: str) -> bool:
 
 _FIGURES: dict[str, Callable[[Curves, Curves], Any]] = {
     "loss": _loss_figure,
-    "learning_rate": lambda training, _: _training_figure("learning_rate", "Learning rate", "learning rate", training),
-    "grad_norm": lambda training, _: _training_figure(
-        "grad_norm", "Gradient norm", "global norm, before clipping", training
-    ),
-    "loss_scale": lambda training, _: _training_figure("loss_scale", "Loss scale", "loss scale", training),
+    "learning_rate": partial(_training_figure, "learning_rate", "Learning rate", "learning rate"),
+    "grad_norm": partial(_training_figure, "grad_norm", "Gradient norm", "global norm, before clipping"),
+    "loss_scale": partial(_training_figure, "loss_scale", "Loss scale", "loss scale"),
     "eval_scores": _eval_scores_figure,
 }
 

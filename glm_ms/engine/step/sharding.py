@@ -21,7 +21,7 @@ from glm_ms.engine.checkpoints.slices import SliceCheckpoints, SliceState, load_
 from glm_ms.engine.mindformers_internals import VirtualDatasetCell
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import ShardedTrainingNetwork, recompute_blocks
-from glm_ms.engine.step.train_step import TrainOneStep
+from glm_ms.engine.step.train_step import Gradients, StepResult, TrainOneStep
 from glm_ms.engine.step.trainer_config import step_arguments
 from glm_ms.engine.step.training import Training
 from glm_ms.engine.weights import adapter_config, build_unfilled_model
@@ -197,8 +197,8 @@ class ShardedTrainOneStep(TrainOneStep):
             create_group(group, list(range(place, parallel.cards, parallel.stage_cards)))
             self.all_reduce_stages = ops.AllReduce(group=group)
 
-    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One whole step; returns what `finish` returns."""
+    def construct(self, *inputs: Tensor) -> StepResult:
+        """One whole step."""
         both = self.network(*inputs)
         scale = ops.ones_like(self.zero)
         if self.loss_scale is not None:
@@ -213,7 +213,7 @@ class ShardedTrainOneStep(TrainOneStep):
             gradients = self.scaled(gradients, 1.0 / scale)
         return self.finish(loss, tokens, gradients)
 
-    def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
+    def squares(self, gradients: Gradients) -> Tensor:
         """Sum of the squares of all elements of the whole gradients, each counted once."""
         squares = self.zero
         for i in range(len(gradients)):

@@ -11,6 +11,10 @@ from mindspore.nn import Optimizer
 
 from glm_ms.engine.step.loss_scale import LossScale, OverflowDetector, ScaledLoss
 
+Gradients = tuple[Tensor, ...]
+# Mean loss over the labelled tokens, global gradient norm before clipping, learning rate, number of labelled tokens:
+# float32 scalars.
+StepResult = tuple[Tensor, Tensor, Tensor, Tensor]
 # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6.
 _CLIP_EPS = 1e-6
 
@@ -51,15 +55,8 @@ class TrainOneStep(nn.Cell):
             self.overflow = OverflowDetector(all_reduce)
         self.zero = Tensor(0.0, ms.float32)
 
-    def finish(
-        self, loss: Tensor, tokens: Tensor, gradients: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, clip, update, with loss sum, number of labelled tokens and gradients of the loss sum of a whole step.
-
-        Returns:
-            mean loss over the labelled tokens, global gradient norm before clipping, learning rate, number of labelled
-            tokens; float32 scalars.
-        """
+    def finish(self, loss: Tensor, tokens: Tensor, gradients: Gradients) -> StepResult:
+        """Mean, clip, update, with loss sum, labelled tokens and gradients of the loss sum of a whole step."""
         tokens = ops.maximum(tokens, 1.0)
         norm = ops.sqrt(self.squares(gradients)) / tokens
         scale = 1.0 / tokens
@@ -67,14 +64,14 @@ class TrainOneStep(nn.Cell):
             scale = scale * ops.minimum(self.max_grad_norm / (norm + _CLIP_EPS), 1.0)
         return loss / tokens, norm, self.update(gradients, scale, norm), tokens
 
-    def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
+    def squares(self, gradients: Gradients) -> Tensor:
         """Sum of the squares of all elements, float32 scalar."""
         squares = self.zero
         for gradient in gradients:
             squares = squares + self.square_sum(ops.square(ops.cast(gradient, ms.float32)))
         return squares
 
-    def update(self, gradients: tuple[Tensor, ...], scale: Tensor, norm: Tensor) -> Tensor:
+    def update(self, gradients: Gradients, scale: Tensor, norm: Tensor) -> Tensor:
         """Updates with the scaled gradients unless they have overflowed; returns the learning rate."""
         if self.loss_scale is None:
             return self.optimizer(self.scaled(gradients, scale))
@@ -84,9 +81,9 @@ class TrainOneStep(nn.Cell):
             rate = self.optimizer(self.scaled(gradients, scale))
         return ops.depend(rate, self.loss_scale(overflow))
 
-    def scaled(self, gradients: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
+    def scaled(self, gradients: Gradients, scale: Tensor) -> Gradients:
         """Every gradient times a scalar."""
-        result: tuple[Tensor, ...] = ()
+        result: Gradients = ()
         for gradient in gradients:
             result += (gradient * ops.cast(scale, gradient.dtype),)
         return result
@@ -125,8 +122,8 @@ class GLMTrainOneStep(TrainOneStep):
             self.token_sum = ms.Parameter(Tensor(0.0, ms.float32), name="token_sum", requires_grad=False)
             self.micro_step = ms.Parameter(Tensor(0, ms.int32), name="micro_step", requires_grad=False)
 
-    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One micro batch. Returns what `finish` returns, or zeros if the step needs more micro batches."""
+    def construct(self, *inputs: Tensor) -> StepResult:
+        """One micro batch. Returns zeros if the step needs more micro batches."""
         loss, tokens, gradients = self.differentiate(inputs)
         if self.accumulation_steps == 1:
             return self.reduce_and_finish(loss, tokens, gradients)
@@ -145,7 +142,7 @@ class GLMTrainOneStep(TrainOneStep):
             return result
         return self.zero, self.zero, self.zero, self.zero
 
-    def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def differentiate(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Gradients]:
         """Loss sum, number of labelled tokens and gradients of the loss sum of a micro batch."""
         if self.loss_scale is None:
             (loss, tokens), gradients = self.value_and_grad(*inputs)
@@ -155,13 +152,11 @@ class GLMTrainOneStep(TrainOneStep):
         loss = self.overflow.watch(loss, gradients)
         return loss, tokens, self.scaled(gradients, ops.maximum(tokens, 1.0) / scale)
 
-    def reduce_and_finish(
-        self, loss: Tensor, tokens: Tensor, gradients: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def reduce_and_finish(self, loss: Tensor, tokens: Tensor, gradients: Gradients) -> StepResult:
         """`finish` with the sums over all ranks."""
         if self.all_reduce is None:
             return self.finish(loss, tokens, gradients)
-        total: tuple[Tensor, ...] = ()
+        total: Gradients = ()
         for gradient in gradients:
             total += (self.all_reduce(gradient),)
         return self.finish(self.all_reduce(loss), self.all_reduce(tokens), total)
