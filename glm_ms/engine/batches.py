@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -182,7 +183,7 @@ class _Rows:
         self._rows, self._plan, self._start = rows, plan, start
         self._per_rank = plan.batch_size * plan.accumulation_steps
         self._first = rank * self._per_rank
-        self._known: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._rows_of = lru_cache(maxsize=1)(plan.rows_of)
 
     def __len__(self) -> int:
         return (self._plan.total_steps - self._start) * self._per_rank
@@ -190,24 +191,15 @@ class _Rows:
     def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         step, place = divmod(int(index), self._per_rank)
         step, place = self._start + step, self._first + place
-        row = self._row(int(self._order_of(step)[place]))
+        row = self._row(int(self._rows_of(step)[place]))
         seed = np.array(self._plan.dropout_seed(step, place), np.int32)
         return (*(row[name] for name in COLUMNS), seed)
-
-    def _order_of(self, step: int) -> np.ndarray:
-        # Called from several worker threads; a tuple that is replaced as a whole needs no lock.
-        known_step, order = self._known
-        if known_step != step:
-            order = self._plan.rows_of(step)
-            self._known = (step, order)
-        return order
 
     def _row(self, index: int) -> Row:
         if index >= 0:
             return self._rows[index]
-        filler = dict(self._rows[0])
-        filler["labels"] = np.full_like(filler["labels"], IGNORED)
-        return filler
+        first = self._rows[0]
+        return {**first, "labels": np.full_like(first["labels"], IGNORED)}
 
 
 def training_batches(

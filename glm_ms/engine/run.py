@@ -17,7 +17,7 @@ from glm_ms.engine.predict import RESULTS_FILE, predict
 from glm_ms.engine.process import end_process_after, restore_signal_handlers
 from glm_ms.engine.ranks import be_patient, ranks_of
 from glm_ms.engine.report.summary import summary
-from glm_ms.engine.step.trainer_config import mindformers_config
+from glm_ms.engine.step.training import mindformers_config
 from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model, fuse
 from glm_ms.ops.ascend import soc_version

@@ -27,8 +27,7 @@ from glm_ms.engine.process import hidden_stdout
 from glm_ms.engine.ranks import Ranks, ranks_of
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.step.sharding import ShardedTraining
-from glm_ms.engine.step.trainer_config import mindformers_config
-from glm_ms.engine.step.training import Training, register_classes
+from glm_ms.engine.step.training import Training, mindformers_config, register_classes
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import is_sharded

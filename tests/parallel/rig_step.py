@@ -21,7 +21,7 @@ from glm_ms.engine.checkpoints.slices import stored_shape  # noqa: E402
 from glm_ms.engine.ranks import Ranks  # noqa: E402
 from glm_ms.engine.step.adamw import GLMAdamW  # noqa: E402
 from glm_ms.engine.step.sharding import ShardedTraining  # noqa: E402
-from glm_ms.engine.step.trainer_config import parallel_context  # noqa: E402
+from glm_ms.engine.step.training import parallel_context  # noqa: E402
 from glm_ms.engine.weights import adapter_config  # noqa: E402
 from glm_ms.parallel.layers import sharded_glm  # noqa: E402
 from glm_ms.settings import load_settings, resolve_vocab_size  # noqa: E402

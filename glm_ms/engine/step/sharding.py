@@ -22,8 +22,7 @@ from glm_ms.engine.mindformers_internals import VirtualDatasetCell
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import ShardedTrainingNetwork, recompute_blocks
 from glm_ms.engine.step.train_step import Gradients, StepResult, TrainOneStep
-from glm_ms.engine.step.trainer_config import step_arguments
-from glm_ms.engine.step.training import Training
+from glm_ms.engine.step.training import Training, step_arguments
 from glm_ms.engine.weights import adapter_config, build_unfilled_model
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.parallel.config import ParallelConfig, parallel_problems
