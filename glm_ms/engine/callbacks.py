@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from glm_ms.engine.batches import TrainingPlan, TrainingRows
 from glm_ms.engine.checkpoints.checkpoints import BestEvaluation
 from glm_ms.engine.checkpoints.manifest import Manifest
 from glm_ms.engine.evaluate import Evaluator
-from glm_ms.engine.process import restore_signal_handlers
+from glm_ms.engine.process import Say, restore_signal_handlers
 from glm_ms.engine.ranks import Ranks, check_equal_on_ranks
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.step.loss_scale import LossScale
@@ -49,7 +48,7 @@ class TrainingRun:
     settings: Settings
     tokenizer: SentencePieceTokenizer
     ranks: Ranks
-    say: Callable[[str], None]
+    say: Say
     rows: TrainingRows
     plan: TrainingPlan
     position: dict[str, Any]

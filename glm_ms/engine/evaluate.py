@@ -16,6 +16,7 @@ from glm_ms.data.rows import IGNORED, Row
 from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.from_settings import generation_options, labelled_rows, prompts_with_references
 from glm_ms.engine.predict import answer_text, check_prompt_lengths
+from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.engine.report.progress import progress_bar
 from glm_ms.generation import GLMForCausalLM
@@ -26,8 +27,6 @@ from glm_ms.storage.errors import DataError
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.run_folder import PREDICTIONS_FILE, SCORES_FILE
 from glm_ms.tokenizer import SentencePieceTokenizer
-
-Say = Callable[[str], None]
 
 
 def evaluate(settings: Settings, model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, say: Say) -> dict[str, Any]:

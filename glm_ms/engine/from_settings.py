@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from glm_ms.data.cache import CacheRequest
 from glm_ms.data.datasets import EvalDataset, TrainDataset
+from glm_ms.engine.process import Say
 from glm_ms.families import build_encoder, family_of
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings
@@ -15,9 +15,7 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 
 
 def labelled_rows(
-    data: TrainDatasetSettings | EvalDatasetSettings,
-    tokenizer: SentencePieceTokenizer,
-    say: Callable[[str], None] | None = None,
+    data: TrainDatasetSettings | EvalDatasetSettings, tokenizer: SentencePieceTokenizer, say: Say | None = None
 ) -> TrainDataset:
     """The rows with labels of a section, cached on disk if it has a `cache_dir`; `say` takes a line about the cache.
 
@@ -46,9 +44,7 @@ def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
     return family_of(chosen.type).tokenizer(chosen.vocab_file)
 
 
-def generation_options(
-    settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None]
-) -> dict[str, Any]:
+def generation_options(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> dict[str, Any]:
     """Keyword arguments of `GLMForCausalLM.generate`. An answer ends at the tokenizer's stop ids.
 
     Options without effect are left out with a line to the user: a YAML may have `top_p` beside `do_sample: False`.

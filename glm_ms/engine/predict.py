@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from glm_ms.engine.from_settings import generation_options
+from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
@@ -21,7 +22,6 @@ from glm_ms.storage.readers import decode_text, parse_json, read_text
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
 
 RESULTS_FILE = "predict_results.jsonl"
-Say = Callable[[str], None]
 _PROMPT_KEYS = ("prompt", "content", "query", "text")
 
 

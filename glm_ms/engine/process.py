@@ -18,6 +18,8 @@ from typing import NoReturn
 
 from glm_ms.settings.errors import SettingsError
 
+Say = Callable[[str], None]  # takes a line for the user
+
 
 def is_verbose() -> bool:
     """Whether the user wants to see the logs of MindSpore and MindFormers."""

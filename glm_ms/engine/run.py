@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import build_context, log_to_folder
 from glm_ms.engine.predict import RESULTS_FILE, predict
-from glm_ms.engine.process import end_process_after, restore_signal_handlers
+from glm_ms.engine.process import Say, end_process_after, restore_signal_handlers
 from glm_ms.engine.ranks import be_patient, ranks_of
 from glm_ms.engine.report.summary import summary
 from glm_ms.engine.step.training import mindformers_config
@@ -81,7 +80,7 @@ def _run(settings: Settings) -> None:
         say(f"answers: {output_dir / RESULTS_FILE}")
 
 
-def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Callable[[str], None]) -> None:
+def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> None:
     last = train(settings, tokenizer, say)
     if last is None:
         flag = "--load_adapter" if settings.model.pet_config.pet_type else "--load_checkpoint"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from glm_ms.engine.checkpoints.resume import (
 from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.from_settings import labelled_rows
 from glm_ms.engine.mindformers_internals import log_to_folder
-from glm_ms.engine.process import hidden_stdout
+from glm_ms.engine.process import Say, hidden_stdout
 from glm_ms.engine.ranks import Ranks, ranks_of
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.step.sharding import ShardedTraining
@@ -35,8 +34,6 @@ from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.lock import run_lock
 from glm_ms.storage.run_folder import SETTINGS_FILE, STRATEGIES
 from glm_ms.tokenizer import SentencePieceTokenizer
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

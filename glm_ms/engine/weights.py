@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, load_parameters, open_checkpoint
 from glm_ms.engine.checkpoints.manifest import read_manifest, weights_fingerprint
+from glm_ms.engine.process import Say
 from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
@@ -31,9 +31,7 @@ _FREE = frozenset(
 _EMBEDDING = "transformer.embedding.embedding_table"
 
 
-def build_model(
-    settings: Settings, vocab_size: int, say: Callable[[str], None], checkpoint: Path | None = None
-) -> GLMForCausalLM:
+def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path | None = None) -> GLMForCausalLM:
     """Builds the network of a run, loads its weights, and attaches its adapter.
 
     `padded_vocab_size: auto` becomes the size of the checkpoint, or without one that of the tokenizer, `vocab_size`.
@@ -66,7 +64,7 @@ def build_model(
     return model
 
 
-def fuse(settings: Settings, model: GLMForCausalLM, say: Callable[[str], None]) -> None:
+def fuse(settings: Settings, model: GLMForCausalLM, say: Say) -> None:
     """Installs fused kernels in a network that is not compiled yet, if the settings ask for them."""
     if settings.context.use_fused_kernels:
         for line in fuse_kernels(model.network, DTYPES[model.config.compute_dtype]):
@@ -93,7 +91,7 @@ def _checked_against_settings(model: GLMForCausalLM, stored: StoredAdapter, want
     return dataclasses.replace(stored, config=dataclasses.replace(then, dropout=wanted.dropout))
 
 
-def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Callable[[str], None]) -> None:
+def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Say) -> None:
     """Remarks if an adapter was trained on other base weights.
 
     Not an error: the fingerprint also changes if the same weights are stored in another format.
@@ -109,9 +107,7 @@ def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Callable[[str
         )
 
 
-def _base_model(
-    settings: Settings, vocab_size: int, say: Callable[[str], None], checkpoint: Path | None
-) -> GLMForCausalLM:
+def _base_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path | None) -> GLMForCausalLM:
     if checkpoint is None:
         return GLMForCausalLM(_config_for(settings, vocab_size, say))
     if is_adapter_folder(checkpoint):
@@ -125,7 +121,7 @@ def _base_model(
         return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
 
 
-def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str], None]) -> GLMForCausalLM:
+def build_unfilled_model(settings: Settings, vocab_size: int, say: Say) -> GLMForCausalLM:
     """The network of a sharded run, with a new adapter if it trains one; its weights are loaded after it is sliced.
 
     Raises as `build_model`.
@@ -147,7 +143,7 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Callable[[str
 def _config_for(
     settings: Settings,
     vocab_size: int,
-    say: Callable[[str], None],
+    say: Say,
     checkpoint: Path | None = None,
     reader: CheckpointReader | None = None,
 ) -> GLMConfig:

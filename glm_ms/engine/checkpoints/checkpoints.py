@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from glm_ms.convert.dtypes import convert_dtype
 from glm_ms.convert.reader import load_parameters, open_checkpoint
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
 from glm_ms.engine.checkpoints.manifest import write_manifest
+from glm_ms.engine.process import Say
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import HIGHER, METRICS, metric_of
 from glm_ms.model.config import GLMConfig
@@ -163,9 +164,7 @@ class BestEvaluation:
         record: {"step", "metric", "value"}; None before the first finite score.
     """
 
-    def __init__(
-        self, output_dir: Path, metric: str | None, known: Mapping[str, Any] | None, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, output_dir: Path, metric: str | None, known: Mapping[str, Any] | None, say: Say) -> None:
         self._output_dir, self.metric = output_dir, metric
         self.record: dict[str, Any] | None = None
         if not known or metric is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from glm_ms.engine.checkpoints.manifest import (
     weights_fingerprint,
     weights_flag,
 )
+from glm_ms.engine.process import Say
 from glm_ms.peft import ADAPTERS
 from glm_ms.settings import Settings
 from glm_ms.storage.errors import CheckpointError
@@ -88,7 +88,7 @@ def check_checkpoint(folder: Path, position: dict[str, Any], verify: bool = True
     return manifest
 
 
-def remark_on_versions(manifest: Manifest, device: str, say: Callable[[str], None]) -> None:
+def remark_on_versions(manifest: Manifest, device: str, say: Say) -> None:
     """Names what may change the last digits of the resumed curve: another MindSpore or kind of device."""
     now = {"mindspore": mindspore.__version__, "device": device}
     changed = differences({"mindspore": manifest.mindspore, "device": manifest.device}, now)

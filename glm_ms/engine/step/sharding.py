@@ -6,7 +6,7 @@ gradient of the whole batch for its slice of each weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mindspore as ms
@@ -19,6 +19,7 @@ from glm_ms.convert.tensor_file import slice_metadata
 from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoints.slices import SliceCheckpoints, SliceState, load_slices, stored_shape
 from glm_ms.engine.mindformers_internals import VirtualDatasetCell
+from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import ShardedTrainingNetwork, recompute_blocks
 from glm_ms.engine.step.train_step import Gradients, StepResult, TrainOneStep
@@ -41,9 +42,7 @@ class ShardedTraining(Training):
     The weights are loaded by `fill`, slice by slice: no card can have the whole network.
     """
 
-    def __init__(
-        self, settings: Settings, ranks: Ranks, say: Callable[[str], None], model: GLMForCausalLM | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, ranks: Ranks, say: Say, model: GLMForCausalLM | None = None) -> None:
         super().__init__(settings, ranks, say, model)
         self.parallel = parallel_of(settings)
         self.stage = ranks.rank // self.parallel.stage_cards

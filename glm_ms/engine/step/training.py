@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 from glm_ms.engine.batches import TRAINING_COLUMNS
 from glm_ms.engine.checkpoints.checkpoints import Checkpoints, WholeCheckpoints, WholeState
 from glm_ms.engine.mindformers_internals import MindFormerModuleType, build_optim, build_wrapper, register_class
+from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.step.train_step import GLMTrainOneStep, TrainOneStep
@@ -51,9 +51,7 @@ class Training:
     model: GLMForCausalLM
     network: TrainingNetwork
 
-    def __init__(
-        self, settings: Settings, ranks: Ranks, say: Callable[[str], None], model: GLMForCausalLM | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, ranks: Ranks, say: Say, model: GLMForCausalLM | None = None) -> None:
         self.settings, self.ranks, self.say, self.given_model = settings, ranks, say, model
         self.checkpoint: Path | None = None
         self.batch_size = settings.runner_config.batch_size
