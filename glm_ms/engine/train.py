@@ -11,14 +11,8 @@ from mindspore.train.callback import Callback, LambdaCallback
 
 from glm_ms.engine.batches import DatasetRows, TrainingPlan, TrainingRows, training_batches
 from glm_ms.engine.callbacks import TrainingRun, UpdateCallback
+from glm_ms.engine.checkpoints import resume
 from glm_ms.engine.checkpoints.checkpoints import BestEvaluation
-from glm_ms.engine.checkpoints.resume import (
-    check_base_stays,
-    check_checkpoint,
-    position_state,
-    remark_on_versions,
-    set_aside,
-)
 from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.from_settings import labelled_rows
 from glm_ms.engine.mindformers_internals import log_to_folder
@@ -81,16 +75,16 @@ def prepare(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ran
     training = kind(settings, ranks, say, given.model)
     checkpoint = training.checkpoints.find()
     if checkpoint is None:
-        check_base_stays(settings)
+        resume.check_base_stays(settings)
     rows: TrainingRows = given.rows or labelled_rows(settings.train_dataset, tokenizer, say)
     say(rows.describe())
     plan = _plan(settings, len(rows), training, say)
-    position = position_state(settings, plan, None if given.rows is None else given.rows.sha256)
+    position = resume.position_state(settings, plan, None if given.rows is None else given.rows.sha256)
     manifest = None
     if checkpoint is not None:
-        manifest = check_checkpoint(checkpoint, position, verify=training.checkpoints.writes)
+        manifest = resume.check_checkpoint(checkpoint, position, verify=training.checkpoints.writes)
         say(f"resuming from {checkpoint}: {manifest.step} of {plan.total_steps} steps are done")
-        remark_on_versions(manifest, settings.context.device_target, say)
+        resume.remark_on_versions(manifest, settings.context.device_target, say)
     done = 0 if manifest is None else manifest.step
     ranks.agree("run to train", {**position, "steps already made": done})
     return TrainingRun(
@@ -115,14 +109,14 @@ def begin_output(run: TrainingRun) -> BestEvaluation:
     best = BestEvaluation(run.output_dir, metric, known, run.say)
     own = run.training.checkpoints.folder
     if run.ranks.first:
-        aside = set_aside(run.output_dir, run.checkpoint)
+        aside = resume.set_aside(run.output_dir, run.checkpoint)
         if aside is not None:
             run.say(f"the files of an earlier run in {run.output_dir} have been moved to {aside}")
         replace_text(run.output_dir / SETTINGS_FILE, run.settings.to_yaml())
         if run.manifest is not None:
             best.write()
     if own != run.output_dir:
-        set_aside(own, run.checkpoint)
+        resume.set_aside(own, run.checkpoint)
         run.ranks.from_first(None)  # no rank writes a strategy file before those of an earlier run are moved
     return best
 

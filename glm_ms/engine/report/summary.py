@@ -11,17 +11,8 @@ from pathlib import Path
 from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.settings import Settings, SettingsError, parse_args, read_settings
 from glm_ms.settings.schema import is_sharded
+from glm_ms.storage import run_folder
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.run_folder import (
-    BEST,
-    CHECKPOINTS,
-    SETTINGS_FILE,
-    SLICES,
-    STRATEGIES,
-    best_checkpoint,
-    list_checkpoints,
-    resolve_checkpoint,
-)
 
 PROGRAM = "run_glm.py"
 _PROMPT = "你好"
@@ -38,10 +29,10 @@ def summary(settings: Settings) -> list[str]:
         return _sharded(settings)
     kinds = {"lora": "LoRA adapter", "ptuning2": "P-Tuning adapter"}
     kind = kinds.get(settings.model.pet_config.pet_type or "", "weights")
-    lines = [f"{kind} and training state: {path}" for _, path in list_checkpoints(output_dir)[-1:]]
+    lines = [f"{kind} and training state: {path}" for _, path in run_folder.list_checkpoints(output_dir)[-1:]]
     with suppress(CheckpointError):
-        step = best_checkpoint(output_dir).name
-        result = output_dir / CHECKPOINTS / BEST
+        step = run_folder.best_checkpoint(output_dir).name
+        result = output_dir / run_folder.CHECKPOINTS / run_folder.BEST
         lines.append(f"{kind} with the best evaluation: {result} ({step})")
     for purpose, command in _commands(settings, result):
         lines.append(f"{purpose}: {shlex.join(command)}{_missing(command)}")
@@ -53,13 +44,13 @@ def _sharded(settings: Settings) -> list[str]:
     output_dir, merged = Path(settings.output_dir), f"{settings.output_dir}_merged"
     tool = _program().parent / "tools" / "transform_ckpt.py"
     merge = [
-        "python", str(tool), "--src_ckpt_strategy", str(output_dir / STRATEGIES), "--src_ckpt_dir",
-        str(output_dir / SLICES), "--dst_ckpt_dir", merged, "--prefix", "glm_",
+        "python", str(tool), "--src_ckpt_strategy", str(output_dir / run_folder.STRATEGIES), "--src_ckpt_dir",
+        str(output_dir / run_folder.SLICES), "--dst_ckpt_dir", merged, "--prefix", "glm_",
     ]  # fmt: skip
     weights = _weights_flags(settings, Path(merged))
     evaluate = [*_run(settings, "eval"), *weights, *_evaluation_flags(settings)]
     return [
-        f"slices of every card: {output_dir / SLICES}",
+        f"slices of every card: {output_dir / run_folder.SLICES}",
         f"to merge: {shlex.join(merge)}",
         f"then to evaluate: {shlex.join(evaluate)}{_missing(evaluate)}",
     ]
@@ -74,13 +65,13 @@ def _commands(settings: Settings, result: Path) -> Iterator[tuple[str, list[str]
     yield "to predict", [*_run(settings, "predict"), *weights, "--predict_data", _PROMPT, *short]
     if settings.model.pet_config.pet_type == "lora":
         base = settings.load_checkpoint
-        config = resolve_checkpoint(base) / "config.json"
+        config = run_folder.resolve_checkpoint(base) / "config.json"
         command = [
             "python", str(_program().parent / "tools" / "merge_lora.py"), "--base", base, "--adapter", str(result),
             "--output", f"{settings.output_dir}_merged",
         ]  # fmt: skip
         if not config.is_file():  # weights do not describe the network
-            command += ["--config", str(Path(settings.output_dir) / SETTINGS_FILE)]
+            command += ["--config", str(Path(settings.output_dir) / run_folder.SETTINGS_FILE)]
         yield "to merge", command
 
 
@@ -92,7 +83,7 @@ def _program() -> Path:
 
 def _run(settings: Settings, mode: str) -> list[str]:
     """The settings of the run contain vocabulary, network and data."""
-    command = ["python", str(_program()), "--config", str(Path(settings.output_dir) / SETTINGS_FILE)]
+    command = ["python", str(_program()), "--config", str(Path(settings.output_dir) / run_folder.SETTINGS_FILE)]
     command += ["--run_mode", mode]
     return [*command, "--use_parallel", "False"] if settings.use_parallel else command
 
