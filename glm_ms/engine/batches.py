@@ -41,9 +41,7 @@ class DatasetRows:
             and optionally `attention_mask` (default: nothing is padding) and `position_ids` (default: counted from the
             mask).
 
-    Attributes:
-        batch_size: rows of its batches.
-        sha256: of all rows.
+    `batch_size` is that of the data set, `sha256` that of all rows.
 
     Raises:
         DataError: a column is missing, or rows are not integers of one length.
@@ -106,8 +104,7 @@ class TrainingPlan:
         num_rows: rows of the data set.
         max_steps: at most so many steps, None for all.
         seed, shuffle: order of each epoch, see `epoch_order`.
-        drop_remainder: leave out the rows of an epoch that do not fill a step; otherwise the last step is
-            filled up with rows without loss.
+        drop_remainder: leave out rows of an epoch that do not fill a step; else fill it up with rows without loss.
 
     Raises:
         DataError: fewer rows than one step takes, with `drop_remainder`.

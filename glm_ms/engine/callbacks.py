@@ -37,7 +37,6 @@ class TrainingRun:
     """What is known of a training run before anything is built or written.
 
     Attributes:
-        say: takes lines for the user.
         rows, plan: training rows, and which of them each step takes.
         position: what a resumed run must share with it, see `position_state`.
         checkpoint, manifest: the checkpoint to resume from; None for a new run.
@@ -78,10 +77,7 @@ class UpdateCallback(Callback):
 
     In a data parallel run all ranks evaluate, and check before a checkpoint that their weights are equal; then only the
     first rank writes, and the others wait for it in the next sum of gradients. In a sharded run each rank writes its
-    own part.
-
-    Attributes:
-        last: the record of the last update; None before the first.
+    own part. `last` is the record of the last update.
     """
 
     def __init__(self, run: TrainingRun, log: ProgressLog, best: BestEvaluation) -> None:

@@ -32,13 +32,7 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 
 @dataclass(frozen=True)
 class Given:
-    """Objects of a caller in place of what the settings name.
-
-    Attributes:
-        model: trained itself; it has its weights and adapter.
-        rows: in place of the file of `train_dataset`.
-        callbacks: called after ours.
-    """
+    """Objects of a caller: model, with weights and adapter, and rows, in place of those of the settings; callbacks."""
 
     model: GLMForCausalLM | None = None
     rows: DatasetRows | None = None

@@ -36,10 +36,8 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
 
     `padded_vocab_size: auto` becomes the size of the checkpoint, or without one that of the tokenizer, `vocab_size`.
 
-    Args:
-        say: takes lines for the user.
-        checkpoint: of the run that is resumed; replaces `load_checkpoint`, or `load_adapter` if the run trains an
-            adapter, because that checkpoint contains no base weights.
+    `checkpoint`, of the run that is resumed, replaces `load_checkpoint`, or `load_adapter` if the run trains an
+    adapter, because that checkpoint contains no base weights.
 
     Raises:
         CheckpointError: the weights cannot be read, or do not belong to the configured network.

@@ -48,12 +48,10 @@ class State(Protocol):
 class Checkpoints(ABC):
     """The checkpoints of this rank.
 
-    Args:
+    Attributes:
         folder: output folder that has them.
         writes: whether this rank writes checkpoints, and verifies the one that it resumes from.
         keep_max: number of newest checkpoints that stay.
-
-    Attributes:
         state: what is saved and restored; set when network and training step are built.
     """
 
@@ -157,11 +155,8 @@ class BestEvaluation:
 
     Args:
         metric: name of the score; None: nothing is kept.
-        known: the record of the checkpoint that the run resumes from. It is ignored, with a line to `say`, if it has
-            another score, or if its checkpoint is not in `output_dir`.
-
-    Attributes:
-        record: {"step", "metric", "value"}; None before the first finite score.
+        known: the record, {"step", "metric", "value"}, of the checkpoint that the run resumes from. It is ignored, with
+            a line to `say`, if it has another score, or if its checkpoint is not in `output_dir`.
     """
 
     def __init__(self, output_dir: Path, metric: str | None, known: Mapping[str, Any] | None, say: Say) -> None:

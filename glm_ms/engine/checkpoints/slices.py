@@ -64,8 +64,7 @@ class SliceState:
     Args:
         step: compiled, so that parameters have the shapes of their slices.
         mine: names of the parameters of this card's pipeline stage.
-        metadata: rank and number of cards, see `slice_metadata`.
-        base_model: as in `WholeState`.
+        metadata: of the files, see `slice_metadata`.
     """
 
     def __init__(

@@ -51,10 +51,7 @@ def write_plots(output_dir: Path, say: Callable[[str], None] = warnings.warn) ->
     """Draws `metrics.jsonl` and, if it exists, `eval_metrics.jsonl` into `plots/*.png`.
 
     A finished run must not fail because of a picture, so nothing is raised: `say` gets a line with the reason for a
-    plot that cannot be drawn. Each file is whole or absent; one without numbers is removed.
-
-    Returns the files written, of `loss.png`, `learning_rate.png`, `grad_norm.png`, `loss_scale.png` and
-    `eval_scores.png`.
+    plot that cannot be drawn. Each file is whole or absent; one without numbers is removed. Returns the files written.
     """
     try:
         import matplotlib.backends.backend_agg  # noqa: F401 - half a second that only plots need

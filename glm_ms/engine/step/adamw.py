@@ -16,12 +16,8 @@ class GLMAdamW(nn.Optimizer):
     weight in one pass but has no bias correction; with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t) it gives the
     corrected update if it is called with learning rate lr c2 / c1, eps c2 and decay wd c1 / c2.
 
-    Args:
-        learning_rate: schedule over the number of updates made so far, or a constant.
-        eps: added to the root of the corrected second moment.
-
-    Raises:
-        ValueError: a parameter is not float32.
+    `learning_rate` is a schedule over the number of updates made so far, or a constant. `eps` is added to the root of
+    the corrected second moment. Raises ValueError if a parameter is not float32.
     """
 
     def __init__(

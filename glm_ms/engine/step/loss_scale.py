@@ -23,9 +23,7 @@ class OverflowDetector(nn.Cell):
     """Whether the gradients of a step are unusable.
 
     Infinities and NaN in any gradient make the global norm infinite or NaN. Some Ascend cards saturate instead
-    (`glm_ms.ops.ascend.saturates`): there the overflow register is read as well.
-
-    `all_reduce` sums a tensor over the ranks; it is None on a single one.
+    (`glm_ms.ops.ascend.saturates`): there the overflow register is read as well. `all_reduce` sums it over the ranks.
     """
 
     def __init__(self, all_reduce: nn.Cell | None = None) -> None:

@@ -171,10 +171,8 @@ class ShardedTrainOneStep(TrainOneStep):
     With pipeline stages several micro batches are in the pipeline at the same time; the gradients of a card are those
     of its own stage, and only the last stage knows the loss.
 
-    Args:
-        training: with its network.
-        optimizer: of the slices, with pipeline stages of this card's stage.
-        copies: for each parameter of the optimizer, how many cards have each of its elements.
+    The optimizer is that of the slices of this card's stage; `copies` says for each of its parameters how many cards
+    have each element.
     """
 
     def __init__(self, training: ShardedTraining, optimizer: Optimizer, copies: Sequence[int]) -> None:

@@ -95,11 +95,8 @@ class GLMTrainOneStep(TrainOneStep):
     Dividing once, by all tokens of the step, makes a step with N micro batches or N ranks equal to one with a
     batch N times as large.
 
-    Args:
-        network: cell that returns (loss sum, number of labelled tokens).
-        optimizer, max_grad_norm, loss_scale: as in `TrainOneStep`.
-        accumulation_steps: micro batches per update.
-        use_parallel: sum over all ranks of a data parallel run.
+    The network returns (loss sum, number of labelled tokens). Other arguments are those of `TrainOneStep`, the micro
+    batches per update, and whether to sum over the ranks of a data parallel run.
     """
 
     def __init__(

@@ -1,7 +1,4 @@
-"""Network, training step and checkpoints of a run, and the configuration and trainer by which MindFormers runs them.
-
-`sharding.py` has those of a sharded run.
-"""
+"""Network, training step and checkpoints of a run, and how MindFormers runs them; `sharding.py` has sharded runs."""
 
 from __future__ import annotations
 
@@ -36,14 +33,10 @@ class Training:
 
     Call `build_model`, `build_network`, `build_step` and `fill` in this order.
 
-    Args:
-        say: takes lines for the user.
-        model: trained in place of a model built from the settings.
+    A given `model` is trained in place of one built from the settings.
 
     Attributes:
-        checkpoints: of this rank.
-        batch_size: rows of a micro batch on each of `batch_ranks`.
-        batch_ranks: number of ranks that take different rows.
+        batch_size: rows of a micro batch on each of `batch_ranks`, the ranks that take different rows.
         batch_rank: number of this rank among them.
         model, network: set by `build_model` and `build_network`.
     """
@@ -100,9 +93,7 @@ class Training:
 class GLMTrainer(CausalLanguageModelingTrainer):
     """The task trainer that MindFormers runs, with our optimizer and training step.
 
-    Attributes:
-        training: builds and fills network and training step; set before `train`.
-        total_steps: updates of the whole run, over which the learning rate is scheduled; set before `train`.
+    Set before `train`: `training`, and `total_steps`, the updates over which the learning rate is scheduled.
     """
 
     training: Training
