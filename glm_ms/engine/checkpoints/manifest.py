@@ -43,7 +43,7 @@ class Manifest:
     best: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
     device: str
-    config_sha256: str
+    config_sha256: str = ""
     format_version: int = FORMAT_VERSION
     glm_ms: str = __version__
     mindspore: str = mindspore.__version__
