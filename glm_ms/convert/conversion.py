@@ -76,19 +76,14 @@ class Conversion:
 
     def _stream(self, on_tensor: Callable[[str, int], None]) -> Iterator[tuple[str, np.ndarray]]:
         for name in self.shapes:
-            array = self._read(name)
+            array = self.reader.read(name, "float32" if name in self.deltas else self.dtype)
+            if name in self.deltas:
+                array += self.deltas[name]()
+                array = convert_dtype(array, "float32", self.dtype, name)
             size = array.nbytes
             yield name, array
             del array  # so that memory has one tensor, not two, while the next is read
             on_tensor(name, size)
-
-    def _read(self, name: str) -> np.ndarray:
-        """A tensor with its delta, in the type of the output."""
-        if name not in self.deltas:
-            return self.reader.read(name, self.dtype)
-        array = self.reader.read(name, "float32")
-        array += self.deltas[name]()
-        return convert_dtype(array, "float32", self.dtype, name)
 
 
 def plan_conversion(
@@ -125,8 +120,15 @@ def plan_conversion(
         check_float_type(dtype)
     check_target(output, folder=target == "hf", overwrite=overwrite)
     reader = open_checkpoint(source)
-    _check_apart(reader, output)
-    glm_config = _config(source, config)
+    for file in reader.files():  # overwriting must not delete the input
+        if output.resolve() in (file.resolve(), *file.resolve().parents):
+            raise CheckpointError(f"{output}: would replace the input {file}; choose another output")
+    if config is None and not source.is_dir():
+        raise CheckpointError(
+            f"{source}: a single file does not have the architecture; give its config (--config): "
+            "a folder with config.json, a .json or a .yaml"
+        )
+    glm_config = read_config(source if config is None else config)
     check_names_and_shapes(glm_config, reader)
     return Conversion(
         reader=reader,
@@ -187,17 +189,6 @@ def _target(output: Path, target: str | None) -> str:
     return inferred
 
 
-def _config(source: Path, config: str | Path | None) -> GLMConfig:
-    if config is not None:
-        return read_config(config)
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{source}: a single file does not have the architecture; give its config (--config): "
-            "a folder with config.json, a .json or a .yaml"
-        )
-    return read_config(source)
-
-
 def _common_dtype(reader: CheckpointReader) -> str:
     found = sorted({reader.dtype(name) for name in reader.names()})
     if len(found) != 1 or found[0] not in FLOAT_TYPES:
@@ -206,14 +197,6 @@ def _common_dtype(reader: CheckpointReader) -> str:
             f"{', '.join(FLOAT_TYPES)}"
         )
     return found[0]
-
-
-def _check_apart(reader: CheckpointReader, output: Path) -> None:
-    """Overwriting must not delete the input."""
-    final = output.resolve()
-    for file in reader.files():
-        if final == file.resolve() or final in file.resolve().parents:
-            raise CheckpointError(f"{output}: would replace the input {file}; choose another output")
 
 
 def _tokenizer_files(source: Path, config: str | Path | None) -> tuple[Path, ...]:

@@ -68,7 +68,11 @@ class MindSporeFile(TensorFile):
         trailer = file.read()
         if not trailer.startswith(_CRC_MARK):
             return size
-        if _crc32(file, end) != int.from_bytes(trailer[len(_CRC_MARK) :], "big"):
+        file.seek(0)
+        crc = 0
+        while file.tell() < end:
+            crc = zlib.crc32(file.read(min(_READ_CHUNK, end - file.tell())), crc)
+        if crc != int.from_bytes(trailer[len(_CRC_MARK) :], "big"):
             raise CheckpointError(f"{self.path}: CRC does not match; the file is damaged, fetch it again")
         return end
 
@@ -138,11 +142,3 @@ def _entry_head(name: str, info: TensorInfo, size: int) -> bytes:
     tag = name.encode("utf-8")
     value = b"\n" + encode(len(tag)) + tag + b"\x12" + encode(len(tensor) + size) + tensor
     return _ENTRY_KEY + encode(len(value) + size) + value
-
-
-def _crc32(file: BinaryIO, end: int) -> int:
-    file.seek(0)
-    crc = 0
-    while file.tell() < end:
-        crc = zlib.crc32(file.read(min(_READ_CHUNK, end - file.tell())), crc)
-    return crc

@@ -93,7 +93,15 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         Raises:
             CheckpointError: unknown name, unreadable file, or a value too large for `dtype`.
         """
-        pieces = [self._read_tensor(file, stored, name, dtype) for file, stored in self._find(name)]
+        pieces = []
+        for file, stored in self._find(name):
+            if self._open is not file:
+                self.close()
+            self._open = file
+            piece = file.read(stored)
+            if dtype is not None:
+                piece = convert_dtype(piece, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
+            pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def close(self) -> None:
@@ -105,20 +113,10 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read_tensor(self, file: TensorFile, stored: str, name: str, dtype: str | None) -> np.ndarray:
-        if self._open is not file:
-            self.close()
-        self._open = file
-        array = file.read(stored)
-        return (
-            array if dtype is None else convert_dtype(array, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
-        )
-
     def _register(self, file: TensorFile, stored: str) -> None:
         if is_training_state(stored):
             self.ignored += (stored,)
-            return
-        if stored == INV_FREQ:
+        if is_training_state(stored) or stored == INV_FREQ:
             return
         name, place, number = joint_of(to_glm_name(stored))
         home = self._home.setdefault(name, {})

@@ -37,18 +37,15 @@ class SafetensorsFile(TensorFile):
             self.metadata = {key: str(value) for key, value in metadata.items()}
         found = []
         for name, value in header.items():
-            info, begin, end = _entry(path, name, value)
-            if end - begin != info.nbytes:
-                raise CheckpointError(f"{path}: {name}: size in bytes does not match shape and type")
+            info, begin = _entry(path, name, value)
             found.append((begin, name, info))
-        position = 0
+        end = start
         for begin, name, info in sorted(found, key=lambda item: (item[0], item[2].nbytes)):
-            if begin != position:
+            if start + begin != end:
                 raise CheckpointError(f"{path}: {name}: data offsets leave a gap or overlap")
-            position += info.nbytes
             self.entries[name] = info
-            self.spans[name] = [(start + begin, info.nbytes)]
-        end = start + position
+            self.spans[name] = [(end, info.nbytes)]
+            end += info.nbytes
         if end > size:
             raise CheckpointError(
                 f"{path}: truncated: {end} bytes according to the header, the file has {size}; fetch it again"
@@ -105,8 +102,8 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
     return parse_object(text, f"{path}: header", CheckpointError), _LENGTH_BYTES + length
 
 
-def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
-    """Checks one entry of the header: description, first byte, byte after the last."""
+def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int]:
+    """Checks one entry of the header: shape and type, and the first byte."""
     numbers: list[Any] = []
     if isinstance(value, dict) and isinstance(value.get("shape"), list):
         numbers = [*value["shape"], *(value.get("data_offsets") or [])]
@@ -117,4 +114,7 @@ def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int, int]:
         raise CheckpointError(
             f"{path}: {name}: type {value.get('dtype')!r} cannot be read; known: {', '.join(FROM_SAFETENSORS)}"
         )
-    return TensorInfo(tuple(shape), FROM_SAFETENSORS[value["dtype"]]), begin, end
+    info = TensorInfo(tuple(shape), FROM_SAFETENSORS[value["dtype"]])
+    if end - begin != info.nbytes:
+        raise CheckpointError(f"{path}: {name}: size in bytes does not match shape and type")
+    return info, begin

@@ -120,17 +120,13 @@ def _renamed(parameters: Parameters, config: GLMConfig, inv_freq: np.ndarray) ->
 def _split(shapes: Shapes, dtype: str, max_shard_size: int) -> dict[str, Shapes]:
     """File name -> the tensors in it, filled in order."""
     shards: list[Shapes] = [{}]
-    used = 0
     for name, shape in shapes.items():
-        size = size_in_bytes({name: shape}, dtype)
-        if shards[-1] and used + size > max_shard_size:
+        if shards[-1] and size_in_bytes({**shards[-1], name: shape}, dtype) > max_shard_size:
             shards.append({})
-            used = 0
         shards[-1][name] = shape
-        used += size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
     count = len(shards)
+    if count == 1:
+        return {"model.safetensors": shards[0]}
     return {f"model-{number:05d}-of-{count:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 

@@ -171,7 +171,9 @@ class _Window:
             try:
                 value, end = self._json.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
-                if self._may_be_cut(error) and self._grow():
+                # The error may come from the end of the window rather than from the file.
+                may_be_cut = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - _LONGEST_TOKEN
+                if may_be_cut and self._grow():
                     continue
                 line = self.line + self.text.count("\n", self.position, error.pos)
                 raise DataError(f"{self.path}:{line}: not valid JSON: {error.msg}") from None
@@ -184,10 +186,6 @@ class _Window:
         raw = RawValue(self.line, self.offset, self.text[self.position : end].encode("utf-8"))
         self.advance(end)
         return raw
-
-    def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether the error may come from the end of the window rather than from the file."""
-        return error.msg.startswith("Unterminated") or error.pos >= len(self.text) - _LONGEST_TOKEN
 
     def advance(self, position: int) -> None:
         """Moves to `position` and counts the lines and bytes before it."""

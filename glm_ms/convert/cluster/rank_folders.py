@@ -33,40 +33,32 @@ KnownFiles = Mapping[Path, Mapping[str, Any]]  # file -> its size and SHA-256 in
 
 @dataclass
 class RankCheckpoint:
-    """The checkpoint of one rank: its folder, or the file that the user gave, and its files."""
+    """The checkpoint of one rank: its folder, or the file that the user gave, and its files.
+
+    `tensors` has shape and type by name, without the prefix of adapter files, in the order of the files.
+    """
 
     rank: int
     folder: Path
     files: list[TensorFile]
 
     def __post_init__(self) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
         self._home: dict[str, tuple[TensorFile, str]] = {}
         for file in self.files:
-            for stored in file.entries:
+            for stored, info in file.entries.items():
                 name = plain_name(file.path, stored)
-                if name in self._home:
+                if name in self.tensors:
                     raise CheckpointError(
                         f"{file.path}: {name} is also in {self.file(name).name}; leave one checkpoint in the folder"
                     )
+                self.tensors[name] = info
                 self._home[name] = (file, stored)
 
     @property
     def place(self) -> Path:
         """The folder of its files."""
         return self.files[0].path.parent
-
-    def names(self) -> list[str]:
-        """Names of the tensors, without the prefix of adapter files, in the order of the files."""
-        return list(self._home)
-
-    def has(self, name: str) -> bool:
-        """Whether the rank has a tensor."""
-        return name in self._home
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape and element type of a tensor."""
-        file, stored = self._home[name]
-        return file.entries[stored]
 
     def file(self, name: str) -> Path:
         """The file of a tensor."""
@@ -105,14 +97,17 @@ def open_ranks(folder: Path, count: int, step: Step, say: Say) -> list[RankCheck
     by_step = [_files_by_step(folders[rank]) for rank in range(count)]
     chosen = _choose_step(folder, by_step, step, say)
     _check_numbers_in_names([steps[chosen] for steps in by_step])
-    ranks = [RankCheckpoint(number, folders[number], _opened(files[chosen])) for number, files in enumerate(by_step)]
+    ranks = [
+        RankCheckpoint(rank, folders[rank], [open_file(file) for file in steps[chosen]])
+        for rank, steps in enumerate(by_step)
+    ]
     for checkpoint in ranks:
         expected = str(checkpoint.rank), str(count)
         for file in checkpoint.files:
-            rank, total = file.metadata.get(RANK, expected[0]), file.metadata.get(RANKS, expected[1])
-            if (rank, total) != expected:
+            stated, total = file.metadata.get(RANK, expected[0]), file.metadata.get(RANKS, expected[1])
+            if (stated, total) != expected:
                 raise CheckpointError(
-                    f"{file.path}: the slice of rank {rank} of {total}, but it is in {checkpoint.folder.name} of "
+                    f"{file.path}: the slice of rank {stated} of {total}, but it is in {checkpoint.folder.name} of "
                     f"{count} ranks; files were swapped, or are of another run"
                 )
     return ranks
@@ -127,7 +122,7 @@ def open_whole(path: Path, step: Step, say: Say) -> RankCheckpoint:
     if path.is_file():
         if path.suffix not in FILE_ENDINGS:
             raise CheckpointError(f"{path}: must end in {' or '.join(FILE_ENDINGS)}")
-        checkpoint = RankCheckpoint(0, path, _opened([path]))
+        folder, files = path, [path]
     else:
         folders = rank_folders(path) if path.is_dir() else {}
         if len(folders) > 1:
@@ -137,7 +132,8 @@ def open_whole(path: Path, step: Step, say: Say) -> RankCheckpoint:
             )
         folder = next(iter(folders.values()), path)
         by_step = _files_by_step(folder)
-        checkpoint = RankCheckpoint(0, folder, _opened(by_step[_choose_step(folder, [by_step], step, say)]))
+        files = by_step[_choose_step(folder, [by_step], step, say)]
+    checkpoint = RankCheckpoint(0, folder, [open_file(file) for file in files])
     for file in checkpoint.files:
         if described_slice(file):
             raise CheckpointError(
@@ -145,10 +141,6 @@ def open_whole(path: Path, step: Step, say: Say) -> RankCheckpoint:
                 "give the folder of all ranks and --src_ckpt_strategy"
             )
     return checkpoint
-
-
-def _opened(paths: list[Path]) -> list[TensorFile]:
-    return [open_file(path) for path in paths]
 
 
 def rank_folders(folder: Path) -> dict[int, Path]:

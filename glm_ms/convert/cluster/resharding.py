@@ -196,7 +196,7 @@ def plan_resharding(
         prefix: file names are `<prefix><rank>.<kind>` in folders rank_<rank>. A merged adapter has the files of a
             run that trains one instead, in `dst_ckpt_dir` itself.
         src_strategy, dst_strategy: strategy file or folder (`read_strategy`); None for a whole checkpoint.
-        kind: "ckpt" or "safetensors"; None for that of the source.
+        kind: one of `FORMATS`; None for that of the source.
         step: (epoch, step) in the file names; None for the newest that all ranks have.
         partial: allow checkpoints and strategies to have different weights.
         weights_only: leave out optimizer state and training counters.
@@ -226,8 +226,8 @@ def plan_resharding(
     if path.is_dir() and not rank_folders(path):  # the output folder of a run: its slices, or its newest checkpoint
         path = path / SLICES if src is not None and (path / SLICES).is_dir() else resolve_checkpoint(path)
     source = [open_whole(path, step, say)] if src is None else open_ranks(path, src.ranks, step, say)
-    known = read_rank_manifests(rank.place for rank in source)
-    companions = common_companions(rank.place for rank in source)
+    folders = [rank.place for rank in source]
+    known, companions = read_rank_manifests(folders), common_companions(folders)
     if dst is None:
         placement = _placement_of_merged(source, companions, prefix, kind, say)
     else:
@@ -244,14 +244,15 @@ def _placement_of_merged(
     source: list[RankCheckpoint], companions: Collection[str], prefix: str, kind: str | None, say: Say
 ) -> Placement:
     """One checkpoint, or the files of an adapter if the source is one."""
-    weights = {name for rank in source for name in rank.names() if not is_training_state(name)}
+    weights = {name for rank in source for name in rank.tensors if not is_training_state(name)}
     adapter = adapter_files_of(weights)
-    if adapter is None or adapter.config not in companions:
-        if adapter is not None:
-            say(
-                f"{source[0].place}: an adapter without {adapter.config}: only its tensors are written; to load them, "
-                "first copy that file from its training there"
-            )
+    if adapter is not None and adapter.config not in companions:
+        say(
+            f"{source[0].place}: an adapter without {adapter.config}: only its tensors are written; to load them, "
+            "first copy that file from its training there"
+        )
+        adapter = None
+    if adapter is None:
         return Placement(prefix, kind or _kind_of(source), 1)
     if kind == "ckpt":
         raise CheckpointError(

@@ -91,13 +91,17 @@ def read_strategy(path: str | Path) -> Strategy:
         raise CheckpointError(f"{path}: no such strategy file or folder")
     stage, layouts = _parsed(path, _content(path))
     if _is_merged(layouts):
-        return _checked(path, _split_merged(path, layouts))
+        stages: dict[int, dict[str, Layout]] = {}
+        for staged, layout in layouts.items():
+            number, name = staged.split("-", 1)
+            stages.setdefault(int(number), {})[name] = layout
+        return _checked(path, stages)
     if stage:
         raise CheckpointError(
             f"{path}: has pipeline stage {stage} alone; give the folder with the files of all ranks, or the "
             "file of mindspore.merge_pipeline_strategys"
         )
-    return _checked(path, [layouts])
+    return _checked(path, {0: layouts})
 
 
 def _read_folder(folder: Path) -> Strategy:
@@ -127,10 +131,7 @@ def _read_folder(folder: Path) -> Strategy:
                 f"{file}: differs from {other.name}, which is of the same pipeline stage {stage}: "
                 f"{capped(differing_keys(known, layouts))}; they are of different runs, keep the files of one"
             )
-    missing = [str(stage) for stage in range(max(stages)) if stage not in stages]
-    if missing:
-        raise CheckpointError(f"{folder}: no strategy file of pipeline stage {capped(missing)}")
-    return _checked(folder, [stages[stage][1] for stage in range(len(stages))])
+    return _checked(folder, {stage: layouts for stage, (_, layouts) in stages.items()})
 
 
 def _stage_in_folder(file: Path, stated: int | None, devices: int) -> int:
@@ -153,28 +154,20 @@ def _is_merged(layouts: dict[str, Layout]) -> bool:
     return all(_STAGED.fullmatch(name) for name in layouts)
 
 
-def _split_merged(path: Path, layouts: dict[str, Layout]) -> list[dict[str, Layout]]:
-    stages: dict[int, dict[str, Layout]] = {}
-    for staged, layout in layouts.items():
-        number, name = staged.split("-", 1)
-        stages.setdefault(int(number), {})[name] = layout
+def _checked(path: Path, stages: dict[int, dict[str, Layout]]) -> Strategy:
+    """Checks that no stage is missing and that all layouts have the same number of ranks per stage."""
     missing = [str(stage) for stage in range(max(stages)) if stage not in stages]
     if missing:
-        raise CheckpointError(f"{path}: lacks pipeline stage {capped(missing)}; merge the files of all stages")
-    return [stages[stage] for stage in range(len(stages))]
-
-
-def _checked(path: Path, stages: list[dict[str, Layout]]) -> Strategy:
-    """Checks that all layouts have the same number of ranks per stage."""
-    devices = max(layout.devices for layouts in stages for layout in layouts.values())
-    for stage, layouts in enumerate(stages):
+        raise CheckpointError(f"{path}: lacks pipeline stage {capped(missing)}; give the strategies of all stages")
+    devices = max(layout.devices for layouts in stages.values() for layout in layouts.values())
+    for stage, layouts in stages.items():
         for name, layout in layouts.items():
             if devices % layout.devices:
                 raise CheckpointError(
                     f"{path}: {name} (stage {stage}) is on {layout.devices} ranks, others on {devices}; "
                     "the file is damaged or has layouts of different clusters"
                 )
-    return Strategy(path, tuple(stages), devices)
+    return Strategy(path, tuple(stages[stage] for stage in range(len(stages))), devices)
 
 
 class _RawLayout(NamedTuple):

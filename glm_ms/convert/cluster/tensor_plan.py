@@ -54,20 +54,14 @@ def plan_tensors(
     partial: bool = False,
     weights_only: bool = False,
 ) -> list[TensorPlan]:
-    """Plans every tensor, in the order in which the ranks store them.
+    """Plans every tensor, in the order in which the ranks store them; for the options see `plan_resharding`.
 
-    Args:
-        source: all ranks of `src`; a single whole checkpoint if `src` is None.
-        src: layouts of the source.
-        dst: layouts of the output; None for one whole checkpoint.
-        say: receives what is left out, and why.
-        partial: allow checkpoints and strategies to have different weights.
-        weights_only: leave out optimizer state and training counters.
+    `source` has all ranks of `src`, or a single whole checkpoint if `src` is None.
 
     Raises:
         CheckpointError: slices are missing, differ in shape or type, or do not fit a strategy.
     """
-    names = list(dict.fromkeys(name for rank in source for name in rank.names()))
+    names = list(dict.fromkeys(name for rank in source for name in rank.tensors))
     if weights_only:
         weights = [name for name in names if not is_training_state(name)]
         if len(weights) < len(names):
@@ -100,13 +94,13 @@ def _holders(
     name: str, source: list[RankCheckpoint], src: Strategy | None
 ) -> tuple[Layout | None, list[RankCheckpoint]]:
     """Ranks that have a tensor: those of the first stage with it in the strategy, else all that store it."""
-    having = [rank for rank in source if rank.has(name)]
+    having = [rank for rank in source if name in rank.tensors]
     if src is None:
         return None, having
     layouts = src.layouts(name)
     for stage in list(layouts)[:1] or {src.stage_of(rank.rank) for rank in having}:
         ranks = source[stage * src.devices : (stage + 1) * src.devices]
-        missing = [rank for rank in ranks if not rank.has(name)]
+        missing = [rank for rank in ranks if name not in rank.tensors]
         if missing:
             raise CheckpointError(
                 f"{missing[0].folder}: {name}: missing on rank {capped([str(rank.rank) for rank in missing])}, but "
@@ -117,13 +111,14 @@ def _holders(
 
 def _common_info(name: str, holders: list[RankCheckpoint]) -> TensorInfo:
     """Shape and type of a tensor, which must be equal on all ranks."""
-    counts = Counter(rank.info(name) for rank in holders)
+    counts = Counter(rank.tensors[name] for rank in holders)
     usual, _ = counts.most_common(1)[0]
     for rank in holders:
-        if rank.info(name) != usual:
-            other = next(one for one in holders if one.info(name) == usual)
+        info = rank.tensors[name]
+        if info != usual:
+            other = next(one for one in holders if one.tensors[name] == usual)
             raise CheckpointError(
-                f"{rank.file(name)}: {name}: {rank.info(name)} on rank {rank.rank}, but {usual} on rank {other.rank}; "
+                f"{rank.file(name)}: {name}: {info} on rank {rank.rank}, but {usual} on rank {other.rank}; "
                 "the slices of a tensor are equal in shape and type, so one is of another run"
             )
     return usual
@@ -159,7 +154,7 @@ def _check_source(names: list[str], source: list[RankCheckpoint], src: Strategy,
     strays = {
         name
         for rank in source
-        for name in rank.names()
+        for name in rank.tensors
         if src.layout(name, src.stage_of(rank.rank)) is None and src.layouts(name)
     }
     _report(say, f"the checkpoints lack {len(absent)} parameters of {src.path}", absent)

@@ -145,7 +145,7 @@ def test_refused_folders(tmp_path: Path) -> None:
         read_strategy(tmp_path / "differ")
     write(tmp_path / "gap" / "rank_0.ckpt", half)
     write(tmp_path / "gap" / "rank_8.ckpt", half, stage=2)
-    with pytest.raises(CheckpointError, match="no strategy file of pipeline stage 1"):
+    with pytest.raises(CheckpointError, match="gap: lacks pipeline stage 1"):
         read_strategy(tmp_path / "gap")
     write(tmp_path / "named" / "rank_0.ckpt", half)
     write(tmp_path / "named" / "rank_3.ckpt", half, stage=1)
