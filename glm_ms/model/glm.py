@@ -33,7 +33,7 @@ Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor]]]
 class SelfAttention(nn.Cell):
     """Joint qkv projection, rotary embedding, grouped attention, output projection of block `index`.
 
-    Attention works on `copies` of each key/value head, which only a subclass makes.
+    `copies` of each key/value head is for subclasses that repeat them.
     """
 
     def __init__(self, config: GLMConfig, index: int, linear: str = "plain", copies: int = 1) -> None:
