@@ -11,16 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.launch.processes import Interrupts, is_local
-from glm_ms.launch.rank_job import (
-    LaunchError,
-    Member,
-    RankJob,
-    clean_environment,
-    guarded,
-    run_command,
-    say,
-    take_log_folder,
-)
+from glm_ms.launch.rank_job import LaunchError, Member, RankJob, claim_logs, guarded, job_environment, run_command, say
 from glm_ms.launch.rank_table import RankTable, Server, name_numbers, read_rank_table
 
 USAGE = """\
@@ -153,14 +144,9 @@ def check_cards(request: Request, table: RankTable, server: Server) -> None:
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Starts the ranks of this server and waits for their end.
+    """Starts the ranks of this server and waits for their end; returns the exit status (see `RankJob.wait`).
 
-    Returns:
-        The exit status: see `RankJob.wait`.
-
-    Raises:
-        LaunchError, RankTableError: the job cannot be started.
-        OSError: the logs cannot be written.
+    Raises LaunchError, RankTableError or OSError if the job cannot be started.
     """
     request = parse(arguments)
     table = read_rank_table(request.rank_table)
@@ -172,9 +158,9 @@ def launch(arguments: Sequence[str]) -> int:
     devices = sorted(server.devices, key=lambda device: device.rank_id)
     logs = [LOG_DIR / f"rank_{device.rank_id}" / LOG_NAME for device in devices]
     patterns = [f"rank_*/{LOG_NAME}"] if alone else []
-    with take_log_folder(LOG_DIR, logs, patterns):
+    with claim_logs(LOG_DIR, logs, patterns):
         whole = {"RANK_TABLE_FILE": str(Path(request.rank_table).resolve()), "RANK_SIZE": str(table.rank_size)}
-        with guarded({**clean_environment(), **whole}) as environment:
+        with guarded({**job_environment(), **whole}) as environment:
             members = []
             for device, log in zip(devices, logs):
                 own = {"RANK_ID": str(device.rank_id), "DEVICE_ID": str(device.device_id)}

@@ -27,11 +27,7 @@ _TOOL_ADDRESS = re.compile(r"^\s*ipaddr\s*:\s*(\S+)\s*$", re.MULTILINE)
 
 
 def card_range(text: str) -> range:
-    """Logical cards of "[0,8)", which is 0 to 7, or of "8", which is the first 8.
-
-    Raises:
-        RankTableError: another form, an empty or reversed range, or too many cards.
-    """
+    """Logical cards of "[0,8)", which is 0 to 7, or of "8", which is the first 8; RankTableError for another form."""
     text = text.strip()
     where = f'--device_num "{text}":'
     match = _RANGE.fullmatch(text)
@@ -56,11 +52,7 @@ def card_range(text: str) -> range:
 
 
 def visible_cards(text: str) -> tuple[int, ...]:
-    """Physical cards of "4,5,6,7": the first is logical card 0.
-
-    Raises:
-        RankTableError: not numbers between commas, or a card twice.
-    """
+    """Physical cards of "4,5,6,7", the first is logical card 0; RankTableError for another form, or a card twice."""
     where = f'--visible_devices "{text}":'
     cards: list[int] = []
     for item in text.split(","):
@@ -109,8 +101,7 @@ def read_addresses(
             exists. hccn_tool gives the addresses that the file lacks.
         say: receives remarks.
 
-    Raises:
-        RankTableError: a card has no address, or one that is wrong or also that of another card.
+    Raises RankTableError if a card has no address, or one that is wrong or also that of another card.
     """
     path = HCCN_CONF if conf is None else Path(conf)
     try:
@@ -149,9 +140,8 @@ def read_addresses(
 def read_hccn_conf(path: Path) -> dict[int, str]:
     """Card -> address; ignores other lines of the file (netmask_0=..., comments).
 
-    Raises:
-        RankTableError: a line with an address is incomplete, or differs from an earlier one for its card.
-        OSError: the file cannot be read.
+    Raises RankTableError if a line with an address is incomplete or differs from an earlier one for its card, and
+    OSError.
     """
     addresses: dict[int, str] = {}
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
@@ -215,11 +205,7 @@ def _check_addresses(addresses: dict[int, str], origins: dict[int, str]) -> None
 
 
 def host_address() -> str:
-    """The address to which the name of this host resolves.
-
-    Raises:
-        RankTableError: there is none, or none that other servers can reach, or several.
-    """
+    """The address to which the name of this host resolves; RankTableError unless exactly one can be used elsewhere."""
     name = socket.gethostname()
     try:
         entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)

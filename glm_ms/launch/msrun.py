@@ -21,16 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.launch.processes import Interrupts, claim_port, end_descendants, is_local
-from glm_ms.launch.rank_job import (
-    LaunchError,
-    Member,
-    RankJob,
-    clean_environment,
-    guarded,
-    run_command,
-    say,
-    take_log_folder,
-)
+from glm_ms.launch.rank_job import LaunchError, Member, RankJob, claim_logs, guarded, job_environment, run_command, say
 from glm_ms.launch.rank_logs import reason_in
 
 USAGE = """\
@@ -100,9 +91,9 @@ class Job:
         return {name: self.log_dir / file for name, file in files.items()}
 
     def claim_logs(self) -> socket.socket:
-        """Claims the folder of the logs and moves those of earlier jobs away; see `take_log_folder`."""
+        """Claims the folder of the logs and moves those of earlier jobs away; see `claim_logs`."""
         patterns = ("worker_*.log", "scheduler.log", "msrun.log", "msrun_node_*.log") if self.alone else ()
-        return take_log_folder(self.log_dir, list(self.logs.values()), patterns, f"LOG_DIR {self.log_dir}")
+        return claim_logs(self.log_dir, list(self.logs.values()), patterns, f"LOG_DIR {self.log_dir}")
 
 
 def parse(arguments: Sequence[str]) -> Job:
@@ -259,19 +250,14 @@ def _interpreter() -> tuple[str, ...]:
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Starts a job and, unless `join` is False, waits for its end.
+    """Starts a job and, unless `join` is False, waits for its end; returns the exit status (see `RankJob.wait`).
 
-    Returns:
-        The exit status: see `RankJob.wait`.
-
-    Raises:
-        LaunchError: the job cannot be started.
-        OSError: the logs cannot be written.
+    Raises LaunchError or OSError if the job cannot be started.
     """
     job = parse(arguments)
     check_machine(job)
     interrupts = Interrupts()
-    environment = clean_environment()
+    environment = job_environment()
     if shutil.which("msrun", path=environment["PATH"]) is None:
         raise LaunchError(f"no msrun beside {sys.executable} or on PATH; reinstall MindSpore there")
     port, port_claim = reserve_port(job)

@@ -63,12 +63,8 @@ def _show(piece: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-# ------------------------------------------------------------------ before the start
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without the variables of an outer job, and with this interpreter first on PATH, because msrun
-    starts the `python` of PATH."""
+def job_environment() -> dict[str, str]:
+    """The environment without variables of an outer job and, because msrun starts `python`, this one first on PATH."""
     dropped = [name for name in JOB_VARIABLES if name in os.environ]
     if dropped:
         say(f"note: not passed on, as each rank gets its own: {', '.join(dropped)}")
@@ -79,21 +75,12 @@ def clean_environment() -> dict[str, str]:
     return environment
 
 
-def take_log_folder(folder: Path, own: Sequence[Path], patterns: Sequence[str], name: str = "") -> socket.socket:
-    """Claims a folder for the logs of one job, moves the logs of earlier jobs away and creates empty ones.
+def claim_logs(folder: Path, own: Sequence[Path], patterns: Sequence[str], name: str = "") -> socket.socket:
+    """Claims a folder for one job, moves earlier logs in it away and creates the empty logs `own`; returns the claim.
 
-    Args:
-        folder: created if missing.
-        own: logs of this job.
-        patterns: of logs of earlier jobs in `folder`. If other servers may share the folder and have started, none:
-            then only earlier logs at the paths `own` are moved.
-        name: what errors call the folder; by default its path.
-
-    Returns:
-        The claim, which lasts until it is closed.
-
-    Raises:
-        LaunchError: another job has the folder, or logs cannot be written there.
+    `patterns` match the logs of earlier jobs. Without any, earlier logs are those at the paths `own`: other servers may
+    share the folder and have started. Raises LaunchError, which calls the folder `name`, if another job has the folder
+    or logs cannot be written there.
     """
     name = name or str(folder)
     holder = claim(f"logs {folder.resolve()}")
@@ -101,15 +88,14 @@ def take_log_folder(folder: Path, own: Sequence[Path], patterns: Sequence[str], 
         raise LaunchError(f"{name}: another job is writing its logs there; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
-        kept = _keep_earlier_logs(folder, earlier if patterns else [path for path in own if path.exists()])
+        candidates = [path for pattern in patterns for path in folder.glob(pattern)] if patterns else own
+        kept = _keep_earlier_logs(folder, list(filter(Path.is_file, candidates)))
         for log in own:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.touch()
     except OSError as error:
-        raise LaunchError(
-            f"{name}: logs cannot be written there ({error.strerror}: {error.filename}); choose another folder"
-        ) from None
+        reason = f"logs cannot be written there ({error.strerror}: {error.filename})"
+        raise LaunchError(f"{name}: {reason}; choose another folder") from None
     if kept is not None:
         say(f"logs of a former job: {kept}")
     return holder
@@ -145,27 +131,16 @@ def guarded(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
         guard.dismiss()
 
 
-# ------------------------------------------------------------------ the job
-
-
 @dataclass(eq=False)
 class Member:
-    """One process of a job that this process has started or adopted.
-
-    Attributes:
-        name: "rank 3", or "scheduler".
-        log: file of its standard output and error.
-        is_rank: False for the scheduler.
-        status: exit status, negative for a signal; None while it runs.
-        end: time at which it was seen to have ended, as `time.monotonic()`.
-    """
+    """One process of a job that this process has started or adopted."""
 
     process: int
-    name: str
-    log: Path
+    name: str  # "rank 3", or "scheduler"
+    log: Path  # of its standard output and error
     is_rank: bool = True
-    status: int | None = None
-    end: float = math.inf
+    status: int | None = None  # exit status, negative for a signal; None while it runs
+    end: float = math.inf  # when it was seen to have ended, as `time.monotonic()`
 
     def __post_init__(self) -> None:
         self.watch = LogWatch(self.log)
@@ -192,9 +167,8 @@ class RankJob:
     def wait(self) -> int:
         """Waits for the end of all ranks, and shows the output of the first one live.
 
-        Returns:
-            0 if all ranks succeeded; else the exit status of the one that failed first, 128 + N for signal N;
-            130, 143 or 129 if this process was interrupted.
+        Returns 0 if all ranks succeeded; else the exit status of the one that failed first, 128 + N for signal N; 130,
+        143 or 129 if this process was interrupted.
         """
         self._viewer.start()
         while self._ranks_running() and not self._interrupts.received and not self._has_failed():

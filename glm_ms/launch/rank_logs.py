@@ -26,18 +26,10 @@ _TAIL_BYTES = 1 << 20
 
 
 class LogWatch:
-    """Reads a log file, which may be missing at first, while it grows.
-
-    Args:
-        path: the file.
-        show: receives new bytes, if given.
-
-    Attributes:
-        traceback_time: approximate time, as `time.monotonic()`, of the last traceback; None without one.
-    """
+    """Reads a log file, which may be missing at first, while it grows; `show` receives new bytes."""
 
     def __init__(self, path: Path, show: Callable[[bytes], None] | None = None) -> None:
-        self.traceback_time: float | None = None
+        self.traceback_time: float | None = None  # of the last traceback, approximately, as `time.monotonic()`
         self._path, self._show = path, show
         self._file: BinaryIO | None = None
         self._end = b""  # of the bytes read: a marker may come in two pieces

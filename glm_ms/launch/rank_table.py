@@ -19,8 +19,7 @@ from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import read_json
 from glm_ms.storage.suggest import nearest
 
-LONGEST_SERVER_ID = 64
-_MOST_PROBLEMS = 5
+LONGEST_SERVER_ID, _MOST_PROBLEMS = 64, 5
 _VERSION, _COMPLETED, _RESERVE = "1.0", "completed", "reserve"
 _TABLE_KEYS = ("version", "server_count", "server_list", "status")
 _SERVER_KEYS = ("server_id", "device", "host_nic_ip")
@@ -88,14 +87,10 @@ def _device_to_json(device: Device) -> dict[str, Any]:
     return {**ids, **device.others}
 
 
-# ------------------------------------------------------------------ tables from addresses and from other tables
-
-
 def single_server(server_id: str, addresses: Mapping[int, str]) -> RankTable:
     """The table of one server; the ranks follow the order of `addresses` (device_id -> device_ip), from 0.
 
-    Raises:
-        RankTableError: a name or address is wrong or used twice, or there are no cards.
+    Raises RankTableError if a name or address is wrong or used twice, or there are no cards.
     """
     devices = (Device(card, address, rank) for rank, (card, address) in enumerate(addresses.items()))
     table = RankTable((Server(server_id, tuple(devices)),))
@@ -106,9 +101,8 @@ def single_server(server_id: str, addresses: Mapping[int, str]) -> RankTable:
 def merge(tables: Sequence[RankTable]) -> RankTable:
     """One table of all servers; the ranks of a table follow those of the table before.
 
-    Raises:
-        RankTableError: fewer than two tables, one of them is wrong, two of them have the same server or address, or
-            the servers differ in their numbers of cards.
+    Raises RankTableError for fewer than two tables, a wrong one, a server or address that two of them have, and servers
+    that differ in their numbers of cards.
     """
     if len(tables) < 2:
         raise RankTableError(f"{len(tables)} rank table given: nothing to merge; give one for each server")
@@ -126,9 +120,6 @@ def merge(tables: Sequence[RankTable]) -> RankTable:
     hint = f" ({several[0]} has several servers: is it the result of an earlier merge?)" if several else ""
     _raise(_between_servers(servers, names), f"cannot be merged{hint}")
     return RankTable(tuple(servers))
-
-
-# ------------------------------------------------------------------ checks
 
 
 def validate(table: RankTable) -> None:
@@ -173,10 +164,10 @@ def _between_servers(servers: Sequence[Server], names: Sequence[str]) -> Iterato
     first: dict[Any, int] = {}
     for number, server in enumerate(servers):
         key = _comparable(server.server_id)
-        if key in first:
-            files = f": in {names[first[key]]} and in {names[number]}" if names[number] else ""
+        other = first.setdefault(key, number)
+        if other != number:
+            files = f": in {names[other]} and in {names[number]}" if names[number] else ""
             yield f"server {server.server_id} is there twice{files}"
-        first.setdefault(key, number)
         if len(servers) > 1 and not isinstance(key, str) and key.is_loopback:
             yield f"server {labels[number]}: a loopback address; make its table again with another --server_ip"
     if len(first) < len(servers):
@@ -213,11 +204,9 @@ def _rank_problems(table: RankTable) -> Iterator[str]:
     if missing:
         last = len(ranks) - 1
         yield f"rank_id missing: {name_numbers(missing)}; the ranks of {len(ranks)} cards go from 0 to {last}"
-    if twice or missing:
-        return
     for server in table.servers:
         own = sorted(device.rank_id for device in server.devices)
-        if own[-1] - own[0] + 1 != len(own):
+        if own[-1] - own[0] + 1 != len(own) and not twice and not missing:
             gaps = f"its ranks are {name_numbers(own)}, with gaps; the ranks of one server must be consecutive"
             yield f"server {server.server_id}: {gaps}"
 
@@ -234,11 +223,7 @@ def name_numbers(numbers: Sequence[int]) -> str:
 
 
 def check_address(text: str, *, loopback: bool = False) -> str:
-    """Returns the address of one machine or card unchanged.
-
-    Raises:
-        RankTableError: not an IPv4 or IPv6 address, or one that no single card or server has.
-    """
+    """Returns the address unchanged; RankTableError if it is not the IPv4 or IPv6 address of one machine or card."""
     address = _comparable(text)
     if isinstance(address, str) or "%" in text:
         raise RankTableError(f"{text!r} is not an IP address")
@@ -257,14 +242,10 @@ def _comparable(name: str) -> IPv4Address | IPv6Address | str:
         return name
 
 
-# ------------------------------------------------------------------ files
-
-
 def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = False) -> None:
     """Writes the file of a table, whole or not at all.
 
-    Raises:
-        RankTableError: the table is wrong, `path` exists without `overwrite`, or cannot be written.
+    Raises RankTableError if the table is wrong, or `path` exists without `overwrite` or cannot be written.
     """
     validate(table)
     check_target(path, overwrite=overwrite, error=RankTableError)
@@ -275,12 +256,7 @@ def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = Fa
 
 
 def read_rank_table(path: str | Path) -> RankTable:
-    """Reads and checks the file of a table, and sorts it by rank.
-
-    Raises:
-        RankTableError: the file cannot be read or is not a table of version 1.0, or see `validate`; the message names
-            the file and the key.
-    """
+    """Reads and checks the file of a table of version 1.0, and sorts it by rank; RankTableError names file and key."""
     place = f"{path}: "
     document = read_json(Path(path), RankTableError, "no such file; make it with tools/hccl_tools.py")
     table = _object(document, str(path))

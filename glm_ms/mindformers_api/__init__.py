@@ -12,12 +12,6 @@ from glm_ms.mindformers_api.registration import register
 from glm_ms.mindformers_api.tokenizer import GLM2Tokenizer, GLM3Tokenizer
 from glm_ms.mindformers_api.trainer import GLMTextGenerationTrainer
 
-__all__ = [
-    "GLM2Tokenizer",
-    "GLM3Tokenizer",
-    "GLMTextGenerationTrainer",
-    "MindFormersGLM",
-    "MindFormersGLMConfig",
-]
+__all__ = ["GLM2Tokenizer", "GLM3Tokenizer", "GLMTextGenerationTrainer", "MindFormersGLM", "MindFormersGLMConfig"]
 
 register()

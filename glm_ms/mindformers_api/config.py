@@ -39,6 +39,7 @@ _IGNORED = (
     "mindformers_version", "model_generation", "model_type", "moe_config", "pet_config", "pretrained_model_dir",
     "quantization", "quantization_config", "tokenizer_class", "trust_remote_code", "type", "use_past",
 )  # fmt: skip
+_KNOWN = {*_FIELDS, *_GENERATION, *_OF_THIS_CLASS, *_OF_BASE_CLASS, *_IGNORED}
 # Keyword arguments of from_pretrained about downloads. glm_ms downloads nothing.
 DOWNLOAD_OPTIONS = (
     "cache_dir", "force_download", "ignore_mismatched_sizes", "local_files_only", "proxies", "resume_download",
@@ -67,7 +68,9 @@ class MindFormersGLMConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("name_or_path", kwargs.pop("_name_or_path", ""))
         source = str(kwargs["name_or_path"]) or type(self).__name__
-        _reject_unknown(kwargs, source)
+        for key in kwargs:
+            if key not in _KNOWN:
+                raise ConfigError(f"{source}: unknown key {key!r}{did_you_mean(key, [*_FIELDS, *_GENERATION])}")
         if kwargs.get("model_type", self.model_type) != self.model_type:
             raise ConfigError(f"{source}: model_type = {kwargs['model_type']!r}: expected {self.model_type!r}")
         super().__init__(**{key: kwargs[key] for key in _OF_BASE_CLASS if key in kwargs})
@@ -117,8 +120,7 @@ class MindFormersGLMConfig(PretrainedConfig):
     def from_pretrained(cls, yaml_name_or_path: str, **kwargs: Any) -> MindFormersGLMConfig:
         """Reads a Hugging Face folder, a `config.json`, or a YAML of glm_ms; `kwargs` replace values.
 
-        Raises:
-            ConfigError, SettingsError: missing or invalid file, another model type, unknown keys.
+        Raises ConfigError or SettingsError for a missing or invalid file, another model type, unknown keys.
         """
         path = str(kwargs.pop("pretrained_model_name_or_path", None) or yaml_name_or_path)
         if Path(path).suffix not in (".yaml", ".yml"):
@@ -160,10 +162,3 @@ def create_folder(path: str | None) -> Path:
         raise ValueError(f"save_directory = {path!r}: give a folder")
     Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
-
-
-def _reject_unknown(values: dict[str, Any], source: str) -> None:
-    known = {*_FIELDS, *_GENERATION, *_OF_THIS_CLASS, *_OF_BASE_CLASS, *_IGNORED}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{source}: unknown key {key!r}{did_you_mean(key, [*_FIELDS, *_GENERATION])}")

@@ -45,7 +45,7 @@ def default_generation(values: Mapping[str, Any], eos: int, pad: int) -> MindFor
 def generation_arguments(
     input_ids: Any, base: MindFormersGeneration, given: Mapping[str, Any], seq_length: int
 ) -> tuple[list[list[int]], dict[str, Any], bool]:
-    """Converts one call of `generate`.
+    """Converts one call of `generate`; ValueError for an unsupported option, or prompts that are not rows of integers.
 
     Args:
         input_ids: one or several prompts, padded as described in `_remove_padding`.
@@ -55,9 +55,6 @@ def generation_arguments(
 
     Returns:
         prompts without padding; keyword arguments of `generate`; whether to return a dictionary.
-
-    Raises:
-        ValueError: an unsupported option, or prompts that are not rows of integers.
     """
     given = {name: value for name, value in given.items() if value is not None and name not in _IGNORED}
     as_dictionary = bool(given.pop("return_dict_in_generate", base.return_dict_in_generate))
@@ -66,9 +63,8 @@ def generation_arguments(
     for name, neutral in _NEUTRAL_VALUES.items():
         if name in given and given.pop(name) not in neutral:
             raise ValueError(f"{name}: glm_ms does not support this option; remove it")
-    for name in LENGTHS[1:]:
-        if name in given:
-            given.setdefault(LENGTHS[0], given.pop(name))
+    if LENGTHS[1] in given:
+        given.setdefault(LENGTHS[0], given.pop(LENGTHS[1]))
     options = {name: getattr(base, name, None) for name in OPTIONS}
     _set_length(given, options, seq_length)
     unused = set() if given.get("do_sample", options["do_sample"]) else set(_SAMPLING_OPTIONS)

@@ -164,10 +164,7 @@ class MindFormersGLM(PreTrainedModel):
         self.load_weights(config.checkpoint_name_or_path)
 
     def load_weights(self, path: str) -> None:
-        """Replaces all weights by those of a checkpoint in any format; an adapter stays attached.
-
-        Raises CheckpointError for unreadable weights, or weights of another network.
-        """
+        """Replaces all weights; an adapter stays attached. CheckpointError for weights of another network."""
         folder, core = resolve_checkpoint(path), self.core
         with open_checkpoint(folder) as reader:
             check_config_beside(folder, core.config, self.config.name_or_path or type(self).__name__)
@@ -178,7 +175,7 @@ class MindFormersGLM(PreTrainedModel):
     def save_pretrained(self, save_directory: str, save_name: str = "mindspore_model", **kwargs: Any) -> None:
         """Writes `config.json` and `model.safetensors`; AutoModel and `glm_ms.load_pretrained` read the folder.
 
-        `save_name` is not used. Raises ValueError for a path that is not a folder, an attached adapter, `push_to_hub`.
+        `save_name` has no effect. ValueError for a path that is not a folder, an attached adapter, `push_to_hub`.
         """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub: not supported; save into a folder and upload it")
@@ -209,9 +206,8 @@ def _build(config: MindFormersGLMConfig) -> GLMForCausalLM:
         check_config_beside(path, architecture, config.name_or_path or type(config).__name__)
         return load_pretrained(path, architecture, adapter=config.load_adapter or None)
     if config.load_adapter:
-        raise CheckpointError(
-            f"load_adapter: {config.load_adapter}: needs load_checkpoint, the weights it was trained on"
-        )
+        needed = "needs load_checkpoint, the weights it was trained on"
+        raise CheckpointError(f"load_adapter: {config.load_adapter}: {needed}")
     if ms.get_context("device_target") == "CPU":  # float32 is the only type that is fast there
         architecture = dataclasses.replace(architecture, param_init_type="float32", compute_dtype="float32")
     return GLMForCausalLM(architecture)

@@ -6,15 +6,8 @@ from pathlib import Path
 
 from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from glm_ms.engine.mindformers_internals import (
-    CONFIG_MAPPING,
-    MindFormerModuleType,
-    add_model_name,
-    check_name_is_free,
-    extend_auto_tokenizer,
-    extend_yaml_reader,
-    register_class,
-)
+import glm_ms.engine.mindformers_internals as internals
+from glm_ms.engine.mindformers_internals import MindFormerModuleType
 from glm_ms.engine.step.adamw import GLMAdamW
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.step.training import GLMTrainer
@@ -53,26 +46,22 @@ MODEL_NAMES = {
 def register() -> None:
     """Makes MindFormers know every class of REGISTERED, the YAML files of glm_ms and ChatGLM folders.
 
-    A second call changes nothing.
-
-    Raises:
-        NameTakenError: MindFormers has something else under one of the names.
+    A second call changes nothing. Raises NameTakenError if MindFormers has something else under one of the names.
     """
     for cls, kind in REGISTERED.items():
         for name in {cls.__name__, ALIASES.get(cls, cls.__name__)}:
-            register_class(cls, kind, name)
+            internals.register_class(cls, kind, name)
     model_type = MindFormersGLMConfig.model_type
-    # Not `get`, which does not know registered classes.
-    found = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
-    check_name_is_free(found, model_type, MindFormersGLMConfig, "AutoConfig")
+    found = internals.CONFIG_MAPPING[model_type] if model_type in internals.CONFIG_MAPPING else None  # noqa: SIM401 - its get differs
+    internals.check_name_is_free(found, model_type, MindFormersGLMConfig, "AutoConfig")
     AutoConfig.register(model_type, MindFormersGLMConfig, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM):
         auto_class.register(MindFormersGLMConfig, MindFormersGLM, exist_ok=True)
     AutoTokenizer.register(MindFormersGLMConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
     for name, path in MODEL_NAMES.items():
-        add_model_name(name, str(resource(path)))
-    extend_yaml_reader(is_run_yaml, lambda path: mindformers_document(read_run_yaml(path)))
-    extend_auto_tokenizer(_has_glm_tokenizer, ChatGLMTokenizer.from_pretrained)
+        internals.add_model_name(name, str(resource(path)))
+    internals.extend_yaml_reader(is_run_yaml, lambda path: mindformers_document(read_run_yaml(path)))
+    internals.extend_auto_tokenizer(_has_glm_tokenizer, ChatGLMTokenizer.from_pretrained)
 
 
 def _has_glm_tokenizer(path: Path) -> bool:

@@ -24,8 +24,8 @@ TOKENIZERS = {"ChatGLM2Tokenizer": "GLM2Tokenizer", "ChatGLM3Tokenizer": "GLM3To
 CORE_TOKENIZERS = {registered: name for name, registered in TOKENIZERS.items()}
 # MindFormers overwrites these three under their own names.
 _OVERWRITTEN = ("load_checkpoint", "resume_training", "eval_dataset.batch_size")
-# Keys that MindFormers overwrites, refuses (max_steps) or gives another meaning (checkpoint).
-_MOVED = (*_OVERWRITTEN, "runner_config.max_steps", "checkpoint.")
+# Keys that MindFormers overwrites, refuses (max_steps) or gives another meaning (the section checkpoint).
+_MOVED = (*_OVERWRITTEN, "runner_config.max_steps", *(key for key in leaf_keys() if key.startswith("checkpoint.")))
 # Keys that MindFormers adds to sections of glm_ms.
 _DATASET = "auto_tune autotune_per_step batch_size do_eval filepath_prefix input_columns output_columns profile"
 _ADDED = {
@@ -42,11 +42,7 @@ _ADDED = {
 
 
 def read_run_yaml(path: str | Path) -> Settings:
-    """The settings of a YAML, with valid keys and values; not checked for completeness.
-
-    Raises:
-        SettingsError: unknown keys or invalid values, each with its line.
-    """
+    """The settings of a YAML, not checked for completeness; SettingsError for unknown keys or invalid values."""
     return _convert(read_document(path), str(path))
 
 
@@ -64,7 +60,7 @@ def mindformers_document(settings: Settings) -> dict[str, Any]:
     """The content of a MindFormers YAML for these settings: keys of glm_ms, and those that MindFormers needs."""
     whole = settings.to_dict()
     own: dict[str, Any] = {"source": settings.source}
-    for key in filter(_is_moved, leaf_keys()):
+    for key in _MOVED:
         outer, _, name = key.rpartition(".")
         _put(own, key, (_get(whole, outer) if outer else whole).pop(name))
     tokenizer = whole["processor"]["tokenizer"]
@@ -98,12 +94,8 @@ def mindformers_document(settings: Settings) -> dict[str, Any]:
 def settings_of(config: MindFormerConfig, **replaced: Any) -> Settings:
     """The settings of a MindFormerConfig that was read from a YAML of glm_ms, with later changes in Python.
 
-    Args:
-        config: `MindFormerConfig("x.yaml")`, or the config of the Trainer.
-        replaced: values of top level keys that replace those of `config`.
-
-    Raises:
-        SettingsError: another kind of configuration, unknown keys, invalid values.
+    `config` is `MindFormerConfig("x.yaml")`, or that of the Trainer; `replaced` are newer values of top level keys.
+    Raises SettingsError for another kind of configuration, unknown keys and invalid values.
     """
     own = config.get(OWN_SECTION)
     if not own:
@@ -123,7 +115,7 @@ def settings_of(config: MindFormerConfig, **replaced: Any) -> Settings:
     document: dict[str, Any] = {}
     for key in leaf_keys():
         value = replaced[key] if key in replaced else _value(config, own, key)
-        changed = not _same(value, _get(before, key))
+        changed = not _same(value, before.get(key))
         where = f"{own.source}, as changed in Python" if changed else before.where(key)
         _put(document, key, to_entry(value, where))
     return _convert(to_entry(document, own.source), own.source)
@@ -149,14 +141,10 @@ def _convert(document: Entry, source: str) -> Settings:
     return settings
 
 
-def _is_moved(key: str) -> bool:
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in _MOVED)
-
-
 def _value(config: MindFormerConfig, own: Mapping[str, Any], key: str) -> Any:
     """The value of one key. A moved key may have been set under its own name; that value is newer."""
     value = None if key in _OVERWRITTEN else _get(config, key)
-    if value is None and _is_moved(key):
+    if value is None and key in _MOVED:
         value = _get(own, key)
     if key == "metric.type" and isinstance(config.get("metric"), list):  # the Trainer makes it a list of sections
         types = [section["type"] for section in config["metric"]]
@@ -171,7 +159,7 @@ def _get(section: Any, key: str) -> Any:
     for name in key.split("."):
         if hasattr(section, "to_dict") and not isinstance(section, dict):  # MindFormers' parallel and recompute
             section = section.to_dict()
-        section = section.get(name) if isinstance(section, Mapping) else getattr(section, name, None)
+        section = section.get(name) if isinstance(section, Mapping) else None
     return section
 
 

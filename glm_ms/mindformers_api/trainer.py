@@ -83,17 +83,18 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             config: read from a YAML of glm_ms.
             network: a model to train; None builds the one of the YAML.
             dataset: a MindSpore data set that replaces `train_dataset` of the YAML, see `DatasetRows`.
-            callbacks: MindSpore callbacks, called after those of glm_ms.
+            callbacks: called after those of glm_ms.
+            wrapper, optimizer, kwargs: must be None; the YAML determines these objects.
 
         Raises:
-            ValueError: unusable settings, weights or records; objects whose choice is part of the YAML.
+            ValueError: unusable settings, weights, records or arguments.
             FloatingPointError: the run has diverged.
         """
         others = {name: kwargs.get(name) for name in ("compute_metrics", "eval_dataset")}
         _refuse({"optimizers": optimizer, "wrapper": wrapper, **others})
         mode = config.run_mode if config.run_mode in TRAINING_MODES else TRAINING_MODES[-1]
         settings = settings_of(config, run_mode=mode)
-        weights_given = _apply_checkpoint(settings, *_take_checkpoint(config))
+        weights_given = _apply_checkpoint(settings, config)
         if network is not None:
             _plan_training(network, settings, weights_given)
         rows = None if dataset is None else _rows_of(dataset, settings)
@@ -208,10 +209,9 @@ def _refuse(given: dict[str, Any]) -> None:
 
 
 def _begin(settings: Settings, check_train_file: bool = True) -> SentencePieceTokenizer:
-    """Checks a job as `run_glm.py` does, sets the device and builds the tokenizer.
+    """Checks and adjusts the settings as `run_glm.py` does, sets the device and builds the tokenizer.
 
-    Adjusts the settings and prints each adjustment. `check_train_file` is False if the caller gives the training data.
-    Raises SettingsError with all problems, or VocabularyError for an unusable file of the tokenizer.
+    `check_train_file` is False if the caller gives the training data.
     """
     problems = [problem for problem in check(settings) if check_train_file or problem.key != _TRAIN_FILE]
     if settings.use_parallel and not settings.is_training():
@@ -239,15 +239,12 @@ def _take_checkpoint(config: MindFormerConfig) -> tuple[str | None, Any]:
     return path, resume
 
 
-def _apply_checkpoint(settings: Settings, path: str | None, resume: Any) -> bool:
-    """Replaces the checkpoint of the settings by that of a training call, as `_take_checkpoint` returns it.
-
-    Returns whether the call gives initial weights. Raises SettingsError if `resume` is not True or False.
-    """
+def _apply_checkpoint(settings: Settings, config: MindFormerConfig) -> bool:
+    """Replaces the checkpoint of the settings by that of a training call; returns whether it gives initial weights."""
+    path, resume = _take_checkpoint(config)
     if resume not in (None, True, False):
-        raise SettingsError(
-            f"resume_training = {resume!r}: must be True or False; give the checkpoint as resume_from_checkpoint"
-        )
+        remedy = "must be True or False; give the checkpoint as resume_from_checkpoint"
+        raise SettingsError(f"resume_training = {resume!r}: {remedy}")
     if resume is not None:
         settings.resume_training = path or True if resume else False
     if path and not resume:
@@ -269,10 +266,9 @@ def _check_network(network: MindFormersGLM, settings: Settings) -> None:
 
 
 def _plan_training(network: MindFormersGLM, settings: Settings, weights_given: bool) -> None:
-    """Adapts the settings of a training to a given model; the model does not change.
+    """Adapts the settings of a training to a given model; CheckpointError for an adapter that they do not train.
 
-    `load_checkpoint` becomes the path of the model's weights, unless the call gives others (`weights_given`). Raises
-    CheckpointError for an adapter that the settings do not train.
+    `load_checkpoint` becomes the path of the model's weights, unless the call gives others (`weights_given`).
     """
     _check_network(network, settings)
     adapter_not_trained = network.core.adapter is not None and settings.model.pet_config.pet_type is None
@@ -298,19 +294,15 @@ def _fill(network: MindFormersGLM, settings: Settings) -> GLMForCausalLM:
 
 
 def _load_missing_weights(network: MindFormersGLM, settings: Settings) -> GLMForCausalLM:
-    """Loads the weights and the adapter of the settings into a given model, unless it has them.
-
-    Raises CheckpointError if they are unusable, or if the model has another adapter.
-    """
+    """Loads the weights and the adapter of the settings into a given model, unless it has them."""
     core = network.core
     if settings.load_checkpoint and settings.load_checkpoint != network.weights_from:
         network.load_weights(settings.load_checkpoint)
     _say(f"weights: {network.weights_from or 'random'}")
     if settings.load_adapter and settings.load_adapter != network.adapter_from:
         if core.adapter is not None:
-            raise CheckpointError(
-                f"{settings.load_adapter}: the model given already has an adapter, from {network.adapter_from}"
-            )
+            other = f"the model given already has an adapter, from {network.adapter_from}"
+            raise CheckpointError(f"{settings.load_adapter}: {other}")
         _say(str(core.load_adapter(settings.load_adapter)))
         network.adapter_from = settings.load_adapter
     return core
@@ -319,16 +311,13 @@ def _load_missing_weights(network: MindFormersGLM, settings: Settings) -> GLMFor
 def _rows_of(dataset: Any, settings: Settings) -> DatasetRows:
     """Rows of a given data set, which also determines batch size and order of the run; DataError if unusable."""
     if not isinstance(dataset, Dataset):
-        kind = type(dataset).__name__
-        raise DataError(
-            f"Trainer(train_dataset=...): expected the path of a file or a MindSpore data set, found {kind}"
-        )
+        wanted, kind = "the path of a file or a MindSpore data set", type(dataset).__name__
+        raise DataError(f"Trainer(train_dataset=...): expected {wanted}, found {kind}")
     rows = DatasetRows(dataset)
     longest = settings.model.model_config.seq_length
     if rows.seq_length > longest:
-        raise DataError(
-            f"train_dataset: rows of {rows.seq_length} tokens exceed model.model_config.seq_length = {longest}"
-        )
+        limit = f"model.model_config.seq_length = {longest}"
+        raise DataError(f"train_dataset: rows of {rows.seq_length} tokens exceed {limit}")
     settings.runner_config.batch_size = rows.batch_size
     settings.train_dataset.data_loader.shuffle = False
     _say("train_dataset: batch size and order are those of the data set, the same in every epoch")
@@ -347,11 +336,10 @@ def _set_tokenizer(settings: Settings, tokenizer: Any) -> None:
 
 
 def _predict_data(input_data: Any, settings: Settings, folder: Path) -> str:
-    """The value of `predict_data` for the input of a call; a list becomes a file in `folder`.
+    """The value of `predict_data` for the input of a call; the texts of a list or data set become a file in `folder`.
 
-    The input is a text, the path of a file, a list of texts, or a MindSpore data set with a column `prompt`. DataError
-    for anything else. The Trainer passes the records of `eval_dataset` if the call gives no input; so `predict_data` of
-    the settings replaces a data set.
+    The Trainer passes the records of `eval_dataset` if the call gives no input; so `predict_data` of the settings
+    replaces a data set.
     """
     if isinstance(input_data, Dataset):
         if settings.predict_data:

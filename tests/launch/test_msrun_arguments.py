@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glm_ms.launch.msrun import Job, check_machine, msrun_command, parse, reserve_port
-from glm_ms.launch.rank_job import JOB_VARIABLES, LaunchError, clean_environment
+from glm_ms.launch.rank_job import JOB_VARIABLES, LaunchError, job_environment
 
 
 @pytest.fixture
@@ -190,12 +190,12 @@ def test_variables_of_an_outer_job_stay_outside(monkeypatch: pytest.MonkeyPatch,
     for name in JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/usr/bin")
-    assert clean_environment()["PATH"] == f"{Path(sys.executable).absolute().parent}:/usr/bin"
+    assert job_environment()["PATH"] == f"{Path(sys.executable).absolute().parent}:/usr/bin"
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.setenv("RANK_ID", "3")
     monkeypatch.setenv("MS_ALLOC_CONF", "a setting of the user")
-    environment = clean_environment()
+    environment = job_environment()
     assert {"MS_ROLE", "RANK_ID"}.isdisjoint(environment)
     assert environment["MS_ALLOC_CONF"] == "a setting of the user"
     assert capsys.readouterr().err == "note: not passed on, as each rank gets its own: MS_ROLE, RANK_ID\n"
