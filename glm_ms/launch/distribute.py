@@ -171,8 +171,7 @@ def launch(arguments: Sequence[str]) -> int:
                     )  # fmt: skip
                 process.returncode = 0  # so that only the job waits for it, not this object
                 members.append(Member(process.pid, f"rank {device.rank_id}", log))
-            names = name_numbers([device.rank_id for device in devices])
-            first = members[0].name
+            names, first = name_numbers([device.rank_id for device in devices]), members[0].name
             say(f"ranks {names} of {table.rank_size} started; {first} follows, all logs: {LOG_DIR}")
             return RankJob(members, interrupts, alone).wait()
 

@@ -95,13 +95,9 @@ def read_addresses(
 ) -> tuple[dict[int, str], str]:
     """Addresses of physical cards, and the file or program that they are from.
 
-    Args:
-        cards: physical cards.
-        conf: file of lines such as `address_0=192.98.92.107`, which must exist; by default /etc/hccn.conf, if it
-            exists. hccn_tool gives the addresses that the file lacks.
-        say: receives remarks.
-
-    Raises RankTableError if a card has no address, or one that is wrong or also that of another card.
+    `conf` is a file of lines such as `address_0=192.98.92.107`, which must exist; by default /etc/hccn.conf, if it
+    exists. hccn_tool gives the addresses that the file lacks. `say` receives remarks. Raises RankTableError if a card
+    has no address, or one that is wrong or also that of another card.
     """
     path = HCCN_CONF if conf is None else Path(conf)
     try:
@@ -160,9 +156,8 @@ def read_hccn_conf(path: Path) -> dict[int, str]:
 def _find_hccn_tool() -> Path | None:
     """The program on PATH, else where drivers install it, else None."""
     on_path = shutil.which("hccn_tool")
-    if on_path:
-        return Path(on_path)
-    return next((place for place in HCCN_TOOL_PLACES if place.is_file()), None)
+    places = [Path(on_path)] if on_path else HCCN_TOOL_PLACES
+    return next((place for place in places if place.is_file()), None)
 
 
 def _ask(tool: Path, card: int) -> tuple[str | None, str]:

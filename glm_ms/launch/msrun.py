@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_ms.launch.processes import Interrupts, claim_port, end_descendants, is_local
+from glm_ms.launch.processes import Interrupts, claim_port, is_local, kill_descendants
 from glm_ms.launch.rank_job import LaunchError, Member, RankJob, claim_logs, guarded, job_environment, run_command, say
 from glm_ms.launch.rank_logs import reason_in
 
@@ -266,8 +266,7 @@ def launch(arguments: Sequence[str]) -> int:
         say(shlex.join(command))
         if not job.join:
             status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
-            failed = f"error: msrun: exit status {status}"
-            say(failed if status else f"started, and not watched; logs: {job.log_dir}")
+            say(f"error: msrun: exit status {status}" if status else f"started, and not watched; logs: {job.log_dir}")
             return status
         with guarded(environment) as own_environment:
             members = start_and_adopt(job, command, own_environment, interrupts)
@@ -299,7 +298,7 @@ def start_and_adopt(job: Job, command: list[str], environment: dict[str, str], i
         while msrun.poll() is None and not interrupts.received:
             time.sleep(0.05)
         if interrupts.received:
-            end_descendants()
+            kill_descendants()
             return []
         started = lines.read().splitlines()
     if msrun.returncode != 0:

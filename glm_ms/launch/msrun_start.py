@@ -1,10 +1,8 @@
 """Runs msrun in this process and reports the processes that it starts; a separate program, for `launch.msrun`.
 
-    python -m glm_ms.launch.msrun_start DESCRIPTOR MSRUN ARGUMENTS ...
-
-DESCRIPTOR receives a line for each process: its id, MS_ROLE and RANK_ID ("-" if not set). msrun does not report them.
-When it returns, Python also waits for its processes that have ended already and drops their exit statuses. The subclass
-of Popen here prevents both.
+Its arguments are a file descriptor, which receives a line for each process (its id, MS_ROLE and RANK_ID, "-" if not
+set), and the command line of msrun. msrun does not report them. When it returns, Python also waits for its processes
+that have ended already and drops their exit statuses. The subclass of Popen here prevents both.
 """
 
 from __future__ import annotations

@@ -77,13 +77,6 @@ def kill_descendants(seconds: float = 10) -> list[int]:
     return left
 
 
-def end_descendants() -> None:
-    """Sends SIGTERM, then SIGKILL, to all descendants of this process."""
-    for process in descendants():
-        send(process, signal.SIGTERM)
-    kill_descendants()
-
-
 class Interrupts:
     """Records SIGINT, SIGTERM and SIGHUP; the process continues. An ignored signal (nohup) stays ignored.
 

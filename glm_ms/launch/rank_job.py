@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.launch.guard import Guard
-from glm_ms.launch.processes import Interrupts, adopt_orphans, claim, end_descendants, kill_descendants, reap, send
+from glm_ms.launch.processes import Interrupts, adopt_orphans, claim, kill_descendants, reap, send
 from glm_ms.launch.rank_logs import LogWatch, ends_with_traceback, reason_in
 from glm_ms.storage.errors import FileError
 
@@ -125,7 +125,7 @@ def guarded(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
     try:
         yield guard.environment
     except BaseException:
-        end_descendants()
+        kill_descendants()
         raise
     finally:
         guard.dismiss()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -91,9 +92,10 @@ def ends_with_traceback(text: str) -> bool:
     found = _last_traceback(lines)
     if found is None or found[1] < len(lines):
         return False
-    for line in lines[_end_of_traceback(lines, found[0]) :]:
-        if line == _CPP_STACK:
-            break
+    last = max(number for number, line in enumerate(lines) if line.endswith(_TRACEBACK))
+    after = itertools.dropwhile(lambda line: line.startswith(" ") or _is_noise(line), lines[last + 1 :])
+    next(after, None)  # the line that names the exception
+    for line in itertools.takewhile(lambda line: line != _CPP_STACK, after):
         if line.strip() and not _RULER.match(line) and not _is_noise(line):
             return False
     return True
@@ -122,11 +124,3 @@ def _last_traceback(lines: list[str]) -> tuple[int, int] | None:
             return start, end
         end = start - 1
     return None
-
-
-def _end_of_traceback(lines: list[str], start: int) -> int:
-    """The line after the last traceback from `start`."""
-    number = max(n for n in range(start, len(lines)) if lines[n].endswith(_TRACEBACK)) + 1
-    while number < len(lines) and (lines[number].startswith(" ") or _is_noise(lines[number])):
-        number += 1
-    return number + 1

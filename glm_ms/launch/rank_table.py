@@ -107,15 +107,14 @@ def merge(tables: Sequence[RankTable]) -> RankTable:
     if len(tables) < 2:
         raise RankTableError(f"{len(tables)} rank table given: nothing to merge; give one for each server")
     servers: list[Server] = []
-    names: list[str] = []
     ranks = 0
-    for number, table in enumerate(tables):
+    for table in tables:
         validate(table)
         for server in table.servers:
             devices = (replace(device, rank_id=device.rank_id + ranks) for device in server.devices)
             servers.append(replace(server, devices=tuple(devices)))
-            names.append(table.source or f"table {number}")
         ranks += table.rank_size
+    names = [table.source or f"table {number}" for number, table in enumerate(tables) for _ in table.servers]
     several = [table.source for table in tables if table.source and len(table.servers) > 1]
     hint = f" ({several[0]} has several servers: is it the result of an earlier merge?)" if several else ""
     _raise(_between_servers(servers, names), f"cannot be merged{hint}")

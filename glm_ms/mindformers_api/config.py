@@ -56,9 +56,7 @@ class MindFormersGLMConfig(PretrainedConfig):
             tokenizer. `checkpoint_name_or_path`: initial weights, in any format that `glm_ms.load_pretrained` reads.
             `load_adapter`: adapter for these weights. `tokenizer`: `type` and `vocab_file`, as in
             `processor.tokenizer` of a YAML. Generation options become the defaults of the model (`generation`).
-
-    Raises:
-        ConfigError: unknown key or invalid value.
+            ConfigError for an unknown key or invalid value.
     """
 
     model_type = "chatglm"
@@ -118,10 +116,7 @@ class MindFormersGLMConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, yaml_name_or_path: str, **kwargs: Any) -> MindFormersGLMConfig:
-        """Reads a Hugging Face folder, a `config.json`, or a YAML of glm_ms; `kwargs` replace values.
-
-        Raises ConfigError or SettingsError for a missing or invalid file, another model type, unknown keys.
-        """
+        """Reads a Hugging Face folder, a `config.json`, or a YAML of glm_ms; `kwargs` replace values."""
         path = str(kwargs.pop("pretrained_model_name_or_path", None) or yaml_name_or_path)
         if Path(path).suffix not in (".yaml", ".yml"):
             return cls.from_dict({}, name_or_path=path, **kwargs)

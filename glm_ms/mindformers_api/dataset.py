@@ -26,15 +26,9 @@ class GLMDataset:
     def __new__(cls, dataset_config: MindFormerConfig) -> Dataset:
         """Returns a data set and not an object of this class, because MindFormers registers only classes.
 
-        Args:
-            dataset_config: a `train_dataset` or `eval_dataset` section of a YAML of glm_ms, with the keys that
-                `mindformers_document` adds: `tokenizer`, `batch_size`, `seed`.
-
-        Returns:
-            A MindSpore data set with the columns `glm_ms.engine.batches.TRAINING_COLUMNS`.
-
-        Raises:
-            DataError, SettingsError, VocabularyError: unusable records, keys or tokenizer.
+        Its columns are `glm_ms.engine.batches.TRAINING_COLUMNS`. `dataset_config` is a `train_dataset` or
+        `eval_dataset` section of a YAML of glm_ms, with the keys that `mindformers_document` adds: `tokenizer`,
+        `batch_size`, `seed`. Raises DataError, SettingsError or VocabularyError.
         """
         evaluates = bool(dataset_config.do_eval)
         kind, converter = EvalDatasetSettings if evaluates else TrainDatasetSettings, Converter()

@@ -36,9 +36,6 @@ class MindFormersGLM(PreTrainedModel):
     Attributes:
         core: the model of glm_ms, whose `network` this cell runs.
         weights_from, adapter_from: paths of weights and adapter; empty if the weights are random, without an adapter.
-
-    Raises:
-        CheckpointError, ConfigError: unusable weights or configuration.
     """
 
     config_class = MindFormersGLMConfig

@@ -19,7 +19,6 @@ from glm_ms.storage.suggest import did_you_mean
 
 # The section of a MindFormerConfig for the keys in _MOVED.
 OWN_SECTION = "glm_ms"
-TASK_TRAINER, DATASET_TASK = "GLMTextGenerationTrainer", "GLMDataset"
 TOKENIZERS = {"ChatGLM2Tokenizer": "GLM2Tokenizer", "ChatGLM3Tokenizer": "GLM3Tokenizer"}
 CORE_TOKENIZERS = {registered: name for name, registered in TOKENIZERS.items()}
 # MindFormers overwrites these three under their own names.
@@ -85,9 +84,9 @@ def mindformers_document(settings: Settings) -> dict[str, Any]:
         "load_checkpoint": None,
         "resume_training": None,
         "use_legacy": True,
-        "trainer": {"type": TASK_TRAINER, "model_name": "common"},
-        "train_dataset_task": {"type": DATASET_TASK, "dataset_config": whole["train_dataset"]},
-        "eval_dataset_task": {"type": DATASET_TASK, "dataset_config": eval_dataset},
+        "trainer": {"type": "GLMTextGenerationTrainer", "model_name": "common"},
+        "train_dataset_task": {"type": "GLMDataset", "dataset_config": whole["train_dataset"]},
+        "eval_dataset_task": {"type": "GLMDataset", "dataset_config": eval_dataset},
     }
 
 

@@ -50,13 +50,8 @@ class ChatPrompt(str):
 class ChatGLMTokenizer(PreTrainedTokenizer):
     """Base class of `GLM2Tokenizer` and `GLM3Tokenizer`; `from_pretrained` returns the one that fits the path.
 
-    Args:
-        vocab_file: the SentencePiece model; VocabularyError if it cannot be used.
-        kwargs: keys of a tokenizer_config.json.
-
-    Attributes:
-        core: the tokenizer of glm_ms.
-        stop_token_ids: ids that end an answer, for `generate(..., eos_token_id=...)`.
+    `core` is the tokenizer of glm_ms. `stop_token_ids` end an answer, for `generate(..., eos_token_id=...)`. Further
+    arguments are keys of a tokenizer_config.json. Raises VocabularyError if the SentencePiece model cannot be used.
     """
 
     vocab_files_names = {"vocab_file": MODEL_FILE}  # noqa: RUF012 - declared by the base class
@@ -236,16 +231,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, *_: Any, **kwargs: Any) -> ChatGLMTokenizer:
-        """Loads a tokenizer.
+        """Loads a tokenizer; VocabularyError or SettingsError if there is none.
 
         Args:
             name_or_path: a folder with tokenizer.model (Hugging Face folder, or written by `save_pretrained`), the
                 output folder of a run, a YAML of glm_ms, or the SentencePiece model itself.
             kwargs: `model_generation`: 2 or 3, if the folder does not tell which ChatGLM it belongs to.
-
-        Raises:
-            VocabularyError: no SentencePiece model, or an unknown generation.
-            SettingsError: unreadable YAML.
         """
         path = Path(str(kwargs.pop("pretrained_model_name_or_path", None) or name_or_path))
         own = None if cls.core_class is None else family_of(cls.core_class.__name__).generation

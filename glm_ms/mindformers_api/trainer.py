@@ -46,16 +46,13 @@ _TRAIN_FILE = "train_dataset.data_loader.dataset_dir"
 
 
 class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
-    """Trains, evaluates and predicts as `run_glm.py` does with the same YAML.
+    """Trains, evaluates and predicts as `run_glm.py` does with the same YAML. `scores` are of the last evaluation.
 
     The stock trainer ignores `load_checkpoint` of the YAML (except in `train`), needs Ascend operators, and evaluates
     with a wrapper that cannot generate. So each job here is that of glm_ms.
 
     Weights, in this order: those of the call (`finetune_checkpoint=`, `eval_checkpoint=`, `predict_checkpoint=`); those
     of a given model; those that this trainer has just trained; `load_checkpoint` of the YAML. A line names them.
-
-    Attributes:
-        scores: of the last evaluation, by name.
     """
 
     def __init__(self, model_name: str | None = None) -> None:
@@ -75,6 +72,8 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         wrapper: Any = None,
         optimizer: Any = None,
         callbacks: Sequence[Callback] | None = None,
+        compute_metrics: Any = None,
+        eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         """Trains; see `glm_ms.engine.train.train`.
@@ -84,14 +83,13 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             network: a model to train; None builds the one of the YAML.
             dataset: a MindSpore data set that replaces `train_dataset` of the YAML, see `DatasetRows`.
             callbacks: called after those of glm_ms.
-            wrapper, optimizer, kwargs: must be None; the YAML determines these objects.
+            wrapper, optimizer, compute_metrics, eval_dataset: must be None; the YAML determines these objects.
 
         Raises:
             ValueError: unusable settings, weights, records or arguments.
             FloatingPointError: the run has diverged.
         """
-        others = {name: kwargs.get(name) for name in ("compute_metrics", "eval_dataset")}
-        _refuse({"optimizers": optimizer, "wrapper": wrapper, **others})
+        _refuse(optimizers=optimizer, wrapper=wrapper, compute_metrics=compute_metrics, eval_dataset=eval_dataset)
         mode = config.run_mode if config.run_mode in TRAINING_MODES else TRAINING_MODES[-1]
         settings = settings_of(config, run_mode=mode)
         weights_given = _apply_checkpoint(settings, config)
@@ -124,7 +122,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
 
         MindFormers' Trainer returns nothing. `scores` and `eval_scores.json` in the output folder have the numbers.
         """
-        _refuse({"eval_dataset": dataset, "compute_metrics": compute_metrics, "eval_callbacks": callbacks or None})
+        _refuse(eval_dataset=dataset, compute_metrics=compute_metrics, eval_callbacks=callbacks or None)
         settings = settings_of(config, run_mode="eval")
         model, tokenizer = self._prepare(settings, config, network)
         self.scores = evaluate(settings, model, tokenizer, _say)
@@ -140,15 +138,12 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         tokenizer: ChatGLMTokenizer | None = None,
         **kwargs: Any,
     ) -> list[dict[str, list[str]]]:
-        """Answers prompts. Plain texts are put into the chat template.
+        """Answers plain prompts, put into the chat template: {"text_generation_text": answers} for each prompt.
 
         Args:
             input_data: a text, a list of texts, a .txt or .jsonl file, or a data set with a column `prompt`.
             network, tokenizer: replace those of the YAML.
             kwargs: `batch_size`, `seed`, `max_length` (prompt included), and keys of `generation` in the YAML.
-
-        Returns:
-            {"text_generation_text": answers} for each prompt, as in `predict_results.jsonl`.
         """
         settings = settings_of(config, run_mode="predict")
         with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +193,7 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _refuse(given: dict[str, Any]) -> None:
+def _refuse(**given: Any) -> None:
     """Raises SettingsError for objects given to the Trainer whose choice is part of the YAML."""
     for name, value in given.items():
         if value is not None:
@@ -230,10 +225,8 @@ def _begin(settings: Settings, check_train_file: bool = True) -> SentencePieceTo
 
 
 def _take_checkpoint(config: MindFormerConfig) -> tuple[str | None, Any]:
-    """Removes and returns the checkpoint (`finetune_checkpoint=` ...) and `resume_training=` of a call, or None.
-
-    The Trainer stores both in its configuration, where they would also apply to its next calls.
-    """
+    """Removes and returns the checkpoint (`finetune_checkpoint=` ...) and `resume_training=` of a call, or None: in the
+    configuration, where the Trainer stores them, they would also apply to its next calls."""
     path, resume = config.get("load_checkpoint") or None, config.get("resume_training")
     config.update(load_checkpoint=None, resume_training=None, checkpoint={}, use_legacy_format=True)
     return path, resume
