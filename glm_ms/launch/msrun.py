@@ -90,7 +90,7 @@ class Job:
         files["msrun"] = "msrun.log" if self.alone else f"msrun_node_{self.node_rank}.log"
         return {name: self.log_dir / file for name, file in files.items()}
 
-    def claim_logs(self) -> socket.socket:
+    def claim_log_dir(self) -> socket.socket:
         """Claims the folder of the logs and moves those of earlier jobs away; see `claim_logs`."""
         patterns = ("worker_*.log", "scheduler.log", "msrun.log", "msrun_node_*.log") if self.alone else ()
         return claim_logs(self.log_dir, list(self.logs.values()), patterns, f"LOG_DIR {self.log_dir}")
@@ -262,7 +262,7 @@ def launch(arguments: Sequence[str]) -> int:
         raise LaunchError(f"no msrun beside {sys.executable} or on PATH; reinstall MindSpore there")
     port, port_claim = reserve_port(job)
     command = msrun_command(job, port)
-    with port_claim, job.claim_logs():
+    with port_claim, job.claim_log_dir():
         say(shlex.join(command))
         if not job.join:
             status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode

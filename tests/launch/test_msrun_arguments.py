@@ -158,13 +158,13 @@ def test_another_port_where_none_was_asked_for(monkeypatch: pytest.MonkeyPatch, 
 )
 def test_logs_of_former_jobs(tmp_path: Path, job: Job, moved: list[str]):
     job = dataclasses.replace(job, log_dir=tmp_path / "logs")
-    job.claim_logs().close()
+    job.claim_log_dir().close()
     assert sorted(path.name for path in job.log_dir.iterdir()) == sorted(path.name for path in job.logs.values())
     for path in job.log_dir.iterdir():
         path.unlink()
     for name in ("worker_0.log", "worker_7.log", "scheduler.log", "notes.log"):
         (job.log_dir / name).write_text("")
-    job.claim_logs().close()
+    job.claim_log_dir().close()
     assert sorted(path.name for path in job.log_dir.glob("earlier/*/*")) == moved
     assert (job.log_dir / "notes.log").exists()
 
@@ -172,7 +172,7 @@ def test_logs_of_former_jobs(tmp_path: Path, job: Job, moved: list[str]):
 def test_log_dir_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LaunchError, match=r"LOG_DIR .*file/logs: logs cannot be written there \(Not a directory"):
-        Job(("run.py",), log_dir=tmp_path / "file" / "logs").claim_logs()
+        Job(("run.py",), log_dir=tmp_path / "file" / "logs").claim_log_dir()
 
 
 def test_the_command_of_msrun():
