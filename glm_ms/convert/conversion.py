@@ -146,8 +146,7 @@ def plan_conversion(
 def parse_size(text: str) -> int:
     """Bytes of a size such as "2GB", "500MB" (powers of 1000), "1GiB" (powers of 1024) or "1000000".
 
-    Raises:
-        CheckpointError: not a positive size.
+    Raises CheckpointError if it is not a positive size.
     """
     number, unit = text.strip(), 1
     for power, letter in enumerate("KMGT", 1):

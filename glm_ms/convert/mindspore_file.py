@@ -91,14 +91,11 @@ class MindSporeFile(TensorFile):
 
     def _entry(self, file: BinaryIO, span: Span) -> tuple[str, TensorInfo, list[Span]]:
         """Name, description and places of the content of one entry."""
-        tag, kind, body = "", "", None
-        for number, value in fields(file, span[0], sum(span)):
-            if number == 1 and not isinstance(value, int):
-                tag = self._text(file, value)
-            elif number == 2 and not isinstance(value, int):
-                body = value
-        if not tag or body is None:
-            raise CheckpointError(f"{self.path}: entry {tag!r} at byte {span[0]} is not a tensor")
+        entry = dict(fields(file, span[0], sum(span)))
+        tag, body, kind = entry.get(1), entry.get(2), ""
+        name = self._text(file, tag) if isinstance(tag, tuple) else ""
+        if not name or not isinstance(body, tuple):
+            raise CheckpointError(f"{self.path}: entry {name!r} at byte {span[0]} is not a tensor")
         dims, spans = [], []
         for number, value in fields(file, body[0], sum(body)):
             if number == 1 and isinstance(value, int):
@@ -108,7 +105,7 @@ class MindSporeFile(TensorFile):
             elif number == 3 and not isinstance(value, int):
                 spans.append(value)
         shape = () if dims == [0] else tuple(dims)  # MindSpore's spelling of a scalar
-        return tag, TensorInfo(shape, FROM_MINDSPORE.get(kind, kind)), spans
+        return name, TensorInfo(shape, FROM_MINDSPORE.get(kind, kind)), spans
 
     def _text(self, file: BinaryIO, span: Span) -> str:
         file.seek(span[0])

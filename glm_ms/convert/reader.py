@@ -54,14 +54,18 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         self.path = path
         self.ignored: tuple[str, ...] = ()
         self.slice: str | None = None
-        # Parameter -> index of a part -> its tensor.
+        # Parameter -> index of a part -> its tensor; and number of parts.
         self._home: dict[str, dict[int, tuple[TensorFile, str]]] = {}
+        self._parts: dict[str, int] = {}
         self._open: TensorFile | None = None
         for file in files:
             self.slice = self.slice or described_slice(file)
             for stored in file.entries:
                 self._register(file, stored)
-        self._check_parts()
+        for name, home in self._home.items():
+            if len(home) < self._parts[name]:
+                missing = [part for place, part in enumerate(part_names(name)) if place not in home]
+                raise CheckpointError(f"{path}: parts of {name} are missing: {capped(missing)}")
 
     def names(self) -> list[str]:
         """Names of all parameters, in the order of the files."""
@@ -118,22 +122,12 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
             self.ignored += (stored,)
         if is_training_state(stored) or stored == INV_FREQ:
             return
-        name, place, number = joint_of(to_glm_name(stored))
+        name, place, parts = joint_of(to_glm_name(stored))
         home = self._home.setdefault(name, {})
-        if place in home or (home and number == 1):
-            other, its_name = home[place] if place in home else next(iter(home.values()))
+        if place in home or self._parts.setdefault(name, parts) != parts:
+            other, its_name = home.get(place) or next(iter(home.values()))
             raise CheckpointError(f"{file.path}: {stored} is stored twice; also as {its_name} in {other.path.name}")
         home[place] = (file, stored)
-
-    def _check_parts(self) -> None:
-        for name, home in self._home.items():
-            parts = part_names(name)
-            stored = {joint_of(to_glm_name(stored))[2] for _, stored in home.values()}
-            if len(stored) > 1:
-                raise CheckpointError(f"{self.path}: {name} is stored twice; also as {capped(parts)}")
-            if stored == {len(parts)} and len(home) < len(parts):
-                missing = [part for place, part in enumerate(parts) if place not in home]
-                raise CheckpointError(f"{self.path}: parts of {name} are missing: {capped(missing)}")
 
     def _find(self, name: str) -> list[tuple[TensorFile, str]]:
         if name not in self._home:

@@ -32,8 +32,7 @@ class Layout:
         optimizer_pieces: further pieces of dimension 0, 1 without parallel optimizer.
         full_shape: shape of the whole tensor, if the strategy file has it.
 
-    Raises:
-        LayoutError: an axis does not exist or splits twice, or the pieces of the optimizer do not fit the ranks.
+    Raises LayoutError if an axis does not exist or splits twice, or the optimizer's pieces do not fit the ranks.
     """
 
     device_matrix: Shape

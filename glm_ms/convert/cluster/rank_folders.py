@@ -114,11 +114,7 @@ def open_ranks(folder: Path, count: int, step: Step, say: Say) -> list[RankCheck
 
 
 def open_whole(path: Path, step: Step, say: Say) -> RankCheckpoint:
-    """Opens a whole checkpoint: a file, a folder with its files, or a folder with rank_0 alone.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or there are several ranks.
-    """
+    """Opens a whole checkpoint: a file, or a folder with its files or with rank_0 alone; else CheckpointError."""
     if path.is_file():
         if path.suffix not in FILE_ENDINGS:
             raise CheckpointError(f"{path}: must end in {' or '.join(FILE_ENDINGS)}")
@@ -144,11 +140,7 @@ def open_whole(path: Path, step: Step, say: Say) -> RankCheckpoint:
 
 
 def rank_folders(folder: Path) -> dict[int, Path]:
-    """Rank -> its folder.
-
-    Raises:
-        CheckpointError: no such folder, or two folders of one rank (rank_1 and rank_01).
-    """
+    """Rank -> its folder; CheckpointError if there is no `folder`, or two of one rank (rank_1 and rank_01)."""
     if folder.is_file():
         raise CheckpointError(f"{folder}: is a file; give the folder with rank_0, rank_1, ...")
     if not folder.is_dir():

@@ -46,8 +46,6 @@ class Resharding:
     """A transformation that passed all checks of names, shapes and types; `run` executes it.
 
     Attributes:
-        output: folder to create.
-        placement: its files.
         companions: file name -> content of files that describe the tensors, for the output.
         known: size and SHA-256 of the files of the source, from manifests.
         verify: compare all copies of a slice, and every file with its manifest.

@@ -32,8 +32,6 @@ class TensorPlan:
     """One tensor.
 
     Attributes:
-        name: as stored.
-        whole: shape and type of the whole tensor.
         layout: how it is split over `holders`; None if each of them has the whole.
         holders: with a layout all ranks of one stage in order, else every rank that has it.
         targets: parts of the output.
