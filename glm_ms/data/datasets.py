@@ -17,7 +17,7 @@ from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import JsonFile
 
 
-class RowsOnDemand:
+class _RowsOnDemand:
     """Ids and labels of the rows of a file, encoded on access. Args, attributes and errors as in `TrainDataset`."""
 
     def __init__(self, path: Path, encoder: Encoder, num_samples: int | None) -> None:
@@ -76,15 +76,14 @@ class TrainDataset:
         _check_num_samples(num_samples)
         self.path, self.seq_length = Path(path), encoder.seq_length
         self._encoder = encoder
-        rows: RowsOnDemand | CachedRows | None = None
+        rows: _RowsOnDemand | CachedRows | None = None
         if cache is not None:
             rows = cached_rows(self.path, encoder, num_samples, cache, say or (lambda line: None))
-        # Without any row RowsOnDemand counts the reasons for the error.
-        self._rows = RowsOnDemand(self.path, encoder, num_samples) if rows is None else rows
+        # Without any row _RowsOnDemand counts the reasons for the error.
+        self._rows = _RowsOnDemand(self.path, encoder, num_samples) if rows is None else rows
         self.skipped, self.without_labels = self._rows.skipped, self._rows.without_labels
         if not len(self):
-            skipped = self.skipped or self.without_labels
-            raise DataError(self.describe()) if skipped else no_records(self.path)
+            raise DataError(self.describe()) if self.skipped or self.without_labels else no_records(self.path)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -135,8 +134,8 @@ class EvalDataset:
             if len(self._file) == num_samples:
                 break
         if not len(self):
-            skipped = self.skipped or self.blank or self.too_long
-            raise DataError(self.describe()) if skipped else no_records(self.path)
+            unusable = self.skipped or self.blank or self.too_long
+            raise DataError(self.describe()) if unusable else no_records(self.path)
 
     def _add(self, record: Messages) -> bool:
         """Whether a record has an answer that can be used."""
@@ -155,8 +154,7 @@ class EvalDataset:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`input_ids` int32 [S], unpadded; `labels` int32 [T], the reference ids; `prompt` and `reference`,
-        texts."""
+        """`input_ids` int32 [S], unpadded; `labels` int32 [T], the reference ids; `prompt` and `reference`, texts."""
         index = _within(index, len(self))
         record = self._encoder.read(self._file[self._records[index]], str(self.path))
         row = None if record is None else self._encoder.eval_rows(record)[self._numbers[index]]
@@ -179,13 +177,10 @@ class EvalDataset:
 def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
     """Row numbers in the order of one epoch. It depends on seed and epoch alone, so that a run can be resumed.
 
-    Args:
-        num_rows: rows of the data set.
-        seed, epoch: not negative; every pair has its own order, the same on every machine.
-        shuffle: 0..num_rows-1 if false.
+    Every pair of them has its own order, the same on every machine.
 
     Returns:
-        int64 [num_rows], a permutation.
+        int64 [num_rows], a permutation; 0..num_rows-1 without `shuffle`.
 
     Raises:
         ValueError: a negative argument.

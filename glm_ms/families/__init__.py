@@ -10,8 +10,7 @@ from typing import Any
 
 from glm_ms.data.encoder import Encoder, Section
 from glm_ms.data.formats import FORMATS
-from glm_ms.families.chatglm2 import CHATGLM2
-from glm_ms.families.chatglm3 import CHATGLM3
+from glm_ms.families.chatglm import CHATGLM2, CHATGLM3
 from glm_ms.families.family import Family
 from glm_ms.model.config import GLMConfig
 from glm_ms.storage.errors import DataError, FileError
@@ -20,10 +19,7 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 
 __all__ = ["FAMILIES", "Family", "build_encoder", "family_of", "read_config", "tokenizer_names"]
 
-FAMILIES: dict[str, Family] = {
-    "chatglm2": CHATGLM2,
-    "chatglm3": CHATGLM3,
-}
+FAMILIES: dict[str, Family] = {"chatglm2": CHATGLM2, "chatglm3": CHATGLM3}
 
 
 def family_of(item: str | SentencePieceTokenizer | GLMConfig) -> Family:
@@ -50,12 +46,7 @@ def tokenizer_names() -> tuple[str, ...]:
 
 
 def build_encoder(section: Section, tokenizer: SentencePieceTokenizer, max_prompt_length: int | None = None) -> Encoder:
-    """The encoder of the records of a `train_dataset` or `eval_dataset` section.
-
-    Args:
-        section: of a configuration.
-        tokenizer: of the records.
-        max_prompt_length: see `Encoder`.
+    """The encoder of the records of a `train_dataset` or `eval_dataset` section; see `Encoder`.
 
     Raises:
         DataError: keys that cannot be used.
@@ -81,5 +72,5 @@ def read_config(path: str | Path) -> GLMConfig:
         model_type = read_object(file).get("model_type")
     except FileError:  # another kind of file, or a broken one: the class says what is wrong with it
         model_type = None
-    kind = kinds.get(model_type, GLMConfig) if isinstance(model_type, str) else GLMConfig
-    return kind.from_pretrained(path)
+    kind = kinds.get(model_type) if isinstance(model_type, str) else None
+    return (kind or GLMConfig).from_pretrained(path)

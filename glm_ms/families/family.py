@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from glm_ms.data.encoder import Encoder
-from glm_ms.data.rows import Row
 from glm_ms.model.config import GLMConfig
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -22,7 +21,7 @@ class Family:
         generation: `model_generation` in a tokenizer_config.json, which tells apart families with one vocabulary.
         tokenizer: its class, whose name is `processor.tokenizer.type` of a configuration. It has the prompt template
             and the stop tokens.
-        encoder: class that encodes records of prompt and answer.
+        encoder: class that encodes records of prompt and answer. Its `layout` decides about positions and mask.
         config: class of the configuration, with its defaults and the `model_type` of its `config.json`.
         network: "module:Class" of the network, called with a configuration.
         parameter_names: Hugging Face name -> name in this package, for the parameters whose names differ.
@@ -39,21 +38,6 @@ class Family:
     parameter_names: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     released: tuple[str, ...] = ()
-
-    @property
-    def template(self) -> Callable[..., dict[str, list[int]]]:
-        """`template(tokenizer, query, history)`: ids of a conversation that end where the answer begins."""
-        return self.tokenizer.build_chat_input
-
-    @property
-    def stop_tokens(self) -> tuple[str, ...]:
-        """Tokens that end an answer."""
-        return self.tokenizer.stop_tokens
-
-    @property
-    def layout(self) -> Callable[..., Row]:
-        """Pads a training row: positions and mask."""
-        return self.encoder.layout
 
     def build_network(self, config: GLMConfig) -> Any:
         """The network with random weights. Imports MindSpore."""

@@ -27,22 +27,22 @@ class GenerationConfig:
         do_sample: draw from the filtered distribution; otherwise the best score wins.
         num_beams: running hypotheses per prompt; above 1 it is beam search, not combined with `do_sample`.
         num_return_sequences: sequences per prompt; above 1 only with `do_sample`, or up to `num_beams`.
-        length_penalty: beams are ranked by sum of log probabilities / generated length ** length_penalty;
-            in [-20, 20], above 0 favours long ones.
-        early_stopping: a prompt ends when `num_beams` hypotheses have met an end token; when false it
-            continues until no running beam can beat the worst of them.
+        length_penalty: beams are ranked by sum of log probabilities / generated length ** length_penalty; in [-20, 20],
+            above 0 favours long ones.
+        early_stopping: a prompt ends when `num_beams` hypotheses have met an end token; when false it continues until
+            no running beam can beat the worst of them.
         temperature: divides the scores before sampling; in [1e-6, 1e6].
         top_k: sample from the k best scores, 0 for all.
         top_p: sample from the smallest set of best tokens whose probabilities reach top_p; in (0, 1].
-        repetition_penalty: above 1 discourages tokens that occur in the prompt or were generated
-            (https://arxiv.org/abs/1909.05858); in [1e-6, 1e6].
+        repetition_penalty: above 1 discourages tokens that occur in the prompt or were generated (arXiv:1909.05858); in
+            [1e-6, 1e6].
         eos_token_id: id, or ids, that end a row; None: rows end at `max_new_tokens` only.
         pad_token_id: fills the steps of a finished row in a stream; not part of any returned sequence.
         seed: starts the random streams of sampling; None: different at every call.
-        max_length: a row also ends when it has so many tokens, its prompt counted; None: no such end. In
-            `transformers` `max_new_tokens` overrules it; here the first limit counts.
-        replace_invalid_scores: nan or inf in the scores: continue as the chat functions of the original
-            model do (see `sampling.replace_invalid_scores`) instead of raising an error.
+        max_length: a row also ends when it has so many tokens, its prompt counted; None: no such end. In transformers
+            `max_new_tokens` overrules it; here the first limit counts.
+        replace_invalid_scores: with nan or inf in the scores continue as the chat functions of the original model do
+            (see `sampling.replace_invalid_scores`) instead of raising an error.
 
     Raises:
         ValueError: a value of the wrong type or range, or options that exclude each other; it names them.
@@ -69,7 +69,8 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST_INT.items():
-            _check_int(name, getattr(self, name), least)
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                _check_int(name, getattr(self, name), least)
         for name in ("do_sample", "early_stopping", "replace_invalid_scores"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected True or False")
@@ -79,11 +80,11 @@ class GenerationConfig:
             _check_float(name, getattr(self, name), limits if used else None)
         if self.top_p == 0:
             raise ValueError("top_p = 0: must be in (0, 1]; for the best token alone set top_k = 1")
-        if self.seed is not None:
-            _check_int("seed", self.seed, 0)
-        if self.max_length is not None:
-            _check_int("max_length", self.max_length, 2)
-        self._check_eos()
+        eos = self.eos_token_id
+        if not (eos is None or isinstance(eos, Integral) or (isinstance(eos, (list, tuple)) and eos)):
+            raise ValueError(f"eos_token_id = {eos!r}: expected an id, a list of ids, or None")
+        for token in self._given_eos():
+            _check_int("eos_token_id", token, 0)
         self._check_combination()
         self._warn_without_effect()
 
@@ -94,11 +95,7 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "generation options") -> GenerationConfig:
-        """Builds a config from named options.
-
-        Args:
-            values: option name -> value.
-            source: what to call the origin in errors.
+        """Builds a config from named options; `source` is their name in errors.
 
         Raises:
             ValueError: an unknown or missing option, or an unusable value.
@@ -131,13 +128,6 @@ class GenerationConfig:
             return ()
         return given if isinstance(given, (list, tuple)) else (given,)
 
-    def _check_eos(self) -> None:
-        given = self.eos_token_id
-        if not (given is None or isinstance(given, Integral) or (isinstance(given, (list, tuple)) and given)):
-            raise ValueError(f"eos_token_id = {given!r}: expected an id, a list of ids, or None")
-        for token in self._given_eos():
-            _check_int("eos_token_id", token, 0)
-
     def _check_combination(self) -> None:
         if self.do_sample and self.num_beams > 1:
             raise ValueError(
@@ -156,16 +146,18 @@ class GenerationConfig:
 
     def _warn_without_effect(self) -> None:
         # A warning and not an error: configs of the field often carry `do_sample: False` beside `top_k: 3`.
-        idle = [] if self.do_sample else [(_SAMPLING_DEFAULTS, "do_sample = True")]
-        idle += [] if self.num_beams > 1 else [(_BEAM_DEFAULTS, "num_beams > 1")]
-        for defaults, condition in idle:
+        for used, defaults, condition in (
+            (self.do_sample, _SAMPLING_DEFAULTS, "do_sample = True"),
+            (self.num_beams > 1, _BEAM_DEFAULTS, "num_beams > 1"),
+        ):
             names = [name for name, default in defaults.items() if getattr(self, name) != default]
-            if names:
+            if names and not used:
                 # Frames between here and the caller: __post_init__ and the generated __init__.
                 warnings.warn(f"{', '.join(names)}: no effect without {condition}", UserWarning, stacklevel=4)
 
 
-_LEAST_INT = {"max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "top_k": 0, "pad_token_id": 0}
+_LEAST_INT = dict(max_new_tokens=1, num_beams=1, num_return_sequences=1, top_k=0, pad_token_id=0, seed=0, max_length=2)
+_OPTIONAL = ("seed", "max_length")
 # Wider than any use, narrow enough that neither float32 scores nor the power of a length overflow.
 _FLOAT_LIMITS = {
     "temperature": (1e-6, 1e6),

@@ -17,9 +17,7 @@ def stream(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[Genera
     """Greedy decoding or sampling, one step at a time. Each row gets what it gets alone.
 
     Args:
-        decoder: the network.
-        prompts: B prompts.
-        configs: one for each prompt. Prompt i has `num_return_sequences` output rows, those of a prompt together.
+        configs: one for each prompt, which has `num_return_sequences` output rows, those of a prompt together.
 
     Yields:
         int32 [rows]: the next token of each row. A row ends with the first of its `eos_ids`, which is yielded, or at
@@ -52,8 +50,6 @@ def generate(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[Gene
     """Generates to the end: greedy, sampling or beam search.
 
     Args:
-        decoder: the network.
-        prompts: B prompts.
         configs: one for each prompt; with beam search the same for all.
 
     Returns:

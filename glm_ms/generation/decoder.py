@@ -19,7 +19,7 @@ _DECODERS_KEPT = 2
 
 
 class Decoder(Protocol):
-    """A network that continues sequences, each in a slot of its own.
+    """A network that continues sequences, each in its slot.
 
     Sequences join (`add`, `fork`) and leave (`free`) between any two steps. A sequence gets the same tokens whatever
     the other slots contain.
@@ -88,7 +88,6 @@ class CachedDecoder(Decoder):
 
     Args:
         network: weights; shared, not copied.
-        slots: number of slots.
         capacity: most tokens of a slot, prompt and new tokens.
     """
 
@@ -115,7 +114,6 @@ class CachedDecoder(Decoder):
 
     @on_graph_thread
     def add(self, prompts: Sequence[Prompt]) -> tuple[list[int], np.ndarray]:
-        """See `Decoder.add`."""
         lengths = np.array([len(prompt.ids) for prompt in prompts])
         if lengths.max() > self.capacity:
             raise ValueError(f"a prompt of {lengths.max()} tokens: a slot has room for {self.capacity}")
@@ -136,7 +134,6 @@ class CachedDecoder(Decoder):
 
     @on_graph_thread
     def step(self, slots: Sequence[int], tokens: np.ndarray) -> np.ndarray:
-        """See `Decoder.step`."""
         slots, room = list(slots), self.cache.capacity
         for slot in slots:
             if self._used[slot] >= room:
@@ -152,21 +149,18 @@ class CachedDecoder(Decoder):
 
     @on_graph_thread
     def fork(self, slots: Sequence[int]) -> list[int]:
-        """See `Decoder.fork`."""
         targets = self._take(len(slots))
         self.reorder(targets, slots)
         return targets
 
     @on_graph_thread
     def reorder(self, slots: Sequence[int], sources: Sequence[int]) -> None:
-        """See `Decoder.reorder`."""
         order = self._all.copy()
         order[slots] = sources
         self._used, self._positions = self._used[order], self._positions[order]
         run_cell(self._copy, order)
 
     def free(self, slots: Sequence[int]) -> None:
-        """See `Decoder.free`."""
         self._free += map(int, slots)
 
     def _take(self, count: int) -> list[int]:
@@ -180,10 +174,7 @@ class CachedDecoder(Decoder):
 class DecoderPool:
     """Lends compiled decoders, so that calls of similar size do not compile again.
 
-    No two borrowers share a decoder: streams that run at the same time have caches of their own.
-
-    Args:
-        network: weights of all decoders.
+    No two borrowers share a decoder: streams that run at the same time have their own caches.
     """
 
     def __init__(self, network: GLMNetwork) -> None:

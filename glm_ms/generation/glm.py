@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from mindspore import Parameter, Tensor
 from mindspore.nn.utils import no_init_parameters
 
 from glm_ms.families import family_of
-from glm_ms.generation.adapter import AdapterReport, load_adapter
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.decode import check_streamable, generate, stream
 from glm_ms.generation.decoder import DecoderPool
@@ -22,9 +22,38 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
-from glm_ms.peft.adapter import Adapter, AdapterConfig, StoredAdapter, attach
+from glm_ms.peft.adapter import Adapter, AdapterConfig, AdapterError, StoredAdapter, attach, read_adapter
 
 TokenIds = Any  # one prompt or a batch: (nested) lists, NumPy arrays or MindSpore tensors of integers
+_PROBE_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """The result of loading an adapter.
+
+    Attributes:
+        path: file of the adapter.
+        kind: "lora" or "ptuning2".
+        tensors: number of tensors in the file; each has a parameter.
+        parameters: number of values in them.
+        norm: root of the sum of their squares.
+        logit_change: largest absolute change of a logit on a probe prompt.
+    """
+
+    path: Path
+    kind: str
+    tensors: int
+    parameters: int
+    norm: float
+    logit_change: float
+
+    def __str__(self) -> str:
+        return (
+            f"adapter: {self.path} ({self.kind}): {self.tensors} of {self.tensors} tensors matched, "
+            f"{self.parameters:,} parameters, norm {self.norm:.4g}, largest logit change on a probe prompt "
+            f"{self.logit_change:.4g}"
+        )
 
 
 class GLMForCausalLM:
@@ -52,7 +81,6 @@ class GLMForCausalLM:
         """Builds a model around given weights without drawing random ones first.
 
         Args:
-            config: architecture.
             parameters: (name, array) of every parameter, each used once and then dropped.
 
         Raises:
@@ -66,8 +94,7 @@ class GLMForCausalLM:
         return model
 
     def _build(self, config: GLMConfig, network: GLMNetwork) -> None:
-        self.config = config
-        self.network = network
+        self.config, self.network = config, network
         self.adapter: Adapter | None = None
         network.set_train(False)
         self._build_cells()
@@ -119,16 +146,37 @@ class GLMForCausalLM:
             source: path of an adapter of this project, of the library `peft`, or of a P-Tuning checkpoint of the
                 original code; see `glm_ms.peft.adapter.read_adapter`, whose result is accepted as well.
 
-        Returns:
-            Matched tensors, their norm, and the largest change of a logit on a probe prompt.
-
         Raises:
             AdapterError: it cannot be read, is empty, was made for another base, or changes nothing. The model does
                 not change then.
         """
-        self.adapter, report = load_adapter(self.network, source)
+        stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
+        before = self._probe()
+        adapter = attach(self.network, stored.config, stored=stored)
+        try:
+            adapter.assign(stored.tensors, stored.path)
+            change = float(np.abs(self._probe() - before).max())
+            if not np.isfinite(change):
+                raise AdapterError(f"{stored.path}: with this adapter the network gives no numbers (NaN or infinity)")
+            if change == 0:
+                raise AdapterError(
+                    f"{stored.path}: this adapter changes nothing: the logits of a probe prompt are those of the base. "
+                    "Was it saved before training, or for another model?"
+                )
+        except AdapterError:
+            adapter.detach()
+            raise
+        self.adapter = adapter
         self._build_cells()
-        return report
+        count = sum(tensor.size for tensor in stored.tensors.values())
+        return AdapterReport(stored.path, adapter.kind, len(stored.tensors), count, stored.norm, change)
+
+    def _probe(self) -> np.ndarray:
+        """Logits of ids spread over the vocabulary, float32 [1, S, V]."""
+        length = min(_PROBE_LENGTH, self.config.seq_length)
+        ids = np.linspace(0, self.config.padded_vocab_size - 1, length).astype(np.int32)[None]
+        places = np.arange(length)
+        return run_cell(Logits(self.network), ids, np.ones_like(ids), places[None], places).asnumpy()
 
     def load_parameters(self, parameters: Iterable[tuple[str, np.ndarray]]) -> None:
         """Overwrites all weights; see `from_parameters`."""
@@ -150,15 +198,11 @@ class GLMForCausalLM:
         position_ids: TokenIds | None = None,
         labels: TokenIds | None = None,
     ) -> Tensor:
-        """Logits, or the loss when labels are given.
+        """Logits, float32 [B, S, V], or with labels the mean loss over the labelled tokens, float32 scalar.
 
         Args:
             input_ids, attention_mask, position_ids: [B, S], or [S] as a batch of one; see `checked_rows`.
-            labels: [B, S], -100 where a token carries no loss; shifted inside.
-
-        Returns:
-            Without labels: logits, float32 [B, S, V]. With labels: mean loss over the labelled tokens,
-            float32 scalar.
+            labels: [B, S], -100 for a token without loss; shifted inside.
 
         Raises:
             ValueError: a shape, type or id that does not fit, positions beyond `config.seq_length`, or labels
@@ -185,11 +229,8 @@ class GLMForCausalLM:
         return GRAPHS.run(operator.truediv, total, count)
 
     def loss_sum(self, rows: Sequence[np.ndarray]) -> tuple[float, int]:
-        """Summed loss and number of labelled tokens of a prepared batch (perplexity).
-
-        Args:
-            rows: input_ids, labels, attention_mask, position_ids, each int32 [B, S].
-        """
+        """Summed loss and number of labelled tokens of a batch: input_ids, labels, attention_mask, position_ids, int32
+        [B, S] each."""
         total, count = run_cell(self._with_loss, *rows, np.arange(rows[0].shape[1]))
         return float(total.asnumpy()), int(count.asnumpy())
 
@@ -214,8 +255,8 @@ class GLMForCausalLM:
                 the network's config ([]: nothing ends a sequence), and so is pad_token_id.
 
         Returns:
-            One list of ids per sequence, prompt included, without padding; `num_return_sequences` lists for
-            each prompt, side by side.
+            One list of ids per sequence, prompt included, without padding; `num_return_sequences` lists for each
+            prompt, side by side.
 
         Raises:
             ValueError: an argument that does not fit, or prompt and new tokens exceed `config.seq_length`.
@@ -233,19 +274,17 @@ class GLMForCausalLM:
         configs: Sequence[GenerationConfig] | None = None,
         **options: Any,
     ) -> Iterator[np.ndarray]:
-        """`generate` a step at a time; not for beam search.
-
-        Yields:
-            int32 [B]: the next token of every sequence; the padding id where a sequence has ended.
-        """
+        """`generate` a step at a time, not for beam search: yields int32 [B], the next token of every sequence; the
+        padding id for a sequence that has ended."""
         prompts, configs = self._prepare((input_ids, attention_mask, position_ids), configs, options)
         for config in configs:
             check_streamable(config)
-        return self._stream(prompts, configs)
 
-    def _stream(self, prompts: list[Prompt], configs: Sequence[GenerationConfig]) -> Iterator[np.ndarray]:
-        with self._decoders.lend(*_decoder_size(prompts, configs)) as decoder:
-            yield from stream(decoder, prompts, configs)
+        def steps() -> Iterator[np.ndarray]:  # borrows a decoder when the first step is asked for
+            with self._decoders.lend(*_decoder_size(prompts, configs)) as decoder:
+                yield from stream(decoder, prompts, configs)
+
+        return steps()
 
     def _prepare(
         self,

@@ -102,11 +102,7 @@ def run_cell(cell: nn.Cell, *arrays: np.ndarray) -> Any:
 
 
 class Logits(nn.Cell):
-    """Wrapper cell of a network. A new one is compiled anew, as a network with a new adapter needs.
-
-    Args:
-        network: weights; parameter names stay as they are.
-    """
+    """Wrapper cell of a network, which keeps its parameter names. A network with a new adapter needs a new one."""
 
     def __init__(self, network: GLMNetwork) -> None:
         super().__init__(auto_prefix=False)

@@ -15,12 +15,7 @@ from glm_ms.generation.config import GenerationConfig
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt, without padding.
-
-    Attributes:
-        ids: int32 [S], S >= 1.
-        positions: int32 [S]: 0, 1, ... unless given otherwise.
-    """
+    """One prompt, without padding: int32 [S] each, S >= 1; positions are 0, 1, ... unless given otherwise."""
 
     ids: np.ndarray
     positions: np.ndarray
@@ -29,14 +24,9 @@ class Prompt:
 def prepare_prompts(
     input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, vocab_size: int, pad_token_id: int = 0
 ) -> list[Prompt]:
-    """Checks prompts and removes their padding.
+    """Checks prompts, see `checked_rows`, and removes their padding.
 
-    The mask may hide ids anywhere, on the left, on the right or between others: positions count the remaining ids
-    only.
-
-    Args:
-        input_ids, attention_mask, position_ids, vocab_size: see `checked_rows`.
-        pad_token_id: the id that pads prompts.
+    The mask may hide ids anywhere, on the left, on the right or between others: positions count the remaining ids.
 
     Raises:
         ValueError: see `checked_rows`; or a mask hides a whole prompt.
@@ -49,12 +39,8 @@ def prepare_prompts(
         if not mask.any():
             raise ValueError(f"attention_mask: row {index} hides every token: leave at least one")
         if attention_mask is None and pad_token_id in (row[0], row[-1]):
-            warnings.warn(
-                f"input_ids: row {index} begins or ends with the padding id {pad_token_id} and counts as "
-                "prompt there; give an attention_mask if it is padding",
-                UserWarning,
-                stacklevel=2,
-            )
+            problem = f"row {index} begins or ends with the padding id {pad_token_id} and counts as prompt there"
+            warnings.warn(f"input_ids: {problem}; give an attention_mask if it is padding", UserWarning, stacklevel=2)
             break
     return [
         Prompt(row[mask].astype(np.int32), places[mask].astype(np.int32))
@@ -87,9 +73,7 @@ def checked_rows(
                 f"input_ids: row {index}, place {outside[0]}: id {row[outside[0]]} is outside the vocabulary "
                 f"0..{vocab_size - 1}; encode the text with the tokenizer of this network"
             )
-    masks = [np.ones(row.shape, bool) for row in rows]
-    if attention_mask is not None:
-        masks = _mask_rows(attention_mask, rows)
+    masks = [np.ones(row.shape, bool) for row in rows] if attention_mask is None else _mask_rows(attention_mask, rows)
     positions = [np.maximum(np.cumsum(mask) - 1, 0) * mask for mask in masks]
     if position_ids is not None:
         positions = integer_rows(position_ids, "position_ids", like=rows)
@@ -110,19 +94,40 @@ def new_token_limits(prompts: Sequence[Prompt], configs: Sequence[GenerationConf
     """
     limits = []
     for index, (prompt, config) in enumerate(zip(prompts, configs)):
-        longest, length = config.max_length, len(prompt.ids)
-        if longest is not None and length >= longest:
+        length, limit = len(prompt.ids), config.max_new_tokens
+        if config.max_length is not None:
+            limit = min(limit, config.max_length - length)
+        if limit < 1:
             raise ValueError(
-                f"max_length = {longest}: prompt {index} has {length} tokens, which leaves no room for an answer; "
-                "shorten it, or raise max_length"
+                f"max_length = {config.max_length}: prompt {index} has {length} tokens, which leaves no room for an "
+                "answer; shorten it, or raise max_length"
             )
-        room = config.max_new_tokens if longest is None else longest - length
-        limits.append(min(config.max_new_tokens, room))
+        limits.append(limit)
     return np.array(limits)
 
 
-def _rows(values: Any, name: str) -> list[np.ndarray]:
-    """Splits one or several sequences into 1-D arrays of whatever type they have."""
+def integer_rows(values: Any, name: str, like: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+    """Rows of integers, [S] each; of the same lengths as those of `like`, the rows of input_ids."""
+    rows = _rows(values, name, like)
+    for index, row in enumerate(rows):
+        if row.dtype.kind not in "iu":
+            raise ValueError(f"{name}: row {index}: expected integers, found {row.dtype}")
+    return rows
+
+
+def _mask_rows(attention_mask: Any, like: Sequence[np.ndarray]) -> list[np.ndarray]:
+    masks = _rows(attention_mask, "attention_mask", like)
+    for index, mask in enumerate(masks):
+        if mask.dtype.kind not in "biuf":
+            raise ValueError(f"attention_mask: row {index}: expected 0 and 1, found {mask.dtype}")
+        wrong = np.flatnonzero((mask != 0) & (mask != 1))
+        if wrong.size:
+            raise ValueError(f"attention_mask: row {index} contains {mask[wrong[0]]}: expected only 0 and 1")
+    return [mask == 1 for mask in masks]
+
+
+def _rows(values: Any, name: str, like: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+    """Splits one or several sequences into 1-D arrays of whatever type they have; `like` as in `integer_rows`."""
     if hasattr(values, "asnumpy"):
         values = values.asnumpy()
     elif not isinstance(values, (list, tuple)):
@@ -135,49 +140,21 @@ def _rows(values: Any, name: str) -> list[np.ndarray]:
         raise ValueError(f"{name}: empty: give at least one token")
     if isinstance(values[0], (Number, str, np.generic)):
         values = [values]
-    return [_row(row, index, name) for index, row in enumerate(values)]
-
-
-def _row(values: Any, index: int, name: str) -> np.ndarray:
-    if hasattr(values, "asnumpy"):
-        values = values.asnumpy()
-    try:
-        row = np.asarray(values)
-    except ValueError:  # sequences of different lengths nested too deep
-        raise ValueError(f"{name}: row {index} is not a sequence of integers") from None
-    if row.ndim != 1:
-        raise ValueError(f"{name}: row {index}: expected a sequence of integers, found shape {row.shape}")
-    if not row.size:
-        raise ValueError(f"{name}: row {index} is empty: give at least one token")
-    return row
-
-
-def integer_rows(values: Any, name: str, like: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-    """Rows of integers, [S] each; of the same lengths as those of `like`, the rows of input_ids."""
-    rows = _rows(values, name)
-    for index, row in enumerate(rows):
-        if row.dtype.kind not in "iu":
-            raise ValueError(f"{name}: row {index}: expected integers, found {row.dtype}")
-    if like is not None:
-        _check_lengths(rows, like, name)
+    rows = []
+    for index, row in enumerate(values):
+        place = f"{name}: row {index}"
+        try:
+            row = np.asarray(row.asnumpy() if hasattr(row, "asnumpy") else row)
+        except ValueError:  # sequences of different lengths nested too deep
+            raise ValueError(f"{place} is not a sequence of integers") from None
+        if row.ndim != 1:
+            raise ValueError(f"{place}: expected a sequence of integers, found shape {row.shape}")
+        if not row.size:
+            raise ValueError(f"{place} is empty: give at least one token")
+        rows.append(row)
+    if like is not None and len(rows) != len(like):
+        raise ValueError(f"{name}: {len(rows)} rows for {len(like)} rows of input_ids")
+    for index, (row, other) in enumerate(zip(rows, like or ())):
+        if row.size != other.size:
+            raise ValueError(f"{name}: row {index} has length {row.size}, input_ids has {other.size}")
     return rows
-
-
-def _check_lengths(given: Sequence[np.ndarray], rows: Sequence[np.ndarray], name: str) -> None:
-    if len(given) != len(rows):
-        raise ValueError(f"{name}: {len(given)} rows for {len(rows)} rows of input_ids")
-    for index, (one, other) in enumerate(zip(given, rows)):
-        if one.size != other.size:
-            raise ValueError(f"{name}: row {index} has length {one.size}, input_ids has {other.size}")
-
-
-def _mask_rows(attention_mask: Any, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    masks = _rows(attention_mask, "attention_mask")
-    _check_lengths(masks, rows, "attention_mask")
-    for index, mask in enumerate(masks):
-        if mask.dtype.kind not in "biuf":
-            raise ValueError(f"attention_mask: row {index}: expected 0 and 1, found {mask.dtype}")
-        wrong = np.flatnonzero((mask != 0) & (mask != 1))
-        if wrong.size:
-            raise ValueError(f"attention_mask: row {index} contains {mask[wrong[0]]}: expected only 0 and 1")
-    return [mask == 1 for mask in masks]

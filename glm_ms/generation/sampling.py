@@ -1,8 +1,7 @@
 """From scores to tokens: repetition penalty, temperature, top-k, top-p, and seeded draws.
 
-The rules, their order and their float32 arithmetic are those of transformers 4.41.2 (`LogitsProcessor`
-and `LogitsWarper`), so that the same scores keep the same tokens. A filter is a plain function from
-scores to scores; removed tokens get -inf. `RowSampler` applies the options of one row to that row.
+The rules, their order and their float32 arithmetic are those of transformers 4.41.2 (`LogitsProcessor` and
+`LogitsWarper`), so that the same scores keep the same tokens. A filter maps scores to scores; removed tokens get -inf.
 """
 
 from __future__ import annotations
@@ -35,26 +34,17 @@ class RowSampler:
     """
 
     def __init__(
-        self,
-        config: GenerationConfig,
-        prompt: np.ndarray,
-        vocab_size: int,
-        generator: np.random.Generator,
-        row: int = 0,
+        self, config: GenerationConfig, prompt: np.ndarray, vocab_size: int, generator: np.random.Generator, row: int
     ) -> None:
         config.check_vocab_size(vocab_size)
         self.config = config
         self._row, self._step = row, 0
-        self._filters = build_processors(config) + (build_warpers(config) if config.do_sample else [])
+        self._filters = build_filters(config)
         self._seen = mark_seen([prompt], vocab_size) if config.repetition_penalty != 1 else None
         self._generator = generator
 
     def __call__(self, scores: np.ndarray) -> int:
-        """The next token from scores float32 [V].
-
-        Raises:
-            FloatingPointError: see `check_scores`.
-        """
+        """The next token from scores float32 [V]; raises as `check_scores`."""
         if not self.config.replace_invalid_scores:
             check_scores(scores[None], self._step, self._row)
         self._step += 1
@@ -68,16 +58,11 @@ class RowSampler:
 def row_samplers(
     prompts: Sequence[np.ndarray], configs: Sequence[GenerationConfig], vocab_size: int
 ) -> list[RowSampler]:
-    """`num_return_sequences` samplers for each prompt, those of one prompt together.
+    """`num_return_sequences` samplers for each prompt (int [S]), those of one prompt together.
 
     The random stream of a row is determined by the seed, the ids of the prompt and a counter: the return index of
-    the sequence, which goes on over copies of the same prompt and config in the batch. So a prompt draws what it
+    the sequence, which continues over copies of the same prompt and config in the batch. So a prompt draws what it
     draws alone, and a batch with the same prompt twice gives two different samples.
-
-    Args:
-        prompts: int [S] each.
-        configs: one for each prompt. Seed None takes fresh entropy from the system.
-        vocab_size: V.
 
     Raises:
         ValueError: an end or padding id outside the vocabulary.
@@ -88,7 +73,7 @@ def row_samplers(
         key = (configs.index(config), prompt.tobytes())
         for _ in range(config.num_return_sequences):
             generator = row_generator(prompt, config.seed, counts[key])
-            samplers.append(RowSampler(config, prompt, vocab_size, generator, row=len(samplers)))
+            samplers.append(RowSampler(config, prompt, vocab_size, generator, len(samplers)))
             counts[key] += 1
     return samplers
 
@@ -102,24 +87,18 @@ def row_generator(prompt: np.ndarray, seed: int | None, copy: int) -> np.random.
     return np.random.Generator(np.random.PCG64(sequence))
 
 
-def build_processors(config: GenerationConfig) -> list[ScoreFilter]:
-    """The filters that act in greedy decoding, sampling and beam search, in order; often none."""
+def build_filters(config: GenerationConfig) -> list[ScoreFilter]:
+    """The filters of a config, in order; often none. The last three act in sampling only."""
     filters: list[ScoreFilter] = []
     if config.repetition_penalty != 1:
         filters.append(lambda scores, seen: penalize_repetition(scores, seen, config.repetition_penalty))
     if config.replace_invalid_scores:
         filters.append(lambda scores, seen: replace_invalid_scores(scores))
-    return filters
-
-
-def build_warpers(config: GenerationConfig) -> list[ScoreFilter]:
-    """The filters that act in sampling only, in order, after those of `build_processors`."""
-    filters: list[ScoreFilter] = []
-    if config.temperature != 1:
-        filters.append(lambda scores, seen: scale_temperature(scores, config.temperature))
-    if config.top_k:
+    if config.do_sample and config.temperature != 1:
+        filters.append(lambda scores, seen: scores / np.float32(config.temperature))
+    if config.do_sample and config.top_k:
         filters.append(lambda scores, seen: keep_top_k(scores, config.top_k))
-    if config.top_p < 1:
+    if config.do_sample and config.top_p < 1:
         filters.append(lambda scores, seen: keep_top_p(scores, config.top_p))
     return filters
 
@@ -132,13 +111,10 @@ def apply_filters(filters: Sequence[ScoreFilter], scores: np.ndarray, seen: np.n
 
 
 def mark_seen(input_ids: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Which ids occur in each row, for the repetition penalty: bool [B, vocab_size].
+    """Which ids (int [S] each, without padding) occur in each row, for the repetition penalty: bool [B, vocab_size].
 
     Transformers also counts the ids of left padding, so that there a prompt in a batch differs from the prompt alone
     in the score of the padding id. Here padding does not count, and the two agree.
-
-    Args:
-        input_ids: int [S] each, without padding.
     """
     seen = np.zeros((len(input_ids), vocab_size), bool)
     for row, ids in zip(seen, input_ids):
@@ -147,12 +123,7 @@ def mark_seen(input_ids: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def penalize_repetition(scores: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Divides positive and multiplies negative scores of seen ids by `penalty`, once per distinct id.
-
-    Args:
-        scores: float32 [B, V].
-        seen: bool [B, V], see `mark_seen`.
-    """
+    """Divides positive and multiplies negative scores float32 [B, V] of seen ids by `penalty`, once per distinct id."""
     rows, ids = np.nonzero(seen)
     chosen = scores[rows, ids]
     penalty32 = np.float32(penalty)
@@ -172,11 +143,6 @@ def replace_invalid_scores(scores: np.ndarray) -> np.ndarray:
     replaced = np.zeros_like(scores)
     replaced[:, _FALLBACK_TOKEN] = _FALLBACK_SCORE
     return replaced
-
-
-def scale_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """Scores float32 [B, V] divided by `temperature` (above 0)."""
-    return scores / np.float32(temperature)
 
 
 def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -199,8 +165,8 @@ def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
 def _top_p_threshold(row: np.ndarray, p: float) -> np.floating:
     """The smallest score of float32 [V] that top-p keeps.
 
-    Sorting a whole vocabulary is what costs time here, so only the best scores are sorted; the probability
-    of the others is summed in one piece, and more are sorted only if not all of those are removed.
+    Sorting a whole vocabulary costs time, so only the best scores are sorted; the probability of the others is summed
+    in one piece, and more are sorted only if not all of those are removed.
     """
     row = row[row > -np.inf]
     weights = np.exp(row - row.max())

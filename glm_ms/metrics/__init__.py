@@ -12,10 +12,7 @@ from glm_ms.metrics.metric import HIGHER, LOSS, LOWER, TEXT, Metric
 from glm_ms.metrics.perplexity import PerplexityMetric
 
 # `metric.type` of a configuration -> class.
-METRICS: dict[str, type[Metric]] = {
-    "ADGENMetric": ADGENMetric,
-    "PerplexityMetric": PerplexityMetric,
-}
+METRICS: dict[str, type[Metric]] = {"ADGENMetric": ADGENMetric, "PerplexityMetric": PerplexityMetric}
 
 
 def score_names() -> list[str]:

@@ -22,9 +22,7 @@ def adgen_scores(prediction: str, reference: str) -> dict[str, float]:
     method 3 (Chen and Cherry, 2014), as in `ptuning/main.py` of ChatGLM2-6B. Texts are not stripped: leading and
     trailing blanks count for BLEU.
 
-    Args:
-        prediction: generated text. Every score of an empty or blank text is 0; the original script raises an error.
-        reference: text to compare with.
+    Every score of an empty or blank prediction is 0; the original script raises an error.
 
     Returns:
         "rouge-1", "rouge-2", "rouge-l", "bleu-4": percent, rounded to 4 decimals.
@@ -40,8 +38,7 @@ def adgen_scores(prediction: str, reference: str) -> dict[str, float]:
         raise ValueError(f"reference = {reference!r}: has no word to compare with; remove the record from the data set")
     if not prediction.strip():
         return dict.fromkeys(SCORE_NAMES, 0.0)
-    scores = _rouge(_segment(prediction), _segment(reference))
-    scores["bleu-4"] = _bleu4(prediction, reference)
+    scores = {**_rouge(_segment(prediction), _segment(reference)), "bleu-4": _bleu4(prediction, reference)}
     return {name: round(100 * scores[name], 4) for name in SCORE_NAMES}
 
 
@@ -63,14 +60,7 @@ class ADGENMetric(Metric):
         self._num_empty = 0
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
-        """Adds samples. If it raises, it adds none of them.
-
-        Args:
-            predictions: generated texts.
-            references: as many texts to compare with, in the same order.
-
-        Returns:
-            The scores of each pair, see `adgen_scores`.
+        """Adds samples and returns the scores of each, see `adgen_scores`. If it raises, it adds none of them.
 
         Raises:
             TypeError: a single string in place of a sequence, or an item that is not a string.

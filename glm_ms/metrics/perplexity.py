@@ -45,11 +45,8 @@ class PerplexityMetric(Metric):
         self._num_tokens += count
 
     def result(self) -> dict[str, Any]:
-        """Loss and perplexity over all batches.
-
-        Returns:
-            "loss": mean negative log likelihood per token in nats; "perplexity": exp of it, inf beyond float64;
-            "num_tokens": target tokens. A loss that is not a number stays NaN in both. Logs a warning for inf and NaN.
+        """Scores: "loss": mean negative log likelihood per token in nats; "perplexity": exp of it, inf beyond float64;
+        "num_tokens": target tokens. A loss that is not a number stays NaN in both. Logs a warning for inf and NaN.
 
         Raises:
             ValueError: there is no target token.

@@ -70,8 +70,6 @@ class SentencePieceTokenizer:
         self.prefix_tokens = [self.get_command("[gMASK]"), self.get_command("sop")]
         self._adds_space = self.sp.EncodeAsPieces("a")[0].startswith("▁")
 
-    # ------------------------------------------------------------------ for subclasses
-
     def build_chat_input(
         self, query: str, history: Sequence[Any] | None = None, role: str = "user"
     ) -> dict[str, list[int]]:
@@ -87,19 +85,13 @@ class SentencePieceTokenizer:
         """
         raise NotImplementedError
 
-    def _special_piece(self, token: str) -> str:
-        """Text that `decode` writes for a special token."""
-        raise NotImplementedError
-
-    def _unknown_piece(self, index: int) -> str:
-        """Text that `decode` writes for an id beyond the vocabulary."""
+    def _special_piece(self, index: int) -> str:
+        """Text that `decode` writes for the id of a special token, or for one beyond the vocabulary."""
         raise NotImplementedError
 
     def _encode_template_body(self, body: str) -> list[int]:
         """Ids of template text after the opening `[gMASK]sop`."""
         raise NotImplementedError
-
-    # ------------------------------------------------------------------ text to ids
 
     def tokenize(self, text: str) -> list[str]:
         """Pieces of a text, without special tokens.
@@ -110,11 +102,10 @@ class SentencePieceTokenizer:
         """
         return self.sp.EncodeAsPieces(_checked(text))
 
-    def _text_ids(self, text: str) -> list[int]:
-        return self._piece_ids(text)
-
     def _piece_ids(self, text: str) -> list[int]:
         return self.sp.EncodeAsIds(_checked(text))
+
+    _text_ids = _piece_ids
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """Special tokens around one text (`[gMASK] sop`), or around two (and </s>)."""
@@ -131,10 +122,8 @@ class SentencePieceTokenizer:
         """Ids of `[gMASK] sop text`, or of `[gMASK] sop text text_pair </s>`.
 
         Args:
-            add_special_tokens: whether `[gMASK] sop` and </s> are added.
-            truncation: cut the text on the right (of a pair, the longer text first) to `max_length` ids,
-                special tokens included.
-            max_length: ids at most, with `truncation`.
+            truncation: cut the text on the right (of a pair, the longer text first) to `max_length` ids, special
+                tokens included.
 
         Raises:
             TypeError: a text is not a string.
@@ -171,8 +160,8 @@ class SentencePieceTokenizer:
             add_special_tokens, truncation, max_length: as in `encode`.
 
         Returns:
-            `input_ids`, `attention_mask` (1 = token, 0 = padding) and `position_ids` (0 on padding, tokens
-            from 0): lists of int, one level deeper for a list of texts.
+            `input_ids`, `attention_mask` (1 = token, 0 = padding) and `position_ids` (0 on padding, tokens from 0):
+            lists of int, one level deeper for a list of texts.
 
         Raises:
             TypeError: a text is not a string.
@@ -204,10 +193,7 @@ class SentencePieceTokenizer:
         Args:
             features: mappings with `input_ids` and optionally `attention_mask` (default ones) and `position_ids`
                 (default 0..n-1); or one mapping of lists. A row longer than the target length stays as it is.
-            padding, max_length, pad_to_multiple_of: as in `__call__`.
-
-        Returns:
-            `input_ids`, `attention_mask`, `position_ids`: lists of lists of int.
+            padding, max_length, pad_to_multiple_of: as in `__call__`, as is the result.
 
         Raises:
             ValueError: an unknown key, `input_ids` missing, lengths that differ within a feature, unknown
@@ -220,16 +206,13 @@ class SentencePieceTokenizer:
         if (padding == "max_length") != (max_length is not None):
             raise ValueError(f"padding = {padding!r} with max_length = {max_length}: max_length goes with 'max_length'")
         rows = [_completed(feature) for feature in features]
-        target = 0
-        if padding:
-            longest = max((len(row["input_ids"]) for row in rows), default=0)
-            target = max_length if max_length is not None else longest
-            if pad_to_multiple_of:
-                target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
+        target = max_length or 0
+        if padding and max_length is None:
+            target = max((len(row["input_ids"]) for row in rows), default=0)
+        if padding and pad_to_multiple_of:
+            target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
         fill = dict(zip(_FEATURE_KEYS, (self.pad_token_id, 0, 0)))
         return {key: [[fill[key]] * (target - len(row[key])) + row[key] for row in rows] for key in _FEATURE_KEYS}
-
-    # ------------------------------------------------------------------ chat template in text form
 
     def is_template(self, text: str) -> bool:
         """Whether `text` begins with `[gMASK]sop`, spaces between them allowed: see `encode_template`."""
@@ -251,8 +234,6 @@ class SentencePieceTokenizer:
     def _without_space(self, text: str) -> str:
         """`text` without the space that `decode` writes for the leading space of the vocabulary."""
         return text[1:] if self._adds_space and text.startswith(" ") else text
-
-    # ------------------------------------------------------------------ ids to text
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -280,9 +261,6 @@ class SentencePieceTokenizer:
     def convert_ids_to_tokens(self, ids: Any) -> Any:
         """Piece of an id, or a list of the pieces of several; "" for <unk>, <s>, </s> and negative ids.
 
-        Args:
-            ids: an int, an iterable of ints, or an array.
-
         Raises:
             IndexError: ChatGLM2 only: an id beyond the vocabulary.
         """
@@ -295,11 +273,7 @@ class SentencePieceTokenizer:
     def _id_to_token(self, index: int) -> str:
         if index < 0 or index in self._silent_ids:
             return ""
-        if index < self._num_pieces:
-            return self.sp.IdToPiece(index)
-        if index < self.vocab_size:
-            return self._special_piece(self._special_names[index])
-        return self._unknown_piece(index)
+        return self.sp.IdToPiece(index) if index < self._num_pieces else self._special_piece(index)
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Text of pieces; a string that is not a piece is written as it is."""
@@ -312,12 +286,10 @@ class SentencePieceTokenizer:
         return int(self.sp.IdToPiece(index)[3:5], 16)  # a byte piece is spelled <0xE4>
 
     def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids.
+        """Text of one id or of several.
 
-        Args:
-            ids: one id or a list or array of them.
-            skip_special_tokens: no effect, as in the reference: <unk>, <s> and </s> are never written, ChatGLM2
-                writes no special token, and ChatGLM3 writes all of its own.
+        `skip_special_tokens` has no effect, as in the reference: <unk>, <s> and </s> are never written, ChatGLM2 writes
+        no special token, and ChatGLM3 writes all of its own.
 
         Raises:
             IndexError: ChatGLM2 only: an id beyond the vocabulary.
@@ -355,9 +327,7 @@ def _truncate(
     if max_length is None:
         raise ValueError("truncation=True needs max_length")
     if max_length <= num_special:
-        raise ValueError(
-            f"max_length = {max_length} leaves no room for text beside {num_special} special tokens; raise it"
-        )
+        raise ValueError(f"max_length = {max_length}: no room for text beside {num_special} special tokens; raise it")
     room = max_length - num_special
     if second is None:
         return first[:room], None

@@ -17,11 +17,10 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
 
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
-    def _special_piece(self, token: str) -> str:
+    def _special_piece(self, index: int) -> str:
+        if index >= self.vocab_size:
+            raise IndexError(f"token id {index} is beyond the vocabulary of {self.vocab_size} ids")
         return ""
-
-    def _unknown_piece(self, index: int) -> str:
-        raise IndexError(f"token id {index} is beyond the vocabulary of {self.vocab_size} ids")
 
     def build_prompt(self, query: str, history: Sequence[Sequence[str]] | None = None) -> str:
         """Text of a conversation: `history` are (question, answer) pairs, oldest first."""
@@ -38,12 +37,8 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
 
         Args:
             query: the new question.
-            history: (question, answer) pairs, or messages `{"role": "user"|"assistant", "content": text}`
-                in turn.
+            history: (question, answer) pairs, or messages `{"role": "user"|"assistant", "content": text}` in turn.
             role: "user", the only one this model knows.
-
-        Returns:
-            `input_ids`, `attention_mask`, `position_ids`, each a list [S] of int.
 
         Raises:
             ValueError: another role, or messages that are not question and answer in turn.
@@ -55,8 +50,8 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
     def build_stream_input(self, query: str, history: Sequence[Any] | None = None) -> dict[str, list[int]]:
         """Ids that continue a conversation whose earlier rounds are in the key-value cache.
 
-        With a history these are the line breaks after the last answer and the new round, without
-        `[gMASK] sop`; positions count from 0. Without one it is `build_chat_input`.
+        With a history these are the line breaks after the last answer and the new round, without `[gMASK] sop`;
+        positions count from 0. Without one it is `build_chat_input`.
         """
         if not history:
             return self.build_chat_input(query)

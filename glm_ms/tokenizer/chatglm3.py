@@ -26,8 +26,8 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
 
     Args:
         vocab_file: the SentencePiece model (`tokenizer.model`).
-        encode_special_tokens: `tokenize`, `encode` and a call turn text that spells role tokens into role
-            tokens. For trusted text only. It has no effect on chat messages.
+        encode_special_tokens: `tokenize`, `encode` and a call turn text that spells role tokens into role tokens. For
+            trusted text only. It has no effect on chat messages.
     """
 
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_ROLE_TOKENS)
@@ -39,11 +39,8 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
         super().__init__(vocab_file)
         self.encode_special_tokens = encode_special_tokens
 
-    def _special_piece(self, token: str) -> str:
-        return token
-
-    def _unknown_piece(self, index: int) -> str:
-        return ""
+    def _special_piece(self, index: int) -> str:
+        return self._special_names.get(index, "")
 
     def tokenize(self, text: str) -> list[str]:
         """Pieces of a text; with `encode_special_tokens` role tokens are pieces of their own."""
@@ -84,12 +81,9 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
 
         Args:
             query: the new message.
-            history: messages `{"role", "content"}`, optionally with `metadata`; a system message may have
-                `tools`, which are appended to it as JSON.
+            history: messages `{"role", "content"}`, optionally with `metadata`; a system message may have `tools`,
+                which are appended to it as JSON.
             role: role of the new message.
-
-        Returns:
-            `input_ids`, `attention_mask`, `position_ids`, each a list [S] of int.
 
         Raises:
             AssertionError: unknown role.
@@ -117,9 +111,8 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
             history: messages so far with the question. It is not changed.
 
         Returns:
-            The answer and the history with the new messages. The answer is a text; or, if the model calls
-            a tool, `{"name", "parameters"}` (tools given in the first, system, message) or
-            `{"name", "content"}` (code to run).
+            The answer and the history with the new messages. The answer is a text; or, if the model calls a tool,
+            `{"name", "parameters"}` (tools given in the first, system, message) or `{"name", "content"}` (code to run).
 
         Raises:
             ToolCallError: the text of a tool call is not `tool_call(name=value, ...)` with plain values.

@@ -35,9 +35,9 @@ def toy(monkeypatch):
 def test_entries():
     assert tokenizer_names() == ("ChatGLM2Tokenizer", "ChatGLM3Tokenizer")
     glm2, glm3 = FAMILIES["chatglm2"], FAMILIES["chatglm3"]
-    assert (glm2.layout, glm3.layout) == (right_padded_row, left_padded_row)
-    assert (glm2.stop_tokens, glm3.stop_tokens) == (("<eos>",), ("<eos>", "<|user|>", "<|observation|>"))
-    assert glm2.template is ChatGLM2Tokenizer.build_chat_input
+    assert (glm2.encoder.layout, glm3.encoder.layout) == (right_padded_row, left_padded_row)
+    assert glm2.tokenizer.stop_tokens == ("<eos>",)
+    assert glm3.tokenizer.stop_tokens == ("<eos>", "<|user|>", "<|observation|>")
     assert [family.name for family in FAMILIES.values()] == list(FAMILIES)
     assert len({family.generation for family in FAMILIES.values()}) == len(FAMILIES)
 

@@ -24,8 +24,9 @@ def rows(cases):
 
 
 def filtered(config, scores, input_ids):
-    filters = sampling.build_processors(config) + sampling.build_warpers(config)
-    return sampling.apply_filters(filters, scores, sampling.mark_seen(input_ids, scores.shape[1]))
+    return sampling.apply_filters(
+        sampling.build_filters(config), scores, sampling.mark_seen(input_ids, scores.shape[1])
+    )
 
 
 def test_filters_keep_the_golden_tokens_with_the_golden_probabilities(cases, rows):
