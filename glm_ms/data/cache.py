@@ -44,15 +44,10 @@ class _NoRows(Exception):  # noqa: N818 - an outcome, which `TrainDataset` repor
 
 
 class CacheRequest(NamedTuple):
-    """Where and how to keep rows.
+    """Where and how to keep rows."""
 
-    Attributes:
-        folder: of the caches of any number of data sets; created if missing.
-        num_workers: processes that prepare rows.
-    """
-
-    folder: str | Path
-    num_workers: int = 1
+    folder: str | Path  # of the caches of any number of data sets; created if missing
+    num_workers: int = 1  # processes that prepare rows
 
 
 class CachedRows:
@@ -121,10 +116,7 @@ def cached_rows(
     If several processes need the same cache, one prepares it and the others wait.
 
     Args:
-        path: of the records.
-        encoder: of the records.
         num_samples: rows at most; None for all.
-        request: place of the cache.
         say: takes a line for the user: rows are prepared, a cache is damaged.
 
     Raises:

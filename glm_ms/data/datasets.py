@@ -50,13 +50,11 @@ class TrainDataset:
 
     Args:
         path: JSON lines or a JSON array.
-        encoder: of the records.
         num_samples: usable records at most, from the start of the file; None for all.
         cache: keeps the rows on disk; without it they are encoded on access.
         say: takes a line for the user about the cache.
 
     Attributes:
-        seq_length: ids in a row.
         skipped: records skipped because prompt or answer is empty.
         without_labels: records skipped because cutting leaves no label: the mean loss of their batch could be
             undefined.
@@ -104,14 +102,12 @@ class TrainDataset:
 class EvalDataset:
     """Prompts to generate from and texts to compare with, one for each answer of a record.
 
-    Args:
-        path, encoder, num_samples: as in `TrainDataset`.
+    Arguments are those of `TrainDataset`.
 
     Attributes:
         skipped: records skipped because prompt or answer is empty.
         blank: answers skipped because their reference is white space: there is nothing to compare with.
         too_long: answers skipped because their prompt is too long.
-        stop_tokens: see `Encoder`.
 
     Raises:
         DataError: an error in the file or the settings, or no usable record.

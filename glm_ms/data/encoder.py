@@ -20,19 +20,12 @@ SHORTEST_PROMPT = 3
 
 
 class Message(NamedTuple):
-    """One message of a record.
+    """One message of a record."""
 
-    Attributes:
-        role: system, user, assistant or observation.
-        content: its text.
-        metadata: name of the tool that an assistant message calls, else empty.
-        loss: whether the model learns it.
-    """
-
-    role: str
+    role: str  # system, user, assistant or observation
     content: str
-    metadata: str = ""
-    loss: bool = False
+    metadata: str = ""  # name of the tool that an assistant message calls
+    loss: bool = False  # whether the model learns it
 
 
 Messages = tuple[Message, ...]
@@ -54,30 +47,18 @@ class Section(Protocol):
 
 
 class EvalRow(NamedTuple):
-    """One answer to generate.
+    """One answer to generate; ids are unpadded."""
 
-    Attributes:
-        prompt: text for people to read.
-        input_ids: prompt ids, unpadded.
-        labels: ids of the reference answer.
-    """
-
-    prompt: str
-    input_ids: list[int]
-    labels: list[int]
+    prompt: str  # for people to read
+    input_ids: list[int]  # of the prompt
+    labels: list[int]  # of the reference answer
 
 
 class Lengths(NamedTuple):
-    """Tokens of one record.
+    """Tokens of one record, before cutting, and those that remain in the row."""
 
-    Attributes:
-        prompt: tokens without loss, `[gMASK] sop` and role tokens included, before cutting.
-        answer: tokens with loss, </s> included, before cutting.
-        kept_prompt, kept_answer: those that remain in the row.
-    """
-
-    prompt: int
-    answer: int
+    prompt: int  # without loss, `[gMASK] sop` and role tokens included
+    answer: int  # with loss, </s> included
     kept_prompt: int
     kept_answer: int
 
@@ -93,24 +74,18 @@ class Encoder(ABC):
 
     Attributes:
         seq_length: ids in a row.
-        needs_roles: whether the tokenizer must have role tokens.
-        learns_padding: whether `ignore_pad_token_for_loss: False` is possible.
-        uses_max_seq_length: whether `max_seq_length` is the length of a row, else `max_source_length` +
-            `max_target_length` + 1.
-        stop_tokens: tokens that end a generated answer, besides those of the tokenizer.
-        layout: pads a row; decides about positions and mask.
-        no_labels: why a record has no label left, and the remedy; follows "N skipped ".
-        too_long: why an answer has no prompt that fits, and the remedy; follows "N skipped ".
 
     Raises:
         DataError: the section cannot be used.
     """
 
-    needs_roles: ClassVar[bool] = False
-    learns_padding: ClassVar[bool] = False
+    needs_roles: ClassVar[bool] = False  # whether the tokenizer must have role tokens
+    learns_padding: ClassVar[bool] = False  # whether `ignore_pad_token_for_loss: False` is possible
+    # Whether `max_seq_length` is the length of a row, else `max_source_length` + `max_target_length` + 1.
     uses_max_seq_length: ClassVar[bool] = False
-    stop_tokens: ClassVar[tuple[str, ...]] = ()
-    layout: ClassVar[Callable[..., Row]]
+    stop_tokens: ClassVar[tuple[str, ...]] = ()  # end a generated answer, besides those of the tokenizer
+    layout: ClassVar[Callable[..., Row]]  # pads a row; decides about positions and mask
+    # Why a record has no label left, why an answer has no prompt that fits, with the remedy; follow "N skipped ".
     no_labels: ClassVar[str] = "with a prompt longer than max_source_length allows for; raise it"
     too_long: ClassVar[str] = no_labels
 
@@ -139,11 +114,7 @@ class Encoder(ABC):
             self.seq_length = self._max_source_length + self._max_target_length + 1  # </s> ends a row
 
     def read(self, value: Any, place: str) -> Messages | None:
-        """The messages of a JSON value; None for a record to skip because a text is empty.
-
-        Args:
-            value: the JSON value.
-            place: `file:line`, the beginning of errors.
+        """The messages of a JSON value; None for a record to skip because a text is empty; see `Reader`.
 
         Raises:
             DataError: not a record of this format.

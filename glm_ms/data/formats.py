@@ -14,17 +14,11 @@ from glm_ms.data.records import parse_conversation, parse_tool_conversation, rea
 
 @dataclass(frozen=True)
 class DataFormat:
-    """One format of records.
-
-    Attributes:
-        read: reader of a JSON value.
-        encoder: class that makes ids and labels; None for prompt and answer, which the model family encodes.
-        unused_keys: keys of a section that have no effect.
-    """
+    """One format of records."""
 
     read: Reader
-    encoder: type[Encoder] | None = None
-    unused_keys: tuple[str, ...] = ()
+    encoder: type[Encoder] | None = None  # None for prompt and answer, which the model family encodes
+    unused_keys: tuple[str, ...] = ()  # of a section, without effect
 
     @property
     def uses_max_seq_length(self) -> bool:

@@ -23,24 +23,16 @@ KINDS = ("prompt", "answer", "whole")
 
 @dataclass
 class LengthStatistics:
-    """Lengths of all records of a file, in tokens, int32 [records] each.
-
-    Attributes:
-        prompt, answer, kept_prompt, kept_answer: see `Lengths`.
-        seq_length: tokens of a row.
-        limits: see `Encoder.limits`.
-        skipped: records skipped as empty.
-        bad: errors of the values that are not records.
-    """
+    """Lengths of all records of a file, in tokens, int32 [records] each; see `Lengths`."""
 
     prompt: np.ndarray
     answer: np.ndarray
     kept_prompt: np.ndarray
     kept_answer: np.ndarray
     seq_length: int
-    limits: Mapping[str, tuple[str, int]]
-    skipped: int = 0
-    bad: list[str] = field(default_factory=list)
+    limits: Mapping[str, tuple[str, int]]  # see `Encoder.limits`
+    skipped: int = 0  # empty records
+    bad: list[str] = field(default_factory=list)  # errors of the values that are not records
 
     def __len__(self) -> int:
         return len(self.prompt)

@@ -16,28 +16,20 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 class Family:
     """A family of models. Families may share a network and its configuration.
 
-    Attributes:
-        name: short name, the key in FAMILIES.
-        generation: `model_generation` in a tokenizer_config.json, which tells apart families with one vocabulary.
-        tokenizer: its class, whose name is `processor.tokenizer.type` of a configuration. It has the prompt template
-            and the stop tokens.
-        encoder: class that encodes records of prompt and answer. Its `layout` decides about positions and mask.
-        config: class of the configuration, with its defaults and the `model_type` of its `config.json`.
-        network: "module:Class" of the network, called with a configuration.
-        parameter_names: Hugging Face name -> name in this package, for the parameters whose names differ.
-        aliases: further names understood when reading -> name in this package.
-        released: names of the released models.
+    The tokenizer class has the prompt template and the stop tokens; its name is `processor.tokenizer.type` of a
+    configuration. The encoder class encodes records of prompt and answer; its `layout` decides about positions and
+    mask. The class of the configuration has the defaults and the `model_type` of its `config.json`.
     """
 
-    name: str
-    generation: int
+    name: str  # the key in FAMILIES
+    generation: int  # `model_generation` in a tokenizer_config.json, which tells apart families with one vocabulary
     tokenizer: type[SentencePieceTokenizer]
     encoder: type[Encoder]
     config: type[GLMConfig] = GLMConfig
-    network: str = "glm_ms.model.glm:GLMNetwork"
-    parameter_names: Mapping[str, str] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    released: tuple[str, ...] = ()
+    network: str = "glm_ms.model.glm:GLMNetwork"  # "module:Class", called with a configuration
+    parameter_names: Mapping[str, str] = field(default_factory=dict)  # Hugging Face's -> here, those that differ
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further names understood when reading -> here
+    released: tuple[str, ...] = ()  # names of the released models
 
     def build_network(self, config: GLMConfig) -> Any:
         """The network with random weights. Imports MindSpore."""

@@ -23,27 +23,21 @@ _NOT_STARTED = np.float32(-1e9)
 
 @dataclass(frozen=True)
 class BeamHypothesis:
-    """One result of beam search.
+    """One result of beam search."""
 
-    Attributes:
-        token_ids: the generated ids, the end token included, the prompt not.
-        sum_log_probs: sum of their log probabilities (after the repetition penalty, if any).
-        score: sum_log_probs / len(token_ids) ** length_penalty.
-    """
-
-    token_ids: list[int]
-    sum_log_probs: float
-    score: float
+    token_ids: list[int]  # generated, the end token included, the prompt not
+    sum_log_probs: float  # of these ids, after the repetition penalty, if any
+    score: float  # sum_log_probs / len(token_ids) ** length_penalty
 
 
 def beam_search(decoder: Decoder, prompts: Sequence[Prompt], config: GenerationConfig) -> list[list[BeamHypothesis]]:
     """Searches the best continuations of each prompt; prompts do not influence each other.
 
     Args:
-        decoder: the network; it needs B * num_beams free slots.
-        prompts: B prompts.
-        config: `num_beams`, `num_return_sequences`, `length_penalty`, `early_stopping`, `max_new_tokens`,
-            `max_length`, `eos_token_id`, `repetition_penalty` (on log probabilities, as transformers does here).
+        decoder: the network; it needs `num_beams` free slots for each prompt.
+        prompts: any number.
+        config: sampling options have no effect; `repetition_penalty` acts on log probabilities, as transformers does
+            here.
 
     Returns:
         For each prompt `num_return_sequences` hypotheses, best first.
@@ -91,22 +85,17 @@ def beam_search(decoder: Decoder, prompts: Sequence[Prompt], config: GenerationC
 
 
 class _Search:
-    """State of the search for one prompt.
+    """State of the search for one prompt."""
 
-    Attributes:
-        beams, tokens: int [num_beams], the running hypotheses that continue, and their next tokens.
-        sums: float32 [num_beams], their sums of log probabilities.
-        generated: int32 [num_beams, steps], their tokens.
-        finished: the best finished hypotheses, at most `num_beams`.
-        complete: whether the search has ended.
-    """
+    beams: np.ndarray  # int [num_beams], the running hypotheses that continue
+    tokens: np.ndarray  # int32 [num_beams], their next tokens
 
     def __init__(self, config: GenerationConfig, prompt: Prompt, limit: int, vocab_size: int) -> None:
         self.config, self.limit = config, limit
-        self.finished: list[BeamHypothesis] = []
+        self.finished: list[BeamHypothesis] = []  # the best ones, at most num_beams
         self.complete = False
-        self.generated = np.empty((config.num_beams, 0), np.int32)
-        self.sums = np.full(config.num_beams, _NOT_STARTED, np.float32)
+        self.generated = np.empty((config.num_beams, 0), np.int32)  # [num_beams, steps]
+        self.sums = np.full(config.num_beams, _NOT_STARTED, np.float32)  # of log probabilities
         self.sums[0] = 0
         self.filters = build_filters(config)
         self.seen: np.ndarray | None = None

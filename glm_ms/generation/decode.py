@@ -49,8 +49,7 @@ def check_streamable(config: GenerationConfig) -> None:
 def generate(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]) -> list[list[int]]:
     """Generates to the end: greedy, sampling or beam search.
 
-    Args:
-        configs: one for each prompt; with beam search the same for all.
+    With beam search the config is the same for all prompts.
 
     Returns:
         `num_return_sequences` lists for each prompt, those of one prompt together (beams: best first): the prompt,

@@ -26,10 +26,7 @@ class Decoder(Protocol):
     """
 
     def add(self, prompts: Sequence[Prompt]) -> tuple[list[int], np.ndarray]:
-        """Runs prompts in free slots.
-
-        Returns:
-            The slot of each prompt, and float32 [len(prompts), V], the logits after its last token.
+        """Runs prompts in free slots. Returns those, and float32 [len(prompts), V], the logits after the last tokens.
 
         Raises:
             ValueError: too few free slots, or a prompt that is longer than a slot.
@@ -43,7 +40,7 @@ class Decoder(Protocol):
             tokens: int32 [len(slots)].
 
         Returns:
-            float32 [len(slots), V], the logits after these tokens.
+            Logits after these tokens, float32 [len(slots), V].
 
         Raises:
             ValueError: a slot is full.

@@ -30,23 +30,14 @@ _PROBE_LENGTH = 16
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """The result of loading an adapter.
-
-    Attributes:
-        path: file of the adapter.
-        kind: "lora" or "ptuning2".
-        tensors: number of tensors in the file; each has a parameter.
-        parameters: number of values in them.
-        norm: root of the sum of their squares.
-        logit_change: largest absolute change of a logit on a probe prompt.
-    """
+    """The result of loading an adapter."""
 
     path: Path
-    kind: str
-    tensors: int
-    parameters: int
-    norm: float
-    logit_change: float
+    kind: str  # "lora" or "ptuning2"
+    tensors: int  # number of tensors in the file; each has a parameter
+    parameters: int  # number of values in them
+    norm: float  # root of the sum of their squares
+    logit_change: float  # largest absolute change of a logit on a probe prompt
 
     def __str__(self) -> str:
         return (
@@ -68,13 +59,15 @@ class GLMForCausalLM:
         network: built for this config, for example of other linear layers; None: the plain network.
 
     Attributes:
-        config: the architecture.
-        network: the MindSpore cell that holds the parameters, a `glm_ms.model.glm.GLMNetwork`.
         adapter: LoRA or P-Tuning on the network, which then is frozen; None without one.
     """
 
     def __init__(self, config: GLMConfig, network: GLMNetwork | None = None) -> None:
-        self._build(config, family_of(config).build_network(config) if network is None else network)
+        self.config = config
+        self.network: GLMNetwork = family_of(config).build_network(config) if network is None else network
+        self.adapter: Adapter | None = None
+        self.network.set_train(False)
+        self._build_cells()
 
     @classmethod
     def from_parameters(cls, config: GLMConfig, parameters: Iterable[tuple[str, np.ndarray]]) -> GLMForCausalLM:
@@ -88,16 +81,9 @@ class GLMForCausalLM:
         """
         with no_init_parameters():
             network = family_of(config).build_network(config)
-        model = cls.__new__(cls)
-        model._build(config, network)
+        model = cls(config, network)
         model.load_parameters(parameters)
         return model
-
-    def _build(self, config: GLMConfig, network: GLMNetwork) -> None:
-        self.config, self.network = config, network
-        self.adapter: Adapter | None = None
-        network.set_train(False)
-        self._build_cells()
 
     def _build_cells(self) -> None:
         """Creates the compiled cells anew: MindSpore keeps the graph of a cell whose network gets an adapter."""
@@ -115,11 +101,7 @@ class GLMForCausalLM:
         return {p.name: p for p in self.network.get_parameters() if id(p) not in own}
 
     def add_adapter(self, config: AdapterConfig, seed: int = 0) -> Adapter:
-        """Attaches a new adapter for training and freezes the weights.
-
-        Args:
-            config: `glm_ms.peft.LoraConfig` or `PrefixConfig`.
-            seed: of its random values.
+        """Attaches a new adapter, with random values drawn from `seed`, for training, and freezes the weights.
 
         Raises:
             AdapterError: a target that matches no module, or there is an adapter already.

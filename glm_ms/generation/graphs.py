@@ -39,7 +39,7 @@ class GraphThread:
         atexit.register(self._finish)
 
     def reset(self) -> None:
-        """Forgets the thread; the next call starts one."""
+        """The next call starts a thread."""
         self._jobs: SimpleQueue[tuple[Future, Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()

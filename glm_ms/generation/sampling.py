@@ -26,9 +26,7 @@ class RowSampler:
     """Chooses the tokens of one row by its own options; other rows have no influence.
 
     Args:
-        config: of the row.
         prompt: int [S], for the repetition penalty.
-        vocab_size: V.
         generator: random stream of the row.
         row: its number, for errors.
     """

@@ -13,20 +13,15 @@ HIGHER, LOWER = "higher", "lower"
 class Metric(ABC):
     """Scores of one evaluation. An object takes the samples of one data set.
 
-    Attributes:
-        input: what `update` takes. TEXT: generated texts and references, as many of each. LOSS: the summed loss of a
-            batch and its number of target tokens.
-        better: score -> HIGHER or LOWER, for every score that can rank checkpoints.
-        headline: the score that the progress bar shows.
-        plotted: scores of the curves, drawn in one panel.
-        title, unit: of that panel.
+    `input` says what `update` takes. TEXT: generated texts and references, as many of each. LOSS: the summed loss of a
+    batch and its number of target tokens.
     """
 
     input: ClassVar[str]
-    better: ClassVar[Mapping[str, str]]
-    headline: ClassVar[str]
-    plotted: ClassVar[tuple[str, ...]]
-    title: ClassVar[str]
+    better: ClassVar[Mapping[str, str]]  # score -> HIGHER or LOWER, for every score that can rank checkpoints
+    headline: ClassVar[str]  # the score that the progress bar shows
+    plotted: ClassVar[tuple[str, ...]]  # scores whose curves are drawn in one panel
+    title: ClassVar[str]  # of the panel, as is the unit
     unit: ClassVar[str] = "score"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

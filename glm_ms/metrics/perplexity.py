@@ -27,11 +27,8 @@ class PerplexityMetric(Metric):
         self._num_tokens = 0
 
     def update(self, loss_sum: float, num_tokens: int) -> None:
-        """Adds a batch.
-
-        Args:
-            loss_sum: negative log likelihood in nats, summed (not averaged) over the target tokens.
-            num_tokens: target tokens of the batch, a whole number of any numeric type. 0 adds nothing.
+        """Adds a batch: the negative log likelihood in nats, summed over its target tokens, and their number, a whole
+        number of any numeric type. 0 adds nothing.
 
         Raises:
             ValueError: `num_tokens` is negative or not whole, or is 0 and the loss is not.

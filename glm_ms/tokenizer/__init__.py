@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from glm_ms.tokenizer.base import SentencePieceTokenizer, VocabularyError
+from glm_ms.tokenizer.base import IncrementalDecoder, SentencePieceTokenizer, VocabularyError
 from glm_ms.tokenizer.chatglm2 import ChatGLM2Tokenizer
 from glm_ms.tokenizer.chatglm3 import ChatGLM3Tokenizer, ToolCallError
-from glm_ms.tokenizer.streaming import IncrementalDecoder
 
 __all__ = [
     "ChatGLM2Tokenizer",

@@ -1,10 +1,11 @@
-"""Base of the tokenizers: SentencePiece, special tokens, truncation and padding.
+"""Base of the tokenizers: SentencePiece, special tokens, truncation and padding; text of ids that arrive one by one.
 
 Behaviour follows `tokenization_chatglm.py` of the released models.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from glm_ms.storage.suggest import did_you_mean
 # The models write this mark in place of the end of their training data.
 _TRAINING_DATE = ("[[训练时间]]", "2023年")
 _TEMPLATE_OPENING = re.compile(r"\[gMASK\] *sop")
+# Decoding drops the space before the first piece of a text. This stand-in for the text so far keeps it.
+_ANCHOR = "."
 _FEATURE_KEYS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -29,16 +32,13 @@ class SentencePieceTokenizer:
     """A SentencePiece vocabulary followed by special tokens; a subclass adds the prompt template of its model.
 
     Special tokens have the ids from `sp.GetPieceSize()` on, in the order of `special_tokens`. SentencePiece alone
-    encodes text, so text that spells a special token never becomes one.
+    encodes text, so text that spells a special token never becomes one. `pad` is <unk>, as in the released models.
 
     Args:
         vocab_file: the SentencePiece model (`tokenizer.model`); any vocabulary with <unk> and </s> works.
 
     Attributes:
-        roles: roles of messages that the prompt template knows; none if it has no role tokens.
-        stop_tokens: tokens that end an answer.
         vocab_size: pieces and special tokens together.
-        pad_token_id, eos_token_id: `pad` is <unk>, as in the released models.
         prefix_tokens: ids of `[gMASK] sop`, which open every text.
 
     Raises:
@@ -46,8 +46,8 @@ class SentencePieceTokenizer:
     """
 
     special_tokens: ClassVar[tuple[str, ...]]
-    roles: ClassVar[tuple[str, ...]] = ()
-    stop_tokens: ClassVar[tuple[str, ...]] = ("<eos>",)
+    roles: ClassVar[tuple[str, ...]] = ()  # of messages that the prompt template knows
+    stop_tokens: ClassVar[tuple[str, ...]] = ("<eos>",)  # end an answer
     padding_side = "left"
 
     def __init__(self, vocab_file: str | Path) -> None:
@@ -60,9 +60,7 @@ class SentencePieceTokenizer:
         self.pad_token = self.unk_token = self.sp.IdToPiece(self.pad_token_id)
         self.eos_token = self.sp.IdToPiece(self.eos_token_id)
         self._special_ids = {token: self._num_pieces + i for i, token in enumerate(self.special_tokens)}
-        self._special_names = {index: token for token, index in self._special_ids.items()}
-        self._commands = dict(self._special_ids)
-        self._commands.update({"<eos>": self.eos_token_id, "<pad>": self.pad_token_id})
+        self._commands = {**self._special_ids, "<eos>": self.eos_token_id, "<pad>": self.pad_token_id}
         if self.sp.bos_id() >= 0:
             self._commands["<bos>"] = self.sp.bos_id()
         # Ids whose token is the empty string. A vocabulary without <s> has the negative id of it.
@@ -296,6 +294,54 @@ class SentencePieceTokenizer:
         """
         tokens = self.convert_ids_to_tokens(ids)
         return self.convert_tokens_to_string([tokens] if isinstance(tokens, str) else tokens)
+
+
+class IncrementalDecoder:
+    """Decodes ids one by one; the returned text is final and never has half of a character.
+
+    The strings of all `push` calls and of `flush` together are `tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._pieces: list[str] = []  # not yet returned
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")  # of the byte pieces at the end of _pieces
+        self._started = False
+
+    def push(self, token_id: int) -> str:
+        """Adds an id; returns the text that is final now, often "".
+
+        Raises:
+            IndexError: ChatGLM2 only: an id beyond the vocabulary. The decoder stays usable.
+        """
+        token_id = int(token_id)
+        self._pieces.append(self._tokenizer.convert_ids_to_tokens(token_id))
+        byte = self._tokenizer.byte_value(token_id)
+        if byte is None:
+            self._bytes.reset()
+        else:
+            self._bytes.decode(bytes([byte]))
+        incomplete, _ = self._bytes.getstate()
+        return self._take(len(self._pieces) - len(incomplete))
+
+    def flush(self) -> str:
+        """Ends the text and returns the rest. The next `push` begins a new text."""
+        text = self._take(len(self._pieces))
+        self._pieces, self._started = [], False
+        self._bytes.reset()
+        return text
+
+    def _take(self, count: int) -> str:
+        pieces = self._pieces[:count]
+        if not self._started:
+            text = self._tokenizer.convert_tokens_to_string(pieces)
+            if not text:  # later spaces depend on these pieces
+                return ""
+            self._started = True
+        else:
+            text = self._tokenizer.convert_tokens_to_string([_ANCHOR, *pieces])[len(_ANCHOR) :]
+        del self._pieces[:count]
+        return text
 
 
 def replace_training_date(text: str) -> str:

@@ -40,7 +40,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
         self.encode_special_tokens = encode_special_tokens
 
     def _special_piece(self, index: int) -> str:
-        return self._special_names.get(index, "")
+        return self.special_tokens[index - self._num_pieces] if index < self.vocab_size else ""
 
     def tokenize(self, text: str) -> list[str]:
         """Pieces of a text; with `encode_special_tokens` role tokens are pieces of their own."""
