@@ -22,28 +22,6 @@ class GenerationConfig:
     Three ways of decoding: greedy (the default), sampling (`do_sample`), beam search (`num_beams` > 1).
     `repetition_penalty` acts in all three.
 
-    Args:
-        max_new_tokens: most tokens to generate per row, the prompt not counted; at least 1.
-        do_sample: draw from the filtered distribution; otherwise the best score wins.
-        num_beams: running hypotheses per prompt; above 1 it is beam search, not combined with `do_sample`.
-        num_return_sequences: sequences per prompt; above 1 only with `do_sample`, or up to `num_beams`.
-        length_penalty: beams are ranked by sum of log probabilities / generated length ** length_penalty; in [-20, 20],
-            above 0 favours long ones.
-        early_stopping: a prompt ends when `num_beams` hypotheses have met an end token; when false it continues until
-            no running beam can beat the worst of them.
-        temperature: divides the scores before sampling; in [1e-6, 1e6].
-        top_k: sample from the k best scores, 0 for all.
-        top_p: sample from the smallest set of best tokens whose probabilities reach top_p; in (0, 1].
-        repetition_penalty: above 1 discourages tokens that occur in the prompt or were generated (arXiv:1909.05858); in
-            [1e-6, 1e6].
-        eos_token_id: id, or ids, that end a row; None: rows end at `max_new_tokens` only.
-        pad_token_id: fills the steps of a finished row in a stream; not part of any returned sequence.
-        seed: starts the random streams of sampling; None: different at every call.
-        max_length: a row also ends when it has so many tokens, its prompt counted; None: no such end. In transformers
-            `max_new_tokens` overrules it; here the first limit counts.
-        replace_invalid_scores: with nan or inf in the scores continue as the chat functions of the original model do
-            (see `sampling.replace_invalid_scores`) instead of raising an error.
-
     Raises:
         ValueError: a value of the wrong type or range, or options that exclude each other; it names them.
 
@@ -51,20 +29,29 @@ class GenerationConfig:
         UserWarning: an option is set that has no effect in the chosen way of decoding.
     """
 
-    max_new_tokens: int
-    do_sample: bool = False
-    num_beams: int = 1
-    num_return_sequences: int = 1
+    max_new_tokens: int  # per row, the prompt not counted; at least 1
+    do_sample: bool = False  # draw from the filtered distribution; otherwise the best score wins
+    num_beams: int = 1  # running hypotheses per prompt; above 1 it is beam search, not combined with `do_sample`
+    num_return_sequences: int = 1  # per prompt; above 1 only with `do_sample`, or up to `num_beams`
+    # Beams are ranked by sum of log probabilities / generated length ** length_penalty; in [-20, 20], above 0 favours
+    # long ones.
     length_penalty: float = 1.0
+    # A prompt ends when `num_beams` hypotheses have met an end token; when false it continues until no running beam can
+    # beat the worst of them.
     early_stopping: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 1.0  # divides the scores before sampling; in [1e-6, 1e6]
+    top_k: int = 0  # sample from the k best scores, 0 for all
+    top_p: float = 1.0  # sample from the smallest set of best tokens whose probabilities reach top_p; in (0, 1]
+    # Above 1 discourages tokens that occur in the prompt or were generated (arXiv:1909.05858); in [1e-6, 1e6].
     repetition_penalty: float = 1.0
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int = 0
-    seed: int | None = None
+    eos_token_id: int | list[int] | None = None  # id, or ids, that end a row
+    pad_token_id: int = 0  # fills the steps of a finished row in a stream; not part of any returned sequence
+    seed: int | None = None  # starts the random streams of sampling; None: different at every call
+    # With nan or inf in the scores continue as the chat functions of the original model do, see
+    # `sampling.replace_invalid_scores`, instead of raising an error.
     replace_invalid_scores: bool = False
+    # A row also ends when it has so many tokens, its prompt counted. In transformers `max_new_tokens` overrules it,
+    # here the lower limit counts.
     max_length: int | None = None
 
     def __post_init__(self) -> None:

@@ -62,8 +62,7 @@ def checked_rows(
         vocab_size: ids run from 0 to vocab_size - 1.
 
     Raises:
-        ValueError: not integers, an id outside the vocabulary, an empty row, or a mask or positions of another shape;
-            it names the row.
+        ValueError: not integers, an id outside the vocabulary, an empty row, or another shape; it names the row.
     """
     rows = integer_rows(input_ids, "input_ids")
     for index, row in enumerate(rows):

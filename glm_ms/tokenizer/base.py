@@ -71,15 +71,10 @@ class SentencePieceTokenizer:
     def build_chat_input(
         self, query: str, history: Sequence[Any] | None = None, role: str = "user"
     ) -> dict[str, list[int]]:
-        """Ids of a conversation that end where the answer begins: the prompt template.
-
-        Args:
-            query: new message.
-            history: earlier messages, oldest first.
-            role: role of the new message.
+        """The prompt template: a new message `query` of `role` after earlier messages, oldest first.
 
         Returns:
-            `input_ids`, `attention_mask`, `position_ids`, each a list [S] of int.
+            `input_ids`, which end where the answer begins, `attention_mask`, `position_ids`, each a list [S] of int.
         """
         raise NotImplementedError
 
@@ -186,12 +181,11 @@ class SentencePieceTokenizer:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> dict[str, list]:
-        """Pads encoded texts on the left: ids with `pad_token_id`, masks and positions with 0.
+        """Pads encoded texts on the left, as `__call__`: ids with `pad_token_id`, masks and positions with 0.
 
         Args:
             features: mappings with `input_ids` and optionally `attention_mask` (default ones) and `position_ids`
                 (default 0..n-1); or one mapping of lists. A row longer than the target length stays as it is.
-            padding, max_length, pad_to_multiple_of: as in `__call__`, as is the result.
 
         Raises:
             ValueError: an unknown key, `input_ids` missing, lengths that differ within a feature, unknown
