@@ -20,11 +20,10 @@ from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.suggest import did_you_mean, misspelled
 
-_TORCH_ENDINGS = (".bin", ".pth", ".pt")
 _BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {
     ".safetensors": SafetensorsFile,
     ".ckpt": MindSporeFile,
-    **dict.fromkeys(_TORCH_ENDINGS, TorchFile),
+    **dict.fromkeys((".bin", ".pth", ".pt"), TorchFile),
 }
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What a folder may have, in the order of preference.
@@ -244,16 +243,18 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
         "not floating point": [],
     }
     for name in found:
-        shape, where = reader.shape(name), f"{name} in {reader.file(name).name}"
+        shape, file = reader.shape(name), reader.file(name).name
         if name not in expected:
             near = misspelled(name, absent)
             hint = f"; did you mean {near[0]}?" if near else ""
-            problems["unexpected"].append(f"{name} {list(shape)} in {reader.file(name).name}{hint}")
+            problems["unexpected"].append(f"{name} {list(shape)} in {file}{hint}")
             continue
         if shape != expected[name]:
-            problems["of the wrong shape"].append(f"{where}: expected {list(expected[name])}, found {list(shape)}")
+            problems["of the wrong shape"].append(
+                f"{name} in {file}: expected {list(expected[name])}, found {list(shape)}"
+            )
         if not is_floating(reader.dtype(name)):
-            problems["not floating point"].append(f"{where}: {reader.dtype(name)}")
+            problems["not floating point"].append(f"{name} in {file}: {reader.dtype(name)}")
     listed = [f"\n  {len(items)} {what}:\n    {capped(items, _NEW_LINE)}" for what, items in problems.items() if items]
     if listed:
         if reader.slice is not None:
