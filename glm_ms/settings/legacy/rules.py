@@ -153,7 +153,7 @@ def _prefix(draft: Draft) -> None:
 
 def _tokenizer(draft: Draft) -> None:
     """Each run mode of MindFormers reads the tokenizer of another section; they usually agree."""
-    part = {"eval": "eval_dataset", "predict": "processor"}.get(draft.given("run_mode"), "train_dataset")
+    part = {"eval": "eval_dataset", "predict": "processor"}.get(str(draft.given("run_mode")), "train_dataset")
     for name in ("type", "vocab_file"):
         sources = draft.targets[f"processor.tokenizer.{name}"]
         for index, source in enumerate(sources):

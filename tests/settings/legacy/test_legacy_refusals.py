@@ -45,6 +45,7 @@ REFUSED = [
     (("  sink_size: 4", "  zzz: 4"), ["runner_config.zzz: unknown key; known here: batch_size, epochs"]),
     (("moe_config:\n", "moe_config: 3\nmoe_confg:\n"), ["moe_config: expected a section, found 3"]),
     (("beta1: 0.9", "beta1: big"), ["optimizer.betas", "'big'"]),
+    (("run_mode: 'train'", "run_mode: [train]"), ["run_mode", "a list of 1"]),
     (("save_checkpoint_steps: 1000", "save_checkpoint_steps: 0"), ["checkpoint.save_steps: found 0"]),
 ]  # fmt: skip
 
