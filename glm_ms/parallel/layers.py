@@ -129,7 +129,10 @@ class ShardedAttention(SelfAttention):
         super().__init__(config, index, linear, copies)
         dtype = DTYPES[config.compute_dtype]
         self.rotary, self.rotary_key = HeadRotary(self.dim, dtype), HeadRotary(self.dim, dtype)
-        self.repeat: Any = RepeatHeads(copies) if copies > 1 else None
+        self.split_key, self.split_value = ops.Transpose(), ops.Transpose()
+        self.prepend_key, self.prepend_value = ops.Concat(axis=1), ops.Concat(axis=1)
+        self.repeat_key: Any = RepeatHeads(copies) if copies > 1 else None
+        self.repeat_value: Any = RepeatHeads(copies) if copies > 1 else None
 
     def construct(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None,
@@ -142,10 +145,10 @@ class ShardedAttention(SelfAttention):
         key = self.rotary_key(self.reshape(key, (batch, length, self.groups, self.dim)), cos, sin)
         value = self.reshape(value, (batch, length, self.groups, self.dim))
         if prefix is not None:
-            key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
-        if self.repeat is not None:
-            key, value = self.repeat(key), self.repeat(value)
-        key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
+            key, value = self.prepend_key((prefix[0], key)), self.prepend_value((prefix[1], value))
+        if self.repeat_key is not None:
+            key, value = self.repeat_key(key), self.repeat_value(value)
+        key, value = self.split_key(key, (0, 2, 1, 3)), self.split_value(value, (0, 2, 1, 3))
         mixed = self.attention(query, key, value, bias, seeds)
         return self.dense(self.reshape(mixed, (-1, self.heads * self.dim)), seeds)
 

@@ -108,9 +108,11 @@ class _Strategies:
         self.parted(cell.query_key_value, (self.m, own, own))
         self.rotary(cell.rotary, self.m)
         self.rotary(cell.rotary_key, own)
-        _shard(cell, prepend=(keys, keys), transpose=((self.d, 1, self.m, 1),))
-        if cell.repeat is not None:  # whole heads go in; what follows takes its own
-            _shard(cell.repeat, tile=((self.d, 1, 1, 1, 1),))
+        heads = (self.d, 1, self.m, 1)
+        _shard(cell, prepend_key=(keys, keys), prepend_value=(keys, keys), split_key=(heads,), split_value=(heads,))
+        for repeat in (cell.repeat_key, cell.repeat_value):
+            if repeat is not None:  # whole heads go in; what follows takes its own
+                _shard(repeat, tile=((self.d, 1, 1, 1, 1),))
         self.attention(cell.attention)
         self.by_rows(cell.dense)
 
