@@ -188,7 +188,8 @@ class GLMTransformer(nn.Cell):
 
     def rotation(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids int32 [B, S] -> cos, sin [B, S, 1, D]."""
-        cos, sin = self.gather(self.cos_table, position_ids, 0), self.gather(self.sin_table, position_ids, 0)
+        cos = self.gather(self.cos_table, position_ids, 0)
+        sin = self.gather(self.sin_table, position_ids, 0)
         return self.expand(cos, 2), self.expand(sin, 2)
 
     def prefixed_bias(self, attention_mask: Tensor, slots: Tensor) -> Tensor:
