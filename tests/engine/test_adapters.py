@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_helpers import TRAINED_NETWORK, curve, read_jsonl, run_here, tiny_arguments
+from marks import slow_unless
 
 from glm_ms import load_pretrained
 from glm_ms.peft.adapter import read_adapter
@@ -49,7 +50,7 @@ def base(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=slow_unless(["lora"], KINDS))
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -166,6 +167,7 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_peft_resumes_with_its_own_scale(
     base: Path, lora: tuple, vocabulary: Path, tmp_path: Path
 ) -> None:
@@ -199,6 +201,7 @@ def test_the_folder_of_the_base_is_not_for_its_adapter(base: Path, vocabulary: P
     assert list_checkpoints(base) == before
 
 
+@pytest.mark.slow
 def test_another_base_of_the_same_shape_is_remarked_on(
     base: Path, lora: tuple, vocabulary: Path, tmp_path: Path, capsys
 ) -> None:
@@ -230,7 +233,9 @@ def test_the_advice_for_another_adapter_run_names_the_right_flag(
             "model.pet_config.prefix_projection=False",
             "model.pet_config.projection_dim=24",
         ),  # a width without use
-        ("model.pet_config.prefix_projection=True", "model.pet_config.projection_dim=null"),
+        pytest.param(
+            ("model.pet_config.prefix_projection=True", "model.pet_config.projection_dim=null"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_prefixes_resume(keys: tuple[str, ...], base: Path, vocabulary: Path, tmp_path: Path) -> None:

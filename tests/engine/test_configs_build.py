@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_helpers import CONFIGS
+from marks import slow_unless
 
 from glm_ms import GLMForCausalLM
 from glm_ms.settings import load_settings, machine_problems, resolve_vocab_size
@@ -20,7 +21,8 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+# Every file is loaded and checked in tests/configs; a network of each takes three seconds.
+@pytest.mark.parametrize("path", slow_unless(FILES[::5], FILES), ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_network_and_loss(path: Path) -> None:
     settings = load_settings(path, flags={"device_target": "CPU", "use_parallel": False}, check_files=False)
     assert not machine_problems(settings, environment={})

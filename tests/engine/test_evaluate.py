@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from data_helpers import adgen_rows
 from engine_helpers import DEV_RECORDS, TRAINED_NETWORK, read_jsonl, run_here, tiny_arguments
+from marks import slow_unless
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 from tolerances import LOSS, METRIC
@@ -76,7 +77,7 @@ def check_scores(scores: dict[str, Any], predictions: list[dict[str, Any]]) -> N
     assert scores["num_empty"] == sum(not line["prediction"] for line in predictions)
 
 
-@pytest.mark.parametrize("generation", [2, 3])
+@pytest.mark.parametrize("generation", slow_unless([3], [2, 3]))
 def test_whole_run(
     vocabulary: Path, finetune, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     generation: int

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from engine_helpers import DEV_RECORDS, TRAINED_NETWORK, read_jsonl, run_here, tiny_arguments
+from marks import slow_unless
 
 from glm_ms import ChatGLM3Tokenizer, GLMForCausalLM, load_pretrained
 from glm_ms.settings import settings_from_command_line
@@ -129,7 +130,7 @@ def test_template_is_taken_as_it_is(predict, tokenizer: ChatGLM3Tokenizer) -> No
         ((), {}),
         (("generation.repetition_penalty=1.3",), {"repetition_penalty": 1.3}),
         (SAMPLING, {"do_sample": True, "top_k": 30, "temperature": 1.5, "seed": 3}),
-        (BEAMS, {"num_beams": 3, "length_penalty": 0.6}),
+        pytest.param(BEAMS, {"num_beams": 3, "length_penalty": 0.6}, marks=pytest.mark.slow),
     ],
     ids=["greedy", "repetition_penalty", "sampling", "beams"],
 )
@@ -144,6 +145,7 @@ def test_prompts_of_different_lengths_in_a_batch(
         assert line == {"prompt": prompt, "answers": expected_answers(model, tokenizer, prompt, **options)}
 
 
+@pytest.mark.slow
 def test_several_answers(predict, model, tokenizer: ChatGLM3Tokenizer, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "prompts.jsonl", PROMPTS[:2])
     for arguments, options in (
@@ -157,7 +159,7 @@ def test_several_answers(predict, model, tokenizer: ChatGLM3Tokenizer, tmp_path:
         assert shown.count(" -> ") == 6
 
 
-@pytest.mark.parametrize("decoding", [(), SAMPLING], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("decoding", slow_unless([SAMPLING], [(), SAMPLING]), ids=["greedy", "sampling"])
 def test_streaming_equals_the_batch(predict, tmp_path: Path, decoding: tuple) -> None:
     """A single prompt is streamed, two are not."""
     streamed, shown = predict(PROMPTS[1], *decoding)

@@ -11,6 +11,7 @@ from functools import cache
 import mindspore as ms
 import numpy as np
 import pytest
+from marks import slow_unless
 from reference import FOLDER, fresh_golden_model, golden_model
 from tolerances import LOGITS
 
@@ -55,7 +56,7 @@ def pair() -> CachedDecoder:
     return decoder
 
 
-@pytest.mark.parametrize("case", ["glm3_tiny", "glm2_mha", "prefix"])
+@pytest.mark.parametrize("case", slow_unless(["glm3_tiny"], ["glm3_tiny", "glm2_mha", "prefix"]))
 def test_requests_that_join_and_leave_get_what_they_get_alone(case: str) -> None:
     single, decoder = decoders(case)
     alone = [greedy_alone(single, ids, count) for ids, _, count in REQUESTS]

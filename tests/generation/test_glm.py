@@ -8,6 +8,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+from marks import slow_unless
 from mindspore import Tensor
 from reference import CASES, golden_model, golden_numbers
 from tolerances import LOGITS
@@ -78,8 +79,8 @@ def test_beam_search(index: int) -> None:
     [
         {},
         {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3},
-        {"num_beams": 3},
-        {"repetition_penalty": 1.3},
+        pytest.param({"num_beams": 3}, marks=pytest.mark.slow),
+        pytest.param({"repetition_penalty": 1.3}, marks=pytest.mark.slow),
     ],
 )
 def test_rows_of_different_lengths_as_alone(options: dict) -> None:
@@ -150,7 +151,7 @@ def test_inputs_of_every_kind() -> None:
     np.testing.assert_allclose(model(ids[0]).asnumpy(), expected[:1], **LOGITS)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "seed": 1}])
+@pytest.mark.parametrize("options", slow_unless([{}], [{}, {"num_beams": 2}, {"do_sample": True, "seed": 1}]))
 def test_max_length_lets_a_short_prompt_go_on_to_the_end_of_the_table(options: dict) -> None:
     model = golden_model("glm2_tiny")
     assert model.config.seq_length == 64

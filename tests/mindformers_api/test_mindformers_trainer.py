@@ -112,6 +112,7 @@ def test_the_checkpoint_of_the_yaml_is_never_ignored(run: Path, tmp_path: Path):
             getattr(Trainer(args=gone, task="text_generation"), job)()
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_with_the_same_losses(run: Path, tmp_path: Path):
     path = yaml_of(run, tmp_path, checkpoint__save_steps=5)
     Trainer(args=path, task="text_generation").train()
@@ -122,6 +123,7 @@ def test_resuming_goes_on_with_the_same_losses(run: Path, tmp_path: Path):
     assert not (tmp_path / "earlier_runs").exists()
 
 
+@pytest.mark.slow
 def test_a_given_model_is_trained_itself(run: Path, vocabulary: Path, tmp_path: Path):
     path = yaml_of(run, tmp_path)
     model, tokenizer = AutoModel.from_config(path), AutoTokenizer.from_pretrained(path)

@@ -266,6 +266,7 @@ def test_which_cards_have_the_kernels(monkeypatch: pytest.MonkeyPatch, soc: str,
     assert found is None if reason is None else found.startswith(reason)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not RIG.is_file(), reason=f"no rig: {RIG} (set GLM_MS_SHARED)")
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc, which the rig needs")
 def test_mindspore_accepts_the_kernels(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import slow_unless
 from safetensors.numpy import load_file
 
 from glm_ms import GLMForCausalLM
@@ -148,9 +149,7 @@ LAYOUTS = {
 EVERY_DAY = ("dp2 x mp4",)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("name", slow_unless(EVERY_DAY, LAYOUTS))
 def test_slices_of_every_parameter(name: str, tmp_path: Path) -> None:
     """The script holds each slice to the rules of `glm_ms.parallel.partition`; here they stand as numbers."""
     keys, block, embedding, head = LAYOUTS[name]
@@ -192,9 +191,8 @@ TRAFFIC = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "sums kept" else pytest.param(name, marks=pytest.mark.slow) for name in TRAFFIC]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAFFIC)
 def test_what_is_sent_and_divided(name: str, tmp_path: Path) -> None:
     """The compiled step sends what is planned, but for a few scalars; and the derivative of the loss, which every card
     has, is divided by the cards."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import slow_unless
 from reference import FOLDER, fresh_golden_model, golden_model
 from safetensors.numpy import load_file, save_file
 
@@ -135,6 +136,7 @@ def test_files_that_are_missing_or_broken(lora: Path, tmp_path: Path) -> None:
         read_adapter(FOLDER / "glm2_tiny")
 
 
+@pytest.mark.slow
 def test_an_official_prefix_checkpoint(tmp_path: Path) -> None:
     """As the original P-Tuning code leaves it: a pickle of the encoder alone beside the config."""
     torch = pytest.importorskip("torch")
@@ -156,7 +158,10 @@ def test_a_prefix_for_another_base() -> None:
     assert "another base" in refused(PREFIX, "glm3_tiny")
 
 
-@pytest.mark.parametrize("config", [PrefixConfig(4), PrefixConfig(4, True, 24), LoraConfig(2, 4.0)])
+PROJECTED, LOW_RANK = PrefixConfig(4, True, 24), LoraConfig(2, 4.0)
+
+
+@pytest.mark.parametrize("config", slow_unless([PROJECTED, LOW_RANK], [PrefixConfig(4), PROJECTED, LOW_RANK]))
 def test_what_is_saved_is_loaded_and_restored(config, tmp_path: Path) -> None:
     model = fresh_golden_model("glm3_tiny")
     adapter = model.add_adapter(config, seed=3)

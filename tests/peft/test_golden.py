@@ -10,6 +10,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
+from marks import slow_unless
 from mindspore import Tensor
 from reference import FOLDER, fresh_golden_model
 from tolerances import ADAPTER, GRAD_NORM, LOGITS, LOSS, LOSS_CURVE, WEIGHT_NORM
@@ -49,13 +50,13 @@ def logits_of(model: GLMForCausalLM, case: str) -> np.ndarray:
     return model(*(rows[name] for name in ROWS)).asnumpy()
 
 
-@pytest.mark.parametrize("case", LORA)
+@pytest.mark.parametrize("case", slow_unless(["lora_glm3_left_padded"], LORA))
 def test_lora_logits_at_the_start(case: str) -> None:
     expected = np.load(TRAIN / case / "init_logits_batch0.npz")["logits"]
     np.testing.assert_allclose(logits_of(adapted(case, "init"), case), expected, **LOGITS)
 
 
-@pytest.mark.parametrize("case", PREFIX)
+@pytest.mark.parametrize("case", slow_unless(["ptuning_v2_proj"], PREFIX))
 def test_prefix_and_logits_at_the_start(case: str) -> None:
     golden, model = np.load(TRAIN / case / "golden.npz"), adapted(case, "init")
     ms.set_context(mode=ms.PYNATIVE_MODE)
@@ -71,7 +72,7 @@ def test_prefix_and_logits_at_the_start(case: str) -> None:
     np.testing.assert_allclose(logits_of(model, case), golden["init_logits"], **LOGITS)
 
 
-@pytest.mark.parametrize("case", PREFIX)
+@pytest.mark.parametrize("case", slow_unless(["ptuning_v2_glm3_left_padded"], PREFIX))
 def test_generation_with_a_trained_prefix(case: str) -> None:
     golden, model = np.load(TRAIN / case / "golden.npz"), adapted(case, "final")
     prompts = [golden[f"gen_{name}"] for name in ROWS]
@@ -81,6 +82,7 @@ def test_generation_with_a_trained_prefix(case: str) -> None:
     np.testing.assert_allclose(model(*prompts).asnumpy()[:, -1], golden["greedy_logits_step0"], **LOGITS)
 
 
+@pytest.mark.slow
 def test_a_prefix_serves_beams_and_calls_of_other_sizes() -> None:
     """Cached decoding gives what decoding without a cache would: prefix slots are in every sequence of every cache."""
     model = adapted("ptuning_v2", "final")
@@ -93,7 +95,7 @@ def test_a_prefix_serves_beams_and_calls_of_other_sizes() -> None:
     assert both[:3] == single
 
 
-@pytest.mark.parametrize("case", [*LORA, *PREFIX])
+@pytest.mark.parametrize("case", slow_unless(("lora", "ptuning_v2_proj"), [*LORA, *PREFIX]))
 def test_training_curve_and_trained_adapter(case: str, tmp_path: Path) -> None:
     from glm_ms.engine.batches import COLUMNS
     from glm_ms.engine.step.adamw import GLMAdamW

@@ -60,7 +60,7 @@ def test_peft_loads_ours(targets, base, tmp_path: Path) -> None:
     assert len(names) == len(values)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 def test_we_load_theirs(targets, use_rslora: bool, base, tmp_path: Path) -> None:
     torch.manual_seed(5)

@@ -77,6 +77,7 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained() -> None:
         model.add_adapter(PrefixConfig(4))
 
 
+@pytest.mark.slow
 def test_adapters_act_in_graphs_compiled_before() -> None:
     """A model that has been used must not go on with the graphs of its base."""
     model = fresh_golden_model("glm2_tiny")
@@ -95,6 +96,7 @@ def test_adapters_act_in_graphs_compiled_before() -> None:
         assert int(model(sequence[0][:length]).asnumpy()[0, -1].argmax()) == sequence[0][length]
 
 
+@pytest.mark.slow
 def test_dropout_acts_with_seeds_only() -> None:
     from mindspore import Tensor
 
@@ -155,6 +157,7 @@ def test_merged_and_unmerged_agree_and_it_comes_out_again(tmp_path: Path, merge)
         np.testing.assert_allclose(again.parameters()[name].asnumpy(), parameter.asnumpy(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_float16_base_stays_float16(tmp_path: Path, merge) -> None:
     base = base_folder(tmp_path / "base", "float16")
     model = load_pretrained(base)
@@ -208,7 +211,9 @@ def test_the_config_says_what_peft_needs(tmp_path: Path) -> None:
     assert read_adapter(adapter).config == config
 
 
-@pytest.mark.parametrize("config", [LoraConfig(4, 8.0, 0.1), PrefixConfig(4, True)])
+@pytest.mark.parametrize(
+    "config", [LoraConfig(4, 8.0, 0.1), pytest.param(PrefixConfig(4, True), marks=pytest.mark.slow)]
+)
 def test_float32_adapters_train_over_a_float16_base(config) -> None:
     """As on an Ascend card: the base in half precision, its gradients scaled, the adapter in float32."""
     import mindspore as ms

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import slow_unless
 
 from glm_ms.plan import plan_run
 from glm_ms.settings import load_settings
@@ -56,7 +57,7 @@ CASES = {
     "wide, sharded, recompute": keys(*WIDE, *SHARDED, RECOMPUTE),
     "words, sharded": keys(*WORDS, *SHARDED),
 }
-EVERY_DAY = ("wide", "long, recompute")
+EVERY_DAY = ("wide",)
 
 
 def measured(overrides: tuple[str, ...]) -> int:
@@ -72,9 +73,7 @@ def measured(overrides: tuple[str, ...]) -> int:
     return int(found.group(1)) * 2**20
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", slow_unless(EVERY_DAY, CASES))
 def test_activations(name: str) -> None:
     settings = load_settings(CONFIG, CASES[name], check_files=False)
     card = plan_run(settings, 1).card

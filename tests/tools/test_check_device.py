@@ -13,6 +13,7 @@ from types import ModuleType
 
 import mindspore as ms
 import pytest
+from marks import slow_unless
 from mindspore import Tensor, nn
 
 from glm_ms.ops import registry
@@ -49,6 +50,7 @@ def table(lines: list[str]) -> list[list[str]]:
     return rows[1:]
 
 
+@pytest.mark.slow
 def test_a_cpu_as_a_user_checks_it(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, str(TOOL)],
@@ -132,7 +134,7 @@ class Missing(nn.Cell):
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("rotary", [NotFinite, Cut])
+@pytest.mark.parametrize("rotary", slow_unless([NotFinite], [NotFinite, Cut]))
 def test_wrong_broken_and_missing_kernels_fail_alone(monkeypatch: pytest.MonkeyPatch, rotary: type[nn.Cell]) -> None:
     def flash(dtype: ms.Type) -> nn.Cell:
         built.append(dtype)

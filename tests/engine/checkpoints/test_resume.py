@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from engine_attempts import Attempt
 from engine_helpers import SMALL_TRAINING, TRAIN_RECORDS, curve, run_here, tiny_arguments
+from marks import slow_unless
 
 from glm_ms.storage.run_folder import list_checkpoints
 
@@ -97,7 +98,7 @@ def test_leftovers_are_passed_over(broken: Path, unbroken: Path, resume) -> None
     assert not (broken / "checkpoint" / ".step_00000012.0a0b0c0d.partial").exists()
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", slow_unless(["lora"], ADAPTERS))
 def test_an_adapter_goes_on_alike(kind: str, unbroken: Path, finetune, tmp_path: Path, resume) -> None:
     *keys, file = ADAPTERS[kind]
     arguments = (*keys, "--load_checkpoint", unbroken)
