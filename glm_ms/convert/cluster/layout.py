@@ -15,6 +15,7 @@ import numpy as np
 
 Shape = tuple[int, ...]
 Region = tuple[slice, ...]
+_MOST_AXES, _MOST_RANKS = 32, np.iinfo(np.int64).max  # of an array of NumPy
 
 
 class LayoutError(ValueError):
@@ -44,6 +45,8 @@ class Layout:
         used = [axis for axes in self.tensor_map for axis in axes]
         if any(size < 1 for size in self.device_matrix):
             raise LayoutError(f"device matrix {list(self.device_matrix)} has an empty axis")
+        if len(self.device_matrix) > _MOST_AXES or self.devices > _MOST_RANKS:
+            raise LayoutError(f"{len(self.device_matrix)} axes with {self.devices} ranks are too many")
         if any(not 0 <= axis < len(self.device_matrix) for axis in used):
             raise LayoutError(f"tensor map names an axis that device matrix {list(self.device_matrix)} lacks")
         if len(set(used)) != len(used):

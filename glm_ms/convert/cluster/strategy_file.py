@@ -113,17 +113,18 @@ def _read_folder(folder: Path) -> Strategy:
     files = [file for file in found if _RANK.search(file.name)] or found
     if len(files) == 1:
         return replace(read_strategy(files[0]), path=folder)
-    contents = {file: _content(file) for file in files}
-    parsed: dict[bytes, tuple[int | None, dict[str, Layout]]] = {}
-    for file, content in contents.items():
-        if content not in parsed:  # the ranks of a stage save the same bytes
+    parsed: dict[bytes, tuple[int | None, dict[str, Layout]]] = {}  # the ranks of a stage save the same bytes
+    members: list[tuple[Path, int | None, dict[str, Layout]]] = []
+    for file in files:
+        content = _content(file)
+        if content not in parsed:
             parsed[content] = _parsed(file, content)
             if _is_merged(parsed[content][1]):
                 raise CheckpointError(f"{file}: is merged over the stages; give this file, not its folder")
+        members.append((file, *parsed[content]))
     devices = max(layout.devices for _, layouts in parsed.values() for layout in layouts.values())
     stages: dict[int, tuple[Path, dict[str, Layout]]] = {}
-    for file, content in contents.items():
-        stated, layouts = parsed[content]
+    for file, stated, layouts in members:
         stage = _stage_in_folder(file, stated, devices)
         other, known = stages.setdefault(stage, (file, layouts))
         if known != layouts:
@@ -157,8 +158,12 @@ def _is_merged(layouts: dict[str, Layout]) -> bool:
 def _checked(path: Path, stages: dict[int, dict[str, Layout]]) -> Strategy:
     """Checks that no stage is missing and that all layouts have the same number of ranks per stage."""
     missing = [str(stage) for stage in range(max(stages)) if stage not in stages]
+    if missing and path.is_dir():
+        raise CheckpointError(
+            f"{path}: no strategy file of pipeline stage {capped(missing)}; add the file of one of its ranks"
+        )
     if missing:
-        raise CheckpointError(f"{path}: lacks pipeline stage {capped(missing)}; give the strategies of all stages")
+        raise CheckpointError(f"{path}: lacks pipeline stage {capped(missing)}; merge the files of all stages")
     devices = max(layout.devices for layouts in stages.values() for layout in layouts.values())
     for stage, layouts in stages.items():
         for name, layout in layouts.items():

@@ -103,6 +103,8 @@ def test_state_lies_as_its_parameter(tmp_path: Path) -> None:
     ("cut", "message"),
     [
         (Cut([2, 0], [0]), "empty axis"),
+        (Cut([1] * 33, [0]), "33 axes"),
+        (Cut([1 << 40, 1 << 40], [0]), "too many"),
         (Cut([2, 4], [2]), "lacks"),
         (Cut([2, 4], [0, 0]), "twice"),
         (Cut([2, 4], [0], 4, 3), "cannot split it in 3"),
@@ -126,7 +128,8 @@ def test_refused_files(tmp_path: Path) -> None:
     refused("uneven parts", write(tmp_path / "uneven.ckpt", CUTS, parts=(3, 5)))
     refused("fields", write(tmp_path / "field.ckpt", CUTS, field=2))
     refused("lists no parameters", write(tmp_path / "nothing.ckpt", {}))
-    refused("lacks pipeline stage 1", write(tmp_path / "gap.ckpt", {"0-a": Cut([2], [0]), "2-b": Cut([2], [0])}))
+    gap = write(tmp_path / "gap.ckpt", {"0-a": Cut([2], [0]), "2-b": Cut([2], [0])})
+    refused("lacks pipeline stage 1; merge the files of all stages", gap)
     refused("3 ranks, others on 8", write(tmp_path / "odd.ckpt", {**CUTS, "x": Cut([3], [0])}))
     for content, message in (
         (b"", "empty"),
@@ -145,7 +148,7 @@ def test_refused_folders(tmp_path: Path) -> None:
         read_strategy(tmp_path / "differ")
     write(tmp_path / "gap" / "rank_0.ckpt", half)
     write(tmp_path / "gap" / "rank_8.ckpt", half, stage=2)
-    with pytest.raises(CheckpointError, match="gap: lacks pipeline stage 1"):
+    with pytest.raises(CheckpointError, match="no strategy file of pipeline stage 1; add"):
         read_strategy(tmp_path / "gap")
     write(tmp_path / "named" / "rank_0.ckpt", half)
     write(tmp_path / "named" / "rank_3.ckpt", half, stage=1)
