@@ -9,8 +9,10 @@ import numpy as np
 
 from glm_ms.convert import mindspore_file, safetensors_file
 from glm_ms.convert.adapter_files import OPTIMIZER, AdapterFiles
+from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.names import is_training_state
 from glm_ms.convert.tensor_file import TensorInfo, slice_metadata
+from glm_ms.storage.errors import CheckpointError
 
 FORMATS = ("ckpt", "safetensors")
 
@@ -44,8 +46,13 @@ class Placement:
                     safetensors_file.write_header(stream, announced, self._metadata(rank, file))
 
     def append(self, folder: Path, rank: int, name: str, info: TensorInfo, array: np.ndarray) -> None:
-        """Writes the next tensor of a rank, given in the storage type of its dtype."""
+        """Writes the next tensor of a rank, given in the storage type of its dtype.
+
+        Raises CheckpointError if its shape or type is not that of `info`.
+        """
         file, stored = self._home(rank, name)
+        if (array.shape, array.dtype) != (info.shape, DTYPES[info.dtype].storage):
+            raise CheckpointError(f"{file}: {stored}: {list(array.shape)} {array.dtype}, expected {info}")
         with (folder / file).open("ab") as stream:
             if file.suffix == ".ckpt":
                 mindspore_file.write_tensor(stream, stored, info, array)

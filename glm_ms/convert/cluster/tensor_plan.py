@@ -148,7 +148,7 @@ def _check_source(names: list[str], source: list[RankCheckpoint], src: Strategy,
             f"{source[0].folder}: {len(absent)} parameters of {src.path} are on no rank: {capped(absent)}; the "
             "strategy is of another network, or the checkpoint has a part of it (then allow it: --partial)"
         )
-    shared = [name for name in names if len(src.layouts(name)) > 1]
+    shared = sorted(name for name in names if len(src.layouts(name)) > 1)
     strays = {
         name
         for rank in source
@@ -165,7 +165,7 @@ def _left_out(
 ) -> set[str]:
     """Tensors to leave out because the strategy of the output lacks them: state always, weights with `partial`."""
     unknown = [name for name in names if not dst.layouts(name)]
-    state = [name for name in unknown if is_training_state(name) and "." in name]
+    state = sorted(name for name in unknown if is_training_state(name) and "." in name)
     weights = [name for name in unknown if name not in state and src is not None and src.layouts(name)]
     if weights and not partial:
         raise CheckpointError(

@@ -21,8 +21,10 @@ from strategy_helpers import (
     strategy_bytes,
 )
 
+from glm_ms.convert.cluster.placement import Placement
 from glm_ms.convert.cluster.resharding import plan_resharding
 from glm_ms.convert.reader import open_checkpoint
+from glm_ms.convert.tensor_file import TensorInfo
 from glm_ms.storage.errors import CheckpointError
 
 CASES = ("tp", "tp_opt", "pp", "tp2")
@@ -407,3 +409,14 @@ def test_golden_pipeline_to_optimizer_shards_and_back(merged: bool, tmp_path: Pa
     for rank in range(8):
         ours = load(tmp_path / "back" / f"rank_{rank}" / f"net{rank}.ckpt")
         assert ours == load(GOLDEN / "pp" / "sliced" / f"rank_{rank}" / "net.ckpt")
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float16)])
+def test_a_tensor_that_is_not_the_announced_one_is_not_written(array: np.ndarray, tmp_path: Path) -> None:
+    placement, info = Placement("ckpt_", "safetensors", 1), TensorInfo((3, 2), "float32")
+    placement.create(tmp_path, 0, {"w": info})
+    file = tmp_path / "rank_0" / "ckpt_0.safetensors"
+    header = file.read_bytes()
+    with pytest.raises(CheckpointError, match=r"ckpt_0\.safetensors: w: .*, expected \[3, 2\] float32"):
+        placement.append(tmp_path, 0, "w", info, array)
+    assert file.read_bytes() == header
