@@ -71,6 +71,15 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n".encode())
 
 
+def sync(path: Path) -> None:
+    """Writes the content of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_target(
     path: str | Path, *, overwrite: bool, folder: bool = False, error: type[FileError] = CheckpointError
 ) -> None:
@@ -119,10 +128,8 @@ def _is_abandoned(partial: Path) -> bool:
 
 def _sync(work: Path) -> None:
     """Writes the content to the disk before the rename, so that a power cut cannot leave an empty file."""
-    for path in (work, *work.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in sorted([work, *work.rglob("*")], reverse=True):  # contents before their folders
+        sync(path)
 
 
 def _publish(work: Path, final: Path, aside: Path) -> None:

@@ -57,6 +57,16 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "precious").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc, which names open files")
+def test_contents_are_on_the_disk_before_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
+    with staged(tmp_path / "out", folder=True) as work:
+        (work / "rank_0").mkdir()
+        (work / "rank_0" / "a").write_text("a")
+    assert synced == ["a", "rank_0", work.name]
+
+
 def test_leftovers_of_a_killed_writer_go(tmp_path: Path) -> None:
     leftover = tmp_path / ".a.0123.partial"
     leftover.mkdir()

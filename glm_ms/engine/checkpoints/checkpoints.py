@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import HIGHER, METRICS, metric_of
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import Settings
-from glm_ms.storage.atomic import atomic_output, replace_text
+from glm_ms.storage.atomic import atomic_output, replace_text, sync
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import CHECKPOINTS, best_file, list_checkpoints, resolve_checkpoint, step_folder
 
@@ -75,7 +74,7 @@ class Checkpoints(ABC):
         with atomic_output(folder, folder=True, overwrite=True) as partial:
             self.state.write(partial)
             write_manifest(partial, step, place, position, best, self.settings.context.device_target)
-        _sync_folder(folder.parent)  # before older ones are removed, also against a power cut
+        sync(folder.parent)  # before older ones are removed, also against a power cut
 
     def restore(self, checkpoint: Path) -> None:
         """Loads a checkpoint into the state; raises CheckpointError as `State.restore`."""
@@ -260,11 +259,3 @@ def read_parameters(
             raise CheckpointError(f"{path}: {parameter.name} has shape {array.shape}, this run needs {shape}")
         parameter.set_data(Tensor(array, parameter.dtype))
     file.release()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
