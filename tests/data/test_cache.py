@@ -175,7 +175,7 @@ def test_a_folder_that_cannot_be_used(glm3, records_file, tmp_path, monkeypatch)
         with pytest.raises(DataError, match=r"cache_dir: .*file.*: cannot be written: .*; choose another"):
             adgen_rows(path, glm3, cache=CacheRequest(folder))
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module._NpyWriter, "write", full)
@@ -183,6 +183,31 @@ def test_a_folder_that_cannot_be_used(glm3, records_file, tmp_path, monkeypatch)
         adgen_rows(path, glm3, cache=CacheRequest(tmp_path / "cache"))
     assert caches(tmp_path / "cache") == []
     assert not list((tmp_path / "cache").glob(".*.partial"))
+    said = []
+    monkeypatch.setattr(module, "staged", full)
+    monkeypatch.setattr(workers, "_WORTH_PROCESSES", 0)
+    with pytest.raises(DataError, match="No space left on device"):
+        adgen_rows(path, glm3, cache=CacheRequest(tmp_path / "cache", 2), say=said.append)
+    assert said == []
+
+
+def test_files_do_not_depend_on_how_many_rows_are_written_together(glm3, records_file, tmp_path, monkeypatch):
+    path = records_file(RECORDS)
+    for waiting in (1, 100, 1 << 16):
+        monkeypatch.setattr(module, "_WAITING", waiting)
+        adgen_rows(path, glm3, cache=CacheRequest(tmp_path / str(waiting)))
+    folders = [caches(tmp_path / str(waiting))[0] for waiting in (1, 100, 1 << 16)]
+    for name in ("cache.json", "input_ids.npy", "labels.npy", "offsets.npy"):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+
+
+def test_a_missing_file_of_a_cache_is_named_once(glm3, records_file, tmp_path):
+    adgen_rows(records_file(RECORDS), glm3, cache=CacheRequest(tmp_path / "cache"))
+    (folder,) = caches(tmp_path / "cache")
+    (folder / "labels.npy").unlink()
+    with pytest.raises(DataError) as caught:
+        module.CachedRows(folder)
+    assert str(caught.value) == f"{folder / 'labels.npy'}: No such file or directory"
 
 
 def test_faults_of_the_records_are_those_without_a_cache(glm3, records_file, tmp_path):
