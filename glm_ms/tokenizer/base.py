@@ -367,7 +367,9 @@ def _truncate(
     if max_length is None:
         raise ValueError("truncation=True needs max_length")
     if max_length <= num_special:
-        raise ValueError(f"max_length = {max_length} leaves no room beside {num_special} special tokens; raise it")
+        raise ValueError(
+            f"max_length = {max_length} leaves no room for text beside {num_special} special tokens; raise it"
+        )
     room = max_length - num_special
     if second is None:
         return first[:room], None

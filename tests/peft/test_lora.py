@@ -54,6 +54,11 @@ def test_targets_that_match_nothing(targets) -> None:
         assert "transformer.output_layer" in str(error.value)
 
 
+def test_a_target_given_twice_is_named_once() -> None:
+    with pytest.raises(AdapterError, match="target_modules: 'qkv' matches"):
+        target_names(["qkv", "dense", "qkv"], NAMES)
+
+
 def trained(model: GLMForCausalLM, config: LoraConfig, seed: int = 4, size: float = 0.2) -> GLMForCausalLM:
     """With an adapter of random values of a standard deviation `size`."""
     adapter, draw = model.add_adapter(config, seed), np.random.default_rng(seed)

@@ -135,7 +135,7 @@ def test_padding_rounds_up(small_vocabulary):
     [
         ({"text": "a", "max_length": 4}, "has no effect"),
         ({"text": "a", "truncation": True}, "needs max_length"),
-        ({"text": "a", "truncation": True, "max_length": 2}, "leaves no room"),
+        ({"text": "a", "truncation": True, "max_length": 2}, "leaves no room for text"),
         ({"text": "a", "padding": "max_length"}, "max_length goes with"),
         ({"text": "a", "padding": "left"}, "must be False, True"),
         ({"text": ["a", "b"], "text_pair": ["c"]}, "2 texts but 1 text pairs"),
