@@ -139,6 +139,8 @@ class ShardedAttention(SelfAttention):
         cache: Cache = None
     ) -> Tensor:  # fmt: skip
         """x [M, H] -> [M, H]; other arguments as in `SelfAttention.construct`, but there is no cache."""
+        if cache is not None:
+            raise ValueError("sharded attention takes no cache")
         batch, length = ops.shape(cos)[0], ops.shape(cos)[1]
         query, key, value = self.query_key_value(x, seeds)
         query = self.rotary(self.reshape(query, (batch, length, self.heads, self.dim)), cos, sin)

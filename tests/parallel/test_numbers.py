@@ -15,7 +15,7 @@ from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.convert.names import split_joint
 from glm_ms.engine.step.network import ShardedTrainingNetwork, TrainingNetwork
 from glm_ms.parallel.config import ParallelConfig
-from glm_ms.parallel.layers import sharded_glm
+from glm_ms.parallel.layers import ShardedAttention, sharded_glm
 from glm_ms.peft.lora import LoraConfig
 from glm_ms.peft.ptuning import PrefixConfig
 from tests.parallel.one_card import use_portable_rotary
@@ -108,3 +108,8 @@ def test_equals_the_network_it_was_made_of(name: str) -> None:
     for key, value in expected.items():
         difference = np.abs(found[key] - value).max()
         assert difference <= GRADIENT * max(np.abs(value).max(), 1e-3), (key, difference)
+
+
+def test_sharded_attention_refuses_a_cache() -> None:
+    with pytest.raises(ValueError, match="no cache"):
+        ShardedAttention.construct(None, None, None, None, None, cache=())
