@@ -1,6 +1,6 @@
 """The families of models: FAMILIES, and what follows from it.
 
-A new family is a `Family` in a file of its own and a line in FAMILIES.
+A new family is a `Family` and a line in FAMILIES.
 """
 
 from __future__ import annotations
