@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.launch.processes import Interrupts, is_local
-from glm_ms.launch.rank_job import LaunchError, Member, RankJob, claim_logs, guarded, job_environment, run_command, say
+from glm_ms.launch.rank_job import LaunchError, LogFolder, Member, RankJob, guarded, job_environment, run_command, say
 from glm_ms.launch.rank_table import RankTable, Server, name_numbers, read_rank_table
 
 USAGE = """\
@@ -157,8 +157,10 @@ def launch(arguments: Sequence[str]) -> int:
     alone = len(table.servers) == 1
     devices = sorted(server.devices, key=lambda device: device.rank_id)
     logs = [LOG_DIR / f"rank_{device.rank_id}" / LOG_NAME for device in devices]
-    patterns = [f"rank_*/{LOG_NAME}"] if alone else []
-    with claim_logs(LOG_DIR, logs, patterns):
+    folder = LogFolder(LOG_DIR, str(LOG_DIR), "start this one in another folder")
+    with folder.claim():
+        # Other servers may share the folder and have started: then only the logs of these ranks are old.
+        folder.make_room(LOG_DIR.glob(f"rank_*/{LOG_NAME}") if alone else logs, logs)
         whole = {"RANK_TABLE_FILE": str(Path(request.rank_table).resolve()), "RANK_SIZE": str(table.rank_size)}
         with guarded({**job_environment(), **whole}) as environment:
             members = []

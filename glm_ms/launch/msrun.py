@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.launch.processes import Interrupts, claim_port, is_local, kill_descendants
-from glm_ms.launch.rank_job import LaunchError, Member, RankJob, claim_logs, guarded, job_environment, run_command, say
+from glm_ms.launch.rank_job import LaunchError, LogFolder, Member, RankJob, guarded, job_environment, run_command, say
 from glm_ms.launch.rank_logs import reason_in
 
 USAGE = """\
@@ -90,10 +90,18 @@ class Job:
         files["msrun"] = "msrun.log" if self.alone else f"msrun_node_{self.node_rank}.log"
         return {name: self.log_dir / file for name, file in files.items()}
 
-    def claim_log_dir(self) -> socket.socket:
-        """Claims the folder of the logs and moves those of earlier jobs away; see `claim_logs`."""
-        patterns = ("worker_*.log", "scheduler.log", "msrun.log", "msrun_node_*.log") if self.alone else ()
-        return claim_logs(self.log_dir, list(self.logs.values()), patterns, f"LOG_DIR {self.log_dir}")
+    @property
+    def log_folder(self) -> LogFolder:
+        return LogFolder(self.log_dir, f"LOG_DIR {self.log_dir}", "choose another folder")
+
+    def make_room_for_logs(self) -> None:
+        """Moves logs of earlier jobs away and creates that of msrun; LaunchError if it cannot be written.
+
+        Other servers may share the folder and have started: then only logs that this server is going to write are old.
+        """
+        patterns = ("worker_*.log", "scheduler.log", "msrun.log", "msrun_node_*.log")
+        earlier = (path for pattern in patterns for path in self.log_dir.glob(pattern))
+        self.log_folder.make_room(earlier if self.alone else self.logs.values(), [self.logs["msrun"]])
 
 
 def parse(arguments: Sequence[str]) -> Job:
@@ -260,20 +268,23 @@ def launch(arguments: Sequence[str]) -> int:
     environment = job_environment()
     if shutil.which("msrun", path=environment["PATH"]) is None:
         raise LaunchError(f"no msrun beside {sys.executable} or on PATH; reinstall MindSpore there")
-    port, port_claim = reserve_port(job)
-    command = msrun_command(job, port)
-    with port_claim, job.claim_log_dir():
-        say(shlex.join(command))
-        if not job.join:
-            status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
-            say(f"error: msrun: exit status {status}" if status else f"started, and not watched; logs: {job.log_dir}")
-            return status
-        with guarded(environment) as own_environment:
-            members = start_and_adopt(job, command, own_environment, interrupts)
-            if not members:
-                say("interrupted while the ranks were being started")
-                return 128 + interrupts.received
-            return RankJob(members, interrupts, job.alone).wait()
+    with job.log_folder.claim():
+        port, port_claim = reserve_port(job)
+        with port_claim:
+            command = msrun_command(job, port)
+            job.make_room_for_logs()
+            say(shlex.join(command))
+            if not job.join:
+                status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
+                started = f"started, and not watched; logs: {job.log_dir}"
+                say(f"error: msrun: exit status {status}" if status else started)
+                return status
+            with guarded(environment) as own_environment:
+                members = start_and_adopt(job, command, own_environment, interrupts)
+                if not members:
+                    say("interrupted while the ranks were being started")
+                    return 128 + interrupts.received
+                return RankJob(members, interrupts, job.alone).wait()
 
 
 def start_and_adopt(job: Job, command: list[str], environment: dict[str, str], interrupts: Interrupts) -> list[Member]:

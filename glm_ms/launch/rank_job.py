@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,30 +75,37 @@ def job_environment() -> dict[str, str]:
     return environment
 
 
-def claim_logs(folder: Path, own: Sequence[Path], patterns: Sequence[str], name: str = "") -> socket.socket:
-    """Claims a folder for one job, moves earlier logs in it away and creates the empty logs `own`; returns the claim.
+@dataclass(frozen=True)
+class LogFolder:
+    """A folder for the logs of one job at a time; a LaunchError calls it `name` and ends with `remedy`."""
 
-    `patterns` match the logs of earlier jobs. Without any, earlier logs are those at the paths `own`: other servers may
-    share the folder and have started. Raises LaunchError, which calls the folder `name`, if another job has the folder
-    or logs cannot be written there.
-    """
-    name = name or str(folder)
-    holder = claim(f"logs {folder.resolve()}")
-    if holder is None:
-        raise LaunchError(f"{name}: another job is writing its logs there; choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        candidates = [path for pattern in patterns for path in folder.glob(pattern)] if patterns else own
-        kept = _keep_earlier_logs(folder, list(filter(Path.is_file, candidates)))
-        for log in own:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.touch()
-    except OSError as error:
-        reason = f"logs cannot be written there ({error.strerror}: {error.filename})"
-        raise LaunchError(f"{name}: {reason}; choose another folder") from None
-    if kept is not None:
-        say(f"logs of a former job: {kept}")
-    return holder
+    path: Path
+    name: str
+    remedy: str
+
+    def claim(self) -> socket.socket:
+        """Claims the folder for one job; returns the claim. Raises LaunchError if another job has the folder."""
+        holder = claim(f"logs {self.path.resolve()}")
+        if holder is None:
+            raise LaunchError(f"{self.name}: another job is writing its logs there; {self.remedy}")
+        return holder
+
+    def make_room(self, earlier: Iterable[Path], own: Iterable[Path]) -> None:
+        """Moves those of the logs `earlier` away that exist, and creates the empty logs `own`.
+
+        Raises LaunchError if logs cannot be written there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            kept = _keep_earlier_logs(self.path, list(filter(Path.is_file, earlier)))
+            for log in own:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.touch()
+        except OSError as error:
+            reason = f"logs cannot be written there ({error.strerror}: {error.filename})"
+            raise LaunchError(f"{self.name}: {reason}; {self.remedy}") from None
+        if kept is not None:
+            say(f"logs of a former job: {kept}")
 
 
 def _keep_earlier_logs(folder: Path, logs: Sequence[Path]) -> Path | None:

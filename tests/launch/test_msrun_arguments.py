@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from glm_ms.launch import msrun
 from glm_ms.launch.msrun import Job, check_machine, msrun_command, parse, reserve_port
 from glm_ms.launch.rank_job import JOB_VARIABLES, LaunchError, job_environment
 
@@ -158,21 +159,40 @@ def test_another_port_where_none_was_asked_for(monkeypatch: pytest.MonkeyPatch, 
 )
 def test_logs_of_former_jobs(tmp_path: Path, job: Job, moved: list[str]):
     job = dataclasses.replace(job, log_dir=tmp_path / "logs")
-    job.claim_log_dir().close()
-    assert sorted(path.name for path in job.log_dir.iterdir()) == sorted(path.name for path in job.logs.values())
-    for path in job.log_dir.iterdir():
-        path.unlink()
+    job.make_room_for_logs()
+    (created,) = job.log_dir.iterdir()
+    assert created == job.logs["msrun"]
+    created.unlink()
     for name in ("worker_0.log", "worker_7.log", "scheduler.log", "notes.log"):
         (job.log_dir / name).write_text("")
-    job.claim_log_dir().close()
+    job.make_room_for_logs()
     assert sorted(path.name for path in job.log_dir.glob("earlier/*/*")) == moved
     assert (job.log_dir / "notes.log").exists()
 
 
 def test_log_dir_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LaunchError, match=r"LOG_DIR .*file/logs: logs cannot be written there \(Not a directory"):
-        Job(("run.py",), log_dir=tmp_path / "file" / "logs").claim_log_dir()
+    message = r"LOG_DIR .*file/logs: logs cannot be written there \(Not a directory.*; choose another folder"
+    with pytest.raises(LaunchError, match=message):
+        Job(("run.py",), log_dir=tmp_path / "file" / "logs").make_room_for_logs()
+
+
+def test_the_log_folder_is_claimed_before_the_port(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(msrun, "Interrupts", list)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: "msrun")
+    log = tmp_path / "logs" / "worker_0.log"
+    log.parent.mkdir()
+    log.write_text("")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = [script, "2", str(port), str(log.parent), "True", "60"]
+        with parse(arguments).log_folder.claim(), pytest.raises(LaunchError, match="another job is writing its logs"):
+            msrun.launch(arguments)
+        with pytest.raises(LaunchError, match=f"MASTER_PORT {port} is taken"):
+            msrun.launch(arguments)
+    assert list(log.parent.iterdir()) == [log]
 
 
 def test_the_command_of_msrun():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from glm_ms.launch.rank_job import claim_logs
+from glm_ms.launch.rank_job import LogFolder
 from glm_ms.launch.rank_logs import LogWatch, ends_with_traceback, reason_in
 
 NOISE = "[WARNING] DISTRIBUTED(4715,7fb2f544bb80,python):2026-01-01-00:00:01.565.185 [tcp_comm.cc:485] Connect] 1\n"
@@ -93,14 +93,15 @@ def test_a_log_is_read_while_it_grows_and_after_it_was_moved(tmp_path: Path):
 
 def test_former_logs_are_kept(tmp_path: Path):
     logs = [tmp_path / "worker_0.log", tmp_path / "rank_1" / "run.log"]
-    claim_logs(tmp_path, logs, []).close()
+    folder = LogFolder(tmp_path, "logs", "")
+    folder.make_room(logs, logs)
     assert not (tmp_path / "earlier").exists()
     for text in ("first", "second"):
         for path in logs:
             path.write_text(text)
             os.utime(path, (1e9, 1e9))  # both jobs in the same second
         (tmp_path / "notes.txt").write_text("mine")
-        claim_logs(tmp_path, logs, []).close()
+        folder.make_room(logs, logs)
         assert {path.read_text() for path in logs} == {""}
     kept = sorted((tmp_path / "earlier").iterdir())
     assert len(kept) == 2

@@ -15,6 +15,7 @@ import pytest
 from processes import left_of
 
 from glm_ms.launch.distribute import device_range, parse, this_server
+from glm_ms.launch.processes import claim
 from glm_ms.launch.rank_job import LaunchError
 from glm_ms.launch.rank_table import RankTable, merge, single_server, write_rank_table
 
@@ -156,11 +157,21 @@ def test_logs_of_more_ranks_do_not_stay(project: Path):
     assert (logs / "rank_2" / "notes.txt").exists()
 
 
+def test_one_job_a_log_folder(project: Path):
+    holder = claim(f"logs {(project / 'output' / 'distribute_log').resolve()}")
+    assert holder is not None
+    with holder:
+        status, _, said = run(project, "run_distribute.sh", "one.json", "X.yaml", "[0,2)", "eval")
+    assert status == 2
+    assert "another job is writing its logs there; start this one in another folder" in said
+
+
 def test_logs_that_cannot_be_written(project: Path):
     (project / "output").write_text("a file")
     status, shown, said = run(project, "run_distribute.sh", "one.json", "X.yaml", "[0,2)", "eval")
     assert (status, shown) == (2, "")
     assert said.startswith("error: output/distribute_log: logs cannot be written there (Not a directory: ")
+    assert said.endswith("; start this one in another folder\n")
     assert left_of(project) == []
 
 
