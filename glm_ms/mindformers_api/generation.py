@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from mindformers.generation import GenerationConfig as MindFormersGeneration
-from mindformers.models.tokenization_utils_base import to_py_obj
 
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.settings import Settings, SettingsError
@@ -103,7 +103,7 @@ def _without_ends(row: list[int], pad_token_id: int) -> list[int]:
 
 
 def _rows(values: Any, name: str) -> list[list[int]]:
-    values = to_py_obj(values)
+    values = _to_lists(values)
     if not isinstance(values, list) or not values:
         raise ValueError(f"{name}: expected the token ids of one or several prompts, found {values!r}")
     rows = values if isinstance(values[0], list) else [values]
@@ -111,6 +111,17 @@ def _rows(values: Any, name: str) -> list[list[int]]:
         if not isinstance(row, list) or not all(type(token) in (int, bool) for token in row):
             raise ValueError(f"{name}: expected integers, for one or several prompts")
     return rows
+
+
+def _to_lists(values: Any) -> Any:
+    """Tensors, arrays and sequences of them -> lists."""
+    if hasattr(values, "asnumpy"):
+        values = values.asnumpy()
+    if isinstance(values, (np.ndarray, np.generic)):
+        return values.tolist()
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return [_to_lists(value) for value in values]
+    return values
 
 
 def _set_length(given: dict[str, Any], options: dict[str, Any], seq_length: int) -> None:

@@ -52,7 +52,9 @@ def register() -> None:
         for name in {cls.__name__, ALIASES.get(cls, cls.__name__)}:
             internals.register_class(cls, kind, name)
     model_type = MindFormersGLMConfig.model_type
-    found = internals.CONFIG_MAPPING[model_type] if model_type in internals.CONFIG_MAPPING else None  # noqa: SIM401 - its get differs
+    configs = internals.CONFIG_MAPPING
+    # Not get, which does not know registered classes.
+    found = configs[model_type] if model_type in configs else None  # noqa: SIM401
     internals.check_name_is_free(found, model_type, MindFormersGLMConfig, "AutoConfig")
     AutoConfig.register(model_type, MindFormersGLMConfig, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForCausalLM):

@@ -212,7 +212,7 @@ def _begin(settings: Settings, check_train_file: bool = True) -> SentencePieceTo
     if settings.use_parallel and not settings.is_training():
         message = f"True: {settings.run_mode} runs in one process; set False"
         problems.append(Problem("use_parallel", message, where=settings.where("use_parallel")))
-    problems += machine_problems(settings)
+    problems = problems or machine_problems(settings)  # which adapts settings that have no problems
     if problems:
         raise SettingsError(problems)
     Path(settings.output_dir).mkdir(parents=True, exist_ok=True)

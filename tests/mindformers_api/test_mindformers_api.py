@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import UserList
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,12 @@ def test_generate_is_that_of_the_core(model: MindFormersGLM, vocabulary: Path):
         sequences = model.generate(ids, **options, **more)
         assert [sequence.tolist() for sequence in sequences] == expected
         assert all(sequence.dtype == np.int32 for sequence in sequences)
+    for ids in (UserList(prompts[0]), range(5, 9), np.array(prompts[0], dtype=object)):
+        assert model.generate(ids, **options)[0].tolist() == model.core.generate(
+            list(ids), max_new_tokens=6, eos_token_id=[]
+        )[0]  # fmt: skip
+    with pytest.raises(ValueError, match="expected the token ids of one or several prompts, found 'text'"):
+        model.generate("text", **options)
     single = model.generate(prompts[0], max_length=len(prompts[0]) + 6, eos_token_id=[], top_k=None)
     assert single[0].tolist() == expected[0]
     own = GenerationConfig(max_new_tokens=6, eos_token_id=831)

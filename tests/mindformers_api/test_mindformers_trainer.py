@@ -34,6 +34,7 @@ from mindspore import dataset as ds
 from glm_ms import load_pretrained
 from glm_ms.engine.batches import DatasetRows
 from glm_ms.mindformers_api.run_yaml import settings_of
+from glm_ms.settings import SettingsError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 PAGE = (REPOSITORY / "docs" / "mindformers.md").read_text(encoding="utf-8")
@@ -245,6 +246,13 @@ def test_changes_in_python_are_checked(run: Path, tmp_path: Path, key: str, valu
     config.set_value(key, value)
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_an_evaluation_runs_in_one_process(run: Path, tmp_path: Path):
+    trainer = Trainer(args=yaml_of(run, tmp_path, use_parallel=True), task="text_generation")
+    with pytest.raises(SettingsError, match="use_parallel: True: eval runs in one process; set False") as caught:
+        trainer.evaluate()
+    assert len(caught.value.problems) == 1  # none that asks for several processes
 
 
 def test_what_the_yaml_decides_is_refused_in_the_call(run: Path, weights: Path, tmp_path: Path):
