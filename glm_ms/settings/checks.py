@@ -125,7 +125,7 @@ def check(settings: Settings, reported: Iterable[Problem] = (), check_files: boo
     problems is not reported again.
     """
     settle(settings)
-    found = [*_network(settings), *unused_keys(settings, "lr_schedule"), *violated(settings, _ALWAYS)]
+    found = [*_model_config(settings), *unused_keys(settings, "lr_schedule"), *violated(settings, _ALWAYS)]
     for problem in _of_run_mode(settings, check_files):
         found.append(dataclasses.replace(problem, depends_on=(*problem.depends_on, "run_mode")))
     return placed(settings, independent(found, reported))
@@ -163,6 +163,7 @@ def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:
     training, kind = settings.is_training(), settings.get(_PET)
     if is_sharded(settings):
         yield from violated(settings, _SHARDED)
+        yield from _split(settings)
     elif settings.use_parallel:
         for key, plain in _SHARDED_ONLY.items():
             if settings.get(key) != plain:
@@ -183,24 +184,32 @@ def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:
         yield from file_problems(settings)
 
 
-def _network(settings: Settings) -> Iterator[Problem]:
-    """The problems of the architecture and of its split over cards."""
+def _network(settings: Settings) -> GLMConfig:
+    """The architecture; an unknown size of the vocabulary is one that every split divides."""
     values = vars(settings.model.model_config).copy()
     del values["type"]
-    if values["padded_vocab_size"] == AUTO:  # unknown yet: a size that every split divides
+    if values["padded_vocab_size"] == AUTO:
         values["padded_vocab_size"] = 64 * settings.parallel_config.model_parallel
+    return GLMConfig(**values)
+
+
+def _model_config(settings: Settings) -> Iterator[Problem]:
     try:
-        config = GLMConfig(**values)
+        _network(settings)
     except ConfigError as error:
         message = str(error).removeprefix(f"{error.field} = ").removeprefix(f"{error.field} ")
         yield Problem(f"model.model_config.{error.field}", message)
-        return
-    if not is_sharded(settings):
-        return
+
+
+def _split(settings: Settings) -> Iterator[Problem]:
+    try:
+        config = _network(settings)
+    except ConfigError:
+        return  # reported by `_model_config`
     parallel = parallel_of(settings)
     rows = settings.runner_config.batch_size * parallel.data_parallel
     for field, reason in parallel_config.parallel_problems(config, parallel, rows, training_length(settings)):
-        yield Problem(_KEYS.get(field, f"parallel_config.{field}"), reason, ("run_mode",))
+        yield Problem(_KEYS.get(field, f"parallel_config.{field}"), reason)
 
 
 def _best_metric(settings: Settings) -> Iterator[Problem]:

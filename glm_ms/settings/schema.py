@@ -108,7 +108,9 @@ class ParallelConfigSettings:
 class RecomputeSettings:
     recompute: bool = key(False, "recompute every transformer block: less memory, about a third more time")
     mp_comm_recompute: bool = key(True, "also recompute sums over model-parallel cards (False: keep them)")
-    parallel_optimizer_comm_recompute: bool = key(False, "gather sharded weights again (False: keep them whole)")
+    parallel_optimizer_comm_recompute: bool = key(
+        False, "gather the weights of sharded optimizers again (False: keep them whole on every card)"
+    )
 
 
 @dataclass
@@ -152,8 +154,9 @@ class ArchSettings:
 @dataclass
 class PetSettings:
     pet_type: Optional[str] = key(
-        None, "lora: low-rank adapters, ptuning2: a learnt prefix; null: train all weights", choices=ADAPTERS
-    )
+        None, "lora: low-rank adapters, ptuning2: a learnt prefix of keys and values; null: train all weights",
+        choices=ADAPTERS
+    )  # fmt: skip
     lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_ADAPTERS)
     lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_ADAPTERS)
     lora_dropout: float = key(0.1, "dropout on the input of A", **_DROPOUT, used_with=_ADAPTERS)
@@ -322,12 +325,16 @@ class Settings:
     output_dir: str = key("./output", "folder for checkpoints, logs and predictions")
     load_checkpoint: str = key("", "initial weights: folder, .safetensors, .ckpt, or output folder of a run")
     load_adapter: str = key("", "adapter for load_checkpoint: folder, file, or output folder of its run")
-    resume_training: Union[bool, str] = key(False, "True: continue from the newest checkpoint of output_dir; or a path")
+    resume_training: Union[bool, str] = key(
+        False, "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint"
+    )
     use_parallel: bool = key(False, "several cards or processes, started by msrun")
     context: ContextSettings = key(ContextSettings, "device and execution mode of MindSpore")
     parallel: ParallelSettings = key(ParallelSettings, "mode of a distributed run")
     parallel_config: ParallelConfigSettings = key(ParallelConfigSettings, "parts of each dimension of the work")
-    recompute_config: RecomputeSettings = key(RecomputeSettings, "compute activations again in the backward pass")
+    recompute_config: RecomputeSettings = key(
+        RecomputeSettings, "compute activations again in the backward pass in place of keeping them"
+    )
     model: ModelSettings = key(ModelSettings, "the network and its initial weights")
     processor: ProcessorSettings = key(ProcessorSettings, "text to ids and back")
     runner_config: RunnerSettings = key(RunnerSettings, "length of training")
@@ -337,7 +344,9 @@ class Settings:
     train_dataset: TrainDatasetSettings = key(
         TrainDatasetSettings, "training records (batch size: see `runner_config`)"
     )
-    eval_dataset: EvalDatasetSettings = key(EvalDatasetSettings, "evaluation records, the last incomplete batch too")
+    eval_dataset: EvalDatasetSettings = key(
+        EvalDatasetSettings, "evaluation records. A last batch that is not full is evaluated too"
+    )
     metric: MetricSettings = key(MetricSettings, "metrics of evaluations")
     do_eval: bool = key(False, "evaluate on eval_dataset during training and at its end")
     eval_step_interval: int = key(-1, "updates between evaluations (do_eval); -1: none", at_least=-1)

@@ -75,6 +75,12 @@ def test_impossible_splits(overrides: list[str], reasons: list[str]) -> None:
     assert CONFIG.name in str(caught.value) or "command line" in str(caught.value)
 
 
+def test_rules_come_before_the_split() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(CONFIG, ["parallel_config.micro_batch_num=4", "context.mode=1"], check_files=False)
+    assert [problem.key for problem in caught.value.problems] == ["context.mode", "parallel_config.micro_batch_num"]
+
+
 def test_evaluation_needs_whole_weights() -> None:
     with pytest.raises(
         SettingsError, match=r"parallel_mode: 1, but run_mode: eval needs whole weights.*transform_ckpt"
