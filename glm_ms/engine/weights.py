@@ -107,14 +107,17 @@ def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Say) -> None:
 
 def _base_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path | None) -> GLMForCausalLM:
     if checkpoint is None:
-        return GLMForCausalLM(_config_for(settings, vocab_size, say))
+        config = _config_for(settings, vocab_size)
+        say("weights: random")
+        return GLMForCausalLM(config)
     if is_adapter_folder(checkpoint):
         raise CheckpointError(
             f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter, not weights; "
             "name it with --load_adapter, and with --load_checkpoint the base weights it was trained on"
         )
     with open_checkpoint(checkpoint) as reader:
-        config = _config_for(settings, vocab_size, say, checkpoint, reader)
+        config = _config_for(settings, vocab_size, checkpoint, reader)
+        say(f"weights: {checkpoint}")
         dtype = "float16" if config.param_init_type == "float16" else "float32"
         return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
 
@@ -127,10 +130,12 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Say) -> GLMFo
     if settings.load_checkpoint:
         checkpoint = resolve_checkpoint(settings.load_checkpoint)
         with open_checkpoint(checkpoint) as reader:
-            config = _config_for(settings, vocab_size, say, checkpoint, reader)
+            config = _config_for(settings, vocab_size, checkpoint, reader)
             check_names_and_shapes(config, reader)
+        say(f"weights: {checkpoint}")
     else:
-        config = _config_for(settings, vocab_size, say)
+        config = _config_for(settings, vocab_size)
+        say("weights: random")
     model = GLMForCausalLM(config, sharded_glm(config, parallel_of(settings)))
     adapter = adapter_config(settings)
     if adapter is not None:
@@ -139,11 +144,7 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Say) -> GLMFo
 
 
 def _config_for(
-    settings: Settings,
-    vocab_size: int,
-    say: Say,
-    checkpoint: Path | None = None,
-    reader: CheckpointReader | None = None,
+    settings: Settings, vocab_size: int, checkpoint: Path | None = None, reader: CheckpointReader | None = None
 ) -> GLMConfig:
     """The architecture, checked against the checkpoint of its weights, which `reader` reads."""
     model_config = settings.model.model_config
@@ -153,7 +154,6 @@ def _config_for(
     config = settings.glm_config()
     if checkpoint is not None:  # shapes do not determine head sizes or rope_ratio
         check_config_beside(checkpoint, config, settings.source)
-    say(f"weights: {checkpoint or 'random'}")
     return config
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engine_helpers import CONFIGS, SMALL_TRAINING, run_here, tiny_arguments
+from safetensors.numpy import save_file
 
 from glm_ms import ChatGLM3Tokenizer
 from glm_ms.engine.from_settings import labelled_rows, prompts_with_references
+from glm_ms.engine.weights import build_unfilled_model
 from glm_ms.settings import load_settings
 from glm_ms.settings.schema import GenerationSettings
-from glm_ms.storage.errors import DataError
+from glm_ms.storage.errors import CheckpointError, DataError
 
 SAMPLE = CONFIGS / "tiny" / "sample"
 TOOLS = "data_loader.type=ToolAlpacaDataLoader"
@@ -40,6 +43,15 @@ def chats(tmp_path_factory) -> dict[str, Path]:
 def settings_of(vocabulary, *overrides, config="finetune_glm3_tiny"):
     vocab_file = f"processor.tokenizer.vocab_file={vocabulary}"
     return load_settings(CONFIGS / "tiny" / f"{config}.yaml", [vocab_file, *overrides], check_files=False)
+
+
+def test_weights_are_named_after_they_were_checked(vocabulary, tmp_path):
+    file, said = tmp_path / "model.safetensors", []
+    save_file({"transformer.embedding.embedding_table": np.zeros((832, 8), np.float32)}, file)
+    settings = settings_of(vocabulary, f"load_checkpoint={file}", "model.model_config.padded_vocab_size=832")
+    with pytest.raises(CheckpointError, match="embedding_table"):
+        build_unfilled_model(settings, 832, said.append)
+    assert said == []
 
 
 def test_tools(vocabulary):
