@@ -32,7 +32,8 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 
 @dataclass(frozen=True)
 class Given:
-    """Objects of a caller: model, with weights and adapter, and rows, in place of those of the settings; callbacks."""
+    """Objects of a caller: model, with weights and adapter, and rows, in place of those of the settings; callbacks,
+    which are called after those of glm_ms."""
 
     model: GLMForCausalLM | None = None
     rows: DatasetRows | None = None

@@ -42,6 +42,11 @@ def test_order(small_batches, num_processes):
     assert list(map_values(line_of, [], num_processes)) == []
 
 
+def test_batches_have_one_size(small_batches):
+    sizes = [len(batch) for batch in workers._batches(values(150), [])]
+    assert sizes == [*[3] * 16, 2]
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_fault_of_the_file_comes_after_what_stands_before_it(small_batches, num_processes):
     seen = []

@@ -36,6 +36,7 @@ def test_entries():
     assert tokenizer_names() == ("ChatGLM2Tokenizer", "ChatGLM3Tokenizer")
     glm2, glm3 = FAMILIES["chatglm2"], FAMILIES["chatglm3"]
     assert (glm2.encoder.layout, glm3.encoder.layout) == (right_padded_row, left_padded_row)
+    assert glm2.tokenizer.build_chat_input is ChatGLM2Tokenizer.build_chat_input
     assert glm2.tokenizer.stop_tokens == ("<eos>",)
     assert glm3.tokenizer.stop_tokens == ("<eos>", "<|user|>", "<|observation|>")
     assert [family.name for family in FAMILIES.values()] == list(FAMILIES)

@@ -154,8 +154,8 @@ class Stacked(nn.Cell):
 def spread(network: nn.Cell, parallel: ParallelConfig) -> nn.Cell:
     """A network whose inputs are distributed over the cards and, with pipeline stages, over micro batches.
 
-    `network` returns (loss sum, number of labelled tokens) of a micro batch, the result both of a whole step as one
-    tensor [2].
+    `network` returns (loss sum, number of labelled tokens) of a micro batch. The result is a cell that returns both for
+    a whole step, as one tensor [2].
     """
     step: nn.Cell = Stacked(network)
     if parallel.pipeline_stages > 1:

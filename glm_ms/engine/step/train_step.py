@@ -95,8 +95,8 @@ class GLMTrainOneStep(TrainOneStep):
     Dividing once, by all tokens of the step, makes a step with N micro batches or N ranks equal to one with a
     batch N times as large.
 
-    The network returns (loss sum, number of labelled tokens). Other arguments are those of `TrainOneStep`, the micro
-    batches per update, and whether to sum over the ranks of a data parallel run.
+    The network returns (loss sum, number of labelled tokens). `accumulation_steps` is the number of micro batches per
+    update, `use_parallel` says whether to sum over the ranks of a data parallel run. For the others see `TrainOneStep`.
     """
 
     def __init__(
