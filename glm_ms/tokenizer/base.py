@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ class VocabularyError(FileError):
     """A vocabulary file cannot be used. The message names the file and the remedy."""
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(ABC):
     """A SentencePiece vocabulary followed by special tokens; a subclass adds the prompt template of its model.
 
     Special tokens have the ids from `sp.GetPieceSize()` on, in the order of `special_tokens`. SentencePiece alone
@@ -68,6 +69,7 @@ class SentencePieceTokenizer:
         self.prefix_tokens = [self.get_command("[gMASK]"), self.get_command("sop")]
         self._adds_space = self.sp.EncodeAsPieces("a")[0].startswith("▁")
 
+    @abstractmethod
     def build_chat_input(
         self, query: str, history: Sequence[Any] | None = None, role: str = "user"
     ) -> dict[str, list[int]]:
@@ -76,15 +78,14 @@ class SentencePieceTokenizer:
         Returns:
             `input_ids`, which end where the answer begins, `attention_mask`, `position_ids`, each a list [S] of int.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _special_piece(self, index: int) -> str:
         """Text that `decode` writes for the id of a special token, or for one beyond the vocabulary."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _encode_template_body(self, body: str) -> list[int]:
         """Ids of template text after the opening `[gMASK]sop`."""
-        raise NotImplementedError
 
     def tokenize(self, text: str) -> list[str]:
         """Pieces of a text, without special tokens.

@@ -84,8 +84,9 @@ class Training:
 
     def fill(self, step: nn.Cell) -> None:
         """Loads the state of the checkpoint that the run resumes from. Raises CheckpointError if it does not fit."""
-        base_model, has_weights = self.settings.load_checkpoint, self.given_model is None
-        self.checkpoints.state = WholeState(self.model, step, base_model, restores_weights=not has_weights)
+        # A model of `build_model` has been built with the weights of the checkpoint.
+        given = self.given_model is not None
+        self.checkpoints.state = WholeState(self.model, step, self.settings.load_checkpoint, restores_weights=given)
         if self.checkpoint is not None:
             self.checkpoints.restore(self.checkpoint)
 
