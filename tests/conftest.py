@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason=_SLOW))
+
+
+def pytest_collection_finish() -> None:
+    """MindSpore collects garbage whenever it compiles; the modules imported so far need not be searched each time."""
+    gc.collect()
+    gc.freeze()
 
 
 class Account:

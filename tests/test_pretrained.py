@@ -1,4 +1,4 @@
-"""`load_pretrained`: every kind of checkpoint gives the same logits."""
+"""`load_pretrained`: every kind of checkpoint gives the same network, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,43 +13,56 @@ from mindspore import Tensor
 from reference import CASES, FOLDER, golden_numbers, golden_weights
 from tolerances import LOGITS
 
-from glm_ms import GLMConfig, load_pretrained
+from glm_ms import GLMConfig, GLMForCausalLM, load_pretrained
 from glm_ms.storage.errors import CheckpointError
 
 CASE = "glm2_tiny"
 
 
-def check_logits(path: Path, case: str = CASE, config: object = None, **tolerance: float) -> None:
-    numbers = golden_numbers(case)
-    logits = load_pretrained(path, config=config)(numbers["input_ids"], numbers["attention_mask"]).asnumpy()
-    np.testing.assert_allclose(logits, numbers["logits"], **(tolerance or LOGITS))
+def check_network(path: Path, case: str = CASE, config: object = None) -> None:
+    """Compares with a network of the golden weights, whose numbers tests/model compares with the reference."""
+    model = load_pretrained(path, config=config)
+    assert model.config == GLMConfig.from_pretrained(FOLDER / case)
+    check_parameters(model, golden_weights(case))
+
+
+def check_parameters(model: GLMForCausalLM, weights: dict[str, np.ndarray]) -> None:
+    """float32, and equal bit for bit."""
+    parameters = model.parameters()
+    assert set(parameters) == set(weights)
+    for name, value in weights.items():
+        assert parameters[name].dtype == ms.float32
+        np.testing.assert_array_equal(parameters[name].asnumpy(), value, name)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_hugging_face_folder(case: str) -> None:
-    check_logits(FOLDER / case, case)
+    check_network(FOLDER / case, case)
+
+
+def test_logits_of_a_loaded_network() -> None:
+    numbers = golden_numbers(CASE)
+    logits = load_pretrained(FOLDER / CASE)(numbers["input_ids"], numbers["attention_mask"]).asnumpy()
+    np.testing.assert_allclose(logits, numbers["logits"], **LOGITS)
 
 
 def test_sharded_bin() -> None:
     pytest.importorskip("torch")
-    check_logits(FOLDER / CASE / "sharded")
+    check_network(FOLDER / CASE / "sharded")
 
 
 def test_half_precision_shards() -> None:
+    """A CPU computes in float32."""
     pytest.importorskip("torch")
-    numbers = golden_numbers("glm3_tiny")
-    model = load_pretrained(FOLDER / "glm3_tiny" / "sharded_fp16")
-    assert {p.dtype for p in model.parameters().values()} == {ms.float32}  # the CPU's type
-    logits = model(numbers["input_ids"], numbers["attention_mask"]).asnumpy()
-    # Weights rounded to float16 (relative 5e-4) move logits of size 3 by some 1e-3.
-    np.testing.assert_allclose(logits, numbers["logits"], atol=2e-2)
+    rounded = {name: w.astype(np.float16).astype(np.float32) for name, w in golden_weights("glm3_tiny").items()}
+    check_parameters(load_pretrained(FOLDER / "glm3_tiny" / "sharded_fp16"), rounded)
 
 
 def test_mindspore_ckpt_of_mindspore_itself(tmp_path: Path) -> None:
     entries = [{"name": name, "data": Tensor(value)} for name, value in golden_weights(CASE).items()]
     ms.save_checkpoint(entries, str(tmp_path / "glm.ckpt"))
-    check_logits(tmp_path / "glm.ckpt", config=FOLDER / CASE)
-    check_logits(tmp_path / "glm.ckpt", config=GLMConfig.from_pretrained(FOLDER / CASE))
+    check_network(tmp_path / "glm.ckpt", config=FOLDER / CASE)
+    check_network(tmp_path / "glm.ckpt", config=GLMConfig.from_pretrained(FOLDER / CASE))
 
 
 def test_embedding_name_of_newer_mindformers(tmp_path: Path) -> None:
@@ -57,14 +70,14 @@ def test_embedding_name_of_newer_mindformers(tmp_path: Path) -> None:
     weights["transformer.embedding.embedding_weight"] = weights.pop("transformer.embedding.embedding_table")
     entries = [{"name": name, "data": Tensor(value)} for name, value in weights.items()]
     ms.save_checkpoint(entries, str(tmp_path / "glm.ckpt"))
-    check_logits(tmp_path / "glm.ckpt", config=FOLDER / CASE / "config.json")
+    check_network(tmp_path / "glm.ckpt", config=FOLDER / CASE / "config.json")
 
 
 def test_single_file_needs_a_config(tmp_path: Path) -> None:
     shutil.copy(FOLDER / CASE / "model.safetensors", tmp_path / "glm.safetensors")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_pretrained(tmp_path / "glm.safetensors")
-    check_logits(tmp_path / "glm.safetensors", config=FOLDER / CASE)
+    check_network(tmp_path / "glm.safetensors", config=FOLDER / CASE)
 
 
 def test_missing_path() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from glm_ms.settings.errors import SettingsError
-from glm_ms.storage.readers import read_text
+from glm_ms.storage.readers import MAX_DEPTH, read_text
 from glm_ms.storage.suggest import did_you_mean
 
 MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -51,7 +52,7 @@ def parse(text: str, source: str, lines: bool) -> Entry:
     that is not plain YAML.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         return Entry(None, source) if node is None else _Builder(loader, source, lines).entry(node)
     except SettingsError:
@@ -59,11 +60,38 @@ def parse(text: str, source: str, lines: bool) -> Entry:
     except yaml.MarkedYAMLError as error:
         place = f"{source}:{error.problem_mark.line + 1}" if lines and error.problem_mark else source
         reason = ", ".join(part for part in (error.context, error.problem) if part)
-    except RecursionError:
-        place, reason = source, "nested too deeply"
     except (yaml.YAMLError, ValueError) as error:
         place, reason = source, " ".join(str(error).split())
     raise SettingsError(f"{place}: not valid YAML: {reason}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses deep nesting. The scanner of PyYAML takes quadratic time for it, the composer is recursive."""
+
+    depth = 0
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        super().fetch_flow_collection_start(token)
+        self._check(self.flow_level)
+
+    def compose_sequence_node(self, anchor: str | None) -> yaml.Node:
+        return self._nested(super().compose_sequence_node, anchor)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.Node:
+        return self._nested(super().compose_mapping_node, anchor)
+
+    def _nested(self, compose: Callable[[str | None], yaml.Node], anchor: str | None) -> yaml.Node:
+        self.depth += 1
+        self._check(self.depth)
+        node = compose(anchor)
+        self.depth -= 1
+        return node
+
+    def _check(self, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested more than {MAX_DEPTH} levels deep", problem_mark=self.get_mark()
+            )
 
 
 class _Builder:

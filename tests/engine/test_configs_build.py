@@ -22,7 +22,7 @@ SIZES = {
 
 
 # Every file is loaded and checked in tests/configs; a network of each takes three seconds.
-@pytest.mark.parametrize("path", slow_unless(FILES[::5], FILES), ids=lambda path: path.relative_to(CONFIGS).as_posix())
+@pytest.mark.parametrize("path", slow_unless(FILES[::9], FILES), ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_network_and_loss(path: Path) -> None:
     settings = load_settings(path, flags={"device_target": "CPU", "use_parallel": False}, check_files=False)
     assert not machine_problems(settings, environment={})

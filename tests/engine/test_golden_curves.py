@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from engine_helpers import CONFIGS, TRAIN_RECORDS, curve, read_jsonl
+from marks import slow_unless
 from mindspore import Tensor
 from reference import FOLDER, fresh_golden_model
 from tolerances import GRAD_NORM, LOGITS, LOSS, LOSS_CURVE, WEIGHT_NORM
@@ -100,12 +101,7 @@ def learning_rate(case: str) -> Any:
 # The other cases go through the Trainer below, with the same step and optimizer.
 @pytest.mark.parametrize(
     "case",
-    [
-        "full_ft",
-        "full_ft_linear",
-        pytest.param("full_ft_clip", marks=pytest.mark.slow),
-        pytest.param("full_ft_glm3_left_padded", marks=pytest.mark.slow),
-    ],
+    slow_unless(["full_ft", "full_ft_clip"], ["full_ft", "full_ft_clip", "full_ft_linear", "full_ft_glm3_left_padded"]),
 )
 def test_step_and_optimizer(case: str) -> None:
     from glm_ms.engine.step.adamw import GLMAdamW
@@ -176,7 +172,11 @@ def golden_settings(case: str, vocabulary: Path, output_dir: Path, batch_size: i
 
 @pytest.mark.parametrize(
     ("case", "batch_size", "accumulation_steps"),
-    [("full_ft_clip", 2, 1), ("full_ft_linear", 1, 2), ("full_ft_glm3_left_padded", 2, 1)],
+    [
+        ("full_ft_glm3_left_padded", 2, 1),
+        ("full_ft_linear", 1, 2),
+        pytest.param("full_ft_clip", 2, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_mindformers_trainer(
     case: str,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from engine_helpers import REPOSITORY, SMALL_TRAINING, environment_of_a_user, tiny_arguments
+from marks import slow_unless
 
 IN_MINDFORMERS = """
 import json, pprint, sys
@@ -53,7 +54,9 @@ def test_a_run_registers_its_own_classes_only(vocabulary: Path, tmp_path: Path) 
     assert not (tmp_path / "run" / "strategy").exists()
 
 
-@pytest.mark.parametrize("statement", ["import glm_ms.engine", "from glm_ms import engine"])
+@pytest.mark.parametrize(
+    "statement", slow_unless(["import glm_ms.engine"], ["import glm_ms.engine", "from glm_ms import engine"])
+)
 def test_the_engine_itself_registers_with_a_deprecation_line(tmp_path: Path, statement: str) -> None:
     done = python(f"{statement}\n{statement}\nimport glm_ms.engine.ranks\n{IN_MINDFORMERS}", tmp_path)
     found = json.loads(done.stdout.splitlines()[-1])

@@ -59,6 +59,7 @@ def test_trained_evaluated_and_asked(run, capsys: pytest.CaptureFixture) -> None
     assert result["prompt"] == "类型#裙"
 
 
+@pytest.mark.slow
 def test_lora(run, tmp_path: Path) -> None:
     base = run(legacy_yaml(), "base", "model.init=random", *TWO_STEPS, "runner_config.max_steps=1")
     output = run(legacy_yaml(pet=LORA), "lora", "--load_checkpoint", base, *TWO_STEPS)

@@ -68,7 +68,11 @@ class _States(nn.Cell):
         return (*states, net.encoder.finish(states[-1]), bias)
 
 
-@pytest.mark.parametrize("case", CASES)
+# The logits of every case are compared above.
+DAILY = ("glm2_tiny", "glm3_tiny")
+
+
+@pytest.mark.parametrize("case", slow_unless(DAILY, CASES))
 def test_hidden_states_and_mask(case: str) -> None:
     numbers = golden_numbers(case)
     inputs = (numbers["input_ids"], numbers["attention_mask"], numbers["position_ids"], np.arange(24))
@@ -79,7 +83,7 @@ def test_hidden_states_and_mask(case: str) -> None:
     np.testing.assert_array_equal(bias.asnumpy() < 0, numbers["full_attention_mask"])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_unless(DAILY, CASES))
 def test_loss(case: str) -> None:
     numbers = golden_numbers(case)
     model = golden_model(case)
@@ -89,10 +93,6 @@ def test_loss(case: str) -> None:
         per_token, weight = NextTokenLoss().per_token(Tensor(numbers["logits"]), *int_tensors(numbers["labels"]))
     assert int(weight.asnumpy().sum()) == int(numbers["num_loss_tokens"])
     np.testing.assert_allclose(per_token.asnumpy()[:, :-1], numbers["per_token_loss"], **LOSS)
-
-
-# The loss of every case is compared above.
-DAILY = ("glm2_tiny", "glm3_tiny")
 
 
 @pytest.mark.parametrize("case", slow_unless(DAILY, CASES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from marks import slow_unless
 from tolerances import LOGITS, LOSS
 
 from glm_ms import GLMConfig, GLMForCausalLM
@@ -76,7 +77,7 @@ def our_weights(theirs: object, layers: int) -> dict[str, np.ndarray]:
     return weights
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", slow_unless([SIZES[2]], SIZES))
 def test_logits_loss_and_greedy(size: tuple[int, ...]) -> None:
     ours, theirs = build_pair(size)
     ids = np.random.default_rng(0).integers(3, size[6], (2, 40))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from marks import slow_unless
 from reference import FOLDER, fresh_golden_model, golden_model
 from safetensors.numpy import load_file, save_file
 
-from glm_ms import load_pretrained
+from glm_ms import GLMForCausalLM, load_pretrained
 from glm_ms.peft.adapter import AdapterError, read_adapter
 from glm_ms.peft.lora import LoraConfig
 from glm_ms.peft.ptuning import PrefixConfig
@@ -45,13 +46,24 @@ def configure(folder: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@cache
+def refusing_model(case: str) -> GLMForCausalLM:
+    """One for all refused adapters: each leaves it as it was."""
+    return fresh_golden_model(case)
+
+
+def parts(model: GLMForCausalLM) -> list[tuple[str, type]]:
+    return [(name, type(cell)) for name, cell in model.network.cells_and_names()]
+
+
 def refused(path: Path, case: str = "glm2_tiny") -> str:
     """What loading says; the model is as before."""
-    model = fresh_golden_model(case)
+    model = refusing_model(case)
     with pytest.raises(AdapterError) as error:
         model.load_adapter(path)
     assert str(path) in str(error.value)
     assert model.adapter is None
+    assert parts(model) == parts(golden_model(case))
     np.testing.assert_array_equal(model(IDS).asnumpy(), golden_model(case)(IDS).asnumpy())
     return str(error.value)
 
@@ -161,7 +173,7 @@ def test_a_prefix_for_another_base() -> None:
 PROJECTED, LOW_RANK = PrefixConfig(4, True, 24), LoraConfig(2, 4.0)
 
 
-@pytest.mark.parametrize("config", slow_unless([PROJECTED, LOW_RANK], [PrefixConfig(4), PROJECTED, LOW_RANK]))
+@pytest.mark.parametrize("config", slow_unless([PROJECTED], [PrefixConfig(4), PROJECTED, LOW_RANK]))
 def test_what_is_saved_is_loaded_and_restored(config, tmp_path: Path) -> None:
     model = fresh_golden_model("glm3_tiny")
     adapter = model.add_adapter(config, seed=3)

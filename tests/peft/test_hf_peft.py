@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from marks import slow_unless
 from reference import FOLDER, fresh_golden_model
 from tolerances import LOGITS
 
@@ -37,16 +38,16 @@ def torch_logits(model) -> np.ndarray:
         return model(input_ids=torch.tensor(IDS)).numpy()
 
 
-@pytest.mark.parametrize("case", ["glm2_tiny", "glm3_tiny"])
+@pytest.mark.parametrize("case", slow_unless(["glm2_tiny"], ["glm2_tiny", "glm3_tiny"]))
 def test_the_torch_network_is_the_same(case: str, base) -> None:
     logits = fresh_golden_model(case)(IDS).asnumpy()
     np.testing.assert_allclose(torch_logits(base(case)), logits, **LOGITS)
 
 
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-def test_peft_loads_ours(targets, base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", slow_unless(["a regex"], TARGETS))
+def test_peft_loads_ours(name: str, base, tmp_path: Path) -> None:
     model = fresh_golden_model("glm3_tiny")
-    adapter = model.add_adapter(LoraConfig(4, 12.0, 0.1, targets), seed=1)
+    adapter = model.add_adapter(LoraConfig(4, 12.0, 0.1, TARGETS[name]), seed=1)
     draw = np.random.default_rng(2)
     values = {p.name: draw.normal(0, 0.2, p.shape).astype(np.float32) for p in adapter.parameters()}
     adapter.assign(values, tmp_path)
@@ -60,9 +61,10 @@ def test_peft_loads_ours(targets, base, tmp_path: Path) -> None:
     assert len(names) == len(values)
 
 
-@pytest.mark.parametrize("use_rslora", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-def test_we_load_theirs(targets, use_rslora: bool, base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_rslora", slow_unless([False], [False, True]))
+@pytest.mark.parametrize("name", slow_unless(["endings", "with the output layer"], TARGETS))
+def test_we_load_theirs(name: str, use_rslora: bool, base, tmp_path: Path) -> None:
+    targets = TARGETS[name]
     torch.manual_seed(5)
     config = peft.LoraConfig(
         r=3, lora_alpha=6, use_rslora=use_rslora, lora_dropout=0.05, init_lora_weights=False,

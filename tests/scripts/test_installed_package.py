@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from engine_helpers import SMALL_NETWORK
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("glm_ms", "configs", "tools")
@@ -111,6 +112,7 @@ def test_glm_ms_works_from_the_root_folder(environment, tmp_path):
         f"train_dataset.data_loader.dataset_dir={sample}",
         "do_eval=False",
         "runner_config.max_steps=2",
+        *SMALL_NETWORK,
     ]
     before = set(os.listdir("/"))
     run(environment, "glm-ms", "finetune", "--config", config, "--output_dir", str(output), *keys)

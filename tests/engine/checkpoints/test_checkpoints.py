@@ -67,7 +67,7 @@ def test_optimizer_state_is_complete(finished: Path) -> None:
     assert float(state[counter].reshape(())) == 6
 
 
-@pytest.mark.parametrize(("keep_max", "kept"), [(1, [12]), (2, [10, 12])])
+@pytest.mark.parametrize(("keep_max", "kept"), [(2, [10, 12]), pytest.param(1, [12], marks=pytest.mark.slow)])
 def test_the_newest_are_kept(finetune, tmp_path: Path, keep_max: int, kept: list[int]) -> None:
     run = finetune(tmp_path, "checkpoint.save_steps=5", f"checkpoint.keep_max={keep_max}")
     assert steps(run) == kept

@@ -139,7 +139,7 @@ def test_a_finished_run_says_so(unbroken: Path, tmp_path: Path, resume) -> None:
 
 def test_training_on_from_a_finished_run(unbroken: Path, finetune, tmp_path: Path) -> None:
     """A new run may begin with the weights of another; its first loss is that of a trained network."""
-    further = finetune(tmp_path, *TRAINING, "--load_checkpoint", unbroken)
+    further = finetune(tmp_path, *TRAINING, "--load_checkpoint", unbroken, "runner_config.max_steps=1")
     assert curve(further)[0]["loss"] < curve(unbroken)[2]["loss"]
 
 
@@ -275,7 +275,7 @@ def test_killed_while_a_checkpoint_is_written(vocabulary: Path, unbroken: Path, 
     run = tmp_path / "run"
     run.mkdir()
     line = tiny_arguments("finetune", vocabulary, *SMALL_TRAINING, *TRAINING, "--output_dir", run)
-    attempt = Attempt(run, line, file_seconds=5)
+    attempt = Attempt(run, line, file_seconds=2)
     assert attempt.kill_when(lambda: attempt.writing(8))
     assert steps(run) == [4]
     assert len(curve(run)) == 8
