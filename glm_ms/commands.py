@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from glm_ms.program import program
 from glm_ms.resources import resource
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.version import __version__
@@ -50,6 +51,7 @@ glm-ms COMMAND --help lists the arguments of a command. Begin with:
   glm-ms finetune --config configs/tiny/finetune_glm3_tiny.yaml"""
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status, 2 for an unknown command."""
     words = list(sys.argv[1:] if arguments is None else arguments)

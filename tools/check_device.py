@@ -21,6 +21,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.ascend_hints import error_lines
+from glm_ms.program import program
 from glm_ms.settings import ascend_cards
 
 _GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the check; returns the exit status: 0 all passed, 1 something failed, 2 wrong usage."""
     parser = build_parser()
@@ -61,9 +63,6 @@ def _run(target: str, device_id: int) -> int:
         for line in error_lines(error):
             print(line, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def print_line(line: str) -> None:

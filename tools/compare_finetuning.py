@@ -31,6 +31,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.data.datasets import epoch_order
 from glm_ms.data.records import read_prompt_and_answer
+from glm_ms.program import program
 from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.storage.run_folder import resolve_checkpoint
@@ -91,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit status: 0 done, 1 a step failed, 2 wrong usage."""
     options = build_parser().parse_args(arguments)

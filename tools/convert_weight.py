@@ -22,6 +22,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.convert.conversion import TARGETS, Conversion, parse_size, peak_memory, plan_conversion
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
+from glm_ms.program import program
 from glm_ms.storage.errors import CheckpointError
 
 
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one conversion; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
     options = build_parser().parse_args(arguments)

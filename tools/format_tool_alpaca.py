@@ -23,6 +23,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.data.records import checked_text, parse_tool_conversation, tool_call_problem
+from glm_ms.program import program
 from glm_ms.storage.atomic import atomic_output
 from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one conversion; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
     options = build_parser().parse_args(arguments)

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.launch.hccn import card_range, host_address, note_on_halves, physical_cards, read_addresses, visible_cards
 from glm_ms.launch.rank_table import RankTableError, check_address, name_numbers, single_server, write_rank_table
+from glm_ms.program import program
 from glm_ms.storage.atomic import check_target
 
 
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Makes one table; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
     options = build_parser().parse_args(arguments)

@@ -32,6 +32,7 @@ from glm_ms.data.inspection import (
 )
 from glm_ms.data.statistics import LengthStatistics, measure
 from glm_ms.families import build_encoder, family_of
+from glm_ms.program import command_name, program
 from glm_ms.settings import Settings, SettingsError, load_data_settings, parse_args
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
@@ -44,7 +45,7 @@ _MOST_BAD = 20
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool; `glm_ms.settings` reads all others."""
     parser = argparse.ArgumentParser(
-        prog=_PROGRAM,
+        prog=command_name(_PROGRAM),
         description=(__doc__ or "").split("\n")[0],
         epilog="All flags of run_glm.py, and key.sub=value, set keys of the configuration, for example: "
         "--train_dataset FILE train_dataset.max_source_length=128",
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Shows one data set; returns the exit status: 0 done, 1 unusable records, 2 wrong usage or settings."""
     options, others = build_parser().parse_known_args(arguments)
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, part = _settings(["--config", options.config, *others], options.part)
     except SettingsError as error:
         for problem in error.problems:
-            print(f"{_PROGRAM}: error: {problem}", file=sys.stderr)
+            print(f"{command_name(_PROGRAM)}: error: {problem}", file=sys.stderr)
         return 2
     try:
         _show(settings, part, options)
@@ -85,9 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, VocabularyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
+from glm_ms.program import program
 from glm_ms.storage.atomic import replace_text
 
 # Class -> (measure word, the key and values of the garment itself, the key and phrases of its detail).
@@ -242,6 +243,7 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     replace_text(path, text)
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.launch.rank_table import RankTableError, merge, read_rank_table, write_rank_table
+from glm_ms.program import program
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Merges once; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
     options = build_parser().parse_args(arguments)

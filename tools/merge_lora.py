@@ -26,6 +26,7 @@ from glm_ms.model.config import FLOAT_TYPES, ConfigError
 from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import AdapterError, StoredAdapter, read_adapter
 from glm_ms.peft.lora import lora_deltas
+from glm_ms.program import program
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.run_folder import resolve_checkpoint
 
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one merge; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
     options = build_parser().parse_args(arguments)

@@ -26,6 +26,7 @@ import yaml  # noqa: E402
 from glm_ms.families import family_of  # noqa: E402
 from glm_ms.peft.adapter import AdapterError  # noqa: E402
 from glm_ms.plan import GIB, RunPlan, describe, nearest_fit, plan_run  # noqa: E402
+from glm_ms.program import program  # noqa: E402
 from glm_ms.settings import Settings, SettingsError, load_settings, resolve_vocab_size  # noqa: E402
 from glm_ms.settings.schema import AUTO, is_sharded  # noqa: E402
 from glm_ms.tokenizer import VocabularyError  # noqa: E402
@@ -35,6 +36,7 @@ RESERVED = 2 * GIB
 FITS, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the plan; returns the exit status."""
     options = _parser().parse_intermixed_args(arguments)

@@ -24,6 +24,7 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
+from glm_ms.program import program
 from glm_ms.storage.atomic import replace_bytes
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import parse_json, read_text
@@ -238,6 +239,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = parse_arguments(arguments)

@@ -29,6 +29,7 @@ from glm_ms.convert.adapter_files import CONFIG, LORA
 from glm_ms.convert.cluster.placement import FORMATS
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
 from glm_ms.convert.conversion import peak_memory
+from glm_ms.program import program
 from glm_ms.storage.errors import CheckpointError
 
 
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser  # fmt: skip
 
 
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one transformation; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage."""
     options = build_parser().parse_args(arguments)

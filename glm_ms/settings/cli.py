@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from glm_ms.program import command_name
 from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.loader import read_settings
 from glm_ms.settings.machine import machine_problems
@@ -69,7 +70,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the arguments that `_unambiguous` returns."""
     parser = argparse.ArgumentParser(
-        usage=f"python {PROGRAM} --config FILE [--flag value ...] [key.sub=value ...]",
+        usage=f"{_command()} --config FILE [--flag value ...] [key.sub=value ...]",
         description="Finetune, evaluate and run ChatGLM2 / ChatGLM3 with the settings of a YAML file.",
         epilog=_EXAMPLES,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=110),
@@ -149,6 +150,10 @@ def _flag_hint(name: str) -> str:
     return f"; as an override: {keys[0]}=VALUE" if keys else "; see --help"
 
 
+def _command() -> str:
+    return command_name(f"python {PROGRAM}")
+
+
 def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
     """The settings of a command line (None: that of this process), checked also against this machine.
 
@@ -162,6 +167,6 @@ def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
             raise SettingsError(problems)
     except SettingsError as error:
         report = "".join(f"{PROGRAM}: error: {problem}\n" for problem in error.problems)
-        sys.stderr.write(f"{report}Try: python {PROGRAM} --help\n")
+        sys.stderr.write(f"{report}Try: {_command()} --help\n")
         raise SystemExit(2) from None
     return settings

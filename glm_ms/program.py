@@ -1,0 +1,81 @@
+"""How every program of the project ends: exit statuses of signals, closed pipes and full disks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+
+
+def program(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates the main function of a program, which returns an exit status.
+
+    * SIGINT: the line "interrupted" and status 130. SIGTERM: status 143, after all `finally` blocks.
+    * A reader that closes the output (`| head`): status 141, no message.
+    * An OSError that `main` does not catch, such as a full disk behind standard output: its text and status 1.
+    * A character that the encoding of the terminal lacks is replaced; it never ends a program.
+    """
+
+    @functools.wraps(main)
+    def run(*arguments: Any) -> int:
+        handler = _end_on_sigterm()
+        _replace_characters()
+        try:
+            try:
+                return main(*arguments)
+            finally:
+                sys.stdout.flush()  # also after SystemExit, which argparse raises
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            return INTERRUPTED
+        except BrokenPipeError:
+            _discard_output()
+            return CLOSED_PIPE
+        except OSError as error:
+            _discard_output()
+            sys.stderr.write(f"error: {error}\n")
+            return 1
+        finally:
+            if handler is not None:
+                signal.signal(signal.SIGTERM, handler)
+
+    return run
+
+
+def command_name(otherwise: str) -> str:
+    """The command that the user typed, for usage messages: `glm-ms eval`, or `otherwise`."""
+    return sys.argv[0] if sys.argv[0].startswith("glm-ms ") else otherwise
+
+
+def _end_on_sigterm() -> Any:
+    """Installs a handler in place of the default; returns that, or None if nothing was replaced."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return None
+    return signal.signal(signal.SIGTERM, exit_by_signal)
+
+
+def exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
+    """Signal handler: SystemExit with the status that a shell reports for a signal."""
+    raise SystemExit(128 + number)
+
+
+def _replace_characters() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not a stream that a program has replaced
+            stream.reconfigure(errors="replace")
+
+
+def _discard_output() -> None:
+    """Nothing is written at exit: Python would report the same error again."""
+    for stream in (sys.stdout, sys.stderr) if isinstance(sys.exc_info()[1], BrokenPipeError) else (sys.stdout,):
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):  # a stream without a file
+            continue
