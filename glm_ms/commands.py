@@ -7,13 +7,13 @@ import importlib
 import importlib.util
 import shutil
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from glm_ms.program import program
 from glm_ms.resources import resource
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.version import __version__
 
@@ -103,7 +103,7 @@ def _descriptions() -> dict[str, str]:
 
 def configs(arguments: Sequence[str]) -> int:
     """`glm-ms configs`: lists the YAML files of the package, or copies them with their sample records."""
-    parser = ArgumentParser(prog="glm-ms configs", description=configs.__doc__)
+    parser = Parser(prog="glm-ms configs", description=configs.__doc__)
     parser.add_argument("--copy", nargs="+", metavar="NAME", help="files or folders of the list, or 'all'")
     parser.add_argument("--to", default=".", help="where the folder configs/ is made (default: this folder)")
     options = parser.parse_args(arguments)

@@ -23,13 +23,14 @@ if __name__ == "__main__":  # runs from a checkout without installation
 from glm_ms.ascend_hints import error_lines
 from glm_ms.program import program
 from glm_ms.settings import ascend_cards
+from glm_ms.storage.arguments import Parser
 
 _GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--device_target",
         choices=("CPU", "Ascend"),

@@ -32,6 +32,7 @@ from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.data.datasets import epoch_order
 from glm_ms.data.records import read_prompt_and_answer
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.storage.run_folder import resolve_checkpoint
@@ -75,10 +76,9 @@ WAYS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         epilog="Example: python tools/compare_finetuning.py --records AdvertiseGen/dev.json",
-        allow_abbrev=False,
     )
     parser.add_argument("--records", required=True, metavar="FILE", help="ADGEN records, JSON lines")
     parser.add_argument("--output_dir", default="output/comparison", metavar="FOLDER", help="runs and table")

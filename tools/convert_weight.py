@@ -23,15 +23,15 @@ if __name__ == "__main__":  # runs from a checkout without installation
 from glm_ms.convert.conversion import TARGETS, Conversion, parse_size, peak_memory, plan_conversion
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import CheckpointError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         epilog="Example: python tools/convert_weight.py --input chatglm3-6b --output glm3_6b.ckpt",
-        allow_abbrev=False,
     )
     parser.add_argument("--input", required=True, metavar="PATH", help="folder, .safetensors, .ckpt or .bin to read")
     parser.add_argument(

@@ -24,6 +24,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.data.records import checked_text, parse_tool_conversation, tool_call_problem
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.atomic import atomic_output
 from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
@@ -59,10 +60,9 @@ class Report:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         epilog="Example: python tools/format_tool_alpaca.py --path train_data.json --output tool_alpaca.jsonl",
-        allow_abbrev=False,
     )
     parser.add_argument("--path", required=True, metavar="FILE", help="train_data.json of ToolAlpaca")
     parser.add_argument(

@@ -19,15 +19,15 @@ if __name__ == "__main__":  # runs from a checkout without installation
 from glm_ms.launch.hccn import card_range, host_address, note_on_halves, physical_cards, read_addresses, visible_cards
 from glm_ms.launch.rank_table import RankTableError, check_address, name_numbers, single_server, write_rank_table
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.atomic import check_target
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         epilog='Example: python tools/hccl_tools.py --device_num "[0,8)" --server_ip 10.0.0.1',
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--device_num",

@@ -34,6 +34,7 @@ from glm_ms.data.statistics import LengthStatistics, measure
 from glm_ms.families import build_encoder, family_of
 from glm_ms.program import command_name, program
 from glm_ms.settings import Settings, SettingsError, load_data_settings, parse_args
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.tokenizer import VocabularyError
@@ -44,12 +45,11 @@ _MOST_BAD = 20
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this tool; `glm_ms.settings` reads all others."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=command_name(_PROGRAM),
         description=(__doc__ or "").split("\n")[0],
         epilog="All flags of run_glm.py, and key.sub=value, set keys of the configuration, for example: "
         "--train_dataset FILE train_dataset.max_source_length=128",
-        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file of a run")
     parser.add_argument(

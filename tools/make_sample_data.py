@@ -12,7 +12,6 @@ which the assistant queries the stock with a tool.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.atomic import replace_text
 
 # Class -> (measure word, the key and values of the garment itself, the key and phrases of its detail).
@@ -246,9 +246,7 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 @program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Write synthetic records: adverts and titles in ADGEN form, conversations with a tool."
-    )
+    parser = Parser(description="Write synthetic records: adverts and titles in ADGEN form, conversations with a tool.")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--num_train", type=int, default=1200, metavar="N",
                         help="adverts to train on (default: %(default)s)")  # fmt: skip

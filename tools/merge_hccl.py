@@ -19,14 +19,14 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.launch.rank_table import RankTableError, merge, read_rank_table, write_rank_table
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         epilog="Example: python tools/merge_hccl.py hccl_8p_*.json",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "files",

@@ -27,16 +27,16 @@ from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import AdapterError, StoredAdapter, read_adapter
 from glm_ms.peft.lora import lora_deltas
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         epilog="Example: python tools/merge_lora.py --base chatglm3-6b --adapter output/lora --output merged",
-        allow_abbrev=False,
     )
     parser.add_argument("--base", required=True, metavar="PATH", help="weights the adapter was trained on")
     parser.add_argument(

@@ -21,14 +21,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(REPOSITORY))
 
-import yaml  # noqa: E402
-
 from glm_ms.families import family_of  # noqa: E402
 from glm_ms.peft.adapter import AdapterError  # noqa: E402
 from glm_ms.plan import GIB, RunPlan, describe, nearest_fit, plan_run  # noqa: E402
 from glm_ms.program import program  # noqa: E402
 from glm_ms.settings import Settings, SettingsError, load_settings, resolve_vocab_size  # noqa: E402
+from glm_ms.settings.loader import repeated  # noqa: E402
 from glm_ms.settings.schema import AUTO, is_sharded  # noqa: E402
+from glm_ms.storage.arguments import Parser  # noqa: E402
+from glm_ms.storage.yaml_tree import parse_yaml  # noqa: E402
 from glm_ms.tokenizer import VocabularyError  # noqa: E402
 
 # Memory of a card for system, drivers and communication buffers.
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the plan; returns the exit status."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        if twice := repeated(options.overrides):
+            raise SettingsError(twice)
         settings, cards = settings_for(options.config, options.overrides, options.cards)
         plan = plan_run(settings, cards)
     except (SettingsError, AdapterError, VocabularyError, OSError) as error:
@@ -182,7 +185,7 @@ def _is_so(values: dict, text: str) -> bool:
     name, _, value = text.partition("=")
     for part in name.split("."):
         values = values[part]
-    return values == yaml.safe_load(value)
+    return values == parse_yaml(value, text).plain()
 
 
 def _memory(text: str) -> int:
@@ -199,9 +202,7 @@ def _cards(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="YAML", help="of the run")
     parser.add_argument("--cards", type=_cards, metavar="N", help="default: those of the file")
     parser.add_argument("--memory", type=_memory, metavar="32GB", help="of a card; a GB has 2^30 bytes")

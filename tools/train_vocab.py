@@ -25,6 +25,7 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.atomic import replace_bytes
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import parse_json, read_text
@@ -223,9 +224,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a SentencePiece BPE vocabulary with the conventions of the ChatGLM one."
-    )
+    parser = Parser(description="Train a SentencePiece BPE vocabulary with the conventions of the ChatGLM one.")
     parser.add_argument("--input", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME",
                         help="fields to read; the files are JSON lines")  # fmt: skip

@@ -30,16 +30,16 @@ from glm_ms.convert.cluster.placement import FORMATS
 from glm_ms.convert.cluster.resharding import Resharding, plan_resharding
 from glm_ms.convert.conversion import peak_memory
 from glm_ms.program import program
+from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import CheckpointError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         epilog="Example: python tools/transform_ckpt.py --src_ckpt_strategy output/strategy "
         "--src_ckpt_dir output/slices --dst_ckpt_dir merged --prefix glm3_",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mindformers import MindFormerConfig
 
 from glm_ms.engine.mindformers_internals import section_keys
 from glm_ms.mindformers_api.config import CONFIG_TYPE, MODEL_TYPE
 from glm_ms.settings import Settings, SettingsError
-from glm_ms.settings.document import Entry, read_document
 from glm_ms.settings.schema import leaf_keys
 from glm_ms.settings.values import Converter
+from glm_ms.storage.errors import FileError
+from glm_ms.storage.readers import read_text
 from glm_ms.storage.suggest import did_you_mean
+from glm_ms.storage.yaml_tree import Entry, read_yaml
 
 # The section of a MindFormerConfig for the keys in _MOVED.
 OWN_SECTION = "glm_ms"
@@ -42,15 +43,20 @@ _ADDED = {
 
 def read_run_yaml(path: str | Path) -> Settings:
     """The settings of a YAML, not checked for completeness; SettingsError for unknown keys or invalid values."""
-    return _convert(read_document(path), str(path))
+    return _convert(read_yaml(path, SettingsError), str(path))
 
 
 def is_run_yaml(path: str | Path) -> bool:
-    """Whether a YAML describes a network of glm_ms. False for unreadable files, which MindFormers reports."""
+    """Whether a YAML describes a network of glm_ms, also one with errors; MindFormers reports others."""
+    path = Path(path)
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError):
-        return False
+        document = read_yaml(path).plain()
+    except FileError:
+        try:
+            text = read_text(path)
+        except FileError:
+            return False
+        return any(f"type: {name}" in text for name in (CONFIG_TYPE, MODEL_TYPE))
     config_type, model_type = (_get(document, f"model.{name}.type") for name in ("model_config", "arch"))
     return config_type == CONFIG_TYPE or model_type == MODEL_TYPE
 
@@ -115,6 +121,8 @@ def settings_of(config: MindFormerConfig, **replaced: Any) -> Settings:
     for key in leaf_keys():
         value = replaced[key] if key in replaced else _value(config, own, key)
         changed = not _same(value, before.get(key))
+        if not changed and key not in before.origins:
+            continue  # its default may depend on other keys
         where = f"{own.source}, as changed in Python" if changed else before.where(key)
         _put(document, key, to_entry(value, where))
     return _convert(to_entry(document, own.source), own.source)
@@ -133,8 +141,7 @@ def to_entry(value: Any, where: str) -> Entry:
 
 def _convert(document: Entry, source: str) -> Settings:
     converter = Converter()
-    settings = converter.section(Settings, document)
-    settings.source, settings.origins = source, converter.origins
+    settings = converter.settings(document, source)
     if converter.problems:
         raise SettingsError(converter.problems)
     return settings

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from glm_ms.storage.errors import FileError
-from glm_ms.storage.readers import exponent_number, read_object, read_text
+from glm_ms.storage.readers import exponent_number, read_object
 from glm_ms.storage.suggest import did_you_mean
+from glm_ms.storage.yaml_tree import read_yaml
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 
@@ -227,11 +226,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
 
 
 def _yaml_model_section(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(read_text(path, ConfigError))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    section = document
+    section = read_yaml(path, ConfigError).plain()
     for key in ("model", "model_config"):
         if not isinstance(section, dict) or key not in section:
             raise ConfigError(f"{path}: has no section model.model_config")

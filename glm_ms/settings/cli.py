@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from glm_ms.program import command_name
 from glm_ms.settings.errors import Problem, SettingsError
-from glm_ms.settings.loader import read_settings
+from glm_ms.settings.loader import read_settings, repeated
 from glm_ms.settings.machine import machine_problems
 from glm_ms.settings.schema import FLAGS, Settings, leaf_keys
 from glm_ms.storage.suggest import nearest
@@ -55,10 +55,12 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     """Sorts arguments into flags and overrides; `load_settings` checks their values.
 
     An override is written `key.sub=value`, `--key.sub=value` or `--key.sub value`. `--help` and `--help_keys` print
-    their text and exit with status 0. Raises SettingsError for an unknown flag, a flag without its value, no --config.
+    their text and exit with status 0. Raises SettingsError for an unknown flag, a flag without its value, a flag or key
+    that is given twice, no --config.
     """
     known, problems = _unambiguous(argv)
     values = vars(build_parser().parse_args(known))
+    problems += repeated(values["overrides"])
     if values["config"] is None:
         problems.append("--config is missing: the YAML file of the run; see configs/")
     if problems:
@@ -109,16 +111,21 @@ def _unambiguous(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     argparse drops. A value may begin with a dash, as in `--predict_data -5`, but not with two. A flag whose value is
     optional does not take the override that follows it.
     """
-    rest, known, problems = list(argv), [], []
+    rest, known, problems, seen = list(argv), list[str](), list[str](), dict[str, str]()
     while rest:
         token = rest.pop(0)
         name, equals, value = token[2:].partition("=") if token.startswith("--") else ("", "", "")
-        flag = FLAGS.get(_SPELLINGS.get(name, ""))
+        meant = _SPELLINGS.get(name, name)
+        flag = FLAGS.get(meant)
         bare = flag is not None and flag.bare
         next_is_value = bool(rest) and not equals and not rest[0].startswith("--")
         if token in ("-h", "--help", "--help_keys"):
             known.append(token)
         elif flag is not None or name == "config" or "." in name:
+            if meant in seen and "." not in name:
+                also = "" if seen[meant] == name else f", also as --{seen[meant]}"
+                problems.append(f"--{name} is given twice{also}; remove one")
+            seen[meant] = name
             if next_is_value and not (bare and _OVERRIDE.fullmatch(rest[0])):
                 equals, value = "=", rest.pop(0)
             if equals:

@@ -12,6 +12,7 @@ from glm_ms.families import FAMILIES, family_of
 from glm_ms.metrics import LOSS, METRICS, TEXT, takes
 from glm_ms.settings.errors import Problem
 from glm_ms.settings.schema import Settings, parts_in_use, unused_keys
+from glm_ms.storage.paths import exists, pattern_hint
 
 _SEQ_LENGTH, _TOKENIZER = "model.model_config.seq_length", "processor.tokenizer.type"
 _MAX_LENGTH, _NEW_TOKENS = "eval_dataset.max_seq_length", "generation.max_new_tokens"
@@ -52,10 +53,8 @@ def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
         yield Problem(f"{section}.ignore_pad_token_for_loss", message, (_TOKENIZER,))
     yield from unused_keys(settings, section)
     folder = settings.train_dataset.cache_dir if part == "train" else None
-    if folder is not None and folder.strip():
+    if folder is not None:
         yield from _folder_problems("train_dataset.cache_dir", folder)
-    elif folder is not None:
-        yield Problem("train_dataset.cache_dir", "empty; give a folder, or null for no cache")
 
 
 def length_problems(settings: Settings, part: str) -> Iterator[Problem]:
@@ -127,7 +126,7 @@ def file_problems(settings: Settings) -> Iterator[Problem]:
 
 def _folder_problems(key: str, folder: str) -> Iterator[Problem]:
     path = Path(folder)
-    blocked = next((item for item in (path, *path.parents) if item.exists() and not item.is_dir()), None)
+    blocked = next((item for item in (path, *path.parents) if exists(item) and not item.is_dir()), None)
     if blocked is not None:
         yield Problem(key, f"{blocked} is a file; give a folder, which is made if it does not exist")
 
@@ -142,7 +141,7 @@ def vocab_file_problems(settings: Settings) -> Iterator[Problem]:
         inside = Path(path, "tokenizer.model")
         yield Problem(key, f"{path} is a folder; give the file{f' {inside}' if inside.is_file() else ''}")
     elif not Path(path).is_file():
-        yield Problem(key, f"{path}: no such file; {advice}")
+        yield Problem(key, f"{path}: no such file{pattern_hint(path) or f'; {advice}'}")
 
 
 def record_problems(settings: Settings, part: str) -> Iterator[Problem]:
@@ -151,7 +150,7 @@ def record_problems(settings: Settings, part: str) -> Iterator[Problem]:
     path = Path(loader.dataset_dir)
     if not loader.dataset_dir:
         yield Problem(key, f"missing; give the file of records (--{part}_dataset PATH)")
-    elif not _exists(path):
+    elif not exists(path):
         yield from _missing(key, loader.dataset_dir)
     elif path.is_dir():
         found = sorted(item for item in path.iterdir() if item.suffix in _RECORD_ENDINGS and item.is_file())
@@ -185,13 +184,5 @@ def _weights(settings: Settings) -> Iterator[Problem]:
 def _missing(key: str, path: str) -> Iterator[Problem]:
     # OUTPUT_DIR/checkpoint/best means the checkpoint that best.json beside it names.
     best = Path(path).name == "best" and Path(path).with_name("best.json").is_file()
-    if not best and not _exists(Path(path)):
-        yield Problem(key, f"{path}: no such file or folder (from {os.getcwd()})")
-
-
-def _exists(path: Path) -> bool:
-    """Whether a path exists; one that the system cannot look up, for example a name that is too long, does not."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
+    if not best and not exists(path):
+        yield Problem(key, f"{path}: no such file or folder (from {os.getcwd()}){pattern_hint(path)}")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm_ms.settings.checks import check, placed, settle
 from glm_ms.settings.data_checks import length_problems, loader_problems, record_problems, vocab_file_problems
-from glm_ms.settings.document import Entry, parse, read_document
 from glm_ms.settings.errors import Problem, SettingsError, independent
-from glm_ms.settings.legacy.translate import is_legacy, translate
-from glm_ms.settings.schema import BATCH_SIZE_KEYS, FLAGS, Settings
+from glm_ms.settings.legacy.translate import adopt, is_legacy, translate
+from glm_ms.settings.schema import BATCH_SIZE_KEYS, FLAGS, Settings, leaf_keys
 from glm_ms.settings.values import Converter
 from glm_ms.storage.suggest import did_you_mean
+from glm_ms.storage.yaml_tree import Entry, parse_yaml, read_yaml
 
 _OVERRIDE = re.compile(r"\s*([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\s*=(.*)", re.DOTALL)
 
@@ -72,16 +72,15 @@ def load_data_settings(
 
 def _converted(path: str | Path, overrides: Sequence[str], flags: Mapping[str, Any]) -> tuple[Settings, list[Problem]]:
     """Settings before the checks, and the problems of single keys."""
-    document, notes = read_document(path), list[str]()
-    legacy = is_legacy(document)
+    document = read_yaml(path, SettingsError)
+    in_our_names = translate if is_legacy(document) else adopt
     given, problems = _command_line(flags, overrides, document)
     problems += _apply(document, given)
-    if legacy:
-        document, notes, untranslated = translate(document, str(path), {entry.where for entry in given.values()})
-        problems += untranslated
+    document, notes, untranslated = in_our_names(document, str(path), {entry.where for entry in given.values()})
+    problems += untranslated
     converter = Converter()
-    settings = converter.section(Settings, document)
-    settings.source, settings.origins, settings.notes = str(path), converter.origins, notes
+    settings = converter.settings(document, str(path))
+    settings.notes = notes
     return settings, problems + converter.problems
 
 
@@ -98,14 +97,13 @@ def _command_line(
         elif value is not None and (key := FLAGS[name].key):
             given[key], by_flag[key] = _flag_entry(name, value), name
     for text in overrides:
-        match = _OVERRIDE.fullmatch(text)
-        if not match:
+        found = _override(text)
+        if found is None:
             messages.append(f"{text!r}: expected key.sub=value")
-            continue
-        key, value = match.groups()
-        if key in by_flag:
-            messages.append(f"{key} is given twice, by --{by_flag[key]} and by {text}; remove one")
-        given[key] = _typed(value, f"command line ({key}={_short(value)})")
+        for key, entry in (found or {}).items():
+            if key in by_flag:
+                messages.append(f"{key} is given twice, by --{by_flag[key]} and by {text}; remove one")
+            given[key] = entry
     mode = given.get("run_mode") or document.value.get("run_mode") or Entry(Settings.run_mode, "")
     batch_key = BATCH_SIZE_KEYS.get(mode.value) if isinstance(mode.value, str) else None
     if flags.get("batch_size") is not None and batch_key:  # a wrong run_mode has its own problem
@@ -113,6 +111,33 @@ def _command_line(
             messages.append(f"{batch_key} is given twice, by --batch_size and by an override; remove one")
         given[batch_key] = _flag_entry("batch_size", flags["batch_size"])
     return given, [Problem("", message, where="command line") for message in messages]
+
+
+def repeated(overrides: Iterable[str]) -> list[str]:
+    """Messages about keys that several `key.sub=value` texts of a command line set."""
+    messages, first = list[str](), dict[str, str]()
+    for text in overrides:
+        for key in _override(text) or ():
+            if key in first:
+                messages.append(f"{key} is given twice, by {_short(first[key])} and by {_short(text)}; remove one")
+            first.setdefault(key, text)
+    return messages
+
+
+def _override(text: str) -> dict[str, Entry] | None:
+    """The keys that `key.sub=value` sets, several for `key={a: 1, b: 2}`; None for another form."""
+    match = _OVERRIDE.fullmatch(text)
+    if not match:
+        return None
+    key, value = match.groups()
+    return _leaves(key, _typed(value, f"command line ({key}={_short(value)})"))
+
+
+def _leaves(key: str, entry: Entry) -> dict[str, Entry]:
+    if not entry.is_section or not entry.value or key in leaf_keys():
+        return {key: entry}
+    inner = [_leaves(f"{key}.{name}", item) for name, item in entry.value.items()]
+    return {name: item for leaves in inner for name, item in leaves.items()}
 
 
 def _flag_entry(name: str, value: Any) -> Entry:
@@ -123,7 +148,7 @@ def _flag_entry(name: str, value: Any) -> Entry:
 def _typed(text: str, where: str) -> Entry:
     """An entry of what was typed. Text that is not valid YAML may still be right for a key whose value is text."""
     try:
-        return Entry(parse(text, where, lines=False).value, where, where, text)
+        return Entry(parse_yaml(text, where, SettingsError).value, where, where, text)
     except SettingsError:
         return Entry(text, where, where, text)
 
@@ -147,16 +172,7 @@ def _apply(document: Entry, given: Mapping[str, Entry]) -> list[Problem]:
             section.value[name] = dataclasses.replace(inner or entry, value=values, text=None)
             section = section.value[name]
         else:
-            _set(section, names[-1], entry)
+            known = section.value.get(names[-1])
+            if entry.value != {} or known is None or not known.is_section:  # `section={}` changes nothing
+                section.value[names[-1]] = entry
     return problems
-
-
-def _set(section: Entry, name: str, entry: Entry) -> None:
-    """Sets a value; a section given as `{a: 1}` changes only the keys in it."""
-    old = section.value.get(name)
-    if old is not None and old.is_section and entry.is_section:
-        merged = section.value[name] = dataclasses.replace(old, value=dict(old.value))
-        for inner_name, inner in entry.value.items():
-            _set(merged, inner_name, inner)
-    else:
-        section.value[name] = entry

@@ -8,11 +8,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from glm_ms.launch.rank_job import JOB_VARIABLES
 from glm_ms.settings.checks import Rule, placed, violated
 from glm_ms.settings.errors import Problem
 from glm_ms.settings.schema import Settings, is_sharded, parallel_of
 
 _CARD = re.compile(r"davinci(\d+)")
+# What msrun sets for each rank.
+_MSRUN = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM")
+_COUNTS = ("MS_WORKER_NUM", "RANK_SIZE")
+# Variables that are converted to a number somewhere, whether the run is parallel or not.
+_NUMBERS = (*_COUNTS, "RANK_ID", "DEVICE_ID", "DEVICE_NUM", "MS_NODE_ID", "MS_SCHED_PORT")
 # On a CPU, float16 matrix products convert the weights at every call (7 times slower); bfloat16 has none.
 _SLOW_ON_CPU = ("float16", "bfloat16")
 _COMPUTE, _STORED = "model.model_config.compute_dtype", "model.model_config.param_init_type"
@@ -81,18 +87,55 @@ def _workers(environment: Mapping[str, str]) -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def _left_over(environment: Mapping[str, str]) -> str:
+    """The variables of a job with their values, and how to remove them."""
+    found = [name for name in JOB_VARIABLES if name in environment]
+    values = ", ".join(f"{name}={environment[name]}" for name in found)
+    return f"{values} in the environment. If they are left over from another job: unset {' '.join(found)}"
+
+
+def _wrong_variables(environment: Mapping[str, str]) -> Iterator[Problem]:
+    """Variables that MindSpore or MindFormers would fail on, or that contradict each other."""
+    for name in _NUMBERS:
+        text = environment.get(name, "0")
+        if not (text.isascii() and text.isdecimal()):
+            what = "empty" if not text else "not a whole number"
+            yield Problem("", f"{name}={text}: {what}; remove it: unset {name}", where="environment")
+    workers, names = _workers(environment), [name for name in _COUNTS if environment.get(name)]
+    if len({environment[name] for name in names}) > 1:
+        yield Problem("", f"the numbers of processes differ: {_left_over(environment)}", where="environment")
+    elif workers and environment.get("RANK_ID", "0").isdecimal() and int(environment.get("RANK_ID", "0")) >= workers:
+        message = f"RANK_ID={environment['RANK_ID']}, but {names[0]}={workers}: {_left_over(environment)}"
+        yield Problem("", message, where="environment")
+
+
 def _processes(settings: Settings, environment: Mapping[str, str]) -> Iterator[Problem]:
+    wrong = list(_wrong_variables(environment))
+    yield from wrong
     workers, parallel = _workers(environment), parallel_of(settings)
+    start = "msrun --worker_num N --local_worker_num N run_glm.py ..., or add --use_parallel False"
+    if wrong:
+        return
     if settings.use_parallel and not workers:
-        start = "msrun --worker_num N --local_worker_num N run_glm.py ..., or add --use_parallel False"
-        message = f"True, but the program was started as a single process; start it with {start}"
-        yield Problem("use_parallel", message)
+        yield Problem("use_parallel", f"True, but the program was started as a single process; start it with {start}")
+    elif settings.use_parallel and not _is_rank(settings, environment):
+        tables = ", and a CPU uses no rank table" if environment.get("RANK_TABLE_FILE") else ""
+        message = f"True, but this process is not a rank of msrun, which sets {', '.join(_MSRUN)}{tables}"
+        yield Problem("use_parallel", f"{message}. Start it with {start}. Set are {_left_over(environment)}")
     elif not settings.use_parallel and workers > 1:
-        message = f"False, but {workers} processes were started, which would write the same files"
-        yield Problem("use_parallel", f"{message}. Add --use_parallel True, or start with python")
+        message = f"False, but {workers} processes were started, which would write the same files, according to"
+        yield Problem("use_parallel", f"{message} {_left_over(environment)}. Otherwise add --use_parallel True")
     elif is_sharded(settings) and workers != parallel.cards:
         product = (
             f"{parallel.data_parallel} x {parallel.model_parallel} x {parallel.pipeline_stages} = {parallel.cards}"
         )
         message = f"data_parallel x model_parallel x pipeline_stage = {product}, but {workers} processes were started"
         yield Problem("parallel_config.data_parallel", f"{message}; change one of them")
+
+
+def _is_rank(settings: Settings, environment: Mapping[str, str]) -> bool:
+    """Whether this process can connect to others: started by msrun, from a rank table, or pretended."""
+    if environment.get("MS_SIMULATION_LEVEL") or all(environment.get(name) for name in _MSRUN):
+        return True
+    table = all(environment.get(name) for name in ("RANK_ID", "RANK_SIZE", "RANK_TABLE_FILE"))
+    return table and settings.context.device_target == "Ascend"

@@ -25,6 +25,7 @@ from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
 
 AUTO = "auto"
 TRAINING_MODES = ("train", "finetune")
+EVAL_STEPS = 100  # updates between evaluations, if the configuration does not say it
 # The vocabulary is padded to a multiple of this, which splits evenly over cards and suits matrix units.
 VOCAB_MULTIPLE = 64
 # Run mode -> the key that --batch_size sets.
@@ -49,8 +50,9 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
 
     Rules: `at_least`, `above`, `at_most`, `below` bound numbers; `pattern` (with `example`) is the regular expression
     of a text; `choices` are the allowed texts, or a function that returns them; `length` fixes a list's length;
-    `or_one` allows a single value in place of a list; `used_with` = (key of the same section, values, or a function of
-    the key's name that returns them): with other values of that key, this one has no effect.
+    `or_one` allows a single value in place of a list; `path` says what may be the value of a key that names a file or
+    folder; `used_with` = (key of the same section, values, or a function of the key's name that returns them): with
+    other values of that key, this one has no effect.
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, (list, type)):
@@ -184,7 +186,7 @@ class ModelSettings:
 @dataclass
 class TokenizerSettings:
     type: str = key("ChatGLM3Tokenizer", "tokenizer class", choices=tokenizer_names)
-    vocab_file: str = key("", "path of tokenizer.model")
+    vocab_file: str = key("", "path of tokenizer.model", path="a path")
 
 
 @dataclass
@@ -246,7 +248,7 @@ class DataLoaderSettings:
         "conversations with tools and loss flags, one JSON object per line (ToolAlpaca)",
         choices=FORMATS,
     )
-    dataset_dir: str = key("", "the .json / .jsonl file, or its folder")
+    dataset_dir: str = key("", "the .json / .jsonl file, or its folder", path="a path")
     shuffle: bool = key(True, "a new order in every epoch, drawn from `seed`")
     origin_columns: list[str] = key(["content", "summary"], "columns of prompt and answer", length=2)
 
@@ -272,7 +274,9 @@ class _DatasetSettings:
 class TrainDatasetSettings(_DatasetSettings):
     num_parallel_workers: int = key(2, "workers that prepare rows; at most one per core", at_least=1)
     drop_remainder: bool = key(True, "drop the last batch of an epoch if it is not full")
-    cache_dir: Optional[str] = key(None, "folder of prepared rows, kept by content; null: prepare on demand")
+    cache_dir: Optional[str] = key(
+        None, "folder of prepared rows, kept by content; null: prepare on demand", path="a folder, or null for no cache"
+    )
 
 
 @dataclass
@@ -322,11 +326,15 @@ class Settings:
 
     seed: int = key(0, "start of every random sequence", at_least=0, at_most=2**32 - 1)
     run_mode: Literal["train", "finetune", "eval", "predict"] = key("finetune", "what to do")
-    output_dir: str = key("./output", "folder for checkpoints, logs and predictions")
-    load_checkpoint: str = key("", "initial weights: folder, .safetensors, .ckpt, or output folder of a run")
-    load_adapter: str = key("", "adapter for load_checkpoint: folder, file, or output folder of its run")
+    output_dir: str = key("./output", "folder for checkpoints, logs and predictions", path="a folder")
+    load_checkpoint: str = key(
+        "", "initial weights: folder, .safetensors, .ckpt, or output folder of a run", path="a path"
+    )
+    load_adapter: str = key("", "adapter for load_checkpoint: folder, file, or output folder of its run", path="a path")
     resume_training: Union[bool, str] = key(
-        False, "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint"
+        False,
+        "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint",
+        path="True, False or a checkpoint",
     )
     use_parallel: bool = key(False, "several cards or processes, started by msrun")
     context: ContextSettings = key(ContextSettings, "device and execution mode of MindSpore")
@@ -349,7 +357,9 @@ class Settings:
     )
     metric: MetricSettings = key(MetricSettings, "metrics of evaluations")
     do_eval: bool = key(False, "evaluate on eval_dataset during training and at its end")
-    eval_step_interval: int = key(-1, "updates between evaluations (do_eval); -1: none", at_least=-1)
+    eval_step_interval: int = key(
+        -1, f"updates between evaluations (do_eval); -1: none; without any interval: {EVAL_STEPS}", at_least=-1
+    )
     eval_epoch_interval: int = key(1, "epochs between evaluations (do_eval); -1: none", at_least=-1)
     generation: GenerationSettings = key(GenerationSettings, "text generation in eval and predict")
     predict_data: str = key("", "a prompt, a .txt / .jsonl file of prompts, or - for standard input")

@@ -9,11 +9,12 @@ import re
 from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from glm_ms.settings.document import Entry
 from glm_ms.settings.errors import Problem, SettingsError, described, joined
-from glm_ms.settings.schema import Settings, allowed, keys_of, leaf_keys
+from glm_ms.settings.schema import EVAL_STEPS, Settings, allowed, keys_of, leaf_keys, used_with
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import exponent_number
 from glm_ms.storage.suggest import did_you_mean, nearest
+from glm_ms.storage.yaml_tree import Entry
 
 _EXPECTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 # Text that a type other than text would accept without its quotes.
@@ -36,6 +37,14 @@ class Converter:
         self.problems: list[Problem] = []  # all that were found
         self.origins: dict[str, str] = {}  # dotted key -> where its value was written
 
+    def settings(self, document: Entry, source: str) -> Settings:
+        """The whole document; `source` is its file. Keys whose default depends on others have their values."""
+        settings = self.section(Settings, document)
+        settings.source, settings.origins = source, self.origins
+        if settings.do_eval and not {"eval_step_interval", "eval_epoch_interval"} & self.origins.keys():
+            settings.eval_step_interval = EVAL_STEPS
+        return settings
+
     def section(self, kind: type, entry: Entry, path: str = "") -> Any:
         """Builds dataclass `kind` from a mapping or null; `path` is the dotted name of the section."""
         fields = {item.name: item for item in keys_of(kind)}
@@ -44,7 +53,8 @@ class Converter:
                 message = f"expected a section with {', '.join(list(fields)[:4])} ..., found {described(entry.value)}"
                 self.problems.append(Problem(path, message, where=entry.where))
             return kind()
-        values, hints = {}, get_type_hints(kind)
+        values, hints = dict[str, Any](), get_type_hints(kind)
+        problems: dict[str, Problem] = {}
         for name, item in entry.value.items():
             dotted = joined(path, name)
             if name not in fields:
@@ -56,8 +66,27 @@ class Converter:
                 try:
                     values[name] = _convert(hints[name], item, fields[name])
                 except SettingsError as error:
-                    self.problems.append(Problem(dotted, str(error), where=item.where))
-        return kind(**values)
+                    problems[name] = Problem(dotted, str(error), where=item.where)
+        result = kind(**values)
+        for name, problem in problems.items():
+            if not (is_neutral(entry.value[name].value) and _is_unused(fields[name], result)):
+                self.problems.append(problem)
+        return result
+
+
+def is_neutral(value: Any) -> bool:
+    """Whether a value means "none" in the files of the field: null, False, 0, "", "None"."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "none", "null")
+    return value is None or (isinstance(value, (bool, int, float)) and not value)
+
+
+def _is_unused(field: dataclasses.Field, section: Any) -> bool:
+    """Whether another key of the section decides that this one has no effect."""
+    if "used_with" not in field.metadata:
+        return False
+    other, allowed_values = used_with(field)
+    return hasattr(section, other) and getattr(section, other) not in allowed_values
 
 
 def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[str]) -> Problem:
@@ -76,8 +105,16 @@ def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[st
 
 def _convert(hint: Any, entry: Entry, field: dataclasses.Field) -> Any:
     """The value of an entry as `hint` asks. Raises SettingsError, with a message that names no place."""
-    if hint is str and entry.value is None and entry.text is None and field.default == "":
-        return ""  # `load_checkpoint:`
+    if "path" in field.metadata:
+        value = entry.value if entry.text is None else entry.text
+        if field.default in ("", False) and is_neutral(value) and (value != "" or hint is str or entry.text is None):
+            return field.default
+        if isinstance(value, str):
+            problem = path_problem(value) if value.strip() else f"empty; give {field.metadata['path']}"
+            if problem:
+                raise SettingsError(problem)
+    elif hint is str and entry.value is None and entry.text is None and field.default == "":
+        return ""  # `predict_data:`
     origin = get_origin(hint)
     if origin is Literal:
         return _one_of(get_args(hint), entry)
@@ -91,9 +128,10 @@ def _convert(hint: Any, entry: Entry, field: dataclasses.Field) -> Any:
 
 
 def _any_of(hints: tuple[Any, ...], entry: Entry, field: dataclasses.Field) -> Any:
-    if type(None) in hints and entry.value in (None, "None"):
-        return None
     kinds = [hint for hint in hints if hint is not type(None)]
+    number = isinstance(entry.value, (int, float)) and not isinstance(entry.value, bool)
+    if type(None) in hints and is_neutral(entry.value) and not (number and {int, float} & set(kinds)):
+        return None
     for hint in kinds:
         try:
             return _convert(hint, entry, field)

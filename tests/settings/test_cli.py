@@ -122,6 +122,18 @@ def test_flags_that_may_stand_alone(config: Path) -> None:
         (["x.yaml"], ["did you mean --config x.yaml?"]),
         (["--config", "x", "-v"], ["'-v': unexpected"]),
         (["--config", "x", ""], ["'': unexpected"]),
+        (["--config", "x", "--config=y"], ["--config is given twice"]),
+        (["--config", "x", "--seed", "1", "--seed=1"], ["--seed is given twice; remove one"]),
+        (["--config", "x", "--use_parallel", "--use_parallel", "True"], ["--use_parallel is given twice"]),
+        (
+            ["--config", "x", "--train_dataset", "a", "--train_dataset_dir", "b"],
+            ["--train_dataset_dir is given twice, also as --train_dataset"],
+        ),
+        (["--config", "x", "optimizer.eps=1", "--optimizer.eps", "2"], ["optimizer.eps is given twice"]),
+        (
+            ["--config", "x", "optimizer.eps=1", "optimizer={weight_decay: 0, eps: 2}"],
+            ["optimizer.eps is given twice, by optimizer.eps=1 and by optimizer={weight_decay: 0, eps: 2}"],
+        ),
     ],
 )
 def test_wrong_command_lines(argv: list[str], parts: list[str]) -> None:

@@ -36,6 +36,19 @@ def test_of_several_overrides_the_last_counts(config: Path) -> None:
     assert load_settings(config, ["seed=1", "seed=2"]).seed == 2
 
 
+def test_a_flag_and_a_section_for_one_key(config: Path) -> None:
+    with pytest.raises(SettingsError, match=r"runner_config\.epochs is given twice, by --epochs and by"):
+        load_settings(config, ["runner_config={epochs: 3}"], {"epochs": "2"})
+    assert load_settings(config, ["runner_config={}"], {"epochs": "2"}).runner_config.epochs == 2
+
+
+def test_evaluation_without_intervals_is_every_100_updates(config: Path) -> None:
+    assert load_settings(config, ["do_eval=True"]).eval_step_interval == 100
+    for interval in ("eval_step_interval=7", "eval_epoch_interval=2"):
+        assert load_settings(config, ["do_eval=True", interval]).eval_step_interval in (7, -1)
+    assert load_settings(config).eval_step_interval == -1
+
+
 def test_flags_may_hold_plain_values(config: Path) -> None:
     settings = load_settings(config, flags={"epochs": 2, "use_parallel": False, "resume_training": True})
     assert settings.runner_config.epochs == 2
@@ -79,6 +92,25 @@ def test_one_name_stands_for_a_list_of_one(config: Path) -> None:
 def test_null_for_keys_that_may_be_empty(text: str, config: Path) -> None:
     _write(config, f"checkpoint: {{save_steps: {text}}}\n")
     assert load_settings(config).checkpoint.save_steps is None
+
+
+@pytest.mark.parametrize("text", ["null", "None", "none", "''", "False", "0"])
+def test_every_spelling_of_none(text: str, config: Path) -> None:
+    adapter = f"model:\n  pet_config: {{pet_type: {text}, pre_seq_len: {text}}}\n"
+    start = config.read_text(encoding="utf-8").replace("model:\n", adapter)
+    more = f"context: {{max_device_memory: {text}}}\nresume_training: {text}\nload_adapter: {text}\n"
+    config.write_text(start + more, encoding="utf-8")
+    settings = load_settings(config)
+    assert settings.model.pet_config == Settings().model.pet_config
+    assert settings.context.max_device_memory is None
+    assert settings.resume_training is False
+    assert settings.load_adapter == ""
+
+
+def test_a_typed_zero_is_a_path(config: Path) -> None:
+    Path("0").mkdir()
+    assert load_settings(config, flags={"load_checkpoint": "0"}).load_checkpoint == "0"
+    assert load_settings(config, flags={"load_checkpoint": ""}).load_checkpoint == ""
 
 
 def test_empty_section_and_empty_text(config: Path) -> None:

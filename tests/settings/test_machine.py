@@ -9,7 +9,8 @@ import pytest
 from glm_ms.settings import Settings, SettingsError, ascend_cards, load_settings, machine_problems
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MSRUN = {"MS_WORKER_NUM": "8"}
+MSRUN = {"MS_ROLE": "MS_WORKER", "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": "8118", "MS_WORKER_NUM": "8"}
+TABLE = {"RANK_TABLE_FILE": "hccl.json", "RANK_SIZE": "4", "RANK_ID": "0", "DEVICE_ID": "0"}
 ASCEND = "context.device_target=Ascend"
 
 
@@ -92,23 +93,50 @@ def test_sharding_needs_as_many_processes(config: Path, cards: Path) -> None:
     ways = ["parallel_config.data_parallel=2", "parallel_config.model_parallel=2"]
     settings = load_settings(config, [*SHARDED, *ways, ASCEND])
     with pytest.raises(SettingsError, match=r"2 x 2 x 1 = 4, but 8 processes were started"):
-        check_machine(settings, cards, {"MS_WORKER_NUM": "8"})
-    check_machine(settings, cards, {"MS_WORKER_NUM": "4"})
+        check_machine(settings, cards, MSRUN)
+    check_machine(settings, cards, {**MSRUN, "MS_WORKER_NUM": "4"})
+    check_machine(settings, cards, TABLE)
+    check_machine(settings, cards, {"MS_SIMULATION_LEVEL": "1", "RANK_SIZE": "4", "RANK_ID": "2"})
 
 
 def test_parallel_needs_processes(config: Path, no_cards: Path) -> None:
     settings = load_settings(config, ["use_parallel=True"])
     with pytest.raises(SettingsError, match=r"use_parallel: True.*msrun --worker_num"):
         check_machine(settings, no_cards, {})
-    check_machine(settings, no_cards, {"MS_WORKER_NUM": "2"})
-    check_machine(settings, no_cards, {"RANK_SIZE": "2"})
+    check_machine(settings, no_cards, MSRUN)
+    for environment in ({"MS_WORKER_NUM": "2"}, {"RANK_SIZE": "2", "RANK_ID": "0"}, TABLE, {**MSRUN, "MS_ROLE": ""}):
+        with pytest.raises(SettingsError, match=r"use_parallel: True.*not a rank of msrun.* unset ") as caught:
+            check_machine(settings, no_cards, environment)
+        assert all(f"{name}={value}" in str(caught.value) for name, value in environment.items())
+        assert ("a CPU uses no rank table" in str(caught.value)) == (environment is TABLE)
 
 
 def test_processes_need_parallel(config: Path, no_cards: Path) -> None:
     settings = load_settings(config)
     with pytest.raises(SettingsError, match=r"8 processes were started.*--use_parallel True"):
         check_machine(settings, no_cards, MSRUN)
+    with pytest.raises(SettingsError, match=r"RANK_ID=1, RANK_SIZE=8 in the environment.*unset RANK_ID RANK_SIZE"):
+        check_machine(settings, no_cards, {"RANK_SIZE": "8", "RANK_ID": "1"})
     check_machine(settings, no_cards, {"MS_WORKER_NUM": "1"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "part"),
+    [
+        ({"DEVICE_ID": ""}, "DEVICE_ID=: empty; remove it: unset DEVICE_ID"),
+        ({"DEVICE_ID": "abc"}, "DEVICE_ID=abc: not a whole number"),
+        ({"RANK_SIZE": "eight"}, "RANK_SIZE=eight: not a whole number"),
+        ({"RANK_ID": "x"}, "RANK_ID=x: not a whole number"),
+        ({"MS_WORKER_NUM": "-1"}, "MS_WORKER_NUM=-1: not a whole number"),
+        ({"RANK_ID": "8", "RANK_SIZE": "8"}, "RANK_ID=8, but RANK_SIZE=8"),
+        ({**MSRUN, "RANK_SIZE": "4"}, "the numbers of processes differ: "),
+    ],
+)
+@pytest.mark.parametrize("parallel", ["True", "False"])
+def test_variables_that_nobody_could_use(environment: dict, part: str, parallel: str, config: Path, no_cards) -> None:
+    (problem,) = machine_problems(load_settings(config, [f"use_parallel={parallel}"]), no_cards, environment)
+    assert part in str(problem)
+    assert "unset" in str(problem)
 
 
 PREDICT = ["run_mode=predict", "predict_data=x"]

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm_ms.settings.document import Entry
 from glm_ms.settings.errors import Problem, described
 from glm_ms.settings.legacy.table import LEGACY_DEFAULTS, LEGACY_TOP_K, ZOO_NAMES
 from glm_ms.settings.schema import TRAINING_MODES, default_of, leaf_keys, used_with
+from glm_ms.settings.values import is_neutral
+from glm_ms.storage.yaml_tree import Entry
 
 _SECTIONS_WITH_TYPES = ("lr_schedule", "model.pet_config", "runner_wrapper.scale_sense")
 _SAMPLING = ("generation.temperature", "generation.top_k", "generation.top_p")
@@ -33,7 +34,8 @@ class Source:
     @property
     def value(self) -> Any:
         """The value, with MindFormers' text 'None' as null."""
-        return None if self.entry.value == "None" else self.entry.value
+        value = self.entry.value
+        return None if isinstance(value, str) and value and is_neutral(value) else value
 
     def with_value(self, value: Any) -> Source:
         return dataclasses.replace(self, entry=dataclasses.replace(self.entry, value=value, text=None))
@@ -46,6 +48,7 @@ class Draft:
     source: str  # path of the file
     typed: Collection[str]  # places of what comes from the command line
     found: dict[str, Source] = field(default_factory=dict)  # key of MindFormers, aliases resolved -> its source
+    foreign: list[Source] = field(default_factory=list)  # of one of our files: keys that only MindFormers has
     targets: defaultdict[str, list[Source]] = field(default_factory=lambda: defaultdict(list))  # our key -> candidates
     chosen: dict[str, Source] = field(default_factory=dict)  # our key -> the source that became it
     renamed: list[str] = field(default_factory=list)  # lines for the user about class names
@@ -118,7 +121,7 @@ def _betas(draft: Draft) -> None:
 def _loss_scale(draft: Draft) -> None:
     """`scale_sense` may be a number: a fixed scale, of which 1 changes nothing."""
     source = draft.take(f"{_SCALE}.loss_scale_value", _SCALE)
-    if source is None or source.value is None:
+    if source is None or is_neutral(source.value):
         return
     fixed = source.value != 1
     kind = source.with_value("FixedLossScaleUpdateCell" if fixed else None)
@@ -135,17 +138,17 @@ def _prefix(draft: Draft) -> None:
     """`pet_config` has the prefix; the keys of `model_config` that repeat it have an effect with it only."""
     outer, inner = "model.pet_config.pet_type", "model.model_config.pet_config.pet_type"
     kind = draft.given(outer if outer in draft.found else inner)
-    if draft.given("model.arch.type") == "ChatGLM2WithPtuning2" and kind is None:
+    if draft.given("model.arch.type") == "ChatGLM2WithPtuning2" and is_neutral(kind):
         message = "needs model.model_config.pet_config with pet_type: ptuning2"
         draft.refuse(draft.found["model.arch.type"], message)
     used = kind == "ptuning2"
     for name in ("pre_seq_len", "prefix_projection"):
-        if used and (name != "pre_seq_len" or draft.given("model.model_config.pre_seq_len") is not None):
+        if used and (name != "pre_seq_len" or not is_neutral(draft.given("model.model_config.pre_seq_len"))):
             continue
         source = draft.take(f"model.pet_config.{name}", f"model.model_config.{name}")
         if source is None:
             continue
-        if name == "pre_seq_len" and source.value is not None:
+        if name == "pre_seq_len" and not is_neutral(source.value):
             draft.refuse(source, "a prefix needs model.pet_config.pet_type=ptuning2; or set it to null")
         else:
             draft.without_effect(source, "model.pet_config has it" if used else "there is no prefix")
@@ -166,7 +169,7 @@ def _weights(draft: Draft) -> None:
     """Names of MindFormers' online zoo are not paths; with an empty `load_checkpoint` the model's key counts."""
     sources = sorted(draft.targets["load_checkpoint"], key=lambda source: source.rank)
     zoo = [one for one in sources if re.fullmatch(ZOO_NAMES, str(one.value)) and not Path(one.value).exists()]
-    paths = [one for one in sources if one not in zoo and (one.typed or one.value not in ("", None))]
+    paths = [one for one in sources if one not in zoo and (one.typed or not is_neutral(one.value))]
     draft.targets["load_checkpoint"] = paths
     if not zoo or paths:
         return
@@ -207,27 +210,33 @@ def _resume(draft: Draft) -> None:
 
 
 def _sampling(draft: Draft) -> None:
-    """`do_sample: True` beside `top_k: 1` is greedy decoding, and `top_k` without it has no effect."""
+    """`do_sample: True` beside `top_k: 1` is greedy decoding."""
     sampling, top_k = draft.chosen.get("generation.do_sample"), draft.chosen.get("generation.top_k")
-    said: Source | None = None
-    if sampling is not None and sampling.value is True:
-        if top_k is None:
-            draft.put("generation.top_k", LEGACY_TOP_K, sampling)
-            draft.remark(sampling, f" with MindFormers' default top_k: {LEGACY_TOP_K}")
-            return
-        if top_k.value == 1 and sampling.typed and not top_k.typed:
-            draft.remark(top_k, " keeps one token, so answers stay the same; give generation.top_k as well")
-        if top_k.value != 1 or sampling.typed:
-            return
-        draft.remark(top_k, f" keeps one token, so {sampling.name}: True is greedy decoding here")
-        draft.put("generation.do_sample", False, sampling)
-        said = top_k
+    if sampling is None or sampling.value is not True:
+        return
+    if top_k is None:
+        draft.put("generation.top_k", LEGACY_TOP_K, sampling)
+        draft.remark(sampling, f" with MindFormers' default top_k: {LEGACY_TOP_K}")
+        return
+    if top_k.value == 1 and sampling.typed and not top_k.typed:
+        draft.remark(top_k, " keeps one token, so answers stay the same; give generation.top_k as well")
+    if top_k.value != 1 or sampling.typed:
+        return
+    draft.remark(top_k, f" keeps one token, so {sampling.name}: True is greedy decoding here")
+    draft.put("generation.do_sample", False, sampling)
+    if top_k.name != "generation.top_k":
+        del draft.chosen["generation.top_k"]
+
+
+def _greedy(draft: Draft) -> None:
+    """Keys of sampling have no effect without it."""
+    if draft.value("generation.do_sample") is True:
+        return
     for key in _SAMPLING:
         source = draft.chosen.get(key)
         if source is not None and source.name != key:
             del draft.chosen[key]
-            if source is not said:
-                draft.without_effect(source, "decoding is greedy")
+            draft.without_effect(source, "decoding is greedy")
 
 
 def _lengths(draft: Draft) -> None:
@@ -247,17 +256,21 @@ def _lengths(draft: Draft) -> None:
 
 
 def _schedule(draft: Draft) -> None:
-    """Without `lr_schedule` the rate is constant; `warmup_ratio` takes the place of `warmup_steps`."""
+    """Without `lr_schedule` the rate is constant."""
     rate = draft.chosen.get("lr_schedule.learning_rate")
     if rate is not None and rate.name == "optimizer.learning_rate" and "lr_schedule.type" not in draft.chosen:
         draft.put("lr_schedule.type", "ConstantWarmUpLR", rate)
         draft.remark(rate, " without lr_schedule is a constant rate: lr_schedule.type is ConstantWarmUpLR here")
-    warmup = draft.chosen.get("lr_schedule.warmup_steps")
-    if draft.value("lr_schedule.warmup_ratio") is not None and warmup is not None and not warmup.typed:
-        draft.without_effect(draft.chosen.pop("lr_schedule.warmup_steps"), "warmup_ratio takes its place")
     steps = draft.chosen.get("lr_schedule.total_steps")
     if steps is not None and steps.value is None:
         draft.put("lr_schedule.total_steps", -1, steps)
+
+
+def _warmup(draft: Draft) -> None:
+    """`warmup_ratio` takes the place of `warmup_steps`."""
+    warmup = draft.chosen.get("lr_schedule.warmup_steps")
+    if draft.value("lr_schedule.warmup_ratio") is not None and warmup is not None and not warmup.typed:
+        draft.without_effect(draft.chosen.pop("lr_schedule.warmup_steps"), "warmup_ratio takes its place")
 
 
 def _other_types(draft: Draft) -> None:
@@ -287,4 +300,7 @@ def _defaults(draft: Draft) -> None:
 
 # In this order, before and after one source is chosen for each of our keys.
 BEFORE_CHOICE = (_betas, _loss_scale, _prefix, _tokenizer, _weights, _data_parallel)
-AFTER_CHOICE = (_resume, _sampling, _lengths, _schedule, _other_types, _defaults)
+AFTER_CHOICE = (_resume, _sampling, _greedy, _lengths, _schedule, _warmup, _other_types, _defaults)
+# The same for single keys of MindFormers in our files, whose other keys have our meaning.
+BEFORE_CHOICE_OF_KEYS = (_betas, _loss_scale, _prefix, _weights)
+AFTER_CHOICE_OF_KEYS = (_greedy, _lengths, _schedule)

@@ -10,15 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 
-from glm_ms.settings.document import Entry
 from glm_ms.settings.errors import Problem, SettingsError, described, joined
 from glm_ms.settings.legacy import table
-from glm_ms.settings.legacy.rules import AFTER_CHOICE, BEFORE_CHOICE, Draft, Source, same, shown
+from glm_ms.settings.legacy.rules import (
+    AFTER_CHOICE,
+    AFTER_CHOICE_OF_KEYS,
+    BEFORE_CHOICE,
+    BEFORE_CHOICE_OF_KEYS,
+    Draft,
+    Source,
+    same,
+    shown,
+)
 from glm_ms.settings.schema import leaf_keys
-from glm_ms.settings.values import unknown_key
+from glm_ms.settings.values import is_neutral, unknown_key
 from glm_ms.storage.suggest import did_you_mean
+from glm_ms.storage.yaml_tree import Entry
 
 _OUR_CLASSES = frozenset({"GLMConfig", "GLMForCausalLM", "GLMTrainOneStep", "GLMAdamW"})
 _TYPE_KEYS = (
@@ -55,16 +64,75 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Ent
     _refuse_whole_files(document)
     draft = Draft(source, typed)
     _read(Source("", _with_callbacks(document), False), draft)
-    for combine in BEFORE_CHOICE:
+    _choose(draft, BEFORE_CHOICE, AFTER_CHOICE)
+    return _nested(draft), _notes(draft, "a configuration of MindFormers; what its names mean here:"), draft.problems
+
+
+def adopt(document: Entry, source: str, typed: Collection[str]) -> tuple[Entry, list[str], list[Problem]]:
+    """As `translate`, for one of our files with single keys of MindFormers, whose meaning they keep.
+
+    Keys of both, and those that nobody knows, stay as they are.
+    """
+    draft = Draft(source, typed)
+    own = _without_foreign(Source("", document, False), draft)
+    if not draft.foreign and not draft.problems:
+        return document, [], []
+    for one in draft.foreign:
+        _apply(one, draft)
+    _choose(draft, BEFORE_CHOICE_OF_KEYS, AFTER_CHOICE_OF_KEYS)
+    for key, chosen in draft.chosen.items():
+        if chosen.entry is not _at(own, key):
+            _insert(own, key, chosen.entry)
+    return own, _notes(draft, "keys of MindFormers; what they mean here:"), draft.problems
+
+
+def _choose(draft: Draft, before: Iterable[Callable], after: Iterable[Callable]) -> None:
+    for combine in before:
         combine(draft)
     for key, sources in draft.targets.items():
         if sources:
             draft.chosen[key] = _best(sources, key, draft)
-    for combine in AFTER_CHOICE:
+    for combine in after:
         combine(draft)
-    notes = [f"{source}: a configuration of MindFormers; what its names mean here:"]
-    notes += draft.renamed + _moves(draft) + draft.remarks + _without_effect(draft)
-    return _nested(draft), notes, draft.problems
+
+
+def _notes(draft: Draft, what: str) -> list[str]:
+    return [f"{draft.source}: {what}", *draft.renamed, *_moves(draft), *draft.remarks, *_without_effect(draft)]
+
+
+def _without_foreign(section: Source, draft: Draft) -> Entry:
+    """A copy of a section without the keys that only MindFormers has; those are added to `draft.foreign`."""
+    sections, values = _sections(), dict[str, Entry]()
+    for name, entry in section.entry.value.items():
+        key = joined(section.key, name)
+        one = Source(key, entry, entry.where in draft.typed, key)
+        is_ours, is_empty = key in _own_keys(), entry.value == {} or is_neutral(entry.value)
+        if key in sections and entry.is_section and not is_empty and key not in table.LEGACY_SECTIONS:
+            inner = _without_foreign(one, draft)
+            if is_ours:
+                values[name] = inner
+        elif key in leaf_keys():
+            draft.found[key] = one
+            draft.targets[key].append(one)
+            values[name] = entry
+        elif key in table.LEGACY and not (is_ours and is_empty):
+            draft.foreign.append(one)
+        elif section.key not in _own_keys():
+            draft.problems.append(unknown_key(key, key, entry, sorted(sections[section.key])))
+        elif key not in sections or is_ours or key in table.LEGACY_SECTIONS:
+            values[name] = entry
+    return dataclasses.replace(section.entry, value=values)
+
+
+@functools.cache
+def _own_keys() -> set[str]:
+    """Our keys and sections; "" is the top level."""
+    keys = {""}
+    for key in leaf_keys():
+        while key:
+            keys.add(key)
+            key = key.rpartition(".")[0]
+    return keys
 
 
 def _at(document: Entry, dotted: str) -> Entry:
@@ -161,7 +229,11 @@ def _apply(source: Source, draft: Draft) -> None:
             source = source.with_value(rule.values[value])
         rank = 0 if rule.key == source.key else rule.rank
         draft.targets[rule.key].append(dataclasses.replace(source, rank=(rank, source.rank[1])))
-    elif isinstance(rule, table.Ignored) or any(same(value, source.value) for value in rule.unless):
+    elif (
+        isinstance(rule, table.Ignored)
+        or is_neutral(source.value)
+        or any(same(value, source.value) for value in rule.unless)
+    ):
         draft.without_effect(source, rule.reason)
     elif any(same(value, source.value) for value in rule.accepted):
         draft.remark(source, f": {rule.accepted[source.value]}")
@@ -225,9 +297,18 @@ def _without_effect(draft: Draft) -> list[str]:
 def _nested(draft: Draft) -> Entry:
     root = Entry({}, draft.source)
     for key, source in draft.chosen.items():
-        section = root
-        *path, last = key.split(".")
-        for name in path:
-            section = section.value.setdefault(name, Entry({}, source.entry.where, source.entry.where))
-        section.value[last] = source.entry
+        _insert(root, key, source.entry)
     return root
+
+
+def _insert(section: Entry, key: str, entry: Entry) -> None:
+    """Sets a dotted key, unless a value is in the place of one of its sections, which has its own problem."""
+    *path, last = key.split(".")
+    for name in path:
+        inner = section.value.get(name)
+        if inner is None or inner.value is None:
+            inner = section.value[name] = Entry({}, entry.where, entry.where)
+        if not inner.is_section:
+            return
+        section = inner
+    section.value[last] = entry

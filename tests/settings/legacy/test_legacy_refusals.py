@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 from legacy_yaml import legacy_yaml
 
-from glm_ms.settings import SettingsError, load_settings
-from glm_ms.settings.document import read_document
+from glm_ms.settings import Settings, SettingsError, load_settings
 from glm_ms.settings.legacy.table import LEGACY, LEGACY_DEFAULTS, Refused, Renamed
 from glm_ms.settings.legacy.translate import is_legacy
 from glm_ms.settings.schema import leaf_keys
+from glm_ms.storage.yaml_tree import read_yaml
+
+OTHERS = (
+    "use_past: True, checkpoint_name_or_path: data, batch_size: 2, top_p: 3, pre_seq_len: 'None', quantization_bit: ''"
+)
+DATA_KEYS = """tokenizer: {type: ChatGLM3Tokenizer, vocab_file: other}
+  input_columns: [input_ids, labels]
+  batch_size: 3"""
 
 REFUSED = [
     (("quantization_bit: 0", "quantization_bit: 8"), ["quantization_bit: 8", "set it to 0"]),
@@ -89,20 +96,30 @@ def test_exports_are_refused(legacy_refused, load_legacy, changes: tuple, overri
     load_legacy(legacy_yaml(*changes), "run_mode=predict", "predict_data=x")
 
 
-def test_old_names_stay_unknown_in_our_files(config: Path) -> None:
-    ours = config.read_text(encoding="utf-8")
-    for text, part in (
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
         ("callbacks: [{type: MFLossMonitor}]", "callbacks: unknown key"),
         ("trainer: {type: CausalLanguageModelingTrainer}", "trainer: unknown key"),
         ("runner_wrapper: {type: MFTrainOneStepCell}", "allowed: GLMTrainOneStep"),
-        ("optimizer: {beta1: 0.9}", "optimizer.beta1: unknown key; did you mean betas"),
         ("lr_schedule: {type: cosine}", "lr_schedule.type"),
-        ("micro_batch_interleave_num: 1", "micro_batch_interleave_num: unknown key"),
-    ):
-        config.write_text(f"{ours}{text}\n", encoding="utf-8")
-        assert not is_legacy(read_document(config))
-        with pytest.raises(SettingsError, match=part):
-            load_settings(config)
+        ("micro_batch_interleave_num: 2", "micro_batch_interleave_num: 2: set it to 1"),
+        ("parallel_config: {expert_parallel: 8}", "parallel_config.expert_parallel: 8: .*no experts"),
+        ("optimizer: {beta3: 0.9}", "optimizer.beta3: unknown key"),
+        ("runner_wrapper: {scale_sens: 1}", "scale_sens: unknown key; did you mean scale_sense"),
+        ("eval_dataset: {tokenizer: {vocab: x}, data_loader: {dataset_dir: data/dev.json}}",
+         "eval_dataset.tokenizer.vocab: unknown key; did you mean vocab_file"),
+    ],
+)  # fmt: skip
+def test_what_our_files_do_not_take_from_others(text: str, part: str, config: Path) -> None:
+    ours = config.read_text(encoding="utf-8")
+    if text.startswith("eval_dataset"):
+        ours = ours[: ours.index("eval_dataset")]
+    config.write_text(f"{ours}{text}\n", encoding="utf-8")
+    assert not is_legacy(read_yaml(config))
+    with pytest.raises(SettingsError, match=part) as caught:
+        load_settings(config)
+    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize(
@@ -113,9 +130,9 @@ def test_old_names_stay_unknown_in_our_files(config: Path) -> None:
 def test_one_sign_is_enough(tmp_path: Path, text: str) -> None:
     path = tmp_path / "sign.yaml"
     path.write_text(f"{text}\nseed: 1\n", encoding="utf-8")
-    assert is_legacy(read_document(path))
+    assert is_legacy(read_yaml(path))
     path.write_text("seed: 1\nlr_schedule: {type: cosine}\n", encoding="utf-8")
-    assert not is_legacy(read_document(path))
+    assert not is_legacy(read_yaml(path))
 
 
 def test_other_networks_are_refused_in_one_line(legacy_refused) -> None:
@@ -141,3 +158,36 @@ def test_table_leads_to_keys_that_exist() -> None:
             assert rule.reason, name
         assert not isinstance(rule, Refused) or (rule.remedy and rule.unless), name
     assert set(LEGACY_DEFAULTS) <= known
+
+
+def test_keys_of_mindformers_in_our_files(config: Path) -> None:
+    text = config.read_text(encoding="utf-8").replace("seq_length: 192", f"seq_length: 192, {OTHERS}")
+    text = text.replace("num_parallel_workers: 1", f"num_parallel_workers: 1\n  {DATA_KEYS}")
+    text += "parallel_config: {expert_parallel: 1}\noptimizer: {beta1: 0.8, learning_rate: 1.e-3}\n"
+    text += "parallel: {strategy_ckpt_config: {save_file: a, only_trainable_params: False}}\n"
+    config.write_text(text, encoding="utf-8")
+    settings = load_settings(config, ["model.model_config.batch_size=4"])
+    assert settings.load_checkpoint == "data"
+    assert (settings.predict_batch_size, settings.runner_config.batch_size) == (4, 3)
+    assert settings.optimizer.betas == [0.8, 0.999]
+    assert (settings.lr_schedule.type, settings.lr_schedule.learning_rate) == ("ConstantWarmUpLR", 1e-3)
+    assert settings.generation == Settings().generation
+    assert settings.processor.tokenizer.vocab_file == "tokenizer.model"
+    assert settings.optimizer.eps == 1e-8  # our default, not MindFormers'
+    notes = "\n".join(settings.notes)
+    for part in (
+        "run.yaml: keys of MindFormers; what they mean here:", "run.yaml:13: train_dataset.batch_size is runner_config",
+        "train_dataset.tokenizer.vocab_file: other is overridden by processor.tokenizer.vocab_file: tokenizer.model",
+        "model.model_config.use_past (every generation has",
+        "model.model_config.top_p (decoding is greedy)", "train_dataset.input_columns (the way",
+        "parallel.strategy_ckpt_config (", "parallel_config.expert_parallel (the network has no experts)",
+    ):  # fmt: skip
+        assert part in notes
+    assert load_settings(config, ["runner_config.batch_size=5"]).runner_config.batch_size == 5
+
+
+def test_a_number_as_loss_scale_in_our_files(config: Path) -> None:
+    with config.open("a", encoding="utf-8") as file:
+        file.write("runner_wrapper: {scale_sense: 1024}\n")
+    scale = load_settings(config).runner_wrapper.scale_sense
+    assert (scale.type, scale.loss_scale_value) == ("FixedLossScaleUpdateCell", 1024)

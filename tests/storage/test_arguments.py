@@ -1,0 +1,38 @@
+"""Flags of the tools are given once."""
+
+from __future__ import annotations
+
+import pytest
+
+from glm_ms.storage.arguments import Parser
+
+
+@pytest.fixture
+def parser() -> Parser:
+    parser = Parser(prog="tool")
+    parser.add_argument("--output", "-o")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("files", nargs="*")
+    return parser
+
+
+def test_each_once(parser: Parser) -> None:
+    options = parser.parse_intermixed_args(["a", "--output", "x", "--overwrite", "b"])
+    assert (options.output, options.overwrite, options.files) == ("x", True, ["a", "b"])
+    assert parser.parse_args(["-o", "x", "--", "--output", "--output"]).files == ["--output", "--output"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "x", "--output=y"], "--output is given twice; remove one"),
+        (["--overwrite", "--overwrite"], "--overwrite is given twice"),
+        (["-o", "x", "--output", "x"], "--output is given twice, also as -o"),
+        (["--outp", "x"], "unrecognized arguments: --outp"),
+    ],
+)
+def test_twice(parser: Parser, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
