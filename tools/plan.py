@@ -189,7 +189,7 @@ def _is_so(values: dict, text: str) -> bool:
 
 
 def _memory(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*G(?:i?B)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*G(?:i?B)?", text, re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 32GB")
     return int(float(match.group(1)) * GIB)
