@@ -19,6 +19,8 @@ from glm_ms.storage.yaml_tree import Entry
 _EXPECTED = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 # Text that a type other than text would accept without its quotes.
 _UNQUOTED = {int: r"[-+]?\d+", float: r"[-+]?\d*\.?\d+", bool: r"(?i)true|false"}
+# Of whole numbers; no setting counts further, and sizes that are multiplied stay computable.
+_LARGEST = 10**15 - 1
 # Longer lists of names are not shown.
 _LISTED = 40
 # Rule of a key -> its words in an error, and the test.
@@ -195,6 +197,8 @@ def _scalar(kind: type, entry: Entry) -> Any:
         raise SettingsError(f"expected {_EXPECTED[kind]}, found {described(value)}{remedy}")
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingsError(f"expected a finite number, found {value}")
+    if type(value) is int and abs(value) > _LARGEST:
+        raise SettingsError(f"expected a number of at most {len(str(_LARGEST))} digits, found {described(value)}")
     return value
 
 
