@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,8 +68,14 @@ def tiny_arguments(job: str, vocabulary: Path, *arguments: object, generation: i
     }[job]
     return [
         "--config", str(CONFIGS / "tiny" / f"{job}_glm{generation}_tiny.yaml"),
-        f"processor.tokenizer.vocab_file={vocabulary}", *arguments_of_job, *map(str, arguments),
+        *last_of_each([f"processor.tokenizer.vocab_file={vocabulary}", *arguments_of_job, *map(str, arguments)]),
     ]  # fmt: skip
+
+
+def last_of_each(arguments: list[str]) -> list[str]:
+    """Arguments without those `key=value` that a later one replaces: a command line may not set a key twice."""
+    keys = [match and match[0] for match in (re.match(r"[a-z_][\w.]*=", argument) for argument in arguments)]
+    return [argument for i, argument in enumerate(arguments) if keys[i] is None or keys[i] not in keys[i + 1 :]]
 
 
 def run_here(arguments: list[str]) -> int:

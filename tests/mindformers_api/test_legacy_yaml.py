@@ -21,11 +21,11 @@ TWO_STEPS = ("train_dataset.num_samples=8", "runner_config.batch_size=4", "loggi
 def run(vocabulary: Path, tmp_path: Path):
     """run(text, job, *arguments): runs a configuration on the CPU; returns its output folder, named by the job."""
 
-    def run_file(text: str, job: str, *arguments: object) -> Path:
+    def run_file(text: str, job: str, *arguments: object, records: Path = TRAIN_RECORDS) -> Path:
         path, output = tmp_path / f"{job}.yaml", tmp_path / job
         path.write_text(text, encoding="utf-8")
         line = [
-            "--config", path, "--device_target", "CPU", "--output_dir", output, "--train_dataset_dir", TRAIN_RECORDS,
+            "--config", path, "--device_target", "CPU", "--output_dir", output, "--train_dataset_dir", records,
             "--eval_dataset_dir", DEV_RECORDS, f"processor.tokenizer.vocab_file={vocabulary}", *SIZE, *arguments,
         ]  # fmt: skip
         assert run_here([str(argument) for argument in line]) == 0
@@ -82,5 +82,5 @@ def test_ptuning2(run) -> None:
 def test_conversations_with_tools(run) -> None:
     records = CONFIGS / "tiny" / "sample" / "conversations_train.json"
     text = legacy_yaml(generation=3, tools=True)
-    output = run(text, "tools", "model.init=random", *TWO_STEPS, "--train_dataset_dir", records)
+    output = run(text, "tools", "model.init=random", *TWO_STEPS, records=records)
     assert len(read_jsonl(output / "metrics.jsonl")) == 2
