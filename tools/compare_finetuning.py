@@ -30,6 +30,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.data.datasets import epoch_order
+from glm_ms.data.encoder import Columns
 from glm_ms.data.records import read_prompt_and_answer
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
@@ -131,7 +132,8 @@ class Comparison:
         """Splits the records and sees to the vocabulary."""
         path = Path(self.options.records)
         found = (
-            read_prompt_and_answer(parse_value(raw, path), f"{path}:{raw.line}", COLUMNS) for raw in raw_values(path)
+            read_prompt_and_answer(parse_value(raw, path), f"{path}:{raw.line}", Columns(*COLUMNS))
+            for raw in raw_values(path)
         )
         records = [record for record in found if record is not None]
         held_out, half = self.options.held_out, len(records) // 2

@@ -31,11 +31,11 @@ from glm_ms.data.inspection import (
     write_length_plot,
 )
 from glm_ms.data.statistics import LengthStatistics, measure
-from glm_ms.families import build_encoder, family_of
+from glm_ms.families import build_encoder, build_tokenizer
 from glm_ms.program import command_name, program
 from glm_ms.settings import Settings, SettingsError, load_data_settings, parse_args
 from glm_ms.storage.arguments import Parser
-from glm_ms.storage.errors import DataError
+from glm_ms.storage.errors import DataError, capped
 from glm_ms.storage.json_lines import parse_value, raw_values
 from glm_ms.tokenizer import VocabularyError
 
@@ -103,7 +103,7 @@ def _show(settings: Settings, part: str, options: argparse.Namespace) -> None:
     section: Any = getattr(settings, f"{part}_dataset")
     path = Path(section.data_loader.dataset_dir)
     tokenizer = settings.processor.tokenizer
-    encoder = build_encoder(section, family_of(tokenizer.type).tokenizer(tokenizer.vocab_file))
+    encoder = build_encoder(section, build_tokenizer(tokenizer))
     workers = settings.train_dataset.num_parallel_workers
     statistics = measure(path, encoder, section.num_samples, workers, options.skip_bad)
     _list_bad(statistics)
@@ -111,6 +111,8 @@ def _show(settings: Settings, part: str, options: argparse.Namespace) -> None:
     print(f"{title}, {section.data_loader.type}, {tokenizer.type}")
     if statistics.skipped:
         print(f"{statistics.skipped:,} more are skipped, with an empty prompt or response")
+    if statistics.left_out:
+        print(f"not used: {capped(sorted(statistics.left_out))}")
     for lines in (
         summary_lines(statistics),
         histogram_lines(statistics),

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(REPOSITORY))
 
-from glm_ms.families import family_of  # noqa: E402
+from glm_ms.families import build_tokenizer  # noqa: E402
 from glm_ms.peft.adapter import AdapterError  # noqa: E402
 from glm_ms.plan import GIB, RunPlan, describe, nearest_fit, plan_run  # noqa: E402
 from glm_ms.program import program  # noqa: E402
@@ -89,7 +89,7 @@ def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tu
                 f"{chosen.vocab_file or 'processor.tokenizer.vocab_file'} does not exist; add "
                 "model.model_config.padded_vocab_size=65024"
             )
-        resolve_vocab_size(settings, family_of(chosen.type).tokenizer(chosen.vocab_file).vocab_size)
+        resolve_vocab_size(settings, build_tokenizer(chosen).vocab_size)
     return settings, cards
 
 

@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from glm_ms.data.encoder import Encoder
 
 # Raise it if the same records make other rows.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ABOUT = "cache.json"
 _ARRAYS: dict[str, np.dtype] = {"input_ids": np.dtype("<i4"), "labels": np.dtype("<i4"), "offsets": np.dtype("<i8")}
 _CHUNK = 4 << 20
 _WAITING = 1 << 16  # items that are written together; a checksum and a write for every row would be slower
 
 Say = Callable[[str], None]
+_Ids = tuple[array, array]  # ids and labels
 
 
 class _NoRows(Exception):  # noqa: N818 - an outcome, which `TrainDataset` reports
@@ -67,6 +68,7 @@ class CachedRows:
         try:
             self.skipped: int = about["skipped"]
             self.without_labels: int = about["without_labels"]
+            self.left_out: set[str] = set(about["left_out"])
             self._input_ids, self._labels, self._offsets = (
                 _mapped(folder / f"{name}.npy", about["files"][name], dtype, verify) for name, dtype in _ARRAYS.items()
             )
@@ -131,6 +133,7 @@ def cached_rows(
         "records": file_sha256(file.path),
         "vocabulary": hashlib.sha256(encoder.tokenizer.sp.serialized_model_proto()).hexdigest(),
         "tokenizer": type(encoder.tokenizer).__name__,
+        "template": encoder.tokenizer.template,
         "num_samples": num_samples,
         **encoder.identity(),
     }
@@ -178,24 +181,27 @@ def _found(folder: Path, say: Say | None = None) -> CachedRows | None:
         return None
 
 
-def _encoded(encoder: Encoder, path: Path, raw: RawValue) -> tuple[array, array] | None:
-    """Ids and labels of a value, unpadded; None for an empty record, no ids if there is no label."""
-    record = encoder.read_raw(raw, path)
+def _encoded(encoder: Encoder, path: Path, raw: RawValue) -> tuple[_Ids | None, set[str]]:
+    """Ids and labels of a value, unpadded (None for an empty record, no ids if there is no label); what is left out."""
+    left_out: set[str] = set()
+    record = encoder.read_raw(raw, path, left_out)
     if record is None:
-        return None
+        return None, left_out
     input_ids, labels = encoder.train_ids(record)
     if all(label == IGNORED for label in labels):
-        return array("i"), array("i")
-    return array("i", input_ids), array("i", labels)
+        return (array("i"), array("i")), left_out
+    return (array("i", input_ids), array("i", labels)), left_out
 
 
-def _write(partial: Path, rows: Iterable[tuple[array, array] | None], num_samples: int | None) -> dict[str, Any]:
+def _write(partial: Path, rows: Iterable[tuple[_Ids | None, set[str]]], num_samples: int | None) -> dict[str, Any]:
     """Writes the arrays of a cache, piece by piece; returns what `cache.json` says about them."""
     skipped = without_labels = num_rows = end = 0
+    left_out: set[str] = set()
     writers = {name: _NpyWriter(partial / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
     try:
         writers["offsets"].write([0])
-        for row in rows:
+        for row, names in rows:
+            left_out |= names
             if row is None:
                 skipped += 1
             elif not row[0]:
@@ -211,7 +217,7 @@ def _write(partial: Path, rows: Iterable[tuple[array, array] | None], num_sample
         files = {name: writer.close() for name, writer in writers.items()}
     if not num_rows:
         raise _NoRows
-    return {"skipped": skipped, "without_labels": without_labels, "files": files}
+    return {"skipped": skipped, "without_labels": without_labels, "left_out": sorted(left_out), "files": files}
 
 
 class _NpyWriter:

@@ -13,7 +13,7 @@ from glm_ms.data.cache import CachedRows, CacheRequest, cached_rows
 from glm_ms.data.encoder import Encoder, Messages
 from glm_ms.data.records import no_records
 from glm_ms.data.rows import Row
-from glm_ms.storage.errors import DataError
+from glm_ms.storage.errors import DataError, capped
 from glm_ms.storage.json_lines import JsonFile
 
 
@@ -24,8 +24,9 @@ class _RowsOnDemand:
         self._encoder = encoder
         self._file = JsonFile(path)
         self.skipped = self.without_labels = 0
+        self.left_out: set[str] = set()
         for raw in self._file.raw_values():
-            record = encoder.read_raw(raw, path)
+            record = encoder.read_raw(raw, path, self.left_out)
             if record is None:
                 self.skipped += 1
             elif not encoder.has_labels(record):
@@ -58,6 +59,7 @@ class TrainDataset:
         skipped: records skipped because prompt or answer is empty.
         without_labels: records skipped because cutting leaves no label: the mean loss of their batch could be
             undefined.
+        left_out: names of what records have without effect, see `DataFormat`.
 
     Raises:
         DataError: an error in the file or the settings, or no usable record.
@@ -80,6 +82,7 @@ class TrainDataset:
         # Without any row _RowsOnDemand counts the reasons for the error.
         self._rows = _RowsOnDemand(self.path, encoder, num_samples) if rows is None else rows
         self.skipped, self.without_labels = self._rows.skipped, self._rows.without_labels
+        self.left_out = self._rows.left_out
         if not len(self):
             raise DataError(self.describe()) if self.skipped or self.without_labels else no_records(self.path)
 
@@ -91,9 +94,9 @@ class TrainDataset:
         return self._encoder.row(*self._rows[_within(index, len(self))])
 
     def describe(self) -> str:
-        """One line: the file, its usable and its skipped records."""
+        """One line: the file, its usable and its skipped records, what is left out of them."""
         refused = [(self.without_labels, self._encoder.no_labels)]
-        line = _described(self.path, f"{len(self)} records used", self.skipped, refused)
+        line = _described(self.path, f"{len(self)} records used", self.skipped, refused, self.left_out)
         if isinstance(self._rows, CachedRows):
             line += f"; its rows are cached in {self._rows.folder}"
         return line
@@ -108,6 +111,7 @@ class EvalDataset:
         skipped: records skipped because prompt or answer is empty.
         blank: answers skipped because their reference is white space: there is nothing to compare with.
         too_long: answers skipped because their prompt is too long.
+        left_out: as in `TrainDataset`.
 
     Raises:
         DataError: an error in the file or the settings, or no usable record.
@@ -121,8 +125,9 @@ class EvalDataset:
         # Of every answer its record, and its number in the record.
         self._records, self._numbers = array("q"), array("q")
         self.skipped = self.blank = self.too_long = 0
+        self.left_out: set[str] = set()
         for raw in self._file.raw_values():
-            record = encoder.read_raw(raw, self.path)
+            record = encoder.read_raw(raw, self.path, self.left_out)
             if record is None:
                 self.skipped += 1
             elif self._add(record):
@@ -163,11 +168,12 @@ class EvalDataset:
         }
 
     def describe(self) -> str:
-        """One line: the file, its usable and its skipped records."""
+        """One line: the file, its usable and its skipped records, what is left out of them."""
         used = f"{len(self._file)} records used"
         if len(self) != len(self._file):
             used = f"{len(self)} answers of {used}"
-        return _described(self.path, used, self.skipped + self.blank, [(self.too_long, self._encoder.too_long)])
+        too_long = [(self.too_long, self._encoder.too_long)]
+        return _described(self.path, used, self.skipped + self.blank, too_long, self.left_out)
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
@@ -203,9 +209,9 @@ def _within(index: int, length: int) -> int:
     return index % length
 
 
-def _described(path: Path, used: str, empty: int, refused: list[tuple[int, str]]) -> str:
+def _described(path: Path, used: str, empty: int, refused: list[tuple[int, str]], left_out: set[str]) -> str:
     parts = [f"{path}: {used}"]
     if empty:
         parts.append(f"{empty} skipped with an empty prompt or response")
     parts += [f"{number} skipped {why}" for number, why in refused if number]
-    return ", ".join(parts)
+    return ", ".join(parts) + (f"; not used: {capped(sorted(left_out))}" if left_out else "")

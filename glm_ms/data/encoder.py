@@ -13,6 +13,7 @@ from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import RawValue, parse_value
 
 if TYPE_CHECKING:
+    from glm_ms.data.formats import DataFormat
     from glm_ms.tokenizer import SentencePieceTokenizer
 
 # `[gMASK] sop` and one token of text.
@@ -29,14 +30,49 @@ class Message(NamedTuple):
 
 
 Messages = tuple[Message, ...]
-# (JSON value, `file:line` for errors, origin_columns) -> messages; None for a record with an empty text.
-Reader = Callable[[Any, str, Sequence[str]], "Messages | None"]
+
+
+class Columns(NamedTuple):
+    """Names of the columns of a record of prompt and answer; None: there is no such column."""
+
+    prompt: str
+    response: str
+    history: str | None = None  # a list of [prompt, response], or of messages, before the prompt
+    input: str | None = None  # follows the prompt on a line of its own
+    system: str | None = None  # text of a system message
+    tools: str | None = None  # a list of tools
+
+    @classmethod
+    def of(cls, loader: Any) -> Columns:
+        """The columns that `origin_columns` and the keys `history_column` ... of a `data_loader` section name.
+
+        Raises:
+            DataError: `origin_columns` has not two or three names, or a name has two meanings.
+        """
+        names = loader.origin_columns
+        if isinstance(names, str) or len(names) not in (2, 3):
+            raise DataError(f"origin_columns = {names!r}: must name prompt and response, optionally history")
+        others = {kind: getattr(loader, f"{kind}_column") for kind in cls._fields[2:]}
+        if len(names) == 3:
+            if others["history"] not in (None, names[2]):
+                raise DataError(f"origin_columns names {names[2]!r} for the history, too; keep it, or history_column")
+            others["history"] = names[2]
+        columns = cls(*names[:2], **others)
+        given = [name for name in columns if name is not None]
+        twice = next((name for name in given if given.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"column {twice!r} is named twice; every column has one meaning")
+        return columns
+
+
+# (JSON value, `file:line` for errors, columns) -> messages; None for a record with an empty text.
+Reader = Callable[[Any, str, Columns], "Messages | None"]
 
 
 class Section(Protocol):
     """The keys of a `train_dataset` or `eval_dataset` section that decide about rows; see `glm_ms.settings.schema`.
 
-    `data_loader` has `type` and `origin_columns`.
+    `data_loader` has `type` and the keys of `Columns.of`.
     """
 
     data_loader: Any
@@ -68,7 +104,7 @@ class Encoder(ABC):
 
     Args:
         tokenizer: text to ids.
-        read: reader of the data format.
+        data_format: the reader of records.
         section: lengths and columns.
         max_prompt_length: most ids before an answer to generate, for formats without `max_source_length`.
 
@@ -90,7 +126,11 @@ class Encoder(ABC):
     too_long: ClassVar[str] = no_labels
 
     def __init__(
-        self, tokenizer: SentencePieceTokenizer, read: Reader, section: Section, max_prompt_length: int | None = None
+        self,
+        tokenizer: SentencePieceTokenizer,
+        data_format: DataFormat,
+        section: Section,
+        max_prompt_length: int | None = None,
     ) -> None:
         name = type(tokenizer).__name__
         if self.needs_roles and not tokenizer.roles:
@@ -99,7 +139,7 @@ class Encoder(ABC):
             raise DataError(f"ignore_pad_token_for_loss = false is not possible with {name}; set it to true")
         self.tokenizer = tokenizer
         self.data_loader: str = section.data_loader.type
-        self._read, self._columns = read, tuple(section.data_loader.origin_columns)
+        self._format, self._columns = data_format, Columns.of(section.data_loader)
         self._ignore_pad = section.ignore_pad_token_for_loss
         if self.uses_max_seq_length:
             if section.max_seq_length is None:
@@ -119,11 +159,14 @@ class Encoder(ABC):
         Raises:
             DataError: not a record of this format.
         """
-        return self._read(value, place, self._columns)
+        return self._format.read(value, place, self._columns)
 
-    def read_raw(self, raw: RawValue, path: Path) -> Messages | None:
-        """`read` of a value of a file."""
-        return self.read(parse_value(raw, path), f"{path}:{raw.line}")
+    def read_raw(self, raw: RawValue, path: Path, left_out: set[str]) -> Messages | None:
+        """`read` of a value of a file; adds to `left_out` what the record has beyond that, see `DataFormat`."""
+        value = parse_value(raw, path)
+        record = self.read(value, f"{path}:{raw.line}")
+        left_out.update(self._format.left_out(value, self._columns))
+        return record
 
     def row(self, input_ids: Sequence[int], labels: Sequence[int]) -> Row:
         """The padded row of `train_ids`: int32 [seq_length] each."""
@@ -158,7 +201,7 @@ class Encoder(ABC):
         """Plain values of all settings that decide about the result of `read` and `train_ids`. It names caches."""
         return {
             "data_loader": self.data_loader,
-            "origin_columns": list(self._columns),
+            "columns": list(self._columns),
             "max_source_length": self._max_source_length,
             "max_target_length": self._max_target_length,
             "ignore_pad_token_for_loss": self._ignore_pad,

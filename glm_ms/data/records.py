@@ -11,72 +11,182 @@ messages with the role `tool` (a call and its result), and messages that take no
       {"role": "assistant", "content": "...", "loss": false},
       {"role": "tool", "name": "...", "parameters": {...}, "observation": ...}, ...]}
 
-Every reader takes a JSON value, its place (`file:line`, the beginning of errors) and `origin_columns`.
+Every reader takes a JSON value, its place (`file:line`, the beginning of errors) and `Columns`. What would change the
+meaning of a record is read or refused; `other_columns` and `other_keys` name what else it has.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_ms.data.encoder import Message, Messages
+from glm_ms.data.encoder import Columns, Message, Messages
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.suggest import did_you_mean, misspelled
-from glm_ms.tokenizer.chatglm3 import ROLES, ToolCallError, parse_tool_call
+from glm_ms.tokenizer.chatglm3 import ROLES, ToolCallError, checked_tools, parse_tool_call, tools_json
 
 _CONVERSATIONS, _TOOLS = "conversations", "tools"
 _MESSAGE_KEYS = ("role", "content", "loss", "name", "parameters", "observation", "metadata")
 _TOOL_KEYS = ("name", "parameters", "observation")
 _WITHOUT_LOSS = ("system", "user")
+# Columns that change what an answer depends on -> how a record of prompt and answer uses them.
+_CONTEXT = {
+    "history": "name it as the third of origin_columns, or history_column: history",
+    "system": "set system_column: system",
+    "tools": "set tools_column: tools",
+    "instruction": "set origin_columns: [instruction, ...], and input_column for what follows the instruction",
+    "input": "set input_column: input, which follows the prompt on a new line",
+}
+# Keys of a prompt to answer: one of the first, and any of the others, in the order of `Columns`.
+PROMPT_KEYS = ("prompt", "content", "query", "text", "instruction")
+_PROMPT_CONTEXT = ("history", "input", "system", "tools")
+PROMPT_FORMS = f"expected a text that is not empty, or an object with one as {', '.join(PROMPT_KEYS)}"
+# Of a message; tools belong to the record, calls to messages of the role `tool`.
+_CALLS = ("tools", "tool_calls", "function_call")
 # These words are part of what the released model was trained on.
 _TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:\n"
 
 
-def read_prompt_and_answer(value: Any, place: str, columns: Sequence[str]) -> Messages | None:
+def read_prompt_and_answer(value: Any, place: str, columns: Columns) -> Messages | None:
     """Reader of ADGenDataLoader: messages of user and assistant in turn, the answers with loss.
 
-    Args:
-        columns: names of the prompt and the answer column, and optionally of a history column, whose value is a list
-            of [prompt, answer] pairs.
+    Tools and a system message, if there are any, come first. A record may lack the columns of them, of the history and
+    of the input.
 
     Returns:
         The messages; None if prompt or answer is empty or null, which the reference skips too.
 
     Raises:
-        DataError: the value is not an object, a column is missing or not a string, or `columns` has another length.
+        DataError: the value is not an object, the column of prompt or answer is missing, a column has another type, or
+            a column of `_CONTEXT` is not empty and not named.
     """
-    if isinstance(columns, str) or len(columns) not in (2, 3):
-        raise DataError(f"columns = {columns!r}: must name prompt and response, optionally history")
     if not isinstance(value, dict):
-        example = ", ".join(f"{json.dumps(name)}: ..." for name in columns)
+        example = ", ".join(f"{json.dumps(name)}: ..." for name in columns[:2])
         raise DataError(f"{place}: a record must be a JSON object such as {{{example}}}, found {type(value).__name__}")
     for name in columns:
-        if name not in value:
+        if name is None or name in value:
+            continue
+        others = [key for key in value if key not in columns]
+        if name in columns[:2] or misspelled(name, others):
             raise DataError(
-                f"{place}: no column {name!r}, the record has {_names(value)}{did_you_mean(name, value)} "
-                "Name the columns of the file in origin_columns"
+                f"{place}: no column {name!r}, the record has {_names(value)}{did_you_mean(name, others).rstrip('?')}; "
+                "name the columns of the file in origin_columns"
             )
-    prompt, answer = (
-        "" if value[name] is None else checked_text(value[name], f"{place}: column {name!r}") for name in columns[:2]
-    )
-    history = _history(value[columns[2]], f"{place}: column {columns[2]!r}") if len(columns) == 3 else ()
-    if not prompt or not answer:
+    for name, remedy in _CONTEXT.items():
+        if name not in columns and _is_filled(value.get(name)):
+            raise DataError(f"{place}: column {name!r} is not used; {remedy} (below data_loader), or remove it")
+    messages = _up_to_prompt(value, place, columns)
+    answer = _column_text(value, columns.response, place)
+    if not messages[-1].content or not answer:
         return None
-    return tuple(
+    return (*messages, Message("assistant", answer, loss=True))
+
+
+def parse_prompt(value: Mapping[str, Any], place: str, left_out: set[str]) -> Messages:
+    """The messages of a prompt to answer, the last of which is the question.
+
+    Args:
+        value: an object with a text as one of PROMPT_KEYS, and optionally `input`, `history`, `system` and `tools`; or
+            `conversations`, optionally with `tools`, in the form of `parse_tool_conversation`.
+        left_out: receives the keys that have no effect.
+
+    Raises:
+        DataError: another form, no text, or a conversation that does not end with a message to answer.
+    """
+    if _CONVERSATIONS in value:
+        record = _conversation(value, place)
+        messages = _tools_message(record.get(_TOOLS), f"{place}: {_TOOLS!r}")
+        messages += _messages(_conversation_items(record, place))
+        left_out.update(other_keys(value))
+    else:
+        key = next((key for key in PROMPT_KEYS if key in value), None)
+        if key is None:
+            raise DataError(f"{place}: {PROMPT_FORMS}, found {_names(value)}")
+        _refuse_near_misses(value, _PROMPT_CONTEXT, place)
+        columns = Columns(key, key, *_PROMPT_CONTEXT)
+        messages = _up_to_prompt(value, place, columns)
+        left_out.update(other_columns(value, columns))
+    if messages[-1].role not in ("user", "observation"):
+        raise DataError(f"{place}: ends with a message of the {messages[-1].role}; end it with the question to answer")
+    if not messages[-1].content.strip():
+        raise DataError(f"{place}: {PROMPT_FORMS}, found an empty text")
+    return tuple(messages)
+
+
+def other_columns(value: Mapping[str, Any], columns: Columns) -> Iterator[str]:
+    """The columns of a record of prompt and answer that are not read and not empty."""
+    return (f"column {name!r}" for name, item in value.items() if name not in columns and _is_filled(item))
+
+
+def other_keys(value: Mapping[str, Any], columns: Columns | None = None) -> Iterator[str]:
+    """The keys of a conversation and of its messages that are not read and not empty."""
+    known = (_CONVERSATIONS, _TOOLS)
+    yield from (f"key {name!r}" for name, item in value.items() if name not in known and _is_filled(item))
+    for message in value[_CONVERSATIONS]:
+        for name, item in message.items():
+            if name not in _MESSAGE_KEYS and _is_filled(item):
+                yield f"key {name!r} of messages"
+
+
+def _is_filled(value: Any) -> bool:
+    return value is not None and value != "" and value != [] and value != {}
+
+
+def _value(value: Mapping[str, Any], name: str | None) -> Any:
+    return None if name is None else value.get(name)
+
+
+def _column_text(value: Mapping[str, Any], name: str | None, place: str) -> str:
+    text = _value(value, name)
+    return "" if text is None else checked_text(text, f"{place}: column {name!r}")
+
+
+def _up_to_prompt(value: Mapping[str, Any], place: str, columns: Columns) -> list[Message]:
+    """The messages of a record before its answer; the last is the prompt, which may be empty."""
+    texts = (_column_text(value, name, place) for name in (columns.prompt, columns.input, columns.system))
+    prompt, more, system = texts
+    return [
+        *_tools_message(_value(value, columns.tools), f"{place}: column {columns.tools!r}"),
+        *([Message("system", system)] if system else ()),
+        *_history(_value(value, columns.history), f"{place}: column {columns.history!r}"),
+        Message("user", "\n".join(text for text in (prompt, more) if text)),
+    ]
+
+
+def _history(items: Any, place: str) -> list[Message]:
+    """Messages before the prompt, of [prompt, response] pairs or of messages."""
+    if items is None:
+        return []
+    if isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
+        return _messages(_items(items, place))
+    if not isinstance(items, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in items):
+        raise DataError(
+            f"{place} must be a list of [prompt, response] pairs, or of messages with role and content, found "
+            f"{str(items)[:60]}"
+        )
+    return [
         message
-        for question, reply in [*history, (prompt, answer)]
-        for message in (Message("user", question), Message("assistant", reply, loss=True))
-    )
+        for question, answer in items
+        for message in (
+            Message("user", checked_text(question, place)),
+            Message("assistant", checked_text(answer, place), loss=True),
+        )
+    ]
 
 
-def _history(pairs: Any, place: str) -> tuple[tuple[str, str], ...]:
-    if pairs is None:
-        return ()
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise DataError(f"{place} must be a list of [prompt, response] pairs, found {str(pairs)[:60]}")
-    return tuple((checked_text(first, place), checked_text(second, place)) for first, second in pairs)
+def _tools_message(tools: Any, place: str) -> list[Message]:
+    """The system message about tools, which are a list or the JSON text of one; none for null or empty text."""
+    try:
+        tools = checked_tools(tools)
+    except ValueError as error:
+        raise DataError(f"{place}: {error}") from None
+    if tools is None:
+        return []
+    if not isinstance(tools, list):
+        raise DataError(f"{place} must be a list of tools, found {_kind(tools)}")
+    return [Message("system", checked_text(_TOOLS_INTRODUCTION + tools_json(tools), place))]
 
 
 def no_records(path: Path) -> DataError:
@@ -98,7 +208,7 @@ def checked_text(text: Any, place: str) -> str:
     return text
 
 
-def parse_conversation(value: Any, place: str, columns: Sequence[str] = ()) -> Messages:
+def parse_conversation(value: Any, place: str, columns: Columns | None = None) -> Messages:
     """Reader of ConversationDataLoader: assistant and observation have loss, there are no tools.
 
     Raises:
@@ -109,17 +219,16 @@ def parse_conversation(value: Any, place: str, columns: Sequence[str] = ()) -> M
     if record.get(_TOOLS) is not None:
         raise DataError(f"{place}: {_TOOLS!r} is not known to ConversationDataLoader; remove it, or {remedy}")
     messages = []
-    for item, where in _items(record, place):
+    for item, where in _conversation_items(record, place):
         if item["role"] == "tool":
             raise DataError(f"{where}: role 'tool' is not known to ConversationDataLoader; {remedy}")
-        loss = item["role"] not in _WITHOUT_LOSS
-        if _loss_flag(item, where) is not loss:
+        if _loss_flag(item, where) is not (item["role"] not in _WITHOUT_LOSS):
             raise DataError(f"{where}: 'loss' has no effect with ConversationDataLoader; remove it, or {remedy}")
-        messages.append(Message(item["role"], _content(item, where), loss=loss))
+        messages.append(_message(item, where))
     return _checked(messages, place)
 
 
-def parse_tool_conversation(value: Any, place: str, columns: Sequence[str] = ()) -> Messages:
+def parse_tool_conversation(value: Any, place: str, columns: Columns | None = None) -> Messages:
     """Reader of ToolAlpacaDataLoader: conversations with tools and loss flags.
 
     The tools come first, as a system message. A message of the role `tool` becomes two: the call, of the assistant,
@@ -129,21 +238,9 @@ def parse_tool_conversation(value: Any, place: str, columns: Sequence[str] = ())
         DataError: another form than the one above, a flag without effect, or a call that could not be parsed again.
     """
     record = _conversation(value, place)
-    tools = record.get(_TOOLS)
-    messages = []
-    if tools is not None:
-        text = _TOOLS_INTRODUCTION + json.dumps(tools, indent=4, ensure_ascii=False)
-        messages.append(Message("system", checked_text(text, f"{place}: {_TOOLS!r}")))
-    for item, where in _items(record, place):
-        loss = _loss_flag(item, where)
-        if item["role"] == "tool":
-            messages += _tool_messages(item, where, loss)
-            continue
-        for key in _TOOL_KEYS:
-            if item.get(key) is not None:
-                raise DataError(f"{where}: {key!r} has no effect with role {item['role']!r}; remove it")
-        messages.append(Message(item["role"], _content(item, where), loss=loss))
-    return _checked(messages, place, with_tools=tools is not None)
+    tools = _tools_message(record.get(_TOOLS), f"{place}: {_TOOLS!r}")
+    messages = [*tools, *_messages(_conversation_items(record, place))]
+    return _checked(messages, place, with_tools=bool(tools))
 
 
 def format_tool_call(parameters: Mapping[str, Any]) -> str:
@@ -179,16 +276,24 @@ def _conversation(value: Any, place: str) -> Mapping[str, Any]:
             f"{place}: no key {_CONVERSATIONS!r}, the record has {_names(value)}; "
             "a conversation is a list of messages under that key (records of prompt and response: ADGenDataLoader)"
         )
+    for key in _CONTEXT:
+        if key != _TOOLS and _is_filled(value.get(key)):
+            raise DataError(f"{place}: {key!r} has no effect beside {_CONVERSATIONS!r}; write it as a message there")
     return value
 
 
-def _items(record: Mapping[str, Any], place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The messages with their places; each is an object with a known role."""
+def _conversation_items(record: Mapping[str, Any], place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The messages of a conversation with their places."""
     items = record[_CONVERSATIONS]
     if not isinstance(items, list):
         raise DataError(f"{place}: {_CONVERSATIONS!r} must be a list of messages, found {_kind(items)}")
     if not items:
         raise DataError(f"{place}: {_CONVERSATIONS!r} is empty; remove the record")
+    return _items(items, place)
+
+
+def _items(items: list[Any], place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Messages with their places; each is an object with a known role, and without a key that would be lost."""
     for number, item in enumerate(items, start=1):
         where = f"{place}: message {number}"
         if not isinstance(item, dict):
@@ -200,12 +305,29 @@ def _items(record: Mapping[str, Any], place: str) -> Iterator[tuple[Mapping[str,
         if role not in roles:
             hint = did_you_mean(role, roles, f"; the roles are {', '.join(roles)}")
             raise DataError(f"{where}: role {role!r} is not known{hint}")
-        if item.get("metadata"):
-            raise DataError(
-                f"{where}: 'metadata' has no effect; write a call as a message of the role 'tool' "
-                "(ToolAlpacaDataLoader), or remove it"
-            )
+        for key in (*_CALLS, "metadata"):
+            if _is_filled(item.get(key)):
+                raise DataError(
+                    f"{where}: {key!r} has no effect; write tools beside {_CONVERSATIONS!r} and a call as a message of "
+                    "the role 'tool' (ToolAlpacaDataLoader), or remove it"
+                )
         yield item, where
+
+
+def _messages(items: Iterable[tuple[Mapping[str, Any], str]]) -> list[Message]:
+    """Messages of items with their places."""
+    messages: list[Message] = []
+    for item, where in items:
+        messages += _tool_messages(item, where) if item["role"] == "tool" else [_message(item, where)]
+    return messages
+
+
+def _message(item: Mapping[str, Any], where: str) -> Message:
+    """A message of another role than `tool`."""
+    for key in _TOOL_KEYS:
+        if item.get(key) is not None:
+            raise DataError(f"{where}: {key!r} has no effect with role {item['role']!r}; remove it")
+    return Message(item["role"], _content(item, where), loss=_loss_flag(item, where))
 
 
 def _refuse_near_misses(value: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
@@ -232,7 +354,7 @@ def _loss_flag(item: Mapping[str, Any], where: str) -> bool:
     return flag
 
 
-def _tool_messages(item: Mapping[str, Any], where: str, loss: bool) -> list[Message]:
+def _tool_messages(item: Mapping[str, Any], where: str) -> list[Message]:
     for key in _TOOL_KEYS:
         if key not in item:
             raise DataError(f"{where}: no key {key!r}; a tool message has {', '.join(_TOOL_KEYS)}")
@@ -251,7 +373,7 @@ def _tool_messages(item: Mapping[str, Any], where: str, loss: bool) -> list[Mess
         observation = json.dumps(observation, ensure_ascii=False)
     call = f"```python\n{format_tool_call(parameters)}\n```"
     return [
-        Message("assistant", checked_text(call, f"{where}: 'parameters'"), name, loss),
+        Message("assistant", checked_text(call, f"{where}: 'parameters'"), name, _loss_flag(item, where)),
         Message("observation", checked_text(observation, f"{where}: 'observation'")),
     ]
 

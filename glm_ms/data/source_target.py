@@ -9,6 +9,7 @@ from glm_ms.data.encoder import SHORTEST_PROMPT, Encoder, EvalRow, Lengths, Mess
 from glm_ms.data.rows import IGNORED, Row, right_padded_row
 from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer import ChatGLM2Tokenizer, SentencePieceTokenizer
+from glm_ms.tokenizer.base import CHAT
 
 
 class SourceTargetEncoder(Encoder):
@@ -68,6 +69,28 @@ class SourceTargetEncoder(Encoder):
     def _prompt(self, record: Messages) -> str:
         texts = [message.content for message in record]
         return self.tokenizer.build_prompt(texts[-2], list(zip(texts[:-2:2], texts[1:-2:2])))
+
+
+class PlainEncoder(SourceTargetEncoder):
+    """Prompt and answer as one text without a template, `[gMASK] sop prompt answer </s>`, for base models.
+
+    Cut and padded as by `SourceTargetEncoder` (`InputOutputDataset` of ChatGLM3's first finetuning scripts). The
+    labels of an evaluation are the ids of the answer alone.
+    """
+
+    def read(self, value: Any, place: str) -> Messages | None:
+        """See `Encoder`; raises DataError also for a record with a history, a system message or tools."""
+        record = Encoder.read(self, value, place)
+        if record is not None and len(record) != 2:
+            raise DataError(f"{place}: a plain prompt has no history, system message or tools; use template: {CHAT}")
+        return record
+
+    def eval_rows(self, record: Messages) -> list[EvalRow | None]:
+        (row,) = super().eval_rows(record)
+        return [None if row is None else row._replace(labels=row.labels[len(self.tokenizer.prefix_tokens) :])]
+
+    def _prompt(self, record: Messages) -> str:
+        return record[0].content
 
 
 def source_target_ids(

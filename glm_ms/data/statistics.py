@@ -34,6 +34,7 @@ class LengthStatistics:
     limits: Mapping[str, tuple[str, int]]  # see `Encoder.limits`
     skipped: int = 0  # empty records
     bad: list[str] = field(default_factory=list)  # errors of the values that are not records
+    left_out: set[str] = field(default_factory=set)  # names of what has no effect, see `DataFormat`
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -92,9 +93,11 @@ def measure(
     work = functools.partial(_measured, encoder, file.path, skip_bad)
     found = array("i")  # the four lengths of each record, one after the other
     bad: list[str] = []
+    left_out: set[str] = set()
     skipped = usable = 0
     with closing(map_values(work, file.raw_values(), processes_for(file.num_bytes, num_workers))) as results:
-        for lengths in results:
+        for lengths, names in results:
+            left_out |= names
             if lengths is None:
                 skipped += 1
             elif isinstance(lengths, str):
@@ -109,19 +112,20 @@ def measure(
         raise DataError(nothing) if skipped or bad else no_records(file.path)
     prompt, answer, kept_prompt, kept_answer = np.ascontiguousarray(np.array(found, np.int32).reshape(-1, 4).T)
     return LengthStatistics(
-        prompt, answer, kept_prompt, kept_answer, encoder.seq_length, encoder.limits(), skipped, bad
+        prompt, answer, kept_prompt, kept_answer, encoder.seq_length, encoder.limits(), skipped, bad, left_out
     )
 
 
-def _measured(encoder: Encoder, path: Path, skip_bad: bool, raw: RawValue) -> Lengths | str | None:
-    """Lengths of a record; None for an empty one; the error of a value that is not a record."""
+def _measured(encoder: Encoder, path: Path, skip_bad: bool, raw: RawValue) -> tuple[Lengths | str | None, set[str]]:
+    """Lengths of a record, None for an empty one, the error of a value that is not a record; what is left out."""
+    left_out: set[str] = set()
     try:
-        record = encoder.read_raw(raw, path)
+        record = encoder.read_raw(raw, path, left_out)
     except DataError as error:
         if not skip_bad:
             raise
-        return str(error)
-    return None if record is None else encoder.lengths(record)
+        return str(error), left_out
+    return None if record is None else encoder.lengths(record), left_out
 
 
 def _smallest_pair(prompt: np.ndarray, answer: np.ndarray, share: float) -> tuple[int, int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from glm_ms import families
 from glm_ms.data.cache import CacheRequest
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.engine.process import Say
-from glm_ms.families import build_encoder, family_of
+from glm_ms.families import build_encoder
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
@@ -40,8 +41,7 @@ def prompts_with_references(
 
 def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
     """The tokenizer of `processor.tokenizer`."""
-    chosen = settings.processor.tokenizer
-    return family_of(chosen.type).tokenizer(chosen.vocab_file)
+    return families.build_tokenizer(settings.processor.tokenizer)
 
 
 def generation_options(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from glm_ms.data.prompts import read_prompts
 from glm_ms.engine.from_settings import generation_options
 from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
@@ -18,11 +18,9 @@ from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.errors import DataError
-from glm_ms.storage.readers import decode_text, parse_json, read_text
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
 
 RESULTS_FILE = "predict_results.jsonl"
-_PROMPT_KEYS = ("prompt", "content", "query", "text")
 
 
 class Prediction(NamedTuple):
@@ -30,34 +28,6 @@ class Prediction(NamedTuple):
 
     prompt: str
     answers: list[str]
-
-
-def read_prompts(predict_data: str) -> list[str]:
-    """Prompts of `--predict_data`.
-
-    It is `-` for standard input (a prompt a line), a path ending in .txt (a prompt a line) or .jsonl (an object a line
-    with `prompt`, `content`, `query` or `text`, or a string a line), else the prompt itself. Raises DataError, with
-    file and line, if a file is missing, empty or broken.
-    """
-    suffix = Path(predict_data).suffix.lower() if "\n" not in predict_data else ""
-    source, prompts = predict_data, [predict_data]
-    if predict_data == "-":
-        source = "standard input"
-        text = decode_text(sys.stdin.buffer.read(), source, DataError)
-        prompts = [line.rstrip("\r") for line in text.split("\n")]
-    elif suffix in (".txt", ".jsonl"):
-        missing = f"no such file; give an existing {suffix} file, or a prompt"
-        prompts = read_text(Path(predict_data), DataError, missing).split("\n")
-        if suffix == ".jsonl":
-            prompts = [_prompt_of(line, source, i) for i, line in enumerate(prompts, 1) if line.strip()]
-    elif _is_path(predict_data):
-        raise DataError(f"{source}: prompts are read from .txt and .jsonl files only")
-    else:
-        source = "predict_data"
-    prompts = [prompt for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise DataError(f"{source}: no prompt; give a text, a .txt or .jsonl file, or - for standard input")
-    return prompts
 
 
 def predict(
@@ -79,10 +49,10 @@ def predict(
     ranks = ranks_of(settings)
     check_equal_on_ranks(model.network.get_parameters(), ranks)
     options = generation_options(settings, tokenizer, say)
-    texts = read_prompts(settings.predict_data)
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    read = read_prompts(settings.predict_data, say)
+    texts, prompts = [prompt.text for prompt in read], [prompt.ids(tokenizer) for prompt in read]
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     ranks.agree("predict_data", {"number of prompts": len(texts), "SHA-256 of the prompts": digest})
-    prompts = [_prompt_ids(tokenizer, text) for text in texts]
     check_prompt_lengths(prompts, options, model.config.seq_length)
     size = settings.predict_batch_size
     streamed = len(texts) == 1 and options["num_beams"] == 1 and options["num_return_sequences"] == 1
@@ -143,12 +113,6 @@ def answer_text(tokenizer: SentencePieceTokenizer, ids: Sequence[int], stop_ids:
     return tokenizer.decode(ids).strip()
 
 
-def _prompt_ids(tokenizer: SentencePieceTokenizer, text: str) -> list[int]:
-    if tokenizer.is_template(text.lstrip()):
-        return tokenizer.encode_template(text.lstrip())
-    return tokenizer.build_chat_input(text)["input_ids"]
-
-
 def _stream(
     model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, prompt: list[int], options: dict, show: Say
 ) -> str:
@@ -165,21 +129,3 @@ def _stream(
     last = decoder.flush()
     show(last + "\n")
     return (text + last).strip()
-
-
-def _is_path(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):  # too long for a path, or with a null byte
-        return False
-
-
-def _prompt_of(line: str, source: str, number: int) -> str:
-    value = parse_json(line, source, DataError, number)
-    if isinstance(value, dict):
-        value = next((value[key] for key in _PROMPT_KEYS if key in value), None)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(
-            f"{source}:{number}: expected a text that is not empty, or an object with one as {', '.join(_PROMPT_KEYS)}"
-        )
-    return value

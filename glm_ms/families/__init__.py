@@ -9,15 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.data.encoder import Encoder, Section
-from glm_ms.data.formats import FORMATS
+from glm_ms.data.formats import FORMATS, DataFormat
+from glm_ms.data.source_target import PlainEncoder
 from glm_ms.families.chatglm import CHATGLM2, CHATGLM3
 from glm_ms.families.family import Family
 from glm_ms.model.config import GLMConfig
 from glm_ms.storage.errors import DataError, FileError
 from glm_ms.storage.readers import read_object
 from glm_ms.tokenizer import SentencePieceTokenizer
+from glm_ms.tokenizer.base import PLAIN
 
-__all__ = ["FAMILIES", "Family", "build_encoder", "family_of", "read_config", "tokenizer_names"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "build_encoder",
+    "build_tokenizer",
+    "encoder_of",
+    "family_of",
+    "read_config",
+    "tokenizer_names",
+]
 
 FAMILIES: dict[str, Family] = {"chatglm2": CHATGLM2, "chatglm3": CHATGLM3}
 
@@ -54,8 +65,24 @@ def build_encoder(section: Section, tokenizer: SentencePieceTokenizer, max_promp
     data_format = FORMATS.get(section.data_loader.type)
     if data_format is None:
         raise DataError(f"data_loader.type: {section.data_loader.type!r} is not known; use one of {', '.join(FORMATS)}")
-    encoder = data_format.encoder or family_of(tokenizer).encoder
-    return encoder(tokenizer, data_format.read, section, max_prompt_length)
+    if tokenizer.template == PLAIN and data_format.encoder is not None:
+        raise DataError(f"{section.data_loader.type} needs a chat template, but that of the tokenizer is {PLAIN}")
+    encoder = encoder_of(data_format, family_of(tokenizer), tokenizer.template)
+    return encoder(tokenizer, data_format, section, max_prompt_length)
+
+
+def encoder_of(data_format: DataFormat, family: Family, template: str) -> type[Encoder]:
+    """The class that encodes records of a format for a family and a template of `SentencePieceTokenizer`."""
+    return data_format.encoder or (PlainEncoder if template == PLAIN else family.encoder)
+
+
+def build_tokenizer(section: Any) -> SentencePieceTokenizer:
+    """The tokenizer of a `processor.tokenizer` section.
+
+    Raises:
+        VocabularyError: the vocabulary cannot be used.
+    """
+    return family_of(section.type).tokenizer(section.vocab_file, template=section.template)
 
 
 def read_config(path: str | Path) -> GLMConfig:

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
+from glm_ms.data.encoder import Columns
 from glm_ms.data.formats import FORMATS
-from glm_ms.families import FAMILIES, family_of
+from glm_ms.families import FAMILIES, encoder_of, family_of
 from glm_ms.metrics import LOSS, METRICS, TEXT, takes
 from glm_ms.settings.errors import Problem
 from glm_ms.settings.schema import Settings, parts_in_use, unused_keys
+from glm_ms.storage.errors import DataError
 from glm_ms.storage.paths import exists, pattern_hint
+from glm_ms.tokenizer.base import PLAIN
 
 _SEQ_LENGTH, _TOKENIZER = "model.model_config.seq_length", "processor.tokenizer.type"
+_TEMPLATE = "processor.tokenizer.template"
 _MAX_LENGTH, _NEW_TOKENS = "eval_dataset.max_seq_length", "generation.max_new_tokens"
 # `[gMASK] sop`, a role token and one token of text.
 _SHORTEST_PROMPT = 4
@@ -43,8 +47,14 @@ def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
     section = f"{part}_dataset"
     data, family = settings.get(section), family_of(settings.processor.tokenizer.type)
     kind, name = data.data_loader.type, family.tokenizer.__name__
-    encoder = FORMATS[kind].encoder or family.encoder
-    if encoder.needs_roles and not family.tokenizer.roles:
+    template = settings.processor.tokenizer.template
+    encoder = encoder_of(FORMATS[kind], family, template)
+    if template == PLAIN and FORMATS[kind].encoder is not None:
+        message = (
+            f"{kind} has messages with roles, but {_TEMPLATE} is {template}; use ADGenDataLoader, or set it to chat"
+        )
+        yield Problem(f"{section}.data_loader.type", message, (_TEMPLATE,))
+    elif encoder.needs_roles and not family.tokenizer.roles:
         usable = [item.tokenizer.__name__ for item in FAMILIES.values() if item.tokenizer.roles]
         message = f"{kind} needs {_TOKENIZER}: {' or '.join(usable)}, found {name}, which has no roles"
         yield Problem(f"{section}.data_loader.type", message, (_TOKENIZER,))
@@ -52,6 +62,10 @@ def loader_problems(settings: Settings, part: str) -> Iterator[Problem]:
         message = f"False is not possible with {kind} and {name}; remove it"
         yield Problem(f"{section}.ignore_pad_token_for_loss", message, (_TOKENIZER,))
     yield from unused_keys(settings, section)
+    try:
+        Columns.of(data.data_loader)
+    except DataError as error:
+        yield Problem(f"{section}.data_loader.origin_columns", str(error))
     folder = settings.train_dataset.cache_dir if part == "train" else None
     if folder is not None:
         yield from _folder_problems("train_dataset.cache_dir", folder)

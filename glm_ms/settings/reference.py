@@ -65,7 +65,7 @@ def _values(hint: Any, item: dataclasses.Field) -> str:
         types = (listed(get_args(kind)) if get_origin(kind) is Literal else expected_type(kind) for kind in inner)
         words = " or ".join(types)
     words += "".join(f", {LIMITS[rule][0]} {rules[rule]}" for rule in LIMITS if rule in rules)
-    words += f", {rules['length']} values" if "length" in rules else ""
+    words += f", {' or '.join(map(str, rules['length']))} values" if "length" in rules else ""
     words += f" such as `{rules['example']}`" if "example" in rules else ""
     return f"{words}, or null" if type(None) in get_args(hint) else words
 

@@ -49,10 +49,10 @@ def key(default: Any, doc: str, **rules: Any) -> Any:
     """Declares a key. `default` counts if the YAML does not have it; a list or a dataclass type is made anew each time.
 
     Rules: `at_least`, `above`, `at_most`, `below` bound numbers; `pattern` (with `example`) is the regular expression
-    of a text; `choices` are the allowed texts, or a function that returns them; `length` fixes a list's length;
-    `or_one` allows a single value in place of a list; `path` says what may be the value of a key that names a file or
-    folder; `used_with` = (key of the same section, values, or a function of the key's name that returns them): with
-    other values of that key, this one has no effect.
+    of a text; `choices` are the allowed texts, or a function that returns them; `length` are the allowed lengths of a
+    list; `or_one` allows a single value in place of a list; `path` says what may be the value of a key that names a
+    file or folder; `used_with` = (key of the same section, values, or a function of the key's name that returns them):
+    with other values of that key, this one has no effect.
     """
     metadata = {"doc": doc, **rules}
     if isinstance(default, (list, type)):
@@ -187,6 +187,9 @@ class ModelSettings:
 class TokenizerSettings:
     type: str = key("ChatGLM3Tokenizer", "tokenizer class", choices=tokenizer_names)
     vocab_file: str = key("", "path of tokenizer.model", path="a path")
+    template: Literal["chat", "plain"] = key(
+        "chat", "prompts in the chat template of the tokenizer class, or plain text as base models continue it"
+    )
 
 
 @dataclass
@@ -223,7 +226,7 @@ class WrapperSettings:
 @dataclass
 class OptimizerSettings:
     type: str = key("GLMAdamW", "AdamW with decoupled weight decay", choices=OPTIMIZERS)
-    betas: list[float] = key([0.9, 0.999], "decay rates of both moments", length=2, **_DROPOUT)
+    betas: list[float] = key([0.9, 0.999], "decay rates of both moments", length=(2,), **_DROPOUT)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = key(0.01, "decoupled decay, on every trainable parameter", at_least=0)
 
@@ -250,7 +253,13 @@ class DataLoaderSettings:
     )
     dataset_dir: str = key("", "the .json / .jsonl file, or its folder", path="a path")
     shuffle: bool = key(True, "a new order in every epoch, drawn from `seed`")
-    origin_columns: list[str] = key(["content", "summary"], "columns of prompt and answer", length=2)
+    origin_columns: list[str] = key(
+        ["content", "summary"], "columns of prompt and answer, and optionally of the history", length=(2, 3)
+    )
+    history_column: Optional[str] = key(None, "column of earlier rounds: a list of [prompt, answer], or of messages")
+    input_column: Optional[str] = key(None, "column of text that follows the prompt on a new line (Alpaca's `input`)")
+    system_column: Optional[str] = key(None, "column of a system message (ChatGLM3)")
+    tools_column: Optional[str] = key(None, "column of the list of tools (ChatGLM3)")
 
 
 @dataclass

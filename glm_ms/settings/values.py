@@ -167,9 +167,9 @@ def _list(hint: Any, entry: Entry, field: dataclasses.Field) -> list[Any]:
         if not or_one or entry.value is None:
             raise SettingsError(f"expected a list, found {described(entry.value)}; write [a, b]")
         items = [entry]
-    length = field.metadata.get("length", len(items))
-    if len(items) != length:
-        raise SettingsError(f"expected {length} values, found {len(items)}")
+    lengths = field.metadata.get("length", (len(items),))
+    if len(items) not in lengths:
+        raise SettingsError(f"expected {' or '.join(map(str, lengths))} values, found {len(items)}")
     if not items:
         raise SettingsError("the list is empty; name at least one")
     values = [_convert(hint, item, field) for item in items]

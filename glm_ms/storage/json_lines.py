@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from glm_ms.storage.errors import DataError
-from glm_ms.storage.readers import decode_text, not_utf8, parse_json
+from glm_ms.storage.readers import HEAD, check_text, decode_text, not_utf8, parse_json
 
 _BOM = b"\xef\xbb\xbf"
 _WHITESPACE = " \t\r\n"
@@ -124,7 +124,9 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _values_of(file: BinaryIO, path: Path) -> Iterator[RawValue]:
-    start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+    head = file.read(HEAD)
+    check_text(head, path, DataError)
+    start = len(_BOM) if head.startswith(_BOM) else 0
     file.seek(start)
     first = b" "
     while first and first in _WHITESPACE.encode():

@@ -5,14 +5,35 @@ Errors are of the class `error` that the caller names; `source` is the name of t
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from glm_ms.storage.errors import FileError
 
+HEAD = 4096  # bytes of a file that `check_text` looks at
 MAX_DEPTH = 100  # levels of JSON; code that walks a value recursively stays far from Python's limit
+# First bytes of files that are no text -> what they are, and the remedy for the file {0}.
+_WRITES = "use what this command writes: "
+_BINARY = {
+    b"\x1f\x8b": ("compressed with gzip", _WRITES + "gzip -cd {0}"),
+    b"BZh91AY&SY": ("compressed with bzip2", _WRITES + "bzip2 -cd {0}"),
+    b"\xfd7zXZ\0": ("compressed with xz", _WRITES + "xz -cd {0}"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", _WRITES + "zstd -cd {0}"),
+    b"PK\3\4": ("a zip archive", "give a file in it: unzip {0}"),
+    b"version https://git-lfs": ("a Git LFS pointer", "fetch the file: git lfs pull --include {0}"),
+}
+_ICONV = _WRITES + "iconv -f {1} -t UTF-8 {0}"
+_MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # before UTF-16, whose mark is a part of it
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
+# Encoding -> the bytes of a group of four that are 0 in ASCII characters.
+_ZEROS = {"UTF-32LE": (1, 2, 3), "UTF-32BE": (0, 1, 2), "UTF-16LE": (1, 3), "UTF-16BE": (0, 2)}
+_EXAMINED = 1 << 26  # bytes of a file that decide about its encoding
 _EXPONENT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -37,21 +58,72 @@ def decode_text(content: bytes, source: str | Path, error: type[FileError] = Fil
     """Bytes of UTF-8 text, from this line of their file, as a string without byte order mark.
 
     Raises:
-        error: not UTF-8; the message names the line.
+        error: not UTF-8; the message names the line, what the bytes are instead, and a command that converts the file.
     """
+    if line == 1:
+        check_text(content[:HEAD], source, error)
     try:
         return content.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as problem:
         raise error(not_utf8(problem, source, line)) from None
 
 
+def check_text(head: bytes, source: str | Path, error: type[FileError] = FileError) -> None:
+    """Checks the first bytes of a file, HEAD or fewer, that should be UTF-8 text.
+
+    Raises:
+        error: they are those of UTF-16 or UTF-32, of a compressed file or of a Git LFS pointer, or have NUL bytes.
+    """
+    quoted = shlex.quote(str(source))
+    for magic, (kind, remedy) in _BINARY.items():
+        if head.startswith(magic):
+            raise error(f"{source}: is {kind}; {remedy.format(quoted)}")
+    encoding = _wide_encoding(head)
+    if encoding is not None:
+        raise error(f"{source}: is {encoding} text, not UTF-8; {_ICONV.format(quoted, encoding)}")
+    if b"\0" in head:
+        raise error(f"{source}: has NUL bytes, so it is not text; give a file in UTF-8")
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 as the byte order mark, or zero bytes of ASCII characters, tell; None: neither."""
+    for name, marks in _MARKS.items():
+        if head.startswith(marks):
+            return name
+    numbers = [head[place::4].count(0) for place in range(4)]
+    for name, empty in _ZEROS.items():
+        others = [number for place, number in enumerate(numbers) if place not in empty]
+        if min(numbers[place] for place in empty) > max(others) and _decodes(head, name):
+            return name
+    return None
+
+
+def _decodes(content: bytes, encoding: str) -> bool:
+    """Whether bytes are text in an encoding; the last character may be cut."""
+    try:
+        return "\0" not in codecs.getincrementaldecoder(encoding)().decode(content)
+    except UnicodeDecodeError:
+        return False
+
+
 def not_utf8(problem: UnicodeDecodeError, source: str | Path, line: int) -> str:
     """Message for bytes of `source`, from its line `line`, that are not UTF-8."""
-    line += problem.object.count(b"\n", 0, problem.start)
-    return (
-        f"{source}:{line}: not UTF-8 (byte 0x{problem.object[problem.start]:02x}); "
-        f"convert the file, for example: iconv -f GB18030 -t UTF-8 {Path(source).name}"
-    )
+    content, start = problem.object, problem.start
+    message = f"{source}:{line + content.count(bytes([10]), 0, start)}: not UTF-8 (byte 0x{content[start]:02x}); "
+    try:  # the beginning of the file: the bytes may be one line of it
+        with Path(source).open("rb") as file:
+            content = file.read(_EXAMINED)
+        start = len(content)
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as first:
+        start = first.start
+    except OSError:  # no file, for example standard input
+        pass
+    if not content[:start].isascii():
+        return message + "the text before it is UTF-8; write this line in UTF-8, too"
+    if _decodes(content, "gb18030"):
+        return message + f"it may be GB18030; {_ICONV.format(shlex.quote(str(source)), 'GB18030')}"
+    return message + "convert the file to UTF-8"
 
 
 def read_json(path: Path, error: type[FileError] = FileError, missing: str = "no such file") -> Any:

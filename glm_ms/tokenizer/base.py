@@ -22,6 +22,8 @@ _TRAINING_DATE = ("[[训练时间]]", "2023年")
 _TEMPLATE_OPENING = re.compile(r"\[gMASK\] *sop")
 # Decoding drops the space before the first piece of a text. This stand-in for the text so far keeps it.
 _ANCHOR = "."
+# Values of `SentencePieceTokenizer.template`.
+CHAT, PLAIN = "chat", "plain"
 _FEATURE_KEYS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -37,6 +39,8 @@ class SentencePieceTokenizer(ABC):
 
     Args:
         vocab_file: the SentencePiece model (`tokenizer.model`); any vocabulary with <unk> and </s> works.
+        template: "chat": the prompt template of the class; "plain": prompts are text without a template, which a base
+            model continues up to </s>.
 
     Attributes:
         vocab_size: pieces and special tokens together.
@@ -44,6 +48,7 @@ class SentencePieceTokenizer(ABC):
 
     Raises:
         VocabularyError: the file is missing, unreadable or not a SentencePiece model, or lacks </s>.
+        ValueError: another `template`.
     """
 
     special_tokens: ClassVar[tuple[str, ...]]
@@ -51,8 +56,10 @@ class SentencePieceTokenizer(ABC):
     stop_tokens: ClassVar[tuple[str, ...]] = ("<eos>",)  # end an answer
     padding_side = "left"
 
-    def __init__(self, vocab_file: str | Path) -> None:
-        self.vocab_file = str(vocab_file)
+    def __init__(self, vocab_file: str | Path, template: str = CHAT) -> None:
+        if template not in (CHAT, PLAIN):
+            raise ValueError(f"template = {template!r}: must be {CHAT!r} or {PLAIN!r}")
+        self.vocab_file, self.template = str(vocab_file), template
         self.sp = _load_vocabulary(vocab_file)
         self._num_pieces = self.sp.GetPieceSize()
         self.vocab_size = self._num_pieces + len(self.special_tokens)
@@ -79,6 +86,16 @@ class SentencePieceTokenizer(ABC):
             `input_ids`, which end where the answer begins, `attention_mask`, `position_ids`, each a list [S] of int.
         """
 
+    def _plain_input(self, query: str, history: Sequence[Any] | None, role: str) -> dict[str, list[int]]:
+        """`build_chat_input` with the template "plain".
+
+        Raises:
+            ValueError: a plain text has no earlier messages and no role.
+        """
+        if history or role != "user":
+            raise ValueError(f"template = {PLAIN!r}: a prompt is one text, without history, system message or tools")
+        return sequence_dict(self.encode(query))
+
     @abstractmethod
     def _special_piece(self, index: int) -> str:
         """Text that `decode` writes for the id of a special token, or for one beyond the vocabulary."""
@@ -94,10 +111,10 @@ class SentencePieceTokenizer(ABC):
             TypeError: `text` is not a string.
             ValueError: `text` has half of a surrogate pair.
         """
-        return self.sp.EncodeAsPieces(_checked(text))
+        return self.sp.EncodeAsPieces(checked(text))
 
     def _piece_ids(self, text: str) -> list[int]:
-        return self.sp.EncodeAsIds(_checked(text))
+        return self.sp.EncodeAsIds(checked(text))
 
     _text_ids = _piece_ids
 
@@ -214,7 +231,8 @@ class SentencePieceTokenizer(ABC):
     def encode_template(self, text: str) -> list[int]:
         """Ids of text in the chat template, as `decode` writes it.
 
-        This is the only way in which text becomes special tokens, so do not use it for untrusted text.
+        This is the only way in which text becomes special tokens, so do not use it for untrusted text. In text without
+        a line break `\\n` means one: a shell passes it on as two characters.
 
         Raises:
             ValueError: the text does not begin with `[gMASK]sop`, or breaks the template of this model.
@@ -222,7 +240,8 @@ class SentencePieceTokenizer(ABC):
         opening = _TEMPLATE_OPENING.match(text)
         if opening is None:
             raise ValueError(f"{text[:40]!r}: template text must begin with '[gMASK]sop'")
-        return self.prefix_tokens + self._encode_template_body(self._without_space(text[opening.end() :]))
+        body = self._without_space(text[opening.end() :])
+        return self.prefix_tokens + self._encode_template_body(body if "\n" in body else body.replace("\\n", "\n"))
 
     def _without_space(self, text: str) -> str:
         """`text` without the space that `decode` writes for the leading space of the vocabulary."""
@@ -231,7 +250,8 @@ class SentencePieceTokenizer(ABC):
     @property
     def stop_token_ids(self) -> list[int]:
         """Ids that end an answer."""
-        return [self.get_command(token) for token in self.stop_tokens]
+        tokens = self.stop_tokens if self.template == CHAT else SentencePieceTokenizer.stop_tokens
+        return [self.get_command(token) for token in tokens]
 
     def get_command(self, token: str) -> int:
         """Id of a special token, or of <bos>, <eos>, <pad>.
@@ -349,7 +369,8 @@ def sequence_dict(ids: list[int]) -> dict[str, list[int]]:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": list(range(len(ids)))}
 
 
-def _checked(text: str) -> str:
+def checked(text: str) -> str:
+    """`text` itself; TypeError if it is not a string, ValueError if it has half of a surrogate pair."""
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, found {type(text).__name__}")
     try:

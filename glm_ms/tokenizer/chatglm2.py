@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm_ms.tokenizer.base import SentencePieceTokenizer, replace_training_date, sequence_dict
+from glm_ms.tokenizer.base import PLAIN, SentencePieceTokenizer, checked, replace_training_date, sequence_dict
 
 _ROUND = "[Round {}]\n\n问：{}\n\n答："
+_OF_CHATGLM3 = ("metadata", "tools", "tool_calls", "function_call")  # of messages
 _ROLE_TOKEN = re.compile(r"\s*<\|(system|user|assistant|observation)\|>")
 
 
@@ -22,12 +23,11 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
             raise IndexError(f"token id {index} is beyond the vocabulary of {self.vocab_size} ids")
         return ""
 
-    def build_prompt(self, query: str, history: Sequence[Sequence[str]] | None = None) -> str:
-        """Text of a conversation: `history` are (question, answer) pairs, oldest first."""
-        rounds = [*(history or []), (query, None)]
+    def build_prompt(self, query: str, history: Sequence[Any] | None = None) -> str:
+        """Text of a conversation; arguments and errors are those of `build_chat_input`."""
+        rounds = [*_as_rounds(history), (checked(query), "")]
         return "\n\n".join(
-            _ROUND.format(number, question) + (answer or "")
-            for number, (question, answer) in enumerate(rounds, start=1)
+            _ROUND.format(number, question) + answer for number, (question, answer) in enumerate(rounds, start=1)
         )
 
     def build_chat_input(
@@ -41,11 +41,14 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
             role: "user", the only one this model knows.
 
         Raises:
-            ValueError: another role, or messages that are not question and answer in turn.
+            TypeError: `query` is not a string.
+            ValueError: another role, or a history that is not question and answer in turn.
         """
+        if self.template == PLAIN:
+            return self._plain_input(query, history, role)
         if role != "user":
             raise ValueError(f"role = {role!r}: ChatGLM2 knows questions of the user only")
-        return sequence_dict(self.encode(self.build_prompt(query, _as_rounds(history or []))))
+        return sequence_dict(self.encode(self.build_prompt(query, history)))
 
     def build_stream_input(self, query: str, history: Sequence[Any] | None = None) -> dict[str, list[int]]:
         """Ids that continue a conversation whose earlier rounds are in the key-value cache.
@@ -53,9 +56,10 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         With a history these are the line breaks after the last answer and the new round, without `[gMASK] sop`;
         positions count from 0. Without one it is `build_chat_input`.
         """
-        if not history:
+        rounds = _as_rounds(history)
+        if not rounds:
             return self.build_chat_input(query)
-        ids = self.encode("\n\n" + _ROUND.format(len(_as_rounds(history)) + 1, query), add_special_tokens=False)
+        ids = self.encode("\n\n" + _ROUND.format(len(rounds) + 1, checked(query)), add_special_tokens=False)
         # In the middle of a text the vocabulary adds no leading space.
         if ids and self.sp.IdToPiece(ids[0]) == "▁":
             ids = ids[1:]
@@ -73,8 +77,16 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         return self._piece_ids(body)
 
 
-def _as_rounds(history: Sequence[Any]) -> list[tuple[str, str]]:
-    """(question, answer) pairs of pairs or of messages."""
+def _as_rounds(history: Any) -> list[tuple[str, str]]:
+    """(question, answer) pairs of pairs or of messages.
+
+    Raises:
+        ValueError: anything else, for example messages of ChatGLM3 with another role.
+    """
+    if history is None:
+        return []
+    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
+        raise ValueError(f"history = {history!r:.80}: must be a list of (question, answer) pairs or of messages")
     if not any(isinstance(item, Mapping) for item in history):
         return [_pair(item) for item in history]
     rounds = []
@@ -83,11 +95,14 @@ def _as_rounds(history: Sequence[Any]) -> list[tuple[str, str]]:
         roles = [item.get("role") if isinstance(item, Mapping) else None for item in turn]
         if roles != ["user", "assistant"]:
             raise ValueError(f"history[{i}:{i + 2}] has roles {roles}: ChatGLM2 needs user and assistant in turn")
-        rounds.append((turn[0]["content"], turn[1]["content"]))
+        unknown = next((key for item in turn for key in _OF_CHATGLM3 if item.get(key)), None)
+        if unknown is not None:
+            raise ValueError(f"history[{i}:{i + 2}]: {unknown!r} is not known to ChatGLM2, which has no tools")
+        rounds.append(_pair([item.get("content") for item in turn]))
     return rounds
 
 
 def _pair(item: Any) -> tuple[str, str]:
-    if isinstance(item, str) or len(item) != 2 or not all(isinstance(text, str) for text in item):
-        raise ValueError(f"history item {item!r}: must be a (question, answer) pair of strings")
+    if not isinstance(item, (list, tuple)) or len(item) != 2 or not all(isinstance(text, str) for text in item):
+        raise ValueError(f"history item {item!r:.80}: must be a (question, answer) pair of strings")
     return item[0], item[1]

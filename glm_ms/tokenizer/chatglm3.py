@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_ms.tokenizer.base import SentencePieceTokenizer, replace_training_date, sequence_dict
+from glm_ms.storage.errors import FileError
+from glm_ms.storage.readers import parse_json
+from glm_ms.tokenizer.base import CHAT, PLAIN, SentencePieceTokenizer, replace_training_date, sequence_dict
 
 ROLES = ("system", "user", "assistant", "observation")
 _ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
+_CALLS = ("tool_calls", "function_call")  # of messages of other models
 _ROLE_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in _ROLE_TOKENS) + ")")
 
 
@@ -25,7 +28,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
     """Tokenizer of ChatGLM3-6B.
 
     Args:
-        vocab_file: the SentencePiece model (`tokenizer.model`).
+        vocab_file, template: as of `SentencePieceTokenizer`.
         encode_special_tokens: `tokenize`, `encode` and a call turn text that spells role tokens into role tokens. For
             trusted text only. It has no effect on chat messages.
     """
@@ -35,8 +38,8 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
     # </s>, or the beginning of a message of another role.
     stop_tokens = ("<eos>", "<|user|>", "<|observation|>")
 
-    def __init__(self, vocab_file: str | Path, encode_special_tokens: bool = False) -> None:
-        super().__init__(vocab_file)
+    def __init__(self, vocab_file: str | Path, encode_special_tokens: bool = False, template: str = CHAT) -> None:
+        super().__init__(vocab_file, template)
         self.encode_special_tokens = encode_special_tokens
 
     def _special_piece(self, index: int) -> str:
@@ -82,21 +85,21 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
         Args:
             query: the new message.
             history: messages `{"role", "content"}`, optionally with `metadata`; a system message may have `tools`,
-                which are appended to it as JSON.
+                a list or the JSON text of one, which are appended to it as JSON.
             role: role of the new message.
 
         Raises:
             AssertionError: unknown role.
-            ValueError: a history item that is not a message.
+            ValueError: a history that is not a list of such messages.
         """
+        if self.template == PLAIN:
+            return self._plain_input(query, history, role)
         ids = list(self.prefix_tokens)
-        for number, item in enumerate(history or []):
-            if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
-                raise ValueError(f"history[{number}] = {item!r}: must be a mapping with role and content")
+        for item in _messages(history):
             content = item["content"]
-            if item["role"] == "system" and "tools" in item:
-                content += "\n" + json.dumps(item["tools"], indent=4, ensure_ascii=False)
-            ids += self.build_single_message(item["role"], item.get("metadata", ""), content)
+            if item["role"] == "system" and item.get("tools") is not None:
+                content += "\n" + tools_json(item["tools"])
+            ids += self.build_single_message(item["role"], item.get("metadata") or "", content)
         ids += self.build_single_message(role, "", query)
         ids.append(self.get_command("<|assistant|>"))
         return sequence_dict(ids)
@@ -116,9 +119,10 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
 
         Raises:
             ToolCallError: the text of a tool call is not `tool_call(name=value, ...)` with plain values.
+            ValueError: `history` is not a list of messages.
         """
-        messages: list[Any] = copy.deepcopy(list(history))
-        has_tools = bool(messages) and messages[0]["role"] == "system" and "tools" in messages[0]
+        messages: list[Any] = copy.deepcopy(_messages(history))
+        has_tools = bool(messages) and messages[0]["role"] == "system" and messages[0].get("tools") is not None
         answer: str | dict[str, Any] = ""
         for part in output.split("<|assistant|>"):
             metadata, line_break, content = part.partition("\n")
@@ -152,6 +156,67 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
             else:
                 raise ValueError(f"{(token + text)[:40]!r}: a message is written '{token} \\n text'")
         return ids
+
+
+def _messages(history: Any) -> list[dict[str, Any]]:
+    """The messages of a history; those with `tools` have them as a list or mapping, or None.
+
+    Raises:
+        ValueError: anything else, for example pairs of ChatGLM2 or calls in the form of other models.
+    """
+    if history is None:
+        return []
+    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
+        raise ValueError(f"history = {history!r:.80}: must be a list of messages with role and content")
+    messages = []
+    for number, item in enumerate(history):
+        place = f"history[{number}]"
+        if not isinstance(item, Mapping) or not isinstance(item.get("content"), str) or "role" not in item:
+            raise ValueError(f"{place} = {item!r:.80}: must be a mapping with role and content, a text")
+        if not isinstance(item.get("metadata"), (str, type(None))):
+            raise ValueError(f"{place}: metadata = {item['metadata']!r:.80}: must be a text")
+        for key in _CALLS:
+            if item.get(key):
+                raise ValueError(f"{place}: {key!r} is not known; a call is a message with the tool's name as metadata")
+        message = dict(item)
+        if "tools" in item:
+            try:
+                message["tools"] = checked_tools(item["tools"])
+            except ValueError as error:
+                raise ValueError(f"{place}: tools {error}") from None
+        messages.append(message)
+    return messages
+
+
+def checked_tools(tools: Any) -> list[Any] | Mapping[str, Any] | None:
+    """Tools of a system message, parsed if they are JSON text; None for null or empty text.
+
+    Raises:
+        ValueError: neither a list of objects or names nor an object. The message follows the name of the value.
+    """
+    if tools is None or tools == "":
+        return None
+    if isinstance(tools, str):
+        tools = _parsed(tools)
+    if isinstance(tools, (list, tuple)):
+        tools = [_parsed(tool) if isinstance(tool, str) and tool.lstrip()[:1] in ("{", "[") else tool for tool in tools]
+        if all(isinstance(tool, Mapping) or (isinstance(tool, str) and tool.strip()) for tool in tools):
+            return tools
+    if not isinstance(tools, Mapping):
+        raise ValueError(f"must be a list of objects, one for each tool, found {tools!r:.60}")
+    return tools
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return parse_json(text, "")
+    except FileError as error:
+        raise ValueError(f"must be a list of objects, or the JSON text of one, found {text!r:.60} ({error})") from None
+
+
+def tools_json(tools: Any) -> str:
+    """Tools as the released model was trained on them."""
+    return json.dumps(tools, indent=4, ensure_ascii=False)
 
 
 def parse_tool_call(code: str) -> dict[str, Any]:

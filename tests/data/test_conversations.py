@@ -16,6 +16,7 @@ from glm_ms.data.records import (
     parse_tool_conversation,
     tool_call_problem,
 )
+from glm_ms.data.statistics import measure
 from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer.chatglm3 import parse_tool_call
 
@@ -64,6 +65,28 @@ def test_messages_with_tools():
     assert quiet[2] == Message("observation", "o")
 
 
+def test_tools_in_every_form():
+    tools = [{"name": "f", "说明": "x"}, "g"]
+    (system, *_) = parse_tool_conversation(conversation(USER, ANSWER, tools=tools), "f:1")
+    for form in (json.dumps(tools), json.dumps(tools, ensure_ascii=False), [json.dumps(tools[0]), "g"]):
+        assert parse_tool_conversation(conversation(USER, ANSWER, tools=form), "f:1")[0] == system
+    assert parse_tool_conversation(conversation(USER, ANSWER, tools=""), "f:1")[0] == Message("user", "q")
+    objects, twice = {"f": {}}, '[{"a": 1, "a": 2}]'
+    for form in (5, True, objects, json.dumps(objects), "5", "f", "[", [5], [None], [""], [[objects]], ["{"], twice):
+        with pytest.raises(DataError, match=r"^f:1: 'tools'.* must be a list of"):
+            parse_tool_conversation(conversation(USER, ANSWER, tools=form), "f:1")
+
+
+def test_keys_without_effect_are_told_by_name(records_file, glm3):
+    record = conversation(USER, {**ANSWER, "id": 3, "time": ""}, source="x", empty=None)
+    path = records_file([record, conversation(USER, ANSWER)])
+    line = "2 records used; not used: key 'id' of messages, key 'source'"
+    for encoder in (conversation_encoder(glm3, 31, 32), tool_encoder(glm3, 64)):
+        for kind in (TrainDataset, EvalDataset):
+            assert line in kind(path, encoder).describe()
+    assert measure(path, tool_encoder(glm3, 64)).left_out == {"key 'id' of messages", "key 'source'"}
+
+
 @pytest.mark.parametrize("parse", [parse_conversation, parse_tool_conversation])
 @pytest.mark.parametrize(
     ("record", "message"),
@@ -101,6 +124,12 @@ def test_messages_with_tools():
         (conversation(USER, {**ANSWER, "Loss": False}), "key 'Loss' is not known; did you mean 'loss'"),
         (conversation({**USER, "loss": True}, ANSWER), "message 1: 'loss'.* has no effect"),
         (conversation(USER, {**ANSWER, "metadata": "f"}), "message 2: 'metadata' has no effect"),
+        (conversation({"role": "system", "content": "s", "tools": [{}]}, USER, ANSWER), "1: 'tools' has no effect"),
+        (conversation(USER, {**ANSWER, "tool_calls": [{}]}), "message 2: 'tool_calls' has no effect; write tools"),
+        (conversation(USER, {**ANSWER, "function_call": {"name": "f"}}), "message 2: 'function_call' has no effect"),
+        (conversation({**USER, "name": "bob"}, ANSWER), "message 1: 'name' has no effect with role 'user'; remove it"),
+        (conversation(USER, ANSWER, system="s"), "'system' has no effect beside 'conversations'; write it"),
+        (conversation(USER, ANSWER, history=[["a", "b"]]), "'history' has no effect beside 'conversations'"),
     ]
 )  # fmt: skip
 def test_faults(parse, record, message):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from data_helpers import adgen_prompts, adgen_rows
 
+from glm_ms.data.encoder import Columns
 from glm_ms.data.messages import message_ids
 from glm_ms.data.records import read_prompt_and_answer
 from glm_ms.storage.errors import DataError
@@ -71,7 +72,7 @@ def test_label_count_at_the_edge(glm3, records_file):
     path = records_file(RECORDS[:1])
     seen = set()
     for source in range(3, 24):
-        _, labels = message_ids(glm3, read_prompt_and_answer(RECORDS[0], "here", COLUMNS))
+        _, labels = message_ids(glm3, read_prompt_and_answer(RECORDS[0], "here", Columns(*COLUMNS)))
         some = any(label != -100 for label in labels[: source + 2])
         seen.add(some)
         if some:

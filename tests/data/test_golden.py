@@ -166,13 +166,18 @@ def test_glm3_records_are_conversations(want, glm3, records_file):
         assert set(row["labels"][:-size].tolist()) == {-100}
 
 
-def test_glm3_plain_prompt(want, glm3):
+def test_glm3_plain_prompt(want, glm3, records_file):
     case = want["glm3_inputoutput_legacy"]
     lengths = case["max_source_length"], case["max_target_length"]
-    assert len(case["records"]) == len(case["rows"]) > 0
-    for record, expected in zip(case["records"], case["rows"]):
-        ids = source_target_ids(glm3, record["prompt"], record["response"], *lengths)
-        _check(right_padded_row(*ids, sum(lengths) + 1, glm3.pad_token_id), expected)
+    plain, path = ChatGLM3Tokenizer(glm3.vocab_file, template="plain"), records_file(case["records"])
+    dataset = adgen_rows(path, plain, ("prompt", "response"), *lengths)
+    assert len(dataset) == len(case["records"]) == len(case["rows"]) > 0
+    for row, expected in zip(dataset, case["rows"]):
+        _check(row, expected)
+    for item, record in zip(adgen_prompts(path, plain, ("prompt", "response"), 200, 300), case["records"]):
+        assert item["input_ids"].tolist() == glm3.encode(record["prompt"])
+        assert item["labels"].tolist() == glm3.encode(record["response"], add_special_tokens=False)
+        assert (item["prompt"], item["reference"]) == (record["prompt"], record["response"])
 
 
 def test_all_adgen_records(adgen_file, glm2, glm3):

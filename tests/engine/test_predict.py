@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from marks import slow_unless
 
 from glm_ms import ChatGLM3Tokenizer, GLMForCausalLM, load_pretrained
 from glm_ms.settings import settings_from_command_line
-from glm_ms.storage.errors import DataError
 
 PROMPTS = [record["content"] for record in read_jsonl(DEV_RECORDS)[:5]]
 MAX_NEW_TOKENS = 24
@@ -66,11 +63,6 @@ def expected_answers(model, tokenizer: ChatGLM3Tokenizer, prompt: str, **options
     return texts
 
 
-def typed(text: str) -> io.TextIOWrapper:
-    """A standard input."""
-    return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
-
-
 def jsonl(path: Path, records: list[object]) -> Path:
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in records), encoding="utf-8")
     return path
@@ -94,32 +86,14 @@ def test_whole_run(
     assert f"answers: {tmp_path / 'predict_results.jsonl'}" in shown.err
 
 
-def test_sources_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm_ms.engine.predict import read_prompts
-
-    text = tmp_path / "prompts.txt"
-    text.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([PROMPTS[0], "", *PROMPTS[1:]]).encode() + b"\r\n")
-    keys = ("prompt", "content", "query", "text")
-    objects = [PROMPTS[0], *({key: prompt} for key, prompt in zip(keys, PROMPTS[1:]))]
-    monkeypatch.setattr(sys, "stdin", typed("\n".join(PROMPTS)))
-    for source in (str(text), str(jsonl(tmp_path / "prompts.jsonl", objects)), "-"):
-        assert read_prompts(source) == PROMPTS
-    assert read_prompts(PROMPTS[0]) == PROMPTS[:1]
-    assert read_prompts("two\nlines.txt") == ["two\nlines.txt"]
-
-
 def test_answers_are_shown_beside_their_prompts(predict, tmp_path: Path) -> None:
     results, shown = predict(jsonl(tmp_path / "prompts.jsonl", PROMPTS[:4]), "--batch_size", 3)
     assert [line["prompt"] for line in results] == PROMPTS[:4]
     assert shown == "".join(f"{line['prompt']}\n -> {line['answers'][0]}\n" for line in results)
 
 
-def test_template_is_taken_as_it_is(predict, tokenizer: ChatGLM3Tokenizer) -> None:
-    from glm_ms.engine.predict import _prompt_ids
-
-    ids = tokenizer.build_chat_input(PROMPTS[0])["input_ids"]
-    template = f"[gMASK]sop<|user|> \n {PROMPTS[0]}<|assistant|>"
-    assert _prompt_ids(tokenizer, template) == ids
+def test_template_is_taken_as_it_is(predict) -> None:
+    template = f"[gMASK]sop<|user|> \\n {PROMPTS[0]}<|assistant|>"  # as the shell passes it on
     plain, formatted = predict(PROMPTS[0])[0], predict(template)[0]
     assert plain[0]["answers"] == formatted[0]["answers"]
 
@@ -175,45 +149,11 @@ def test_an_empty_answer(predict, answering) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"prompt": "a"}\n\n{"prompt": \n', r"prompts\.jsonl:3: not valid JSON"),
-        (
-            '"a"\n{"answer": "b"}\n',
-            r"prompts\.jsonl:2: expected a text .*, or an object with one as prompt, ",
-        ),
-        ('{"prompt": 5}\n', r"prompts\.jsonl:1: expected a text"),
-        ("\n \n", r"prompts\.jsonl: no prompt"),
-        ("", r"prompts\.jsonl: no prompt"),
-        (b'"\xff"\n', r"prompts\.jsonl:1: not UTF-8"),
-    ],
-)
-def test_broken_files(tmp_path: Path, content: str | bytes, message: str) -> None:
-    from glm_ms.engine.predict import read_prompts
-
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match=message):
-        read_prompts(str(path))
-
-
-def test_other_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm_ms.engine.predict import read_prompts
-
-    with pytest.raises(DataError, match=r"missing\.txt: no such file"):
-        read_prompts(str(tmp_path / "missing.txt"))
-    with pytest.raises(DataError, match="no prompt; give a text"):
-        read_prompts("  \n ")
-    monkeypatch.setattr(sys, "stdin", typed("\n"))
-    with pytest.raises(DataError, match="standard input: no prompt"):
-        read_prompts("-")
-
-
-@pytest.mark.parametrize(
     ("predict_data", "arguments", "message"),
     [
         ("裙" * 300, (), "generation.max_new_tokens = 24"),
         ("x.jsonl", (), "x.jsonl:1: not valid JSON"),
+        ("[gMASK]sop<|user|>a", (), "a message is written"),
         ("a", ("generation.num_beams=2", "generation.num_return_sequences=3"), "num_return_sequences"),
     ],
 )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from glm_ms.storage.errors import CheckpointError, FileError
 from glm_ms.storage.json_lines import parse_value, raw_values
-from glm_ms.storage.readers import MAX_DEPTH, parse_json, read_json, read_object, read_text
+from glm_ms.storage.readers import MAX_DEPTH, decode_text, parse_json, read_json, read_object, read_text
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def test_byte_order_mark_and_line_ends(file) -> None:
         (b"", ":1: not valid JSON: Expecting value at column 1"),
         (b'{"a": 1,\n "b" 2}', ":2: not valid JSON: .* at column 6"),
         (b'{"a": 1, "b": {"c": 1, "c": 1}}', ': not valid JSON: key "c" twice in one object'),
-        (b'{"a":\n"\xff"}', ":2: not UTF-8 .byte 0xff.; convert the file, for example: iconv .* a.json"),
+        (b'{"a":\n"\xff"}', ":2: not UTF-8 .byte 0xff.; convert the file"),
         (b"[" * 100_000, "not valid JSON: nested more than"),
         (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "not valid JSON: nested more than"),
         (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "not valid JSON: nested more than"),
@@ -61,6 +66,59 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_object(tmp_path / "none", CheckpointError, "missing; make it")
     with pytest.raises(FileError, match="is a folder"):
         read_text(tmp_path)
+
+
+CHINESE = '{"a": "蓝色裤子，第一款。"}\n'
+
+
+def decoded_values(path: Path) -> list[str]:
+    return [decode_text(raw.text, path, FileError, raw.line) for raw in raw_values(path)]
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="no iconv here")
+@pytest.mark.parametrize(
+    ("encoding", "mark"),
+    [
+        ("gb18030", b""), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff"), ("utf-16-le", b""),
+        ("utf-16-be", b""), ("utf-32-le", b"\xff\xfe\0\0"), ("utf-32-be", b"\0\0\xfe\xff"), ("utf-32-le", b""),
+        ("utf-32-be", b"")
+    ]
+)  # fmt: skip
+@pytest.mark.parametrize("read", [read_text, decoded_values])
+def test_the_command_of_the_message_converts_the_file(file, encoding: str, mark: bytes, read) -> None:
+    path = file(mark + (CHINESE * 3).encode(encoding))
+    path = path.rename(path.with_name("a b'c.json"))
+    with pytest.raises(FileError, match="UTF-8") as error:
+        read(path)
+    _, found, command = str(error.value).partition("what this command writes: ")
+    assert found, error.value
+    converted = subprocess.run(command, shell=True, capture_output=True, check=True, timeout=60).stdout
+    assert converted.decode("utf-8") == CHINESE * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), "is compressed with gzip; use what this command writes: gzip -cd .*a.json"),
+        (bz2.compress(b"{}"), "is compressed with bzip2; use what"),
+        (lzma.compress(b"{}"), "is compressed with xz; use what"),
+        (b"PK\x03\x04" + bytes(9), "is a zip archive; give a file in it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer; fetch the file: git lfs pull"),
+        (bytes(50), "has NUL bytes, so it is not text"),
+        (b'{"a": 1}\0\0\0', "has NUL bytes, so it is not text"),
+        ("café".encode("latin-1") + b" ", ":1: not UTF-8 .byte 0xe9.; convert the file to UTF-8"),
+        (
+            "中文\n".encode() + "中文".encode("gb18030"),
+            ":2: not UTF-8 .*; the text before it is UTF-8; write this line",
+        ),
+    ],
+)
+def test_files_of_other_kinds_are_named(file, content: bytes, message: str) -> None:
+    path = file(content)
+    for read in (read_text, decoded_values):
+        with pytest.raises(FileError, match=message) as error:
+            read(path)
+        assert str(error.value).startswith(f"{path}:")
 
 
 def test_object_and_lines(file) -> None:

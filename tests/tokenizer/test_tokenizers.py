@@ -113,6 +113,61 @@ def test_chat_input_is_called_alike(small_vocabulary):
         ChatGLM3Tokenizer(small_vocabulary).build_chat_input("好", role="tool")
 
 
+def test_every_method_checks_its_history(small_vocabulary):
+    glm2, glm3 = ChatGLM2Tokenizer(small_vocabulary), ChatGLM3Tokenizer(small_vocabulary)
+    pairs, messages = [("你好", "世界")], CONVERSATION[1:2] + CONVERSATION[4:]
+    assert glm2.build_prompt("好", messages) == glm2.build_prompt("好", [("你好\n世界", "好")])
+    assert glm2.build_stream_input("好", messages) == glm2.build_stream_input("好", pairs)
+    methods = {
+        glm2: (glm2.build_prompt, glm2.build_chat_input, glm2.build_stream_input),
+        glm3: (glm3.build_chat_input, glm3.process_response),
+    }
+    user, answer = {"role": "user", "content": "你好"}, {"role": "assistant", "content": "世界"}
+    wrong = (
+        "你好", 5, {"role": "user"}, ["裙子", "很好"], [("a",)], [("a", None)], [5], [None], [["a", "b"], user],
+        [user, {**answer, "content": None}], [user, {**answer, "content": ["世界"]}], [user, {"role": "assistant"}],
+        [user, {"content": "世界"}], [{**user, "tool_calls": [{}]}, answer], [{**user, "metadata": 5}, answer],
+        [{**user, "function_call": {"name": "f"}}, answer],
+    )  # fmt: skip
+    for tok, calls in methods.items():
+        for call in calls:
+            assert call("好", None if call is not glm3.process_response else [])
+            for history in (*wrong, pairs if tok is glm3 else [{**user, "metadata": "f"}, answer]):
+                with pytest.raises(ValueError, match="history"):
+                    call("好", history)
+    for text in (None, 5, ["a"]):
+        for call in (*methods[glm2], glm3.build_chat_input):
+            with pytest.raises(TypeError, match="must be a string"):
+                call(text, [])
+
+
+def test_nothing_is_no_metadata_and_no_tools(small_vocabulary):
+    tok = ChatGLM3Tokenizer(small_vocabulary)
+    plain = tok.build_chat_input("好", CONVERSATION[:2])
+    empty = [{**item, "metadata": None, "tools": None} for item in CONVERSATION[:2]]
+    assert tok.build_chat_input("好", empty) == plain
+    assert tok.process_response("f\nx", empty)[0] == {"name": "f", "content": "x"}
+    with_tools = [tok.build_chat_input("好", [{**CONVERSATION[0], "tools": tools}]) for tools in ([{}], "[{}]", ["{}"])]
+    assert with_tools == with_tools[:1] * 3
+    assert with_tools[0] != tok.build_chat_input("好", CONVERSATION[:1])
+    for tools in (5, True, "x", [5], "[", [""]):
+        with pytest.raises(ValueError, match=r"history\[0\]: tools must be a list of objects"):
+            tok.build_chat_input("好", [{**CONVERSATION[0], "tools": tools}])
+
+
+def test_plain_text_for_base_models(small_vocabulary):
+    for kind in (ChatGLM2Tokenizer, ChatGLM3Tokenizer):
+        tok = kind(small_vocabulary, template="plain")
+        assert tok.build_chat_input("你好")["input_ids"] == tok.encode("你好")
+        assert tok.stop_token_ids == [tok.eos_token_id]
+        for arguments in ({"history": CONVERSATION[1:2]}, {"history": [("a", "b")]}, {"role": "system"}):
+            with pytest.raises(ValueError, match="template = 'plain': a prompt is one text"):
+                tok.build_chat_input("你好", **arguments)
+        assert pickle.loads(pickle.dumps(tok)).template == "plain"
+        with pytest.raises(ValueError, match="template = 'none': must be 'chat' or 'plain'"):
+            kind(small_vocabulary, template="none")
+
+
 def test_pair_truncation_takes_from_the_longer(small_vocabulary):
     tok = ChatGLM2Tokenizer(small_vocabulary)
     first, second = (tok.encode(text, add_special_tokens=False) for text in ("a b c d e f", "x y z"))

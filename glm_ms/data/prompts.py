@@ -1,0 +1,101 @@
+"""Prompts to answer: from a text, a file or standard input to ids."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from glm_ms.data.encoder import Message, Messages
+from glm_ms.data.records import PROMPT_FORMS, checked_text, parse_prompt
+from glm_ms.storage.errors import DataError, capped
+from glm_ms.storage.readers import decode_text, parse_json, read_text
+from glm_ms.tokenizer import SentencePieceTokenizer
+
+
+class Prompt(NamedTuple):
+    """Messages to answer the last of; a plain text is one message of the user."""
+
+    messages: Messages
+    place: str = "prompt"  # `file:line`, for errors
+
+    @property
+    def text(self) -> str:
+        """The last message."""
+        return self.messages[-1].content
+
+    def ids(self, tokenizer: SentencePieceTokenizer) -> list[int]:
+        """Ids in the prompt template of a tokenizer. A text that has the template already stays as it is.
+
+        Raises:
+            DataError: the template has no place for the messages, or the text breaks the template.
+        """
+        *earlier, last = self.messages
+        try:
+            if not tokenizer.is_template(last.content.lstrip()):
+                history = [{key: getattr(item, key) for key in ("role", "content", "metadata")} for item in earlier]
+                return tokenizer.build_chat_input(last.content, history, last.role)["input_ids"]
+            if earlier:
+                raise ValueError("a text in the prompt template cannot have a history, a system message or tools")
+            return tokenizer.encode_template(last.content.lstrip())
+        except ValueError as error:
+            raise DataError(f"{self.place}: {error}") from None
+
+
+def read_prompts(predict_data: str, say: Callable[[str], None]) -> list[Prompt]:
+    """Prompts of `--predict_data`.
+
+    It is `-` for standard input (a prompt a line), a path ending in .txt (a prompt a line) or .jsonl (an object of
+    `parse_prompt` or a string a line), else the prompt itself. `say` takes a line about prompts with earlier messages,
+    and one that names keys without effect.
+
+    Raises:
+        DataError: a file is missing, empty or broken; the message names file and line.
+    """
+    suffix = Path(predict_data).suffix.lower() if "\n" not in predict_data else ""
+    source, lines = predict_data, [predict_data]
+    if predict_data == "-":
+        source = "standard input"
+        lines = decode_text(sys.stdin.buffer.read(), source, DataError).replace("\r\n", "\n").split("\n")
+    elif suffix in (".txt", ".jsonl"):
+        missing = f"no such file; give an existing {suffix} file, or a prompt"
+        lines = read_text(Path(predict_data), DataError, missing).split("\n")
+    elif _is_path(predict_data):
+        raise DataError(f"{source}: prompts are read from .txt and .jsonl files only")
+    else:
+        source = "predict_data"
+    numbered = [(f"{source}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{source}: no prompt; give a text, a .txt or .jsonl file, or - for standard input")
+    if suffix != ".jsonl":
+        return [_plain(line, source if len(lines) == 1 else place) for place, line in numbered]
+    left_out: set[str] = set()
+    prompts = [_of_line(line, place, left_out) for place, line in numbered]
+    number = sum(len(prompt.messages) > 1 for prompt in prompts)
+    if number:
+        say(f"{source}: {number} of {len(prompts)} prompts have a history, a system message or tools")
+    if left_out:
+        say(f"{source}: not used: {capped(sorted(left_out))}")
+    return prompts
+
+
+def _of_line(line: str, place: str, left_out: set[str]) -> Prompt:
+    source, _, number = place.rpartition(":")
+    value = parse_json(line, source, DataError, int(number))
+    if isinstance(value, dict):
+        return Prompt(parse_prompt(value, place, left_out), place)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{place}: {PROMPT_FORMS}")
+    return _plain(value, place)
+
+
+def _plain(text: str, place: str) -> Prompt:
+    return Prompt((Message("user", checked_text(text, f"{place}: the text")),), place)
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a path, or with a null byte
+        return False
