@@ -1,16 +1,19 @@
-"""Hundreds of mutated settings: each is refused by name, told in a note, or means what it says. None is a traceback."""
+"""Hundreds of mutated settings and records: each is refused by name, told, or used as written. No traceback."""
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from engine_helpers import CONFIGS, DEV_RECORDS, TRAIN_RECORDS
+from engine_helpers import CONFIGS, DEV_RECORDS, TRAIN_RECORDS, load_script, write_small_vocabulary
 
 from glm_ms.settings import Settings, SettingsError, load_settings
 from glm_ms.settings.schema import leaf_keys
@@ -150,3 +153,75 @@ def test_names(tmp_path: Path) -> None:
         found = outcome(tmp_path / "run.yaml", twice)
         assert isinstance(found, SettingsError), key
         assert f"{name} is given twice" in str(found)
+
+
+MARK = "ZQXJ"
+# Form of a record -> configuration whose data format reads it, and a record of one line.
+RECORDS = {
+    "finetune_glm3_tiny": {"content": "类型#裙", "summary": "蓝色的裙子。"},
+    "finetune_glm2_tiny": {"content": "类型#裙", "summary": "蓝色的裙子。"},
+    "multiturn_glm3_tiny": {
+        "tools": [{"name": "look_up", "description": "颜色", "parameters": {}}],
+        "conversations": [
+            {"role": "user", "content": "什么颜色？"},
+            {"role": "tool", "name": "look_up", "parameters": {"id": 3}, "observation": "蓝色"},
+            {"role": "assistant", "content": "蓝色。"},
+        ],
+    },
+}  # fmt: skip
+NAMES = (
+    "history", "system", "tools", "instruction", "input", "output", "prompt", "response", "query", "context", "images",
+    "role", "content", "summary", "conversations", "messages", "name", "metadata", "observation", "parameters", "loss",
+    "tool_calls", "function_call", "functions", "weight", "label", "Content", "sytem", "histroy", "id", "",
+)  # fmt: skip
+VALUES = (
+    MARK, [MARK], [[MARK, MARK]], [[MARK]], {"a": MARK}, [{"role": "user", "content": MARK}],
+    [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}], [{"name": MARK}],
+    f'[{{"name": "{MARK}"}}]', [[[MARK]]], {"role": "system", "content": MARK}, f"<|user|>\n{MARK}", f"\ud800{MARK}",
+)  # fmt: skip
+NUM_RECORDS = 300
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from objects(item)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_vocabulary(tmp_path_factory.mktemp("vocabulary"))
+
+
+def test_records(vocabulary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a record says is in its rows, or its key is named: by the refusal, or by a line."""
+    draw, counts, faults = random.Random(9), Counter[str](), []
+    inspect = load_script("tools/inspect_dataset.py").main
+    path = tmp_path / "records.jsonl"
+    for _ in range(NUM_RECORDS):
+        config = draw.choice(list(RECORDS))
+        record = copy.deepcopy(RECORDS[config])
+        target, name, value = draw.choice(list(objects(record))), draw.choice(NAMES), draw.choice(VALUES)
+        target[name] = value
+        text = json.dumps(record, ensure_ascii="\ud800" in str(value))
+        path.write_text(f"{text}\n", encoding="utf-8")
+        line = [
+            "--config",
+            str(CONFIGS / "tiny" / f"{config}.yaml"),
+            "--train_dataset",
+            str(path),
+            "--num_records",
+            "1",
+        ]
+        status = inspect([*line, f"processor.tokenizer.vocab_file={vocabulary}"])
+        shown = capsys.readouterr()
+        counts[str(status)] += 1
+        if status == 0 and MARK not in shown.out and repr(name) not in shown.out + shown.err:
+            faults.append(f"{config}: {text}: not used, not told")
+        if status != 0 and f"{path}:1" not in shown.err:
+            faults.append(f"{config}: {text}: {shown.err}")
+    assert not faults, "\n".join(faults)
+    assert set(counts) == {"0", "1"}
+    assert min(counts.values()) > NUM_RECORDS // 10, counts
