@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+from mindspore import Tensor
 
 from glm_ms.generation.graphs import MATRIX, VECTOR, on_graph_thread, run_cell
 from glm_ms.generation.inputs import Prompt
@@ -14,8 +15,6 @@ from glm_ms.model.cache import CachedGLM, CopySlots, KVCache, WritePrefix
 from glm_ms.model.glm import GLMNetwork
 
 _SMALLEST_CAPACITY = 64
-# Idle decoders kept per network. A run alternates between few sizes; each has a cache and its graphs.
-_DECODERS_KEPT = 2
 
 
 class Decoder(Protocol):
@@ -77,11 +76,11 @@ def slot_count(rows: int) -> int:
     return power * 3 // 4 if power > 2 and rows <= power * 3 // 4 else power
 
 
-class CachedDecoder(Decoder):
-    """A KV cache of fixed size with two graphs: one runs prompts, one steps all slots.
+class DecoderGraphs:
+    """The compiled cells for caches of one size. All decoders of this size run them, each with its own memory.
 
-    A step also runs the slots that it does not append to. Such a slot writes to its next index, which it cannot see
-    and which its next token overwrites.
+    A graph is compiled for the tables of `cache`, and reads their memory at each run. So a decoder needs no graphs of
+    its own: before it runs, its memory becomes that of the tables, without a copy.
 
     Args:
         network: weights; shared, not copied.
@@ -92,21 +91,60 @@ class CachedDecoder(Decoder):
         self.slots, self.capacity = slots, capacity
         encoder = network.transformer.prefix_encoder
         # Indices in a slot begin with those of a P-Tuning prefix, positions do not.
-        self._prefix = 0 if encoder is None else encoder.length
-        self.cache = KVCache(network.config, slots, capacity + self._prefix)
-        self._write_prefix = None if encoder is None else WritePrefix(encoder, self.cache)
-        self._prefill = CachedGLM(network, self.cache)
-        self._prefill.set_inputs(MATRIX, MATRIX, MATRIX, VECTOR, VECTOR, VECTOR)
-        self._step = CachedGLM(network, self.cache)
-        self._copy = CopySlots(self.cache)
-        self._all = np.arange(slots)
+        self.prefix = 0 if encoder is None else encoder.length
+        self.cache = KVCache(network.config, slots, capacity + self.prefix)
+        self.write_prefix = None if encoder is None else WritePrefix(encoder, self.cache)
+        self.prefill = CachedGLM(network, self.cache)
+        self.prefill.set_inputs(MATRIX, MATRIX, MATRIX, VECTOR, VECTOR, VECTOR)
+        self.step = CachedGLM(network, self.cache)
+        self.copy = CopySlots(self.cache)
+        self._memory: list[Tensor] | None = None  # of the tables; None: that they were made with
+        self._owner: Callable[[], CachedDecoder | None] = lambda: None
+
+    def serve(self, decoder: CachedDecoder) -> None:
+        """Gives the tables the memory of a decoder; call it in the graph thread, before each use of the cells.
+
+        A new decoder takes the memory of one that has ended, or gets its own. What others have left there is hidden
+        from its tokens.
+        """
+        if not decoder.memory:
+            decoder.memory = self._memory if self._memory and self._owner() is None else self.cache.zeros()
+        if decoder.memory is not self._memory:
+            self._set(decoder.memory)
+        self._owner = weakref.ref(decoder)
+
+    @on_graph_thread
+    def release(self) -> None:
+        """Frees the memory of the tables if its decoder has ended. Fresh zeros take none before they are written."""
+        if self._memory and self._owner() is None:
+            self._set(self.cache.zeros())
+            self._memory = None
+
+    def _set(self, memory: list[Tensor]) -> None:
+        for table, content in zip(self.cache.tables, memory):
+            table.set_data(content)
+        self._memory = memory
+
+
+class CachedDecoder(Decoder):
+    """Sequences in slots of a KV cache. One graph runs prompts, another one steps all slots.
+
+    A step also runs the slots that it does not append to. Such a slot writes to its next index, which it cannot see
+    and which its next token overwrites.
+    """
+
+    def __init__(self, graphs: DecoderGraphs) -> None:
+        self.graphs, self.cache = graphs, graphs.cache
+        self.slots, self.capacity = graphs.slots, graphs.capacity
+        self.memory: list[Tensor] = []  # of the tables of the cache; set by `DecoderGraphs.serve`
+        self._all = np.arange(self.slots)
         self.reset()
 
     @on_graph_thread
     def reset(self) -> None:
         """Frees every slot."""
         self._free = list(range(self.slots))
-        self._used = np.full(self.slots, self._prefix)  # next index of each slot
+        self._used = np.full(self.slots, self.graphs.prefix)  # next index of each slot
         self._positions = np.zeros(self.slots, np.int64)  # position of the next token
 
     @on_graph_thread
@@ -114,19 +152,20 @@ class CachedDecoder(Decoder):
         lengths = np.array([len(prompt.ids) for prompt in prompts])
         if lengths.max() > self.capacity:
             raise ValueError(f"a prompt of {lengths.max()} tokens: a slot has room for {self.capacity}")
-        slots = np.array(self._take(len(prompts)))
-        if self._write_prefix is not None:  # each time: the weights of the prefix may have changed
-            indices = np.tile(np.arange(self._prefix), (self.slots, 1))
-            run_cell(self._write_prefix, self.cache.rows(self._all, indices))
+        slots, prefix = np.array(self._take(len(prompts))), self.graphs.prefix
+        self.graphs.serve(self)
+        if self.graphs.write_prefix is not None:  # each time: the weights of the prefix may have changed
+            indices = np.tile(np.arange(prefix), (self.slots, 1))
+            run_cell(self.graphs.write_prefix, self.cache.rows(self._all, indices))
         batch, length = len(prompts), lengths.max()
         ids, positions = np.zeros((2, batch, length), np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : lengths[row]], positions[row, : lengths[row]] = prompt.ids, prompt.positions
-        indices = np.tile(self._prefix + np.arange(length), (batch, 1))
-        self._used[slots] = self._prefix + lengths
+        indices = np.tile(prefix + np.arange(length), (batch, 1))
+        self._used[slots] = prefix + lengths
         self._positions[slots] = [prompt.positions[-1] + 1 for prompt in prompts]
         rows, last = self.cache.rows(slots, indices), np.arange(batch) * length + lengths - 1
-        logits = run_cell(self._prefill, ids, positions, indices, rows, slots, last).asnumpy()
+        logits = run_cell(self.graphs.prefill, ids, positions, indices, rows, slots, last).asnumpy()
         return slots.tolist(), logits
 
     @on_graph_thread
@@ -141,7 +180,8 @@ class CachedDecoder(Decoder):
         self._used[slots] += 1
         self._positions[slots] += 1
         rows = self.cache.rows(self._all, indices)
-        logits = run_cell(self._step, ids, positions, indices, rows).asnumpy()
+        self.graphs.serve(self)
+        logits = run_cell(self.graphs.step, ids, positions, indices, rows).asnumpy()
         return logits if slots == list(range(self.slots)) else logits[slots]
 
     @on_graph_thread
@@ -155,7 +195,8 @@ class CachedDecoder(Decoder):
         order = self._all.copy()
         order[slots] = sources
         self._used, self._positions = self._used[order], self._positions[order]
-        run_cell(self._copy, order)
+        self.graphs.serve(self)
+        run_cell(self.graphs.copy, order)
 
     def free(self, slots: Sequence[int]) -> None:
         self._free += map(int, slots)
@@ -169,34 +210,20 @@ class CachedDecoder(Decoder):
 
 
 class DecoderPool:
-    """Lends compiled decoders, so that calls of similar size do not compile again.
-
-    No two borrowers share a decoder: streams that run at the same time have their own caches.
-    """
+    """Makes decoders. Those of a size share compiled graphs, so that only the first one of a size compiles."""
 
     def __init__(self, network: GLMNetwork) -> None:
         self._network = network
-        self._idle: list[CachedDecoder] = []
+        self._graphs: dict[tuple[int, int], DecoderGraphs] = {}
 
-    @contextmanager
-    def lend(self, rows: int, length: int) -> Iterator[CachedDecoder]:
-        """A decoder with slots for `rows` sequences of `length` tokens, of the sizes that are compiled."""
-        decoder = self._take(slot_count(rows), cache_capacity(length))
-        try:
-            yield decoder
-        finally:
-            # List operations are atomic. A lock could deadlock: the garbage collector closes abandoned streams, in
-            # any thread and at any place.
-            self._idle.append(decoder)
-            del self._idle[:-_DECODERS_KEPT]
+    def decoder(self, rows: int, length: int) -> CachedDecoder:
+        """A decoder with slots for `rows` sequences of `length` tokens, of the sizes that are compiled.
 
-    def _take(self, slots: int, capacity: int) -> CachedDecoder:
-        for decoder in [*self._idle]:
-            if (decoder.slots, decoder.capacity) == (slots, capacity):
-                try:
-                    self._idle.remove(decoder)
-                except ValueError:  # another thread was faster
-                    continue
-                decoder.reset()  # queued behind what an interrupted borrower may have left in the graph thread
-                return decoder
-        return CachedDecoder(self._network, slots, capacity)
+        Idle sizes give their memory back: it may be large, and graphs are kept for as long as the network.
+        """
+        size = slot_count(rows), cache_capacity(length)
+        graphs = self._graphs.setdefault(size, DecoderGraphs(self._network, *size))
+        for other in [*self._graphs.values()]:
+            if other is not graphs:
+                other.release()
+        return CachedDecoder(graphs)

@@ -244,8 +244,7 @@ class GLMForCausalLM:
             ValueError: an argument that does not fit, or prompt and new tokens exceed `config.seq_length`.
         """
         prompts, configs = self._prepare((input_ids, attention_mask, position_ids), configs, options)
-        with self._decoders.lend(*_decoder_size(prompts, configs)) as decoder:
-            return generate(decoder, prompts, configs)
+        return generate(self._decoders.decoder(*_decoder_size(prompts, configs)), prompts, configs)
 
     def stream(
         self,
@@ -262,9 +261,8 @@ class GLMForCausalLM:
         for config in configs:
             check_streamable(config)
 
-        def steps() -> Iterator[np.ndarray]:  # borrows a decoder when the first step is asked for
-            with self._decoders.lend(*_decoder_size(prompts, configs)) as decoder:
-                yield from stream(decoder, prompts, configs)
+        def steps() -> Iterator[np.ndarray]:  # makes a decoder when the first step is asked for
+            yield from stream(self._decoders.decoder(*_decoder_size(prompts, configs)), prompts, configs)
 
         return steps()
 

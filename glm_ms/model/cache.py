@@ -31,6 +31,17 @@ class KVCache:
         self.keys = [table(f"key_cache.{i}") for i in range(config.num_layers)]
         self.values = [table(f"value_cache.{i}") for i in range(config.num_layers)]
 
+    @property
+    def tables(self) -> list[Parameter]:
+        """Keys of all layers, then values."""
+        return self.keys + self.values
+
+    def zeros(self) -> list[Tensor]:
+        """New contents of all tables. In float32 they take no memory before they are written."""
+        dtype = self.keys[0].dtype
+        zeros = [np.zeros(self.keys[0].shape, np.float32) for _ in self.tables]
+        return [Tensor.from_numpy(one) if dtype == ms.float32 else Tensor(one, dtype) for one in zeros]
+
     def rows(self, slots: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Table rows int32 [B * S * G], in the order of keys [B, S, G], for slots [B] and indices in them [B, S]."""
         groups = np.arange(self.groups)
@@ -107,7 +118,7 @@ class CopySlots(nn.Cell):
     def __init__(self, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)
         self.slots = cache.slots
-        self.tables = ms.ParameterTuple(cache.keys + cache.values)
+        self.tables = ms.ParameterTuple(cache.tables)
         self.gather, self.assign, self.reshape = ops.Gather(), ops.Assign(), ops.Reshape()
 
     def construct(self, sources: Tensor) -> Tensor:

@@ -4,8 +4,35 @@ from __future__ import annotations
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
+from mindspore.ops.auto_generate import GatherDGradV2
 
 IGNORED_LABEL = -100
+# The gradient operator of GatherD clears its result with memset_s, which takes less than 2^31 bytes.
+_CLEARABLE = 2**29 - 1
+
+
+class PickTargets(nn.Cell):
+    """One element of each row. Its gradient may have any size, that of GatherD on a CPU only `_CLEARABLE` elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gather, self.gather_gradient = ops.GatherD(), GatherDGradV2()
+        self.one_hot, self.multiply, self.reshape = ops.OneHot(), ops.Mul(), ops.Reshape()
+        self.one, self.zero = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+
+    def construct(self, x: Tensor, index: Tensor) -> Tensor:
+        """x float32 [N, V], index int32 [N, 1] -> float32 [N, 1]."""
+        return self.gather(x, 1, index)
+
+    def bprop(self, x: Tensor, index: Tensor, _: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the result, float32 [N, 1] -> that of x, float32 [N, V], and zeros."""
+        rows, size = ops.shape(x)
+        if rows * size <= _CLEARABLE:
+            found = self.gather_gradient(x, 1, index, gradient)
+        else:
+            hits = self.one_hot(self.reshape(index, (rows,)), size, self.one, self.zero)
+            found = self.multiply(hits, gradient)
+        return found, ops.zeros_like(index)
 
 
 class NextTokenLoss(nn.Cell):
@@ -18,7 +45,7 @@ class NextTokenLoss(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.concat, self.not_equal = ops.Concat(axis=1), ops.NotEqual()
-        self.log_softmax, self.gather = ops.LogSoftmax(axis=-1), ops.GatherD()
+        self.log_softmax, self.pick = ops.LogSoftmax(axis=-1), PickTargets()
         self.multiply, self.sum = ops.Mul(), ops.ReduceSum()
         self.cast, self.reshape = ops.Cast(), ops.Reshape()
 
@@ -33,7 +60,7 @@ class NextTokenLoss(nn.Cell):
         weight = self.cast(self.not_equal(target, IGNORED_LABEL), ms.float32)
         index = self.reshape(target * self.cast(weight, ms.int32), (batch * length, 1))
         log_probability = self.log_softmax(self.reshape(logits, (batch * length, -1)))
-        loss = -self.reshape(self.gather(log_probability, 1, index), (batch, length))
+        loss = -self.reshape(self.pick(log_probability, index), (batch, length))
         return self.multiply(loss, weight), weight
 
     def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

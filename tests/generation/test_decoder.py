@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from marks import slow_unless
+from mindspore import nn
 from reference import FOLDER, fresh_golden_model, golden_model
 from tolerances import LOGITS
 
@@ -39,28 +40,26 @@ def greedy_alone(decoder: CachedDecoder, ids: list[int], count: int) -> tuple[li
 
 
 @cache
-def decoders(case: str) -> tuple[CachedDecoder, CachedDecoder]:
-    """With one slot and with two, shared by the tests: each has graphs to compile."""
+def decoder_pool(case: str) -> DecoderPool:
+    """Shared by the tests: each size has graphs to compile."""
     if case == "prefix":
         model = fresh_golden_model("glm2_tiny")
         model.load_adapter(FOLDER.parent / "train" / "ptuning_v2" / "final.safetensors")
     else:
         model = golden_model(case)
-    return CachedDecoder(model.network, 1, 64), CachedDecoder(model.network, 2, 64)
+    return DecoderPool(model.network)
 
 
 @pytest.fixture
 def pair() -> CachedDecoder:
-    decoder = decoders("glm3_tiny")[1]
-    decoder.reset()
-    return decoder
+    return decoder_pool("glm3_tiny").decoder(2, 64)
 
 
 @pytest.mark.parametrize("case", slow_unless(["glm3_tiny"], ["glm3_tiny", "glm2_mha", "prefix"]))
 def test_requests_that_join_and_leave_get_what_they_get_alone(case: str) -> None:
-    single, decoder = decoders(case)
-    alone = [greedy_alone(single, ids, count) for ids, _, count in REQUESTS]
-    decoder.reset()  # of its two slots the third request takes the one that the second leaves
+    pool = decoder_pool(case)
+    alone = [greedy_alone(pool.decoder(1, 64), ids, count) for ids, _, count in REQUESTS]
+    decoder = pool.decoder(2, 64)  # the third request takes the slot that the second leaves
     running: dict[int, int] = {}  # slot -> request
     tokens: list[list[int]] = [[] for _ in REQUESTS]
     logits: list[list[np.ndarray]] = [[] for _ in REQUESTS]
@@ -137,25 +136,57 @@ def test_sizes() -> None:
     assert [cache_capacity(length) for length in (1, 64, 65, 300)] == [64, 64, 128, 512]
 
 
-def test_the_pool_lends_each_decoder_once_and_keeps_two() -> None:
-    pool = DecoderPool(golden_model("glm2_tiny").network)
-    with pool.lend(1, 9) as first, pool.lend(1, 9) as second:
-        assert first is not second
-    with pool.lend(1, 64) as again:
-        assert again in (first, second)
-    with pool.lend(3, 9) as third:
-        pass
-    with pool.lend(5, 9) as other:
-        assert (other.slots, other.capacity) == (6, 64)
-    with pool.lend(3, 9) as again:
-        assert again is third
-    with pool.lend(1, 9) as again:
-        assert again not in (first, second), "it has left the pool"
-    with pool.lend(1, 9) as left_in_use:
-        left_in_use.add([prompt_of([5])])
-    with pool.lend(1, 9) as again:
-        assert again is left_in_use
-        again.add([prompt_of([5])])
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the cells that a test compiles."""
+    compiled: list[str] = []
+    compile_cell = nn.Cell.compile
+
+    def note(cell: nn.Cell, *inputs: object, **options: object) -> None:
+        known = set(cell.compile_cache)
+        compile_cell(cell, *inputs, **options)
+        compiled.extend(type(cell).__name__ for _ in cell.compile_cache - known)
+
+    monkeypatch.setattr(nn.Cell, "compile", note)
+    return compiled
+
+
+def test_decoders_of_a_size_share_graphs_and_nothing_else(compilations: list[str]) -> None:
+    pool, words = decoder_pool("glm3_tiny"), [[5, 6, 7], [100, 200], [9], [300, 8, 44, 3, 2]]
+    alone = [greedy_alone(pool.decoder(2, 9), one, 6)[0] for one in words]
+    compilations.clear()
+    decoders = [pool.decoder(2, 9 + 9 * index) for index in range(len(words))]
+    running = [(decoder, *decoder.add([prompt_of(one)])) for decoder, one in zip(decoders, words)]
+    found = [[int(logits.argmax())] for _, _, logits in running]
+    while len(found[0]) < 6:
+        for (decoder, slots, _), tokens in zip(running, found):
+            if len(tokens) == 3:  # its slots have moved: it is the copies that go on
+                decoder.free(slots)
+                slots[:] = decoder.fork(slots)
+            tokens.append(int(decoder.step(slots, np.array(tokens[-1:], np.int32)).argmax()))
+    assert found == alone
+    assert compilations in ([], ["CopySlots"])  # another test may have forked before
+
+
+def test_memory_of_decoders_that_have_ended_is_used_again_or_freed() -> None:
+    pool, ids = decoder_pool("glm3_tiny"), [prompt_of([5, 6, 7])]
+    first, second = pool.decoder(1, 9), pool.decoder(1, 9)
+    table, places = first.cache.keys[0], []
+    for decoder in (first, second):
+        (slot,), logits = decoder.add(ids)
+        places.append(table.data_ptr())
+    assert places[0] != places[1]
+    del decoder, second
+    third = pool.decoder(1, 9)
+    third.add(ids)
+    assert table.data_ptr() == places[1]
+    pool.decoder(2, 9)
+    assert np.abs(table.asnumpy()).max() > 0, "the third one is still there"
+    del third
+    pool.decoder(2, 9)
+    assert np.abs(table.asnumpy()).max() == 0
+    first.free([slot])
+    np.testing.assert_array_equal(first.add(ids)[1], logits)
 
 
 def test_streams_in_several_threads_of_a_pynative_program() -> None:

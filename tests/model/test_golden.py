@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from tolerances import GRAD_NORM, LOGITS, LOSS
 
 from glm_ms.convert.names import to_glm_name
-from glm_ms.generation.decoder import CachedDecoder
+from glm_ms.generation.decoder import CachedDecoder, DecoderGraphs
 from glm_ms.generation.graphs import run_cell
 from glm_ms.generation.inputs import Prompt
+from glm_ms.model import loss as loss_module
 from glm_ms.model.loss import GLMWithLoss, NextTokenLoss
 
 
@@ -95,6 +96,20 @@ def test_loss(case: str) -> None:
     np.testing.assert_allclose(per_token.asnumpy()[:, :-1], numbers["per_token_loss"], **LOSS)
 
 
+def test_gradients_of_the_loss_are_the_same_for_logits_beyond_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GatherD's gradient ends at 2^29 elements; here the limit is lowered."""
+    numbers = golden_numbers(DAILY[0])
+    logits, (labels,) = Tensor(numbers["logits"]), int_tensors(numbers["labels"])
+    found = []
+    with graph_mode():
+        for limit in (loss_module._CLEARABLE, logits.size - 1):
+            monkeypatch.setattr(loss_module, "_CLEARABLE", limit)
+            gradient, _ = ms.grad(NextTokenLoss(), has_aux=True)(logits, labels)
+            found.append(gradient.asnumpy())
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0]).max() > 0
+
+
 @pytest.mark.parametrize("case", slow_unless(DAILY, CASES))
 def test_gradients(case: str) -> None:
     numbers = golden_numbers(case)
@@ -139,7 +154,7 @@ def first_columns(numbers: dict[str, np.ndarray], count: int) -> list[Prompt]:
 def test_prefill_steps_and_cache(case: str) -> None:
     numbers = golden_numbers(case)
     model = golden_model(case)
-    decoder = CachedDecoder(model.network, 2, 24)
+    decoder = CachedDecoder(DecoderGraphs(model.network, 2, 24))
     slots, logits = decoder.add(first_columns(numbers, 16))
     np.testing.assert_allclose(logits, numbers["prefill_logits_last"], **LOGITS)
     for i in range(16, 24):
@@ -158,7 +173,7 @@ def test_prefill_steps_and_cache(case: str) -> None:
 
 def test_reordered_cache_continues_the_other_row() -> None:
     numbers = golden_numbers("glm3_tiny")
-    decoder = CachedDecoder(golden_model("glm3_tiny").network, 2, 24)
+    decoder = CachedDecoder(DecoderGraphs(golden_model("glm3_tiny").network, 2, 24))
     slots, _ = decoder.add(first_columns(numbers, 16))
     decoder.reorder(slots, slots[::-1])
     logits = decoder.step(slots, numbers["input_ids"][::-1, 16])
