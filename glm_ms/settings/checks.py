@@ -133,7 +133,7 @@ def check(settings: Settings, reported: Iterable[Problem] = (), check_files: boo
 
 def placed(settings: Settings, problems: Iterable[Problem]) -> list[Problem]:
     """The problems with the places of their keys."""
-    return [dataclasses.replace(problem, where=settings.where(problem.key)) for problem in problems]
+    return [one if one.where else dataclasses.replace(one, where=settings.where(one.key)) for one in problems]
 
 
 def settle(settings: Settings) -> None:

@@ -80,7 +80,7 @@ def _converted(path: str | Path, overrides: Sequence[str], flags: Mapping[str, A
     problems += untranslated
     converter = Converter()
     settings = converter.settings(document, str(path))
-    settings.notes = notes
+    settings.notes = notes + settings.notes
     return settings, problems + converter.problems
 
 

@@ -42,6 +42,7 @@ _FIXED_ROWS = ("data_loader.type", lambda _: formats_with_max_seq_length())
 _SCALED = ("type", ("DynamicLossScaleUpdateCell", "FixedLossScaleUpdateCell"))
 _DYNAMIC = ("type", ("DynamicLossScaleUpdateCell",))
 _COSINE, _POLYNOMIAL = ("type", ("CosineWithWarmUpLR",)), ("type", ("PolynomialWithWarmUpLR",))
+_SAMPLED = ("do_sample", (True,))
 _TO_LR_END = ("type", ("CosineWithWarmUpLR", "PolynomialWithWarmUpLR"))
 
 
@@ -304,9 +305,11 @@ class GenerationSettings:
     max_new_tokens: int = key(128, "longest answer in tokens", at_least=1)
     max_length: Optional[int] = key(None, "longest prompt and answer together; null: no limit", at_least=2)
     do_sample: bool = key(False, "draw from the distribution (False: greedy or beam search)")
-    temperature: float = key(1.0, "divides the logits (do_sample)", above=0)
-    top_k: int = key(0, "keep the k most likely tokens; 0: all (do_sample)", at_least=0)
-    top_p: float = key(1.0, "keep the smallest set with this probability (do_sample)", above=0, at_most=1)
+    temperature: float = key(1.0, "divides the logits", above=0, used_with=_SAMPLED)
+    top_k: int = key(0, "keep the k most likely tokens; 0: all", at_least=0, used_with=_SAMPLED)
+    top_p: float = key(
+        1.0, "keep the smallest set with this probability", above=0, at_most=1, used_with=_SAMPLED
+    )
     repetition_penalty: float = key(1.0, "above 1 makes tokens that occurred less likely; 1: none", above=0)
     num_beams: int = key(1, "beams of the beam search; 1: none", at_least=1)
     length_penalty: float = key(1.0, "beam scores are divided by length to this power")

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from glm_ms.settings.errors import Problem, SettingsError, described, joined
-from glm_ms.settings.schema import EVAL_STEPS, Settings, allowed, keys_of, leaf_keys, used_with
+from glm_ms.settings.schema import EVAL_STEPS, Settings, allowed, default_of, keys_of, leaf_keys, used_with
 from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import exponent_number
 from glm_ms.storage.suggest import did_you_mean, nearest
@@ -37,12 +37,13 @@ class Converter:
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []  # all that were found
+        self.notes: list[str] = []  # lines about values without effect
         self.origins: dict[str, str] = {}  # dotted key -> where its value was written
 
     def settings(self, document: Entry, source: str) -> Settings:
         """The whole document; `source` is its file. Keys whose default depends on others have their values."""
         settings = self.section(Settings, document)
-        settings.source, settings.origins = source, self.origins
+        settings.source, settings.origins, settings.notes = source, self.origins, self.notes
         if settings.do_eval and not {"eval_step_interval", "eval_epoch_interval"} & self.origins.keys():
             settings.eval_step_interval = EVAL_STEPS
         return settings
@@ -70,6 +71,13 @@ class Converter:
                 except SettingsError as error:
                     problems[name] = Problem(dotted, str(error), where=item.where)
         result = kind(**values)
+        greedy = [name for name, item in fields.items() if item.metadata.get("used_with", [""])[0] == "do_sample"]
+        for name in greedy if not getattr(result, "do_sample", True) else ():
+            problem = problems.pop(name, None)
+            if problem or getattr(result, name) != default_of(fields[name]):
+                value = described(entry.value[name].value)
+                where = self.origins[joined(path, name)]
+                self.notes.append(f"{where}: {joined(path, name)}: {value} has no effect with do_sample: False")
         for name, problem in problems.items():
             if not (is_neutral(entry.value[name].value) and _is_unused(fields[name], result)):
                 self.problems.append(problem)

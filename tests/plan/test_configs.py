@@ -32,7 +32,8 @@ def card_memory(path: Path) -> int:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_fits_and_says_so(path: Path) -> None:
-    settings, cards = settings_for(str(path), [], None)
+    parallel = ["use_parallel=True"] if "--use_parallel True" in path.read_text(encoding="utf-8") else []
+    settings, cards = settings_for(str(path), parallel, None)
     plan = plan_run(settings, cards)
     assert plan.card.total <= usable(settings, card_memory(path))
     comments = (line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))

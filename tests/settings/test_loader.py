@@ -242,3 +242,15 @@ def test_shared_aliases_do_not_multiply(config: Path) -> None:
     _write(config, f"l0: &l0 [x]\n{levels}")
     with pytest.raises(SettingsError, match="l11: unknown key"):
         load_settings(config)
+
+
+def test_sampling_keys_in_greedy_decoding_are_told(config: Path) -> None:
+    settings = load_settings(config, ["generation.top_p=3", "generation.top_k=5", "generation.temperature=1"])
+    assert settings.generation.top_p == 1.0
+    notes = [note for note in settings.notes if "no effect with do_sample: False" in note]
+    assert len(notes) == 2
+    assert "command line (generation.top_p=3): generation.top_p: 3 (int)" in notes[0] + notes[1]
+    with pytest.raises(SettingsError, match=r"top_p: found 3\.0, must be above 0 and at most 1"):
+        load_settings(config, ["generation.top_p=3", "generation.do_sample=True"])
+    with pytest.raises(SettingsError, match="do_sample"):  # only its own problem
+        load_settings(config, ["generation.top_p=3", "generation.do_sample=maybe"])

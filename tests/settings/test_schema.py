@@ -83,6 +83,8 @@ def _choices(dotted: str) -> list[Any]:
     if "choices" in field.metadata:
         return list(allowed(field))
     hint = _hint(dotted)
+    if hint is bool:
+        return [True, False]
     inner = next((item for item in get_args(hint) if get_origin(item) is Literal), hint)
     return list(get_args(inner)) if get_origin(inner) is Literal else []
 
