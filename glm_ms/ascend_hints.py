@@ -32,8 +32,8 @@ _HINTS = (
          "num_attention_heads, hidden_size and ffn_hidden_size of model.model_config, and padded_vocab_size where "
          "vocab_emb_dp is False; data_parallel and micro_batch_num the rows of a step (runner_config.batch_size); "
          "pipeline_stage num_layers; data_parallel * model_parallel * pipeline_stage is the number of cards", False),
-    Hint(r"No module named '?(te|tbe|topi|hccl|schedule_search|auto_tune|op_test_frame|opc_tool)\b|"
-         r"whl package \"?te\"?|Cannot find the tbe operator",
+    Hint(r"No module named '?(te|tbe|tvm|topi|hccl|schedule_search|auto_tune|op_test_frame|opc_tool)\b|"
+         r"whl package \"?te\"?|Cannot find the tbe operator|\btvm\b",
          f"the Python parts of CANN are not on the path of this interpreter: {_SET_ENV}; if they are still missing, "
          "pip install sympy $ASCEND_HOME_PATH/lib64/te-*.whl $ASCEND_HOME_PATH/lib64/hccl-*.whl", False),
     Hint(r"libascend_hal\.so|libdrv|Cannot find driver so",
@@ -71,6 +71,12 @@ _HINTS = (
     Hint(r"Ascend kernel runtime initialization failed|device.{0,20}(is )?(busy|occupied)",
          "the card cannot be opened: npu-smi info shows its health and the process that uses it; "
          "context.device_id selects another one"),
+    Hint(r"sync(hronize)? stream (failed|error)|stream synchronize failed|SyncStream|"
+         r"exec(ute)? (the )?graph fail|graph exec(ution)? fail|stream execute failed",
+         "the card stopped while it computed; the cause is the first ERROR in the log of the rank that failed first. "
+         "Usual causes: another rank has ended or waits, too little memory (npu-smi info; try a smaller "
+         "runner_config.batch_size), a kernel that fails on this card (tools/check_device.py). context.mode=1 names "
+         "the operator"),
     Hint(r"updates? in a row (have|has) overflowed|loss scale has fallen",
          "on 800T A2 and later cards an overflow gives infinities: unset MS_ASCEND_CHECK_OVERFLOW_MODE or set it to "
          "INFNAN_MODE (SATURATION_MODE hides them). Otherwise the run diverges: lower the learning rate, or compute in "

@@ -33,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").split("\n")[0],
         epilog="Example: python tools/convert_weight.py --input chatglm3-6b --output glm3_6b.ckpt",
     )
-    parser.add_argument("--input", required=True, metavar="PATH", help="folder, .safetensors, .ckpt or .bin to read")
+    parser.add_argument(
+        "--input", required=True, metavar="PATH", help="folder, .safetensors, .ckpt, .bin, .pth or .pt to read"
+    )
     parser.add_argument(
         "--output", required=True, metavar="PATH", help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)"
     )

@@ -1,6 +1,6 @@
 """Converts ToolAlpaca (train_data.json) to conversations with tools, for ToolAlpacaDataLoader.
 
-    python tools/format_tool_alpaca.py --path train_data.json --output tool_alpaca.jsonl
+    python tools/format_tool_alpaca.py --path train_data.json --output formatted_data/tool_alpaca.jsonl
 
 Every instance becomes a line {"tools": [...], "conversations": [...]}, the form of finetune_chatmodel_demo of
 ChatGLM3: `tools` is the documentation of the record, each step becomes the thought of the assistant and a message of
@@ -62,11 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; flags may not be shortened."""
     parser = Parser(
         description=(__doc__ or "").split("\n")[0],
-        epilog="Example: python tools/format_tool_alpaca.py --path train_data.json --output tool_alpaca.jsonl",
+        epilog="Example: python tools/format_tool_alpaca.py --path train_data.json",
     )
     parser.add_argument("--path", required=True, metavar="FILE", help="train_data.json of ToolAlpaca")
     parser.add_argument(
-        "--output", default="tool_alpaca.jsonl", metavar="FILE", help="JSON lines (default: %(default)s)"
+        "--output", default="formatted_data/tool_alpaca.jsonl", metavar="FILE", help="JSON lines (default: %(default)s)"
     )
     parser.add_argument("--skip_bad", action="store_true", help="list what cannot be converted, and skip it")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if output.exists() and output.resolve() == Path(options.path).resolve():
             raise BadRecordError(f"{output}: is the input; choose another --output")
-        whole = atomic_output(output, overwrite=options.overwrite)
+        whole = atomic_output(output, overwrite=options.overwrite, parents=True)
         with whole as partial, partial.open("w", encoding="utf-8") as file:
             write_conversations(Path(options.path), file, report)
             _check(report, options.skip_bad, options.path)

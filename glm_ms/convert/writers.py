@@ -46,7 +46,7 @@ def write_file(path: str | Path, shapes: Shapes, dtype: str, parameters: Paramet
     path = Path(path)
     if path.suffix not in FILE_ENDINGS:
         raise CheckpointError(f"{path}: must end in {' or '.join(FILE_ENDINGS)}")
-    with atomic_output(path, overwrite=overwrite) as work:
+    with atomic_output(path, overwrite=overwrite, parents=True) as work:
         check_space(work.parent, path, size_in_bytes(shapes, dtype))
         arrays = _checked(shapes, dtype, parameters)
         if path.suffix == ".ckpt":
@@ -78,7 +78,7 @@ def write_hf_folder(
     hf_shapes = {to_hf_name(name, config): shape for name, shape in shapes.items()}
     hf_shapes[INV_FREQ] = inv_freq.shape
     total, shards = size_in_bytes(hf_shapes, dtype), _split(hf_shapes, dtype, max_shard_size)
-    with atomic_output(path, folder=True, overwrite=overwrite) as work:
+    with atomic_output(path, folder=True, overwrite=overwrite, parents=True) as work:
         check_space(work, path, total)
         arrays = _checked(hf_shapes, dtype, _renamed(parameters, config, inv_freq))
         for file, shard in shards.items():

@@ -96,7 +96,8 @@ def read_addresses(
     """Addresses of physical cards, and the file or program that they are from.
 
     `conf` is a file of lines such as `address_0=192.98.92.107`, which must exist; by default /etc/hccn.conf, if it
-    exists. hccn_tool gives the addresses that the file lacks. `say` receives remarks. Raises RankTableError if a card
+    exists. hccn_tool, if it is there, gives the addresses that the file lacks, and has priority where both differ: the
+    file is what the driver was to set, not what the card has. `say` receives remarks. Raises RankTableError if a card
     has no address, or one that is wrong or also that of another card.
     """
     path = HCCN_CONF if conf is None else Path(conf)
@@ -109,24 +110,32 @@ def read_addresses(
         if not isinstance(error, FileNotFoundError):
             say(f"{path}: {reason}; using hccn_tool")
     missing = [card for card in cards if card not in listed]
-    tool = _find_hccn_tool() if missing else None
-    places = ", ".join(map(str, HCCN_TOOL_PLACES))
-    asked: dict[int, str] = {}
-    failures = {}  # card -> what the tool said
-    for card in missing:
-        address, said = _ask(tool, card) if tool else (None, f"neither on PATH nor {places}")
-        if address is None:
-            failures[card] = said
-        else:
-            asked[card] = address
-    if failures:
-        first, said = next(iter(failures.items()))
+    tool = _find_hccn_tool()
+    try:
+        answers = {card: _ask(tool, card) for card in cards} if tool else {}
+    except RankTableError as error:
+        if missing:
+            raise
+        say(f"{error}; using {path}")
+        answers = {}
+    asked = {card: address for card, (address, _) in answers.items() if address is not None}
+    failed = [card for card in missing if card not in asked]
+    if failed:
+        places = ", ".join(map(str, HCCN_TOOL_PLACES))
+        said = answers[failed[0]][1] if answers else f"neither on PATH nor {places}"
         raise RankTableError(
-            f"{_name_cards(list(failures))}: no address. {path}: {reason.format(card=first)}. {tool or 'hccn_tool'}: "
-            f"{said}. Set one: hccn_tool -i {first} -ip -s address A.B.C.D netmask 255.255.255.0, or add it to the file"
+            f"{_name_cards(failed)}: no address. {path}: {reason.format(card=failed[0])}. {tool or 'hccn_tool'}: "
+            f"{said}. Set one: hccn_tool -i {failed[0]} -ip -s address A.B.C.D netmask 255.255.255.0, "
+            "or add it to the file"
         )
+    for card in cards:
+        if card in asked and card in listed and asked[card] != listed[card]:
+            both = f"card {card} has {listed[card]}, but {tool} says {asked[card]}"
+            say(f"{path}: {both}, which is used; correct the file")
+        elif answers and card not in asked:
+            say(f"{tool}: {answers[card][1]}; using {listed[card]} of {path}")
     found = {card: asked.get(card) or listed[card] for card in cards}
-    origins = {card: str(tool if card in asked else path) for card in cards}
+    origins = {card: str(path if found[card] == listed.get(card) else tool) for card in cards}
     _check_addresses(found, origins)
     if 0 < len(missing) < len(cards):
         say(f"{path}: has no address of {_name_cards(missing)}; using hccn_tool for it")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -144,7 +145,11 @@ def _value(name: str, text: str) -> Any:
     """The value of an argument."""
     if name in _LIMITS:
         if not (text.isascii() and text.isdecimal()):
-            raise LaunchError(f"{name} {text}: not a whole number; the arguments are in the order of --help")
+            product = re.fullmatch(r"\s*(\d{1,6})\s*[*xX]\s*(\d{1,6})\s*", text)
+            remedy = (
+                f"write {int(product[1]) * int(product[2])}" if product else "the arguments are in the order of --help"
+            )
+            raise LaunchError(f"{name} {text}: not a whole number; {remedy}")
         number, (least, most) = int(text), _LIMITS[name]
         if number < least or (most is not None and number > most):
             allowed = f"{least} to {most}" if most is not None else f"at least {least}"

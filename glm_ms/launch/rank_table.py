@@ -249,6 +249,7 @@ def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = Fa
     validate(table)
     check_target(path, overwrite=overwrite, error=RankTableError)
     try:
+        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
         replace_text(Path(path), table.to_json())
     except OSError as error:
         raise RankTableError(f"{path}: cannot be written: {error.strerror or error}") from error

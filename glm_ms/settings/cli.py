@@ -17,6 +17,7 @@ from glm_ms.storage.suggest import nearest
 
 PROGRAM = "run_glm.py"
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.*", re.DOTALL)
+_GLUED = re.compile(r"(.+?\.ya?ml)\s*(--\w.*)", re.DOTALL)  # `--config x.yaml--run_mode eval`
 _EXAMPLES = """examples:
   python run_glm.py --config configs/tiny/finetune_glm3_tiny.yaml
   python run_glm.py --config configs/tiny/finetune_glm3_tiny.yaml --epochs 2 lr_schedule.learning_rate=1e-3
@@ -128,6 +129,10 @@ def _unambiguous(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             seen[meant] = name
             if next_is_value and not (bare and _OVERRIDE.fullmatch(rest[0])):
                 equals, value = "=", rest.pop(0)
+            if name == "config" and (glued := _GLUED.fullmatch(value)):
+                value, more = glued.groups()
+                problems.append(f"--config: a space is missing, or quotes are too many; write {value} {more}")
+                rest = [*more.split(), *rest]
             if equals:
                 known.append(f"{_OVERRIDES}=={name}={value}" if "." in name else f"--{name}=={value}")
             elif bare:

@@ -307,9 +307,7 @@ class GenerationSettings:
     do_sample: bool = key(False, "draw from the distribution (False: greedy or beam search)")
     temperature: float = key(1.0, "divides the logits", above=0, used_with=_SAMPLED)
     top_k: int = key(0, "keep the k most likely tokens; 0: all", at_least=0, used_with=_SAMPLED)
-    top_p: float = key(
-        1.0, "keep the smallest set with this probability", above=0, at_most=1, used_with=_SAMPLED
-    )
+    top_p: float = key(1.0, "keep the smallest set with this probability", above=0, at_most=1, used_with=_SAMPLED)
     repetition_penalty: float = key(1.0, "above 1 makes tokens that occurred less likely; 1: none", above=0)
     num_beams: int = key(1, "beams of the beam search; 1: none", at_least=1)
     length_penalty: float = key(1.0, "beam scores are divided by length to this power")

@@ -11,19 +11,24 @@ from pathlib import Path
 
 from glm_ms.storage.errors import CheckpointError, FileError
 from glm_ms.storage.lock import locked
+from glm_ms.storage.paths import path_problem
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 
 
 @contextmanager
-def atomic_output(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iterator[Path]:
-    """As `staged`, for checkpoints: never replaces a folder of other things.
+def atomic_output(
+    path: Path, *, folder: bool = False, overwrite: bool = False, parents: bool = False
+) -> Iterator[Path]:
+    """As `staged`, for checkpoints: never replaces a folder of other things; with `parents` it makes missing folders.
 
     Raises:
         CheckpointError: `path` exists without `overwrite`, or must not be replaced, or cannot be written.
     """
     check_target(path, folder=folder, overwrite=overwrite)
     try:
+        if parents:
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with staged(path, folder=folder) as work:
             yield work
     except OSError as error:
@@ -86,11 +91,14 @@ def check_target(
     """Checks, before long work, that `atomic_output` accepts a path.
 
     Raises:
-        error: the parent folder is missing, `path` is of the other kind, or must not be replaced.
+        error: `path` is below a file, is of the other kind, or must not be replaced. Missing folders are made later.
     """
+    if problem := path_problem(str(path)):
+        raise error(problem)
     path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise error(f"{path}: its folder {path.parent} does not exist; create it first")
+    blocked = next((item for item in path.absolute().parents if item.exists() and not item.is_dir()), None)
+    if blocked is not None:
+        raise error(f"{path}: {blocked} is a file, not a folder; choose another name")
     if not path.exists():
         return
     if path.is_dir() != folder:

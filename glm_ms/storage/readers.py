@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.storage.errors import FileError
+from glm_ms.storage.paths import path_problem, pattern_hint
 
 HEAD = 4096  # bytes of a file that `check_text` looks at
 MAX_DEPTH = 100  # levels of JSON; code that walks a value recursively stays far from Python's limit
@@ -43,10 +44,12 @@ def read_text(path: Path, error: type[FileError] = FileError, missing: str = "no
     Raises:
         error: the file is missing (with the message `missing`), is a folder, cannot be read or is not UTF-8.
     """
+    if problem := path_problem(str(path)):
+        raise error(problem)
     try:
         text = decode_text(path.read_bytes(), path, error)
     except FileNotFoundError:
-        raise error(f"{path}: {missing}") from None
+        raise error(f"{path}: {missing}{pattern_hint(path)}") from None
     except IsADirectoryError:
         raise error(f"{path}: is a folder; give a file") from None
     except OSError as problem:

@@ -148,9 +148,13 @@ def test_file_in_place_of_a_folder_and_back(source: Path, work: Path) -> None:
         plan_conversion(source, work / "folder.ckpt", overwrite=True)
 
 
-def test_missing_parent_folder(source: Path, work: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist; create it first"):
-        plan_conversion(source, work / "no" / "out.ckpt")
+def test_missing_folders_are_made(source: Path, work: Path) -> None:
+    plan_conversion(source, work / "no" / "such" / "out.ckpt").run()
+    assert (work / "no" / "such" / "out.ckpt").is_file()
+    with pytest.raises(CheckpointError, match=r"out\.ckpt is a file, not a folder"):
+        plan_conversion(source, work / "no" / "such" / "out.ckpt" / "x.ckpt")
+    with pytest.raises(CheckpointError, match="too long for a path"):
+        plan_conversion(source, work / ("x" * 300) / "x.ckpt")
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -125,12 +125,33 @@ def test_cards_of_both_halves_are_noted(cards, noted):
     assert not noted or "910A" in note
 
 
-def test_addresses_from_the_file_alone(tmp_path, tool):
+def test_addresses_from_the_file_alone(tmp_path):
     path = conf(tmp_path, "# made by hand\n\naddress_0 = 192.1.27.6\r\nnetmask_0=255.255.255.0\n  address_1=192.1.27.7")
     found, origin = hccn.read_addresses([1, 0], path)
     assert list(found.items()) == [(1, "192.1.27.7"), (0, "192.1.27.6")]
     assert origin == str(path)
-    assert not (tool.parent / "calls").exists()
+
+
+def test_the_tool_knows_better_than_the_file(tmp_path, tool):
+    path = conf(tmp_path, "address_0=192.98.92.100\naddress_1=192.1.27.7\naddress_9=192.1.27.9\n")
+    remarks: list[str] = []
+    found, origin = hccn.read_addresses([0, 1, 9], path, remarks.append)
+    assert found == {0: "192.98.92.100", 1: "192.98.92.101", 9: "192.1.27.9"}
+    assert origin == f"{tool} and {path}"
+    assert (
+        remarks[0] == f"{path}: card 1 has 192.1.27.7, but {tool} says 192.98.92.101, which is used; correct the file"
+    )
+    assert f"exit status 1); using 192.1.27.9 of {path}" in remarks[1]
+    assert len(remarks) == 2
+
+
+def test_a_tool_that_fails_leaves_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(hccn, "_TIMEOUT", 0.2)
+    for text in ("#!/no/such/shell\n", "#!/bin/sh\nexec sleep 20\n"):
+        install_tool(tmp_path / "bin" / "hccn_tool", text)
+        remarks: list[str] = []
+        assert hccn.read_addresses([0], conf(tmp_path), remarks.append)[0] == {0: "192.1.27.6"}
+        assert remarks[0].endswith(f"; using {tmp_path}/hccn.conf")
 
 
 def test_the_default_file_is_found(tmp_path):
@@ -149,13 +170,13 @@ def test_addresses_from_the_tool_alone(tool):
 
 def test_the_tool_is_asked_for_what_the_file_lacks(tmp_path, tool):
     path = conf(tmp_path, cards=[0, 1, 2, 4])
+    install_tool(tool, TOOL.replace("[0-7])", "3)"))
     remarks: list[str] = []
     found, origin = hccn.read_addresses(range(5), path, remarks.append)
     assert found == {0: "192.1.27.6", 1: "192.1.27.7", 2: "192.1.27.8", 3: "192.98.92.103", 4: "192.1.27.10"}
     assert list(found) == [0, 1, 2, 3, 4]
     assert origin == f"{tool} and {path}"
-    assert remarks == [f"{path}: has no address of card 3; using hccn_tool for it"]
-    assert (tool.parent / "calls").read_text() == "-i 3 -ip -g\n"
+    assert remarks[-1] == f"{path}: has no address of card 3; using hccn_tool for it"
 
 
 def test_the_tool_is_found_where_drivers_put_it(tmp_path):
@@ -221,6 +242,7 @@ def test_the_same_line_twice_is_one_address(tmp_path):
 
 def test_one_address_in_both_places(tmp_path, tool):
     path = conf(tmp_path, "address_0=192.98.92.101\n")
+    install_tool(tool, TOOL.replace("[0-7])", "1)"))
     with pytest.raises(
         RankTableError, match=r"hccn_tool and .*hccn\.conf: cards 0 and 1 have the same address, 192\.98\.92\.101"
     ):

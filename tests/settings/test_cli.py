@@ -122,6 +122,11 @@ def test_flags_that_may_stand_alone(config: Path) -> None:
         (["x.yaml"], ["did you mean --config x.yaml?"]),
         (["--config", "x", "-v"], ["'-v': unexpected"]),
         (["--config", "x", ""], ["'': unexpected"]),
+        (
+            ["--config", "a/x.yaml--run_mode", "eval"],
+            ["--config: a space is missing, or quotes are too many; write a/x.yaml --run_mode"],
+        ),
+        (["--config=x.yml --run_mode eval --seed 3"], ["write x.yml --run_mode eval --seed 3"]),
         (["--config", "x", "--config=y"], ["--config is given twice"]),
         (["--config", "x", "--seed", "1", "--seed=1"], ["--seed is given twice; remove one"]),
         (["--config", "x", "--use_parallel", "--use_parallel", "True"], ["--use_parallel is given twice"]),

@@ -104,7 +104,7 @@ def test_training_state_is_left_out_visibly(run, source: Path, tmp_path: Path) -
         ),
         (["--input", "SOURCE", "--output", "x.ckpt", "--max_shard_size", "2GB"], "Hugging Face output only"),
         (["--input", "SOURCE", "--output", "x", "--max_shard_size", "big"], "such as 2GB"),
-        (["--input", "SOURCE", "--output", "no/x.ckpt"], "create it first"),
+        (["--input", "SOURCE", "--output", "SOURCE/config.json/x.ckpt"], "config.json is a file, not a folder"),
         (["--input", "SOURCE/model.safetensors", "--output", "x.ckpt"], "--config"),
         (
             ["--input", "SOURCE", "--output", "x.ckpt", "--config", "missing.json"],

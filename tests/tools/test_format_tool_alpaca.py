@@ -218,8 +218,9 @@ def test_nothing_is_left_of_what_fails(convert, tool, tmp_path, capsys):
         assert message in err
     assert tool.main(["--path", str(tmp_path / "absent"), "--output", str(tmp_path / "x")]) == 1
     assert "no such file" in capsys.readouterr().err
-    assert tool.main(["--path", str(tmp_path / "train_data.json"), "--output", str(tmp_path / "a" / "x")]) == 1
-    assert "its folder" in capsys.readouterr().err
+    beneath = str(tmp_path / "train_data.json" / "x")
+    assert tool.main(["--path", str(tmp_path / "train_data.json"), "--output", beneath]) == 1
+    assert "is a file, not a folder" in capsys.readouterr().err
 
 
 def test_json_lines(convert):
@@ -257,4 +258,4 @@ def test_command_line(repository, tmp_path):
         assert done.returncode == 2
     (tmp_path / "in.json").write_text(json.dumps([RECORD]), encoding="utf-8")
     subprocess.run([*program, "--path", "in.json"], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert (tmp_path / "tool_alpaca.jsonl").read_text(encoding="utf-8").count("\n") == 1
+    assert (tmp_path / "formatted_data" / "tool_alpaca.jsonl").read_text(encoding="utf-8").count("\n") == 1

@@ -42,8 +42,17 @@ def run(repository: Path, tmp_path: Path):
 @pytest.fixture
 def conf(tmp_path: Path) -> Path:
     path = tmp_path / "hccn.conf"
-    path.write_text("".join(f"address_{card}=192.1.27.{card + 6}\nnetmask_{card}=255.255.255.0\n" for card in range(8)))
+    path.write_text("".join(f"address_{card}=192.98.92.10{card}\nnetmask_{card}=255.255.255.0\n" for card in range(8)))
     return path
+
+
+def test_where_file_and_tool_differ_the_tool_counts(run, conf, tmp_path):
+    conf.write_text(conf.read_text().replace("192.98.92.103", "192.98.92.203"))
+    done = run("--server_ip", "10.0.0.1", "--hccn_conf", conf, "--output", "new/one.json")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"note: {conf}: card 3 has 192.98.92.203, but ")
+    table = read_rank_table(tmp_path / "folder" / "new" / "one.json")
+    assert table.servers[0].devices[3].device_ip == "192.98.92.103"
 
 
 def test_eight_cards_from_the_file(run, conf, tmp_path):
@@ -58,7 +67,7 @@ def test_eight_cards_from_the_file(run, conf, tmp_path):
             {
                 "server_id": "10.0.0.1",
                 "device": [
-                    {"device_id": str(card), "device_ip": f"192.1.27.{card + 6}", "rank_id": str(card)}
+                    {"device_id": str(card), "device_ip": f"192.98.92.10{card}", "rank_id": str(card)}
                     for card in range(8)
                 ],
                 "host_nic_ip": "reserve",
@@ -93,8 +102,8 @@ def test_visible_devices_are_physical_and_the_name_is_logical(run, conf, tmp_pat
     assert done.stdout.startswith("hccl_2p_01_10.0.0.1.json: server 10.0.0.1, cards 6-7 as ranks 0-1, ")
     devices = read_rank_table(tmp_path / "folder" / "hccl_2p_01_10.0.0.1.json").servers[0].devices
     assert [(item.device_id, item.device_ip, item.rank_id) for item in devices] == [
-        (6, "192.1.27.12", 0),
-        (7, "192.1.27.13", 1),
+        (6, "192.98.92.106", 0),
+        (7, "192.98.92.107", 1),
     ]
 
 
@@ -134,7 +143,7 @@ def test_cards_of_both_halves_are_noted_and_made(run, conf):
         (("--server_ip", ""), "error: --server_ip: '' is not an IP address"),
         (("--hccn_conf", "none"), "error: none: --hccn_conf: cannot be read"),
         (("--hccn_conf", ""), "error: .: --hccn_conf: cannot be read"),
-        (("--output", "none/a.json"), "error: none/a.json: its folder none does not exist"),
+        (("--output", "/dev/null/a.json"), "error: /dev/null/a.json: /dev/null is a file, not a folder"),
     ],
 )
 def test_what_is_refused(run, conf, tmp_path, arguments, message):

@@ -93,7 +93,7 @@ class Resharding:
                 announced[target.rank][plan.name] = target.info
         needed = sum(info.nbytes for tensors in announced for info in tensors.values())
         joiner = _Joiner(self.verify)
-        with atomic_output(self.output, folder=True, overwrite=_is_empty(self.output)) as work:
+        with atomic_output(self.output, folder=True, overwrite=_is_empty(self.output), parents=True) as work:
             check_space(work, self.output, needed)
             for rank, tensors in enumerate(announced):
                 self.placement.create(work, rank, tensors)
