@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_ms.launch.processes import Interrupts, claim_port, is_local, kill_descendants
+from glm_ms.launch.processes import Interrupts, ascend_cards, claim_port, is_local, kill_descendants, usable_cores
 from glm_ms.launch.rank_job import LaunchError, LogFolder, Member, RankJob, guarded, job_environment, run_command, say
 from glm_ms.launch.rank_logs import reason_in
 
@@ -45,6 +45,9 @@ one server; with the last one, start it on every server, with NODE_RANK 0 on tha
   LOG_DIR             for worker_N.log, scheduler.log, msrun.log; earlier logs are kept there (output/msrun_log)
   JOIN                False: return at once, do not watch the ranks (True)
   CLUSTER_TIME_OUT    seconds until all ranks must have connected (7200)
+
+A server starts at most as many ranks as it has Ascend cards, or cores if it has none; GLM_MS_FORCE_WORKERS=1 in the
+environment allows more.
 """
 _ONE_SERVER = ("WORKER_NUM", "MASTER_PORT", "LOG_DIR", "JOIN", "CLUSTER_TIME_OUT")
 _MANY_SERVERS = (
@@ -59,6 +62,7 @@ _LIMITS = {
     "CLUSTER_TIME_OUT": (1, None),
 }
 DEFAULT_PORT = 8118
+FORCE = "GLM_MS_FORCE_WORKERS"  # in the environment: any number of ranks
 _LAUNCHERS = ("msrun", "mpirun", "torchrun", "bash", "sh")
 
 
@@ -218,6 +222,19 @@ def check_machine(job: Job) -> None:
         raise LaunchError(f"MASTER_ADDR {job.master_addr}: the other servers cannot reach it; give another address")
 
 
+def check_workers(job: Job) -> None:
+    """Raises LaunchError for more ranks than this server has cards, or cores without any, unless they are forced."""
+    forced = os.environ.get(FORCE, "0") != "0" or os.environ.get("MS_SIMULATION_LEVEL")
+    on_cpu = "CPU" in " ".join(job.command).replace("=", " ").split()
+    cards = 0 if on_cpu else len(ascend_cards())
+    limit, kind = (cards, "Ascend cards") if cards else (usable_cores(), "cores that this process may use")
+    if job.local_worker > limit and not forced:
+        raise LaunchError(
+            f"{job.local_worker} ranks on a server with {limit} {kind}; give WORKER_NUM (default {Job.worker_num}), or "
+            f"LOCAL_WORKER, of at most {limit}, or set {FORCE}=1"
+        )
+
+
 def reserve_port(job: Job) -> tuple[int, AbstractContextManager]:
     """The port of the scheduler, and its claim (see `claim_port`) on the server of the scheduler.
 
@@ -240,7 +257,10 @@ def reserve_port(job: Job) -> tuple[int, AbstractContextManager]:
 
 
 def msrun_command(job: Job, port: int) -> list[str]:
-    """Command line of msrun, which returns when the processes are started."""
+    """Command line of msrun, which returns when the processes are started.
+
+    With `--join True` it would also put the log folder into a line for the shell, unquoted.
+    """
     servers = [] if job.alone else ["--master_addr", job.master_addr, "--node_rank", str(job.node_rank)]
     return [
         "msrun", "--worker_num", str(job.worker_num), "--local_worker_num", str(job.local_worker),
@@ -269,6 +289,7 @@ def launch(arguments: Sequence[str]) -> int:
     """
     job = parse(arguments)
     check_machine(job)
+    check_workers(job)
     interrupts = Interrupts()
     environment = job_environment()
     if shutil.which("msrun", path=environment["PATH"]) is None:

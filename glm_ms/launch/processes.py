@@ -7,6 +7,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import signal
 import socket
 import time
@@ -15,6 +16,20 @@ from pathlib import Path
 from types import FrameType
 
 _PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
+_CARD = re.compile(r"davinci(\d+)")
+
+
+def ascend_cards(dev: str | Path = "/dev") -> list[str]:
+    """Ascend cards of this machine or container by device file: `["davinci0", ...]`."""
+    names = os.listdir(dev) if Path(dev).is_dir() else []
+    return sorted(filter(_CARD.fullmatch, names), key=lambda name: int(name[len("davinci") :]))
+
+
+def usable_cores() -> int:
+    """Cores this process may use: a container may have fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def adopt_orphans() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from glm_ms.launch.processes import usable_cores
 from glm_ms.metrics import metric_of
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.parallel import config as parallel_config
@@ -144,7 +144,7 @@ def settle(settings: Settings) -> None:
             for key, where in settings.origins.items()
             if key.startswith(("parallel.", "parallel_config.")) and where.startswith("command line")
         ]
-    cores, dataset = _cores(), settings.train_dataset
+    cores, dataset = usable_cores(), settings.train_dataset
     if dataset.num_parallel_workers > cores:
         lowered = f"lowered from {dataset.num_parallel_workers} to {cores}, the cores of this machine"
         settings.notes.append(f"train_dataset.num_parallel_workers: {lowered}")
@@ -217,10 +217,3 @@ def _best_metric(settings: Settings) -> Iterator[Problem]:
     if name is not None and metric_of(name) not in chosen:
         message = f"{name} is measured by {metric_of(name)}, but metric.type is {', '.join(chosen)}; add it"
         yield Problem(_BEST, message, ("metric.type",))
-
-
-def _cores() -> int:
-    """Cores this process may use: a container may have fewer than the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from glm_ms.launch.processes import ascend_cards
 from glm_ms.launch.rank_job import JOB_VARIABLES
 from glm_ms.settings.checks import Rule, placed, violated
 from glm_ms.settings.errors import Problem
 from glm_ms.settings.schema import Settings, is_sharded, parallel_of
 
-_CARD = re.compile(r"davinci(\d+)")
 # What msrun sets for each rank.
 _MSRUN = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM")
 _COUNTS = ("MS_WORKER_NUM", "RANK_SIZE")
@@ -33,12 +32,6 @@ _UNSUPPORTED = (
          "float16: small gradients become zero without loss scaling; set runner_wrapper.scale_sense.type="
          "DynamicLossScaleUpdateCell, or use bfloat16 or float32"),
 )  # fmt: skip
-
-
-def ascend_cards(dev: str | Path = "/dev") -> list[str]:
-    """Ascend cards of this machine or container by device file: `["davinci0", ...]`."""
-    names = os.listdir(dev) if Path(dev).is_dir() else []
-    return sorted(filter(_CARD.fullmatch, names), key=lambda name: int(name[len("davinci") :]))
 
 
 def machine_problems(

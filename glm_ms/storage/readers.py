@@ -44,8 +44,8 @@ def read_text(path: Path, error: type[FileError] = FileError, missing: str = "no
     Raises:
         error: the file is missing (with the message `missing`), is a folder, cannot be read or is not UTF-8.
     """
-    if problem := path_problem(str(path)):
-        raise error(problem)
+    if unusable := path_problem(str(path)):
+        raise error(unusable)
     try:
         text = decode_text(path.read_bytes(), path, error)
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glm_ms.launch import msrun
-from glm_ms.launch.msrun import Job, check_machine, msrun_command, parse, reserve_port
+from glm_ms.launch.msrun import Job, check_machine, check_workers, msrun_command, parse, reserve_port
 from glm_ms.launch.rank_job import JOB_VARIABLES, LaunchError, job_environment
 
 
@@ -78,6 +78,7 @@ def test_quotes_within_the_first_argument(script: str):
         (["run_glm.py"], "cd "),
         (["run.py", "0"], "WORKER_NUM 0: must be at least 1"),
         (["run.py", "two"], "WORKER_NUM two: not a whole number"),
+        (["run.py", "8*2"], "WORKER_NUM 8*2: not a whole number; write 16"),
         (["run.py", "8", "80", "logs", "True", "60"], "MASTER_PORT 80: must be 1024 to 65535"),
         (["run.py", "8", "9000", "logs", "yes", "60"], "JOIN yes: must be True or False"),
         (["run.py", "8", "9000", "", "True", "60"], "LOG_DIR is empty"),
@@ -110,6 +111,23 @@ def test_addresses_that_do_not_fit(address: str, node: int, message: str):
     with pytest.raises(LaunchError) as caught:
         check_machine(Job(("run.py",), 16, 8, address, 9000, node))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "cards", "message"),
+    [("run.py", 4, "8 ranks on a server with 4 Ascend cards"), ("run.py", 0, "8 ranks on a server with 2 cores"),
+     ("run.py --device_target CPU", 16, "of at most 2, or set GLM_MS_FORCE_WORKERS=1"),
+     ("run.py context.device_target=CPU", 16, "8 ranks on a server with 2 cores"), ("run.py", 8, "")],
+)  # fmt: skip
+def test_more_ranks_than_the_server_has(line: str, cards: int, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(msrun, "usable_cores", lambda: 2)
+    monkeypatch.setattr(msrun, "ascend_cards", lambda: [f"davinci{card}" for card in range(cards)])
+    job = Job(tuple(line.split()))
+    if message:
+        with pytest.raises(LaunchError, match=message):
+            check_workers(job)
+        monkeypatch.setenv("GLM_MS_FORCE_WORKERS", "1")
+    check_workers(job)
 
 
 def test_no_mindspore(monkeypatch: pytest.MonkeyPatch):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from glm_ms.launch.processes import usable_cores
 from glm_ms.settings import Settings, SettingsError, load_settings
-from glm_ms.settings.checks import _cores
 
 
 def _write(config: Path, text: str) -> Path:
@@ -151,7 +151,7 @@ def test_byte_order_mark(config: Path) -> None:
 
 def test_too_many_workers_are_lowered_with_a_note(config: Path) -> None:
     settings = load_settings(config, ["train_dataset.num_parallel_workers=4096"])
-    assert settings.train_dataset.num_parallel_workers == _cores() <= os.cpu_count()
+    assert settings.train_dataset.num_parallel_workers == usable_cores() <= os.cpu_count()
     assert [note for note in settings.notes if "4096" in note and "num_parallel_workers" in note]
     assert not [note for note in load_settings(config).notes if "num_parallel_workers" in note]
 
