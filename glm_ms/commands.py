@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"glm-ms {command}: sets run_mode; remove it from the arguments")
     run = _find(command)
     if run is None:
-        hint = did_you_mean(command, _descriptions())
-        return _fail(f"glm-ms {command}: unknown command{hint}; run glm-ms --help")
+        hint = did_you_mean(command, _descriptions(), "; run glm-ms --help")
+        return _fail(f"glm-ms {command}: unknown command{hint}")
     return run(rest)
 
 
@@ -122,7 +122,7 @@ def _copy(root: Path, names: Sequence[str], to: str) -> int:
         path = (root / name.removeprefix("configs/")).resolve()
         if not name or not path.is_relative_to(root.resolve()) or not path.exists():
             known = [p.relative_to(root).as_posix() for p in [*root.iterdir(), *root.rglob("*.yaml")]]
-            return _fail(f"{name}: not a configuration{did_you_mean(name, known)}; run glm-ms configs")
+            return _fail(f"{name}: not a configuration{did_you_mean(name, known, '; run glm-ms configs')}")
         inside = [path] if path.is_file() else sorted(path.rglob("*"))
         sources += [file for file in inside if file.is_file() and "__pycache__" not in file.parts]
     pairs = [(path, Path(to) / CONFIGS / path.relative_to(root.resolve())) for path in sources]

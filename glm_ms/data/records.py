@@ -116,18 +116,25 @@ def parse_prompt(value: Mapping[str, Any], place: str, left_out: set[str]) -> Me
 
 
 def other_columns(value: Mapping[str, Any], columns: Columns) -> Iterator[str]:
-    """The columns of a record of prompt and answer that are not read and not empty."""
-    return (f"column {name!r}" for name, item in value.items() if name not in columns and _is_filled(item))
+    """The columns of a record of prompt and answer, and the keys of messages in it, that are not read and not empty."""
+    yield from (f"column {name!r}" for name, item in value.items() if name not in columns and _is_filled(item))
+    yield from _other_message_keys(_value(value, columns.history) or ())
 
 
 def other_keys(value: Mapping[str, Any], columns: Columns | None = None) -> Iterator[str]:
     """The keys of a conversation and of its messages that are not read and not empty."""
     known = (_CONVERSATIONS, _TOOLS)
     yield from (f"key {name!r}" for name, item in value.items() if name not in known and _is_filled(item))
-    for message in value[_CONVERSATIONS]:
-        for name, item in message.items():
-            if name not in _MESSAGE_KEYS and _is_filled(item):
-                yield f"key {name!r} of messages"
+    yield from _other_message_keys(value[_CONVERSATIONS])
+
+
+def _other_message_keys(items: Iterable[Any]) -> Iterator[str]:
+    for message in items:
+        if isinstance(message, dict):
+            known = _MESSAGE_KEYS
+            yield from (
+                f"key {name!r} of messages" for name, item in message.items() if name not in known and _is_filled(item)
+            )
 
 
 def _is_filled(value: Any) -> bool:

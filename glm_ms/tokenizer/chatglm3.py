@@ -199,7 +199,7 @@ def checked_tools(tools: Any) -> list[Any] | Mapping[str, Any] | None:
     if isinstance(tools, str):
         tools = _parsed(tools)
     if isinstance(tools, (list, tuple)):
-        tools = [_parsed(tool) if isinstance(tool, str) and tool.lstrip()[:1] in ("{", "[") else tool for tool in tools]
+        tools = [_parsed(tool) if isinstance(tool, str) and tool.lstrip().startswith("{") else tool for tool in tools]
         if all(isinstance(tool, Mapping) or (isinstance(tool, str) and tool.strip()) for tool in tools):
             return tools
     if not isinstance(tools, Mapping):
