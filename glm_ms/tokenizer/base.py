@@ -19,7 +19,6 @@ from glm_ms.storage.suggest import did_you_mean
 
 # The models write this mark in place of the end of their training data.
 _TRAINING_DATE = ("[[训练时间]]", "2023年")
-_TEMPLATE_OPENING = re.compile(r"\[gMASK\] *sop")
 # Decoding drops the space before the first piece of a text. This stand-in for the text so far keeps it.
 _ANCHOR = "."
 # Values of `SentencePieceTokenizer.template`.
@@ -54,6 +53,7 @@ class SentencePieceTokenizer(ABC):
     special_tokens: ClassVar[tuple[str, ...]]
     roles: ClassVar[tuple[str, ...]] = ()  # of messages that the prompt template knows
     stop_tokens: ClassVar[tuple[str, ...]] = ("<eos>",)  # end an answer
+    template_opening: ClassVar[re.Pattern[str]] = re.compile(r"\[gMASK\] *sop")  # of text in the prompt template
     padding_side = "left"
 
     def __init__(self, vocab_file: str | Path, template: str = CHAT) -> None:
@@ -225,8 +225,8 @@ class SentencePieceTokenizer(ABC):
         return {key: [[fill[key]] * (target - len(row[key])) + row[key] for row in rows] for key in _FEATURE_KEYS}
 
     def is_template(self, text: str) -> bool:
-        """Whether `text` begins with `[gMASK]sop`, spaces between them allowed: see `encode_template`."""
-        return _TEMPLATE_OPENING.match(text) is not None
+        """Whether `text` begins as the prompt template, with `[gMASK]sop`: see `encode_template`."""
+        return self.template_opening.match(text) is not None
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of text in the chat template, as `decode` writes it.
@@ -237,7 +237,7 @@ class SentencePieceTokenizer(ABC):
         Raises:
             ValueError: the text does not begin with `[gMASK]sop`, or breaks the template of this model.
         """
-        opening = _TEMPLATE_OPENING.match(text)
+        opening = self.template_opening.match(text)
         if opening is None:
             raise ValueError(f"{text[:40]!r}: template text must begin with '[gMASK]sop'")
         body = self._without_space(text[opening.end() :])

@@ -17,6 +17,8 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
     """Tokenizer of ChatGLM2-6B (CodeGeeX2 shares it)."""
 
     special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    # Text of `build_prompt` has the template already, too.
+    template_opening = re.compile(r"\[gMASK\] *sop|(?=\[Round \d+\](\n|\\n)*问：)")
 
     def _special_piece(self, index: int) -> str:
         if index >= self.vocab_size:

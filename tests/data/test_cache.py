@@ -115,6 +115,9 @@ def test_all_that_decides_the_rows_decides_the_name(glm2, glm3, records_file, tm
         adgen_rows(other, glm3, cache=request),
         adgen_rows(columns, glm3, cache=request),
         adgen_rows(columns, glm3, ("a", "b"), cache=request),
+        adgen_rows(columns, glm3, system_column="a", cache=request),
+        adgen_rows(path, type(glm3)(glm3.vocab_file, template="plain"), cache=request),
+        adgen_rows(path, type(glm2)(glm2.vocab_file, template="plain"), cache=request),
     ]
     assert len(caches(tmp_path / "cache")) == len(made)
     # The same bytes under another name are the same records.

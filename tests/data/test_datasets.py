@@ -7,8 +7,9 @@ import pickle
 
 import numpy as np
 import pytest
-from data_helpers import adgen_prompts, adgen_rows
+from data_helpers import adgen_encoder, adgen_prompts, adgen_rows
 
+from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.encoder import Columns
 from glm_ms.data.messages import message_ids
 from glm_ms.data.records import read_prompt_and_answer
@@ -95,6 +96,24 @@ def test_history_becomes_earlier_messages(records_file, glm2, glm3):
     prompt = adgen_prompts(path, glm2, ("q", "a", "h"), 64, 64)[0]["input_ids"].tolist()
     assert prompt == glm2.build_chat_input("好", [("你", "我")])["input_ids"]
     assert adgen_prompts(path, glm3, ("q", "a", "h"), 64, 64)[0]["input_ids"].tolist() == want
+
+
+def test_system_and_tools_come_first(records_file, glm3):
+    tools, introduction = (
+        [{"name": "f"}],
+        "Answer the following questions as best as you can. You have access to the following tools:",
+    )
+    path = records_file([{"content": "好", "summary": "是", "s": "简短", "t": tools, "h": [["你", "我"]]}])
+    columns = {"system_column": "s", "tools_column": "t", "history_column": "h"}
+    encoder = adgen_encoder(glm3, max_source_length=400, max_target_length=64, **columns)
+    history = [
+        {"role": "system", "content": introduction, "tools": tools}, {"role": "system", "content": "简短"},
+        {"role": "user", "content": "你"}, {"role": "assistant", "content": "我"},
+    ]  # fmt: skip
+    want = glm3.build_chat_input("好", history)["input_ids"]
+    assert EvalDataset(path, encoder)[0]["input_ids"].tolist() == want
+    row = TrainDataset(path, encoder)[0]
+    assert row["input_ids"][row["attention_mask"] == 1].tolist()[: len(want)] == want
 
 
 def test_eval_items(records_file, any_tokenizer):
