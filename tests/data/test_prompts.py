@@ -167,10 +167,10 @@ def test_text_in_the_template(glm2: ChatGLM2Tokenizer, glm3: ChatGLM3Tokenizer, 
     assert read_prompts(line, silent)[0].ids(glm3) == ids
     assert read_prompts(line.replace(r"\n", "\n"), silent)[0].ids(glm3) == ids
     assert read_prompts(jsonl({"prompt": line}), silent)[0].ids(glm3) == ids
-    assert (
-        read_prompts(r"[gMASK]sop[Round 1]\n\n问：你好\n\n答：", silent)[0].ids(glm2)
-        == (glm2.build_chat_input("你好")["input_ids"])
-    )
+    for opening in ("[gMASK]sop", "[gMASK] sop ", ""):
+        for text in (glm2.build_prompt("你好"), r"[Round 1]\n\n问：你好\n\n答："):
+            assert read_prompts(opening + text, silent)[0].ids(glm2) == glm2.build_chat_input("你好")["input_ids"]
+    assert read_prompts("[Round 1] 你好", silent)[0].ids(glm2) == glm2.build_chat_input("[Round 1] 你好")["input_ids"]
     assert read_prompts(r"C:\new", silent)[0].ids(glm3) == glm3.build_chat_input(r"C:\new")["input_ids"]
     # With line breaks of its own, the text has `\n` as two characters.
     text = "[gMASK]sop<|user|>\n print(r'\\n')<|assistant|>"
