@@ -171,7 +171,7 @@ def _history(items: Any, place: str) -> list[Message]:
     if not isinstance(items, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in items):
         raise DataError(
             f"{place} must be a list of [prompt, response] pairs, or of messages with role and content, found "
-            f"{str(items)[:60]}"
+            f"{_kind(items)}"
         )
     return [
         message
@@ -307,7 +307,8 @@ def _items(items: list[Any], place: str) -> Iterator[tuple[Mapping[str, Any], st
             raise DataError(f'{where} must be an object {{"role", "content"}}, found {_kind(item)}')
         _refuse_near_misses(item, _MESSAGE_KEYS, where)
         if "role" not in item:
-            raise DataError(f"{where}: no key 'role', the message has {_names(item)}")
+            hint = "; 'from' and 'value' are called 'role' and 'content' here" if "from" in item else ""
+            raise DataError(f"{where}: no key 'role', the message has {_names(item)}{hint}")
         role, roles = item["role"], (*ROLES, "tool")
         if role not in roles:
             hint = did_you_mean(role, roles, f"; the roles are {', '.join(roles)}")

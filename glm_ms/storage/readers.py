@@ -20,14 +20,14 @@ MAX_DEPTH = 100  # levels of JSON; code that walks a value recursively stays far
 # First bytes of files that are no text -> what they are, and the remedy for the file {0}.
 _WRITES = "use what this command writes: "
 _BINARY = {
-    b"\x1f\x8b": ("compressed with gzip", _WRITES + "gzip -cd {0}"),
-    b"BZh91AY&SY": ("compressed with bzip2", _WRITES + "bzip2 -cd {0}"),
-    b"\xfd7zXZ\0": ("compressed with xz", _WRITES + "xz -cd {0}"),
-    b"\x28\xb5\x2f\xfd": ("compressed with zstd", _WRITES + "zstd -cd {0}"),
-    b"PK\3\4": ("a zip archive", "give a file in it: unzip {0}"),
-    b"version https://git-lfs": ("a Git LFS pointer", "fetch the file: git lfs pull --include {0}"),
+    b"\x1f\x8b": ("compressed with gzip", _WRITES + "gzip -cd{0}"),
+    b"BZh91AY&SY": ("compressed with bzip2", _WRITES + "bzip2 -cd{0}"),
+    b"\xfd7zXZ\0": ("compressed with xz", _WRITES + "xz -cd{0}"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", _WRITES + "zstd -cd{0}"),
+    b"PK\3\4": ("a zip archive", "give a file in it: unzip{0}"),
+    b"version https://git-lfs": ("a Git LFS pointer", "fetch the file: git lfs pull --include{0}"),
 }
-_ICONV = _WRITES + "iconv -f {1} -t UTF-8 {0}"
+_ICONV = _WRITES + "iconv -f {1} -t UTF-8{0}"
 _MARKS = {
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # before UTF-16, whose mark is a part of it
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -77,13 +77,13 @@ def check_text(head: bytes, source: str | Path, error: type[FileError] = FileErr
     Raises:
         error: they are those of UTF-16 or UTF-32, of a compressed file or of a Git LFS pointer, or have NUL bytes.
     """
-    quoted = shlex.quote(str(source))
+    argument = _argument(source)
     for magic, (kind, remedy) in _BINARY.items():
         if head.startswith(magic):
-            raise error(f"{source}: is {kind}; {remedy.format(quoted)}")
+            raise error(f"{source}: is {kind}; {remedy.format(argument)}")
     encoding = _wide_encoding(head)
     if encoding is not None:
-        raise error(f"{source}: is {encoding} text, not UTF-8; {_ICONV.format(quoted, encoding)}")
+        raise error(f"{source}: is {encoding} text, not UTF-8; {_ICONV.format(argument, encoding)}")
     if b"\0" in head:
         raise error(f"{source}: has NUL bytes, so it is not text; give a file in UTF-8")
 
@@ -109,6 +109,11 @@ def _decodes(content: bytes, encoding: str) -> bool:
         return False
 
 
+def _argument(source: str | Path) -> str:
+    """A file as an argument of a command, with a space before it; "" for standard input, which commands read as well."""
+    return f" {shlex.quote(str(source))}" if Path(source).is_file() else ""
+
+
 def not_utf8(problem: UnicodeDecodeError, source: str | Path, line: int) -> str:
     """Message for bytes of `source`, from its line `line`, that are not UTF-8."""
     content, start = problem.object, problem.start
@@ -125,7 +130,7 @@ def not_utf8(problem: UnicodeDecodeError, source: str | Path, line: int) -> str:
     if not content[:start].isascii():
         return message + "the text before it is UTF-8; write this line in UTF-8, too"
     if _decodes(content, "gb18030"):
-        return message + f"it may be GB18030; {_ICONV.format(shlex.quote(str(source)), 'GB18030')}"
+        return message + f"it may be GB18030; {_ICONV.format(_argument(source), 'GB18030')}"
     return message + "convert the file to UTF-8"
 
 
@@ -162,7 +167,8 @@ def parse_json(
     """
     place = source if line is None else f"{source}:{line}"
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
+        # Files that were joined have a byte order mark at the beginning of a line.
+        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique_keys)
         if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
             raise RecursionError
     except json.JSONDecodeError as problem:
@@ -171,7 +177,8 @@ def parse_json(
     except RecursionError:
         raise error(f"{place}: not valid JSON: nested more than {MAX_DEPTH} levels deep") from None
     except ValueError as problem:
-        raise error(f"{place}: not valid JSON: {problem}") from None
+        # Without Python's own advice about the number of digits.
+        raise error(f"{place}: not valid JSON: {str(problem).partition('; use sys.')[0]}") from None
     return value
 
 

@@ -101,6 +101,7 @@ def test_keys_without_effect_are_told_by_name(records_file, glm3):
         (conversation(), "'conversations' is empty; remove the record"),
         (conversation("x"), "message 1 must be an object .* found str"),
         (conversation(USER, {"content": "x"}), "message 2: no key 'role', the message has 'content'"),
+        (conversation({"from": "human", "value": "x"}), "'value'; 'from' and 'value' are called 'role' and"),
         (conversation(USER, {}), "message 2: no key 'role', the message has none"),
         (conversation({**USER, "role": "usr"}), "message 1: role 'usr' is not known; did you mean user"),
         (conversation({**USER, "role": "human"}), "role 'human' is not known; the roles are system, user"),

@@ -155,6 +155,9 @@ def test_other_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stdin", typed("\n"))
     with pytest.raises(DataError, match="standard input: no prompt"):
         read_prompts("-", silent)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好".encode("gb18030"))))
+    with pytest.raises(DataError, match=r"standard input:1: not UTF-8 .* iconv -f GB18030 -t UTF-8$"):
+        read_prompts("-", silent)
     with pytest.raises(DataError, match=r"prompts are read from \.txt and \.jsonl files only"):
         read_prompts(str(tmp_path), silent)
 
