@@ -131,10 +131,8 @@ def other_keys(value: Mapping[str, Any], columns: Columns | None = None) -> Iter
 def _other_message_keys(items: Iterable[Any]) -> Iterator[str]:
     for message in items:
         if isinstance(message, dict):
-            known = _MESSAGE_KEYS
-            yield from (
-                f"key {name!r} of messages" for name, item in message.items() if name not in known and _is_filled(item)
-            )
+            others = (name for name, item in message.items() if name not in _MESSAGE_KEYS and _is_filled(item))
+            yield from (f"key {name!r} of messages" for name in others)
 
 
 def _is_filled(value: Any) -> bool:
@@ -152,10 +150,12 @@ def _column_text(value: Mapping[str, Any], name: str | None, place: str) -> str:
 
 def _up_to_prompt(value: Mapping[str, Any], place: str, columns: Columns) -> list[Message]:
     """The messages of a record before its answer; the last is the prompt, which may be empty."""
-    texts = (_column_text(value, name, place) for name in (columns.prompt, columns.input, columns.system))
-    prompt, more, system = texts
+    prompt, more, system = (
+        _column_text(value, name, place) for name in (columns.prompt, columns.input, columns.system)
+    )
+    tools = _value(value, columns.tools)
     return [
-        *_tools_message(_value(value, columns.tools), f"{place}: column {columns.tools!r}"),
+        *_tools_message(None if tools == [] else tools, f"{place}: column {columns.tools!r}"),
         *([Message("system", system)] if system else ()),
         *_history(_value(value, columns.history), f"{place}: column {columns.history!r}"),
         Message("user", "\n".join(text for text in (prompt, more) if text)),

@@ -17,7 +17,7 @@ from glm_ms.storage.paths import path_problem, pattern_hint
 
 HEAD = 4096  # bytes of a file that `check_text` looks at
 MAX_DEPTH = 100  # levels of JSON; code that walks a value recursively stays far from Python's limit
-# First bytes of files that are no text -> what they are, and the remedy for the file {0}.
+# First bytes of files that are not text -> what they are, and the remedy for the file {0}.
 _WRITES = "use what this command writes: "
 _BINARY = {
     b"\x1f\x8b": ("compressed with gzip", _WRITES + "gzip -cd{0}"),
@@ -110,7 +110,7 @@ def _decodes(content: bytes, encoding: str) -> bool:
 
 
 def _argument(source: str | Path) -> str:
-    """A file as an argument of a command, with a space before it; "" for standard input, which commands read as well."""
+    """A file as an argument of a command, after a space; "" for standard input, which commands read without a name."""
     return f" {shlex.quote(str(source))}" if Path(source).is_file() else ""
 
 
