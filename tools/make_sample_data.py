@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs whe
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.errors import not_written
 
 # Class -> (measure word, the key and values of the garment itself, the key and phrases of its detail).
 CLASSES = {
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.output_dir.mkdir(parents=True, exist_ok=True)
             write_records(options.output_dir / name, records)
         except OSError as error:
-            parser.error(f"{options.output_dir / name}: cannot be written: {error.strerror}")
+            parser.error(not_written(options.output_dir / name, error))
         print(f"{len(records)} records written to {options.output_dir / name}")
     return 0
 

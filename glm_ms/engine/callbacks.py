@@ -25,6 +25,7 @@ from glm_ms.engine.step.loss_scale import LossScale
 from glm_ms.engine.step.training import Training
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.errors import WriteError
 from glm_ms.storage.run_folder import DIVERGED, list_checkpoints
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -189,11 +190,15 @@ def _report_divergence(run: TrainingRun, record: StepRecord, reason: str) -> str
         "rows": [_describe_row(run, place, index) for place, index in enumerate(indices) if index >= 0],
     }
     path = run.output_dir / DIVERGED.format(f"{record.step:08d}")
-    replace_text(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    records = f"Its records: {path}."
+    try:
+        replace_text(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+    except WriteError as error:  # must not hide that the run has diverged
+        records = f"Its records are lost: {error}."
     run.ranks.from_first(None)
     saved = [str(folder) for _, folder in list_checkpoints(run.training.checkpoints.folder)][-1:]
     last = f"The last checkpoint is {saved[0]}." if saved else "No checkpoint had been saved before."
-    return f"Its records: {path}. {last}"
+    return f"{records} {last}"
 
 
 def _describe_row(run: TrainingRun, place: int, index: int) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from glm_ms.data.prompts import read_prompts
 from glm_ms.engine.from_settings import generation_options
 from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
+from glm_ms.engine.results import ResultLines, result_folder
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
-from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.errors import DataError
+from glm_ms.storage.run_folder import ANSWERS_FILE
 from glm_ms.tokenizer import IncrementalDecoder, SentencePieceTokenizer
-
-RESULTS_FILE = "predict_results.jsonl"
 
 
 class Prediction(NamedTuple):
@@ -33,7 +32,9 @@ class Prediction(NamedTuple):
 def predict(
     settings: Settings, model: GLMForCausalLM, tokenizer: SentencePieceTokenizer, show: Say, say: Say
 ) -> list[Prediction]:
-    """Answers every prompt and writes `predict_results.jsonl` into the output folder.
+    """Answers every prompt and writes `predict_results.jsonl` into the output folder, each answer before it is shown.
+
+    With `resume` the answers that are there stay.
 
     The template of the tokenizer makes a chat prompt of a plain text; text in the template stays as it is. A single
     prompt without beams is shown while it is generated. The ranks of a parallel run take the batches in turn, with the
@@ -44,6 +45,8 @@ def predict(
 
     Raises:
         DataError: prompts that cannot be read or are too long.
+        CheckpointError: the answers in the output folder are of another job.
+        WriteError: an answer cannot be written.
         RankError: the ranks have different prompts or weights, or one has failed.
     """
     ranks = ranks_of(settings)
@@ -57,25 +60,51 @@ def predict(
     size = settings.predict_batch_size
     streamed = len(texts) == 1 and options["num_beams"] == 1 and options["num_return_sequences"] == 1
 
+    display = _Display(show)
+
     def answer(start: int) -> list[list[str]]:
         if streamed:
-            return [[_stream(model, tokenizer, prompts[0], options, show)]]
+            return [[_stream(model, tokenizer, prompts[0], options, display.show)]]
         batch, count = prompts[start : start + size], options["num_return_sequences"]
         sequences = model.generate(batch, **options)
         found = [answer_text(tokenizer, ids[len(batch[i // count]) :]) for i, ids in enumerate(sequences)]
         return [found[i : i + count] for i in range(0, len(found), count)]
 
-    results = []
-    starts = range(0, len(texts), size)
-    for start, answers in zip(starts, ranks.share_out(starts, answer)):
-        for text, found in zip(texts[start : start + size], answers):
-            results.append(Prediction(text, found))
+    path = Path(settings.output_dir) / ANSWERS_FILE
+    made_of = {"number of prompts": len(texts), "prompts": digest}
+    with result_folder(settings, made_of, ranks, say), ResultLines(path, size, len(texts), ranks) as lines:
+        results = [Prediction(text, line["answers"]) for text, line in zip(texts, lines.stored)]
+        if results:
+            say(f"{path}: {len(results)} of {len(texts)} answers are there")
+        starts = range(len(results), len(texts), size)
+        for start, answers in zip(starts, ranks.share_out(starts, answer)):
+            new = [Prediction(text, found) for text, found in zip(texts[start : start + size], answers)]
+            lines.append([result._asdict() for result in new])
+            results += new
             if not streamed and ranks.first:
-                show("".join(f"{text}\n -> {one}\n" for one in found))
-    if ranks.first:
-        lines = (json.dumps(result._asdict(), ensure_ascii=False) + "\n" for result in results)
-        replace_text(Path(settings.output_dir) / RESULTS_FILE, "".join(lines))
+                display.show("".join(f"{text}\n -> {one}\n" for text, found in new for one in found))
+            display.check()
     return results
+
+
+class _Display:
+    """Where answers are shown. If it fails, such as a pipe that is closed, the answer being made is still written."""
+
+    def __init__(self, show: Say) -> None:
+        self._show, self._error = show, None
+
+    def show(self, text: str) -> None:
+        """Shows a text, unless an earlier one could not be shown."""
+        try:
+            if self._error is None:
+                self._show(text)
+        except OSError as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raises the OSError of a text that could not be shown."""
+        if self._error is not None:
+            raise self._error
 
 
 def check_prompt_lengths(prompts: Sequence[Sequence[int]], options: Mapping[str, Any], seq_length: int) -> None:

@@ -12,7 +12,7 @@ from glm_ms.ascend_hints import overflow_mode_note
 from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import build_context, log_to_folder
-from glm_ms.engine.predict import RESULTS_FILE, predict
+from glm_ms.engine.predict import predict
 from glm_ms.engine.process import Say, end_process_after, restore_signal_handlers
 from glm_ms.engine.ranks import be_patient, ranks_of
 from glm_ms.engine.report.summary import summary
@@ -21,7 +21,7 @@ from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model, fuse
 from glm_ms.ops.ascend import soc_version
 from glm_ms.settings import Settings, SettingsError
-from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.run_folder import ANSWERS_FILE
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 # Keys whose values may differ between servers; the contents of the files are compared when they are read.
@@ -68,16 +68,13 @@ def _run(settings: Settings) -> None:
         return
     model = build_model(settings, tokenizer.vocab_size, say)
     fuse(settings, model, say)
-    output_dir = Path(settings.output_dir)
-    if ranks.first:
-        replace_text(output_dir / f"{settings.run_mode}_settings.yaml", settings.to_yaml())
     if settings.run_mode == "eval":
         scores = evaluate(settings, model, tokenizer, say)
         for name, value in scores.items() if ranks.first else ():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     else:
         predict(settings, model, tokenizer, lambda text: print(text, end="", flush=True), say)
-        say(f"answers: {output_dir / RESULTS_FILE}")
+        say(f"answers: {Path(settings.output_dir) / ANSWERS_FILE}")
 
 
 def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> None:

@@ -56,6 +56,7 @@ def train(
     with run_lock(Path(settings.output_dir), say) if ranks.first else nullcontext():
         run = prepare(settings, tokenizer, say, ranks, given)
         if run.start == run.plan.total_steps:
+            _finish_killed(run)
             return None
         run.training.build_model(tokenizer.vocab_size, run.checkpoint)
         best = begin_output(run)
@@ -98,7 +99,9 @@ def prepare(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, ran
 
 
 def begin_output(run: TrainingRun) -> BestEvaluation:
-    """Prepares the output folder, after every check has passed: moves an earlier run aside, writes the settings."""
+    """Prepares the output folder, after every check has passed: moves an earlier run aside, writes the settings, and
+    finishes what a killed run was about to do after its last checkpoint: the name of the best one, removal of old ones.
+    """
     known = None if run.manifest is None else run.manifest.best
     metric = run.settings.checkpoint.best_metric if run.ranks.first else None
     best = BestEvaluation(run.output_dir, metric, known, run.say)
@@ -112,14 +115,17 @@ def begin_output(run: TrainingRun) -> BestEvaluation:
             best.write()
     if own != run.output_dir:
         resume.set_aside(own, run.checkpoint)
+        own.mkdir(parents=True, exist_ok=True)
         run.ranks.from_first(None)  # no rank writes a strategy file before those of an earlier run are moved
+    if run.manifest is not None and run.training.checkpoints.writes:
+        run.training.checkpoints.remove_old(best.steps)
     return best
 
 
 def fit(run: TrainingRun, best: BestEvaluation, callbacks: tuple[Callback, ...]) -> StepRecord | None:
     """Builds network, optimizer and training step, and makes all updates that are left; returns the last record."""
     settings, training = run.settings, run.training
-    log = ProgressLog(settings, run.plan.total_steps, run.start, show=run.ranks.first)
+    log = ProgressLog(settings, run.plan.total_steps, run.start, run.ranks.first, run.say)
     try:
         register_classes(settings)
         log_to_folder(settings.output_dir)
@@ -144,6 +150,16 @@ def finish_output(run: TrainingRun) -> None:
         run.plot()
         with suppress(OSError):
             (run.output_dir / STRATEGIES).rmdir()
+
+
+def _finish_killed(run: TrainingRun) -> None:
+    """What a run may not have done when it was killed after its last checkpoint."""
+    if (
+        run.checkpoint is not None
+        and run.checkpoint.resolve().parent.parent == run.training.checkpoints.folder.resolve()
+    ):
+        begin_output(run)
+        finish_output(run)
 
 
 def _plan(settings: Settings, num_rows: int, training: Training, say: Say) -> TrainingPlan:

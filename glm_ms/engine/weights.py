@@ -20,7 +20,8 @@ from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, read
 from glm_ms.settings import Settings, resolve_vocab_size
 from glm_ms.settings.schema import AUTO, parallel_of
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.integrity import MANIFEST
+from glm_ms.storage.integrity import MANIFEST, file_sha256
+from glm_ms.storage.readers import read_object
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 # Fields that may differ from the config.json beside the weights: they do not change the function.
@@ -40,9 +41,11 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
     adapter, because that checkpoint contains no base weights.
 
     Raises:
-        CheckpointError: the weights cannot be read, or do not belong to the configured network.
+        CheckpointError: the weights cannot be read, do not belong to the configured network, or were trained with
+            another vocabulary.
         SettingsError: the vocabulary does not fit the tokenizer.
     """
+    check_vocabulary(settings)
     adapter = adapter_config(settings)
     base = checkpoint if adapter is None else None
     if base is None and settings.load_checkpoint:
@@ -62,6 +65,27 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
     return model
 
 
+def check_vocabulary(settings: Settings) -> None:
+    """Checks that weights and adapter of a run are used with its vocabulary, unless the settings allow another.
+
+    Raises CheckpointError.
+    """
+    vocab_file = settings.processor.tokenizer.vocab_file
+    for path in (
+        () if settings.processor.tokenizer.allow_other_vocab else (settings.load_checkpoint, settings.load_adapter)
+    ):
+        manifest = resolve_checkpoint(path) / MANIFEST if path else Path()
+        if not manifest.is_file():
+            continue
+        position = read_object(manifest, CheckpointError).get("position")
+        then = position.get("vocabulary") if isinstance(position, dict) else None
+        if then not in (None, file_sha256(Path(vocab_file))):
+            raise CheckpointError(
+                f"{vocab_file}: not the vocabulary with which {path} was trained (SHA-256 {then}); give that one as "
+                "processor.tokenizer.vocab_file, or set processor.tokenizer.allow_other_vocab=True"
+            )
+
+
 def fuse(settings: Settings, model: GLMForCausalLM, say: Say) -> None:
     """Installs fused kernels in a network that is not compiled yet, if the settings ask for them."""
     if settings.context.use_fused_kernels:
@@ -76,7 +100,7 @@ def adapter_config(settings: Settings) -> AdapterConfig | None:
 
 
 def _checked_against_settings(model: GLMForCausalLM, stored: StoredAdapter, wanted: AdapterConfig) -> StoredAdapter:
-    """A stored adapter with the dropout of the settings, for further training.
+    """A stored adapter with the settings' own values, for further training; others, such as use_rslora, stay.
 
     Raises AdapterError if its kind or its sizes are not those of the settings.
     """
@@ -86,7 +110,9 @@ def _checked_against_settings(model: GLMForCausalLM, stored: StoredAdapter, want
     different = ADAPTERS[wanted.kind].load().differences(stored, wanted, model.network)
     if different:
         raise AdapterError(f"{stored.path}: does not fit the settings: {'; '.join(different)}")
-    return dataclasses.replace(stored, config=dataclasses.replace(then, dropout=wanted.dropout))
+    # Values that say the same may be spelled in another way, such as the order of target modules.
+    values = {field: getattr(wanted, field) for field in ADAPTERS[wanted.kind].keys.values()}
+    return dataclasses.replace(stored, config=dataclasses.replace(then, **values))
 
 
 def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Say) -> None:
@@ -127,6 +153,7 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Say) -> GLMFo
 
     Raises as `build_model`.
     """
+    check_vocabulary(settings)
     if settings.load_checkpoint:
         checkpoint = resolve_checkpoint(settings.load_checkpoint)
         with open_checkpoint(checkpoint) as reader:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.storage.atomic import check_target, replace_text
-from glm_ms.storage.errors import FileError
+from glm_ms.storage.errors import FileError, not_written
 from glm_ms.storage.readers import read_json
 from glm_ms.storage.suggest import nearest
 
@@ -252,7 +252,7 @@ def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = Fa
         Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
         replace_text(Path(path), table.to_json())
     except OSError as error:
-        raise RankTableError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise RankTableError(not_written(Path(path), error)) from error
 
 
 def read_rank_table(path: str | Path) -> RankTable:

@@ -178,6 +178,8 @@ def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:
     for part in parts_in_use(settings):
         yield from loader_problems(settings, part)
         yield from length_problems(settings, part)
+    if training and settings.resume:
+        yield Problem("resume", f"True: {settings.run_mode} continues a run with --resume_training")
     if settings.run_mode == "predict" and not settings.predict_data:
         yield Problem("predict_data", "missing; give a prompt, a .txt or .jsonl file, or - (--predict_data)")
     if check_files:

@@ -191,6 +191,7 @@ class TokenizerSettings:
     template: Literal["chat", "plain"] = key(
         "chat", "prompts in the chat template of the tokenizer class, or plain text as base models continue it"
     )
+    allow_other_vocab: bool = key(False, "accept weights or an adapter of a run with another vocab_file")
 
 
 @dataclass
@@ -346,6 +347,9 @@ class Settings:
         "True: continue from the newest checkpoint in output_dir; or the path of a checkpoint",
         path="True, False or a checkpoint",
     )
+    resume: bool = key(
+        False, "run_mode eval and predict: keep the results in output_dir and compute those that are missing"
+    )
     use_parallel: bool = key(False, "several cards or processes, started by msrun")
     context: ContextSettings = key(ContextSettings, "device and execution mode of MindSpore")
     parallel: ParallelSettings = key(ParallelSettings, "mode of a distributed run")
@@ -460,6 +464,7 @@ FLAGS = {
     "use_parallel": Flag("use_parallel", "BOOL", bare=True),
     "output_dir": Flag("output_dir", "PATH"),
     "resume_training": Flag("resume_training", "BOOL|PATH", bare=True),
+    "resume": Flag("resume", "BOOL", bare=True),
     "do_eval": Flag("do_eval", "BOOL", bare=True),
     "epochs": Flag("runner_config.epochs", "N"),
     "batch_size": Flag(None, "N", about="batch size of the run mode: training rows, eval rows or prompts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from glm_ms.storage.errors import CheckpointError, FileError
+from glm_ms.storage.errors import CheckpointError, FileError, WriteError, not_written
 from glm_ms.storage.lock import locked
 from glm_ms.storage.paths import path_problem
 
@@ -31,8 +32,8 @@ def atomic_output(
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with staged(path, folder=folder) as work:
             yield work
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except WriteError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @contextmanager
@@ -41,26 +42,28 @@ def staged(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
     With `folder` the hidden path is an empty folder, else it does not exist and must become a file. If the block
     raises, its output is removed. If the process is killed, the output stays under its hidden name and the next output
-    to the same `path` removes it. Raises OSError if `path` cannot be written.
+    to the same `path` removes it. Raises WriteError if `path` cannot be written.
     """
     final = path.resolve()
-    token = secrets.token_hex(4)
+    token = secrets.token_hex(8)
     partial = final.with_name(f".{final.name}.{token}{_PARTIAL}")
     try:
-        _remove_leftovers(final)
+        remove_leftovers(final.parent, final.name)
         # A lock, not a process id, shows that the writer is alive: it works across containers too.
-        partial.mkdir()
+        partial.mkdir(0o777 if folder else 0o700)
         with locked(partial, folder=True):
             work = partial if folder else partial / final.name
             yield work
             _sync(work)
             _publish(work, final, final.with_name(f".{final.name}.{token}{_REPLACED}"))
+    except OSError as error:
+        raise WriteError(not_written(path, error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file, whole or not at all; raises OSError if it cannot be written."""
+    """Writes a small file, whole or not at all; raises WriteError if it cannot be written."""
     with staged(path) as work:
         work.write_bytes(content)
 
@@ -68,12 +71,6 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def replace_text(path: Path, text: str) -> None:
     """As `replace_bytes`, for UTF-8 text; line ends stay as in `text`."""
     replace_bytes(path, text.encode("utf-8"))
-
-
-def append_line(path: Path, line: str) -> None:
-    """Appends one line to a text file in a single write, so that a reader or a kill never sees half of it."""
-    with path.open("ab", buffering=0) as file:
-        file.write(f"{line}\n".encode())
 
 
 def sync(path: Path) -> None:
@@ -115,14 +112,24 @@ def check_target(
         )
 
 
-def _remove_leftovers(final: Path) -> None:
-    """Removes what killed processes left of earlier outputs to the same path."""
-    for item in final.parent.iterdir():
-        if not item.name.startswith(f".{final.name}."):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes left in a folder of outputs with this name, `*` for any.
+
+    A folder that was set aside, and whose new version never came, gets its name back: it is the only copy.
+    """
+    for item in folder.glob(f".{'*' if name == '*' else glob.escape(name)}.*"):
+        final = item.stem[1:].rpartition(".")[0]
+        if (name != "*" and final != name) or not final or item.suffix not in (_PARTIAL, _REPLACED):
             continue
-        # The old folder that was set aside is the only copy until the new one is in place.
-        outdated = item.name.endswith(_REPLACED) and final.exists()
-        if outdated or (item.name.endswith(_PARTIAL) and _is_abandoned(item)):
+        if item.suffix == _PARTIAL:
+            abandoned = _is_abandoned(item)
+        else:
+            partial = item.with_suffix(_PARTIAL)
+            abandoned = not partial.exists() or _is_abandoned(partial)
+            if abandoned and not (folder / final).exists():
+                item.rename(folder / final)
+                continue
+        if abandoned:
             shutil.rmtree(item, ignore_errors=True)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError, not_written
 
 
 @contextmanager
@@ -18,7 +18,9 @@ def locked(path: Path, *, folder: bool = False, on_wait: Callable[[], None] | No
     If another process has the lock, calls `on_wait` once and waits; without `on_wait` raises BlockingIOError. Yields
     None, or the reason if the file system has no locks and `path` is therefore not locked.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(
+        path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if folder else os.O_RDWR | os.O_CREAT, 0o666
+    )
     no_locks = None
     try:
         try:
@@ -36,22 +38,26 @@ def locked(path: Path, *, folder: bool = False, on_wait: Callable[[], None] | No
 
 
 @contextmanager
-def run_lock(output_dir: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Locks the output folder of a run; warns through `say` if the file system has no locks, and continues.
+def run_lock(output_dir: Path, say: Callable[[str], None], mode: str = "") -> Iterator[None]:
+    """Locks the output folder for training, or for the results of the run mode `mode`; warns through `say` if the file
+    system has no locks, and continues.
 
     Raises:
-        CheckpointError: another process is training into the folder.
+        CheckpointError: another process writes the same files, or the lock cannot be made.
     """
+    kind = mode or "training"
     with ExitStack() as stack:
         try:
-            no_locks = stack.enter_context(locked(output_dir / ".lock"))
+            no_locks = stack.enter_context(locked(output_dir / (f".{mode}.lock" if mode else ".lock")))
         except BlockingIOError:
             raise CheckpointError(
-                f"{output_dir}: another run is training into this folder; wait for it, or give another --output_dir"
+                f"{output_dir}: another run ({kind}) writes into this folder; wait for it, or give another --output_dir"
             ) from None
+        except OSError as error:
+            raise CheckpointError(not_written(output_dir, error)) from None
         if no_locks:
             say(
                 f"{output_dir}: its file system has no locks ({no_locks.strerror or no_locks}); "
-                "make sure that no second run trains into this folder"
+                "make sure that no second run writes into this folder"
             )
         yield

@@ -8,7 +8,9 @@ evaluation.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from glm_ms.storage.errors import CheckpointError
@@ -20,12 +22,17 @@ SLICES, STRATEGIES = "slices", "strategy"
 SETTINGS_FILE = "settings.yaml"
 METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD = "metrics.jsonl", "eval_metrics.jsonl", "tensorboard"
 PREDICTIONS_FILE, SCORES_FILE = "eval_predictions.jsonl", "eval_scores.json"
+LOSSES_FILE, ANSWERS_FILE = "eval_losses.jsonl", "predict_results.jsonl"
+# Of the run mode: its settings, and what its results are made of.
+MODE_SETTINGS, MODE_IDENTITY = "{}_settings.yaml", "{}_run.json"
+MODE_RESULTS = {"eval": (PREDICTIONS_FILE, LOSSES_FILE, SCORES_FILE), "predict": (ANSWERS_FILE,)}
 DIVERGED = "nan_step_{}.json"  # with the step
 # What training writes besides checkpoints, as patterns of names.
 RESULTS = (
-    SETTINGS_FILE, METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD, PREDICTIONS_FILE, SCORES_FILE, "plots",
-    DIVERGED.format("*"), STRATEGIES,
+    SETTINGS_FILE, METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD, *MODE_RESULTS["eval"], MODE_SETTINGS.format("eval"),
+    MODE_IDENTITY.format("eval"), "plots", DIVERGED.format("*"), STRATEGIES,
 )  # fmt: skip
+EARLIER_RUNS = "earlier_runs"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -83,3 +90,13 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not checkpoints:
         raise CheckpointError(f"{path / CHECKPOINTS}: has no checkpoint yet")
     return checkpoints[-1][1]
+
+
+def move_aside(output_dir: Path, paths: Iterable[Path], into: str = "") -> Path:
+    """Moves files and folders of an earlier run to `earlier_runs/N/into`; returns `earlier_runs/N`, a new folder."""
+    numbered = (output_dir / EARLIER_RUNS / str(number) for number in itertools.count(1))
+    target = next(path for path in numbered if not path.exists())
+    (target / into).mkdir(parents=True)
+    for path in paths:
+        path.rename(target / into / path.name)
+    return target

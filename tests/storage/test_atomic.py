@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from glm_ms.storage import lock
-from glm_ms.storage.atomic import append_line, replace_bytes, replace_text, staged
+from glm_ms.storage.atomic import remove_leftovers, replace_bytes, replace_text, staged
+from glm_ms.storage.errors import WriteError
 
 
 def test_replaces_text(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_failure_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match=r"a: cannot be written: No space left .*; free space .* MB are left"):
         replace_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -83,10 +84,18 @@ def test_staged_folder_replaces_a_folder(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["a"]
 
 
-def test_lines_are_appended(tmp_path: Path) -> None:
-    for line in ("a", "甲"):
-        append_line(tmp_path / "log", line)
-    assert (tmp_path / "log").read_bytes() == "a\n甲\n".encode()
+def test_leftovers_of_any_name_go_and_the_only_copy_returns(tmp_path: Path) -> None:
+    for name in (".a.01.partial", ".b.02.partial", ".b.02.replaced", ".c.03.replaced", "c", ".d.replaced", ".lock"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".e.04.partial").symlink_to(tmp_path / "elsewhere")
+    with lock.locked(tmp_path / ".a.01.partial", folder=True):
+        remove_leftovers(tmp_path)
+        assert (tmp_path / ".a.01.partial").exists()  # its writer is alive
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".d.replaced", ".e.04.partial", ".lock", "b", "c", "elsewhere",
+    ]  # fmt: skip
 
 
 def test_lock_refuses_or_waits(tmp_path: Path) -> None:

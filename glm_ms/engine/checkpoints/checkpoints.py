@@ -26,8 +26,8 @@ from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import HIGHER, METRICS, metric_of
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import Settings
-from glm_ms.storage.atomic import atomic_output, replace_text, sync
-from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.atomic import atomic_output, remove_leftovers, replace_text, sync
+from glm_ms.storage.errors import CheckpointError, WriteError, not_written
 from glm_ms.storage.run_folder import CHECKPOINTS, best_file, list_checkpoints, resolve_checkpoint, step_folder
 
 WEIGHTS = "model.safetensors"
@@ -67,10 +67,14 @@ class Checkpoints(ABC):
         """Writes the checkpoint after `step` updates; the other values are those of `write_manifest`.
 
         The folder gets its name when everything in it is on disk; a process killed while writing leaves nothing
-        under that name. Raises CheckpointError if the folder cannot be written.
+        under that name. Raises CheckpointError if the folder cannot be written; WriteError if the output folder has
+        been removed.
         """
         folder = step_folder(self.folder, step)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(exist_ok=True)  # without its parents: an output folder that is gone must be noticed
+        except OSError as error:
+            raise WriteError(not_written(folder.parent, error)) from error
         with atomic_output(folder, folder=True, overwrite=True) as partial:
             self.state.write(partial)
             write_manifest(partial, step, place, position, best, self.settings.context.device_target)
@@ -81,14 +85,16 @@ class Checkpoints(ABC):
         self.state.restore(checkpoint)
 
     def remove_old(self, kept: Collection[int] = ()) -> None:
-        """Removes all checkpoints except the newest `keep_max` and those of the steps `kept`."""
+        """Removes all checkpoints except the newest `keep_max` and those of the steps `kept`, and what killed runs have
+        left half written or half removed."""
+        remove_leftovers(self.folder / CHECKPOINTS)
         for hidden in (self.folder / CHECKPOINTS).glob(".step_*.old"):
             shutil.rmtree(hidden, ignore_errors=True)
         for step, old in list_checkpoints(self.folder)[: -self.keep_max]:
             if step not in kept:
                 # Renamed first: a process killed during the removal must not leave half a checkpoint.
                 doomed = old.rename(old.with_name(f".{old.name}.old"))
-                shutil.rmtree(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
 class WholeCheckpoints(Checkpoints):

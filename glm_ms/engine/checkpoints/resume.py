@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,15 @@ from glm_ms.peft import ADAPTERS
 from glm_ms.settings import Settings
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import file_sha256
-from glm_ms.storage.run_folder import CHECKPOINTS, METRICS_FILE, RESULTS, list_checkpoints, resolve_checkpoint
+from glm_ms.storage.run_folder import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    RESULTS,
+    list_checkpoints,
+    move_aside,
+    resolve_checkpoint,
+)
 
-EARLIER_RUNS = "earlier_runs"
 # Keys of train_dataset that change no row; the records are compared by their SHA-256 and number.
 _NO_ROWS = ("num_parallel_workers", "cache_dir", "num_samples", "drop_remainder")
 
@@ -120,20 +125,11 @@ def set_aside(output_dir: Path, checkpoint: Path | None) -> Path | None:
     found = list_checkpoints(output_dir)
     if checkpoint is not None and checkpoint.resolve() in [path.resolve() for _, path in found]:
         later = [path for _, path in found if path.name > checkpoint.name]
-        return _move(output_dir, later, CHECKPOINTS) if later else None
+        return move_aside(output_dir, later, CHECKPOINTS) if later else None
     metrics = output_dir / METRICS_FILE
     if not found and not (metrics.is_file() and metrics.stat().st_size):
         return None
-    return _move(output_dir, [path for name in (CHECKPOINTS, *RESULTS) for path in sorted(output_dir.glob(name))], "")
-
-
-def _move(output_dir: Path, paths: list[Path], into: str) -> Path:
-    numbered = (output_dir / EARLIER_RUNS / str(number) for number in itertools.count(1))
-    target = next(path for path in numbered if not path.exists())
-    (target / into).mkdir(parents=True)
-    for path in paths:
-        path.rename(target / into / path.name)
-    return target
+    return move_aside(output_dir, [path for name in (CHECKPOINTS, *RESULTS) for path in sorted(output_dir.glob(name))])
 
 
 def _check_name(folder: Path, manifest: Manifest) -> None:

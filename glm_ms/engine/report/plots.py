@@ -15,6 +15,7 @@ import numpy as np
 
 from glm_ms.metrics import METRICS, score_names
 from glm_ms.storage.atomic import replace_bytes
+from glm_ms.storage.errors import not_written
 from glm_ms.storage.run_folder import EVAL_METRICS_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def write_plots(output_dir: Path, say: Callable[[str], None] = warnings.warn) ->
                 continue
             _save(figure, path)
             written.append(path)
-        except (OSError, ValueError, RuntimeError, OverflowError) as error:
+        except OSError as error:
+            say(f"no plot: {not_written(path, error)}")
+        except (ValueError, RuntimeError, OverflowError) as error:
             say(f"no plot {path}: {error}")
     return written
 
@@ -295,5 +298,5 @@ def _save(figure: Figure, path: Path) -> None:
 
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # without its parents: the output folder may be gone
     replace_bytes(path, image.getvalue())

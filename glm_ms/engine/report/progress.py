@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from glm_ms.engine.process import Say
 from glm_ms.metrics import METRICS
 from glm_ms.settings import Settings
-from glm_ms.storage.atomic import append_line, replace_text
-from glm_ms.storage.run_folder import EVAL_METRICS_FILE, METRICS_FILE, TENSORBOARD
+from glm_ms.storage.atomic import replace_bytes
+from glm_ms.storage.errors import WriteError, not_written
+from glm_ms.storage.growing import GrowingFile, read_lines
+from glm_ms.storage.run_folder import EVAL_METRICS_FILE, METRICS_FILE, TENSORBOARD, step_folder
 
 
 @dataclass(frozen=True)
@@ -61,23 +67,29 @@ def progress_bar(total: int, description: str, unit: str, done: int = 0, show: b
 class ProgressLog:
     """Bar and files of a training run. With `show=False`, on ranks other than the first, it does nothing.
 
-    `start_step` updates of `total_steps` are already made; lines of later steps, from a killed run, are removed.
+    `start_step` updates of `total_steps` are already made; lines of later steps, from a killed run, are removed. `say`
+    takes a line about lines that are damaged or missing. All files are written by the thread that calls: a disk that is
+    full ends the run with WriteError, which every method may raise.
     """
 
-    def __init__(self, settings: Settings, total_steps: int, start_step: int, show: bool) -> None:
+    def __init__(self, settings: Settings, total_steps: int, start_step: int, show: bool, say: Say) -> None:
         output_dir = Path(settings.output_dir)
         self._total, self._log_steps = total_steps, settings.logging.log_steps
         self._bar = progress_bar(total_steps, "compiling", "step", start_step, show)
-        self._file = self._writer = None
         self._output_dir, self._shown, self._evaluated = output_dir, "", ""
+        self._file: GrowingFile | None = None
+        self._evaluations: GrowingFile | None = None
+        self._events: EventFile | None = None
         if show:
-            for name in (METRICS_FILE, EVAL_METRICS_FILE):
-                _drop_after(output_dir / name, start_step)
-            self._file = (output_dir / METRICS_FILE).open("a", encoding="utf-8")
+            steps = _drop_after(output_dir / METRICS_FILE, start_step, say)
+            _drop_after(output_dir / EVAL_METRICS_FILE, start_step, say)
+            own = step_folder(output_dir, start_step).is_dir()  # not of a run that began in another folder
+            _tell_missing(
+                output_dir / METRICS_FILE, range(1, start_step + 1 if own else 1), steps, self._log_steps, say
+            )
+            self._file = GrowingFile(output_dir / METRICS_FILE)
         if show and settings.logging.tensorboard:
-            from tensorboardX import SummaryWriter  # takes 0.5 s, and is optional
-
-            self._writer = SummaryWriter(str(output_dir / TENSORBOARD), purge_step=start_step + 1)
+            self._events = EventFile(output_dir / TENSORBOARD, start_step + 1)
         self._clock = time.perf_counter()
 
     def seconds(self) -> float:
@@ -102,8 +114,7 @@ class ProgressLog:
         if self._file is None or not due:
             return
         values = {name: value for name, value in asdict(record).items() if value is not None}
-        self._file.write(_json_line(values) + "\n")
-        self._file.flush()
+        self._file.append_lines(_json_line(values))
         self._plot(record.step, {name: value for name, value in values.items() if name not in ("step", "epoch")})
 
     def evaluation(self, step: int, epoch: float, scores: Mapping[str, Any]) -> None:
@@ -114,25 +125,65 @@ class ProgressLog:
             self._bar.set_postfix_str(self._shown + self._evaluated)
         if self._file is None:
             return
-        append_line(self._output_dir / EVAL_METRICS_FILE, _json_line({"step": step, "epoch": epoch, **scores}))
+        self._file.check()
+        if self._evaluations is None:
+            self._evaluations = GrowingFile(self._output_dir / EVAL_METRICS_FILE)
+        self._evaluations.append_lines(_json_line({"step": step, "epoch": epoch, **scores}))
         self._plot(step, {f"eval/{name}": value for name, value in scores.items()})
 
     def _plot(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes finite values for TensorBoard, which takes no others."""
-        if self._writer is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._writer.add_scalar(name, value, step)
+        if self._events is not None:
+            self._events.scalars(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
     def sync(self) -> None:
         """Forces the lines to the disk: after a power cut no checkpoint must exist without the lines before it."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        for file in (self._file, self._evaluations):
+            if file is not None:
+                file.sync()
 
     def close(self) -> None:
-        for output in (self._bar, self._file, self._writer):
+        """Never raises: an error that ended the run must stay visible, and nothing is left to write."""
+        for output in (self._bar, self._file, self._evaluations, self._events):
             if output is not None:
-                output.close()
+                with suppress(OSError):
+                    output.close()
+
+
+class EventFile:
+    """A new file of scalars for TensorBoard in a folder, which is created; every event is written at once.
+
+    The writer of tensorboardX has a thread of its own: when that cannot write, it ends, and the program waits for ever.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # takes 0.5 s, and is optional
+        from tensorboardX.record_writer import masked_crc32c
+
+        self._event, self._checksum = Event, masked_crc32c
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise WriteError(not_written(folder, error)) from error
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._file = GrowingFile(folder / name)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))  # later events are hidden
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes finite values by name; raises WriteError."""
+        tagged = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._write(self._event(step=step, summary={"value": tagged}))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        head = struct.pack("<Q", len(content))
+        parts = (head, struct.pack("<I", self._checksum(head)), content, struct.pack("<I", self._checksum(content)))
+        self._file.append(b"".join(parts))
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _json_line(values: Mapping[str, Any]) -> str:
@@ -140,15 +191,23 @@ def _json_line(values: Mapping[str, Any]) -> str:
     return json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()})
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Removes the lines of later steps, and an incomplete last line of a killed run."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    replace_text(path, "".join(kept))
+def _drop_after(path: Path, step: int, say: Say) -> set[int]:
+    """Removes the lines of later steps, an incomplete last line of a killed run, and damaged lines, which are told;
+    returns the steps that have a line."""
+    lines, damaged = read_lines(path)
+    kept = {number: line for line, value in lines if isinstance(number := value.get("step"), int) and number <= step}
+    if damaged:
+        say(
+            f"{path}: {len(damaged)} damaged lines, the first is line {damaged[0]}; their numbers are lost, and the "
+            "lines are removed"
+        )
+    content = b"".join(kept.values())
+    if path.exists() and content != path.read_bytes():
+        replace_bytes(path, content)
+    return set(kept)
+
+
+def _tell_missing(path: Path, steps: range, found: set[int], log_steps: int, say: Say) -> None:
+    missing = [step for step in steps if step % log_steps == 0 and step not in found]
+    if missing:
+        say(f"{path}: {len(missing)} steps before the checkpoint have no line, the first is step {missing[0]}")

@@ -1,0 +1,125 @@
+"""Results of `eval` and `predict` in the output folder: written as they come, continued, or moved aside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from glm_ms.engine.checkpoints.manifest import differences, weights_fingerprint
+from glm_ms.engine.process import Say
+from glm_ms.engine.ranks import Ranks
+from glm_ms.settings import Settings
+from glm_ms.storage.atomic import replace_bytes, replace_text
+from glm_ms.storage.errors import CheckpointError, DataError
+from glm_ms.storage.growing import GrowingFile, read_lines
+from glm_ms.storage.integrity import file_sha256
+from glm_ms.storage.lock import run_lock
+from glm_ms.storage.readers import read_object
+from glm_ms.storage.run_folder import MODE_IDENTITY, MODE_RESULTS, MODE_SETTINGS, move_aside, resolve_checkpoint
+
+
+@contextmanager
+def result_folder(settings: Settings, made_of: Mapping[str, Any], ranks: Ranks, say: Say) -> Iterator[None]:
+    """Prepares the output folder for results, after every check has passed; the first rank does it.
+
+    Earlier results are moved to `earlier_runs/N`. With `resume` they stay, if they are of the same job: weights,
+    vocabulary, settings of the network and of generation, and `made_of`, JSON values that describe the records.
+
+    Raises:
+        CheckpointError: another process writes results there, or those to continue are of another job.
+    """
+    if not ranks.first:
+        ranks.from_first(None)
+        yield
+        return
+    folder, mode = Path(settings.output_dir), settings.run_mode
+    with run_lock(folder, say, mode):
+        identity = {**_identity(settings), **made_of}
+        if settings.resume:
+            _check_same_job(folder / MODE_IDENTITY.format(mode), identity)
+        else:
+            results = [path for name in MODE_RESULTS[mode] if (path := folder / name).is_file()]
+            if any(path.stat().st_size for path in results):
+                about = [folder / name.format(mode) for name in (MODE_SETTINGS, MODE_IDENTITY)]
+                aside = move_aside(folder, [*results, *(path for path in about if path.is_file())])
+                say(f"earlier results in {folder} have been moved to {aside}")
+        replace_text(folder / MODE_IDENTITY.format(mode), json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
+        replace_text(folder / MODE_SETTINGS.format(mode), settings.to_yaml())
+        ranks.from_first(None)
+        yield
+
+
+class ResultLines:
+    """A file of results, a line for each, on the first rank; other ranks write nothing.
+
+    The lines of a batch are there whole or not at all, also after a kill.
+
+    Args:
+        batch_size: lines written at a time, but for the last ones.
+        total: lines of the whole job.
+
+    Attributes:
+        stored: lines that are there, of whole batches; the same on every rank.
+
+    Raises:
+        DataError: a line is damaged.
+        WriteError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, batch_size: int, total: int, ranks: Ranks) -> None:
+        self._file: GrowingFile | None = None
+        stored: list[dict[str, Any]] = []
+        if ranks.first:
+            lines, damaged = read_lines(path)
+            if damaged:
+                raise DataError(f"{path}:{damaged[0]}: damaged; start without resume, which moves the file aside")
+            whole = len(lines) if len(lines) == total else len(lines) // batch_size * batch_size
+            content = b"".join(line for line, _ in lines[:whole])
+            if path.exists() and path.stat().st_size != len(content):
+                replace_bytes(path, content)
+            stored = [value for _, value in lines[:whole]]
+            self._file = GrowingFile(path)
+        self.stored: list[dict[str, Any]] = ranks.from_first(stored)
+
+    def append(self, values: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the lines of a batch; raises WriteError."""
+        if self._file is not None:
+            self._file.append_lines(*(json.dumps(value, ensure_ascii=False) for value in values))
+
+    def __enter__(self) -> ResultLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _identity(settings: Settings) -> dict[str, Any]:
+    """What determines the results, besides the records."""
+    whole = settings.to_dict()
+    paths = {key: resolve_checkpoint(path) for key in ("load_checkpoint", "load_adapter") if (path := whole[key])}
+    adapter = paths.get("load_adapter", Path())
+    configs = [adapter / name for name in ("adapter_config.json", "config.json")] if "load_adapter" in paths else []
+    return {
+        **{key: weights_fingerprint(path) for key, path in paths.items()},
+        "adapter_config": {path.name: file_sha256(path) for path in configs if path.is_file()},
+        "vocabulary": file_sha256(Path(settings.processor.tokenizer.vocab_file)),
+        "tokenizer": settings.processor.tokenizer.type,
+        "model_config": whole["model"]["model_config"],
+        "generation": whole["generation"],
+        "seed": settings.seed,
+        "batch_size": settings.batch_size(),
+    }
+
+
+def _check_same_job(path: Path, identity: Mapping[str, Any]) -> None:
+    then = read_object(path, CheckpointError, "no such file: there are no results to continue; start without resume")
+    changed = differences(then, identity)
+    if changed:
+        raise CheckpointError(
+            f"{path}: the results there are of another job ({'; '.join(changed)}); restore these settings, or start "
+            "without resume, which moves the results aside"
+        )
