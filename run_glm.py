@@ -5,49 +5,48 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-from glm_ms.ascend_hints import error_lines, hints
-from glm_ms.engine.process import is_verbose, quiet_imports
-from glm_ms.settings import SettingsError, settings_from_command_line
+from glm_ms.program import program, signal_thread
 
 
+@program
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0, 1 for a run that failed on its input, 2 for unusable settings, 130 interrupted,
-    141 for an output pipe that was closed."""
-    settings = settings_from_command_line(argv)
-    try:
-        _make_output_dir(settings.output_dir)
-        with quiet_imports(log_folder=settings.output_dir):
-            from glm_ms.engine.run import run  # takes seconds, so only after the settings are checked
+    """Returns the exit status: 0, 1 for a run that failed on its input, 2 for bad settings, or one of `program`."""
+    with signal_thread() as imported:
+        from glm_ms.ascend_hints import error_lines, hints
+        from glm_ms.engine.process import is_verbose, quiet_imports
+        from glm_ms.settings import SettingsError, settings_from_command_line
 
-        run(settings)
-    except SettingsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of the output has closed it (`| head`): not an error, and nothing more to write at exit.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return 141
-    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
-        # Cards and their libraries raise RuntimeError and ImportError; unknown ones keep their traceback.
-        unknown = isinstance(error, (RuntimeError, ImportError)) and not hints(str(error))
-        if unknown or is_verbose():
+        settings = settings_from_command_line(argv)
+        try:
+            _make_output_dir(settings.output_dir)
+            with quiet_imports(log_folder=settings.output_dir):
+                from glm_ms.engine.run import run  # takes seconds, so only after the settings are checked
+
+            imported()
+            run(settings)
+        except SettingsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:
             raise
-        for line in error_lines(error):
-            print(line, file=sys.stderr)
-        return 1
+        except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
+            # Cards and their libraries raise RuntimeError and ImportError; unknown ones keep their traceback.
+            unknown = isinstance(error, (RuntimeError, ImportError)) and not hints(str(error))
+            if unknown or is_verbose():
+                raise
+            for line in error_lines(error):
+                print(line, file=sys.stderr)
+            return 1
     return 0
 
 
 def _make_output_dir(path: str) -> None:
     """Raises SettingsError if the folder cannot be made."""
+    from glm_ms.settings import SettingsError
+
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,7 @@
-"""How every program of the project ends: exit statuses of signals, closed pipes and full disks."""
+"""How every program of the project ends: exit statuses of signals, closed pipes and full disks.
+
+Nothing that takes time is imported here: a signal may come at any moment.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_WAKE_UP = signal.SIGURG  # by default ignored, and of no use without sockets
 
 
 def program(main: Callable[..., int]) -> Callable[..., int]:
@@ -47,6 +53,65 @@ def program(main: Callable[..., int]) -> Callable[..., int]:
                 signal.signal(signal.SIGTERM, handler)
 
     return run
+
+
+@contextmanager
+def signal_thread() -> Iterator[Callable[[], None]]:
+    """A thread receives SIGINT and SIGTERM while the block runs, so that handlers that libraries install never run.
+
+    Those of MindSpore turn SIGINT into SIGTERM, and a terminated training into a finished one. At first a signal ends
+    the process at once, with the status of `program`: an exception in the middle of an import makes libraries abort.
+    After a call of the function that this yields, it raises KeyboardInterrupt or SystemExit in the main thread, as
+    handlers of Python do. Outside of the main thread it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    imported, ended, received = threading.Event(), threading.Event(), []
+    main = threading.get_ident()
+
+    def receive() -> None:
+        while True:
+            number = signal.sigwait(_ENDING)
+            if ended.is_set():
+                return
+            if not imported.is_set():
+                if number == signal.SIGINT:
+                    os.write(2, b"interrupted\n")
+                os._exit(128 + number)
+            received.append(number)
+            signal.pthread_kill(main, _WAKE_UP)
+
+    def end(_: int, frame: FrameType | None) -> None:
+        if received[-1:] == [signal.SIGINT]:
+            raise KeyboardInterrupt
+        if received:
+            exit_by_signal(received[-1], frame)
+
+    # Threads and processes that are started later inherit the mask.
+    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING), signal.signal(_WAKE_UP, end)
+    thread = threading.Thread(target=receive, daemon=True)
+    thread.start()
+    try:
+        yield imported.set
+    finally:
+        signal.signal(_WAKE_UP, handler)
+        ended.set()
+        signal.pthread_kill(thread.ident or 0, signal.SIGTERM)
+        thread.join()
+        restore_signal_handlers()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def restore_signal_handlers() -> None:
+    """Interrupt raises KeyboardInterrupt, termination SystemExit(143). Acts in the main thread only.
+
+    MindSpore's data pipeline installs its own handlers when it starts: with them a terminated training exits with
+    status 0, as if it had finished.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, exit_by_signal)
 
 
 def command_name(otherwise: str) -> str:

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from engine_helpers import REPOSITORY
 
-from glm_ms.program import program
+from glm_ms.program import program, signal_thread
 
 GLM_MS = "import sys; from glm_ms.commands import main; sys.exit(main())"
 WAITING = """
@@ -73,6 +74,52 @@ def test_signals(number: signal.Signals, status: int, said: str) -> None:
     process.send_signal(number)
     assert process.communicate(timeout=60) == ("cleaned up\n", said)
     assert process.returncode == status
+
+
+THREAD = """
+import signal, sys, time
+from glm_ms.program import program, signal_thread
+
+@program
+def main(phase):
+    with signal_thread() as imported:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: print("of a library"))
+        try:
+            if phase == "run":
+                imported()
+            print("ready", flush=True)
+            time.sleep(60)
+        finally:
+            print("cleaned up", flush=True)
+
+sys.exit(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("phase", "shown"), [("import", ""), ("run", "cleaned up\n")])
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")]
+)
+def test_handlers_of_libraries_do_not_run(
+    phase: str, shown: str, number: signal.Signals, status: int, said: str
+) -> None:
+    process = start(THREAD, phase, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.communicate(timeout=60) == (shown, said)
+    assert process.returncode == status
+
+
+def test_the_signal_thread_leaves_nothing() -> None:
+    before = [signal.pthread_sigmask(signal.SIG_BLOCK, []), threading.active_count(), signal.getsignal(signal.SIGURG)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with signal_thread() as imported:
+        imported()
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    after = [signal.pthread_sigmask(signal.SIG_BLOCK, []), threading.active_count(), signal.getsignal(signal.SIGURG)]
+    assert after == before
 
 
 def test_the_handler_of_a_caller_stays() -> None:

@@ -18,11 +18,12 @@ from glm_ms.engine.batches import TrainingPlan, TrainingRows
 from glm_ms.engine.checkpoints.checkpoints import BestEvaluation
 from glm_ms.engine.checkpoints.manifest import Manifest
 from glm_ms.engine.evaluate import Evaluator
-from glm_ms.engine.process import Say, restore_signal_handlers
+from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import Ranks, check_equal_on_ranks
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
 from glm_ms.engine.step.loss_scale import LossScale
 from glm_ms.engine.step.training import Training
+from glm_ms.program import restore_signal_handlers
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.errors import WriteError

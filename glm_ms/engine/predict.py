@@ -91,7 +91,8 @@ class _Display:
     """Where answers are shown. If it fails, such as a pipe that is closed, the answer being made is still written."""
 
     def __init__(self, show: Say) -> None:
-        self._show, self._error = show, None
+        self._show = show
+        self._error: OSError | None = None
 
     def show(self, text: str) -> None:
         """Shows a text, unless an earlier one could not be shown."""

@@ -1,4 +1,4 @@
-"""The process of a run: log levels of its libraries, signal handlers, exit status of a failed rank.
+"""The process of a run: log levels of its libraries, exit status of a failed rank.
 
 GLM_MS_VERBOSE=1 in the environment shows all logs. Importing this module changes nothing.
 """
@@ -8,13 +8,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from types import FrameType
-from typing import NoReturn
 
 from glm_ms.settings.errors import SettingsError
 
@@ -60,23 +56,9 @@ def hidden_stdout() -> Iterator[Callable[[], None]]:
         yield stack.close
 
 
-def restore_signal_handlers() -> None:
-    """Interrupt raises KeyboardInterrupt, termination SystemExit(143). Acts in the main thread only.
-
-    MindSpore's data pipeline installs its own handlers when it is imported and again when it starts: with them a
-    terminated training exits with status 0, as if it had finished.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, _exit)
-
-
-def _exit(number: int, _: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
 def end_process_after(error: BaseException) -> None:
-    """Ends the process of a failed rank when Python exits, with the exit status of run_glm.py.
+    """Ends the process of a failed rank, or of a run that was interrupted, when Python exits, with the exit status of
+    run_glm.py.
 
     As the last handler registered it runs before MindSpore's own, which waits for the other ranks.
     """

@@ -13,13 +13,14 @@ from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import build_context, log_to_folder
 from glm_ms.engine.predict import predict
-from glm_ms.engine.process import Say, end_process_after, restore_signal_handlers
+from glm_ms.engine.process import Say, end_process_after
 from glm_ms.engine.ranks import be_patient, ranks_of
 from glm_ms.engine.report.summary import summary
 from glm_ms.engine.step.training import mindformers_config
 from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model, fuse
 from glm_ms.ops.ascend import soc_version
+from glm_ms.program import restore_signal_handlers
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.storage.run_folder import ANSWERS_FILE
 from glm_ms.tokenizer import SentencePieceTokenizer
@@ -35,13 +36,13 @@ def run(settings: Settings) -> None:
     """Runs train, finetune, eval or predict with settings whose device has been checked.
 
     In a parallel run every rank calls it. A rank that fails ends its process at once, so that the program that started
-    the ranks sees it and ends the others. Raises ValueError, with a message for the user, for weights, data or settings
-    that cannot be used.
+    the ranks sees it and ends the others; so does a run that is interrupted. Raises ValueError, with a message for the
+    user, for weights, data or settings that cannot be used.
     """
     try:
         _run(settings)
     except BaseException as error:
-        if settings.use_parallel:
+        if settings.use_parallel or isinstance(error, (KeyboardInterrupt, SystemExit)):
             end_process_after(error)
         raise
 

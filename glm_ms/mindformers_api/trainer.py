@@ -21,7 +21,6 @@ from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import quiet_terminal
 from glm_ms.engine.predict import predict
-from glm_ms.engine.process import restore_signal_handlers
 from glm_ms.engine.report.summary import summary
 from glm_ms.engine.run import set_device
 from glm_ms.engine.train import Given, train
@@ -32,10 +31,10 @@ from glm_ms.mindformers_api.model import MindFormersGLM
 from glm_ms.mindformers_api.run_yaml import settings_of
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, ChatPrompt
 from glm_ms.peft import is_adapter_folder
+from glm_ms.program import restore_signal_handlers
 from glm_ms.settings import Problem, Settings, SettingsError, machine_problems
 from glm_ms.settings.checks import check
 from glm_ms.settings.schema import AUTO, TRAINING_MODES
-from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer import SentencePieceTokenizer
@@ -172,7 +171,6 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             setattr(settings, "load_adapter" if adapter else "load_checkpoint", path)
         tokenizer = _begin(settings)
         model = self._build(settings, tokenizer) if network is None else _load_missing_weights(network, settings)
-        replace_text(Path(settings.output_dir, f"{settings.run_mode}_settings.yaml"), settings.to_yaml())
         return model, tokenizer
 
     def _build(self, settings: Settings, tokenizer: SentencePieceTokenizer) -> GLMForCausalLM:

@@ -45,13 +45,13 @@ def run_lock(output_dir: Path, say: Callable[[str], None], mode: str = "") -> It
     Raises:
         CheckpointError: another process writes the same files, or the lock cannot be made.
     """
-    kind = mode or "training"
+    does = f"writes results of {mode}" if mode else "is training"
     with ExitStack() as stack:
         try:
             no_locks = stack.enter_context(locked(output_dir / (f".{mode}.lock" if mode else ".lock")))
         except BlockingIOError:
             raise CheckpointError(
-                f"{output_dir}: another run ({kind}) writes into this folder; wait for it, or give another --output_dir"
+                f"{output_dir}: another run {does} into this folder; wait for it, or give another --output_dir"
             ) from None
         except OSError as error:
             raise CheckpointError(not_written(output_dir, error)) from None

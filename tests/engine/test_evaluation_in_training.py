@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_helpers import DEV_RECORDS, TRAINED_NETWORK, curve, read_jsonl, run_here, tiny_arguments
+from engine_helpers import DEV_RECORDS, SMALL_TRAINING, TRAINED_NETWORK, curve, read_jsonl, run_here, tiny_arguments
 
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import list_checkpoints, resolve_checkpoint
@@ -152,6 +152,23 @@ def test_the_best_stays(vocabulary: Path, finetune, tmp_path: Path, monkeypatch:
     }  # fmt: skip
     lines = read_jsonl(run / "eval_metrics.jsonl")
     assert [(line["step"], line["rouge-l"]) for line in lines] == [(4, 10), (8, 30), (12, 5), (16, 31)]
+
+
+def test_killed_after_the_last_checkpoint(evaluated: Path, vocabulary: Path, tmp_path: Path) -> None:
+    """Resuming finishes what was left: the best, old checkpoints, plots; and removes what is half written."""
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    checkpoints, best = run / "checkpoint", (run / "checkpoint" / "best.json").read_bytes()
+    names = sorted(path.name for path in checkpoints.iterdir())
+    (checkpoints / "best.json").write_text('{"step": 5, "metric": "perplexity", "value": 1.0}')
+    shutil.copytree(checkpoints / "step_00000016", checkpoints / "step_00000005")
+    for name in (".step_00000010.0123456789abcdef.partial", ".step_00000008.old"):
+        (checkpoints / name).mkdir()
+    shutil.rmtree(run / "plots")
+    line = tiny_arguments("finetune", vocabulary, *SMALL_TRAINING, *LEARNING, *EVALUATED, "--output_dir", run)
+    assert run_here([*line, "--resume_training", "True"]) == 0
+    assert sorted(path.name for path in checkpoints.iterdir()) == names
+    assert (checkpoints / "best.json").read_bytes() == best
+    assert (run / "plots" / "loss.png").is_file()
 
 
 def test_a_best_that_is_gone_does_not_count(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ TRAINING = (
 ADAPTERS = {
     "lora": (
         "model.pet_config.pet_type=lora", "model.pet_config.lora_dropout=0.2", "lr_schedule.learning_rate=0.02",
+        "model.pet_config.target_modules=[query_key_value,dense]",  # in an order of its own
         "adapter_model.safetensors",
     ),
     "ptuning2": (
@@ -112,9 +113,10 @@ def test_an_adapter_goes_on_alike(kind: str, unbroken: Path, finetune, tmp_path:
     status, shown = resume(run, *arguments)
     assert status == 0, shown
     assert curve(run) == curve(whole)
-    for name in (file, "optimizer.safetensors"):
-        ends = [each / "checkpoint" / "step_00000012" / name for each in (run, whole)]
-        assert ends[0].read_bytes() == ends[1].read_bytes()
+    for name in names:
+        if name != "manifest.json":
+            ends = [each / "checkpoint" / "step_00000012" / name for each in (run, whole)]
+            assert ends[0].read_bytes() == ends[1].read_bytes(), name
     other_base = unbroken / "checkpoint" / "step_00000004"
     (tmp_path / "other").mkdir()
     status, shown = resume(break_after_step_9(whole, tmp_path / "other"), *keys, "--load_checkpoint", other_base)
