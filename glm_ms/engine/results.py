@@ -108,6 +108,7 @@ def _identity(settings: Settings) -> dict[str, Any]:
         "adapter_config": {path.name: file_sha256(path) for path in configs if path.is_file()},
         "vocabulary": file_sha256(Path(settings.processor.tokenizer.vocab_file)),
         "tokenizer": settings.processor.tokenizer.type,
+        "template": settings.processor.tokenizer.template,
         "model_config": whole["model"]["model_config"],
         "generation": whole["generation"],
         "seed": settings.seed,

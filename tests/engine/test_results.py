@@ -62,6 +62,8 @@ def settings(vocabulary: Path, folder: Path) -> Callable[..., Settings]:
             "predict": ("--predict_data", folder.with_name("prompts.jsonl"), "--batch_size", 2),
             "eval": (f"eval_dataset.num_samples={NUM_RECORDS}", "--batch_size", 4),
         }[job]
+        if "--predict_data" in arguments:
+            given = ("--batch_size", 2)
         line = tiny_arguments(
             job, vocabulary, *SMALL_NETWORK, "--load_checkpoint", "", "model.init=random", "--output_dir", folder,
             *given, *arguments
