@@ -12,12 +12,16 @@ from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import is_adapter_folder
+from glm_ms.peft.adapter import adapter_with
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 
 def load_pretrained(
-    path: str | Path, config: GLMConfig | str | Path | None = None, adapter: str | Path | None = None
+    path: str | Path,
+    config: GLMConfig | str | Path | None = None,
+    adapter: str | Path | None = None,
+    lora_alpha: float | None = None,
 ) -> GLMForCausalLM:
     """Loads a model. On a CPU its weights are float32, the only type that is fast there; elsewhere as the config says.
 
@@ -25,7 +29,9 @@ def load_pretrained(
         path: Hugging Face folder (safetensors, or .bin shards), MindSpore `.ckpt` or `.safetensors`, or the
             output folder of a training run (its newest checkpoint).
         config: architecture, or the folder, `config.json` or YAML to read it from. None: `config.json` in `path`.
-        adapter: LoRA or P-Tuning adapter to attach; see `GLMForCausalLM.load_adapter`.
+        adapter: LoRA or P-Tuning adapter to attach; see `GLMForCausalLM.load_adapter`. None: the adapter that the
+            files of the weights contain, if they do.
+        lora_alpha: see `GLMForCausalLM.load_adapter`.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit the config.
@@ -43,14 +49,15 @@ def load_pretrained(
                 f"{path}: no config.json here; give load_pretrained(..., config=) a GLMConfig, config.json or YAML"
             )
         config = path
-    if not isinstance(config, GLMConfig):
-        config = read_config(config)
-    if ms.get_context("device_target") == "CPU":
-        config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
     with open_checkpoint(path) as reader:
+        if not isinstance(config, GLMConfig):
+            config = read_config(config, with_prefix=bool(reader.adapter_names()))
+        if ms.get_context("device_target") == "CPU":
+            config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
         # NumPy has no bfloat16: such weights pass through float32, one tensor at a time.
         dtype = "float16" if config.param_init_type == "float16" else "float32"
-        model = GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
+        model = GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype, with_adapter=True))
+        adapter = adapter_with(reader, adapter)
     if adapter is not None:
-        model.load_adapter(adapter)
+        model.load_adapter(adapter, lora_alpha)
     return model

@@ -25,7 +25,7 @@ from glm_ms.convert.conversion import Conversion, parse_size, plan_conversion
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
 from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import AdapterError, StoredAdapter, read_adapter
-from glm_ms.peft.lora import lora_deltas
+from glm_ms.peft.lora import check_complete, linear_names, lora_deltas
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import CheckpointError, capped
@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", required=True, metavar="PATH", help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)"
     )
+    parser.add_argument(
+        "--lora_alpha", type=float, metavar="N", help="of the training, for LoRA of MindFormers, which does not save it"
+    )
     parser.add_argument("--remove", action="store_true", help="remove the adapter from a base it was merged into")
     parser.add_argument(
         "--config", metavar="PATH", help="folder with config.json, a .json or .yaml; needed for a single file"
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     start = time.monotonic()
     try:
-        stored = read_adapter(options.adapter)
+        stored = read_adapter(options.adapter, options.lora_alpha)
         if is_adapter_folder(resolve_checkpoint(options.base)):
             raise AdapterError(f"{options.base}: --base: this is an adapter; give the weights that it was trained on")
         conversion = plan_merge(
@@ -72,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dtype=options.dtype,
                 max_shard_size=parse_size(options.max_shard_size) if options.max_shard_size else None,
                 overwrite=options.overwrite,
+                with_adapter=True,
             ),
             stored,
             options.remove,
@@ -109,6 +113,12 @@ def plan_merge(conversion: Conversion, stored: StoredAdapter, remove: bool) -> C
     if problems:
         raise AdapterError(
             f"{stored.path}: made for another base than {conversion.reader.path}: {capped(sorted(problems))}"
+        )
+    check_complete(stored, linear_names(conversion.shapes))
+    if conversion.reader.adapter_names() and stored.path not in conversion.reader.files():
+        raise AdapterError(
+            f"{conversion.reader.path}: --base: contains an adapter of its own; merge that first (give "
+            "this as --adapter)"
         )
     return dataclasses.replace(conversion, deltas=deltas)
 

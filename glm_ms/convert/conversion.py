@@ -95,6 +95,7 @@ def plan_conversion(
     target: str | None = None,
     max_shard_size: int | None = None,
     overwrite: bool = False,
+    with_adapter: bool = False,
 ) -> Conversion:
     """Opens the input and checks names, shapes, types and the output.
 
@@ -105,6 +106,7 @@ def plan_conversion(
         dtype: one of `FLOAT_TYPES`; by default that of all weights of the input.
         target: "hf" or "mindspore"; by default by the ending of `output`.
         max_shard_size: bytes of tensors in one file, for "hf" only; 2 GB by default.
+        with_adapter: allow the tensors of an adapter beside the weights; they are left out.
 
     Raises:
         CheckpointError, ConfigError: the input, the config or the output cannot be used, or do not fit.
@@ -129,14 +131,14 @@ def plan_conversion(
             "a folder with config.json, a .json or a .yaml"
         )
     glm_config = read_config(source if config is None else config)
-    check_names_and_shapes(glm_config, reader)
+    check_names_and_shapes(glm_config, reader, with_adapter)
     return Conversion(
         reader=reader,
         output=output,
         target=target,
         config=glm_config,
         dtype=dtype or _common_dtype(reader),
-        shapes={name: reader.shape(name) for name in reader.names()},
+        shapes={name: reader.shape(name) for name in reader.base_names()},
         max_shard_size=max_shard_size or DEFAULT_SHARD_SIZE,
         extra_files=_tokenizer_files(source, config) if target == "hf" else (),
         overwrite=overwrite,
@@ -189,7 +191,7 @@ def _target(output: Path, target: str | None) -> str:
 
 
 def _common_dtype(reader: CheckpointReader) -> str:
-    found = sorted({reader.dtype(name) for name in reader.names()})
+    found = sorted({reader.dtype(name) for name in reader.base_names()})
     if len(found) != 1 or found[0] not in FLOAT_TYPES:
         raise CheckpointError(
             f"{reader.path}: has {' and '.join(found)}; choose the type of the output (--dtype): "

@@ -47,6 +47,8 @@ DTYPES: dict[str, DType] = {
     "uint8": DType(np.dtype("u1"), "U8", "UInt8"),
     "bool": DType(np.dtype("?"), "BOOL", "Bool"),
 }
+# Bits of the exponent, all set in infinity and NaN only.
+_EXPONENT_BITS = {"float64": 0x7FF << 52, "float32": 0xFF << 23, "float16": 0x1F << 10, "bfloat16": 0xFF << 7}
 FROM_SAFETENSORS = {dtype.safetensors: name for name, dtype in DTYPES.items()}
 FROM_MINDSPORE = {dtype.mindspore: name for name, dtype in DTYPES.items()}
 
@@ -60,6 +62,23 @@ def check_float_type(dtype: str) -> None:
 def is_floating(dtype: str) -> bool:
     """Whether `dtype` is one of the floating types of the table."""
     return dtype in DTYPES and DTYPES[dtype].largest > 0
+
+
+def check_finite(array: np.ndarray, dtype: str, what: str) -> None:
+    """Raises CheckpointError if a tensor in the storage type of a floating `dtype` contains NaN or infinity.
+
+    Other types are not checked. The message names `what`.
+    """
+    if not is_floating(dtype):
+        return
+    bits = array.reshape(-1).view(f"<u{array.itemsize}")
+    exponent = bits.dtype.type(_EXPONENT_BITS[dtype])
+    for start in range(0, bits.size, _CHUNK):
+        if ((bits[start : start + _CHUNK] & exponent) == exponent).any():
+            raise CheckpointError(
+                f"{what}: contains NaN or infinity: the file is damaged, or its training diverged; fetch it again, or "
+                "take an earlier checkpoint"
+            )
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:

@@ -6,10 +6,13 @@ except the embedding; `families` has the table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 
+from glm_ms.convert.adapter_files import adapter_name
 from glm_ms.families import FAMILIES, family_of
 from glm_ms.model.config import JOINT_PARTS, GLMConfig
 
@@ -33,18 +36,32 @@ _TRAINING_NAMES = frozenset(
 
 
 def to_glm_name(name: str) -> str:
-    """The glm_ms name of a parameter stored under its Hugging Face, MindFormers or glm_ms name, in any family."""
+    """The glm_ms name of a parameter stored under its Hugging Face, MindFormers or glm_ms name, in any family.
+
+    Also of an adapter's tensor under its MindFormers name.
+    """
     for family in FAMILIES.values():
         known = family.parameter_names.get(name) or family.aliases.get(name)
         if known:
             return known
-    return name
+    return adapter_name(name)
 
 
 def to_hf_name(name: str, config: GLMConfig) -> str:
     """The Hugging Face name of a parameter of glm_ms, in the family of a configuration."""
     names = family_of(config).parameter_names
     return next((hf for hf, glm in names.items() if glm == name), name)
+
+
+def is_parameter(name: str) -> bool:
+    """Whether the network of some configuration has a parameter of this glm_ms name."""
+    return re.sub(r"\.layers\.\d+\.", ".layers.0.", name) in _every_parameter()
+
+
+@cache
+def _every_parameter() -> frozenset[str]:
+    biased = GLMConfig(num_layers=1, add_bias_linear=True, rmsnorm=False)
+    return frozenset(expected_shapes(biased))
 
 
 def is_training_state(name: str) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePath
 from typing import Callable
 
 import numpy as np
 
-from glm_ms.convert.dtypes import check_float_type, convert_dtype, is_floating
+from glm_ms.convert.adapter_files import LORA, PREFIX_POSITIONS, owner_of
+from glm_ms.convert.dtypes import check_finite, check_float_type, convert_dtype, is_floating
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, expected_shapes, is_training_state, joint_of, part_names, to_glm_name
 from glm_ms.convert.safetensors_file import SafetensorsFile
@@ -17,6 +18,7 @@ from glm_ms.convert.tensor_file import TensorFile, described_slice
 from glm_ms.convert.torch_file import TorchFile
 from glm_ms.model.config import GLMConfig
 from glm_ms.storage.errors import CheckpointError, capped
+from glm_ms.storage.integrity import check_listed
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.suggest import did_you_mean, misspelled
 
@@ -57,6 +59,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         self._home: dict[str, dict[int, tuple[TensorFile, str]]] = {}
         self._parts: dict[str, int] = {}
         self._open: TensorFile | None = None
+        self._verified: set[Path] = set()
         for file in files:
             self.slice = self.slice or described_slice(file)
             for stored in file.entries:
@@ -69,6 +72,14 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
     def names(self) -> list[str]:
         """Names of all parameters, in the order of the files."""
         return list(self._home)
+
+    def base_names(self) -> list[str]:
+        """Names of the parameters that are not of an adapter."""
+        return [name for name in self._home if owner_of(name) is None]
+
+    def adapter_names(self) -> list[str]:
+        """Names of the tensors of an adapter: without prefix, as MindFormers stores them, or as peft does."""
+        return [name for name in self._home if owner_of(name) is not None]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter, without reading it."""
@@ -94,18 +105,28 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         NumPy has no bfloat16: its elements are uint16 bit patterns (`bfloat16_to_float32` converts them).
 
         Raises:
-            CheckpointError: unknown name, unreadable file, or a value too large for `dtype`.
+            CheckpointError: unknown name, unreadable file, a file that differs from the manifest beside it or from its
+                own checksums, NaN or infinity, or a value too large for `dtype`.
         """
         pieces = []
         for file, stored in self._find(name):
             if self._open is not file:
                 self.close()
             self._open = file
+            self._verify(file)
             piece = file.read(stored)
+            check_finite(piece, file.entries[stored].dtype, f"{file.path}: {name}")
             if dtype is not None:
                 piece = convert_dtype(piece, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _verify(self, file: TensorFile) -> None:
+        """Compares a file with its checksums, once and before its first tensor is used."""
+        if file.path not in self._verified:
+            check_listed(file.path)
+            file.verify()
+            self._verified.add(file.path)
 
     def close(self) -> None:
         """Closes the open file; a later read opens it again."""
@@ -119,7 +140,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
     def _register(self, file: TensorFile, stored: str) -> None:
         if is_training_state(stored):
             self.ignored += (stored,)
-        if is_training_state(stored) or stored == INV_FREQ:
+        if is_training_state(stored) or stored == INV_FREQ or PREFIX_POSITIONS.fullmatch(stored):
             return
         name, place, parts = joint_of(to_glm_name(stored))
         home = self._home.setdefault(name, {})
@@ -226,14 +247,28 @@ def _read_index(index: Path) -> dict[str, str]:
     return shard_of
 
 
-def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
+def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader, with_adapter: bool = False) -> None:
     """Compares the parameters of a checkpoint with those of a config.
+
+    `with_adapter` allows the tensors of an adapter beside them, for a caller that uses these too.
 
     Raises:
         CheckpointError: parameters are missing, unexpected, of a wrong shape or not floating point; lists all, at most
-            ten of a kind, with the file and the expected and found shapes.
+            ten of a kind, with the file and the expected and found shapes. The checkpoint is an adapter or contains
+            one.
     """
-    expected, found = expected_shapes(config), reader.names()
+    expected, found, tuned = expected_shapes(config), reader.base_names(), reader.adapter_names()
+    if tuned and not found:
+        raise CheckpointError(
+            f"{reader.path}: contains an adapter, not weights; give the weights that it was trained on "
+            "(--load_checkpoint), and this as adapter (--load_adapter)"
+        )
+    if tuned and not with_adapter:
+        kind = owner_of(tuned[0])
+        use = "merge it first: tools/merge_lora.py with this as --base and --adapter" if kind is LORA else (
+            "use it in a run, as load_checkpoint alone"
+        )  # fmt: skip
+        raise CheckpointError(f"{reader.path}: contains weights and an adapter ({capped(tuned)}); {use}")
     known = set(found)
     absent = [name for name in expected if name not in known]
     problems: dict[str, list[str]] = {
@@ -257,6 +292,9 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
             problems["not floating point"].append(f"{name} in {file}: {reader.dtype(name)}")
     listed = [f"\n  {len(items)} {what}:\n    {capped(items, _NEW_LINE)}" for what, items in problems.items() if items]
     if listed:
+        remark = _why_other_names(found, expected)
+        if remark:
+            listed.append(f"\n  {remark}")
         if reader.slice is not None:
             listed.append(f"\n  It is the slice of {reader.slice}: merge all slices with tools/transform_ckpt.py")
         raise CheckpointError(
@@ -265,15 +303,36 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader) -> None:
         )
 
 
-def load_parameters(reader: CheckpointReader, config: GLMConfig, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _why_other_names(found: list[str], expected: Mapping[str, object]) -> str:
+    """What a checkpoint is whose names do not fit, for the error message; empty if that is not known."""
+    if any(name.endswith((".weight_scale", ".quantized_weight", ".qweight")) for name in found):
+        return "These are quantized weights (int4 or int8), which are not supported: use the unquantized release"
+    if "transformer.word_embeddings.weight" in found:
+        return "This is ChatGLM-6B of the first generation, another network: use ChatGLM2-6B or ChatGLM3-6B"
+    pairs = ((name, plain) for name in found for plain in expected if name.endswith(f".{plain}"))
+    prefix = next((name.removesuffix(plain) for name, plain in pairs), "")
+    if not prefix or not all(name.startswith(prefix) for name in found):
+        return ""
+    origin = {
+        "module.": "DataParallel and DeepSpeed save so: save model.module.state_dict()",
+        "base_model.model.": "peft saves the whole network so: save the result of merge_and_unload()",
+        "_orig_mod.": "torch.compile saves so: save model._orig_mod.state_dict()",
+    }.get(prefix, "save the inner network alone")
+    return f"Every name begins with {prefix}, which the network does not have; {origin}"
+
+
+def load_parameters(
+    reader: CheckpointReader, config: GLMConfig, dtype: str, with_adapter: bool = False
+) -> Iterator[tuple[str, np.ndarray]]:
     """Checks a checkpoint with a config, then gives (glm_ms name, array) of every parameter, in the order of the files.
 
-    `dtype` is "float32", "float16" or "bfloat16"; the last as uint16 bit patterns.
+    `dtype` is "float32", "float16" or "bfloat16"; the last as uint16 bit patterns. `with_adapter` as of
+    `check_names_and_shapes`; the tensors of the adapter are not given.
 
     Raises:
         CheckpointError: at once if names or shapes do not fit or `dtype` is unknown; during the iteration if a tensor
-            cannot be read or overflows `dtype`.
+            cannot be read, is not finite or overflows `dtype`.
     """
     check_float_type(dtype)
-    check_names_and_shapes(config, reader)
-    return ((name, reader.read(name, dtype)) for name in reader.names())
+    check_names_and_shapes(config, reader, with_adapter)
+    return ((name, reader.read(name, dtype)) for name in reader.base_names())

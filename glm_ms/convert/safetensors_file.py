@@ -93,8 +93,13 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
     """The parsed header, and the offset at which the content of the tensors begins."""
     head = file.read(64)
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    if head[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{" or length > _MAX_HEADER:
+    if head[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
         raise CheckpointError(f"{path}: not a safetensors file: it is {describe_content(head)}")
+    if length > _MAX_HEADER:
+        raise CheckpointError(
+            f"{path}: a header of {length} bytes, more than the {_MAX_HEADER} that the format allows; the file is "
+            "damaged, fetch it again"
+        )
     if _LENGTH_BYTES + length > size:
         raise CheckpointError(f"{path}: truncated inside the header; fetch it again")
     file.seek(_LENGTH_BYTES)
@@ -105,8 +110,8 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
 def _entry(path: Path, name: str, value: Any) -> tuple[TensorInfo, int]:
     """Checks one entry of the header: shape and type, and the first byte."""
     numbers: list[Any] = []
-    if isinstance(value, dict) and isinstance(value.get("shape"), list):
-        numbers = [*value["shape"], *(value.get("data_offsets") or [])]
+    if isinstance(value, dict) and isinstance(value.get("shape"), list) and isinstance(value.get("data_offsets"), list):
+        numbers = [*value["shape"], *value["data_offsets"]]
     if len(numbers) < 2 or not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{path}: {name}: broken header entry {value!r}")
     *shape, begin, end = numbers

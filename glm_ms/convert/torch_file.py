@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content
 from glm_ms.storage.errors import CheckpointError, capped
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_READ_CHUNK = 1 << 20
 
 
 class TorchFile(TensorFile):
     """Reads a state dict that `torch.save` wrote. Files are mapped, so unread tensors cost no memory.
 
-    Raises CheckpointError if torch is not installed, or the file is broken or has anything but tensors.
+    Raises CheckpointError if torch is not installed, or the file is broken or has anything but dense tensors under
+    names.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +29,19 @@ class TorchFile(TensorFile):
         state = self._load()
         foreign = [repr(key) for key, value in state.items() if not hasattr(value, "dtype")]
         if foreign:
-            raise CheckpointError(f"{path}: entries that are not tensors: {capped(foreign)}")
+            raise CheckpointError(
+                f"{path}: entries that are not tensors: {capped(foreign)}; save the state dict alone: "
+                "torch.save(model.state_dict(), PATH)"
+            )
+        unnamed = [repr(key) for key in state if not isinstance(key, str)]
+        if unnamed:
+            raise CheckpointError(f"{path}: keys that are not names of parameters: {capped(unnamed)}")
+        empty = [name for name, tensor in state.items() if not _is_dense(tensor)]
+        if empty:
+            raise CheckpointError(
+                f"{path}: tensors without values of their own (sparse, quantized or of the device meta): "
+                f"{capped(empty)}; save dense tensors: tensor.to_dense(), or load the weights before saving them"
+            )
         self.entries = {
             name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).replace("torch.", ""))
             for name, tensor in state.items()
@@ -38,10 +53,29 @@ class TorchFile(TensorFile):
 
         if self._state is None:
             self._state = self._load()
+        if self.entries[name].dtype not in DTYPES:
+            raise CheckpointError(f"{self.path}: {name}: type {self.entries[name].dtype} cannot be read")
         tensor = self._state[name].detach().contiguous()
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(np.uint16).copy()
         return tensor.numpy().copy()
+
+    def verify(self) -> None:
+        """torch does not compare the CRC-32 of the tensors in its ZIP files."""
+        with self.path.open("rb") as file:
+            if not file.read(len(_ZIP)).startswith(_ZIP):
+                return
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                damaged = [item.filename for item in archive.infolist() if not _crc_fits(archive, item)]
+                count = len(archive.infolist())
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise CheckpointError(f"{self.path}: broken or truncated PyTorch file, fetch it again ({error})") from None
+        # torch.serialization.set_crc32_options(False) writes none that fits.
+        if damaged and len(damaged) < count:
+            raise CheckpointError(
+                f"{self.path}: damaged: the CRC-32 of {capped(damaged)} does not match; fetch it again"
+            )
 
     def release(self) -> None:
         self._state = None
@@ -61,7 +95,7 @@ class TorchFile(TensorFile):
         try:
             # Only ZIP files can be mapped; the format before torch 1.6 is read at once.
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP) or None)
-        except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged pickle can raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{self.path}: broken or truncated PyTorch file, fetch it again ({reason})"
@@ -69,3 +103,20 @@ class TorchFile(TensorFile):
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path}: expected a dict of tensors, found {type(state).__name__}")
         return state
+
+
+def _is_dense(tensor: Any) -> bool:
+    import torch
+
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
+def _crc_fits(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> bool:
+    """Reads one entry of an archive in pieces."""
+    try:
+        with archive.open(item) as file:
+            while file.read(_READ_CHUNK):
+                pass
+    except (zipfile.BadZipFile, EOFError):
+        return False
+    return True

@@ -16,8 +16,8 @@ from glm_ms.model.layers import DTYPES
 from glm_ms.ops.registry import fuse_kernels
 from glm_ms.parallel.layers import sharded_glm
 from glm_ms.peft import ADAPTERS, is_adapter_folder
-from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, read_adapter
-from glm_ms.settings import Settings, resolve_vocab_size
+from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, adapter_with, read_adapter
+from glm_ms.settings import Settings, SettingsError, resolve_vocab_size
 from glm_ms.settings.schema import AUTO, parallel_of
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import MANIFEST, file_sha256
@@ -43,25 +43,34 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
     Raises:
         CheckpointError: the weights cannot be read, do not belong to the configured network, or were trained with
             another vocabulary.
-        SettingsError: the vocabulary does not fit the tokenizer.
+        SettingsError: the vocabulary does not fit the tokenizer, or there is no adapter to evaluate.
     """
     check_vocabulary(settings)
     adapter = adapter_config(settings)
     base = checkpoint if adapter is None else None
     if base is None and settings.load_checkpoint:
         base = resolve_checkpoint(settings.load_checkpoint)
-    model = _base_model(settings, vocab_size, say, base)
+    model, named = _base_model(settings, vocab_size, say, base)
     if adapter is not None and checkpoint is not None:
         # With its stored config: it may be an adapter from `peft` that the settings cannot express.
         model.restore_adapter(_checked_against_settings(model, read_adapter(checkpoint), adapter))
-    elif settings.load_adapter:
-        stored = read_adapter(settings.load_adapter)
+    elif named:
+        pet = settings.model.pet_config
+        stored = read_adapter(named, pet.lora_alpha if pet.pet_type == "lora" else None)
+        if named != settings.load_adapter:  # its base is in the same files and has been loaded
+            stored = dataclasses.replace(stored, weights_beside=0)
         if adapter is not None:
             stored = _checked_against_settings(model, stored, adapter)
         say(str(model.load_adapter(stored)))
         _remark_on_base(stored, base, say)
-    elif adapter is not None:
+    elif adapter is not None and settings.is_training():
         model.add_adapter(adapter, settings.seed)
+    elif adapter is not None:
+        raise SettingsError(
+            f"{settings.where('model.pet_config.pet_type')}: model.pet_config.pet_type: {adapter.kind}, but there is "
+            "no adapter to load; name it (--load_adapter PATH), or set model.pet_config.pet_type=null for the base "
+            "alone or for merged weights"
+        )
     return model
 
 
@@ -131,21 +140,32 @@ def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Say) -> None:
         )
 
 
-def _base_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path | None) -> GLMForCausalLM:
+def _base_model(
+    settings: Settings, vocab_size: int, say: Say, checkpoint: Path | None
+) -> tuple[GLMForCausalLM, str | Path | None]:
+    """The network with its weights, and the adapter that belongs to them."""
     if checkpoint is None:
         config = _config_for(settings, vocab_size)
         say("weights: random")
-        return GLMForCausalLM(config)
+        return GLMForCausalLM(config), settings.load_adapter
     if is_adapter_folder(checkpoint):
         raise CheckpointError(
             f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter, not weights; "
             "name it with --load_adapter, and with --load_checkpoint the base weights it was trained on"
         )
     with open_checkpoint(checkpoint) as reader:
+        named = adapter_with(reader, settings.load_adapter)
+        if reader.adapter_names() and settings.is_training() and settings.model.pet_config.pet_type is None:
+            raise CheckpointError(
+                f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter beside the "
+                "weights, and training would change the weights under it; set model.pet_config.pet_type to continue "
+                "training the adapter, or merge it first (tools/merge_lora.py) and start from the result"
+            )
         config = _config_for(settings, vocab_size, checkpoint, reader)
         say(f"weights: {checkpoint}")
         dtype = "float16" if config.param_init_type == "float16" else "float32"
-        return GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype))
+        parameters = load_parameters(reader, config, dtype, with_adapter=True)
+        return GLMForCausalLM.from_parameters(config, parameters), named
 
 
 def build_unfilled_model(settings: Settings, vocab_size: int, say: Say) -> GLMForCausalLM:
@@ -180,19 +200,22 @@ def _config_for(
     resolve_vocab_size(settings, vocab_size)
     config = settings.glm_config()
     if checkpoint is not None:  # shapes do not determine head sizes or rope_ratio
-        check_config_beside(checkpoint, config, settings.source)
+        prefixed = reader is not None and bool(reader.adapter_names())
+        check_config_beside(checkpoint, config, settings.source, prefixed)
     return config
 
 
-def check_config_beside(checkpoint: Path, config: GLMConfig, source: str) -> None:
+def check_config_beside(checkpoint: Path, config: GLMConfig, source: str, with_prefix: bool = False) -> None:
     """Checks a config, read from the file `source`, against the config.json beside the weights, if there is one.
+
+    `with_prefix`: the weights contain a P-Tuning prefix, which is loaded too.
 
     Raises CheckpointError if both describe different networks.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     if not (folder / "config.json").is_file():
         return
-    different = different_fields(config, read_config(folder), "config.json")
+    different = different_fields(config, read_config(folder, with_prefix), "config.json")
     if different:
         raise CheckpointError(
             f"{folder / 'config.json'} and {source} describe different networks: {'; '.join(different)}"

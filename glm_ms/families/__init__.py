@@ -85,13 +85,12 @@ def build_tokenizer(section: Any) -> SentencePieceTokenizer:
     return family_of(section.type).tokenizer(section.vocab_file, template=section.template)
 
 
-def read_config(path: str | Path) -> GLMConfig:
+def read_config(path: str | Path, with_prefix: bool = False) -> GLMConfig:
     """The configuration of a Hugging Face folder, a `config.json` or a YAML of this project.
 
     The `model_type` of a `config.json` decides about the family.
 
-    Raises:
-        ConfigError: see `GLMConfig.from_pretrained`.
+    `with_prefix`, and errors, as of `GLMConfig.from_pretrained`.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     kinds = {family.config.model_type: family.config for family in FAMILIES.values()}
@@ -100,4 +99,4 @@ def read_config(path: str | Path) -> GLMConfig:
     except FileError:  # another kind of file, or a broken one: the class says what is wrong with it
         model_type = None
     kind = kinds.get(model_type) if isinstance(model_type, str) else None
-    return (kind or GLMConfig).from_pretrained(path)
+    return (kind or GLMConfig).from_pretrained(path, with_prefix)

@@ -38,12 +38,14 @@ class AdapterReport:
     parameters: int  # number of values in them
     norm: float  # root of the sum of their squares
     logit_change: float  # largest absolute change of a logit on a probe prompt
+    weights_beside: int = 0  # tensors of a base in the same file, which were not loaded with the adapter
 
     def __str__(self) -> str:
+        beside = f"; the {self.weights_beside} weights in the same file were not loaded" if self.weights_beside else ""
         return (
             f"adapter: {self.path} ({self.kind}): {self.tensors} of {self.tensors} tensors matched, "
             f"{self.parameters:,} parameters, norm {self.norm:.4g}, largest logit change on a probe prompt "
-            f"{self.logit_change:.4g}"
+            f"{self.logit_change:.4g}{beside}"
         )
 
 
@@ -121,18 +123,20 @@ class GLMForCausalLM:
         self.adapter = adapter
         self._build_cells()
 
-    def load_adapter(self, source: str | Path | StoredAdapter) -> AdapterReport:
+    def load_adapter(self, source: str | Path | StoredAdapter, lora_alpha: float | None = None) -> AdapterReport:
         """Attaches a stored adapter and checks that it has an effect.
 
         Args:
-            source: path of an adapter of this project, of the library `peft`, or of a P-Tuning checkpoint of the
-                original code; see `glm_ms.peft.adapter.read_adapter`, whose result is accepted as well.
+            source: path of an adapter of this project, of the library `peft`, of MindFormers, or of a P-Tuning
+                checkpoint of the original code; see `glm_ms.peft.adapter.read_adapter`, whose result is accepted as
+                well.
+            lora_alpha: of the training, for LoRA of MindFormers, whose checkpoints do not have it.
 
         Raises:
             AdapterError: it cannot be read, is empty, was made for another base, or changes nothing. The model does
                 not change then.
         """
-        stored = source if isinstance(source, StoredAdapter) else read_adapter(source)
+        stored = source if isinstance(source, StoredAdapter) else read_adapter(source, lora_alpha)
         before = self._probe()
         adapter = attach(self.network, stored.config, stored=stored)
         try:
@@ -151,7 +155,8 @@ class GLMForCausalLM:
         self.adapter = adapter
         self._build_cells()
         count = sum(tensor.size for tensor in stored.tensors.values())
-        return AdapterReport(stored.path, adapter.kind, len(stored.tensors), count, stored.norm, change)
+        sizes = len(stored.tensors), count
+        return AdapterReport(stored.path, adapter.kind, *sizes, stored.norm, change, stored.weights_beside)
 
     def _probe(self) -> np.ndarray:
         """Logits of ids spread over the vocabulary, float32 [1, S, V]."""

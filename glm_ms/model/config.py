@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from glm_ms.storage.errors import FileError
+from glm_ms.storage.integrity import check_listed
 from glm_ms.storage.readers import exponent_number, read_object
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.storage.yaml_tree import read_yaml
@@ -28,6 +29,8 @@ _HF_KEYS_WITHOUT_EFFECT = frozenset(
         "max_length", "is_encoder_decoder", "is_decoder", "torchscript", "use_bfloat16", "id2label", "label2id",
     }
 )  # fmt: skip
+# Keys of ChatGLM-6B, which has the same `model_type`.
+_FIRST_GENERATION = frozenset({"position_encoding_2d", "inner_hidden_size", "gmask_token_id"})
 
 
 class ConfigError(FileError):
@@ -62,7 +65,7 @@ class GLMConfig:
         compute_dtype: type of the matrix products; norms, softmax and loss are float32 always.
 
     Raises:
-        ConfigError: a size is not positive, or sizes do not fit each other.
+        ConfigError: a size is not positive or absurdly large, a number is not finite, or sizes do not fit each other.
     """
 
     model_type: ClassVar[str] = "chatglm"  # of a config.json
@@ -167,11 +170,14 @@ class GLMConfig:
             raise ConfigError(f"{source}: {error}") from None
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> GLMConfig:
+    def from_pretrained(cls, path: str | Path, with_prefix: bool = False) -> GLMConfig:
         """Reads a Hugging Face folder or its `config.json`, or the `model.model_config` section of a YAML.
+
+        `with_prefix` allows `pre_seq_len`, for a caller that also loads the P-Tuning prefix.
 
         Raises:
             ConfigError: the file is missing, broken, of another model type, or has unknown keys.
+            CheckpointError: it differs from the manifest beside it.
         """
         path = Path(path)
         if path.is_dir():
@@ -180,11 +186,18 @@ class GLMConfig:
             raise ConfigError(f"{path}: no such file; give a folder with config.json, a .json or a .yaml")
         if path.suffix in (".yaml", ".yml"):
             return cls.from_dict(_yaml_model_section(path), source=str(path))
-        return cls._from_hf(path)
+        return cls._from_hf(path, with_prefix)
 
     @classmethod
-    def _from_hf(cls, path: Path) -> GLMConfig:
+    def _from_hf(cls, path: Path, with_prefix: bool) -> GLMConfig:
+        check_listed(path, added=True)
         values = read_object(path, ConfigError)
+        foreign = sorted(_FIRST_GENERATION & values.keys())
+        if foreign:
+            raise ConfigError(
+                f"{path}: {', '.join(foreign)}: the config of ChatGLM-6B, the first generation, which is another "
+                "network; use ChatGLM2-6B or ChatGLM3-6B"
+            )
         model_type = values.pop("model_type", None)
         if model_type != cls.model_type:
             raise ConfigError(f"{path}: model_type = {model_type!r}: expected {cls.model_type!r}")
@@ -194,7 +207,7 @@ class GLMConfig:
             bits = values["quantization_bit"]
             reason = "quantized weights are not supported; use the unquantized release"
             raise ConfigError(f"{path}: quantization_bit = {bits}: {reason}")
-        if values.pop("pre_seq_len", None):
+        if values.pop("pre_seq_len", None) and not with_prefix:
             raise ConfigError(
                 f"{path}: pre_seq_len is set, so this is a P-Tuning prefix and not a model; give it as adapter "
                 "(--load_adapter), and the model it was trained on as weights"
@@ -206,15 +219,21 @@ class GLMConfig:
         return cls.from_dict(values, source=str(path))
 
 
-_SIZES = ("num_layers", "padded_vocab_size", "hidden_size", "ffn_hidden_size", "kv_channels", "num_attention_heads",
-          "seq_length", "multi_query_group_num")  # fmt: skip
+# The largest sizes: far beyond every released model, so that a slip is refused before memory is asked for.
+_LARGEST = {
+    "num_layers": 1 << 10, "padded_vocab_size": 1 << 24, "hidden_size": 1 << 17, "ffn_hidden_size": 1 << 20,
+    "kv_channels": 1 << 12, "num_attention_heads": 1 << 12, "seq_length": 1 << 20, "multi_query_group_num": 1 << 12,
+}  # fmt: skip
 # Fields, which of their values fit, the rule in words.
 _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (_SIZES, lambda value: value >= 1, "must be at least 1"),
+    (tuple(_LARGEST), lambda value: value >= 1, "must be at least 1"),
+    *(((name,), largest.__ge__, f"must be at most {largest}") for name, largest in _LARGEST.items()),
+    (("eos_token_id", "pad_token_id"), lambda value: 0 <= value < 1 << 31, "must be an id of the vocabulary"),
     (("kv_channels",), lambda value: value % 4 == 0, "must be a multiple of 4 (rotary pairs)"),
     (("param_init_type", "compute_dtype"), FLOAT_TYPES.__contains__, f"must be one of {', '.join(FLOAT_TYPES)}"),
     (("hidden_dropout", "attention_dropout"), lambda value: 0 <= value < 1, "must be in [0, 1)"),
-    (("layernorm_epsilon", "rope_ratio"), lambda value: value > 0, "must be above 0"),
+    (("layernorm_epsilon",), lambda value: 0 < value < 1, "must be above 0 and below 1"),
+    (("rope_ratio",), lambda value: 0 < value <= 1e6, "must be above 0 and at most 1e6"),
 )
 
 

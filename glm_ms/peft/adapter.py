@@ -11,16 +11,15 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from glm_ms.convert.reader import open_checkpoint
+from glm_ms.convert.names import is_parameter
+from glm_ms.convert.reader import CheckpointReader, open_checkpoint
 from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.peft import ADAPTERS, weights_files
 from glm_ms.storage.errors import CheckpointError, capped
-from glm_ms.storage.run_folder import resolve_checkpoint
-
-# The original P-Tuning code saves its encoder under these names.
-_ORIGINAL = ("model.safetensors", "pytorch_model.bin")
+from glm_ms.storage.integrity import check_listed
+from glm_ms.storage.run_folder import WEIGHT_ENDINGS, resolve_checkpoint
 
 
 class AdapterError(CheckpointError):
@@ -45,11 +44,13 @@ class StoredAdapter:
         path: its file.
         config: its settings; the dropout matters only if it is trained further.
         tensors: name of the parameter -> float32 array.
+        weights_beside: number of tensors of a base in the same file, which an adapter does not use.
     """
 
     path: Path
     config: AdapterConfig
     tensors: dict[str, np.ndarray]
+    weights_beside: int = 0
 
     @property
     def modules(self) -> list[str]:
@@ -181,13 +182,14 @@ def attach(network: GLMNetwork, config: AdapterConfig, seed: int = 0, stored: St
     return adapter
 
 
-def read_adapter(path: str | Path) -> StoredAdapter:
+def read_adapter(path: str | Path, lora_alpha: float | None = None) -> StoredAdapter:
     """Reads an adapter.
 
     Args:
         path: a folder of this project or of `peft` (`adapter_config.json`, `adapter_model.safetensors` or .bin), a
-            P-Tuning checkpoint of the original code (`pytorch_model.bin` or `model.safetensors` with
-            `transformer.prefix_encoder.*`), the output folder of a run, or the file of weights itself.
+            checkpoint of MindFormers with LoRA or P-Tuning tensors, a P-Tuning checkpoint of the original code, the
+            output folder of a run, or the file of weights itself. The base may be in the same files.
+        lora_alpha: of the training, for LoRA tensors without `adapter_config.json`, as MindFormers saves them.
 
     Raises:
         AdapterError: there is none, it is empty, damaged, or of a type that cannot be used.
@@ -195,33 +197,64 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     try:
         path = _weights_file(resolve_checkpoint(path))
         with open_checkpoint(path) as reader:
-            kind = ADAPTERS[_kind_of(path, reader.names())].load()
-            tensors = {kind.plain_name(name): reader.read(name, "float32") for name in reader.names()}
+            adapter = ADAPTERS[_kind_of(path, reader.names())]
+            kind, names = adapter.load(), [name for name in reader.names() if adapter.files.owns(name)]
+            tensors = {kind.plain_name(name): reader.read(name, "float32") for name in names}
+            if len(tensors) < len(names):
+                raise AdapterError(f"{path}: {len(names) - len(tensors)} tensors are stored under two names")
+            beside = len(reader.names()) - len(names)
+            path = reader.file(names[0])
+        check_listed(path.parent / adapter.files.config, added=True)
+        if lora_alpha is None:
+            config = kind.stored_config(path, tensors)
+        elif kind.kind == "lora":
+            config = kind.stored_config(path, tensors, lora_alpha=lora_alpha)  # type: ignore[call-arg]
+        else:
+            raise AdapterError(f"{path}: lora_alpha was given, but this is a {kind.kind} adapter; leave it out")
     except AdapterError:
         raise
     except CheckpointError as error:
         raise AdapterError(str(error)) from None
-    return StoredAdapter(path, kind.stored_config(path, tensors), tensors)
+    return StoredAdapter(path, config, tensors, beside)
+
+
+def adapter_with(reader: CheckpointReader, named: str | Path | None) -> str | Path | None:
+    """The adapter that belongs to weights: the one that the user has named, or that in the files of the weights.
+
+    Raises:
+        AdapterError: there are both.
+    """
+    if not reader.adapter_names():
+        return named or None
+    own = (reader.path, reader.path.parent, *reader.files())
+    if named and resolve_checkpoint(named).resolve() not in [path.resolve() for path in own]:
+        raise AdapterError(
+            f"{reader.path}: contains an adapter beside the weights, and {named} is another one; leave the latter out, "
+            "or give weights without adapter"
+        )
+    return reader.path
 
 
 def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    names = (*weights_files(), *_ORIGINAL)
-    name = next((name for name in names if (path / name).is_file()), None)
-    if name is None:
+    """The file or folder to read: the adapter's file in a folder that has one, else the whole folder."""
+    names = weights_files()
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    inside = list(path.iterdir()) if path.is_dir() else [path]
+    if found is None and not any(item.suffix in WEIGHT_ENDINGS or item.match("rank_*") for item in inside):
         raise AdapterError(f"{path}: contains no adapter; expected one of {', '.join(names)}")
-    return path / name
+    return found or path
 
 
 def _kind_of(path: Path, names: Sequence[str]) -> str:
-    """The type of adapter that all these tensors belong to."""
+    """The type of adapter in a file, whose other tensors must be those of a whole base."""
+    whole = path.name not in weights_files() and "transformer.output_layer.weight" in names
     for kind, adapter in ADAPTERS.items():
         others = [name for name in names if not adapter.files.owns(name)]
         if len(others) == len(names):
             continue
-        if others:
-            raise AdapterError(f"{path}: {len(others)} tensors are not of a {kind} adapter: {capped(others)}")
+        foreign = [name for name in others if not (whole and is_parameter(name))]
+        if foreign:
+            raise AdapterError(f"{path}: {len(foreign)} tensors are not of a {kind} adapter: {capped(foreign)}")
         return kind
     shown = f"contains {capped(names)}" if names else "is empty"
     marks = " or ".join(f"*{mark}*" for adapter in ADAPTERS.values() for mark in adapter.files.marks)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -26,11 +26,23 @@ from glm_ms.storage.errors import capped
 from glm_ms.storage.readers import read_object
 
 A, B = "lora_A.weight", "lora_B.weight"
-# Settings of `peft` that change the function and are not supported -> their neutral values.
-_NEUTRAL: dict[str, tuple] = {
-    "bias": ("none",), "use_dora": (False, None), "fan_in_fan_out": (False, None), "modules_to_save": (None, []),
-    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,),
-}  # fmt: skip
+# Keys of an adapter_config.json that are used, see `_read_config`.
+_USED = frozenset(
+    {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
+     "layers_to_transform", "layers_pattern", "init_lora_weights"}
+)  # fmt: skip
+# Keys that do not change the function: bookkeeping, and details of what other keys turn on.
+_WITHOUT_EFFECT = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
+     "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
+)  # fmt: skip
+# First values of A and B that leave the base as it is. Others (PiSSA, OLoRA, LoftQ, CorDA, ...) change it.
+_INITS = ("gaussian", "eva", "orthogonal")
+# Targets of `peft` for ChatGLM if the file names none.
+_DEFAULT_TARGETS = ("query_key_value",)
+_EMBEDDING = "transformer.embedding.word_embeddings"
+_NAMES = "a regular expression or a list of texts"
+_SEPARATOR = "\n    "
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,9 @@ class LoraConfig:
         target_modules: a regular expression that must match the whole name of a module, or a list of names, each
             for all modules that end in it.
         use_rslora: the update is B A alpha / sqrt(rank) (rank-stabilised LoRA).
+        exclude_modules: as `target_modules`, for modules without an update.
+        layers_to_transform: numbers of the layers whose modules a list of `target_modules` means; None: all.
+        layers_pattern: names before these numbers; empty: any.
     """
 
     kind: ClassVar[str] = "lora"
@@ -50,6 +65,9 @@ class LoraConfig:
     dropout: float = 0.1
     target_modules: str | tuple[str, ...] = ".*query_key_value"
     use_rslora: bool = False
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
 
     @property
     def scaling(self) -> float:
@@ -100,6 +118,8 @@ class LoraAdapter(Adapter):
         if stored is not None and unknown:
             reason = f"this network has no linear layers {capped(unknown)}"
             raise AdapterError(f"{stored.path}: made for another base: {reason}")
+        if stored is not None:
+            check_complete(stored, linears)
         adapter, generator = cls(network, config), np.random.default_rng(seed)
         first_stream = network.config.num_layers * DROPOUTS_PER_BLOCK
         for place, name in enumerate(modules):
@@ -125,14 +145,31 @@ class LoraAdapter(Adapter):
         return name
 
     @classmethod
-    def stored_config(cls, path: Path, tensors: Mapping[str, np.ndarray]) -> LoraConfig:
-        """Reads the `adapter_config.json` beside the file."""
-        config = _read_config(path.parent / LORA.config)
+    def stored_config(
+        cls, path: Path, tensors: Mapping[str, np.ndarray], lora_alpha: float | None = None
+    ) -> LoraConfig:
+        """Reads the `adapter_config.json` beside the file, or in the output folder of MindFormers above it.
+
+        Without one the tensors give everything except `lora_alpha`, the numerator of the scale.
+        """
+        file = _config_file(path)
+        if file is None and lora_alpha is not None:
+            ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(A) and value.ndim == 2]
+            modules = dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors)
+            config = LoraConfig(ranks[0] if ranks else 0, lora_alpha, 0.0, tuple(modules))
+        else:
+            config = _read_config(file or path.parent / LORA.config)
+        if lora_alpha not in (None, config.alpha):
+            raise AdapterError(
+                f"{file}: lora_alpha = {config.alpha:g}, but {lora_alpha:g} was given (model.pet_config.lora_alpha, "
+                "--lora_alpha); they must be equal"
+            )
         for name, value in tensors.items():
             rank = value.shape[0 if name.endswith(A) else -1] if value.ndim == 2 else None
             if rank != config.rank:
                 found = f"{name} has shape {list(value.shape)}"
-                raise AdapterError(f"{path}: {found}, but {LORA.config} says r = {config.rank}")
+                reason = f"but {LORA.config} says r = {config.rank}" if file else f"others have rank {config.rank}"
+                raise AdapterError(f"{path}: {found}, {reason}")
         return config
 
     @classmethod
@@ -147,6 +184,10 @@ class LoraAdapter(Adapter):
             "target_modules": targets if isinstance(targets, str) else list(targets), "bias": "none",
             "fan_in_fan_out": False, "use_rslora": config.use_rslora, "modules_to_save": None,
         }  # fmt: skip
+        for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            value = getattr(config, key)
+            if value:
+                document[key] = value if isinstance(value, str) else list(value)
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         (folder / LORA.config).write_text(text, encoding="utf-8")
 
@@ -202,6 +243,64 @@ def target_names(target_modules: str | Sequence[str], names: Iterable[str]) -> l
     return found
 
 
+def promised_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
+    """Names of the modules for which an adapter has tensors according to its config, by the rules of `peft`.
+
+    A list that names no module is read as MindFormers writes it: regular expressions for the start of the last part of
+    a name.
+    """
+    names, targets = list(names), config.target_modules
+    if isinstance(targets, str) or any(_ends_in(name, targets) for name in names):
+        return [name for name in names if _is_target(config, name)]
+    ends = [(name, name.rpartition(".")[2]) for name in names if name != _EMBEDDING]
+    return [name for name, end in ends if any(_is_pattern(item) and re.match(item, end) for item in targets)]
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def _is_target(config: LoraConfig, name: str) -> bool:
+    targets, excluded = config.target_modules, config.exclude_modules
+    if re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_in(name, excluded):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if name in targets or not _ends_in(name, targets) or config.layers_to_transform is None:
+        return _ends_in(name, targets)
+    patterns = config.layers_pattern or (r"[^.]*",)
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
+    return any(match is not None and int(match.group(1)) in config.layers_to_transform for match in matches)
+
+
+def _ends_in(name: str, endings: Iterable[str]) -> bool:
+    return any(f".{name}".endswith(f".{end}") for end in endings)
+
+
+def check_complete(stored: StoredAdapter, names: Iterable[str]) -> None:
+    """Compares the tensors of an adapter with what its config promises for a network with the linear layers `names`.
+
+    Raises:
+        AdapterError: tensors are missing or unexpected; the message lists them.
+    """
+    if not isinstance(stored.config, LoraConfig):
+        return
+    promised = promised_modules(stored.config, [*names, _EMBEDDING])
+    wanted = [f"{module}.{ending}" for module in promised for ending in (A, B)]
+    problems = [f"{name}: missing" for name in wanted if name not in stored.tensors]
+    problems += [f"{name}: not named by target_modules" for name in stored.modules if name not in promised]
+    if problems:
+        raise AdapterError(
+            f"{stored.path}: does not fit the target_modules of its {LORA.config}: the file is incomplete (saved by "
+            "one rank only, or by DeepSpeed ZeRO-3 without gathering), or the adapter was made for another base"
+            f"{_SEPARATOR}{capped(problems, _SEPARATOR)}"
+        )
+
+
 def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callable[[], np.ndarray]]:
     """Name of each weight -> function that computes what merging adds to it, or with `remove` takes away again.
 
@@ -228,21 +327,78 @@ def _product(b: np.ndarray, a: np.ndarray, factor: float) -> np.ndarray:
     return (b @ a) * np.float32(factor)
 
 
+def _config_file(path: Path) -> Path | None:
+    """The `adapter_config.json` of a file of tensors; None if there is none.
+
+    MindFormers saves it in OUTPUT, the tensors in OUTPUT/checkpoint/rank_N.
+    """
+    folders = [path.parent]
+    if path.parent.name.startswith("rank_"):
+        folders.append(path.parent.parent.parent)
+    return next((folder / LORA.config for folder in folders if (folder / LORA.config).is_file()), None)
+
+
 def _read_config(path: Path) -> LoraConfig:
-    document = read_object(path, AdapterError, "missing; without it the scale of the adapter is not known")
+    """Reads an `adapter_config.json`; AdapterError for every value that cannot be reproduced exactly."""
+    remedy = (
+        "missing; without it the scale of the adapter is not known; copy it here, or give the lora_alpha of its "
+        "training (model.pet_config with pet_type: lora, --lora_alpha, lora_alpha=)"
+    )
+    document = read_object(path, AdapterError, remedy)
     if document.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type {document.get('peft_type')!r}: only LORA is supported")
-    for key, neutral in _NEUTRAL.items():
-        if key in document and document[key] not in neutral:
-            raise AdapterError(f"{path}: {key} = {document[key]!r}: not supported")
-    try:
-        targets = document.get("target_modules") or []
-        if not (int(document["r"]) >= 1 and 0 < float(document["lora_alpha"]) < math.inf):
-            raise ValueError(f"r = {document['r']}, lora_alpha = {document['lora_alpha']}")
-        targets = targets if isinstance(targets, str) else tuple(sorted(map(str, targets)))
-        return LoraConfig(
-            int(document["r"]), float(document["lora_alpha"]), float(document.get("lora_dropout") or 0), targets,
-            bool(document.get("use_rslora", False))
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{path}: r and lora_alpha must be positive numbers: {error!r}") from None
+    for key, value in document.items():
+        neutral = value in ({}, [], "") or value is None or value is False or (key, value) == ("bias", "none")
+        if not neutral and key not in _USED | _WITHOUT_EFFECT:
+            raise AdapterError(
+                f"{path}: {key} = {value!r}: not supported, because it can change what the adapter computes; merge the "
+                "adapter with peft (merge_and_unload)"
+            )
+
+    def get(key: str, expected: str, fits: Callable[[Any], bool], default: Any = None) -> Any:
+        value = document.get(key)
+        if not (value is None and key not in ("r", "lora_alpha")) and not fits(value):
+            raise AdapterError(f"{path}: {key} = {value!r}: must be {expected}")
+        return default if value is None else value
+
+    get(
+        "init_lora_weights",
+        f"true, false or one of {', '.join(_INITS)}: others change the base weights",
+        lambda value: isinstance(value, bool) or (isinstance(value, str) and value.lower() in _INITS),
+    )
+    targets = get("target_modules", _NAMES, _is_names, _DEFAULT_TARGETS)
+    layers = get("layers_to_transform", "a whole number or a list of them", _is_layers)
+    pattern = get(
+        "layers_pattern", _NAMES, lambda v: _is_names(v) and (isinstance(v, str) or all(map(_is_pattern, v))), ()
+    )
+    if (layers is not None and isinstance(targets, str)) or (pattern and layers is None):
+        raise AdapterError(f"{path}: layers_to_transform needs a list in target_modules, layers_pattern the former")
+    return LoraConfig(
+        rank=get("r", "a positive whole number", lambda value: type(value) is int and value >= 1),
+        alpha=float(get("lora_alpha", "a positive number", lambda value: _is_number(value) and 0 < value < 1e30)),
+        dropout=float(get("lora_dropout", "at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1, 0.0)),
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        use_rslora=get("use_rslora", "true or false", lambda value: isinstance(value, bool), False),
+        exclude_modules=_texts(get("exclude_modules", _NAMES, _is_names, ())),
+        layers_to_transform=None if layers in (None, []) else tuple(layers if isinstance(layers, list) else [layers]),
+        layers_pattern=(pattern,) if isinstance(pattern, str) and pattern else tuple(pattern),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_names(value: Any) -> bool:
+    return (isinstance(value, str) and _is_pattern(value)) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    )
+
+
+def _is_layers(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(type(item) is int for item in value))
+
+
+def _texts(value: Any) -> Any:
+    """A regular expression, or names; empty for no module."""
+    return value if isinstance(value, str) and value else tuple(value)

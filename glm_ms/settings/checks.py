@@ -100,9 +100,6 @@ _ADAPTERS = (
     Rule(_PET, lambda s: s.is_training() and s.get(_PET) is not None and not s.load_checkpoint,
          f"{{{_PET}}} trains an adapter for given base weights, and random ones are lost after the run; name the base "
          "(--load_checkpoint PATH)", (_BASE,)),
-    Rule(_PET, lambda s: not s.is_training() and s.get(_PET) is not None and not s.load_adapter,
-         f"{{{_PET}}}, but there is no adapter to load; name it (--load_adapter PATH), or set {_PET}=null for the base "
-         "alone or for merged weights", (_ADAPTER,)),
     Rule(_ADAPTER, lambda s: not s.is_training() and s.load_adapter and not s.load_checkpoint,
          "needs the base it was trained on (--load_checkpoint PATH)", (_BASE,)),
 )  # fmt: skip

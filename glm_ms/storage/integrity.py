@@ -47,6 +47,31 @@ def check_file(path: Path, known: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: damaged or of another checkpoint: its SHA-256 differs from {MANIFEST}")
 
 
+def check_listed(path: Path, added: bool = False) -> None:
+    """Compares a file with the manifest beside it, if there is one. A `manifest.json` of another program is ignored.
+
+    Args:
+        added: allow a file that the manifest does not list.
+
+    Raises:
+        CheckpointError: the file or the manifest is damaged, or the file was added later.
+    """
+    folder = path.parent
+    if not (folder / MANIFEST).is_file():
+        return
+    # One damaged bit never hides both keys of a manifest of this project.
+    if not {_CHECKSUM, "format_version"} & read_object(folder / MANIFEST, CheckpointError).keys():
+        return
+    known = read_manifest_values(folder)["files"]
+    if path.name in known:
+        check_file(path, known[path.name])
+    elif not added:
+        raise CheckpointError(
+            f"{path}: is not in {MANIFEST} beside it, so it was added later; remove it, or the manifest if the file "
+            "is right"
+        )
+
+
 def json_sha256(values: Any) -> str:
     """SHA-256 of JSON values; the order of keys does not matter."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

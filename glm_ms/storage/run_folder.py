@@ -19,6 +19,7 @@ from glm_ms.storage.readers import read_object
 CHECKPOINTS = "checkpoint"
 BEST = "best"
 SLICES, STRATEGIES = "slices", "strategy"
+WEIGHT_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pth", ".pt")
 SETTINGS_FILE = "settings.yaml"
 METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD = "metrics.jsonl", "eval_metrics.jsonl", "tensorboard"
 PREDICTIONS_FILE, SCORES_FILE = "eval_predictions.jsonl", "eval_scores.json"
@@ -68,8 +69,11 @@ def best_checkpoint(output_dir: Path) -> Path:
 def resolve_checkpoint(path: str | Path) -> Path:
     """The newest checkpoint if `path` is the output folder of a run, the best for its `checkpoint/best`, else `path`.
 
+    What a folder contains decides, not its name. MindFormers' output folder gives `checkpoint`, which has its rank_N.
+
     Raises:
-        CheckpointError: `path` does not exist, or is a run without checkpoints, or a sharded run, which has slices.
+        CheckpointError: `path` does not exist, has weights as well as checkpoints of a run, or is a run without
+            checkpoints, or a sharded run, which has slices.
     """
     path = Path(path)
     if path.name == BEST and path.parent.name == CHECKPOINTS and not path.exists():
@@ -78,18 +82,34 @@ def resolve_checkpoint(path: str | Path) -> Path:
         path = path.parent
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; give a Hugging Face folder, .safetensors or .ckpt")
-    if not (path / CHECKPOINTS).is_dir():
-        if (path / SLICES).is_dir():
-            raise CheckpointError(
-                f"{path}: is the output of a sharded run, which has slices of every rank; merge them first: python "
-                f"tools/transform_ckpt.py --src_ckpt_strategy {path / STRATEGIES} --src_ckpt_dir {path / SLICES} "
-                f"--dst_ckpt_dir {path}_merged"
-            )
+    checkpoints, weights = list_checkpoints(path), _weights_in(path)
+    if checkpoints and weights:
+        raise CheckpointError(
+            f"{path}: has weights ({weights[0].name}) and the checkpoints of a run; give {path / CHECKPOINTS} for the "
+            f"newest of them, or move the folder {CHECKPOINTS} elsewhere for the weights"
+        )
+    if checkpoints:
+        return checkpoints[-1][1]
+    if weights or path.is_file():
         return path
-    checkpoints = list_checkpoints(path)
-    if not checkpoints:
+    if list((path / SLICES).glob("rank_*")):
+        raise CheckpointError(
+            f"{path}: is the output of a sharded run, which has slices of every rank; merge them first: python "
+            f"tools/transform_ckpt.py --src_ckpt_strategy {path / STRATEGIES} --src_ckpt_dir {path / SLICES} "
+            f"--dst_ckpt_dir {path}_merged"
+        )
+    if list((path / CHECKPOINTS).glob("rank_*")) or _weights_in(path / CHECKPOINTS):
+        return path / CHECKPOINTS
+    if (path / CHECKPOINTS).is_dir() and not list(path.glob("rank_*")):
         raise CheckpointError(f"{path / CHECKPOINTS}: has no checkpoint yet")
-    return checkpoints[-1][1]
+    return path
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """The files of tensors in a folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(item for item in folder.iterdir() if item.suffix in WEIGHT_ENDINGS and item.is_file())
 
 
 def move_aside(output_dir: Path, paths: Iterable[Path], into: str = "") -> Path:

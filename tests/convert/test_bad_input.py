@@ -13,8 +13,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from glm_ms import GLMConfig
+from glm_ms.convert.conversion import plan_conversion
 from glm_ms.convert.reader import check_names_and_shapes, load_parameters, open_checkpoint
+from glm_ms.model.config import ConfigError
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.integrity import describe_files, write_manifest_values
 
 SHARD = "pytorch_model-00002-of-00004.bin"
 
@@ -286,3 +289,142 @@ def test_unknown_dtype_is_refused_at_once(golden: Path, safetensors_file: Path) 
     config = GLMConfig.from_pretrained(golden / "models" / "glm2_tiny")
     with pytest.raises(CheckpointError, match="'float8': must be one of float32, float16, bfloat16"):
         load_parameters(open_checkpoint(safetensors_file), config, "float8")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_numbers_that_are_not_finite(golden: Path, tmp_path: Path, dtype: str, value: float) -> None:
+    source = Path(shutil.copytree(golden / "models" / "glm2_tiny", tmp_path / "source"))
+    state = {name: torch.tensor(array) for name, array in load_file(source / "model.safetensors").items()}
+    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
+    state["transformer.output_layer.weight"][511, 63] = value
+    (source / "model.safetensors").unlink()
+    torch.save(state, source / "pytorch_model.bin")
+    config = GLMConfig.from_pretrained(source)
+    message = r"pytorch_model\.bin: transformer\.output_layer\.weight: contains NaN or infinity"
+    with pytest.raises(CheckpointError, match=message):
+        list(load_parameters(open_checkpoint(source), config, "float32"))
+    with pytest.raises(CheckpointError, match=message):
+        plan_conversion(source, tmp_path / "out", dtype=dtype).run()
+    assert not (tmp_path / "out").exists()
+
+
+def _flip_bit(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
+def test_a_manifest_is_compared_whenever_weights_are_read(golden: Path, tmp_path: Path, name: str) -> None:
+    source = Path(shutil.copytree(golden / "models" / "glm2_tiny", tmp_path / "source"))
+    shutil.rmtree(source / "sharded")
+    write_manifest_values(source, {"format_version": 1, "files": describe_files(source)})
+    plan_conversion(source, tmp_path / "intact.ckpt").run()
+    path = source / name
+    _flip_bit(path, path.stat().st_size - 9 if name == "model.safetensors" else path.read_bytes().index(b"5"))
+    with pytest.raises((CheckpointError, ConfigError), match=name):
+        plan_conversion(source, tmp_path / "out.ckpt").run()
+
+
+def test_a_manifest_of_another_program_is_ignored(golden: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(golden / "models" / "glm2_tiny", tmp_path / "source"))
+    (source / "manifest.json").write_text('{"files": {}}')
+    plan_conversion(source, tmp_path / "out.ckpt").run()
+    write_manifest_values(source, {"format_version": 1, "files": {}})
+    with pytest.raises(CheckpointError, match="was added later"):
+        plan_conversion(source, tmp_path / "again.ckpt").run()
+
+
+def test_one_bit_of_a_torch_file(sharded: Path) -> None:
+    path = sharded / SHARD
+    _flip_bit(path, path.stat().st_size // 2)
+    config = GLMConfig.from_pretrained(sharded.parent / "sharded")
+    with pytest.raises(CheckpointError, match=f"{SHARD}: damaged: the CRC-32"):
+        list(load_parameters(open_checkpoint(sharded), config, "float32"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({1: torch.zeros(2)}, "keys that are not names"),
+        ({"a": torch.zeros(2).to_sparse()}, "sparse"),
+        ({"a": torch.zeros(2, device="meta")}, "meta"),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "type float8_e4m3fn cannot be read"),
+        ({"module": {"a": torch.zeros(2)}}, "save the state dict alone"),
+    ],
+)
+def test_torch_files_with_other_tensors(tmp_path: Path, entry: dict, words: str) -> None:
+    torch.save(entry, tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=rf"a\.bin.*{words}"):
+        open_checkpoint(tmp_path / "a.bin").read("a")
+
+
+def test_damaged_pickles_end_in_a_sentence(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.bin", np.random.default_rng(0)
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[int(rng.integers(len(content)))] = int(rng.integers(256))
+        path.write_bytes(damaged)
+        try:
+            for name in open_checkpoint(path).names():
+                open_checkpoint(path).read(name)
+        except CheckpointError as error:
+            assert "a.bin" in str(error)  # noqa: PT017, many inputs are harmless
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (b"{" + b" " * 92, "a header of 100000001 bytes"),
+        (b'{"a": {}, "a": {}}', 'key "a" twice'),
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "nested more than 100 levels"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": 4}}', "broken header entry"),
+        (json.dumps({"a": {"dtype": "F32", "shape": [0] * 80, "data_offsets": [0, 0]}}).encode(), "cannot be read"),
+    ],
+)
+def test_safetensors_headers_of_odd_content(tmp_path: Path, header: bytes, words: str) -> None:
+    path = tmp_path / "bad.safetensors"
+    length = 100_000_001 if "100000001" in words else len(header)
+    path.write_bytes(length.to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=rf"bad\.safetensors.*{words}"):
+        open_checkpoint(path).read("a")
+
+
+@pytest.mark.parametrize(
+    ("rename", "words"),
+    [
+        ("module.{}", r"begins with module\., .*model\.module\.state_dict"),
+        ("base_model.model.{}", r"begins with base_model\.model\., .*merge_and_unload"),
+        ("glm.{}", r"begins with glm\., .*inner network"),
+        ("{}.weight_scale", "quantized weights .int4 or int8."),
+    ],
+)
+def test_names_of_another_form_are_said_as_what_they_are(golden: Path, tmp_path: Path, rename: str, words: str) -> None:
+    source = golden / "models" / "glm2_tiny"
+    tensors = load_file(source / "model.safetensors")
+    tensors.pop("transformer.rotary_pos_emb.inv_freq")
+    save_file({rename.format(name): array for name, array in tensors.items()}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=f"(?s){words}"):
+        check_names_and_shapes(GLMConfig.from_pretrained(source), open_checkpoint(tmp_path / "m.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_layers": 10**9}, "num_layers = 1000000000: must be at most"),
+        ({"seq_length": 10**18}, "seq_length = 1000000000000000000: must be at most"),
+        ({"layernorm_epsilon": float("inf")}, "layernorm_epsilon = inf"),
+        ({"rope_ratio": float("nan")}, "rope_ratio = nan"),
+        ({"eos_token_id": -1}, "eos_token_id = -1: must be an id"),
+        ({"position_encoding_2d": True}, "ChatGLM-6B, the first generation"),
+        ({"hidden_size": 64.0}, "hidden_size = 64.0: expected int"),
+    ],
+)
+def test_configs_that_cannot_be_meant(golden: Path, tmp_path: Path, values: dict, words: str) -> None:
+    config = json.loads((golden / "models" / "glm2_tiny" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **values}))
+    with pytest.raises(ConfigError, match=rf"config\.json: .*{words}"):
+        GLMConfig.from_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from glm_ms import GLMForCausalLM, load_pretrained
 from glm_ms.peft.adapter import AdapterError, read_adapter
-from glm_ms.peft.lora import LoraConfig
+from glm_ms.peft.lora import LoraConfig, check_complete
 from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.storage.errors import CheckpointError
 
@@ -112,17 +112,60 @@ def test_half_a_pair_a_stranger_and_numbers_that_are_none(lora: Path) -> None:
     assert "NaN" in refused(lora)
 
 
+NEUTRAL = {
+    "bias": "none", "use_dora": False, "rank_pattern": {}, "modules_to_save": None, "megatron_core": "megatron.core",
+    "init_lora_weights": "gaussian", "layers_to_transform": [], "exclude_modules": None, "use_qalora": False,
+    "qalora_group_size": 16, "inference_mode": False, "task_type": None, "a_key_of_the_future": None,
+}  # fmt: skip
+
+
+def test_every_other_value_of_a_config_is_used_or_refused(lora: Path) -> None:
+    configure(lora, **NEUTRAL)
+    assert read_adapter(lora).config == read_adapter(LORA).config
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"r": 4}, "r = 4"),
+        ({"r": 8.5}, "r = 8.5: must be a positive whole number"),
+        ({"r": "8"}, "r = '8'"),
+        ({"r": True}, "r = True"),
+        ({"r": None}, "r = None"),
         ({"use_dora": True}, "use_dora"),
+        ({"use_dora": "false"}, "use_dora = 'false'"),
+        ({"use_rslora": "false"}, "use_rslora = 'false': must be true or false"),
+        ({"use_rslora": 0}, "use_rslora = 0"),
         ({"bias": "all"}, "bias"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"modules_to_save": ["output_layer"]}, "modules_to_save"),
         ({"rank_pattern": {"dense": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"dense": 2}}, "alpha_pattern"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"a_key_of_the_future": 1}, "a_key_of_the_future = 1: not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"init_lora_weights": 1}, "init_lora_weights = 1"),
         ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
+        ({"peft_type": ["LORA"]}, "only LORA"),
         ({"lora_alpha": "many"}, "lora_alpha"),
+        ({"lora_alpha": "32"}, "lora_alpha = '32'"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_dropout": 1}, "lora_dropout = 1"),
+        ({"target_modules": [1]}, "target_modules = [1]"),
+        ({"target_modules": {"dense": 1}}, "target_modules"),
+        ({"exclude_modules": 3}, "exclude_modules = 3"),
+        ({"layers_to_transform": "1"}, "layers_to_transform = '1'"),
+        ({"layers_to_transform": [0.0]}, "layers_to_transform"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"target_modules": ".*query_key_value", "layers_to_transform": [0]}, "layers_to_transform needs a list"),
         ({"r": 0}, "r = 0"),
     ],
 )
@@ -131,6 +174,50 @@ def test_configs_that_cannot_be_used(lora: Path, values: dict, reason: str) -> N
     with pytest.raises(AdapterError, match=r"adapter_config\.json|adapter_model") as error:
         read_adapter(lora)
     assert reason in str(error.value)
+
+
+QKV = [f"transformer.encoder.layers.{layer}.self_attention.query_key_value" for layer in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("values", "layers"),
+    [
+        ({}, [0, 1]),
+        ({"target_modules": None}, [0, 1]),
+        ({"target_modules": ["query_key_value", "q_proj"]}, [0, 1]),
+        ({"target_modules": ".*query_key_value"}, [0, 1]),
+        ({"target_modules": [".*query_key_value"]}, [0, 1]),  # as MindFormers writes it
+        ({"target_modules": QKV}, [0, 1]),
+        ({"target_modules": QKV[:1], "layers_to_transform": 1}, [0]),  # a full name counts for every layer
+        ({"layers_to_transform": [1]}, [1]),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, [0]),
+        ({"layers_to_transform": [0], "layers_pattern": ["blocks"]}, []),
+        ({"exclude_modules": ["layers.0.self_attention.query_key_value"]}, [1]),
+        ({"exclude_modules": r".*layers\.1\..*"}, [0]),
+    ],
+)
+def test_an_adapter_has_the_tensors_that_its_config_promises(lora: Path, values: dict, layers: list[int]) -> None:
+    """As many as `peft` would make, no more and no less."""
+    configure(lora, **{"target_modules": ["query_key_value"], **values})
+    names = golden_model("glm2_tiny").network.linears()
+    for present in ([0], [1], [0, 1]):
+        shutil.copy(LORA / "adapter_model.safetensors", lora)
+        gone = [layer for layer in (0, 1) if layer not in present]
+        change(lora, lambda t, gone=gone: [t.pop(n) for n in list(t) for i in gone if f"layers.{i}." in n])
+        if present == layers:
+            check_complete(read_adapter(lora), names)
+            continue
+        with pytest.raises(AdapterError) as error:
+            check_complete(read_adapter(lora), names)
+        for layer in {*present} ^ {*layers}:
+            assert f"layers.{layer}.self_attention.query_key_value" in str(error.value)
+
+
+def test_targets_beyond_linear_layers(lora: Path) -> None:
+    configure(lora, target_modules=["query_key_value", "word_embeddings"])
+    assert r"word_embeddings.lora_A.weight: missing" in refused(lora)
+    configure(lora, target_modules="(")
+    assert "target_modules = '(': must be a regular expression" in refused(lora)
 
 
 def test_files_that_are_missing_or_broken(lora: Path, tmp_path: Path) -> None:

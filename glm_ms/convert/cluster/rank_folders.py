@@ -7,19 +7,19 @@ Every file is open only while a tensor is read, so that hundreds of ranks do not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 import numpy as np
 
-from glm_ms.convert.adapter_files import plain_name
+from glm_ms.convert.adapter_files import of_all_ranks, plain_name
 from glm_ms.convert.reader import open_file
 from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile, TensorInfo, described_slice
 from glm_ms.convert.writers import FILE_ENDINGS
 from glm_ms.storage.errors import CheckpointError, capped
-from glm_ms.storage.integrity import MANIFEST, check_file, differing_keys, read_manifest_values
+from glm_ms.storage.integrity import MANIFEST, differing_keys, read_manifest_values
 from glm_ms.storage.run_folder import list_checkpoints
 
 _FOLDER = re.compile(r"rank_(\d+)")
@@ -231,17 +231,16 @@ def _check_numbers_in_names(files: list[list[Path]]) -> None:
                 )
 
 
-def read_rank_manifests(folders: Iterable[Path]) -> KnownFiles:
+def read_rank_manifests(folders: Sequence[Path]) -> KnownFiles:
     """Reads the manifests of all ranks. Checkpoints of other programs have none.
 
     Raises:
-        CheckpointError: a manifest is damaged, or has another run or step than the first one.
+        CheckpointError: a manifest is damaged, is missing for some ranks only, or has another run or step than the
+            first one.
     """
     known: dict[Path, Mapping[str, Any]] = {}
     first: tuple[Path, dict[str, Any]] | None = None
-    for path in (folder / MANIFEST for folder in folders):
-        if not path.is_file():
-            continue
+    for path in of_all_ranks(folders, MANIFEST):
         values = read_manifest_values(path.parent)
         position = {"step": values.get("step"), **(values.get("position") or {})}
         first = first or (path, position)
@@ -252,14 +251,3 @@ def read_rank_manifests(folders: Iterable[Path]) -> KnownFiles:
             )
         known.update((path.with_name(name), of_file) for name, of_file in values["files"].items())
     return known
-
-
-def check_rank_file(path: Path, known: KnownFiles) -> None:
-    """Raises CheckpointError if a file differs from its manifest, or was added later; some have no manifest."""
-    if path in known:
-        check_file(path, known[path])
-    elif (path.parent / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{path}: is not in {MANIFEST} beside it, so it was added later; remove it, or the manifest if the file "
-            "is right"
-        )

@@ -21,7 +21,6 @@ from glm_ms.convert.cluster.rank_folders import (
     RankCheckpoint,
     Say,
     Step,
-    check_rank_file,
     open_ranks,
     open_whole,
     rank_folders,
@@ -35,6 +34,7 @@ from glm_ms.convert.tensor_file import TensorInfo
 from glm_ms.convert.writers import check_space
 from glm_ms.storage.atomic import atomic_output, check_target
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.integrity import check_listed
 from glm_ms.storage.run_folder import SLICES, resolve_checkpoint
 
 # Scalars that count steps, for the error message if ranks differ.
@@ -85,7 +85,7 @@ class Resharding:
                 written; `output` does not exist then.
         """
         for file in self.files if self.verify else ():
-            check_rank_file(file, self.known)
+            check_listed(file)
             on_bytes(self.known[file]["bytes"] if file in self.known else 0)
         announced: list[dict[str, TensorInfo]] = [{} for _ in range(self.placement.ranks)]
         for plan in self.tensors:
@@ -221,8 +221,10 @@ def plan_resharding(
     src = read_strategy(src_strategy) if src_strategy is not None else None
     dst = read_strategy(dst_strategy) if dst_strategy is not None else None
     path = Path(src_ckpt_dir)
-    if path.is_dir() and not rank_folders(path):  # the output folder of a run: its slices, or its newest checkpoint
-        path = path / SLICES if src is not None and (path / SLICES).is_dir() else resolve_checkpoint(path)
+    if src is None:
+        path = resolve_checkpoint(path) if path.is_dir() and not rank_folders(path) else path
+    elif path.is_dir() and not rank_folders(path) and (path / SLICES).is_dir():
+        path = path / SLICES  # of the output folder of a run
     source = [open_whole(path, step, say)] if src is None else open_ranks(path, src.ranks, step, say)
     folders = [rank.place for rank in source]
     known, companions = read_rank_manifests(folders), common_companions(folders)

@@ -14,6 +14,7 @@ from glm_ms.peft import is_adapter_folder
 from glm_ms.storage import integrity
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import MANIFEST, file_sha256
+from glm_ms.storage.run_folder import WEIGHT_ENDINGS
 from glm_ms.version import __version__
 
 FORMAT_VERSION = 1
@@ -122,7 +123,7 @@ def weights_flag(folder: Path) -> str:
 
 
 def _is_weight_file(path: Path) -> bool:
-    return path.suffix in (".safetensors", ".bin", ".ckpt", ".pt", ".pth") and path.name != "optimizer.safetensors"
+    return path.suffix in WEIGHT_ENDINGS and path.name != "optimizer.safetensors"
 
 
 def _why_no_manifest(folder: Path) -> str:

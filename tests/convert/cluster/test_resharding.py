@@ -26,6 +26,7 @@ from glm_ms.convert.cluster.resharding import plan_resharding
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.convert.tensor_file import TensorInfo
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.integrity import describe_files, write_manifest_values
 
 CASES = ("tp", "tp_opt", "pp", "tp2")
 SHAPES = {"embed": (16, 6), "layer.w": (8, 12), "norm": (8,), "adam_m.layer.w": (8, 12), "adam_m.norm": (8,)}
@@ -349,6 +350,20 @@ def test_folders_of_ranks_are_opened_or_explained(four: Path) -> None:
     transform(four / "slices", four / "out", four / "s4.ckpt", None)
     with open_checkpoint(four / "out") as reader:
         assert reader.names() == ["embed", "layer.w", "norm", "scale"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json"])
+def test_a_file_that_some_ranks_lack(four: Path, name: str) -> None:
+    """A rank without it may be of another run."""
+    for rank in (0, 1, 3):
+        folder = four / "slices" / f"rank_{rank}"
+        if name == "manifest.json":
+            write_manifest_values(folder, {"step": 7, "files": describe_files(folder)})
+        else:
+            (folder / name).write_text("{}")
+    message = merge_error(four)
+    assert f"1 of 4 ranks have no {name}" in message
+    assert "rank_2" in message
 
 
 @pytest.mark.parametrize("cut_again", [False, True])
