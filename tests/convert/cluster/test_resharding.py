@@ -317,7 +317,6 @@ def test_output_and_arguments(four: Path) -> None:
     shutil.copytree(four / "slices", four / "deep" / "cards")
     for options, message in (
         ({"output": "full"}, "not empty"),
-        ({"output": "no/such"}, "does not exist"),
         ({"src": None}, "nothing to do without a strategy"),
         ({"prefix": "a/b"}, "start of a file name"),
         ({"source": "nowhere"}, "no such folder"),
