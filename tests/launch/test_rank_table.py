@@ -298,7 +298,7 @@ def test_a_misspelt_key_is_recognized(write):
     [
         (b"", ":1: not valid JSON: Expecting value at column 1"),
         (b'{"version": "1.0",\n "status" "completed"}', ":2: not valid JSON: .* at column 11"),
-        (b"\xff\xfe{\x00}\x00", ":1: not UTF-8"),
+        (b"\xff\xfe{\x00}\x00", ": is UTF-16 text, not UTF-8"),
         (b"[]", "a list, but an object is needed"),
         (b"{}", "not a rank table: none of the keys version"),
         (b'{"rope": 1}', "not a rank table"),

@@ -178,7 +178,7 @@ def test_input_errors(tool, tmp_path, capsys, lines, columns, message):
 def test_file_errors(tool, tmp_path, trained):
     with pytest.raises(tool.VocabularyError, match=r"missing\.txt: no such file"):
         tool.read_texts(tmp_path / "missing.txt", [])
-    with pytest.raises(tool.VocabularyError, match=r"tokenizer\.model:\d+: not UTF-8"):
+    with pytest.raises(tool.VocabularyError, match=r"tokenizer\.model: has NUL bytes, so it is not text"):
         tool.read_texts(trained, [])
     occupied = write_lines(tmp_path / "file", "x")
     with pytest.raises(tool.VocabularyError, match="cannot be written"):
