@@ -41,8 +41,10 @@ def inspect(tool, vocabulary, repository, monkeypatch, capsys):
     monkeypatch.chdir(repository)
 
     def run(config, *arguments):
-        line = ["--config", f"configs/{config}.yaml", f"processor.tokenizer.vocab_file={vocabulary}"]
-        status = tool.main([*line, *map(str, arguments)])
+        line = ["--config", f"configs/{config}.yaml", *map(str, arguments)]
+        if not any(item.startswith("processor.tokenizer.vocab_file=") for item in line):
+            line.append(f"processor.tokenizer.vocab_file={vocabulary}")
+        status = tool.main(line)
         return status, *capsys.readouterr()
 
     return run
@@ -149,6 +151,27 @@ def test_bad_records(inspect, tmp_path):
     assert inspect("tiny/finetune_glm3_tiny", "--train_dataset", path)[0] == 1
 
 
+def test_context_and_other_columns(inspect, tmp_path):
+    path = tmp_path / "x.json"
+    record = {"prompt": "类型#裙", "response": "裙", "history": [["类型#裤", "裤"]], "id": 7}
+    write(path, [record])
+    columns = "train_dataset.data_loader.origin_columns=[prompt,response{}]"
+    status, out, _ = inspect("tiny/finetune_glm2_tiny", "--train_dataset", path, columns.format(",history"))
+    assert status == 0
+    assert "[Round 2]" in out
+    assert "not used: column 'id'" in out
+    status, _, err = inspect("tiny/finetune_glm2_tiny", "--train_dataset", path, columns.format(""))
+    assert (status, err) == (
+        1,
+        f"error: {path}:1: column 'history' is not used; name it as the third of origin_columns, or "
+        "history_column: history (below data_loader), or remove it\n",
+    )
+    write(path, [{"content": "类型#裙", "summary": "裙"}])
+    status, out, _ = inspect("tiny/finetune_glm3_tiny", "--train_dataset", path, "processor.tokenizer.template=plain")
+    assert status == 0
+    assert "<|user|>" not in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -162,6 +185,10 @@ def test_bad_records(inspect, tmp_path):
         (["train_dataset.data_loader.type=ToolAlpaca"], "did you mean ToolAlpacaDataLoader"),
         (["--png", "configs"], "--png configs: is a folder"),
         (["processor.tokenizer.vocab_file=absent"], "absent: no such file; give the tokenizer.model"),
+        (
+            ["processor.tokenizer.template=plain", "train_dataset.data_loader.type=ConversationDataLoader"],
+            "ConversationDataLoader has messages with roles, but processor.tokenizer.template is plain",
+        ),
         (
             ["processor.tokenizer.type=ChatGLM2Tokenizer", "train_dataset.data_loader.type=ConversationDataLoader"],
             "ConversationDataLoader needs processor.tokenizer.type: ChatGLM3Tokenizer",
