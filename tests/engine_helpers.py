@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +72,16 @@ def tiny_arguments(job: str, vocabulary: Path, *arguments: object, generation: i
 
 
 def last_of_each(arguments: list[str]) -> list[str]:
-    """Arguments without those `key=value` that a later one replaces: a command line may not set a key twice."""
-    keys = [match and match[0] for match in (re.match(r"[a-z_][\w.]*=", argument) for argument in arguments)]
-    return [argument for i, argument in enumerate(arguments) if keys[i] is None or keys[i] not in keys[i + 1 :]]
+    """Arguments without those that a later one replaces: a command line may not give a flag or key twice."""
+    groups: list[list[str]] = []  # of a flag and its value, or one argument
+    for argument in arguments:
+        if groups and groups[-1][0].startswith("--") and len(groups[-1]) == 1 and not argument.startswith("--"):
+            groups[-1].append(argument)
+        else:
+            groups.append([argument])
+    names = [group[0] if group[0].startswith("--") else group[0].partition("=")[0] for group in groups]
+    kept = (group for i, group in enumerate(groups) if names[i] not in names[i + 1 :])
+    return [argument for group in kept for argument in group]
 
 
 def run_here(arguments: list[str]) -> int:

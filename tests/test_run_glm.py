@@ -99,7 +99,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_settings_are_refused_at_once(vocabulary: Path, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
     start = time.perf_counter()
-    done = run_apart([*tiny_arguments("finetune", vocabulary), *arguments], tmp_path)
+    done = run_apart(tiny_arguments("finetune", vocabulary, *arguments), tmp_path)
     assert_refused(done, 2, *parts)
     assert time.perf_counter() - start < 5  # before the imports that take seconds
     assert not list(tmp_path.iterdir())

@@ -119,7 +119,8 @@ def repeated(overrides: Iterable[str]) -> list[str]:
     for text in overrides:
         for key in _override(text) or ():
             if key in first:
-                messages.append(f"{key} is given twice, by {_short(first[key])} and by {_short(text)}; remove one")
+                both = f"by {_short(first[key], 80)} and by {_short(text, 80)}"
+                messages.append(f"{key} is given twice, {both}; remove one")
             first.setdefault(key, text)
     return messages
 
@@ -153,8 +154,8 @@ def _typed(text: str, where: str) -> Entry:
         return Entry(text, where, where, text)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:37] + "..."
+def _short(text: str, length: int = 40) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _apply(document: Entry, given: Mapping[str, Entry]) -> list[Problem]:

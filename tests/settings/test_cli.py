@@ -26,6 +26,7 @@ TYPED = {
     "use_parallel": ("True", True),
     "output_dir": ("elsewhere", "elsewhere"),
     "resume_training": ("data", "data"),
+    "resume": ("True", True),
     "do_eval": ("True", True),
     "epochs": ("4", 4),
     "batch_size": ("6", 6),
