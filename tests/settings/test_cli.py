@@ -33,7 +33,10 @@ TYPED = {
     "seed": ("11", 11),
 }
 # What a flag needs beside it.
-COMPANIONS = {"load_adapter": ["load_checkpoint=data", "model.pet_config.pet_type=lora"]}
+COMPANIONS = {
+    "resume": ["run_mode=eval", "load_checkpoint=data"],
+    "load_adapter": ["load_checkpoint=data", "model.pet_config.pet_type=lora"],
+}
 
 
 def _get(settings: Any, dotted: str) -> Any:

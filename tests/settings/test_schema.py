@@ -29,6 +29,7 @@ _COMPANIONS = {
     "generation.num_return_sequences": ["generation.do_sample=True"],
     "checkpoint.best_metric": ["do_eval=True"],
     "load_adapter": ["load_checkpoint=data", "model.pet_config.pet_type=lora"],
+    "resume": ["run_mode=eval", "load_checkpoint=data"],
     "model.pet_config.pet_type": ["load_checkpoint=data"],
     **{
         f"model.pet_config.{name}": ["load_checkpoint=data", f"model.pet_config.pet_type={kind}"]
