@@ -22,6 +22,7 @@ RUN_MODES = {
     "finetune": "train all weights or an adapter",
     "eval": "metrics on a data set",
     "predict": "generate answers to prompts",
+    "export": "write MindIR files of the network",
 }
 # Command -> file of its tool, and what it does.
 TOOLS = {

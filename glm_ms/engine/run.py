@@ -10,6 +10,7 @@ import mindspore as ms
 
 from glm_ms.ascend_hints import overflow_mode_note
 from glm_ms.engine.evaluate import evaluate
+from glm_ms.engine.export import export
 from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import build_context, log_to_folder
 from glm_ms.engine.predict import predict
@@ -33,7 +34,7 @@ _PER_SERVER = frozenset(
 
 
 def run(settings: Settings) -> None:
-    """Runs train, finetune, eval or predict with settings whose device has been checked.
+    """Runs train, finetune, eval, predict or export with settings whose device has been checked.
 
     In a parallel run every rank calls it. A rank that fails ends its process at once, so that the program that started
     the ranks sees it and ends the others; so does a run that is interrupted. Raises ValueError, with a message for the
@@ -73,6 +74,9 @@ def _run(settings: Settings) -> None:
         scores = evaluate(settings, model, tokenizer, say)
         for name, value in scores.items() if ranks.first else ():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    elif settings.run_mode == "export":
+        for path in export(settings, model):
+            say(f"exported: {path}")
     else:
         predict(settings, model, tokenizer, lambda text: print(text, end="", flush=True), say)
         say(f"answers: {Path(settings.output_dir) / ANSWERS_FILE}")

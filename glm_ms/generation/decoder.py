@@ -113,6 +113,12 @@ class DecoderGraphs:
             self._set(decoder.memory)
         self._owner = weakref.ref(decoder)
 
+    def fill_prefix(self) -> None:
+        """Writes the keys and values of the prefix, if there is one, at the start of every slot of the tables."""
+        if self.write_prefix is not None:
+            indices = np.tile(np.arange(self.prefix), (self.slots, 1))
+            run_cell(self.write_prefix, self.cache.rows(np.arange(self.slots), indices))
+
     @on_graph_thread
     def release(self) -> None:
         """Frees the memory of the tables if its decoder has ended. Fresh zeros take none before they are written."""
@@ -154,9 +160,7 @@ class CachedDecoder(Decoder):
             raise ValueError(f"a prompt of {lengths.max()} tokens: a slot has room for {self.capacity}")
         slots, prefix = np.array(self._take(len(prompts))), self.graphs.prefix
         self.graphs.serve(self)
-        if self.graphs.write_prefix is not None:  # each time: the weights of the prefix may have changed
-            indices = np.tile(np.arange(prefix), (self.slots, 1))
-            run_cell(self.graphs.write_prefix, self.cache.rows(self._all, indices))
+        self.graphs.fill_prefix()  # each time: its weights may have changed
         batch, length = len(prompts), lengths.max()
         ids, positions = np.zeros((2, batch, length), np.int32)
         for row, prompt in enumerate(prompts):

@@ -93,6 +93,32 @@ class CachedGLM(nn.Cell):
         return ops.cast(net.output_layer(net.encoder.finish(x)), ms.float32)
 
 
+class PositionedGLM(nn.Cell):
+    """A `CachedGLM` that computes indices and rows itself: for exported graphs, which run without this package.
+
+    Row i of a batch is slot i. The cache begins with `prefix` tokens, which have no positions.
+    """
+
+    def __init__(self, network: GLMNetwork, cache: KVCache, prefix: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.prefix = CachedGLM(network, cache), prefix
+        slots = np.arange(cache.slots)
+        self.first_rows = Tensor(cache.rows(slots, np.full((cache.slots, 1), prefix)).reshape(cache.slots, 1, -1))
+        self.slots = Tensor(slots.astype(np.int32))
+        self.reshape = ops.Reshape()
+
+    def construct(self, input_ids: Tensor, position_ids: Tensor, last: Tensor | None = None) -> Tensor:
+        """input_ids, position_ids int32 [B, S]; last int32 [B], place of the last token in its row, None if S is 1
+        -> logits after the last tokens, float32 [B, V].
+
+        Positions count from 0, through padding too, which is on the right.
+        """
+        rows = self.reshape(self.first_rows + ops.expand_dims(position_ids, 2), (-1,))
+        if last is not None:
+            last = last + self.slots * ops.shape(input_ids)[1]
+        return self.network(input_ids, position_ids, position_ids + self.prefix, rows, None, last)
+
+
 class WritePrefix(nn.Cell):
     """Writes the keys and values of a `GLMTransformer.prefix_encoder` at the start of every slot."""
 

@@ -177,6 +177,11 @@ def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:
         yield from length_problems(settings, part)
     if training and settings.resume:
         yield Problem("resume", f"True: {settings.run_mode} continues a run with --resume_training")
+    if settings.run_mode == "export":
+        if settings.use_parallel:
+            yield Problem("use_parallel", "True, but one process writes the exported files; set it to False")
+        if settings.resume:
+            yield Problem("resume", "True, but exported files are written as a whole; remove it")
     if settings.run_mode == "predict" and not settings.predict_data:
         yield Problem("predict_data", "missing; give a prompt, a .txt or .jsonl file, or - (--predict_data)")
     if check_files:

@@ -46,7 +46,8 @@ def read_settings(
 ) -> tuple[Settings, list[Problem]]:
     """As `load_settings`, but returns the problems, for callers with further checks.
 
-    Raises SettingsError only for a file that cannot be read as YAML, is for an export or for another network.
+    Raises SettingsError only for a file that cannot be read as YAML, has no run mode beside `infer`, or is for another
+    network.
     """
     settings, problems = _converted(path, overrides, flags or {})
     return settings, problems + check(settings, problems, check_files)

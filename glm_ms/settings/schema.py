@@ -32,7 +32,7 @@ VOCAB_MULTIPLE = 64
 BATCH_SIZE_KEYS = {
     **dict.fromkeys(TRAINING_MODES, "runner_config.batch_size"),
     "eval": "eval_dataset.batch_size",
-    "predict": "predict_batch_size",
+    **dict.fromkeys(("predict", "export"), "predict_batch_size"),
 }
 _VOCAB_KEY = "model.model_config.padded_vocab_size"
 _NETWORK, _DROPOUT = GLMConfig, {"at_least": 0, "below": 1}
@@ -336,7 +336,7 @@ class Settings:
     """A whole, checked configuration. `glm_ms.settings.load_settings` builds it."""
 
     seed: int = key(0, "start of every random sequence", at_least=0, at_most=2**32 - 1)
-    run_mode: Literal["train", "finetune", "eval", "predict"] = key("finetune", "what to do")
+    run_mode: Literal["train", "finetune", "eval", "predict", "export"] = key("finetune", "what to do")
     output_dir: str = key("./output", "folder for checkpoints, logs and predictions", path="a folder")
     load_checkpoint: str = key(
         "", "initial weights: folder, .safetensors, .ckpt, or output folder of a run", path="a path"
@@ -377,7 +377,7 @@ class Settings:
     eval_epoch_interval: int = key(1, "epochs between evaluations (do_eval); -1: none", at_least=-1)
     generation: GenerationSettings = key(GenerationSettings, "text generation in eval and predict")
     predict_data: str = key("", "a prompt, a .txt / .jsonl file of prompts, or - for standard input")
-    predict_batch_size: int = key(1, "prompts generated at a time", at_least=1)
+    predict_batch_size: int = key(1, "prompts generated at a time; rows of exported graphs", at_least=1)
     checkpoint: CheckpointSettings = key(CheckpointSettings, "checkpoints of training")
     logging: LoggingSettings = key(LoggingSettings, "reports of training")
 
@@ -453,7 +453,7 @@ class Flag(NamedTuple):
 
 _RECORDS = "{}_dataset.data_loader.dataset_dir"
 FLAGS = {
-    "run_mode": Flag("run_mode", "{train,finetune,eval,predict}"),
+    "run_mode": Flag("run_mode", "{train,finetune,eval,predict,export}"),
     "load_checkpoint": Flag("load_checkpoint", "PATH"),
     "load_adapter": Flag("load_adapter", "PATH"),
     "train_dataset": Flag(_RECORDS.format("train"), "PATH", False, "train_dataset_dir", "training records: "),
@@ -467,7 +467,9 @@ FLAGS = {
     "resume": Flag("resume", "BOOL", bare=True),
     "do_eval": Flag("do_eval", "BOOL", bare=True),
     "epochs": Flag("runner_config.epochs", "N"),
-    "batch_size": Flag(None, "N", about="batch size of the run mode: training rows, eval rows or prompts"),
+    "batch_size": Flag(
+        None, "N", about="batch size of the run mode: training rows, eval rows, prompts, or rows of exported graphs"
+    ),
     "seed": Flag("seed", "N"),
 }
 

@@ -96,7 +96,7 @@ _IGNORED = (
     (_PROFILER, "", "auto_tune filepath_prefix autotune_per_step init_start_profile profile_start_step "
      "profile_stop_step profile_communication profile_memory"),
     (_LABELS, "", "trainer.model_name processor.type processor.return_tensors runner_wrapper.local_norm"),
-    ("nothing is exported", "", "infer"),
+    ("an export writes into output_dir, and takes up to model.model_config.seq_length tokens", "", "infer"),
     (_DENSE, "moe_config", "capacity_factor aux_loss_factor num_experts_chosen"),
     (_KERNELS, "context", "enable_graph_kernel graph_kernel_flags max_call_depth save_graphs save_graphs_path "
      "jit_config ascend_config memory_optimize_level memory_offload"),

@@ -59,7 +59,7 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Ent
         typed: `Entry.where` of everything that comes from the command line.
 
     Returns the document in our names, lines for the user about names and values, and problems. Raises SettingsError for
-    an export, which is not supported, or another network.
+    a file of tools/export.py without a run mode, or another network.
     """
     _refuse_whole_files(document)
     draft = Draft(source, typed)
@@ -143,13 +143,13 @@ def _at(document: Entry, dotted: str) -> Entry:
 
 
 def _refuse_whole_files(document: Entry) -> None:
-    """Raises one error for an export or another network, in place of one for each of its keys."""
-    run_mode, infer = document.value.get("run_mode"), document.value.get("infer")
-    export = infer if run_mode is None else run_mode if run_mode.value == "export" else None
-    if export is not None:
+    """Raises one error for a file of MindFormers' tools/export.py or for another network, in place of one for each of
+    its keys."""
+    infer = document.value.get("infer")
+    if infer is not None and document.value.get("run_mode") is None:
         raise SettingsError(
-            f"{export.where}: run_mode: export: MindIR files are not supported. tools/convert_weight.py converts "
-            "weights to other formats; --run_mode predict answers prompts with the keys of this file"
+            f"{infer.where}: infer: a file for an export, without a run_mode; add --run_mode export, or --run_mode "
+            "predict, which answers prompts with the keys of this file"
         )
     for key, known in (("model.model_config.type", table.CONFIGS), ("model.arch.type", table.NETWORKS)):
         entry = _at(document, key)

@@ -81,19 +81,15 @@ def test_two_spellings_on_the_command_line_must_agree(load_legacy, legacy_refuse
     assert load_legacy(legacy_yaml(), *same).processor.tokenizer.vocab_file == "b"
 
 
-@pytest.mark.parametrize(
-    ("changes", "overrides"),
-    [
-        ((("run_mode: 'train'", "run_mode: 'export'"),), ()),
-        ((), ("run_mode=export",)),
-        ((("run_mode: 'train'\n", "infer:\n  prefill_model_path: a.mindir\n"),), ()),
-    ],
-)
-def test_exports_are_refused(legacy_refused, load_legacy, changes: tuple, overrides: tuple) -> None:
-    message = legacy_refused(legacy_yaml(*changes), *overrides)
-    assert "run_mode: export" in message
-    assert "tools/convert_weight.py" in message
-    load_legacy(legacy_yaml(*changes), "run_mode=predict", "predict_data=x")
+def test_files_for_exports(legacy_refused, load_legacy) -> None:
+    infer = legacy_yaml(("run_mode: 'train'\n", "infer:\n  prefill_model_path: a.mindir\n  infer_seq_length: 512\n"))
+    message = legacy_refused(infer)
+    assert "infer: a file for an export, without a run_mode; add --run_mode export" in message
+    load_legacy(infer, "run_mode=predict", "predict_data=x")
+    settings = load_legacy(infer, "run_mode=export", "predict_batch_size=2")
+    assert (settings.run_mode, settings.batch_size()) == ("export", 2)
+    assert "infer (an export writes into output_dir" in "\n".join(settings.notes)
+    assert load_legacy(legacy_yaml(("run_mode: 'train'", "run_mode: 'export'"))).run_mode == "export"
 
 
 @pytest.mark.parametrize(
