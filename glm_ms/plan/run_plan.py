@@ -191,7 +191,7 @@ def _prefix(settings: Settings) -> int:
 
 def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
     """Bytes of the cache of keys and values, and of intermediate results while the network reads the prompts."""
-    options, predicts = settings.generation, settings.run_mode == "predict"
+    options, predicts = settings.generation, settings.run_mode in ("predict", "export")
     batch = settings.predict_batch_size if predicts else settings.eval_dataset.batch_size
     longest = config.seq_length if predicts else settings.eval_dataset.max_source_length
     prompt = min(longest, config.seq_length)

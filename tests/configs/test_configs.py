@@ -83,6 +83,7 @@ def test_the_runs_of_the_field_are_there() -> None:
     # Names of MindFormers' model cards.
     names |= {"glm2/run_glm2_6b.yaml", "glm2/predict_glm2_6b.yaml", "glm2/run_glm2_6b_ptuning2.yaml"}
     names |= {"glm3/run_glm3_6b.yaml", "glm3/predict_glm3_6b.yaml"}
+    names |= {"glm2/export_glm2_6b.yaml", "glm3/export_glm3_6b.yaml"}
     assert names == {_name(path) for path in FILES}
 
 
