@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import GatherDGradV2
 
@@ -17,8 +18,7 @@ class PickTargets(nn.Cell):
     def __init__(self) -> None:
         super().__init__()
         self.gather, self.gather_gradient = ops.GatherD(), GatherDGradV2()
-        self.one_hot, self.multiply, self.reshape = ops.OneHot(), ops.Mul(), ops.Reshape()
-        self.one, self.zero = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+        self.hit, self.select, self.zeros = ops.Equal(), ops.Select(), ops.ZerosLike()
 
     def construct(self, x: Tensor, index: Tensor) -> Tensor:
         """x float32 [N, V], index int32 [N, 1] -> float32 [N, 1]."""
@@ -30,8 +30,9 @@ class PickTargets(nn.Cell):
         if rows * size <= _CLEARABLE:
             found = self.gather_gradient(x, 1, index, gradient)
         else:
-            hits = self.one_hot(self.reshape(index, (rows,)), size, self.one, self.zero)
-            found = self.multiply(hits, gradient)
+            hits = self.hit(index, Tensor(np.arange(size, dtype=np.int32)))
+            gradient = ops.broadcast_to(gradient, (rows, size))
+            found = self.select(hits, gradient, self.zeros(gradient))  # a product takes twice the memory
         return found, ops.zeros_like(index)
 
 
