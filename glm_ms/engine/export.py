@@ -9,40 +9,46 @@ import numpy as np
 from mindspore import Tensor
 
 from glm_ms.convert.writers import check_space
+from glm_ms.engine.process import Say
+from glm_ms.engine.ranks import ranks_of
+from glm_ms.engine.results import result_folder
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.generation.decoder import DecoderGraphs
 from glm_ms.generation.graphs import GRAPHS
 from glm_ms.model.cache import PositionedGLM
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import staged
+from glm_ms.storage.run_folder import MODE_RESULTS
 
-# Folders and files as in MindFormers. From 1 GB on, MindSpore puts the weights into `rank_0_variables` beside a graph.
-PREFILL, STEP, GRAPH = "mindir_full_checkpoint", "mindir_inc_checkpoint", "rank_0_graph.mindir"
+# As in MindFormers. From 1 GB on, MindSpore puts the weights into `rank_0_variables` beside the file.
+GRAPH = "rank_0_graph.mindir"
 
 
-def export(settings: Settings, model: GLMForCausalLM) -> list[Path]:
+def export(settings: Settings, model: GLMForCausalLM, say: Say) -> list[Path]:
     """Writes a graph for prompts and one for steps into the output folder; returns the paths of their files.
 
     Both take input_ids and position_ids int32 [B, S], where B is `predict_batch_size`, and return the logits after the
     last tokens, float32 [B, V]. A prompt has any length S, is padded on the right, and needs `last` int32 [B], the
     place of the last token in each row. A step has S = 1. Each graph has its own parameters, the weights and the cache
-    (`key_cache.N`, `value_cache.N`) for `seq_length` tokens per row: the cache of the first becomes that of the second
+    (`key_cache.N`, `value_cache.N`) for `seq_length` tokens of a row: the cache of the first becomes that of the second
     by `set_data`.
 
-    Raises CheckpointError if the disk has too little space.
+    Raises CheckpointError if the disk has too little space, or another process writes into the folder.
     """
     rows, output_dir = settings.predict_batch_size, Path(settings.output_dir)
     graphs = DecoderGraphs(model.network, rows, model.config.seq_length)
-    GRAPHS.run(graphs.fill_prefix)
-    cells = [PositionedGLM(model.network, graphs.cache, graphs.prefix) for _ in (PREFILL, STEP)]
+    cells = [PositionedGLM(model.network, graphs.cache, graphs.prefix) for _ in range(2)]
     size = sum(parameter.nbytes for cell in cells for parameter in cell.get_parameters())
     check_space(output_dir, output_dir, size)
     words, token = Tensor(shape=[rows, None], dtype=ms.int32), Tensor(np.zeros((rows, 1), np.int32))
     last = Tensor(np.zeros(rows, np.int32))
-    with staged(output_dir / PREFILL, folder=True) as first, staged(output_dir / STEP, folder=True) as second:
-        GRAPHS.run(_write, cells[0], (words, words, last), first)
-        GRAPHS.run(_write, cells[1], (token, token), second)
-    return [output_dir / name / GRAPH for name in (PREFILL, STEP)]
+    folders = [output_dir / name for name in MODE_RESULTS[settings.run_mode]]
+    with result_folder(settings, {}, ranks_of(settings), say):
+        GRAPHS.run(graphs.fill_prefix)
+        with staged(folders[0], folder=True) as prefill, staged(folders[1], folder=True) as step:
+            GRAPHS.run(_write, cells[0], (words, words, last), prefill)
+            GRAPHS.run(_write, cells[1], (token, token), step)
+    return [folder / GRAPH for folder in folders]
 
 
 def _write(cell: PositionedGLM, inputs: tuple[Tensor, ...], folder: Path) -> None:

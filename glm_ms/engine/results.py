@@ -1,4 +1,4 @@
-"""Results of `eval` and `predict` in the output folder: written as they come, continued, or moved aside."""
+"""Results of `eval`, `predict` and `export` in the output folder: written as they come, continued, or moved aside."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def result_folder(settings: Settings, made_of: Mapping[str, Any], ranks: Ranks, 
         if settings.resume:
             _check_same_job(folder / MODE_IDENTITY.format(mode), identity)
         else:
-            results = [path for name in MODE_RESULTS[mode] if (path := folder / name).is_file()]
+            results = [path for name in MODE_RESULTS[mode] if (path := folder / name).exists()]
             if any(path.stat().st_size for path in results):
                 about = [folder / name.format(mode) for name in (MODE_SETTINGS, MODE_IDENTITY)]
                 aside = move_aside(folder, [*results, *(path for path in about if path.is_file())])

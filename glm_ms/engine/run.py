@@ -75,7 +75,7 @@ def _run(settings: Settings) -> None:
         for name, value in scores.items() if ranks.first else ():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     elif settings.run_mode == "export":
-        for path in export(settings, model):
+        for path in export(settings, model, say):
             say(f"exported: {path}")
     else:
         predict(settings, model, tokenizer, lambda text: print(text, end="", flush=True), say)

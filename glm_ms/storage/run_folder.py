@@ -26,7 +26,11 @@ PREDICTIONS_FILE, SCORES_FILE = "eval_predictions.jsonl", "eval_scores.json"
 LOSSES_FILE, ANSWERS_FILE = "eval_losses.jsonl", "predict_results.jsonl"
 # Of the run mode: its settings, and what its results are made of.
 MODE_SETTINGS, MODE_IDENTITY = "{}_settings.yaml", "{}_run.json"
-MODE_RESULTS = {"eval": (PREDICTIONS_FILE, LOSSES_FILE, SCORES_FILE), "predict": (ANSWERS_FILE,)}
+MODE_RESULTS = {
+    "eval": (PREDICTIONS_FILE, LOSSES_FILE, SCORES_FILE),
+    "predict": (ANSWERS_FILE,),
+    "export": ("mindir_full_checkpoint", "mindir_inc_checkpoint"),  # names of MindFormers: prefill, step
+}
 DIVERGED = "nan_step_{}.json"  # with the step
 # What training writes besides checkpoints, as patterns of names.
 RESULTS = (

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import mindspore as ms
 import numpy as np
 import pytest
-from engine_helpers import TRAINED_NETWORK, run_here, tiny_arguments
+from engine_helpers import CONFIGS, TRAINED_NETWORK, run_here, tiny_arguments
 from mindspore import Tensor, nn
+from mindspore.train import serialization
 from reference import FOLDER, fresh_golden_model
 from tolerances import LOGITS
 
@@ -68,29 +69,55 @@ def test_files_of_a_run_give_the_logits_of_the_network(
     check(tmp_path, load_pretrained(trained), PROMPTS)
 
 
-@pytest.mark.slow
-def test_prefix_and_lora_are_part_of_the_files(tmp_path: Path) -> None:
+@pytest.fixture
+def export_here(tmp_path: Path, vocabulary: Path):
+    """export_here(model, rows): exports a model into the folder of the test."""
     from glm_ms.engine.export import export
+    from glm_ms.settings import load_settings
 
-    for name in ("ptuning_v2/final.safetensors", "lora/final"):
+    def run(model: GLMForCausalLM, rows: int) -> list[str]:
+        overrides = [f"processor.tokenizer.vocab_file={vocabulary}", f"output_dir={tmp_path}", "load_checkpoint="]
+        flags = {"run_mode": "export", "batch_size": rows}
+        notes: list[str] = []
+        path = CONFIGS / "tiny" / "predict_glm3_tiny.yaml"
+        export(load_settings(path, overrides, flags, check_files=False), model, notes.append)
+        return notes
+
+    return run
+
+
+@pytest.mark.slow
+def test_prefix_and_lora_are_part_of_the_files(export_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, aside in (("ptuning_v2/final.safetensors", 0), ("lora/final", 1)):
+        monkeypatch.setattr(serialization, "TOTAL_SAVE", 0 if aside else 1 << 20)  # KB: weights beside the graph
         model = fresh_golden_model("glm2_tiny")
         model.load_adapter(FOLDER.parent / "train" / name)
-        export(SimpleNamespace(predict_batch_size=1, output_dir=tmp_path), model)
+        notes = export_here(model, 1)
         check(tmp_path, model, PROMPTS[:1])
+        assert sum("have been moved to" in note for note in notes) == aside
+        assert (tmp_path / FILES[1]).with_name("rank_0_variables").exists() == bool(aside)
 
 
-def test_space_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm_ms.engine.export import export
-
+def test_space_is_checked_before_anything_is_written(
+    export_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_500_000))
-    model = fresh_golden_model("glm3_tiny")
     with pytest.raises(CheckpointError, match=r"needs \d+\.\d+ GB, 0.00 GB are free"):
-        export(SimpleNamespace(predict_batch_size=2, output_dir=tmp_path), model)
+        export_here(fresh_golden_model("glm3_tiny"), 2)
     assert not list(tmp_path.iterdir())
 
 
-def test_one_process_exports(vocabulary: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = tiny_arguments("predict", vocabulary, "--run_mode", "export", "--use_parallel", "--load_checkpoint", trained)
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--use_parallel", "use_parallel: True, but one process writes the exported files"),
+        ("--resume", "resume: True, but exported files are written as a whole"),
+    ],
+)
+def test_what_an_export_does_not_do(
+    vocabulary: Path, capsys: pytest.CaptureFixture[str], flag: str, message: str
+) -> None:
+    line = tiny_arguments("predict", vocabulary, "--run_mode", "export", flag, "--load_checkpoint", FOLDER)
     with pytest.raises(SystemExit):
         run_here(line)
-    assert "use_parallel: True, but one process writes the exported files" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
