@@ -1,20 +1,32 @@
-"""`load_pretrained`: a checkpoint of any kind to a model ready to run."""
+"""`load_pretrained`: a checkpoint of any kind to a model ready to run; `find_tokenizer`: the tokenizer of a folder."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 
 from glm_ms.convert.reader import load_parameters, open_checkpoint
-from glm_ms.families import read_config
+from glm_ms.families import FAMILIES, Family, family_of, read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import adapter_with
-from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.run_folder import resolve_checkpoint
+from glm_ms.settings.loader import unchecked_settings
+from glm_ms.storage.errors import CheckpointError, FileError
+from glm_ms.storage.readers import read_object
+from glm_ms.storage.run_folder import CHECKPOINTS, resolve_checkpoint
+from glm_ms.tokenizer import VocabularyError
+
+TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer_config.json"
+# ChatGLM2 and ChatGLM3 use the same SentencePiece model. This key of tokenizer_config.json, which glm_ms writes, tells
+# them apart, or else the name of the released model.
+GENERATION_KEY = "model_generation"
+GENERATIONS = {family.generation: family for family in FAMILIES.values()}
+_RELEASED = {name: family.generation for family in FAMILIES.values() for name in family.released}
+_PUBLISHERS = ("THUDM", "zai-org", "ZhipuAI")
 
 
 def load_pretrained(
@@ -33,12 +45,14 @@ def load_pretrained(
             files of the weights contain, if they do.
         lora_alpha: see `GLMForCausalLM.load_adapter`.
 
+    An answer ends at the stop tokens of the tokenizer in the folder of the weights or of their run, if there is one.
+
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit the config.
         AdapterError: the adapter cannot be used.
         ConfigError: the config cannot be used.
     """
-    path = resolve_checkpoint(path)
+    given, path = Path(path), resolve_checkpoint(path)
     if is_adapter_folder(path):
         raise CheckpointError(
             f"{path}: an adapter, not weights; give load_pretrained the base it was trained on, and this as adapter="
@@ -58,6 +72,85 @@ def load_pretrained(
         dtype = "float16" if config.param_init_type == "float16" else "float32"
         model = GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype, with_adapter=True))
         adapter = adapter_with(reader, adapter)
+    model.stop_token_ids = _stop_token_ids(given, path, config)
     if adapter is not None:
         model.load_adapter(adapter, lora_alpha)
     return model
+
+
+def find_tokenizer(
+    path: str | Path, generation: int | None = None, vocab_file: str | Path | None = None
+) -> tuple[Family, Path, dict[str, Any]]:
+    """The tokenizer of a folder, of a run, of a YAML file, or a SentencePiece model itself.
+
+    Args:
+        path: a folder with tokenizer.model, the output folder of a run, a folder with one YAML file, a YAML file of
+            glm_ms or MindFormers, or a SentencePiece model.
+        generation: 2 or 3, for ChatGLM2 or ChatGLM3; None: as found there.
+        vocab_file: a SentencePiece model to use in place of the one there.
+
+    Returns the family, the SentencePiece model and the content of tokenizer_config.json, empty if there is none.
+    Raises VocabularyError or SettingsError if there is no tokenizer, or nothing tells its generation.
+    """
+    path, config, found = Path(path), dict[str, Any](), generation
+    if path.is_dir() and not (path / TOKENIZER_FILE).is_file() and vocab_file is None:
+        yaml_files = sorted(path.glob("*settings.yaml")) or sorted(path.glob("*.yaml"))
+        if not yaml_files:
+            remedy = "copy the one of the weights into the folder, or give its path or the YAML of the run"
+            raise VocabularyError(f"{path}: no {TOKENIZER_FILE} here; {remedy}")
+        path = yaml_files[0]
+    if path.suffix in (".yaml", ".yml"):
+        chosen = unchecked_settings(path).processor.tokenizer
+        vocab_file = vocab_file or chosen.vocab_file
+        if not vocab_file:
+            raise VocabularyError(
+                f"{path}: processor.tokenizer.vocab_file: missing; give the path of a {TOKENIZER_FILE}"
+            )
+        found = family_of(chosen.type).generation if generation is None else generation
+    else:
+        config = read_tokenizer_config(path if path.is_dir() else path.parent)
+        vocab_file = vocab_file or (path / TOKENIZER_FILE if path.is_dir() else path)
+        if generation is None:
+            found = config.get(GENERATION_KEY, _released_generation(config.get("name_or_path")))
+    if found is None:
+        raise VocabularyError(
+            f"{path}: ChatGLM2 and ChatGLM3 have the same {TOKENIZER_FILE}, and {TOKENIZER_CONFIG} does not tell which "
+            f"one this is; give {GENERATION_KEY}=2 or {GENERATION_KEY}=3"
+        )
+    if type(found) is not int or found not in GENERATIONS:
+        allowed = " or ".join(map(str, GENERATIONS))
+        raise VocabularyError(f"{path}: {GENERATION_KEY} = {found!r}: must be {allowed}")
+    return GENERATIONS[found], Path(vocab_file), config
+
+
+def _released_generation(name_or_path: Any) -> int | None:
+    """2 or 3 for the name of a released model with its publisher, as `THUDM/chatglm3-6b`; None for other values."""
+    publisher, _, name = str(name_or_path).partition("/")
+    return _RELEASED.get(name) if publisher in _PUBLISHERS else None
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Content of `tokenizer_config.json`, empty without the file; VocabularyError if it is not a JSON object."""
+    path = folder / TOKENIZER_CONFIG
+    return read_object(path, VocabularyError) if path.is_file() else {}
+
+
+def _stop_token_ids(given: Path, checkpoint: Path, config: GLMConfig) -> list[int] | None:
+    """Stop ids of the tokenizer in the folder of the weights or of their run; None if there is no usable tokenizer.
+
+    If nothing tells its generation they are those of ChatGLM3, because they include those of ChatGLM2.
+    """
+    folders = [given if given.is_dir() else given.parent]
+    if checkpoint.parent.name == CHECKPOINTS:
+        folders.append(checkpoint.parent.parent)
+    for folder in folders:
+        if not (folder / TOKENIZER_FILE).is_file() and not any(folder.glob("*settings.yaml")):
+            continue
+        for generation in (None, max(GENERATIONS)):
+            try:
+                family, vocab_file, _ = find_tokenizer(folder, generation)
+                ids = family.tokenizer(vocab_file).stop_token_ids
+            except FileError:  # weights are usable without a tokenizer
+                continue
+            return [token for token in ids if token < config.padded_vocab_size]
+    return None

@@ -30,3 +30,5 @@ if not _is_imported_for_a_submodule():
         stacklevel=2,
     )
     importlib.import_module("glm_ms.mindformers_api")
+    for _name in ("config", "dataset", "generation", "model", "tokenizer", "trainer"):
+        sys.modules[f"{__name__}.mf_{_name}"] = importlib.import_module(f"glm_ms.mindformers_api.{_name}")

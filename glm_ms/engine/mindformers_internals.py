@@ -8,10 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-from mindformers import AutoTokenizer, MindFormerConfig
+from mindformers import MindFormerConfig
 from mindformers.core.context import build_context
 from mindformers.core.optim import build_optim
 from mindformers.mindformer_book import MindFormerBook
@@ -76,7 +75,7 @@ def quiet_terminal() -> None:
 
 
 def add_model_name(name: str, path: str) -> None:
-    """Makes `Trainer(task="text_generation", model_name=name)`, or `model=name`, read the YAML at `path`.
+    """Makes `Trainer(task="text_generation", model_name=name)`, `model=name`, or a pipeline read the YAML at `path`.
 
     Raises NameTakenError if it reads another one.
     """
@@ -84,6 +83,14 @@ def add_model_name(name: str, path: str) -> None:
     if names.setdefault(name, path) != path:
         raise NameTakenError(f"MindFormers has {names[name]} for the model {name!r}, glm_ms has {path}")
     SUPPORT_MODEL_NAMES.add(name)  # the names for `model=`, computed when MindFormers was imported
+    MindFormerBook.get_pipeline_support_task_list()["text_generation"].setdefault(name, path)
+    kind = name.split("_")[0]  # the errors about unknown names list these
+    for table in (
+        MindFormerBook.get_config_support_list(), MindFormerBook.get_model_support_list(),
+        MindFormerBook.get_tokenizer_support_list(), MindFormerBook.get_processor_support_list()
+    ):  # fmt: skip
+        if name not in table.setdefault(kind, []):
+            table[kind].append(name)
 
 
 def section_keys(section: str) -> set[str]:
@@ -109,17 +116,18 @@ def extend_yaml_reader(accepts: Callable[[str], bool], read: Callable[[str], dic
     MindFormerConfig._file2dict = staticmethod(extended)
 
 
-def extend_auto_tokenizer(accepts: Callable[[Path], bool], load: Callable[..., Any]) -> None:
-    """Makes `AutoTokenizer.from_pretrained(path)` call `load` for accepted paths. A second call changes nothing.
+def extend_from_pretrained(auto_class: type, accepts: Callable[[str], bool], load: Callable[..., Any]) -> None:
+    """Makes `auto_class.from_pretrained(path)` call `load` for accepted paths. A second call changes nothing.
 
-    This replaces a method, because MindFormers treats the path of a YAML file as a model to download, and looks for the
-    class of the released ChatGLM folders in a module that version 1.9 does not have.
+    This replaces a method, because MindFormers chooses by the name of a file or folder: it takes a YAML file or a model
+    name for a download, and with `trust_remote_code=True` runs the Python files of a folder.
     """
-    original = AutoTokenizer.get_class_from_experimental_mode
+    original = auto_class.from_pretrained  # type: ignore[attr-defined]
     if original.__module__ == __name__:
         return
 
-    def extended(path: str, *inputs: Any, **kwargs: Any) -> Any:
-        return load(path, **kwargs) if accepts(Path(path)) else original(path, *inputs, **kwargs)
+    def extended(*args: Any, **kwargs: Any) -> Any:
+        path = kwargs.get("pretrained_model_name_or_path") or next(iter(args), None)
+        return load(*args, **kwargs) if isinstance(path, str) and accepts(path) else original(*args, **kwargs)
 
-    AutoTokenizer.get_class_from_experimental_mode = staticmethod(extended)
+    auto_class.from_pretrained = staticmethod(extended)  # type: ignore[attr-defined]

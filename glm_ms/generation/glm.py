@@ -62,12 +62,14 @@ class GLMForCausalLM:
 
     Attributes:
         adapter: LoRA or P-Tuning on the network, which then is frozen; None without one.
+        stop_token_ids: end an answer unless a call gives others; None: the `eos_token_id` of the config.
     """
 
     def __init__(self, config: GLMConfig, network: GLMNetwork | None = None) -> None:
         self.config = config
         self.network: GLMNetwork = family_of(config).build_network(config) if network is None else network
         self.adapter: Adapter | None = None
+        self.stop_token_ids: list[int] | None = None
         self.network.set_train(False)
         self._build_cells()
 
@@ -238,8 +240,8 @@ class GLMForCausalLM:
             configs: options of each prompt, in place of `options`; with beam search the same for all.
             options: options of all prompts: `max_new_tokens`, which is required, eos_token_id, do_sample, num_beams,
                 num_return_sequences, length_penalty, early_stopping, temperature, top_k, top_p, repetition_penalty,
-                max_length, seed; see `GenerationConfig`. Two have other defaults here: eos_token_id None is that of
-                the network's config ([]: nothing ends a sequence), and so is pad_token_id.
+                max_length, seed; see `GenerationConfig`. Two have other defaults here: eos_token_id None stands for
+                `stop_token_ids` ([]: nothing ends a sequence), and pad_token_id is that of the network's config.
 
         Returns:
             One list of ids per sequence, prompt included, without padding; `num_return_sequences` lists for each
@@ -282,7 +284,7 @@ class GLMForCausalLM:
         if configs is None:
             eos = options.get("eos_token_id")
             if eos is None:
-                eos = self.config.eos_token_id
+                eos = self.stop_token_ids or self.config.eos_token_id
             elif isinstance(eos, Sequence):
                 eos = list(eos) or None
             options = {"pad_token_id": pad_token_id, **options, "eos_token_id": eos}

@@ -15,6 +15,7 @@ from mindformers.models.configuration_utils import PretrainedConfig
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.families import family_of
 from glm_ms.mindformers_api.generation import LENGTHS, OPTIONS
+from glm_ms.mindformers_api.released import is_virtual, yaml_path
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.settings.schema import AUTO, VOCAB_MULTIPLE
 from glm_ms.storage.atomic import replace_text
@@ -42,8 +43,8 @@ _IGNORED = (
 _KNOWN = {*_FIELDS, *_GENERATION, *_OF_THIS_CLASS, *_OF_BASE_CLASS, *_IGNORED}
 # Keyword arguments of from_pretrained about downloads. glm_ms downloads nothing.
 DOWNLOAD_OPTIONS = (
-    "cache_dir", "force_download", "ignore_mismatched_sizes", "local_files_only", "proxies", "resume_download",
-    "revision", "token", "trust_remote_code", "_commit_hash", "_from_auto", "_from_pipeline", "code_revision",
+    "cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "resume_download", "revision",
+    "subfolder", "token", "trust_remote_code", "use_auth_token", "_commit_hash", "_from_auto", "_from_pipeline",
 )  # fmt: skip
 _EMBEDDING = "transformer.embedding.embedding_table"
 
@@ -115,14 +116,21 @@ class MindFormersGLMConfig(PretrainedConfig):
         return GLMConfig.from_dict({key: getattr(self, key) for key in _FIELDS}, source=source)
 
     @classmethod
-    def from_pretrained(cls, yaml_name_or_path: str, **kwargs: Any) -> MindFormersGLMConfig:
-        """Reads a Hugging Face folder, a `config.json`, or a YAML of glm_ms; `kwargs` replace values."""
-        path = str(kwargs.pop("pretrained_model_name_or_path", None) or yaml_name_or_path)
+    def from_pretrained(cls, yaml_name_or_path: str = "", **kwargs: Any) -> Any:
+        """Reads a Hugging Face folder, a `config.json`, a YAML of glm_ms or of ChatGLM in MindFormers, or of a name
+        of `released`; `kwargs` replace values."""
+        path = yaml_path(str(kwargs.pop("pretrained_model_name_or_path", None) or yaml_name_or_path))
+        kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_OPTIONS}
         if Path(path).suffix not in (".yaml", ".yml"):
             return cls.from_dict({}, name_or_path=path, **kwargs)
+        if not is_virtual(path) and not Path(path).is_file():
+            near = did_you_mean(Path(path).name, [file.name for file in Path(path).parent.glob("*.y*ml")])
+            raise ConfigError(f"{path}: no such file{near}")
+        as_pair = kwargs.pop("return_unused_kwargs", False)
         section = MindFormerConfig(path).model.model_config
         section.update(kwargs)
-        return build_model_config(section)
+        config = build_model_config(section)
+        return (config, {}) if as_pair else config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -31,10 +31,10 @@ _SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
 _BEAM_OPTIONS = ("length_penalty", "early_stopping")
 
 
-def default_generation(values: Mapping[str, Any], eos: int, pad: int) -> MindFormersGeneration:
-    """The default options of a model: those of its YAML, or else greedy decoding up to the length of the network."""
+def default_generation(values: Mapping[str, Any], pad: int) -> MindFormersGeneration:
+    """The default options of a model: `values`, or else greedy decoding up to the length of the network."""
     defaults = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
-    defaults.update(max_length=None, max_new_tokens=None, eos_token_id=[eos], pad_token_id=pad)
+    defaults.update(max_length=None, max_new_tokens=None, pad_token_id=pad)
     generation = MindFormersGeneration()
     for name, value in {**defaults, **values}.items():
         # Set as attributes, because the constructor turns beam search off.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -17,6 +19,9 @@ from glm_ms.engine.weights import check_config_beside
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.mindformers_api.config import DOWNLOAD_OPTIONS, MindFormersGLMConfig, create_folder
 from glm_ms.mindformers_api.generation import default_generation, generation_arguments
+from glm_ms.mindformers_api.released import expected_files, is_name
+from glm_ms.mindformers_api.run_yaml import yaml_in
+from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
 from glm_ms.model.loss import NextTokenLoss
 from glm_ms.pretrained import load_pretrained
 from glm_ms.storage.errors import CheckpointError
@@ -53,11 +58,14 @@ class MindFormersGLM(PreTrainedModel):
         self.network = self.core.network
         self.loss = NextTokenLoss()
         self.set_train(False)
-        # An answer ends at the stop ids of the tokenizer that the YAML names, unless the YAML gives other ids.
+        # An answer ends at the ids of the YAML, or else at the stop ids of the tokenizer that the YAML names or that is
+        # in the folder of the weights.
         tokenizer = config.build_tokenizer()
-        stop = {} if tokenizer is None else {"eos_token_id": list(tokenizer.stop_token_ids)}
-        options = {**stop, **config.generation}
-        self.generation_config = default_generation(options, config.eos_token_id, config.pad_token_id)
+        stop = self.core.stop_token_ids if tokenizer is None else list(tokenizer.stop_token_ids)
+        assumed = [config.eos_token_id]
+        options = {"eos_token_id": stop or assumed, **config.generation}
+        self.generation_config = default_generation(options, config.pad_token_id)
+        self._assumed_stop = assumed
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -101,7 +109,7 @@ class MindFormersGLM(PreTrainedModel):
             input_ids: ids of one prompt or of several, padded on the left or right.
             generation_config: replaces the model's own `generation_config`.
             logits_processor: must be None.
-            streamer: receives the prompt and then every token; one sequence only.
+            streamer: receives the prompt and then every token but the one that ends the answer; one sequence only.
             kwargs: single options by their glm_ms or MindFormers names; ValueError for unknown or invalid ones.
 
         Returns:
@@ -110,11 +118,17 @@ class MindFormersGLM(PreTrainedModel):
         """
         if logits_processor:
             raise ValueError("logits_processor: not supported; use temperature, top_k, top_p, repetition_penalty")
-        base = self.generation_config if generation_config is None else generation_config
+        own = self.generation_config
+        base = own if generation_config is None else generation_config
         given = {**kwargs, "seed": seed}
-        for name in ("eos_token_id", "pad_token_id"):
-            if not getattr(base, name, None):  # MindFormers' GenerationConfig() sets neither
-                given.setdefault(name, getattr(self.generation_config, name))
+        stop = own.eos_token_id
+        if stop is self._assumed_stop:  # the model does not know its tokenizer, but ids of our tokenizers do
+            stop = getattr(input_ids, "stop_token_ids", stop)
+        for name, default, known in (
+            ("eos_token_id", stop, base is not own), ("pad_token_id", own.pad_token_id, True)
+        ):  # fmt: skip
+            if not (known and getattr(base, name, None)) and given.get(name) is None:
+                given[name] = default  # MindFormers' GenerationConfig() sets neither
         prompts, options, as_dictionary = generation_arguments(input_ids, base, given, self.config.seq_length)
         if streamer is None:
             sequences = self.core.generate(prompts, **options)
@@ -123,30 +137,92 @@ class MindFormersGLM(PreTrainedModel):
         arrays = [np.array(sequence, np.int32) for sequence in sequences]
         return {"sequences": arrays} if as_dictionary else arrays
 
+    def chat(
+        self,
+        tokenizer: ChatGLMTokenizer,
+        query: str,
+        history: Sequence[Any] | None = None,
+        role: str = "user",
+        instruction: str = "",
+        **options: Any,
+    ) -> tuple[Any, list[Any]]:
+        """One round of a conversation, as the `chat` of the released models.
+
+        Args:
+            tokenizer: of glm_ms.
+            query: the new message, of `role`.
+            history: earlier messages {"role", "content"}, or for ChatGLM2 also (question, answer) pairs; not changed.
+            instruction: a system message for a conversation without history; ChatGLM3 only.
+            options: as in `generate`; by default those of the model.
+
+        Returns the answer, for a tool call of ChatGLM3 as a dictionary, and the new history. Raises ValueError for an
+        unknown option, role or form of history.
+        """
+        if not isinstance(tokenizer, ChatGLMTokenizer):
+            raise ValueError(f"chat: tokenizer: {type(tokenizer).__name__}: expected a tokenizer of glm_ms")
+        core: Any = tokenizer.core
+        messages = list(history or [])
+        if instruction and not messages:
+            messages = [{"role": "system", "content": instruction}]
+        ids = core.build_chat_input(query, messages, role)["input_ids"]
+        stop = list(core.stop_token_ids) if options.get("eos_token_id") is None else options["eos_token_id"]
+        sequences = self.generate(ids, **{**options, "eos_token_id": stop})
+        if isinstance(sequences, dict) or len(sequences) != 1:
+            raise ValueError(
+                "chat: gives one answer; num_return_sequences and return_dict_in_generate are not supported"
+            )
+        answer = [int(token) for token in sequences[0][len(ids) :]]
+        if answer and answer[-1] in (stop if isinstance(stop, list) else [stop]):
+            answer.pop()
+        text = str(tokenizer.decode(answer))
+        if core.roles:
+            return core.process_response(text, [*messages, {"role": role, "content": query}])
+        text = core.process_response(text)
+        turn: list[Any] = [(query, text)]
+        if any(isinstance(item, Mapping) for item in messages):
+            turn = [{"role": "user", "content": query}, {"role": "assistant", "content": text}]
+        return text, messages + turn
+
     def _stream(self, prompts: list[list[int]], options: dict[str, Any], streamer: Any) -> list[int]:
         if len(prompts) > 1 or options.get("num_return_sequences", 1) > 1:
             raise ValueError("streamer: shows one sequence; give one prompt and num_return_sequences = 1")
+        eos = options.get("eos_token_id") or []
+        stop = eos if isinstance(eos, (list, tuple)) else [eos]
         sequence = list(prompts[0])
         streamer.put(list(sequence))
         for tokens in self.core.stream(prompts, **options):
             sequence.append(int(tokens[0]))
-            streamer.put([sequence[-1]])
+            if sequence[-1] not in stop:
+                streamer.put([sequence[-1]])
         streamer.end()
         return sequence
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_dir: str, *_: Any, config: Any = None, **kwargs: Any
+        cls, pretrained_model_name_or_dir: str = "", *_: Any, config: Any = None, **kwargs: Any
     ) -> MindFormersGLM:
-        """Loads a model from any path that `glm_ms.load_pretrained` reads.
+        """Loads a model from any path that `glm_ms.load_pretrained` reads, from the weights that a YAML names, or from
+        those in the place of a released model, `released.expected_files`.
 
-        `config` is a MindFormersGLMConfig or its path; None reads the config.json of the folder. `kwargs` replace
-        values of the configuration file. Raises CheckpointError or ConfigError.
+        `config` is a MindFormersGLMConfig or its path; None reads the config.json or the YAML of the folder. `kwargs`
+        replace values of the configuration file. Raises CheckpointError or ConfigError.
         """
-        path = resolve_checkpoint(kwargs.pop("pretrained_model_name_or_path", None) or pretrained_model_name_or_dir)
+        given = str(kwargs.pop("pretrained_model_name_or_path", None) or pretrained_model_name_or_dir)
         kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_OPTIONS}
+        if is_name(given) or given.endswith((".yaml", ".yml")):
+            if not isinstance(config, MindFormersGLMConfig):
+                config = MindFormersGLMConfig.from_pretrained(str(config or given), **kwargs)
+            if not config.checkpoint_name_or_path or not Path(config.checkpoint_name_or_path).exists():
+                place = expected_files(given)[0] if is_name(given) else config.checkpoint_name_or_path
+                missing = f"{place}: no such file, and nothing is downloaded; put the weights there" if place else ""
+                raise CheckpointError(
+                    f"{given}: {missing or 'load_checkpoint: names no weights'}, or give checkpoint_name_or_path=, a "
+                    "Hugging Face folder, .safetensors or .ckpt"
+                )
+            return cls(config)
+        path = resolve_checkpoint(given)
         if not isinstance(config, MindFormersGLMConfig):
-            source = config or (path if (path / "config.json").is_file() else None)
+            source = config or (path if (path / "config.json").is_file() else yaml_in(path) if path.is_dir() else None)
             if source is None:
                 raise CheckpointError(f"{path}: no config.json here; give config=, a MindFormersGLMConfig or a path")
             config = MindFormersGLMConfig.from_pretrained(str(source), **kwargs)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 import glm_ms.engine.mindformers_internals as internals
 from glm_ms.engine.mindformers_internals import MindFormerModuleType
@@ -14,12 +15,14 @@ from glm_ms.engine.step.training import GLMTrainer
 from glm_ms.mindformers_api.config import CONFIG_TYPE, MODEL_TYPE, TOKENIZER_CLASS, MindFormersGLMConfig
 from glm_ms.mindformers_api.dataset import GLMDataset
 from glm_ms.mindformers_api.model import MindFormersGLM
-from glm_ms.mindformers_api.run_yaml import is_run_yaml, mindformers_document, read_run_yaml
-from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer, read_tokenizer_config
+from glm_ms.mindformers_api.released import MODEL_NAMES, is_name, yaml_path
+from glm_ms.mindformers_api.run_yaml import is_run_yaml, read_for_mindformers, yaml_in
+from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer, GLMTextProcessor
 from glm_ms.mindformers_api.trainer import GLMTextGenerationTrainer
-from glm_ms.resources import resource
+from glm_ms.pretrained import read_tokenizer_config
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import read_object
+from glm_ms.storage.run_folder import CHECKPOINTS
 
 REGISTERED = {
     GLMAdamW: MindFormerModuleType.OPTIMIZER,
@@ -30,21 +33,15 @@ REGISTERED = {
     MindFormersGLM: MindFormerModuleType.MODELS,
     GLM2Tokenizer: MindFormerModuleType.TOKENIZER,
     GLM3Tokenizer: MindFormerModuleType.TOKENIZER,
+    GLMTextProcessor: MindFormerModuleType.PROCESSOR,
     GLMDataset: MindFormerModuleType.DATASET,
 }
 # Names in YAML files.
 ALIASES = {MindFormersGLMConfig: CONFIG_TYPE, MindFormersGLM: MODEL_TYPE}
-# Model name of `Trainer(task="text_generation", model_name=...)` -> its YAML.
-MODEL_NAMES = {
-    "glm2_tiny": "configs/tiny/finetune_glm2_tiny.yaml",
-    "glm3_tiny": "configs/tiny/finetune_glm3_tiny.yaml",
-    "glm2_6b": "configs/glm2/run_glm2_6b_finetune_800T_A2_64G.yaml",
-    "glm3_6b": "configs/glm3/run_glm3_6b_finetune_800T_A2_64G.yaml",
-}
 
 
 def register() -> None:
-    """Makes MindFormers know every class of REGISTERED, the YAML files of glm_ms and ChatGLM folders.
+    """Makes MindFormers know every class of REGISTERED, YAML files and folders of ChatGLM, and names of models.
 
     A second call changes nothing. Raises NameTakenError if MindFormers has something else under one of the names.
     """
@@ -60,20 +57,56 @@ def register() -> None:
     for auto_class in (AutoModel, AutoModelForCausalLM):
         auto_class.register(MindFormersGLMConfig, MindFormersGLM, exist_ok=True)
     AutoTokenizer.register(MindFormersGLMConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
-    for name, path in MODEL_NAMES.items():
-        internals.add_model_name(name, str(resource(path)))
-    internals.extend_yaml_reader(is_run_yaml, lambda path: mindformers_document(read_run_yaml(path)))
-    internals.extend_auto_tokenizer(_has_glm_tokenizer, ChatGLMTokenizer.from_pretrained)
+    for name in MODEL_NAMES:
+        internals.add_model_name(name, yaml_path(name))
+    internals.extend_yaml_reader(is_run_yaml, read_for_mindformers)
+    for auto_class, accepts, load in (
+        (AutoConfig, _is_model, MindFormersGLMConfig.from_pretrained),
+        (AutoModel, _is_model, MindFormersGLM.from_pretrained),
+        (AutoModelForCausalLM, _is_model, MindFormersGLM.from_pretrained),
+        (AutoTokenizer, _is_tokenizer, ChatGLMTokenizer.from_pretrained),
+        (AutoProcessor, _is_tokenizer, GLMTextProcessor.from_pretrained),
+    ):
+        internals.extend_from_pretrained(auto_class, accepts, load)
 
 
-def _has_glm_tokenizer(path: Path) -> bool:
-    """Whether a path is a YAML of glm_ms, a missing YAML, or a folder of a ChatGLM tokenizer or model."""
-    if path.suffix in (".yaml", ".yml"):
-        return not path.exists() or is_run_yaml(path)  # for a missing one, glm_ms suggests similar names
+def _is_model(path: str) -> bool:
+    """Whether a path is one of `_is_yaml`, a config.json of ChatGLM, or a folder with one of both."""
+    file = Path(path)
+    if file.is_dir():
+        if (file / "config.json").is_file():
+            return _model_type(file / "config.json") == MindFormersGLMConfig.model_type
+        return (file / CHECKPOINTS).is_dir() or yaml_in(file) is not None
+    if file.suffix == ".json":
+        return _model_type(file) == MindFormersGLMConfig.model_type
+    return _is_yaml(path)
+
+
+def _is_tokenizer(path: str) -> bool:
+    """Whether a path is one of `_is_yaml`, or a folder of a ChatGLM tokenizer, model or run."""
+    file = Path(path)
+    if not file.is_dir():
+        return _is_yaml(path)
     try:
-        name = read_tokenizer_config(path).get("tokenizer_class")
-        if name is not None:
-            return name == TOKENIZER_CLASS
-        return read_object(path / "config.json").get("model_type") == MindFormersGLMConfig.model_type
-    except FileError:  # missing or broken: MindFormers reports it
+        name = read_tokenizer_config(file).get("tokenizer_class")
+    except FileError:  # MindFormers reports it
         return False
+    if name is not None:
+        return name == TOKENIZER_CLASS
+    if (file / "config.json").is_file():
+        return _model_type(file / "config.json") == MindFormersGLMConfig.model_type
+    return yaml_in(file) is not None
+
+
+def _is_yaml(path: str) -> bool:
+    """Whether a path is the name of a model, a YAML of ChatGLM2 or ChatGLM3, or a missing YAML."""
+    if Path(path).suffix in (".yaml", ".yml"):
+        return not Path(path).exists() or is_run_yaml(path)  # for a missing one, glm_ms suggests similar names
+    return is_name(path)
+
+
+def _model_type(path: Path) -> Any:
+    try:
+        return read_object(path).get("model_type")
+    except FileError:  # missing or broken: MindFormers reports it
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from mindformers import MindFormerConfig
 
 from glm_ms.engine.mindformers_internals import section_keys
 from glm_ms.mindformers_api.config import CONFIG_TYPE, MODEL_TYPE
+from glm_ms.mindformers_api.released import is_virtual, settings_of_name
 from glm_ms.settings import Settings, SettingsError
+from glm_ms.settings.legacy.table import CONFIGS, NETWORKS
+from glm_ms.settings.legacy.translate import is_legacy
+from glm_ms.settings.loader import unchecked_settings
 from glm_ms.settings.schema import leaf_keys
 from glm_ms.settings.values import Converter
 from glm_ms.storage.errors import FileError
@@ -18,9 +23,11 @@ from glm_ms.storage.readers import read_text
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.storage.yaml_tree import Entry, read_yaml
 
+_TOLD: set[str] = set()  # files whose names have been explained
 # The section of a MindFormerConfig for the keys in _MOVED.
 OWN_SECTION = "glm_ms"
 TOKENIZERS = {"ChatGLM2Tokenizer": "GLM2Tokenizer", "ChatGLM3Tokenizer": "GLM3Tokenizer"}
+PROCESSOR_TYPE = "GLMTextProcessor"
 CORE_TOKENIZERS = {registered: name for name, registered in TOKENIZERS.items()}
 # MindFormers overwrites these three under their own names.
 _OVERWRITTEN = ("load_checkpoint", "resume_training", "eval_dataset.batch_size")
@@ -41,24 +48,61 @@ _ADDED = {
 }
 
 
-def read_run_yaml(path: str | Path) -> Settings:
-    """The settings of a YAML, not checked for completeness; SettingsError for unknown keys or invalid values."""
-    return _convert(read_yaml(path, SettingsError), str(path))
+def read_run_yaml(path: str) -> Settings:
+    """The settings of a YAML, or of a virtual path of a model name, not checked for completeness; SettingsError for
+    unknown keys or invalid values."""
+    return settings_of_name(path) if is_virtual(path) else unchecked_settings(path)
+
+
+def read_for_mindformers(path: str) -> dict[str, Any]:
+    """The content of a MindFormers YAML for a path; tells on standard error, once, what MindFormers' names mean."""
+    settings = read_run_yaml(path)
+    if settings.notes and path not in _TOLD:
+        _TOLD.add(path)
+        print(*settings.notes, sep="\n", file=sys.stderr)
+    document = mindformers_document(settings)
+    document[OWN_SECTION]["named"] = is_virtual(path)
+    return document
 
 
 def is_run_yaml(path: str | Path) -> bool:
-    """Whether a YAML describes a network of glm_ms, also one with errors; MindFormers reports others."""
+    """Whether a path is virtual, or a YAML of ChatGLM2 or ChatGLM3 in the names of glm_ms or of MindFormers.
+
+    True also for one with errors, which glm_ms reports; False for files that cannot be read.
+    """
+    if is_virtual(str(path)):
+        return True
     path = Path(path)
     try:
-        document = read_yaml(path).plain()
+        document = read_yaml(path)
     except FileError:
         try:
             text = read_text(path)
         except FileError:
             return False
-        return any(f"type: {name}" in text for name in (CONFIG_TYPE, MODEL_TYPE))
-    config_type, model_type = (_get(document, f"model.{name}.type") for name in ("model_config", "arch"))
-    return config_type == CONFIG_TYPE or model_type == MODEL_TYPE
+        return any(f"type: {name}" in text for name in (CONFIG_TYPE, MODEL_TYPE, *CONFIGS, *NETWORKS))
+    if not document.is_section:
+        return False
+    types = [_type_of(document, name) for name in ("model_config", "arch")]
+    if types[0] == CONFIG_TYPE or types[1] == MODEL_TYPE:
+        return True
+    return (
+        is_legacy(document)
+        and all(kind is None or kind in known for kind, known in zip(types, (CONFIGS, NETWORKS)))
+        and any(types)
+    )
+
+
+def yaml_in(folder: Path) -> Path | None:
+    """The first YAML of a folder that `is_run_yaml`."""
+    return next((path for path in sorted(folder.glob("*.yaml")) if is_run_yaml(path)), None)
+
+
+def _type_of(document: Entry, section: str) -> Any:
+    """The value of `model.<section>.type`; None if there is none."""
+    for name in ("model", section, "type"):
+        document = (document.value.get(name) if document.is_section else None) or Entry(None, "")
+    return document.value if isinstance(document.value, str) else None
 
 
 def mindformers_document(settings: Settings) -> dict[str, Any]:
@@ -77,6 +121,7 @@ def mindformers_document(settings: Settings) -> dict[str, Any]:
         generation=dict(whole["generation"]),
     )
     tokenizer["type"] = TOKENIZERS[tokenizer["type"]]
+    whole["processor"]["type"] = PROCESSOR_TYPE
     for part in ("train", "eval"):
         section = whole[f"{part}_dataset"]
         section.update(tokenizer=dict(tokenizer), batch_size=settings.runner_config.batch_size, seed=settings.seed)

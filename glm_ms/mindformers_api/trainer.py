@@ -24,17 +24,17 @@ from glm_ms.engine.predict import predict
 from glm_ms.engine.report.summary import summary
 from glm_ms.engine.run import set_device
 from glm_ms.engine.train import Given, train
-from glm_ms.engine.weights import adapter_config, build_model, different_fields
+from glm_ms.engine.weights import adapter_config, build_model, different_fields, fuse
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.mindformers_api.generation import set_generation
 from glm_ms.mindformers_api.model import MindFormersGLM
-from glm_ms.mindformers_api.run_yaml import settings_of
+from glm_ms.mindformers_api.run_yaml import OWN_SECTION, settings_of
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, ChatPrompt
 from glm_ms.peft import is_adapter_folder
 from glm_ms.program import restore_signal_handlers
 from glm_ms.settings import Problem, Settings, SettingsError, machine_problems
 from glm_ms.settings.checks import check
-from glm_ms.settings.schema import AUTO, TRAINING_MODES
+from glm_ms.settings.schema import AUTO, TRAINING_MODES, is_sharded
 from glm_ms.storage.errors import CheckpointError, DataError
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer import SentencePieceTokenizer
@@ -159,6 +159,8 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
     ) -> tuple[GLMForCausalLM, SentencePieceTokenizer]:
         """Checks an evaluation or prediction; returns its model and tokenizer."""
         path, _ = _take_checkpoint(config)
+        if config[OWN_SECTION].named:  # no file in which the user could set it
+            settings.use_parallel = False
         if network is None:
             for key, value in self._trained.items():
                 setattr(settings, key, value)
@@ -170,7 +172,11 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             adapter = is_adapter_folder(resolve_checkpoint(path))
             setattr(settings, "load_adapter" if adapter else "load_checkpoint", path)
         tokenizer = _begin(settings)
-        model = self._build(settings, tokenizer) if network is None else _load_missing_weights(network, settings)
+        if network is None:
+            model = self._build(settings, tokenizer)
+        else:
+            model = _load_missing_weights(network, settings)
+            fuse(settings, model, _say)
         return model, tokenizer
 
     def _build(self, settings: Settings, tokenizer: SentencePieceTokenizer) -> GLMForCausalLM:
@@ -182,6 +188,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             _say(f"weights: {settings.load_checkpoint or 'random'}, loaded by an earlier job")
         else:
             self._built = (key, build_model(settings, tokenizer.vocab_size, _say))
+            fuse(settings, self._built[1], _say)
         return self._built[1]
 
 
@@ -261,6 +268,11 @@ def _plan_training(network: MindFormersGLM, settings: Settings, weights_given: b
 
     `load_checkpoint` becomes the path of the model's weights, unless the call gives others (`weights_given`).
     """
+    if is_sharded(settings):
+        raise SettingsError(
+            "Trainer(model=...): a sharded run loads the slices of its own network on every rank; give no model, and "
+            "set load_checkpoint in the YAML"
+        )
     _check_network(network, settings)
     adapter_not_trained = network.core.adapter is not None and settings.model.pet_config.pet_type is None
     if settings.load_adapter or adapter_not_trained:
@@ -281,6 +293,7 @@ def _fill(network: MindFormersGLM, settings: Settings) -> GLMForCausalLM:
     adapter = adapter_config(settings)
     if adapter is not None and network.core.adapter is None:
         network.core.add_adapter(adapter, settings.seed)
+    fuse(settings, network.core, _say)
     return network.core
 
 

@@ -53,6 +53,17 @@ def read_settings(
     return settings, problems + check(settings, problems, check_files)
 
 
+def unchecked_settings(path: str | Path) -> Settings:
+    """The settings of a YAML file, of this project or of MindFormers, not checked for completeness.
+
+    Raises SettingsError for a file that cannot be read, unknown keys and invalid values.
+    """
+    settings, problems = _converted(path, (), {})
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
 def load_data_settings(
     path: str | Path, overrides: Sequence[str], flags: Mapping[str, Any], part: str | None = None
 ) -> tuple[Settings, str, list[str]]:

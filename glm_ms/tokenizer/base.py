@@ -6,6 +6,7 @@ Behaviour follows `tokenization_chatglm.py` of the released models.
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,13 @@ _ANCHOR = "."
 # Values of `SentencePieceTokenizer.template`.
 CHAT, PLAIN = "chat", "plain"
 _FEATURE_KEYS = ("input_ids", "attention_mask", "position_ids")
+# Option -> its values; see `SentencePieceTokenizer.options`.
+_OPTION_VALUES: dict[str, tuple[Any, ...]] = {
+    "template": (CHAT, PLAIN),
+    "padding_side": ("left", "right"),
+    "truncation_side": ("left", "right"),
+    "encode_special_tokens": (True, False),
+}
 
 
 class VocabularyError(FileError):
@@ -40,26 +48,33 @@ class SentencePieceTokenizer(ABC):
         vocab_file: the SentencePiece model (`tokenizer.model`); any vocabulary with <unk> and </s> works.
         template: "chat": the prompt template of the class; "plain": prompts are text without a template, which a base
             model continues up to </s>.
+        padding_side, truncation_side: "left" or "right", where padding is added and where long texts are cut.
 
     Attributes:
         vocab_size: pieces and special tokens together.
         prefix_tokens: ids of `[gMASK] sop`, which open every text.
+        options: names of the attributes that may be set later, those of the arguments; all others are read-only.
 
     Raises:
         VocabularyError: the file is missing, unreadable or not a SentencePiece model, or lacks </s>.
-        ValueError: another `template`.
+        ValueError: an option has another value.
     """
 
     special_tokens: ClassVar[tuple[str, ...]]
     roles: ClassVar[tuple[str, ...]] = ()  # of messages that the prompt template knows
     stop_tokens: ClassVar[tuple[str, ...]] = ("<eos>",)  # end an answer
     template_opening: ClassVar[re.Pattern[str]] = re.compile(r"\[gMASK\] *sop")  # of text in the prompt template
-    padding_side = "left"
+    options: ClassVar[tuple[str, ...]] = ("template", "padding_side", "truncation_side")
 
-    def __init__(self, vocab_file: str | Path, template: str = CHAT) -> None:
-        if template not in (CHAT, PLAIN):
-            raise ValueError(f"template = {template!r}: must be {CHAT!r} or {PLAIN!r}")
-        self.vocab_file, self.template = str(vocab_file), template
+    def __init__(
+        self,
+        vocab_file: str | Path,
+        template: str = CHAT,
+        padding_side: str = "left",
+        truncation_side: str = "right",
+    ) -> None:
+        self.template, self.padding_side, self.truncation_side = template, padding_side, truncation_side
+        self.vocab_file = str(vocab_file)
         self.sp = _load_vocabulary(vocab_file)
         self._num_pieces = self.sp.GetPieceSize()
         self.vocab_size = self._num_pieces + len(self.special_tokens)
@@ -75,6 +90,16 @@ class SentencePieceTokenizer(ABC):
         self._silent_ids = {self.eos_token_id, self.pad_token_id, self.sp.bos_id()}
         self.prefix_tokens = [self.get_command("[gMASK]"), self.get_command("sop")]
         self._adds_space = self.sp.EncodeAsPieces("a")[0].startswith("▁")
+        self._complete = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises ValueError for an unknown value of an option, AttributeError for any other attribute."""
+        if name in self.options:
+            check_option(name, value)
+        elif "_complete" in self.__dict__:
+            hint = did_you_mean(name, self.options, f"; only {', '.join(self.options)} can be set")
+            raise AttributeError(f"{type(self).__name__}.{name} cannot be set{hint}")
+        super().__setattr__(name, value)
 
     @abstractmethod
     def build_chat_input(
@@ -133,18 +158,20 @@ class SentencePieceTokenizer(ABC):
         """Ids of `[gMASK] sop text`, or of `[gMASK] sop text text_pair </s>`.
 
         Args:
-            truncation: cut the text on the right (of a pair, the longer text first) to `max_length` ids, special
-                tokens included.
+            truncation: cut the text at `truncation_side` (of a pair, the longer text first) to `max_length` ids,
+                special tokens included.
 
         Raises:
             TypeError: a text is not a string.
-            ValueError: `max_length` is missing or leaves no room for text.
+            ValueError: `max_length` is missing, has no effect or leaves no room for text.
         """
+        if max_length is not None and not truncation:
+            raise ValueError("max_length has no effect without truncation=True")
         first = self._text_ids(text)
         second = None if text_pair is None else self._text_ids(text_pair)
         if truncation:
             special = self.num_special_tokens_to_add(second is not None) if add_special_tokens else 0
-            first, second = _truncate(first, second, special, max_length)
+            first, second = _truncate(first, second, special, max_length, self.truncation_side)
         ids = [*self.prefix_tokens, *first] if add_special_tokens else list(first)
         if second is not None:
             ids += second
@@ -161,13 +188,15 @@ class SentencePieceTokenizer(ABC):
         truncation: bool = False,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
     ) -> dict[str, list]:
         """Encodes one text or a list of texts.
 
         Args:
             text, text_pair: a string, or lists of equal length.
-            padding: False; True or "longest" (to the longest of the list); "max_length". Always on the left.
+            padding: False; True or "longest" (to the longest of the list); "max_length".
             pad_to_multiple_of: rounds the padded length up.
+            padding_side: replaces the option of the tokenizer.
             add_special_tokens, truncation, max_length: as in `encode`.
 
         Returns:
@@ -186,10 +215,15 @@ class SentencePieceTokenizer(ABC):
         if len(pairs) != len(texts):
             raise ValueError(f"{len(texts)} texts but {len(pairs)} text pairs")
         rows = [
-            {"input_ids": self.encode(first, second, add_special_tokens, truncation, max_length)}
+            {
+                "input_ids": self.encode(
+                    first, second, add_special_tokens, truncation, max_length if truncation else None
+                )
+            }
             for first, second in zip(texts, pairs)
         ]
-        padded = self.pad(rows, padding, max_length if padding == "max_length" else None, pad_to_multiple_of)
+        target = max_length if padding == "max_length" else None
+        padded = self.pad(rows, padding, target, pad_to_multiple_of, padding_side)
         return {name: rows[0] for name, rows in padded.items()} if single else padded
 
     def pad(
@@ -198,8 +232,9 @@ class SentencePieceTokenizer(ABC):
         padding: bool | str = True,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
     ) -> dict[str, list]:
-        """Pads encoded texts on the left, as `__call__`: ids with `pad_token_id`, masks and positions with 0.
+        """Pads encoded texts, as `__call__`: ids with `pad_token_id`, masks and positions with 0.
 
         Args:
             features: mappings with `input_ids` and optionally `attention_mask` (default ones) and `position_ids`
@@ -207,14 +242,20 @@ class SentencePieceTokenizer(ABC):
 
         Raises:
             ValueError: an unknown key, `input_ids` missing, lengths that differ within a feature, unknown
-                `padding`, or `padding="max_length"` without `max_length`.
+                `padding` or `padding_side`, `padding="max_length"` without `max_length`, or `pad_to_multiple_of`
+                without effect or below 1.
         """
+        side = self.padding_side if padding_side is None else check_option("padding_side", padding_side)
         if isinstance(features, Mapping):
             features = [dict(zip(features, values)) for values in zip(*features.values())]
         if padding not in (False, True, "longest", "max_length"):
             raise ValueError(f"padding = {padding!r}: must be False, True, 'longest' or 'max_length'")
         if (padding == "max_length") != (max_length is not None):
             raise ValueError(f"padding = {padding!r} with max_length = {max_length}: max_length goes with 'max_length'")
+        if pad_to_multiple_of is not None and not (
+            padding and type(pad_to_multiple_of) is int and pad_to_multiple_of > 0
+        ):
+            raise ValueError(f"pad_to_multiple_of = {pad_to_multiple_of!r}: needs padding, and a number of at least 1")
         rows = [_completed(feature) for feature in features]
         target = max_length or 0
         if padding and max_length is None:
@@ -222,7 +263,12 @@ class SentencePieceTokenizer(ABC):
         if padding and pad_to_multiple_of:
             target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
         fill = dict(zip(_FEATURE_KEYS, (self.pad_token_id, 0, 0)))
-        return {key: [[fill[key]] * (target - len(row[key])) + row[key] for row in rows] for key in _FEATURE_KEYS}
+
+        def padded(key: str, values: list[int]) -> list[int]:
+            padding = [fill[key]] * (target - len(values))
+            return padding + values if side == "left" else values + padding
+
+        return {key: [padded(key, row[key]) for row in rows] for key in _FEATURE_KEYS}
 
     def is_template(self, text: str) -> bool:
         """Whether `text` begins as the prompt template, with `[gMASK]sop`: see `encode_template`."""
@@ -359,6 +405,14 @@ class IncrementalDecoder:
         return text
 
 
+def check_option(name: str, value: Any) -> Any:
+    """The value of an option of the tokenizers; ValueError if it is none of them."""
+    values = _OPTION_VALUES[name]
+    if not isinstance(value, type(values[0])) or value not in values:
+        raise ValueError(f"{name} = {value!r}: must be {' or '.join(map(repr, values))}")
+    return value
+
+
 def replace_training_date(text: str) -> str:
     """Fills in the date that the models leave open."""
     return text.replace(*_TRAINING_DATE)
@@ -383,9 +437,13 @@ def checked(text: str) -> str:
 
 
 def _truncate(
-    first: list[int], second: list[int] | None, num_special: int, max_length: int | None
+    first: list[int], second: list[int] | None, num_special: int, max_length: int | None, side: str
 ) -> tuple[list[int], list[int] | None]:
     """Cuts to `max_length - num_special` ids, taking from the longer text, from the second when equal."""
+
+    def keep(ids: list[int], count: int) -> list[int]:
+        return ids[:count] if side == "right" else ids[max(len(ids) - count, 0) :]
+
     if max_length is None:
         raise ValueError("truncation=True needs max_length")
     if max_length <= num_special:
@@ -394,14 +452,14 @@ def _truncate(
         )
     room = max_length - num_special
     if second is None:
-        return first[:room], None
+        return keep(first, room), None
     keep_first, keep_second = len(first), len(second)
     while keep_first + keep_second > room:
         if keep_first > keep_second:
             keep_first -= 1
         else:
             keep_second -= 1
-    return first[:keep_first], second[:keep_second]
+    return keep(first, keep_first), keep(second, keep_second)
 
 
 def _completed(feature: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -420,6 +478,8 @@ def _completed(feature: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _load_vocabulary(vocab_file: str | Path) -> sentencepiece.SentencePieceProcessor:
+    if not vocab_file or not isinstance(vocab_file, (str, os.PathLike)):
+        raise VocabularyError(f"vocab_file = {vocab_file!r}: give the path of a SentencePiece file (tokenizer.model)")
     path = Path(vocab_file)
     if path.is_dir():
         raise VocabularyError(f"{path}: is a folder; give the SentencePiece file in it (tokenizer.model)")

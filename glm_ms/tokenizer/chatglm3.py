@@ -28,7 +28,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
     """Tokenizer of ChatGLM3-6B.
 
     Args:
-        vocab_file, template: as of `SentencePieceTokenizer`.
+        vocab_file, template, padding_side, truncation_side: as of `SentencePieceTokenizer`.
         encode_special_tokens: `tokenize`, `encode` and a call turn text that spells role tokens into role tokens. For
             trusted text only. It has no effect on chat messages.
     """
@@ -38,8 +38,17 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
     # </s>, or the beginning of a message of another role.
     stop_tokens = ("<eos>", "<|user|>", "<|observation|>")
 
-    def __init__(self, vocab_file: str | Path, encode_special_tokens: bool = False, template: str = CHAT) -> None:
-        super().__init__(vocab_file, template)
+    options = (*SentencePieceTokenizer.options, "encode_special_tokens")
+
+    def __init__(
+        self,
+        vocab_file: str | Path,
+        encode_special_tokens: bool = False,
+        template: str = CHAT,
+        padding_side: str = "left",
+        truncation_side: str = "right",
+    ) -> None:
+        super().__init__(vocab_file, template, padding_side, truncation_side)
         self.encode_special_tokens = encode_special_tokens
 
     def _special_piece(self, index: int) -> str:
