@@ -15,10 +15,11 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import adapter_with
 from glm_ms.settings.loader import unchecked_settings
-from glm_ms.storage.errors import CheckpointError, FileError
+from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.run_folder import CHECKPOINTS, resolve_checkpoint
 from glm_ms.tokenizer import VocabularyError
+from glm_ms.tokenizer.base import CHAT
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer_config.json"
 # ChatGLM2 and ChatGLM3 use the same SentencePiece model. This key of tokenizer_config.json, which glm_ms writes, tells
@@ -89,7 +90,7 @@ def find_tokenizer(
         generation: 2 or 3, for ChatGLM2 or ChatGLM3; None: as found there.
         vocab_file: a SentencePiece model to use in place of the one there.
 
-    Returns the family, the SentencePiece model and the content of tokenizer_config.json, empty if there is none.
+    Returns the family, the SentencePiece model and options: the content of tokenizer_config.json, or those of the YAML.
     Raises VocabularyError or SettingsError if there is no tokenizer, or nothing tells its generation.
     """
     path, config, found = Path(path), dict[str, Any](), generation
@@ -106,6 +107,7 @@ def find_tokenizer(
             raise VocabularyError(
                 f"{path}: processor.tokenizer.vocab_file: missing; give the path of a {TOKENIZER_FILE}"
             )
+        config = {"template": chosen.template}
         found = family_of(chosen.type).generation if generation is None else generation
     else:
         config = read_tokenizer_config(path if path.is_dir() else path.parent)
@@ -148,9 +150,9 @@ def _stop_token_ids(given: Path, checkpoint: Path, config: GLMConfig) -> list[in
             continue
         for generation in (None, max(GENERATIONS)):
             try:
-                family, vocab_file, _ = find_tokenizer(folder, generation)
-                ids = family.tokenizer(vocab_file).stop_token_ids
-            except FileError:  # weights are usable without a tokenizer
+                family, vocab_file, options = find_tokenizer(folder, generation)
+                ids = family.tokenizer(vocab_file, template=options.get("template", CHAT)).stop_token_ids
+            except ValueError:  # weights are usable without a tokenizer
                 continue
             return [token for token in ids if token < config.padded_vocab_size]
     return None

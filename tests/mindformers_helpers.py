@@ -34,12 +34,3 @@ def yaml_of(run: Path, folder: Path, **changes: Any) -> str:
 
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in curve(folder)]
-
-
-def chained(error: BaseException | None) -> str:
-    """Messages of an error and of what it came from: MindFormers wraps errors of its Auto classes."""
-    parts = []
-    while error is not None:
-        parts.append(str(error))
-        error = error.__cause__
-    return "\n".join(parts)

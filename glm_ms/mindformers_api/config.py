@@ -21,7 +21,9 @@ from glm_ms.settings.schema import AUTO, VOCAB_MULTIPLE
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.storage.suggest import did_you_mean
+from glm_ms.storage.yaml_tree import read_yaml
 from glm_ms.tokenizer import SentencePieceTokenizer
+from glm_ms.tokenizer.base import CHAT
 
 # Names in YAML files and in MindFormers' registry.
 CONFIG_TYPE, MODEL_TYPE = "GLMConfig", "GLMForCausalLM"
@@ -104,7 +106,7 @@ class MindFormersGLMConfig(PretrainedConfig):
         vocab_file = self.tokenizer.get("vocab_file")
         if not vocab_file or not Path(vocab_file).is_file():
             return None
-        return family_of(self.tokenizer["type"]).tokenizer(vocab_file)
+        return family_of(self.tokenizer["type"]).tokenizer(vocab_file, template=self.tokenizer.get("template", CHAT))
 
     def architecture(self) -> GLMConfig:
         """The configuration of the network alone; ConfigError if `padded_vocab_size` is still `auto`."""
@@ -124,8 +126,7 @@ class MindFormersGLMConfig(PretrainedConfig):
         if Path(path).suffix not in (".yaml", ".yml"):
             return cls.from_dict({}, name_or_path=path, **kwargs)
         if not is_virtual(path) and not Path(path).is_file():
-            near = did_you_mean(Path(path).name, [file.name for file in Path(path).parent.glob("*.y*ml")])
-            raise ConfigError(f"{path}: no such file{near}")
+            read_yaml(path, ConfigError)  # which names similar files
         as_pair = kwargs.pop("return_unused_kwargs", False)
         section = MindFormerConfig(path).model.model_config
         section.update(kwargs)

@@ -15,6 +15,7 @@ from glm_ms.mindformers_api.run_yaml import CORE_TOKENIZERS, to_entry
 from glm_ms.settings import SettingsError
 from glm_ms.settings.schema import EvalDatasetSettings, TrainDatasetSettings, keys_of
 from glm_ms.settings.values import Converter
+from glm_ms.tokenizer.base import CHAT
 
 
 class GLMDataset:
@@ -39,7 +40,9 @@ class GLMDataset:
         tokenizer = dataset_config.tokenizer
         if not tokenizer or tokenizer.type not in CORE_TOKENIZERS:
             raise SettingsError(f"tokenizer.type: must be one of {', '.join(CORE_TOKENIZERS)}, found {tokenizer!r}")
-        core = family_of(CORE_TOKENIZERS[tokenizer.type]).tokenizer(tokenizer.vocab_file)
+        core = family_of(CORE_TOKENIZERS[tokenizer.type]).tokenizer(
+            tokenizer.vocab_file, template=tokenizer.get("template", CHAT)
+        )
         rows = labelled_rows(section, core)
         plan = TrainingPlan(
             num_rows=len(rows),

@@ -81,8 +81,6 @@ def is_run_yaml(path: str | Path) -> bool:
         except FileError:
             return False
         return any(f"type: {name}" in text for name in (CONFIG_TYPE, MODEL_TYPE, *CONFIGS, *NETWORKS))
-    if not document.is_section:
-        return False
     types = [_type_of(document, name) for name in ("model_config", "arch")]
     if types[0] == CONFIG_TYPE or types[1] == MODEL_TYPE:
         return True

@@ -129,7 +129,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         super().__init__(**{"clean_up_tokenization_spaces": False, **given, **tokens})
         self._complete = True
 
-    padding_side, truncation_side = _option("padding_side"), _option("truncation_side")
+    template, padding_side, truncation_side = map(_option, SentencePieceTokenizer.options)
     vocab_size = property(lambda self: self.core.vocab_size)
     pad_token_id = property(lambda self: self.core.pad_token_id)
     eos_token_id = property(lambda self: self.core.eos_token_id)

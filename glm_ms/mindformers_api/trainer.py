@@ -337,6 +337,7 @@ def _set_tokenizer(settings: Settings, tokenizer: Any) -> None:
         )
     chosen = settings.processor.tokenizer
     chosen.type, chosen.vocab_file = type(tokenizer.core).__name__, tokenizer.vocab_file
+    chosen.template = tokenizer.core.template
 
 
 def _predict_data(input_data: Any, settings: Settings, folder: Path) -> str:

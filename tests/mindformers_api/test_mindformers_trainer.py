@@ -67,12 +67,16 @@ def test_evaluation_and_prediction_are_those_of_run_glm(
     assert run_here(line) == 0
     capsys.readouterr()
 
-    path = yaml_of(run, tmp_path / "mf", load_checkpoint=str(run), generation__max_new_tokens=12)
+    path = yaml_of(
+        run, tmp_path / "mf", load_checkpoint=str(run), generation__max_new_tokens=12, context__use_fused_kernels=True
+    )
     trainer = Trainer(args=path, task="text_generation", eval_dataset=str(DEV_RECORDS))
     trainer.evaluate()
     expected = json.loads((tmp_path / "eval" / "eval_scores.json").read_text())
     assert trainer.trainer.scores == pytest.approx(expected, rel=1e-6)
-    assert f"perplexity: {expected['perplexity']:.4f}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"perplexity: {expected['perplexity']:.4f}" in said.out
+    assert "portable operators: the device is CPU" in said.err
     predictions = [read_jsonl(tmp_path / name / "eval_predictions.jsonl") for name in ("mf", "eval")]
     assert predictions[0] == predictions[1]
 
@@ -261,6 +265,9 @@ def test_what_the_yaml_decides_is_refused_in_the_call(run: Path, weights: Path, 
     optimizer = ms.nn.SGD(model.trainable_params())
     with pytest.raises(ValueError, match=r"Trainer\(optimizers=\.\.\.\): not supported"):
         Trainer(args=path, task="text_generation", optimizers=optimizer).train()
+    sharded = {"use_parallel": True, "parallel": {"parallel_mode": 1}}
+    with pytest.raises(ValueError, match=r"Trainer\(model=\.\.\.\): a sharded run loads the slices of its own network"):
+        Trainer(args=yaml_of(run, tmp_path / "sharded", **sharded), task="text_generation", model=model).train()
     other = yaml_of(run, tmp_path / "other", model__model_config__num_layers=2)
     with pytest.raises(ValueError, match=r"different networks: .*num_layers: 2, in the model 1"):
         Trainer(args=other, task="text_generation", model=model).train()

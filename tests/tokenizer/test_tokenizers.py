@@ -53,6 +53,43 @@ def test_template_text_gives_the_ids_of_the_conversation(any_vocabulary):
     assert tok.encode_template(text + "<|assistant|> ") == ids
 
 
+@pytest.mark.parametrize("kind", [ChatGLM2Tokenizer, ChatGLM3Tokenizer])
+def test_options_are_arguments_and_attributes(small_vocabulary, kind):
+    tok = kind(small_vocabulary, padding_side="right", truncation_side="left")
+    texts = ["你好", "a longer text"]
+    whole = tok.encode(texts[1], add_special_tokens=False)
+    assert tok.encode(texts[1], add_special_tokens=False, truncation=True, max_length=2) == whole[-2:]
+    right = tok(texts, padding=True)
+    assert right["input_ids"][0][0] == tok.prefix_tokens[0]
+    assert (right["attention_mask"][0][-1], right["position_ids"][0][-1]) == (0, 0)
+    assert tok(texts, padding=True, padding_side="left") == kind(small_vocabulary)(texts, padding=True)
+    tok.padding_side = "left"
+    assert tok(texts, padding=True)["attention_mask"][0][0] == 0
+    for name, value in (("padding_side", "up"), ("truncation_side", None)):
+        with pytest.raises(ValueError, match=f"{name} = {value!r}: must be 'left' or 'right'"):
+            kind(small_vocabulary, **{name: value})
+        with pytest.raises(ValueError, match=f"{name} = {value!r}: must be 'left' or 'right'"):
+            setattr(tok, name, value)
+    with pytest.raises(AttributeError, match="padding_sid cannot be set; did you mean padding_side"):
+        tok.padding_sid = "left"
+    with pytest.raises(AttributeError, match="pad_token_id cannot be set"):
+        tok.pad_token_id = 3
+    with pytest.raises(ValueError, match="max_length has no effect without truncation"):
+        tok.encode("a", max_length=5)
+    with pytest.raises(ValueError, match="pad_to_multiple_of = 8: needs padding"):
+        tok("a", pad_to_multiple_of=8)
+
+
+def test_only_chatglm3_encodes_special_tokens(small_vocabulary):
+    tok = ChatGLM3Tokenizer(small_vocabulary)
+    tok.encode_special_tokens = True
+    assert tok.encode("<|user|>")[-1] == tok.get_command("<|user|>")
+    with pytest.raises(ValueError, match="encode_special_tokens = 1: must be True or False"):
+        tok.encode_special_tokens = 1
+    with pytest.raises(AttributeError, match=r"ChatGLM2Tokenizer\.encode_special_tokens cannot be set"):
+        ChatGLM2Tokenizer(small_vocabulary).encode_special_tokens = True
+
+
 def test_template_round_trip(small_vocabulary):
     """`decode` of a conversation, read as template text, is the conversation."""
     tok = ChatGLM3Tokenizer(small_vocabulary)
