@@ -26,6 +26,7 @@ from glm_ms.model.loss import NextTokenLoss
 from glm_ms.pretrained import load_pretrained
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
+from glm_ms.tokenizer.base import CHAT
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -162,7 +163,9 @@ class MindFormersGLM(PreTrainedModel):
             raise ValueError(f"chat: tokenizer: {type(tokenizer).__name__}: expected a tokenizer of glm_ms")
         core: Any = tokenizer.core
         messages = list(history or [])
-        if instruction and not messages:
+        if instruction:
+            if messages:
+                raise ValueError("chat: instruction: only without history; put a system message into the history")
             messages = [{"role": "system", "content": instruction}]
         ids = core.build_chat_input(query, messages, role)["input_ids"]
         stop = list(core.stop_token_ids) if options.get("eos_token_id") is None else options["eos_token_id"]
@@ -175,9 +178,9 @@ class MindFormersGLM(PreTrainedModel):
         if answer and answer[-1] in (stop if isinstance(stop, list) else [stop]):
             answer.pop()
         text = str(tokenizer.decode(answer))
-        if core.roles:
+        if core.roles and core.template == CHAT:
             return core.process_response(text, [*messages, {"role": role, "content": query}])
-        text = core.process_response(text)
+        text = text.strip() if core.roles else core.process_response(text)
         turn: list[Any] = [(query, text)]
         if any(isinstance(item, Mapping) for item in messages):
             turn = [{"role": "user", "content": query}, {"role": "assistant", "content": text}]

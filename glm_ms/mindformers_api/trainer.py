@@ -335,7 +335,7 @@ def _set_tokenizer(settings: Settings, tokenizer: Any) -> None:
             f"Trainer(tokenizer=...): {type(tokenizer).__name__}: expected a tokenizer of glm_ms, as AutoTokenizer "
             "loads it from a GLM folder or YAML"
         )
-    chosen = settings.processor.tokenizer
+    chosen: Any = settings.processor.tokenizer
     chosen.type, chosen.vocab_file = type(tokenizer.core).__name__, tokenizer.vocab_file
     chosen.template = tokenizer.core.template
 

@@ -580,6 +580,8 @@ def test_answers_end_at_the_stop_tokens_in_every_door(ending: Path, vocabulary: 
     old = GLM2Tokenizer(str(vocabulary))
     answer, pairs = model.chat(old, "问", [("你好", "好")], max_new_tokens=2)
     assert pairs == [("你好", "好"), ("问", answer)]
+    with pytest.raises(ValueError, match="instruction: only without history"):
+        model.chat(tokenizer, QUESTION, history, instruction="简短回答")
     with pytest.raises(ValueError, match="unknown option 'no_such_option'"):
         model.chat(tokenizer, QUESTION, no_such_option=1)
 
