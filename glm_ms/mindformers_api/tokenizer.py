@@ -45,6 +45,7 @@ _BASE_OPTIONS: dict[str, Callable[[Any], bool]] = {
 _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "do_lower_case": (False,), "remove_space": (False,), "split_special_tokens": (False,), "chat_template": (None,),
     "encode_special_tokens": (False,), "added_tokens_decoder": (None, {}), "extra_special_tokens": (None, {}, []),
+    "allow_other_vocab": None,  # of processor.tokenizer, for runs
     **dict.fromkeys(("auto_map", "config", "processor_class", "tokenizer_class", "tokenizer_type", "use_fast")),
     **dict.fromkeys(DOWNLOAD_OPTIONS),
 }  # fmt: skip
