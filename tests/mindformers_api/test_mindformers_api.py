@@ -45,6 +45,7 @@ from glm_ms.mindformers_api import (
 from glm_ms.mindformers_api.released import MODEL_NAMES
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLMTextProcessor
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.integrity import MANIFEST
 
 TEXTS = ["你好", "", "类型#裤*版型#宽松*颜色#蓝色", "a <|user|> b </s>", " spaces  \n and lines "]
 
@@ -506,7 +507,7 @@ def test_names_of_models_stand_for_local_files(vocabulary: Path, tmp_path: Path,
 
 def test_no_python_file_of_a_folder_runs(weights: Path, vocabulary: Path, tmp_path: Path):
     folder = tmp_path / "released"
-    shutil.copytree(weights, folder)
+    shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(MANIFEST))
     GLM3Tokenizer(str(vocabulary)).save_pretrained(str(folder))
     classes = {
         "AutoConfig": "evil.A",
