@@ -127,6 +127,8 @@ def _begin(work: Work) -> None:
     """Prepares a worker process."""
     global _work
     _work = work
+    # A run blocks signals in all threads but one. Processes inherit that, and a pool ends its workers by SIGTERM.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C, too, and ends its workers
     parent = multiprocessing.parent_process()
     if parent is not None:

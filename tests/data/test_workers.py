@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 
 import pytest
 
@@ -17,7 +19,10 @@ def line_of(raw):
     if raw.line == 7:
         raise DataError("line 7")
     if raw.line == 70:
+        time.sleep(1)
         os._exit(3)
+    if raw.line == 71:
+        time.sleep(60)
     return raw.line, os.getpid()
 
 
@@ -73,9 +78,16 @@ def test_a_fault_of_the_work_comes_after_what_stands_before_it(small_batches, nu
     assert seen == list(range(100, 104))
 
 
-def test_a_lost_process_is_no_hang(small_batches):
-    with pytest.raises(DataError, match="has ended early: it was killed"):
-        list(map_values(line_of, [RawValue(70, 0, b"x")], 2))
+@pytest.mark.parametrize("blocked", [(), (signal.SIGINT, signal.SIGTERM)])
+def test_a_lost_process_is_no_hang(small_batches, blocked):
+    """Also in a program that receives signals in one thread: processes inherit which are blocked."""
+    mask, start = signal.pthread_sigmask(signal.SIG_BLOCK, blocked), time.monotonic()
+    try:
+        with pytest.raises(DataError, match="has ended early: it was killed"):
+            list(map_values(line_of, [*values(120), *(RawValue(line, 0, b"xxx") for line in (71, 70))], 2))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    assert time.monotonic() - start < 30  # the other process was busy for longer
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
