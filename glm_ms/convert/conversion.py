@@ -11,7 +11,7 @@ from typing import Callable
 
 import numpy as np
 
-from glm_ms.convert.dtypes import check_float_type, convert_dtype
+from glm_ms.convert.dtypes import check_finite, check_float_type, convert_dtype
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, open_checkpoint
 from glm_ms.convert.writers import DEFAULT_SHARD_SIZE, FILE_ENDINGS, Shapes, size_in_bytes, write_file, write_hf_folder
 from glm_ms.families import read_config
@@ -79,6 +79,7 @@ class Conversion:
             array = self.reader.read(name, "float32" if name in self.deltas else self.dtype)
             if name in self.deltas:
                 array += self.deltas[name]()
+                check_finite(array, "float32", f"{self.reader.path}: {name} with the adapter")
                 array = convert_dtype(array, "float32", self.dtype, name)
             size = array.nbytes
             yield name, array

@@ -119,9 +119,7 @@ def _checked_against_settings(model: GLMForCausalLM, stored: StoredAdapter, want
     different = ADAPTERS[wanted.kind].load().differences(stored, wanted, model.network)
     if different:
         raise AdapterError(f"{stored.path}: does not fit the settings: {'; '.join(different)}")
-    # Values that say the same may be spelled in another way, such as the order of target modules.
-    values = {field: getattr(wanted, field) for field in ADAPTERS[wanted.kind].keys.values()}
-    return dataclasses.replace(stored, config=dataclasses.replace(then, **values))
+    return dataclasses.replace(stored, config=ADAPTERS[wanted.kind].load().renewed(then, wanted))
 
 
 def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Say) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,16 @@ class Adapter(ABC):
             for key, field in ADAPTERS[cls.kind].keys.items()
             if field != "dropout" and getattr(stored.config, field) != getattr(wanted, field)
         ]
+
+    @classmethod
+    def renewed(cls, then: Any, wanted: Any) -> Any:
+        """The config of a stored adapter with the values of the settings, for further training.
+
+        Values that say the same may be spelled in another way, such as the order of target modules.
+        """
+        return dataclasses.replace(
+            then, **{field: getattr(wanted, field) for field in ADAPTERS[cls.kind].keys.values()}
+        )
 
     @classmethod
     def plain_name(cls, stored: str) -> str:

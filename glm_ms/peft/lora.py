@@ -5,6 +5,7 @@ Names, shapes and files are those of the Hugging Face library `peft`, which load
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -209,6 +210,12 @@ class LoraAdapter(Adapter):
         keys = [line for line in super().differences(stored, wanted, network) if ".target_modules:" not in line]
         return keys + ([f"model.pet_config.target_modules: {capped(odd)} in only one of both"] if odd else [])
 
+    @classmethod
+    def renewed(cls, then: LoraConfig, wanted: LoraConfig) -> LoraConfig:
+        """`target_modules` of the settings alone select the modules, the same ones."""
+        config = super().renewed(then, wanted)
+        return dataclasses.replace(config, exclude_modules=(), layers_to_transform=None, layers_pattern=())
+
 
 def linear_names(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Names of the linear layers among parameters given by their shapes."""
@@ -246,10 +253,15 @@ def target_names(target_modules: str | Sequence[str], names: Iterable[str]) -> l
 def promised_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
     """Names of the modules for which an adapter has tensors according to its config, by the rules of `peft`.
 
+    `names` are those of the linear layers; the embedding counts too, but not for a pattern that matches the modules
+    around it, as `.*`, which `peft` cannot train.
+
     A list that names no module is read as MindFormers writes it: regular expressions for the start of the last part of
     a name.
     """
     names, targets = list(names), config.target_modules
+    if not isinstance(targets, str) or not re.fullmatch(targets, _EMBEDDING.rpartition(".")[0]):
+        names.append(_EMBEDDING)
     if isinstance(targets, str) or any(_ends_in(name, targets) for name in names):
         return [name for name in names if _is_target(config, name)]
     ends = [(name, name.rpartition(".")[2]) for name in names if name != _EMBEDDING]
@@ -289,7 +301,7 @@ def check_complete(stored: StoredAdapter, names: Iterable[str]) -> None:
     """
     if not isinstance(stored.config, LoraConfig):
         return
-    promised = promised_modules(stored.config, [*names, _EMBEDDING])
+    promised = promised_modules(stored.config, names)
     wanted = [f"{module}.{ending}" for module in promised for ending in (A, B)]
     problems = [f"{name}: missing" for name in wanted if name not in stored.tensors]
     problems += [f"{name}: not named by target_modules" for name in stored.modules if name not in promised]
@@ -324,7 +336,8 @@ def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callab
 
 
 def _product(b: np.ndarray, a: np.ndarray, factor: float) -> np.ndarray:
-    return (b @ a) * np.float32(factor)
+    with np.errstate(over="ignore", invalid="ignore"):  # the reader of the base refuses what is not finite
+        return (b @ a) * np.float32(factor)
 
 
 def _config_file(path: Path) -> Path | None:

@@ -6,6 +6,7 @@ Behaviour follows `tokenization_chatglm.py` of the released models.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -24,6 +25,9 @@ _TRAINING_DATE = ("[[训练时间]]", "2023年")
 _ANCHOR = "."
 # Values of `SentencePieceTokenizer.template`.
 CHAT, PLAIN = "chat", "plain"
+# The file of the released models.
+_RELEASED_BYTES = 1_018_370
+_RELEASED_SHA256 = "e7dc4c393423b76e4373e5157ddc34803a0189ba96b21ddbb40269d31468a6f2"
 _FEATURE_KEYS = ("input_ids", "attention_mask", "position_ids")
 # Option -> its values; see `SentencePieceTokenizer.options`.
 _OPTION_VALUES: dict[str, tuple[Any, ...]] = {
@@ -489,9 +493,17 @@ def _load_vocabulary(vocab_file: str | Path) -> sentencepiece.SentencePieceProce
         raise VocabularyError(f"{path}: no such file; give the SentencePiece vocabulary (tokenizer.model)") from None
     except OSError as error:
         raise VocabularyError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(serialized) == _RELEASED_BYTES and hashlib.sha256(serialized).hexdigest() != _RELEASED_SHA256:
+        raise VocabularyError(
+            f"{path}: damaged: it has the size of the tokenizer.model that ChatGLM2 and ChatGLM3 share, but not its "
+            f"SHA-256, {_RELEASED_SHA256}; fetch it again"
+        )
     vocabulary = sentencepiece.SentencePieceProcessor()
     try:
         vocabulary.LoadFromSerializedProto(serialized)
+        vocabulary.IdToPiece(list(range(vocabulary.GetPieceSize())))
+    except UnicodeDecodeError:
+        raise VocabularyError(f"{path}: damaged: a piece is not UTF-8; fetch it again") from None
     except (RuntimeError, OSError):
         hint = "it is a Git LFS pointer, " if serialized.startswith(b"version https://git-lfs") else ""
         raise VocabularyError(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from glm_ms import GLMConfig
+from glm_ms import GLMConfig, load_pretrained
 from glm_ms.convert.conversion import plan_conversion
 from glm_ms.convert.reader import check_names_and_shapes, load_parameters, open_checkpoint
 from glm_ms.model.config import ConfigError
@@ -315,16 +315,20 @@ def _flip_bit(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("door", [load_pretrained, lambda path: plan_conversion(path, path.parent / "out.ckpt").run()])
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
-def test_a_manifest_is_compared_whenever_weights_are_read(golden: Path, tmp_path: Path, name: str) -> None:
-    source = Path(shutil.copytree(golden / "models" / "glm2_tiny", tmp_path / "source"))
-    shutil.rmtree(source / "sharded")
+def test_a_manifest_is_compared_whenever_weights_are_read(golden: Path, tmp_path: Path, name: str, door) -> None:
+    """In an output folder of a run."""
+    source = tmp_path / "run" / "checkpoint" / "step_00000001"
+    source.mkdir(parents=True)
+    for file in ("model.safetensors", "config.json"):
+        shutil.copy(golden / "models" / "glm2_tiny" / file, source)
     write_manifest_values(source, {"format_version": 1, "files": describe_files(source)})
-    plan_conversion(source, tmp_path / "intact.ckpt").run()
+    plan_conversion(tmp_path / "run", tmp_path / "intact.ckpt").run()
     path = source / name
     _flip_bit(path, path.stat().st_size - 9 if name == "model.safetensors" else path.read_bytes().index(b"5"))
     with pytest.raises((CheckpointError, ConfigError), match=name):
-        plan_conversion(source, tmp_path / "out.ckpt").run()
+        door(tmp_path / "run")
 
 
 def test_a_manifest_of_another_program_is_ignored(golden: Path, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
-from engine_helpers import TRAINED_NETWORK, curve, read_jsonl, run_here, tiny_arguments
+from engine_helpers import TRAINED_NETWORK, curve, last_of_each, read_jsonl, run_here, tiny_arguments
 from marks import slow_unless
 
 from glm_ms import load_pretrained
+from glm_ms.convert.reader import open_checkpoint
 from glm_ms.peft.adapter import read_adapter
 from glm_ms.storage.run_folder import list_checkpoints
 
@@ -33,6 +35,7 @@ KINDS = {
         "lr_schedule.learning_rate=0.02",
     ),
 }  # fmt: skip
+MINDFORMERS_PREFIX = "prefix_encoder.mindpet_delta_ptuning2_"
 FILES = {
     "lora": {"adapter_config.json", "adapter_model.safetensors"},
     "ptuning2": {"config.json", "prefix_encoder.safetensors"},
@@ -134,6 +137,55 @@ def test_training_on_begins_where_it_ended(
 
 
 @pytest.fixture(scope="module")
+def joint(kind: str, adapted: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base and adapter as MindFormers saves them, in one file."""
+    stored, path = read_adapter(adapted), tmp_path_factory.mktemp("joint") / "glm.ckpt"
+    tensors = {
+        name.replace("lora_A.weight", "mindpet_delta_lora_a")
+        .replace("lora_B.weight", "mindpet_delta_lora_b")
+        .replace("transformer.prefix_encoder.embedding.weight", f"{MINDFORMERS_PREFIX}embedding.embedding_table")
+        .replace("transformer.prefix_encoder.trans.0.", f"{MINDFORMERS_PREFIX}dense_in.")
+        .replace("transformer.prefix_encoder.trans.2.", f"{MINDFORMERS_PREFIX}dense_out."): tensor
+        for name, tensor in stored.tensors.items()
+    }
+    with open_checkpoint(list_checkpoints(base)[-1][1]) as reader:
+        tensors.update({name: reader.read(name) for name in reader.names()})
+    ms.save_checkpoint([{"name": name, "data": ms.Tensor(tensor)} for name, tensor in tensors.items()], str(path))
+    return path
+
+
+def test_base_and_adapter_in_one_file(
+    kind: str, joint: Path, adapted: Path, base: Path, vocabulary: Path, tmp_path: Path, capsys
+) -> None:
+    """load_checkpoint alone names both."""
+    pet = tuple(key for key in KINDS[kind] if key.startswith("model.pet_config."))
+    apart = scores(vocabulary, tmp_path, "--load_checkpoint", base, "--load_adapter", adapted)
+    capsys.readouterr()
+    assert scores(vocabulary, tmp_path, "--load_checkpoint", joint, *pet) == apart
+    count = len(read_adapter(adapted).tensors)
+    assert f"{count} of {count} tensors matched" in capsys.readouterr().err
+    arguments = tiny_arguments(
+        "finetune", vocabulary, *TRAINING, "--load_checkpoint", joint, "--output_dir", tmp_path / "run"
+    )
+    assert run_here(arguments) == 1
+    assert "contains an adapter beside the weights" in capsys.readouterr().err
+    again = tiny_arguments(
+        "finetune", vocabulary, *TRAINING, *KINDS[kind], "--load_checkpoint", joint, "--output_dir", tmp_path / "run",
+        "runner_config.max_steps=2", f"train_dataset.data_loader.{BACKWARDS}"
+    )  # fmt: skip
+    assert run_here(again) == 0
+    assert curve(tmp_path / "run")[0]["loss"] < np.mean([line["loss"] for line in curve(adapted)[:5]])
+
+
+def test_an_adapter_that_is_nowhere(kind: str, base: Path, vocabulary: Path, tmp_path: Path, capsys) -> None:
+    line = tiny_arguments(
+        "eval", vocabulary, *TRAINED_NETWORK, *KINDS[kind][:1], "--load_checkpoint", base, "--output_dir", tmp_path
+    )
+    assert run_here(line) == 2
+    assert "no adapter to load; name it (--load_adapter PATH)" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
 def lora(base: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple]:
     """Output folder of a LoRA run of one step, and its arguments."""
     folder = tmp_path_factory.mktemp("one_step")
@@ -158,9 +210,12 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     folder, arguments = lora
     change = change.format(adapter=folder, base=base)
-    line = tiny_arguments(
-        "finetune", vocabulary, *arguments, "--load_adapter", folder, "--output_dir", tmp_path, change
-    )
+    flag, _, value = change.partition("=")
+    line = tiny_arguments("finetune", vocabulary, *arguments, "--load_adapter", folder, "--output_dir", tmp_path)
+    if flag in line:
+        line[line.index(flag) + 1] = value
+    else:
+        line = last_of_each([*line, change])
     capsys.readouterr()
     assert run_here(line) == 1
     assert message in capsys.readouterr().err

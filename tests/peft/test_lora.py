@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_helpers import load_script
 from reference import FOLDER, fresh_golden_model, golden_model, golden_weights
+from safetensors.numpy import load_file, save_file
 
 from glm_ms import GLMConfig, load_pretrained
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.peft.adapter import AdapterError, read_adapter
-from glm_ms.peft.lora import LoraConfig, lora_deltas, target_names
+from glm_ms.peft.lora import LoraConfig, lora_deltas, promised_modules, target_names
 from glm_ms.peft.ptuning import PrefixConfig
+from glm_ms.storage.integrity import describe_files, write_manifest_values
 
 IDS = np.random.default_rng(3).integers(0, 512, (2, 20))
 NAMES = [
@@ -43,6 +46,8 @@ def test_targets(targets, endings: set[str]) -> None:
     found = target_names(targets, NAMES)
     assert {name.rpartition(".")[2] for name in found} == endings
     assert found == sorted(found, key=NAMES.index)
+    config = LoraConfig(target_modules=targets if isinstance(targets, str) else tuple(targets))
+    assert promised_modules(config, NAMES) == found  # what is trained here can be read again
 
 
 @pytest.mark.parametrize("targets", ["query_key_value", ".*wq", ["qkv"], ["query_key_value", "densee"], [""], "("])
@@ -194,6 +199,34 @@ def test_merges_that_make_no_sense(tmp_path: Path, merge) -> None:
         assert str(adapter) in shown
         assert reason in shown
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
+def test_a_damaged_checkpoint_of_a_run_is_not_merged(name: str, tmp_path: Path, merge) -> None:
+    base = FOLDER / "glm2_tiny"
+    folder = tmp_path / "run" / "checkpoint" / "step_00000001"
+    shutil.copytree(FOLDER.parent / "train" / "lora" / "final", folder)
+    write_manifest_values(folder, {"format_version": 1, "files": describe_files(folder)})
+    arguments = ("--base", base, "--adapter", tmp_path / "run", "--output", tmp_path / "out.ckpt")
+    status, shown = merge(*arguments)
+    assert status == 0, shown
+    content = bytearray((folder / name).read_bytes())
+    content[-30] ^= 1
+    (folder / name).write_bytes(content)
+    status, shown = merge(*arguments, "--overwrite")
+    assert status == 1
+    assert str(folder / name) in shown
+
+
+def test_a_merge_that_overflows(tmp_path: Path, merge) -> None:
+    tensors = load_file(FOLDER.parent / "train" / "lora" / "final" / "adapter_model.safetensors")
+    shutil.copytree(FOLDER.parent / "train" / "lora" / "final", tmp_path / "lora")
+    huge = {name: np.full_like(tensor, 1e25) for name, tensor in tensors.items()}
+    save_file(huge, tmp_path / "lora" / "adapter_model.safetensors")
+    status, shown = merge("--base", FOLDER / "glm2_tiny", "--adapter", tmp_path / "lora", "--output", tmp_path / "out")
+    assert status == 1
+    assert "query_key_value.weight with the adapter: contains NaN or infinity" in shown
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_a_pair_is_no_delta(tmp_path: Path) -> None:

@@ -272,6 +272,28 @@ def test_vocabulary_errors(tmp_path, small_vocabulary):
         ChatGLM2Tokenizer(tmp_path)
 
 
+def test_a_vocabulary_with_a_flipped_bit(tmp_path, small_vocabulary):
+    """Refused, or another vocabulary that works; never a traceback."""
+    content, path = small_vocabulary.read_bytes(), tmp_path / "tokenizer.model"
+    for place in range(0, len(content), max(len(content) // 300, 1)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            tok = ChatGLM3Tokenizer(path)
+            tok.convert_ids_to_tokens(list(range(tok.vocab_size)))
+        except VocabularyError as error:
+            assert str(path) in str(error)  # noqa: PT017, many bits are harmless
+
+
+def test_the_released_vocabulary_is_known_by_its_hash(tmp_path, vocab_file):
+    content = bytearray(vocab_file.read_bytes())
+    content[500_000] ^= 1
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(VocabularyError, match=r"tokenizer\.model: damaged: it has the size of .*fetch it again"):
+        ChatGLM2Tokenizer(tmp_path / "tokenizer.model")
+
+
 def test_pickle(small_vocabulary):
     tok = ChatGLM3Tokenizer(small_vocabulary, encode_special_tokens=True)
     twin = pickle.loads(pickle.dumps(tok))
