@@ -77,7 +77,8 @@ class Evaluator:
         self._ranks, self._names = ranks_of(settings), settings.metric.type
         hashes = {"eval_dataset": file_sha256(Path(records)), "vocab_file": file_sha256(Path(vocabulary))}
         self._ranks.agree("SHA-256 of files", hashes)
-        data = {**settings.to_dict()["eval_dataset"], "data_loader": hashes["eval_dataset"]}
+        data = settings.to_dict()["eval_dataset"]
+        data["data_loader"]["dataset_dir"] = hashes["eval_dataset"]  # the content counts, not the path
         self.made_of = {"eval_dataset": data, "metric": self._names}
         kinds: dict[str, Callable[..., _Pass]] = {TEXT: _TextPass, LOSS: _LossPass}
         inputs = dict.fromkeys(METRICS[name].input for name in self._names)

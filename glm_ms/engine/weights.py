@@ -23,6 +23,7 @@ from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import MANIFEST, file_sha256
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.run_folder import resolve_checkpoint
+from glm_ms.tokenizer.base import CHAT
 
 # Fields that may differ from the config.json beside the weights: they do not change the function.
 _FREE = frozenset(
@@ -45,7 +46,7 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
             another vocabulary.
         SettingsError: the vocabulary does not fit the tokenizer, or there is no adapter to evaluate.
     """
-    check_vocabulary(settings)
+    check_vocabulary(settings, say)
     adapter = adapter_config(settings)
     base = checkpoint if adapter is None else None
     if base is None and settings.load_checkpoint:
@@ -74,20 +75,24 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
     return model
 
 
-def check_vocabulary(settings: Settings) -> None:
+def check_vocabulary(settings: Settings, say: Say) -> None:
     """Checks that weights and adapter of a run are used with its vocabulary, unless the settings allow another.
 
-    Raises CheckpointError.
+    `say` takes a line if they were trained with another `processor.tokenizer.template`. Raises CheckpointError.
     """
-    vocab_file = settings.processor.tokenizer.vocab_file
-    for path in (
-        () if settings.processor.tokenizer.allow_other_vocab else (settings.load_checkpoint, settings.load_adapter)
-    ):
+    tokenizer = settings.processor.tokenizer
+    vocab_file = tokenizer.vocab_file
+    for path in (settings.load_checkpoint, settings.load_adapter):
         manifest = resolve_checkpoint(path) / MANIFEST if path else Path()
         if not manifest.is_file():
             continue
         position = read_object(manifest, CheckpointError).get("position")
-        then = position.get("vocabulary") if isinstance(position, dict) else None
+        if not isinstance(position, dict):
+            continue
+        template = position.get("template") or CHAT
+        if template != tokenizer.template:
+            say(f"{path}: trained with processor.tokenizer.template: {template}, here it is {tokenizer.template}")
+        then = None if tokenizer.allow_other_vocab else position.get("vocabulary")
         if then not in (None, file_sha256(Path(vocab_file))):
             raise CheckpointError(
                 f"{vocab_file}: not the vocabulary with which {path} was trained (SHA-256 {then}); give that one as "
@@ -171,7 +176,7 @@ def build_unfilled_model(settings: Settings, vocab_size: int, say: Say) -> GLMFo
 
     Raises as `build_model`.
     """
-    check_vocabulary(settings)
+    check_vocabulary(settings, say)
     if settings.load_checkpoint:
         checkpoint = resolve_checkpoint(settings.load_checkpoint)
         with open_checkpoint(checkpoint) as reader:

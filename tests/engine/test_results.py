@@ -181,6 +181,8 @@ def test_evaluation_continues(evaluate, folder: Path) -> None:
     assert json.loads((folder / "eval_scores.json").read_text()) == scores
     with pytest.raises(CheckpointError, match=r"another job \(.*metric: "):
         evaluate("metric.type=ADGENMetric", "--resume")
+    with pytest.raises(CheckpointError, match=r"data_loader.origin_columns: .*content.* then, .*summary.* now"):
+        evaluate(both, "--resume", "eval_dataset.data_loader.origin_columns=[summary,content]")
     files[0].write_bytes(contents[0].replace(b"{", b"(", 1))
     with pytest.raises(DataError, match=r"eval_predictions.jsonl:1: damaged; start without resume"):
         evaluate(both, "--resume")

@@ -21,12 +21,25 @@ def test_another_vocabulary_is_refused(tmp_path: Path, key: str) -> None:
     folder.mkdir(parents=True)
     settings = Settings(**{key: str(tmp_path / "run")})
     settings.processor.tokenizer.vocab_file = str(vocabulary)
-    check_vocabulary(settings)  # weights without a manifest
+    said: list[str] = []
+    check_vocabulary(settings, said.append)  # weights without a manifest
     for position in ({"vocabulary": file_sha256(vocabulary)}, {}, None):
         (folder / "manifest.json").write_text(json.dumps({"position": position}))
-        check_vocabulary(settings)
+        check_vocabulary(settings, said.append)
     (folder / "manifest.json").write_text(json.dumps({"position": {"vocabulary": "of another"}}))
     with pytest.raises(CheckpointError, match=r"tokenizer.model: not the vocabulary with which .*/run was trained"):
-        check_vocabulary(settings)
+        check_vocabulary(settings, said.append)
     settings.processor.tokenizer.allow_other_vocab = True
-    check_vocabulary(settings)
+    check_vocabulary(settings, said.append)
+    assert said == []
+    path = tmp_path / "run"
+    settings.processor.tokenizer.template = "plain"
+    check_vocabulary(settings, said.append)
+    (folder / "manifest.json").write_text(json.dumps({"position": {"template": "plain"}}))
+    check_vocabulary(settings, said.append)
+    settings.processor.tokenizer.template = "chat"
+    check_vocabulary(settings, said.append)
+    assert said == [
+        f"{path}: trained with processor.tokenizer.template: chat, here it is plain",
+        f"{path}: trained with processor.tokenizer.template: plain, here it is chat",
+    ]

@@ -29,6 +29,7 @@ from glm_ms.storage.run_folder import (
     move_aside,
     resolve_checkpoint,
 )
+from glm_ms.tokenizer.base import CHAT
 
 # Keys of train_dataset that change no row; the records are compared by their SHA-256 and number.
 _NO_ROWS = ("num_parallel_workers", "cache_dir", "num_samples", "drop_remainder")
@@ -56,6 +57,8 @@ def position_state(settings: Settings, plan: TrainingPlan, records: str | None =
         "records": records or file_sha256(Path(settings.train_dataset.data_loader.dataset_dir)),
         "train_dataset": {**{k: v for k, v in data.items() if k not in _NO_ROWS}, "data_loader": loader},
         "tokenizer": settings.processor.tokenizer.type,
+        # None, which checkpoints without this key have, is the chat template.
+        "template": None if settings.processor.tokenizer.template == CHAT else settings.processor.tokenizer.template,
         "vocabulary": file_sha256(Path(settings.processor.tokenizer.vocab_file)),
         "model_config": {k: v for k, v in whole["model"]["model_config"].items() if k != "padded_vocab_size"},
         "pet_config": {key: pet[key] for key in ("pet_type", *(adapter.keys if adapter else ()))},
