@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.launch.processes import Interrupts, is_local
-from glm_ms.launch.rank_job import LaunchError, LogFolder, Member, RankJob, guarded, job_environment, run_command, say
+from glm_ms.launch.rank_job import (
+    LaunchError,
+    LogFolder,
+    Member,
+    RankJob,
+    guarded,
+    job_environment,
+    product_hint,
+    run_command,
+    say,
+)
 from glm_ms.launch.rank_table import RankTable, Server, name_numbers, read_rank_table
 
 USAGE = """\
@@ -78,7 +88,7 @@ def parse(arguments: Sequence[str]) -> Request:
     if len(rest) > 1:
         raise LaunchError(f"{rest[1]}: one argument too many; {flag_form}")
     if rest and (not (rest[0].isascii() and rest[0].isdecimal()) or int(rest[0]) < 1):
-        raise LaunchError(f"RANK_SIZE {rest[0]}: not a number of cards; {flag_form}")
+        raise LaunchError(f"RANK_SIZE {rest[0]}: not a number of cards; {product_hint(rest[0]) or flag_form}")
     script = Path(__file__).resolve().parents[2] / "run_glm.py"
     given = ["--config", config, "--use_parallel", "True", "--run_mode", run_status, *prompt, *flags]
     rank_size = int(rest[0]) if rest else None

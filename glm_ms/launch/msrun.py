@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -22,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.launch.processes import Interrupts, ascend_cards, claim_port, is_local, kill_descendants, usable_cores
-from glm_ms.launch.rank_job import LaunchError, LogFolder, Member, RankJob, guarded, job_environment, run_command, say
+from glm_ms.launch.rank_job import (
+    LaunchError,
+    LogFolder,
+    Member,
+    RankJob,
+    guarded,
+    job_environment,
+    product_hint,
+    run_command,
+    say,
+)
 from glm_ms.launch.rank_logs import reason_in
 
 USAGE = """\
@@ -149,10 +158,7 @@ def _value(name: str, text: str) -> Any:
     """The value of an argument."""
     if name in _LIMITS:
         if not (text.isascii() and text.isdecimal()):
-            product = re.fullmatch(r"\s*(\d{1,6})\s*[*xX]\s*(\d{1,6})\s*", text)
-            remedy = (
-                f"write {int(product[1]) * int(product[2])}" if product else "the arguments are in the order of --help"
-            )
+            remedy = product_hint(text) or "the arguments are in the order of --help"
             raise LaunchError(f"{name} {text}: not a whole number; {remedy}")
         number, (least, most) = int(text), _LIMITS[name]
         if number < least or (most is not None and number > most):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -50,6 +51,12 @@ def run_command(usage: str, launch: Callable[[Sequence[str]], int], arguments: S
     except (LaunchError, FileError, OSError) as error:
         say(f"error: {error}")
     return 2
+
+
+def product_hint(text: str) -> str:
+    """What to write in place of `8*2`; empty for other text."""
+    product = re.fullmatch(r"\s*(\d{1,6})\s*[*xX]\s*(\d{1,6})\s*", text)
+    return f"write {int(product[1]) * int(product[2])}" if product else ""
 
 
 def say(line: str) -> None:

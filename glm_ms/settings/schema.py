@@ -34,6 +34,7 @@ BATCH_SIZE_KEYS = {
     "eval": "eval_dataset.batch_size",
     **dict.fromkeys(("predict", "export"), "predict_batch_size"),
 }
+_WIDEST = 131072  # sizes beyond it are mistakes, which would only fail when memory is asked for
 _VOCAB_KEY = "model.model_config.padded_vocab_size"
 _NETWORK, _DROPOUT = GLMConfig, {"at_least": 0, "below": 1}
 # Keys that decide whether others have an effect, and with which values; see `used_with` in `key`.
@@ -160,15 +161,17 @@ class PetSettings:
         None, "lora: low-rank adapters, ptuning2: a learnt prefix of keys and values; null: train all weights",
         choices=ADAPTERS
     )  # fmt: skip
-    lora_rank: int = key(8, "rows of A and columns of B", at_least=1, used_with=_ADAPTERS)
+    lora_rank: int = key(8, "rows of A and columns of B", at_least=1, at_most=_WIDEST, used_with=_ADAPTERS)
     lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_ADAPTERS)
     lora_dropout: float = key(0.1, "dropout on the input of A", **_DROPOUT, used_with=_ADAPTERS)
     target_modules: Union[list[str], str] = key(
         ".*query_key_value", "modules: a regex on the whole name, or a list of endings", used_with=_ADAPTERS
     )
-    pre_seq_len: int = key(128, "positions of the prefix", at_least=1, used_with=_ADAPTERS)
+    pre_seq_len: int = key(128, "positions of the prefix", at_least=1, at_most=_WIDEST, used_with=_ADAPTERS)
     prefix_projection: bool = key(False, "an MLP between embedding and prefix", used_with=_ADAPTERS)
-    projection_dim: Optional[int] = key(None, "width of that MLP; null: hidden_size", at_least=1, used_with=_ADAPTERS)
+    projection_dim: Optional[int] = key(
+        None, "width of that MLP; null: hidden_size", at_least=1, at_most=_WIDEST, used_with=_ADAPTERS
+    )
     dropout_prob: float = key(0.1, "dropout on the prefix", **_DROPOUT, used_with=_ADAPTERS)
 
 
@@ -201,7 +204,7 @@ class ProcessorSettings:
 
 @dataclass
 class RunnerSettings:
-    epochs: int = key(1, "passes over the training data", at_least=1)
+    epochs: int = key(1, "passes over the training data", at_least=1, at_most=10**6)
     batch_size: int = key(8, "training rows per step and data-parallel part", at_least=1)
     max_steps: Optional[int] = key(None, "stop after this many steps; null: after `epochs`", at_least=1)
     gradient_accumulation_steps: int = key(1, "steps whose gradients make one update", at_least=1)
@@ -310,10 +313,10 @@ class GenerationSettings:
     top_k: int = key(0, "keep the k most likely tokens; 0: all", at_least=0, used_with=_SAMPLED)
     top_p: float = key(1.0, "keep the smallest set with this probability", above=0, at_most=1, used_with=_SAMPLED)
     repetition_penalty: float = key(1.0, "above 1 makes tokens that occurred less likely; 1: none", above=0)
-    num_beams: int = key(1, "beams of the beam search; 1: none", at_least=1)
+    num_beams: int = key(1, "beams of the beam search; 1: none", at_least=1, at_most=1024)
     length_penalty: float = key(1.0, "beam scores are divided by length to this power")
     early_stopping: bool = key(False, "stop when num_beams answers are finished")
-    num_return_sequences: int = key(1, "answers per prompt", at_least=1)
+    num_return_sequences: int = key(1, "answers per prompt", at_least=1, at_most=1024)
 
 
 @dataclass

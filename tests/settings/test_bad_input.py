@@ -13,6 +13,8 @@ IN_THE_FILE = [
     ("runner_config: {epoch: 2}", ["run.yaml:14: runner_config.epoch: unknown key", "did you mean epochs?"]),
     ("runner_confg: {epochs: 2}", ["runner_confg: unknown key", "did you mean runner_config?"]),
     ("runner_config:\n  epochs: two", ["run.yaml:15: runner_config.epochs", "a whole number", "'two' (str)"]),
+    ("runner_config: {epochs: 1000000000000}", ["runner_config.epochs", "at least 1 and at most 1000000"]),
+    ("generation: {num_beams: 1000000}", ["generation.num_beams", "at most 1024"]),
     ("runner_config: {epochs: 2.5}", ["a whole number", "2.5 (float)"]),
     ("runner_config: {epochs: 1e3}", ["a whole number", "'1e3'"]),
     ("runner_config: {epochs: '2'}", ["a whole number", "remove the quotes"]),
