@@ -49,5 +49,9 @@ find_python
 unset RANK_ID RANK_SIZE RANK_TABLE_FILE MINDSPORE_HCCL_CONFIG_PATH DEVICE_NUM
 unset MS_ROLE MS_SCHED_HOST MS_SCHED_PORT MS_WORKER_NUM MS_SERVER_NUM MS_NODE_ID MS_TOPO_TIMEOUT
 export DEVICE_ID="$DEVICE"
-exec "$python" "$root/run_glm.py" --config "$CONFIG" --use_parallel False --run_mode "$STATUS" \
+alone=(--use_parallel False)
+for word in "$@"; do
+    case "$word" in --use_parallel | --use_parallel=*) alone=() ;; esac # a flag may not be given twice
+done
+exec "$python" "$root/run_glm.py" --config "$CONFIG" ${alone[@]+"${alone[@]}"} --run_mode "$STATUS" \
     --device_id "$DEVICE" "$@"

@@ -196,7 +196,7 @@ def test_paths_in_the_text_exist(page):
 
 
 def arguments_of(command: str) -> tuple[str, list[str]]:
-    """Program (`run_glm.py`, `tools/train_vocab.py`, else "") and the arguments it gets; of a pipe, the last command."""
+    """Program (`run_glm.py`, `tools/train_vocab.py`, else "") and its arguments; of a pipe, the last command."""
     tokens = shlex.split(command.rpartition(" | ")[2])
     for token in tokens:
         if token.startswith("run_glm.py "):  # given to a launcher as one argument
@@ -207,9 +207,8 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
         return f"tools/{console.TOOLS[tokens[1]][0]}", tokens[2:]
     if tokens[:2] == ["bash", "scripts/run_standalone.sh"]:
         config, device, mode, *rest = tokens[2:]
-        return "run_glm.py", [
-            "--config", config, "--use_parallel", "False", "--device_id", device, "--run_mode", mode, *rest,
-        ]  # fmt: skip
+        alone = [] if "--use_parallel" in rest else ["--use_parallel", "False"]
+        return "run_glm.py", ["--config", config, *alone, "--device_id", device, "--run_mode", mode, *rest]
     if tokens[:2] == ["bash", "scripts/run_distribute.sh"]:
         _, config, _, mode, _, *rest = tokens[2:]
         return "run_glm.py", ["--config", config, "--use_parallel", "True", "--run_mode", mode, *rest]

@@ -90,7 +90,10 @@ def parse(arguments: Sequence[str]) -> Request:
     if rest and (not (rest[0].isascii() and rest[0].isdecimal()) or int(rest[0]) < 1):
         raise LaunchError(f"RANK_SIZE {rest[0]}: not a number of cards; {product_hint(rest[0]) or flag_form}")
     script = Path(__file__).resolve().parents[2] / "run_glm.py"
-    given = ["--config", config, "--use_parallel", "True", "--run_mode", run_status, *prompt, *flags]
+    parallel = ["--use_parallel", "True"]
+    if any(flag.partition("=")[0] == parallel[0] for flag in flags):
+        parallel = []  # a flag may not be given twice
+    given = ["--config", config, *parallel, "--run_mode", run_status, *prompt, *flags]
     rank_size = int(rest[0]) if rest else None
     return Request(table, device_range(cards), rank_size, (sys.executable, str(script), *given))
 

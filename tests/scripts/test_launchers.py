@@ -256,6 +256,16 @@ def test_standalone(project: Path):
     assert (variables["DEVICE_ID"], variables["MS_ROLE"], variables["RANK_ID"]) == ("3", None, None)
 
 
+def test_use_parallel_is_given_once(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the user, or by the launcher."""
+    monkeypatch.chdir(project)
+    request = parse(["one.json", "X.yaml", "[0,2)", "eval", "--use_parallel", "True"])
+    assert request.command.count("--use_parallel") == 1
+    status, shown, said = run(project, "run_standalone.sh", "X.yaml", "3", "eval", "--use_parallel=False")
+    assert status == 0, said
+    assert [word for word in json.loads(shown)[0] if "use_parallel" in word] == ["--use_parallel=False"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
