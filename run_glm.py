@@ -11,9 +11,8 @@ from pathlib import Path
 from glm_ms.program import program, signal_thread
 
 
-@program
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0, 1 for a run that failed on its input, 2 for bad settings, or one of `program`."""
+    """Returns the exit status: 0, 1 for a run that failed on its input, 2 for unusable settings."""
     with signal_thread() as imported:
         from glm_ms.ascend_hints import error_lines, hints
         from glm_ms.engine.process import is_verbose, quiet_imports
@@ -56,4 +55,4 @@ def _make_output_dir(path: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program(main)(sys.argv[1:]))

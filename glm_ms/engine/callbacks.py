@@ -26,7 +26,7 @@ from glm_ms.engine.step.training import Training
 from glm_ms.program import restore_signal_handlers
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import replace_text
-from glm_ms.storage.errors import WriteError
+from glm_ms.storage.errors import FileError
 from glm_ms.storage.run_folder import DIVERGED, list_checkpoints
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -184,17 +184,17 @@ def _report_divergence(run: TrainingRun, record: StepRecord, reason: str) -> str
     indices = run.plan.rows_of(record.step - 1).tolist()
     # JSON has neither NaN nor infinity: as text.
     numbers = {k: v if v is None or math.isfinite(v) else str(v) for k, v in vars(record).items()}
-    document = {
-        **numbers,
-        "reason": reason,
-        "rows_without_loss": indices.count(-1),
-        "rows": [_describe_row(run, place, index) for place, index in enumerate(indices) if index >= 0],
-    }
     path = run.output_dir / DIVERGED.format(f"{record.step:08d}")
     records = f"Its records: {path}."
     try:
+        document = {
+            **numbers,
+            "reason": reason,
+            "rows_without_loss": indices.count(-1),
+            "rows": [_describe_row(run, place, index) for place, index in enumerate(indices) if index >= 0],
+        }
         replace_text(path, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-    except WriteError as error:  # must not hide that the run has diverged
+    except FileError as error:  # must not hide that the run has diverged
         records = f"Its records are lost: {error}."
     run.ranks.from_first(None)
     saved = [str(folder) for _, folder in list_checkpoints(run.training.checkpoints.folder)][-1:]

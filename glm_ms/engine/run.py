@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from glm_ms.engine.weights import build_model, fuse
 from glm_ms.ops.ascend import soc_version
 from glm_ms.program import restore_signal_handlers
 from glm_ms.settings import Settings, SettingsError
+from glm_ms.storage.errors import WriteError
 from glm_ms.storage.run_folder import ANSWERS_FILE
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -59,8 +61,18 @@ def _run(settings: Settings) -> None:
     def say(line: str) -> None:
         """Standard error: a pipe of predictions must not contain remarks."""
         if ranks.first:
-            print(line, file=sys.stderr, flush=True)
+            with suppress(OSError):  # a remark that cannot be shown ends no run
+                print(line, file=sys.stderr, flush=True)
 
+    def show(text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise WriteError(f"standard output: {error.strerror}; the answers are in {answers}") from error
+
+    answers = Path(settings.output_dir) / ANSWERS_FILE
     ms.set_seed(settings.seed)
     tokenizer = build_tokenizer(settings)
     for note in filter(None, [*settings.notes, overflow_mode_note(soc_version())]):
@@ -78,8 +90,8 @@ def _run(settings: Settings) -> None:
         for path in export(settings, model, say):
             say(f"exported: {path}")
     else:
-        predict(settings, model, tokenizer, lambda text: print(text, end="", flush=True), say)
-        say(f"answers: {Path(settings.output_dir) / ANSWERS_FILE}")
+        predict(settings, model, tokenizer, show, say)
+        say(f"answers: {answers}")
 
 
 def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> None:

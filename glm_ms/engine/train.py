@@ -24,9 +24,9 @@ from glm_ms.engine.step.training import Training, mindformers_config, register_c
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import is_sharded
-from glm_ms.storage.atomic import replace_text
+from glm_ms.storage.atomic import remove_leftovers, replace_text
 from glm_ms.storage.lock import run_lock
-from glm_ms.storage.run_folder import SETTINGS_FILE, STRATEGIES
+from glm_ms.storage.run_folder import CHECKPOINTS, SETTINGS_FILE, STRATEGIES
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 
@@ -106,7 +106,10 @@ def begin_output(run: TrainingRun) -> BestEvaluation:
     metric = run.settings.checkpoint.best_metric if run.ranks.first else None
     best = BestEvaluation(run.output_dir, metric, known, run.say)
     own = run.training.checkpoints.folder
+    if run.training.checkpoints.writes:
+        remove_leftovers(own / CHECKPOINTS)  # half written or half removed by a killed run
     if run.ranks.first:
+        remove_leftovers(run.output_dir)
         aside = resume.set_aside(run.output_dir, run.checkpoint)
         if aside is not None:
             run.say(f"the files of an earlier run in {run.output_dir} have been moved to {aside}")

@@ -24,7 +24,7 @@ from glm_ms.engine.predict import predict
 from glm_ms.engine.report.summary import summary
 from glm_ms.engine.run import set_device
 from glm_ms.engine.train import Given, train
-from glm_ms.engine.weights import adapter_config, build_model, different_fields, fuse
+from glm_ms.engine.weights import adapter_config, build_model, check_vocabulary, different_fields, fuse
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.mindformers_api.generation import set_generation
 from glm_ms.mindformers_api.model import MindFormersGLM
@@ -172,6 +172,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             adapter = is_adapter_folder(resolve_checkpoint(path))
             setattr(settings, "load_adapter" if adapter else "load_checkpoint", path)
         tokenizer = _begin(settings)
+        check_vocabulary(settings)
         if network is None:
             model = self._build(settings, tokenizer)
         else:

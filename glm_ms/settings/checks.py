@@ -175,8 +175,9 @@ def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:
     for part in parts_in_use(settings):
         yield from loader_problems(settings, part)
         yield from length_problems(settings, part)
-    if training and settings.resume:
-        yield Problem("resume", f"True: {settings.run_mode} continues a run with --resume_training")
+    if settings.resume and settings.run_mode not in ("eval", "predict"):
+        advice = "; training continues with --resume_training" if training else ""
+        yield Problem("resume", f"True has no effect with run_mode {settings.run_mode}{advice}")
     if settings.run_mode == "export":
         if settings.use_parallel:
             yield Problem("use_parallel", "True, but one process writes the exported files; set it to False")

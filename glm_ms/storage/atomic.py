@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from glm_ms.storage.errors import CheckpointError, FileError, WriteError, not_written
@@ -112,6 +112,12 @@ def check_target(
         )
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder of outputs; a process killed meanwhile never leaves half of it under its name."""
+    doomed = path.rename(path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL}"))
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Removes what killed processes left in a folder of outputs with this name, `*` for any.
 
@@ -127,7 +133,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
             partial = item.with_suffix(_PARTIAL)
             abandoned = not partial.exists() or _is_abandoned(partial)
             if abandoned and not (folder / final).exists():
-                item.rename(folder / final)
+                with suppress(OSError):  # another process may have done the same
+                    item.rename(folder / final)
                 continue
         if abandoned:
             shutil.rmtree(item, ignore_errors=True)

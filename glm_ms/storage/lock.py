@@ -18,9 +18,8 @@ def locked(path: Path, *, folder: bool = False, on_wait: Callable[[], None] | No
     If another process has the lock, calls `on_wait` once and waits; without `on_wait` raises BlockingIOError. Yields
     None, or the reason if the file system has no locks and `path` is therefore not locked.
     """
-    descriptor = os.open(
-        path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW if folder else os.O_RDWR | os.O_CREAT, 0o666
-    )
+    flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     no_locks = None
     try:
         try:

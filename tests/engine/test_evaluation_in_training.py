@@ -161,7 +161,7 @@ def test_killed_after_the_last_checkpoint(evaluated: Path, vocabulary: Path, tmp
     names = sorted(path.name for path in checkpoints.iterdir())
     (checkpoints / "best.json").write_text('{"step": 5, "metric": "perplexity", "value": 1.0}')
     shutil.copytree(checkpoints / "step_00000016", checkpoints / "step_00000005")
-    for name in (".step_00000010.0123456789abcdef.partial", ".step_00000008.old"):
+    for name in (".step_00000010.0123456789abcdef.partial", ".step_00000008.0123456789abcdef.partial"):
         (checkpoints / name).mkdir()
     shutil.rmtree(run / "plots")
     line = tiny_arguments("finetune", vocabulary, *SMALL_TRAINING, *LEARNING, *EVALUATED, "--output_dir", run)

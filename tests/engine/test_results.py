@@ -200,4 +200,7 @@ def test_training_has_a_flag_of_its_own(
 ) -> None:
     with pytest.raises(SystemExit):
         settings_from_command_line(tiny_arguments("finetune", vocabulary, "--output_dir", folder, "--resume"))
-    assert "resume: True: finetune continues a run with --resume_training" in capsys.readouterr().err
+    assert (
+        "resume: True has no effect with run_mode finetune; training continues with --resume_training"
+        in capsys.readouterr().err
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import HIGHER, METRICS, metric_of
 from glm_ms.model.config import GLMConfig
 from glm_ms.settings import Settings
-from glm_ms.storage.atomic import atomic_output, remove_leftovers, replace_text, sync
+from glm_ms.storage.atomic import atomic_output, remove_folder, replace_text, sync
 from glm_ms.storage.errors import CheckpointError, WriteError, not_written
 from glm_ms.storage.run_folder import CHECKPOINTS, best_file, list_checkpoints, resolve_checkpoint, step_folder
 
@@ -85,16 +84,10 @@ class Checkpoints(ABC):
         self.state.restore(checkpoint)
 
     def remove_old(self, kept: Collection[int] = ()) -> None:
-        """Removes all checkpoints except the newest `keep_max` and those of the steps `kept`, and what killed runs have
-        left half written or half removed."""
-        remove_leftovers(self.folder / CHECKPOINTS)
-        for hidden in (self.folder / CHECKPOINTS).glob(".step_*.old"):
-            shutil.rmtree(hidden, ignore_errors=True)
+        """Removes all checkpoints except the newest `keep_max` and those of the steps `kept`."""
         for step, old in list_checkpoints(self.folder)[: -self.keep_max]:
             if step not in kept:
-                # Renamed first: a process killed during the removal must not leave half a checkpoint.
-                doomed = old.rename(old.with_name(f".{old.name}.old"))
-                shutil.rmtree(doomed, ignore_errors=True)
+                remove_folder(old)
 
 
 class WholeCheckpoints(Checkpoints):

@@ -54,14 +54,30 @@ class StepRecord:
 def progress_bar(total: int, description: str, unit: str, done: int = 0, show: bool = True, leave: bool = True) -> tqdm:
     """A bar on standard error, which stays visible when it is full unless it is below another one: `leave=False`.
 
-    A file keeps every state of a bar: there it is updated only every 10 seconds, and not shown below another one.
+    A file keeps every state of a bar: there it is updated only every 10 seconds, and not shown below another one. A
+    terminal or file that takes no more text ends no run.
     """
     terminal = sys.stderr.isatty()
     hidden, interval = not show or not (leave or terminal), 0.1 if terminal else 10.0
     return tqdm(
         total=total, initial=done, desc=description, unit=unit, disable=hidden, leave=leave, dynamic_ncols=True,
-        mininterval=interval
+        mininterval=interval, file=_StandardError()
     )  # fmt: skip
+
+
+class _StandardError:
+    """Standard error, for `tqdm`; what cannot be written is lost."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 class ProgressLog:

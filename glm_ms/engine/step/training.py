@@ -20,7 +20,7 @@ from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import Ranks
 from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.step.train_step import GLMTrainOneStep, TrainOneStep
-from glm_ms.engine.weights import build_model, fuse
+from glm_ms.engine.weights import build_model, check_vocabulary, fuse
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.parallel.partition import OPTIMIZER_SHARD_THRESHOLD_KB
 from glm_ms.settings import Settings
@@ -58,6 +58,7 @@ class Training:
         """
         self.checkpoint = checkpoint
         if self.given_model is not None:
+            check_vocabulary(self.settings)
             self.model = self.given_model
             return
         self.model = build_model(self.settings, vocab_size, self.say, checkpoint)
