@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, get_type_hints
 
 from mindformers import MindFormerConfig
@@ -44,6 +45,7 @@ class GLMDataset:
             tokenizer.vocab_file, template=tokenizer.get("template", CHAT)
         )
         rows = labelled_rows(section, core)
+        print(rows.describe(), file=sys.stderr, flush=True)
         plan = TrainingPlan(
             num_rows=len(rows),
             batch_size=dataset_config.batch_size or 1,

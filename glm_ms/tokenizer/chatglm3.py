@@ -220,7 +220,8 @@ def _parsed(text: str) -> Any:
     try:
         return parse_json(text, "")
     except FileError as error:
-        raise ValueError(f"must be a list of objects, or the JSON text of one, found {text!r:.60} ({error})") from None
+        reason = str(error).partition(": ")[2]  # without the place
+        raise ValueError(f"must be a list of objects, or the JSON text of one, found {text!r:.60}; {reason}") from None
 
 
 def tools_json(tools: Any) -> str:

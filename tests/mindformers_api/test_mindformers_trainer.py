@@ -158,10 +158,11 @@ class CountSteps(ms.train.Callback):
         self.steps += 1
 
 
-def test_a_given_data_set_trains_like_its_file(run: Path, tmp_path: Path):
+def test_a_given_data_set_trains_like_its_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = MindFormerConfig(yaml_of(run, tmp_path))
     dataset = build_dataset(config.train_dataset_task)
     assert (dataset.get_batch_size(), dataset.get_dataset_size()) == (4, 6)
+    assert "records used" in capsys.readouterr().err
     Trainer(args=config, task="text_generation", train_dataset=dataset).train()
     # The first epoch is the same; the file is shuffled anew for the second, the data set keeps its order.
     np.testing.assert_allclose(losses(tmp_path)[:6], losses(run)[:6], atol=1e-6, rtol=0)
