@@ -21,7 +21,7 @@ import numpy as np
 from glm_ms.data.rows import IGNORED
 from glm_ms.data.workers import map_values, processes_for
 from glm_ms.storage.atomic import staged
-from glm_ms.storage.errors import DataError, not_written
+from glm_ms.storage.errors import DataError
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.json_lines import JsonFile, RawValue
 from glm_ms.storage.lock import locked
@@ -164,9 +164,10 @@ def cached_rows(
         rows = _found(folder)
         if rows is not None:
             return rows
-        reason = not_written(Path(error.filename or folder.parent), error)
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of a WriteError
         raise DataError(
-            f"train_dataset.cache_dir: {reason}; choose another folder, or cache_dir: null for none"
+            f"train_dataset.cache_dir: {cause.filename or folder.parent}: cannot be written: "
+            f"{cause.strerror or cause}; choose another folder, or cache_dir: null for none"
         ) from error
     return CachedRows(folder, verify=False)
 
