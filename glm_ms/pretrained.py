@@ -43,7 +43,7 @@ def load_pretrained(
             output folder of a training run (its newest checkpoint).
         config: architecture, or the folder, `config.json` or YAML to read it from. None: `config.json` in `path`.
         adapter: LoRA or P-Tuning adapter to attach; see `GLMForCausalLM.load_adapter`. None: the adapter that the
-            files of the weights contain, if they do.
+            files of the weights contain, if they do; another one replaces it.
         lora_alpha: see `GLMForCausalLM.load_adapter`.
 
     An answer ends at the stop tokens of the tokenizer in the folder of the weights or of their run, if there is one.

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 from glm_ms.convert.conversion import Conversion, parse_size, plan_conversion
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
 from glm_ms.peft import is_adapter_folder
-from glm_ms.peft.adapter import AdapterError, StoredAdapter, read_adapter
+from glm_ms.peft.adapter import AdapterError, StoredAdapter, read_adapter, replaced_adapter
 from glm_ms.peft.lora import check_complete, linear_names, lora_deltas
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
@@ -88,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    remark = replaced_adapter(conversion.reader, options.adapter)
+    if remark:
+        print(remark)
     done = "removed from" if options.remove else "merged into"
     print(
         f"{conversion.output}: adapter {done} {len(conversion.deltas)} of {len(conversion.shapes)} tensors "
@@ -115,11 +118,6 @@ def plan_merge(conversion: Conversion, stored: StoredAdapter, remove: bool) -> C
             f"{stored.path}: made for another base than {conversion.reader.path}: {capped(sorted(problems))}"
         )
     check_complete(stored, linear_names(conversion.shapes))
-    if conversion.reader.adapter_names() and stored.path not in conversion.reader.files():
-        raise AdapterError(
-            f"{conversion.reader.path}: --base: contains an adapter of its own; merge that first (give "
-            "this as --adapter)"
-        )
     return dataclasses.replace(conversion, deltas=deltas)
 
 

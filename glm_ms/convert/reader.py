@@ -303,6 +303,15 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader, with_ada
         )
 
 
+def has_adapter(path: str | Path) -> bool:
+    """Whether weights contain the tensors of an adapter too; False if there are no weights."""
+    try:
+        with open_checkpoint(path) as reader:
+            return bool(reader.adapter_names())
+    except CheckpointError:
+        return False
+
+
 def _why_other_names(found: list[str], expected: Mapping[str, object]) -> str:
     """What a checkpoint is whose names do not fit, for the error message; empty if that is not known."""
     if any(name.endswith((".weight_scale", ".quantized_weight", ".qweight")) for name in found):

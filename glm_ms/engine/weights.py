@@ -16,7 +16,7 @@ from glm_ms.model.layers import DTYPES
 from glm_ms.ops.registry import fuse_kernels
 from glm_ms.parallel.layers import sharded_glm
 from glm_ms.peft import ADAPTERS, is_adapter_folder
-from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, adapter_with, read_adapter
+from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, adapter_with, read_adapter, replaced_adapter
 from glm_ms.settings import Settings, SettingsError, resolve_vocab_size
 from glm_ms.settings.schema import AUTO, parallel_of
 from glm_ms.storage.errors import CheckpointError
@@ -56,9 +56,8 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
         # With its stored config: it may be an adapter from `peft` that the settings cannot express.
         model.restore_adapter(_checked_against_settings(model, read_adapter(checkpoint), adapter))
     elif named:
-        pet = settings.model.pet_config
-        stored = read_adapter(named, pet.lora_alpha if pet.pet_type == "lora" else None)
-        if named != settings.load_adapter:  # its base is in the same files and has been loaded
+        stored = read_adapter(named, lora_alpha(settings))
+        if base is not None and base in (stored.path, *stored.path.parents):  # its base has been loaded
             stored = dataclasses.replace(stored, weights_beside=0)
         if adapter is not None:
             stored = _checked_against_settings(model, stored, adapter)
@@ -66,13 +65,26 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
         _remark_on_base(stored, base, say)
     elif adapter is not None and settings.is_training():
         model.add_adapter(adapter, settings.seed)
-    elif adapter is not None:
-        raise SettingsError(
-            f"{settings.where('model.pet_config.pet_type')}: model.pet_config.pet_type: {adapter.kind}, but there is "
-            "no adapter to load; name it (--load_adapter PATH), or set model.pet_config.pet_type=null for the base "
-            "alone or for merged weights"
-        )
+    else:
+        check_adapter_found(settings, model)
     return model
+
+
+def lora_alpha(settings: Settings) -> float | None:
+    """The numerator of the scale of a LoRA adapter that does not have it itself; None if the settings name no LoRA."""
+    pet = settings.model.pet_config
+    return pet.lora_alpha if pet.pet_type == "lora" else None
+
+
+def check_adapter_found(settings: Settings, model: GLMForCausalLM) -> None:
+    """Raises SettingsError if an evaluation or prediction names a type of adapter, and the model has none."""
+    kind = settings.model.pet_config.pet_type
+    if kind is not None and model.adapter is None:
+        raise SettingsError(
+            f"{settings.where('model.pet_config.pet_type')}: model.pet_config.pet_type: {kind}, but there is no "
+            "adapter to load; name it (--load_adapter PATH), or set model.pet_config.pet_type=null for the base alone "
+            "or for merged weights"
+        )
 
 
 def check_vocabulary(settings: Settings, say: Say) -> None:
@@ -157,7 +169,7 @@ def _base_model(
             "name it with --load_adapter, and with --load_checkpoint the base weights it was trained on"
         )
     with open_checkpoint(checkpoint) as reader:
-        named = adapter_with(reader, settings.load_adapter)
+        named, remark = adapter_with(reader, settings.load_adapter), replaced_adapter(reader, settings.load_adapter)
         if reader.adapter_names() and settings.is_training() and settings.model.pet_config.pet_type is None:
             raise CheckpointError(
                 f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter beside the "
@@ -165,7 +177,8 @@ def _base_model(
                 "training the adapter, or merge it first (tools/merge_lora.py) and start from the result"
             )
         config = _config_for(settings, vocab_size, checkpoint, reader)
-        say(f"weights: {checkpoint}")
+        for line in filter(None, (f"weights: {checkpoint}", remark)):
+            say(line)
         dtype = "float16" if config.param_init_type == "float16" else "float32"
         parameters = load_parameters(reader, config, dtype, with_adapter=True)
         return GLMForCausalLM.from_parameters(config, parameters), named

@@ -12,7 +12,7 @@ from mindformers import MindFormerConfig
 from mindformers.models import build_model_config
 from mindformers.models.configuration_utils import PretrainedConfig
 
-from glm_ms.convert.reader import open_checkpoint
+from glm_ms.convert.reader import has_adapter, open_checkpoint
 from glm_ms.families import family_of
 from glm_ms.mindformers_api.generation import LENGTHS, OPTIONS
 from glm_ms.mindformers_api.released import is_virtual, yaml_path
@@ -57,7 +57,8 @@ class MindFormersGLMConfig(PretrainedConfig):
     Args:
         kwargs: fields of the architecture. `padded_vocab_size: auto` is taken from the weights, or else from the
             tokenizer. `checkpoint_name_or_path`: initial weights, in any format that `glm_ms.load_pretrained` reads.
-            `load_adapter`: adapter for these weights. `tokenizer`: `type` and `vocab_file`, as in
+            `load_adapter`: adapter for these weights; `pet_config` has the `lora_alpha` of MindFormers' LoRA.
+            `tokenizer`: `type` and `vocab_file`, as in
             `processor.tokenizer` of a YAML. Generation options become the defaults of the model (`generation`).
             ConfigError for an unknown key or invalid value.
     """
@@ -79,6 +80,8 @@ class MindFormersGLMConfig(PretrainedConfig):
         self.tokenizer_class = TOKENIZER_CLASS
         self.tokenizer = dict(kwargs.get("tokenizer") or {})
         self.load_adapter = kwargs.get("load_adapter") or ""
+        pet = dict(kwargs.get("pet_config") or {})
+        self.lora_alpha: float | None = pet.get("lora_alpha") if pet.get("pet_type") == "lora" else None
         own_options = {key: kwargs[key] for key in _GENERATION if key in kwargs}
         self.generation = {**(kwargs.get("generation") or {}), **own_options}
         fields = {key: kwargs[key] for key in _FIELDS if key in kwargs}
@@ -143,8 +146,10 @@ class MindFormersGLMConfig(PretrainedConfig):
         """
         as_pair = kwargs.pop("return_unused_kwargs", False)
         path = kwargs.get("name_or_path", "")
-        values = GLMConfig.from_pretrained(path).to_dict() if path else config_dict
-        config = cls(**{**values, **kwargs})
+        if path:
+            folder = Path(path) if Path(path).is_dir() else Path(path).parent
+            config_dict = GLMConfig.from_pretrained(path, with_prefix=has_adapter(folder)).to_dict()
+        config = cls(**{**config_dict, **kwargs})
         return (config, {}) if as_pair else config
 
     def save_pretrained(

@@ -13,7 +13,7 @@ from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Parameter, Tensor, ops
 
 from glm_ms.convert.dtypes import convert_dtype
-from glm_ms.convert.reader import load_parameters, open_checkpoint
+from glm_ms.convert.reader import has_adapter, load_parameters, open_checkpoint
 from glm_ms.convert.writers import write_file
 from glm_ms.engine.weights import check_config_beside
 from glm_ms.generation import GLMForCausalLM
@@ -229,7 +229,8 @@ class MindFormersGLM(PreTrainedModel):
             if source is None:
                 raise CheckpointError(f"{path}: no config.json here; give config=, a MindFormersGLMConfig or a path")
             config = MindFormersGLMConfig.from_pretrained(str(source), **kwargs)
-        return cls(config, core=load_pretrained(path, config.architecture()), weights_from=str(path))
+        core = load_pretrained(path, config.architecture(), lora_alpha=config.lora_alpha)
+        return cls(config, core=core, weights_from=str(path))
 
     from_pretrained_experimental_mode = from_pretrained  # AutoModel calls this one for folders with a config.json
 
@@ -239,13 +240,23 @@ class MindFormersGLM(PreTrainedModel):
             raise CheckpointError("checkpoint_name_or_path: empty; give a Hugging Face folder, .safetensors or .ckpt")
         self.load_weights(config.checkpoint_name_or_path)
 
-    def load_weights(self, path: str) -> None:
-        """Replaces all weights; an adapter stays attached. CheckpointError for weights of another network."""
+    def load_weights(self, path: str, lora_alpha: float | None = None) -> None:
+        """Replaces all weights; an adapter stays attached. An adapter in the same files is attached, with `lora_alpha`
+        of `GLMForCausalLM.load_adapter`, by default that of `pet_config`.
+
+        Raises CheckpointError for weights of another network, and for an adapter if there is one already.
+        """
         folder, core = resolve_checkpoint(path), self.core
         with open_checkpoint(folder) as reader:
-            check_config_beside(folder, core.config, self.config.name_or_path or type(self).__name__)
+            if reader.adapter_names() and core.adapter is not None:
+                raise CheckpointError(f"{folder}: contains an adapter, and the model has one already; build it again")
+            source = self.config.name_or_path or type(self).__name__
+            check_config_beside(folder, core.config, source, bool(reader.adapter_names()))
             dtype = "float16" if core.config.param_init_type == "float16" else "float32"
-            core.load_parameters(load_parameters(reader, core.config, dtype))
+            core.load_parameters(load_parameters(reader, core.config, dtype, with_adapter=True))
+            if reader.adapter_names():
+                core.load_adapter(reader.path, self.config.lora_alpha if lora_alpha is None else lora_alpha)
+                self.adapter_from = str(path)
         self.weights_from = str(path)
 
     def save_pretrained(self, save_directory: str, save_name: str = "mindspore_model", **kwargs: Any) -> None:
@@ -279,8 +290,8 @@ def _build(config: MindFormersGLMConfig) -> GLMForCausalLM:
     architecture = config.architecture()
     if config.checkpoint_name_or_path:
         path = resolve_checkpoint(config.checkpoint_name_or_path)
-        check_config_beside(path, architecture, config.name_or_path or type(config).__name__)
-        return load_pretrained(path, architecture, adapter=config.load_adapter or None)
+        check_config_beside(path, architecture, config.name_or_path or type(config).__name__, has_adapter(path))
+        return load_pretrained(path, architecture, config.load_adapter or None, config.lora_alpha)
     if config.load_adapter:
         needed = "needs load_checkpoint, the weights it was trained on"
         raise CheckpointError(f"load_adapter: {config.load_adapter}: {needed}")

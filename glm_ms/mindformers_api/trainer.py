@@ -24,7 +24,15 @@ from glm_ms.engine.predict import predict
 from glm_ms.engine.report.summary import summary
 from glm_ms.engine.run import set_device
 from glm_ms.engine.train import Given, train
-from glm_ms.engine.weights import adapter_config, build_model, check_vocabulary, different_fields, fuse
+from glm_ms.engine.weights import (
+    adapter_config,
+    build_model,
+    check_adapter_found,
+    check_vocabulary,
+    different_fields,
+    fuse,
+    lora_alpha,
+)
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.mindformers_api.generation import set_generation
 from glm_ms.mindformers_api.model import MindFormersGLM
@@ -292,6 +300,11 @@ def _fill(network: MindFormersGLM, settings: Settings) -> GLMForCausalLM:
     if settings.resume_training is False:
         _load_missing_weights(network, settings)
     adapter = adapter_config(settings)
+    if adapter is None and network.core.adapter is not None:
+        raise CheckpointError(
+            f"{settings.load_checkpoint}: contains an adapter beside the weights; set model.pet_config.pet_type to "
+            "continue training it, or merge it first (tools/merge_lora.py)"
+        )
     if adapter is not None and network.core.adapter is None:
         network.core.add_adapter(adapter, settings.seed)
     fuse(settings, network.core, _say)
@@ -302,14 +315,16 @@ def _load_missing_weights(network: MindFormersGLM, settings: Settings) -> GLMFor
     """Loads the weights and the adapter of the settings into a given model, unless it has them."""
     core = network.core
     if settings.load_checkpoint and settings.load_checkpoint != network.weights_from:
-        network.load_weights(settings.load_checkpoint)
+        network.load_weights(settings.load_checkpoint, lora_alpha(settings))
     _say(f"weights: {network.weights_from or 'random'}")
     if settings.load_adapter and settings.load_adapter != network.adapter_from:
         if core.adapter is not None:
             other = f"the model given already has an adapter, from {network.adapter_from}"
             raise CheckpointError(f"{settings.load_adapter}: {other}")
-        _say(str(core.load_adapter(settings.load_adapter)))
+        _say(str(core.load_adapter(settings.load_adapter, lora_alpha(settings))))
         network.adapter_from = settings.load_adapter
+    if not settings.is_training():
+        check_adapter_found(settings, core)
     return core
 
 

@@ -209,8 +209,8 @@ class GLMConfig:
             raise ConfigError(f"{path}: quantization_bit = {bits}: {reason}")
         if values.pop("pre_seq_len", None) and not with_prefix:
             raise ConfigError(
-                f"{path}: pre_seq_len is set, so this is a P-Tuning prefix and not a model; give it as adapter "
-                "(--load_adapter), and the model it was trained on as weights"
+                f"{path}: pre_seq_len is set, so this belongs to a P-Tuning prefix, and no weights of one are beside "
+                "it; give a prefix as adapter (--load_adapter), and the model it was trained on as weights"
             )
         dtype = values.get("torch_dtype", values.get("dtype"))
         values = {key: value for key, value in values.items() if key not in _HF_KEYS_WITHOUT_EFFECT}

@@ -230,20 +230,16 @@ def read_adapter(path: str | Path, lora_alpha: float | None = None) -> StoredAda
 
 
 def adapter_with(reader: CheckpointReader, named: str | Path | None) -> str | Path | None:
-    """The adapter that belongs to weights: the one that the user has named, or that in the files of the weights.
+    """The adapter that belongs to weights: the one that the user has named, else that in the files of the weights."""
+    return named or (reader.path if reader.adapter_names() else None)
 
-    Raises:
-        AdapterError: there are both.
-    """
-    if not reader.adapter_names():
-        return named or None
-    own = (reader.path, reader.path.parent, *reader.files())
-    if named and resolve_checkpoint(named).resolve() not in [path.resolve() for path in own]:
-        raise AdapterError(
-            f"{reader.path}: contains an adapter beside the weights, and {named} is another one; leave the latter out, "
-            "or give weights without adapter"
-        )
-    return reader.path
+
+def replaced_adapter(reader: CheckpointReader, named: str | Path | None) -> str:
+    """A line for the user if `named` replaces an adapter in the files of the weights; empty without one."""
+    own = [path.resolve() for path in (reader.path, reader.path.parent, *reader.files())]
+    if not named or not reader.adapter_names() or resolve_checkpoint(named).resolve() in own:
+        return ""
+    return f"note: {reader.path} contains an adapter too; {named} is used in its place"
 
 
 def _weights_file(path: Path) -> Path:

@@ -32,6 +32,7 @@ from mindformers.models import build_processor, build_tokenizer
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers_helpers import QUESTION, TEXT, yaml_of
 from mindspore import Tensor
+from safetensors.numpy import load_file, save_file
 from tolerances import LOGITS
 
 from glm_ms import ChatGLM2Tokenizer, ChatGLM3Tokenizer, load_pretrained
@@ -633,6 +634,43 @@ def test_a_folder_without_weights_or_of_another_model(weights: Path, tmp_path: P
     (tmp_path / "other" / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="model_type = 'llama2': expected 'chatglm'"):
         MindFormersGLMConfig.from_pretrained(str(tmp_path / "other"))
+
+
+@pytest.mark.slow
+def test_weights_that_contain_an_adapter(golden: Path, tmp_path: Path):
+    """As the P-Tuning code and MindFormers' LoRA save them: the model has both, from every door."""
+    base = golden / "models" / "glm2_tiny"
+    prefix, lora = (golden / "train" / name for name in ("ptuning_v2_proj/final.safetensors", "lora/final"))
+    folder, joint = tmp_path / "prefixed", tmp_path / "glm.safetensors"
+    folder.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pre_seq_len": 8, "prefix_projection": True}))
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, **load_file(prefix)}, folder / "model.safetensors")
+    tensors = load_file(lora / "adapter_model.safetensors")
+    alpha = json.loads((lora / "adapter_config.json").read_text())["lora_alpha"]
+    renamed = {
+        name.removeprefix("base_model.model.")
+        .replace("lora_A.weight", "mindpet_delta_lora_a")
+        .replace("lora_B.weight", "mindpet_delta_lora_b"): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file({**weights, **renamed}, joint)
+    ids = np.arange(12)[None]
+    expected = {path: load_pretrained(base, adapter=path)(ids).asnumpy() for path in (prefix, lora)}
+    pet = {"pet_type": "lora", "lora_rank": 8, "lora_alpha": alpha}
+    given = MindFormersGLM(MindFormersGLMConfig.from_pretrained(str(base)))
+    given.load_weights(str(joint), lora_alpha=alpha)
+    config = MindFormersGLMConfig.from_pretrained(str(base), checkpoint_name_or_path=str(joint), pet_config=pet)
+    for model, path in (
+        (MindFormersGLM.from_pretrained(str(folder)), prefix),
+        (MindFormersGLM(config), lora),
+        (given, lora),
+    ):
+        assert model.core.adapter is not None
+        np.testing.assert_array_equal(model.core(ids).asnumpy(), expected[path])
+    with pytest.raises(CheckpointError, match="contains an adapter, and the model has one already"):
+        given.load_weights(str(joint), lora_alpha=alpha)
 
 
 def test_a_tokenizer_that_is_missing_or_ambiguous(weights: Path, vocabulary: Path, tmp_path: Path):
