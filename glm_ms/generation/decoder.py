@@ -226,7 +226,7 @@ class DecoderPool:
         Idle sizes give their memory back: it may be large, and graphs are kept for as long as the network.
         """
         size = slot_count(rows), cache_capacity(length)
-        graphs = self._graphs.setdefault(size, DecoderGraphs(self._network, *size))
+        graphs = self._graphs.get(size) or self._graphs.setdefault(size, DecoderGraphs(self._network, *size))
         for other in [*self._graphs.values()]:
             if other is not graphs:
                 other.release()
