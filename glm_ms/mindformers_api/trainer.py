@@ -180,7 +180,8 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             adapter = is_adapter_folder(resolve_checkpoint(path))
             setattr(settings, "load_adapter" if adapter else "load_checkpoint", path)
         tokenizer = _begin(settings)
-        check_vocabulary(settings)
+        # build_model says its lines itself, but not for a model that an earlier job has built.
+        check_vocabulary(settings, _say if network is not None else lambda _: None)
         if network is None:
             model = self._build(settings, tokenizer)
         else:

@@ -58,7 +58,7 @@ class Training:
         """
         self.checkpoint = checkpoint
         if self.given_model is not None:
-            check_vocabulary(self.settings)
+            check_vocabulary(self.settings, self.say)
             self.model = self.given_model
             return
         self.model = build_model(self.settings, vocab_size, self.say, checkpoint)
