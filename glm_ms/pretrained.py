@@ -15,7 +15,7 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import adapter_with
 from glm_ms.settings.loader import unchecked_settings
-from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError, FileError
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.run_folder import CHECKPOINTS, resolve_checkpoint
 from glm_ms.tokenizer import VocabularyError
@@ -113,7 +113,7 @@ def find_tokenizer(
         config = read_tokenizer_config(path if path.is_dir() else path.parent)
         vocab_file = vocab_file or (path / TOKENIZER_FILE if path.is_dir() else path)
         if generation is None:
-            found = config.get(GENERATION_KEY, _released_generation(config.get("name_or_path")))
+            found = config.get(GENERATION_KEY) or _generation_beside(path if path.is_dir() else path.parent, config)
     if found is None:
         raise VocabularyError(
             f"{path}: ChatGLM2 and ChatGLM3 have the same {TOKENIZER_FILE}, and {TOKENIZER_CONFIG} does not tell which "
@@ -125,10 +125,22 @@ def find_tokenizer(
     return GENERATIONS[found], Path(vocab_file), config
 
 
-def _released_generation(name_or_path: Any) -> int | None:
-    """2 or 3 for the name of a released model with its publisher, as `THUDM/chatglm3-6b`; None for other values."""
-    publisher, _, name = str(name_or_path).partition("/")
-    return _RELEASED.get(name) if publisher in _PUBLISHERS else None
+def _generation_beside(folder: Path, config: dict[str, Any]) -> int | None:
+    """2 or 3 by the name of a released model in tokenizer_config.json or config.json, as `THUDM/chatglm3-6b`, or by the
+    tokenizer of the only YAML file of a folder; None if nothing tells."""
+    names = [config.get("name_or_path")]
+    if (folder / "config.json").is_file():
+        names.append(read_object(folder / "config.json", VocabularyError).get("_name_or_path"))
+    for publisher, _, name in (str(name).partition("/") for name in names):
+        if publisher in _PUBLISHERS and name in _RELEASED:
+            return _RELEASED[name]
+    yaml_files = list(folder.glob("*.yaml"))
+    if len(yaml_files) != 1:
+        return None
+    try:
+        return family_of(unchecked_settings(yaml_files[0]).processor.tokenizer.type).generation
+    except FileError:  # of another program
+        return None
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:

@@ -16,17 +16,16 @@ from glm_ms.convert.reader import has_adapter, open_checkpoint
 from glm_ms.families import family_of
 from glm_ms.mindformers_api.generation import LENGTHS, OPTIONS
 from glm_ms.mindformers_api.released import is_virtual, yaml_path
+from glm_ms.mindformers_api.run_yaml import CONFIG_TYPE, MODEL_TYPE, yaml_in
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.settings.schema import AUTO, VOCAB_MULTIPLE
 from glm_ms.storage.atomic import replace_text
-from glm_ms.storage.run_folder import resolve_checkpoint
+from glm_ms.storage.run_folder import CHECKPOINTS, resolve_checkpoint
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.storage.yaml_tree import read_yaml
 from glm_ms.tokenizer import SentencePieceTokenizer
 from glm_ms.tokenizer.base import CHAT
 
-# Names in YAML files and in MindFormers' registry.
-CONFIG_TYPE, MODEL_TYPE = "GLMConfig", "GLMForCausalLM"
 # The tokenizer class that the released tokenizer_config.json files name.
 TOKENIZER_CLASS = "ChatGLMTokenizer"
 
@@ -122,10 +121,13 @@ class MindFormersGLMConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, yaml_name_or_path: str = "", **kwargs: Any) -> Any:
-        """Reads a Hugging Face folder, a `config.json`, a YAML of glm_ms or of ChatGLM in MindFormers, or of a name
-        of `released`; `kwargs` replace values."""
+        """Reads a Hugging Face folder, a run, a `config.json`, a YAML of glm_ms or of ChatGLM in MindFormers, a folder
+        with one, or a name of `released`; `kwargs` replace values."""
         path = yaml_path(str(kwargs.pop("pretrained_model_name_or_path", None) or yaml_name_or_path))
         kwargs = {key: value for key, value in kwargs.items() if key not in DOWNLOAD_OPTIONS}
+        folder = Path(path)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            path = str(resolve_checkpoint(folder) if (folder / CHECKPOINTS).is_dir() else yaml_in(folder) or folder)
         if Path(path).suffix not in (".yaml", ".yml"):
             return cls.from_dict({}, name_or_path=path, **kwargs)
         if not is_virtual(path) and not Path(path).is_file():

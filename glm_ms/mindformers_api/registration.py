@@ -12,11 +12,11 @@ from glm_ms.engine.mindformers_internals import MindFormerModuleType
 from glm_ms.engine.step.adamw import GLMAdamW
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.step.training import GLMTrainer
-from glm_ms.mindformers_api.config import CONFIG_TYPE, MODEL_TYPE, TOKENIZER_CLASS, MindFormersGLMConfig
+from glm_ms.mindformers_api.config import TOKENIZER_CLASS, MindFormersGLMConfig
 from glm_ms.mindformers_api.dataset import GLMDataset
 from glm_ms.mindformers_api.model import MindFormersGLM
 from glm_ms.mindformers_api.released import MODEL_NAMES, is_name, yaml_path
-from glm_ms.mindformers_api.run_yaml import is_run_yaml, read_for_mindformers, yaml_in
+from glm_ms.mindformers_api.run_yaml import CONFIG_TYPE, MODEL_TYPE, is_run_yaml, read_for_mindformers, yaml_in
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLM2Tokenizer, GLM3Tokenizer, GLMTextProcessor
 from glm_ms.mindformers_api.trainer import GLMTextGenerationTrainer
 from glm_ms.pretrained import read_tokenizer_config

@@ -10,7 +10,6 @@ from typing import Any
 from mindformers import MindFormerConfig
 
 from glm_ms.engine.mindformers_internals import section_keys
-from glm_ms.mindformers_api.config import CONFIG_TYPE, MODEL_TYPE
 from glm_ms.mindformers_api.released import is_virtual, settings_of_name
 from glm_ms.settings import Settings, SettingsError
 from glm_ms.settings.legacy.table import CONFIGS, NETWORKS
@@ -23,6 +22,8 @@ from glm_ms.storage.readers import read_text
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.storage.yaml_tree import Entry, read_yaml
 
+# Names in YAML files and in MindFormers' registry.
+CONFIG_TYPE, MODEL_TYPE = "GLMConfig", "GLMForCausalLM"
 _TOLD: set[str] = set()  # files whose names have been explained
 # The section of a MindFormerConfig for the keys in _MOVED.
 OWN_SECTION = "glm_ms"
@@ -81,14 +82,10 @@ def is_run_yaml(path: str | Path) -> bool:
         except FileError:
             return False
         return any(f"type: {name}" in text for name in (CONFIG_TYPE, MODEL_TYPE, *CONFIGS, *NETWORKS))
-    types = [_type_of(document, name) for name in ("model_config", "arch")]
-    if types[0] == CONFIG_TYPE or types[1] == MODEL_TYPE:
+    config, arch = (_type_of(document, name) for name in ("model_config", "arch"))
+    if config == CONFIG_TYPE or arch == MODEL_TYPE:
         return True
-    return (
-        is_legacy(document)
-        and all(kind is None or kind in known for kind, known in zip(types, (CONFIGS, NETWORKS)))
-        and any(types)
-    )
+    return is_legacy(document) and (config in CONFIGS or arch in NETWORKS)
 
 
 def yaml_in(folder: Path) -> Path | None:

@@ -145,7 +145,7 @@ def test_other_yamls_are_read_as_ever(tmp_path: Path):
 
 def test_auto_config_of_a_yaml_a_folder_and_a_file(run: Path, weights: Path):
     stored = load_pretrained(run).config
-    for source in (run / "settings.yaml", weights, weights / "config.json"):
+    for source in (run / "settings.yaml", run, weights, weights / "config.json"):
         config = AutoConfig.from_pretrained(str(source))
         assert isinstance(config, MindFormersGLMConfig)
         assert config.architecture().to_dict() == stored.to_dict()
@@ -477,6 +477,17 @@ def test_auto_classes_of_a_mindformers_yaml(vocabulary: Path, tmp_path: Path, ge
     assert "ChatGLM2Config" not in capfd.readouterr().err  # told once
     with pytest.raises(CheckpointError, match=r"mindformers\.yaml: load_checkpoint: names no weights"):
         AutoModel.from_pretrained(str(path))
+    ms.save_checkpoint(model, str(tmp_path / "mindformers.ckpt"))
+    shutil.copy(vocabulary, tmp_path / "tokenizer.model")
+    loaded = AutoModel.from_pretrained(str(tmp_path))
+    for one, other in zip(model.get_parameters(), loaded.get_parameters()):
+        np.testing.assert_array_equal(one.asnumpy(), other.asnumpy(), err_msg=one.name)
+    assert type(AutoTokenizer.from_pretrained(str(tmp_path))) is kind
+    path.write_text(
+        path.read_text().replace("    type: ChatGLM2ForConditionalGeneration", "    type: LlamaForCausalLM")
+    )
+    with pytest.raises(ValueError, match=r"model\.arch\.type: LlamaForCausalLM: another network"):
+        AutoConfig.from_pretrained(str(path))
 
 
 def test_names_of_models_stand_for_local_files(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
