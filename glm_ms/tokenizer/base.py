@@ -491,8 +491,8 @@ def _load_vocabulary(vocab_file: str | Path) -> sentencepiece.SentencePieceProce
         serialized = path.read_bytes()
     except FileNotFoundError:
         raise VocabularyError(f"{path}: no such file; give the SentencePiece vocabulary (tokenizer.model)") from None
-    except OSError as error:
-        raise VocabularyError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise VocabularyError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
     if len(serialized) == _RELEASED_BYTES and hashlib.sha256(serialized).hexdigest() != _RELEASED_SHA256:
         raise VocabularyError(
             f"{path}: damaged: it has the size of the tokenizer.model that ChatGLM2 and ChatGLM3 share, but not its "
