@@ -17,7 +17,7 @@ from glm_ms.settings.schema import Settings, is_sharded, parallel_of
 _MSRUN = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM")
 _COUNTS = ("MS_WORKER_NUM", "RANK_SIZE")
 # Variables that are converted to a number somewhere, whether the run is parallel or not.
-_NUMBERS = (*_COUNTS, "RANK_ID", "DEVICE_ID", "DEVICE_NUM", "MS_NODE_ID", "MS_SCHED_PORT")
+_NUMBERS = (*_COUNTS, "RANK_ID", "DEVICE_ID", "DEVICE_NUM", "LOCAL_RANK_SIZE", "MS_NODE_ID", "MS_SCHED_PORT")
 # On a CPU, float16 matrix products convert the weights at every call (7 times slower); bfloat16 has none.
 _SLOW_ON_CPU = ("float16", "bfloat16")
 _COMPUTE, _STORED = "model.model_config.compute_dtype", "model.model_config.param_init_type"

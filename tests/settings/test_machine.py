@@ -127,6 +127,7 @@ def test_processes_need_parallel(config: Path, no_cards: Path) -> None:
         ({"DEVICE_ID": "abc"}, "DEVICE_ID=abc: not a whole number"),
         ({"RANK_SIZE": "eight"}, "RANK_SIZE=eight: not a whole number"),
         ({"RANK_ID": "x"}, "RANK_ID=x: not a whole number"),
+        ({"LOCAL_RANK_SIZE": "x"}, "LOCAL_RANK_SIZE=x: not a whole number"),
         ({"MS_WORKER_NUM": "-1"}, "MS_WORKER_NUM=-1: not a whole number"),
         ({"RANK_ID": "8", "RANK_SIZE": "8"}, "RANK_ID=8, but RANK_SIZE=8"),
         ({**MSRUN, "RANK_SIZE": "4"}, "the numbers of processes differ: "),
