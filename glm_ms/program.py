@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _WAKE_UP = signal.SIGURG  # by default ignored, and of no use without sockets
+_GRACE = 30.0  # seconds
 
 
 def program(main: Callable[..., int]) -> Callable[..., int]:
@@ -62,31 +63,33 @@ def signal_thread() -> Iterator[Callable[[], None]]:
     Those of MindSpore turn SIGINT into SIGTERM, and a terminated training into a finished one. At first a signal ends
     the process at once, with the status of `program`: an exception in the middle of an import makes libraries abort.
     After a call of the function that this yields, it raises KeyboardInterrupt or SystemExit in the main thread, as
-    handlers of Python do. Outside of the main thread it does nothing.
+    handlers of Python do. A second signal ends the process at once; so does the first one if the main thread has not
+    ended it after 30 seconds, because libraries may compile for minutes, or wait for a rank that is lost. Outside of
+    the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    imported, ended, received = threading.Event(), threading.Event(), []
+    imported, ended = threading.Event(), threading.Event()
+    received: list[int] = []
     main = threading.get_ident()
 
     def receive() -> None:
-        while True:
-            number = signal.sigwait(_ENDING)
-            if ended.is_set():
-                return
-            if not imported.is_set():
-                if number == signal.SIGINT:
-                    os.write(2, b"interrupted\n")
-                os._exit(128 + number)
+        number = signal.sigwait(_ENDING)
+        if imported.is_set() and not ended.is_set():
             received.append(number)
             signal.pthread_kill(main, _WAKE_UP)
+            signal.sigtimedwait(_ENDING, _GRACE)
+        if not ended.is_set():
+            if number == signal.SIGINT:
+                os.write(2, b"interrupted\n")
+            os._exit(128 + number)
 
     def end(_: int, frame: FrameType | None) -> None:
-        if received[-1:] == [signal.SIGINT]:
+        if received == [signal.SIGINT]:
             raise KeyboardInterrupt
         if received:
-            exit_by_signal(received[-1], frame)
+            exit_by_signal(received[0], frame)
 
     # Threads and processes that are started later inherit the mask.
     mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING), signal.signal(_WAKE_UP, end)

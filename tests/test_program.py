@@ -86,8 +86,13 @@ def main(phase):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: print("of a library"))
         try:
-            if phase == "run":
+            if phase != "import":
                 imported()
+            print("ready", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            if phase != "stuck":
+                raise
             print("ready", flush=True)
             time.sleep(60)
         finally:
@@ -109,6 +114,15 @@ def test_handlers_of_libraries_do_not_run(
     process.send_signal(number)
     assert process.communicate(timeout=60) == (shown, said)
     assert process.returncode == status
+
+
+def test_a_second_signal_ends_the_program_at_once() -> None:
+    process = start(THREAD, "stuck", stdout=subprocess.PIPE)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+    assert process.communicate(timeout=60) == ("", "interrupted\n")
+    assert process.returncode == 130
 
 
 def test_the_signal_thread_leaves_nothing() -> None:
