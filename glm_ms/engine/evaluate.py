@@ -103,6 +103,7 @@ class _Pass(ABC):
     input: ClassVar[str]
     label: ClassVar[str]
     file: ClassVar[str]  # of its results, a line for each record or, with `by_batch`, for each batch
+    fields: ClassVar[dict[str, type]]  # of a line, those that `_result` reads
     by_batch: ClassVar[bool] = False
 
     def __init__(self, settings: Settings, records: EvalDataset | TrainDataset, say: Say, leave: bool) -> None:
@@ -123,7 +124,7 @@ class _Pass(ABC):
         lines_of_batch = 1 if self.by_batch else self._batch_size
         total = len(self._batches) if self.by_batch else len(self._records)
         target = nullcontext(self._path) if grows or not self._ranks.first else staged(self._path)
-        with target as path, ResultLines(path, lines_of_batch, total, self._ranks) as lines:
+        with target as path, ResultLines(path, self.fields, lines_of_batch, total, self._ranks) as lines:
             stored = [lines.stored[i : i + lines_of_batch] for i in range(0, len(lines.stored), lines_of_batch)]
             for number, (batch, result) in enumerate(self._results(model, [self._result(one) for one in stored])):
                 new = self._score(batch, result, metrics)
@@ -160,6 +161,7 @@ class _TextPass(_Pass):
     """Generates an answer to each prompt, to compare with its reference."""
 
     input, label, file = TEXT, "generating", PREDICTIONS_FILE
+    fields: ClassVar[dict[str, type]] = {"prediction": str}
 
     def __init__(self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool) -> None:
         data = settings.eval_dataset
@@ -198,6 +200,7 @@ class _LossPass(_Pass):
     """Summed loss and number of target tokens of the labelled rows; every token has the same weight."""
 
     input, label, file, by_batch = LOSS, "perplexity", LOSSES_FILE, True
+    fields: ClassVar[dict[str, type]] = {"loss_sum": float, "num_tokens": int}
 
     def __init__(self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool) -> None:
         rows = labelled_rows(settings.eval_dataset, tokenizer)

@@ -59,7 +59,6 @@ def predict(
     check_prompt_lengths(prompts, options, model.config.seq_length)
     size = settings.predict_batch_size
     streamed = len(texts) == 1 and options["num_beams"] == 1 and options["num_return_sequences"] == 1
-
     display = _Display(show)
 
     def answer(start: int) -> list[list[str]]:
@@ -72,7 +71,10 @@ def predict(
 
     path = Path(settings.output_dir) / ANSWERS_FILE
     made_of = {"number of prompts": len(texts), "prompts": digest}
-    with result_folder(settings, made_of, ranks, say), ResultLines(path, size, len(texts), ranks) as lines:
+    with (
+        result_folder(settings, made_of, ranks, say),
+        ResultLines(path, {"answers": list}, size, len(texts), ranks) as lines,
+    ):
         results = [Prediction(text, line["answers"]) for text, line in zip(texts, lines.stored)]
         if results:
             say(f"{path}: {len(results)} of {len(texts)} answers are there")

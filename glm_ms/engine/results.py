@@ -58,6 +58,7 @@ class ResultLines:
     The lines of a batch are there whole or not at all, also after a kill.
 
     Args:
+        fields: types of keys that every line has.
         batch_size: lines written at a time, but for the last ones.
         total: lines of the whole job.
 
@@ -69,11 +70,11 @@ class ResultLines:
         WriteError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path, batch_size: int, total: int, ranks: Ranks) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, type], batch_size: int, total: int, ranks: Ranks) -> None:
         self._file: GrowingFile | None = None
         stored: list[dict[str, Any]] = []
         if ranks.first:
-            lines, damaged = read_lines(path)
+            lines, damaged = read_lines(path, fields)
             if damaged:
                 raise DataError(f"{path}:{damaged[0]}: damaged; start without resume, which moves the file aside")
             whole = len(lines) if len(lines) == total else len(lines) // batch_size * batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -77,24 +78,24 @@ class GrowingFile:
         self.close()
 
 
-def read_lines(path: Path) -> tuple[list[tuple[bytes, dict[str, Any]]], list[int]]:
+def read_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[tuple[bytes, dict[str, Any]]], list[int]]:
     """The lines of a file of JSON objects, as bytes with their values, and the numbers of damaged lines.
 
-    A last line without line end is left out: its writer was killed. An absent file has no lines. Raises OSError.
+    `fields` are the types of keys that every object must have. A last line without line end is left out: its writer was
+    killed. An absent file has no lines. Raises OSError.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], []
     found, damaged = [], []
-    for number, line in enumerate(content.splitlines(keepends=True), 1):
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
             value = parse_object(line.decode("utf-8"), path)
         except (FileError, UnicodeDecodeError):
+            value = {}
+        if all(isinstance(value.get(key), kind) for key, kind in fields.items()):
+            found.append((line + b"\n", value))
+        else:
             damaged.append(number)
-            continue
-        if line.endswith(b"\n"):
-            found.append((line, value))
-    if content and not content.endswith(b"\n") and damaged and damaged[-1] == len(content.splitlines()):
-        damaged.pop()
     return found, damaged

@@ -183,9 +183,10 @@ def test_evaluation_continues(evaluate, folder: Path) -> None:
         evaluate("metric.type=ADGENMetric", "--resume")
     with pytest.raises(CheckpointError, match=r"data_loader.origin_columns: .*content.* then, .*summary.* now"):
         evaluate(both, "--resume", "eval_dataset.data_loader.origin_columns=[summary,content]")
-    files[0].write_bytes(contents[0].replace(b"{", b"(", 1))
-    with pytest.raises(DataError, match=r"eval_predictions.jsonl:1: damaged; start without resume"):
-        evaluate(both, "--resume")
+    for damaged in (b"(", b'{"x": "y"}\n{'):  # no JSON, a line of something else
+        files[0].write_bytes(contents[0].replace(b"{", damaged, 1))
+        with pytest.raises(DataError, match=r"eval_predictions.jsonl:1: damaged; start without resume"):
+            evaluate(both, "--resume")
 
 
 def test_weights_that_give_no_number(evaluate, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

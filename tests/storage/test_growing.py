@@ -97,10 +97,10 @@ def test_the_reason_of_the_system_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_lines_are_read_and_damage_is_numbered(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    assert read_lines(path) == ([], [])
-    path.write_bytes(b'{"a": 1}\n\0\0\n[1]\n{"a": 2}\n\xff\n{"a"')
-    lines, damaged = read_lines(path)
-    assert lines == [(b'{"a": 1}\n', {"a": 1}), (b'{"a": 2}\n', {"a": 2})]
-    assert damaged == [2, 3, 5]  # the last line is half written, not damaged
+    assert read_lines(path, {}) == ([], [])
+    path.write_bytes(b'{"a": 1}\n\0\0\n[1]\n{"a": 2}\r\n\xff\n{"a": "1"}\n{"b": 1}\n{"a"')
+    lines, damaged = read_lines(path, {"a": int})
+    assert lines == [(b'{"a": 1}\n', {"a": 1}), (b'{"a": 2}\r\n', {"a": 2})]
+    assert damaged == [2, 3, 5, 6, 7]  # the last line is half written, not damaged
     path.write_bytes(b'{"a": 1}')
-    assert read_lines(path) == ([], [])
+    assert read_lines(path, {}) == ([], [])

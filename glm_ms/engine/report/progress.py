@@ -208,10 +208,10 @@ def _json_line(values: Mapping[str, Any]) -> str:
 
 
 def _drop_after(path: Path, step: int, say: Say) -> set[int]:
-    """Removes the lines of later steps, an incomplete last line of a killed run, and damaged lines, which are told;
-    returns the steps that have a line."""
-    lines, damaged = read_lines(path)
-    kept = {number: line for line, value in lines if isinstance(number := value.get("step"), int) and number <= step}
+    """Removes the lines of later steps, an incomplete last line of a killed run, and damaged lines, about which `say`
+    takes a line; returns the steps that have a line."""
+    lines, damaged = read_lines(path, {"step": int})
+    kept = {value["step"]: line for line, value in lines if value["step"] <= step}
     if damaged:
         say(
             f"{path}: {len(damaged)} damaged lines, the first is line {damaged[0]}; their numbers are lost, and the "
