@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, load_parameters, open_checkpoint
-from glm_ms.engine.checkpoints.manifest import read_manifest, weights_fingerprint
+from glm_ms.engine.checkpoints.manifest import weights_fingerprint
 from glm_ms.engine.process import Say
 from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
@@ -20,8 +20,7 @@ from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, adap
 from glm_ms.settings import Settings, SettingsError, resolve_vocab_size
 from glm_ms.settings.schema import AUTO, parallel_of
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.integrity import MANIFEST, file_sha256
-from glm_ms.storage.readers import read_object
+from glm_ms.storage.integrity import file_sha256, manifest_beside
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer.base import CHAT
 
@@ -95,11 +94,8 @@ def check_vocabulary(settings: Settings, say: Say) -> None:
     tokenizer = settings.processor.tokenizer
     vocab_file = tokenizer.vocab_file
     for path in (settings.load_checkpoint, settings.load_adapter):
-        manifest = resolve_checkpoint(path) / MANIFEST if path else Path()
-        if not manifest.is_file():
-            continue
-        position = read_object(manifest, CheckpointError).get("position")
-        if not isinstance(position, dict):
+        position = _position(resolve_checkpoint(path)) if path else {}
+        if not position:
             continue
         template = position.get("template") or CHAT
         if template != tokenizer.template:
@@ -110,6 +106,12 @@ def check_vocabulary(settings: Settings, say: Say) -> None:
                 f"{vocab_file}: not the vocabulary with which {path} was trained (SHA-256 {then}); give that one as "
                 "processor.tokenizer.vocab_file, or set processor.tokenizer.allow_other_vocab=True"
             )
+
+
+def _position(path: Path) -> dict[str, Any]:
+    """What the manifest beside weights says about their run; empty without one of this project."""
+    position = (manifest_beside(path) or {}).get("position")
+    return position if isinstance(position, dict) else {}
 
 
 def fuse(settings: Settings, model: GLMForCausalLM, say: Say) -> None:
@@ -144,14 +146,11 @@ def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Say) -> None:
 
     Not an error: the fingerprint also changes if the same weights are stored in another format.
     """
-    folder = stored.path.parent
-    if base is None or not (folder / MANIFEST).is_file():
-        return
-    then = read_manifest(folder).position.get("base_weights")
-    if then is not None and then != weights_fingerprint(base):
+    then = _position(stored.path).get("base_weights")
+    if base is not None and then is not None and then != weights_fingerprint(base):
         say(
-            f"note: {folder} was trained on other weights than {base}, or on the same in another format; unless they "
-            "were only converted, the adapter does not fit them"
+            f"note: {stored.path.parent} was trained on other weights than {base}, or on the same in another format; "
+            "unless they were only converted, the adapter does not fit them"
         )
 
 

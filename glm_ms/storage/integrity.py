@@ -31,6 +31,17 @@ def read_manifest_values(folder: Path) -> dict[str, Any]:
     return values
 
 
+def manifest_beside(path: Path) -> dict[str, Any] | None:
+    """The values of the manifest in the folder `path`, or in that of the file `path`; None if there is none, or one of
+    another program. Raises CheckpointError as `read_manifest_values`."""
+    folder = path if path.is_dir() else path.parent
+    # One damaged bit never hides both keys of a manifest of this project.
+    own = {_CHECKSUM, "format_version"}
+    if not (folder / MANIFEST).is_file() or not own & read_object(folder / MANIFEST, CheckpointError).keys():
+        return None
+    return read_manifest_values(folder)
+
+
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> {"bytes", "sha256"} of every file of a folder."""
     return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}
@@ -56,13 +67,10 @@ def check_listed(path: Path, added: bool = False) -> None:
     Raises:
         CheckpointError: the file or the manifest is damaged, or the file was added later.
     """
-    folder = path.parent
-    if not (folder / MANIFEST).is_file():
+    manifest = manifest_beside(path)
+    if manifest is None:
         return
-    # One damaged bit never hides both keys of a manifest of this project.
-    if not {_CHECKSUM, "format_version"} & read_object(folder / MANIFEST, CheckpointError).keys():
-        return
-    known = read_manifest_values(folder)["files"]
+    known = manifest["files"]
     if path.name in known:
         check_file(path, known[path.name])
     elif not added:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from glm_ms.settings import Settings
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.integrity import file_sha256
+from glm_ms.storage.integrity import file_sha256, write_manifest_values
 
 
 @pytest.mark.parametrize("key", ["load_checkpoint", "load_adapter"])
@@ -24,18 +23,21 @@ def test_another_vocabulary_is_refused(tmp_path: Path, key: str) -> None:
     said: list[str] = []
     check_vocabulary(settings, said.append)  # weights without a manifest
     for position in ({"vocabulary": file_sha256(vocabulary)}, {}, None):
-        (folder / "manifest.json").write_text(json.dumps({"position": position}))
+        write_manifest_values(folder, {"position": position})
         check_vocabulary(settings, said.append)
-    (folder / "manifest.json").write_text(json.dumps({"position": {"vocabulary": "of another"}}))
-    with pytest.raises(CheckpointError, match=r"tokenizer.model: not the vocabulary with which .*/run was trained"):
-        check_vocabulary(settings, said.append)
+    write_manifest_values(folder, {"position": {"vocabulary": "of another"}})
+    (folder / "model.safetensors").touch()
+    for given in (tmp_path / "run", folder / "model.safetensors"):
+        setattr(settings, key, str(given))
+        with pytest.raises(CheckpointError, match=f"tokenizer.model: not the vocabulary with which {given} was train"):
+            check_vocabulary(settings, said.append)
     settings.processor.tokenizer.allow_other_vocab = True
     check_vocabulary(settings, said.append)
     assert said == []
-    path = tmp_path / "run"
+    path = given
     settings.processor.tokenizer.template = "plain"
     check_vocabulary(settings, said.append)
-    (folder / "manifest.json").write_text(json.dumps({"position": {"template": "plain"}}))
+    write_manifest_values(folder, {"position": {"template": "plain"}})
     check_vocabulary(settings, said.append)
     settings.processor.tokenizer.template = "chat"
     check_vocabulary(settings, said.append)
