@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs whe
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.atomic import replace_text
-from glm_ms.storage.errors import not_written
+from glm_ms.storage.errors import WriteError
 
 # Class -> (measure word, the key and values of the garment itself, the key and phrases of its detail).
 CLASSES = {
@@ -241,7 +241,7 @@ def make_sample(num_train: int, num_dev: int, seed: int) -> dict[str, Records]:
 def write_records(path: Path, records: Sequence[Record]) -> None:
     """Writes JSON lines, UTF-8 with bare line feeds; the file is whole or absent."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    replace_text(path, text)
+    replace_text(path, text, parents=True)
 
 
 @program
@@ -259,10 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--num_train and --num_dev must be positive and at most {MAX_RECORDS} together")
     for name, records in make_sample(options.num_train, options.num_dev, options.seed).items():
         try:
-            options.output_dir.mkdir(parents=True, exist_ok=True)
             write_records(options.output_dir / name, records)
-        except OSError as error:
-            parser.error(not_written(options.output_dir / name, error))
+        except WriteError as error:
+            parser.error(str(error))
         print(f"{len(records)} records written to {options.output_dir / name}")
     return 0
 

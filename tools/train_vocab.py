@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs whe
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.atomic import replace_bytes
-from glm_ms.storage.errors import FileError, not_written
+from glm_ms.storage.errors import FileError, WriteError
 from glm_ms.storage.readers import parse_json, read_text
 from glm_ms.storage.suggest import did_you_mean
 
@@ -216,10 +216,9 @@ def write_whole(path: Path, content: bytes) -> None:
         VocabularyError: the place cannot be written to.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(path, content)
-    except OSError as error:
-        raise VocabularyError(not_written(path, error)) from None
+        replace_bytes(path, content, parents=True)
+    except WriteError as error:
+        raise VocabularyError(str(error)) from None
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

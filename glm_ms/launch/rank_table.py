@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.storage.atomic import check_target, replace_text
-from glm_ms.storage.errors import FileError, not_written
+from glm_ms.storage.errors import FileError, WriteError
 from glm_ms.storage.readers import read_json
 from glm_ms.storage.suggest import nearest
 
@@ -249,10 +249,9 @@ def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = Fa
     validate(table)
     check_target(path, overwrite=overwrite, error=RankTableError)
     try:
-        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-        replace_text(Path(path), table.to_json())
-    except OSError as error:
-        raise RankTableError(not_written(Path(path), error)) from error
+        replace_text(Path(path), table.to_json(), parents=True)
+    except WriteError as error:
+        raise RankTableError(str(error)) from error
 
 
 def read_rank_table(path: str | Path) -> RankTable:

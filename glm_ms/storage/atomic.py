@@ -21,33 +21,34 @@ _PARTIAL, _REPLACED = ".partial", ".replaced"
 def atomic_output(
     path: Path, *, folder: bool = False, overwrite: bool = False, parents: bool = False
 ) -> Iterator[Path]:
-    """As `staged`, for checkpoints: never replaces a folder of other things; with `parents` it makes missing folders.
+    """As `staged`, for checkpoints: never replaces a folder of other things.
 
     Raises:
         CheckpointError: `path` exists without `overwrite`, or must not be replaced, or cannot be written.
     """
     check_target(path, folder=folder, overwrite=overwrite)
     try:
-        if parents:
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with staged(path, folder=folder) as work:
+        with staged(path, folder=folder, parents=parents) as work:
             yield work
     except WriteError as error:
         raise CheckpointError(str(error)) from error
 
 
 @contextmanager
-def staged(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def staged(path: Path, *, folder: bool = False, parents: bool = False) -> Iterator[Path]:
     """Yields a hidden path beside `path` to write to; syncs it and renames it to `path` when the block succeeds.
 
     With `folder` the hidden path is an empty folder, else it does not exist and must become a file. If the block
     raises, its output is removed. If the process is killed, the output stays under its hidden name and the next output
-    to the same `path` removes it. Raises WriteError if `path` cannot be written.
+    to the same `path` removes it. With `parents` missing folders are made. Raises WriteError if `path` cannot be
+    written.
     """
     final = path.resolve()
     token = secrets.token_hex(8)
     partial = final.with_name(f".{final.name}.{token}{_PARTIAL}")
     try:
+        if parents:
+            final.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(final.parent, final.name)
         # A lock, not a process id, shows that the writer is alive: it works across containers too.
         partial.mkdir(0o777 if folder else 0o700)
@@ -62,15 +63,15 @@ def staged(path: Path, *, folder: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Writes a small file, whole or not at all; raises WriteError if it cannot be written."""
-    with staged(path) as work:
+def replace_bytes(path: Path, content: bytes, *, parents: bool = False) -> None:
+    """Writes a small file, whole or not at all; `parents` and errors as of `staged`."""
+    with staged(path, parents=parents) as work:
         work.write_bytes(content)
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str, *, parents: bool = False) -> None:
     """As `replace_bytes`, for UTF-8 text; line ends stay as in `text`."""
-    replace_bytes(path, text.encode("utf-8"))
+    replace_bytes(path, text.encode("utf-8"), parents=parents)
 
 
 def sync(path: Path) -> None:

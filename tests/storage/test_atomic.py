@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from glm_ms.storage import lock
-from glm_ms.storage.atomic import remove_leftovers, replace_bytes, replace_text, staged
-from glm_ms.storage.errors import WriteError
+from glm_ms.storage.atomic import atomic_output, remove_leftovers, replace_bytes, replace_text, staged
+from glm_ms.storage.errors import CheckpointError, WriteError
 
 
 def test_replaces_text(tmp_path: Path) -> None:
@@ -59,6 +59,15 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc, which names open files")
+def test_missing_folders_are_made_or_the_error_names_the_output(tmp_path: Path) -> None:
+    replace_text(tmp_path / "a" / "b" / "c", "text", parents=True)
+    assert (tmp_path / "a" / "b" / "c").read_text() == "text"
+    absent = Path("/proc/absent/file")
+    message = f"{absent}: cannot be written: No such file or directory; its folder does not exist"
+    with pytest.raises(CheckpointError, match=message), atomic_output(absent, parents=True):
+        pass
+
+
 def test_contents_are_on_the_disk_before_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr("os.fsync", lambda number: synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
