@@ -16,6 +16,7 @@ from glm_ms.storage.errors import DataError
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 TRAINING_COLUMNS = (*COLUMNS, "dropout_seeds")
+_MOST_ROWS = 2**28  # of a run; MindSpore's sampler makes one int64 tensor of them
 
 
 class TrainingRows(Protocol):
@@ -107,7 +108,7 @@ class TrainingPlan:
         drop_remainder: leave out rows of an epoch that do not fill a step; else fill it up with rows without loss.
 
     Raises:
-        DataError: fewer rows than one step takes, with `drop_remainder`.
+        DataError: fewer rows than one step takes, with `drop_remainder`; more rows in the run than can be listed.
     """
 
     num_rows: int
@@ -126,6 +127,12 @@ class TrainingPlan:
                 f"{self.num_rows} records do not fill one step of {self.rows_per_step} rows (runner_config."
                 f"batch_size {self.batch_size} x gradient_accumulation_steps {self.accumulation_steps} x "
                 f"{self.num_ranks} ranks); lower one of them or set train_dataset.drop_remainder: False"
+            )
+        rows = self.total_steps * self.batch_size * self.accumulation_steps
+        if rows > _MOST_ROWS:
+            raise DataError(
+                f"{self.total_steps:,} steps with {rows:,} rows on each rank: the data pipeline lists at most "
+                f"{_MOST_ROWS:,} rows in memory; lower runner_config.epochs, max_steps or batch_size"
             )
 
     @property

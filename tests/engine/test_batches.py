@@ -147,3 +147,12 @@ def test_too_few_rows() -> None:
     assert "gradient_accumulation_steps 2 x 1 ranks" in str(info.value)
     assert "train_dataset.drop_remainder: False" in str(info.value)
     assert make_plan(num_rows=4).total_steps == 3
+
+
+@pytest.mark.parametrize("sizes", [{"epochs": 10**9}, {"batch_size": 10**9, "drop_remainder": False}])
+def test_more_rows_than_memory_has(sizes: dict) -> None:
+    with pytest.raises(
+        DataError, match=r"the data pipeline lists at most 268,435,456 rows .*lower runner_config\.epochs"
+    ):
+        make_plan(**sizes)
+    assert make_plan(epochs=10**9, max_steps=5).total_steps == 5
