@@ -125,11 +125,10 @@ class MindFormersGLM(PreTrainedModel):
         stop = own.eos_token_id
         if stop is self._assumed_stop:  # the model does not know its tokenizer, but ids of our tokenizers do
             stop = getattr(input_ids, "stop_token_ids", stop)
-        for name, default, known in (
-            ("eos_token_id", stop, base is not own), ("pad_token_id", own.pad_token_id, True)
-        ):  # fmt: skip
-            if not (known and getattr(base, name, None)) and given.get(name) is None:
-                given[name] = default  # MindFormers' GenerationConfig() sets neither
+        # MindFormers' GenerationConfig() sets neither of the two.
+        ends = (None if base is own else getattr(base, "eos_token_id", None)) or stop
+        defaults = {"eos_token_id": ends, "pad_token_id": getattr(base, "pad_token_id", None) or own.pad_token_id}
+        given.update({name: value for name, value in defaults.items() if given.get(name) is None})
         prompts, options, as_dictionary = generation_arguments(input_ids, base, given, self.config.seq_length)
         if streamer is None:
             sequences = self.core.generate(prompts, **options)

@@ -50,13 +50,7 @@ _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(DOWNLOAD_OPTIONS),
 }  # fmt: skip
 # Keys of a tokenizer_config.json that repeat the vocabulary and the chat template of the release.
-_DESCRIPTIVE = (
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "chat_template",
-    "extra_special_tokens",
-    GENERATION_KEY,
-)
+_DESCRIPTIVE = ("added_tokens_decoder", "chat_template", "extra_special_tokens", GENERATION_KEY)
 _REFUSED_IN_CALLS = (
     "is_split_into_words", "return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask",
     "return_token_type_ids", "stride",
@@ -382,6 +376,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _apply(self, config: Mapping[str, Any], file: Path, given: Mapping[str, Any]) -> None:
         """Sets the options of a tokenizer_config.json that the call did not give; tells which keys have no effect."""
         unknown = []
+        added = config.get("added_tokens_decoder")
+        for token in added if isinstance(added, Mapping) else ():
+            if not token.isdecimal() or int(token) >= self.vocab_size:
+                raise VocabularyError(
+                    f"{file}: added_tokens_decoder: {token}: the vocabulary has the ids 0..{self.vocab_size - 1}; no "
+                    "token can be added"
+                )
         for key, value in config.items():
             if key in _DESCRIPTIVE or key in given or key == "name_or_path":
                 continue

@@ -396,6 +396,11 @@ def test_a_tokenizer_config_applies_or_is_refused_with_its_path(vocabulary: Path
     path.write_text(json.dumps({**stored, "padding_side": "right", "eos_token": {"content": "</s>"}}))
     with pytest.warns(UserWarning, match=r"tokenizer_config\.json: legacy: no effect here"):
         assert AutoTokenizer.from_pretrained(str(tmp_path)).padding_side == "right"
+    path.write_text(json.dumps({**stored, "added_tokens_decoder": {"900": {"content": "<x>"}}}))
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json: added_tokens_decoder: 900: the vocabulary has the ids"
+    ):
+        AutoTokenizer.from_pretrained(str(tmp_path))
     path.write_text(json.dumps({**stored, "pad_token": "<x>"}))
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: GLM3Tokenizer: pad_token = '<x>'"):
         AutoTokenizer.from_pretrained(str(tmp_path))
