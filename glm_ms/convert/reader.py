@@ -292,7 +292,7 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader, with_ada
             problems["not floating point"].append(f"{name} in {file}: {reader.dtype(name)}")
     listed = [f"\n  {len(items)} {what}:\n    {capped(items, _NEW_LINE)}" for what, items in problems.items() if items]
     if listed:
-        remark = _why_other_names(found, expected)
+        remark = _why_other_names(reader, found, expected)
         if remark:
             listed.append(f"\n  {remark}")
         if reader.slice is not None:
@@ -312,12 +312,15 @@ def has_adapter(path: str | Path) -> bool:
         return False
 
 
-def _why_other_names(found: list[str], expected: Mapping[str, object]) -> str:
+def _why_other_names(reader: CheckpointReader, found: list[str], expected: Mapping[str, object]) -> str:
     """What a checkpoint is whose names do not fit, for the error message; empty if that is not known."""
-    if any(name.endswith((".weight_scale", ".quantized_weight", ".qweight")) for name in found):
+    quantized = any(reader.dtype(name) in ("int8", "uint8") for name in found if name in expected)
+    if quantized or any(name.endswith((".weight_scale", ".quantized_weight", ".qweight")) for name in found):
         return "These are quantized weights (int4 or int8), which are not supported: use the unquantized release"
     if "transformer.word_embeddings.weight" in found:
         return "This is ChatGLM-6B of the first generation, another network: use ChatGLM2-6B or ChatGLM3-6B"
+    if any(".base_layer." in name for name in found):
+        return "These are weights under an adapter of peft: save the result of merge_and_unload()"
     pairs = ((name, plain) for name in found for plain in expected if name.endswith(f".{plain}"))
     prefix = next((name.removesuffix(plain) for name, plain in pairs), "")
     if not prefix or not all(name.startswith(prefix) for name in found):

@@ -42,6 +42,7 @@ _INITS = ("gaussian", "eva", "orthogonal")
 # Targets of `peft` for ChatGLM if the file names none.
 _DEFAULT_TARGETS = ("query_key_value",)
 _EMBEDDING = "transformer.embedding.word_embeddings"
+_LAYER = "number_of_the_layer"  # group in a pattern
 _NAMES = "a regular expression or a list of texts"
 _SEPARATOR = "\n    "
 
@@ -233,7 +234,7 @@ def target_names(target_modules: str | Sequence[str], names: Iterable[str]) -> l
     if isinstance(target_modules, str):
         try:
             found = [name for name in names if re.fullmatch(target_modules, name)]
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             reason = f"is not a regular expression: {error}"
             raise AdapterError(f"target_modules: {target_modules!r} {reason}") from None
         missing = [] if found else [target_modules]
@@ -269,9 +270,10 @@ def promised_modules(config: LoraConfig, names: Iterable[str]) -> list[str]:
 
 
 def _is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression, also between those of `_is_target`."""
     try:
-        re.compile(text)
-    except re.error:
+        re.compile(rf"{text}(?P<{_LAYER}>)")
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 
@@ -285,8 +287,10 @@ def _is_target(config: LoraConfig, name: str) -> bool:
     if name in targets or not _ends_in(name, targets) or config.layers_to_transform is None:
         return _ends_in(name, targets)
     patterns = config.layers_pattern or (r"[^.]*",)
-    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
-    return any(match is not None and int(match.group(1)) in config.layers_to_transform for match in matches)
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<{_LAYER}>\d+)\.", name) for pattern in patterns)
+    # As in `peft`, the first pattern that matches decides.
+    found = next((int(match[_LAYER]) for match in matches if match is not None), None)
+    return found in config.layers_to_transform
 
 
 def _ends_in(name: str, endings: Iterable[str]) -> bool:

@@ -404,12 +404,16 @@ def test_safetensors_headers_of_odd_content(tmp_path: Path, header: bytes, words
         ("base_model.model.{}", r"begins with base_model\.model\., .*merge_and_unload"),
         ("glm.{}", r"begins with glm\., .*inner network"),
         ("{}.weight_scale", "quantized weights .int4 or int8."),
+        ("int8", "quantized weights .int4 or int8."),
+        ("{}.base_layer.weight", "under an adapter of peft: .*merge_and_unload"),
     ],
 )
 def test_names_of_another_form_are_said_as_what_they_are(golden: Path, tmp_path: Path, rename: str, words: str) -> None:
     source = golden / "models" / "glm2_tiny"
     tensors = load_file(source / "model.safetensors")
     tensors.pop("transformer.rotary_pos_emb.inv_freq")
+    if rename == "int8":
+        rename, tensors["transformer.output_layer.weight"] = "{}", np.zeros((512, 32), np.int8)
     save_file({rename.format(name): array for name, array in tensors.items()}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=f"(?s){words}"):
         check_names_and_shapes(GLMConfig.from_pretrained(source), open_checkpoint(tmp_path / "m.safetensors"))

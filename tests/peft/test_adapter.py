@@ -162,6 +162,8 @@ def test_every_other_value_of_a_config_is_used_or_refused(lora: Path) -> None:
         ({"target_modules": [1]}, "target_modules = [1]"),
         ({"target_modules": {"dense": 1}}, "target_modules"),
         ({"exclude_modules": 3}, "exclude_modules = 3"),
+        ({"target_modules": f"a{{{'9' * 20}}}"}, "must be a regular expression"),
+        ({"layers_to_transform": 0, "layers_pattern": ["("]}, "layers_pattern = ['(']"),
         ({"layers_to_transform": "1"}, "layers_to_transform = '1'"),
         ({"layers_to_transform": [0.0]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
@@ -191,6 +193,7 @@ QKV = [f"transformer.encoder.layers.{layer}.self_attention.query_key_value" for 
         ({"target_modules": QKV[:1], "layers_to_transform": 1}, [0]),  # a full name counts for every layer
         ({"layers_to_transform": [1]}, [1]),
         ({"layers_to_transform": 0, "layers_pattern": "layers"}, [0]),
+        ({"layers_to_transform": 0, "layers_pattern": ["(blocks)", "(lay)(ers)"]}, [0]),
         ({"layers_to_transform": [0], "layers_pattern": ["blocks"]}, []),
         ({"exclude_modules": ["layers.0.self_attention.query_key_value"]}, [1]),
         ({"exclude_modules": r".*layers\.1\..*"}, [0]),
