@@ -31,6 +31,14 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What a folder may have, in the order of preference.
 _FOLDER_CONTENT = (_INDEXES[0], "model.safetensors", _INDEXES[1], "pytorch_model.bin")
 _NEW_LINE = "\n    "
+# Parts of names that quantization adds: ChatGLM's own, GPTQ and AWQ, bitsandbytes.
+_QUANTIZED = (".weight_scale.", ".quantized_weight.", ".qweight.", ".absmax.", ".quant_state.", ".SCB.")
+# What a name begins with that was saved with the network around it.
+_ORIGINS = {
+    "module.": "DataParallel and DeepSpeed save so: save model.module.state_dict()",
+    "base_model.model.": "peft saves the whole network so: save the result of merge_and_unload()",
+    "_orig_mod.": "torch.compile saves so: save model._orig_mod.state_dict()",
+}
 
 
 class CheckpointReader(AbstractContextManager["CheckpointReader"]):
@@ -313,23 +321,23 @@ def has_adapter(path: str | Path) -> bool:
 
 
 def _why_other_names(reader: CheckpointReader, found: list[str], expected: Mapping[str, object]) -> str:
-    """What a checkpoint is whose names do not fit, for the error message; empty if that is not known."""
-    quantized = any(reader.dtype(name) in ("int8", "uint8") for name in found if name in expected)
-    if quantized or any(name.endswith((".weight_scale", ".quantized_weight", ".qweight")) for name in found):
+    """What a checkpoint is that does not fit, for the error message; empty if that is not known."""
+    small = {"int8", "uint8"} & {reader.dtype(name) for name in found if name in expected}
+    if small or any(part in f"{name}." for name in found for part in _QUANTIZED):
         return "These are quantized weights (int4 or int8), which are not supported: use the unquantized release"
     if "transformer.word_embeddings.weight" in found:
         return "This is ChatGLM-6B of the first generation, another network: use ChatGLM2-6B or ChatGLM3-6B"
     if any(".base_layer." in name for name in found):
         return "These are weights under an adapter of peft: save the result of merge_and_unload()"
+    if "encoder.layers.0.input_layernorm.weight" in found:
+        return "Every name lacks transformer.: save the whole ChatGLMForConditionalGeneration, with its output layer"
     pairs = ((name, plain) for name in found for plain in expected if name.endswith(f".{plain}"))
     prefix = next((name.removesuffix(plain) for name, plain in pairs), "")
     if not prefix or not all(name.startswith(prefix) for name in found):
         return ""
-    origin = {
-        "module.": "DataParallel and DeepSpeed save so: save model.module.state_dict()",
-        "base_model.model.": "peft saves the whole network so: save the result of merge_and_unload()",
-        "_orig_mod.": "torch.compile saves so: save model._orig_mod.state_dict()",
-    }.get(prefix, "save the inner network alone")
+    origin = next(
+        (text for start, text in _ORIGINS.items() if prefix.startswith(start)), "save the inner network alone"
+    )
     return f"Every name begins with {prefix}, which the network does not have; {origin}"
 
 

@@ -39,7 +39,7 @@ class TorchFile(TensorFile):
         empty = [name for name, tensor in state.items() if not _is_dense(tensor)]
         if empty:
             raise CheckpointError(
-                f"{path}: tensors without values of their own (sparse, quantized or of the device meta): "
+                f"{path}: tensors without values of their own (sparse, nested, quantized or of the device meta): "
                 f"{capped(empty)}; save dense tensors: tensor.to_dense(), or load the weights before saving them"
             )
         self.entries = {
@@ -96,9 +96,15 @@ class TorchFile(TensorFile):
             # Only ZIP files can be mapped; the format before torch 1.6 is read at once.
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP) or None)
         except Exception as error:  # a damaged pickle can raise anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # Other text of torch advises to load the file in an unsafe way.
+            text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+            if text.startswith("Unsupported global"):
+                raise CheckpointError(
+                    f"{self.path}: contains something besides tensors, which is not loaded; save the state dict alone: "
+                    "torch.save(model.state_dict(), PATH), or fetch the file again if it is damaged"
+                ) from None
             raise CheckpointError(
-                f"{self.path}: broken or truncated PyTorch file, fetch it again ({reason})"
+                f"{self.path}: broken or truncated PyTorch file, fetch it again ({text.splitlines()[0]})"
             ) from error
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path}: expected a dict of tensors, found {type(state).__name__}")
@@ -108,7 +114,7 @@ class TorchFile(TensorFile):
 def _is_dense(tensor: Any) -> bool:
     import torch
 
-    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
 
 
 def _crc_fits(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> bool:

@@ -21,8 +21,8 @@ FLOAT_TYPES = ("float32", "float16", "bfloat16")
 # `attention_softmax_in_fp32` and `fp32_residual_connection` differ only below float32.
 _HF_KEYS_WITHOUT_EFFECT = frozenset(
     {
-        "_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype",
-        "use_cache", "original_rope", "bias_dropout_fusion", "apply_query_key_layer_scaling",
+        "_name_or_path", "_attn_implementation_autoset", "architectures", "auto_map", "transformers_version",
+        "torch_dtype", "dtype", "use_cache", "original_rope", "bias_dropout_fusion", "apply_query_key_layer_scaling",
         "attention_softmax_in_fp32", "fp32_residual_connection", "classifier_dropout", "return_dict",
         "output_attentions", "output_hidden_states", "bos_token_id", "tokenizer_class",
         "prefix_projection", "quantization_bit", "vocab_size", "chunk_size_feed_forward", "problem_type",
@@ -233,7 +233,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("param_init_type", "compute_dtype"), FLOAT_TYPES.__contains__, f"must be one of {', '.join(FLOAT_TYPES)}"),
     (("hidden_dropout", "attention_dropout"), lambda value: 0 <= value < 1, "must be in [0, 1)"),
     (("layernorm_epsilon",), lambda value: 0 < value < 1, "must be above 0 and below 1"),
-    (("rope_ratio",), lambda value: 0 < value <= 1e6, "must be above 0 and at most 1e6"),
+    (("rope_ratio",), lambda value: 1e-4 < value <= 1e6, "must be above 1e-4 and at most 1e6"),
 )
 
 

@@ -289,8 +289,8 @@ def _is_target(config: LoraConfig, name: str) -> bool:
     patterns = config.layers_pattern or (r"[^.]*",)
     matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<{_LAYER}>\d+)\.", name) for pattern in patterns)
     # As in `peft`, the first pattern that matches decides.
-    found = next((int(match[_LAYER]) for match in matches if match is not None), None)
-    return found in config.layers_to_transform
+    found = next((match[_LAYER] for match in matches if match is not None), None)
+    return found is not None and int(found) in config.layers_to_transform
 
 
 def _ends_in(name: str, endings: Iterable[str]) -> bool:

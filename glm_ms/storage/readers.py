@@ -35,6 +35,8 @@ _MARKS = {
 # Encoding -> the bytes of a group of four that are 0 in ASCII characters.
 _ZEROS = {"UTF-32LE": (1, 2, 3), "UTF-32BE": (0, 1, 2), "UTF-16LE": (1, 3), "UTF-16BE": (0, 2)}
 _EXAMINED = 1 << 26  # bytes of a file that decide about its encoding
+_ASCII = bytes(range(128))
+_CHANCE = 5  # bytes beyond ASCII from which on a beginning is UTF-8
 _EXPONENT_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -127,10 +129,15 @@ def not_utf8(problem: UnicodeDecodeError, source: str | Path, line: int) -> str:
         start = first.start
     except OSError:  # no file, for example standard input
         pass
-    if not content[:start].isascii():
-        return message + "the text before it is UTF-8; write this line in UTF-8, too"
-    if _decodes(content, "gb18030"):
+    before = len(content[:start].translate(None, _ASCII))
+    text = content.decode("utf-8", "replace")
+    bad = text.count("\ufffd")
+    # One or two characters in GB18030 can be UTF-8 by chance, most of a text cannot.
+    by_chance = before < _CHANCE and len(text) - len(text.encode("ascii", "ignore")) <= 2 * bad
+    if by_chance and _decodes(content, "gb18030"):
         return message + f"it may be GB18030; {_ICONV.format(_argument(source), 'GB18030')}"
+    if before:
+        return message + "the text before it is UTF-8; write this line in UTF-8, too"
     return message + "convert the file to UTF-8"
 
 

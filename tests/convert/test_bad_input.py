@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +354,8 @@ def test_one_bit_of_a_torch_file(sharded: Path) -> None:
     [
         ({1: torch.zeros(2)}, "keys that are not names"),
         ({"a": torch.zeros(2).to_sparse()}, "sparse"),
+        ({"a": torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)])}, "nested"),
+        ({"a": torch.zeros(2), "b": np.float32(1)}, r"something besides tensors, .* torch\.save\(model\.state_dict"),
         ({"a": torch.zeros(2, device="meta")}, "meta"),
         ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "type float8_e4m3fn cannot be read"),
         ({"module": {"a": torch.zeros(2)}}, "save the state dict alone"),
@@ -400,22 +403,34 @@ def test_safetensors_headers_of_odd_content(tmp_path: Path, header: bytes, words
 @pytest.mark.parametrize(
     ("rename", "words"),
     [
-        ("module.{}", r"begins with module\., .*model\.module\.state_dict"),
-        ("base_model.model.{}", r"begins with base_model\.model\., .*merge_and_unload"),
-        ("glm.{}", r"begins with glm\., .*inner network"),
-        ("{}.weight_scale", "quantized weights .int4 or int8."),
-        ("int8", "quantized weights .int4 or int8."),
-        ("{}.base_layer.weight", "under an adapter of peft: .*merge_and_unload"),
+        ("module.{}".format, r"begins with module\., .*model\.module\.state_dict"),
+        ("base_model.model.{}".format, r"begins with base_model\.model\., .*merge_and_unload"),
+        ("module.base_model.model.{}".format, r"begins with module\.base_model\.model\., .*model\.module\.state_dict"),
+        ("glm.{}".format, r"begins with glm\., .*inner network"),
+        (lambda name: name.replace(".weight", ".base_layer.weight"), "under an adapter of peft: .*merge_and_unload"),
+        (lambda name: name.removeprefix("transformer."), "lacks transformer.: save the whole"),
+        ("{}.weight_scale".format, "quantized weights .int4 or int8."),
+        ("{}.absmax".format, "quantized weights .int4 or int8."),
     ],
 )
-def test_names_of_another_form_are_said_as_what_they_are(golden: Path, tmp_path: Path, rename: str, words: str) -> None:
+def test_names_of_another_form_are_said_as_what_they_are(
+    golden: Path, tmp_path: Path, rename: Callable[[str], str], words: str
+) -> None:
     source = golden / "models" / "glm2_tiny"
     tensors = load_file(source / "model.safetensors")
     tensors.pop("transformer.rotary_pos_emb.inv_freq")
-    if rename == "int8":
-        rename, tensors["transformer.output_layer.weight"] = "{}", np.zeros((512, 32), np.int8)
-    save_file({rename.format(name): array for name, array in tensors.items()}, tmp_path / "m.safetensors")
+    save_file({rename(name): array for name, array in tensors.items()}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=f"(?s){words}"):
+        check_names_and_shapes(GLMConfig.from_pretrained(source), open_checkpoint(tmp_path / "m.safetensors"))
+
+
+def test_quantized_weights_without_scales(golden: Path, tmp_path: Path) -> None:
+    source = golden / "models" / "glm2_tiny"
+    tensors = load_file(source / "model.safetensors")
+    name = "transformer.encoder.layers.0.mlp.dense_4h_to_h.weight"
+    tensors[name] = tensors[name][:, ::2].astype(np.int8)
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)quantized weights .int4 or int8."):
         check_names_and_shapes(GLMConfig.from_pretrained(source), open_checkpoint(tmp_path / "m.safetensors"))
 
 
@@ -426,6 +441,7 @@ def test_names_of_another_form_are_said_as_what_they_are(golden: Path, tmp_path:
         ({"seq_length": 10**18}, "seq_length = 1000000000000000000: must be at most"),
         ({"layernorm_epsilon": float("inf")}, "layernorm_epsilon = inf"),
         ({"rope_ratio": float("nan")}, "rope_ratio = nan"),
+        ({"rope_ratio": 1e-300}, "rope_ratio = 1e-300: must be above 1e-4"),
         ({"eos_token_id": -1}, "eos_token_id = -1: must be an id"),
         ({"position_encoding_2d": True}, "ChatGLM-6B, the first generation"),
         ({"hidden_size": 64.0}, "hidden_size = 64.0: expected int"),

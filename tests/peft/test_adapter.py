@@ -195,6 +195,7 @@ QKV = [f"transformer.encoder.layers.{layer}.self_attention.query_key_value" for 
         ({"layers_to_transform": 0, "layers_pattern": "layers"}, [0]),
         ({"layers_to_transform": 0, "layers_pattern": ["(blocks)", "(lay)(ers)"]}, [0]),
         ({"layers_to_transform": [0], "layers_pattern": ["blocks"]}, []),
+        ({"layers_to_transform": [0], "layers_pattern": ["self_attention|layers"]}, []),
         ({"exclude_modules": ["layers.0.self_attention.query_key_value"]}, [1]),
         ({"exclude_modules": r".*layers\.1\..*"}, [0]),
     ],

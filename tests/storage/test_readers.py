@@ -107,6 +107,9 @@ def test_the_command_of_the_message_converts_the_file(file, encoding: str, mark:
         (bytes(50), "has NUL bytes, so it is not text"),
         (b'{"a": 1}\0\0\0', "has NUL bytes, so it is not text"),
         ("café".encode("latin-1") + b" ", ":1: not UTF-8 .byte 0xe9.; convert the file to UTF-8"),
+        # The bytes of these characters are UTF-8 by chance.
+        ("模型".encode("gb18030"), ":1: not UTF-8 .byte 0xd0.; it may be GB18030; use what"),
+        ("\n模模型".encode("gb18030"), ":2: not UTF-8 .byte 0xd0.; it may be GB18030; use what"),
         (
             "中文\n".encode() + "中文".encode("gb18030"),
             ":2: not UTF-8 .*; the text before it is UTF-8; write this line",
