@@ -87,9 +87,10 @@ def weights_fingerprint(path: Path) -> str:
 
     SHA-256 over names, sizes and contents of the weight files; of a file above 64 MB only 64 blocks of 64 KiB are read,
     spread evenly from its first to its last byte. Training changes every weight, so weights of another training differ
-    in every block. `path` is a file, or a folder with weight files.
+    in every block. `path` is a file, or a folder with weight files, as MindFormers also in folders rank_N.
     """
     files = [path] if path.is_file() else [item for item in sorted(path.iterdir()) if _is_weight_file(item)]
+    files = files or [item for item in sorted(path.glob("rank_*/*")) if _is_weight_file(item)]
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

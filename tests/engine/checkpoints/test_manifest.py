@@ -77,6 +77,11 @@ def test_a_fingerprint_is_that_of_the_content(tmp_path: Path, monkeypatch: pytes
         assert manifest.weights_fingerprint(other) != whole
     (other / "model.safetensors").write_bytes(bytes((5 << 20) + 1))
     assert manifest.weights_fingerprint(other) != whole
+    mindformers = tmp_path / "checkpoint"
+    (mindformers / "rank_0").mkdir(parents=True)
+    nothing = manifest.weights_fingerprint(mindformers)
+    (mindformers / "rank_0" / "glm3.ckpt").write_bytes(b"weights")
+    assert manifest.weights_fingerprint(mindformers) != nothing
 
 
 def test_a_second_run_is_refused(tmp_path: Path) -> None:
