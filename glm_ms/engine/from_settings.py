@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from glm_ms import families
 from glm_ms.data.cache import CacheRequest
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.engine.process import Say
@@ -37,11 +36,6 @@ def prompts_with_references(
         room = generation.max_new_tokens if generation.max_length is None else 1
         most = min(data.max_seq_length, generation.max_length or data.max_seq_length) - room
     return EvalDataset(data.data_loader.dataset_dir, build_encoder(data, tokenizer, most), data.num_samples)
-
-
-def build_tokenizer(settings: Settings) -> SentencePieceTokenizer:
-    """The tokenizer of `processor.tokenizer`."""
-    return families.build_tokenizer(settings.processor.tokenizer)
 
 
 def generation_options(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import mindspore as ms
 from glm_ms.ascend_hints import overflow_mode_note
 from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.export import export
-from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import build_context, log_to_folder
 from glm_ms.engine.predict import predict
 from glm_ms.engine.process import Say, end_process_after
@@ -21,6 +20,7 @@ from glm_ms.engine.report.summary import summary
 from glm_ms.engine.step.training import mindformers_config
 from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model, fuse
+from glm_ms.families import build_tokenizer
 from glm_ms.ops.ascend import soc_version
 from glm_ms.program import restore_signal_handlers
 from glm_ms.settings import Settings, SettingsError
@@ -74,7 +74,7 @@ def _run(settings: Settings) -> None:
 
     answers = Path(settings.output_dir) / ANSWERS_FILE
     ms.set_seed(settings.seed)
-    tokenizer = build_tokenizer(settings)
+    tokenizer = build_tokenizer(settings.processor.tokenizer)
     for note in filter(None, [*settings.notes, overflow_mode_note(soc_version())]):
         say(note)
     if settings.is_training():

@@ -18,7 +18,6 @@ from mindspore.train import Callback
 
 from glm_ms.engine.batches import DatasetRows
 from glm_ms.engine.evaluate import evaluate
-from glm_ms.engine.from_settings import build_tokenizer
 from glm_ms.engine.mindformers_internals import quiet_terminal
 from glm_ms.engine.predict import predict
 from glm_ms.engine.report.summary import summary
@@ -33,6 +32,7 @@ from glm_ms.engine.weights import (
     fuse,
     lora_alpha,
 )
+from glm_ms.families import build_tokenizer
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.mindformers_api.generation import set_generation
 from glm_ms.mindformers_api.model import MindFormersGLM
@@ -173,6 +173,10 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
             for key, value in self._trained.items():
                 setattr(settings, key, value)
         else:
+            if settings.resume:
+                raise SettingsError(
+                    "Trainer(model=...): resume: True, but the results may be of another model; give none"
+                )
             settings.load_checkpoint = network.weights_from or settings.load_checkpoint
             settings.load_adapter = network.adapter_from or settings.load_adapter
             _check_network(network, settings)
@@ -236,7 +240,7 @@ def _begin(settings: Settings, check_train_file: bool = True) -> SentencePieceTo
     ms.set_seed(settings.seed)
     for note in settings.notes:
         _say(note)
-    return build_tokenizer(settings)
+    return build_tokenizer(settings.processor.tokenizer)
 
 
 def _take_checkpoint(config: MindFormerConfig) -> tuple[str | None, Any]:

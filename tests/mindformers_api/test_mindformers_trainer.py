@@ -269,6 +269,8 @@ def test_what_the_yaml_decides_is_refused_in_the_call(run: Path, weights: Path, 
     sharded = {"use_parallel": True, "parallel": {"parallel_mode": 1}}
     with pytest.raises(ValueError, match=r"Trainer\(model=\.\.\.\): a sharded run loads the slices of its own network"):
         Trainer(args=yaml_of(run, tmp_path / "sharded", **sharded), task="text_generation", model=model).train()
+    with pytest.raises(ValueError, match=r"Trainer\(model=\.\.\.\): resume: True"):  # of which model are the results?
+        Trainer(args=yaml_of(run, tmp_path / "resume", resume=True), task="text_generation", model=model).evaluate()
     other = yaml_of(run, tmp_path / "other", model__model_config__num_layers=2)
     with pytest.raises(ValueError, match=r"different networks: .*num_layers: 2, in the model 1"):
         Trainer(args=other, task="text_generation", model=model).train()
