@@ -265,18 +265,8 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader, with_ada
             ten of a kind, with the file and the expected and found shapes. The checkpoint is an adapter or contains
             one.
     """
-    expected, found, tuned = expected_shapes(config), reader.base_names(), reader.adapter_names()
-    if tuned and not found:
-        raise CheckpointError(
-            f"{reader.path}: contains an adapter, not weights; give the weights that it was trained on "
-            "(--load_checkpoint), and this as adapter (--load_adapter)"
-        )
-    if tuned and not with_adapter:
-        kind = owner_of(tuned[0])
-        use = "merge it first: tools/merge_lora.py with this as --base and --adapter" if kind is LORA else (
-            "use it in a run, as load_checkpoint alone"
-        )  # fmt: skip
-        raise CheckpointError(f"{reader.path}: contains weights and an adapter ({capped(tuned)}); {use}")
+    _check_adapter(reader, with_adapter)
+    expected, found = expected_shapes(config), reader.base_names()
     known = set(found)
     absent = [name for name in expected if name not in known]
     problems: dict[str, list[str]] = {
@@ -318,6 +308,21 @@ def has_adapter(path: str | Path) -> bool:
             return bool(reader.adapter_names())
     except CheckpointError:
         return False
+
+
+def _check_adapter(reader: CheckpointReader, allowed: bool) -> None:
+    """Raises CheckpointError for a checkpoint that is an adapter, or contains one that is not allowed."""
+    tuned = reader.adapter_names()
+    if tuned and not reader.base_names():
+        raise CheckpointError(
+            f"{reader.path}: contains an adapter, not weights; give the weights that it was trained on "
+            "(--load_checkpoint), and this as adapter (--load_adapter)"
+        )
+    if tuned and not allowed:
+        use = "use it in a run, as load_checkpoint alone"
+        if owner_of(tuned[0]) is LORA:
+            use = "merge it first: tools/merge_lora.py with this as --base and --adapter"
+        raise CheckpointError(f"{reader.path}: contains weights and an adapter ({capped(tuned)}); {use}")
 
 
 def _why_other_names(reader: CheckpointReader, found: list[str], expected: Mapping[str, object]) -> str:

@@ -10,11 +10,12 @@ from typing import NamedTuple
 from glm_ms.data.encoder import Message, Messages
 from glm_ms.data.records import PROMPT_FORMS, checked_text, parse_prompt
 from glm_ms.storage.errors import DataError, capped
+from glm_ms.storage.paths import exists
 from glm_ms.storage.readers import decode_text, parse_json, read_text
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 
-class Prompt(NamedTuple):
+class Question(NamedTuple):
     """Messages to answer the last of; a plain text is one message of the user."""
 
     messages: Messages
@@ -43,7 +44,7 @@ class Prompt(NamedTuple):
             raise DataError(f"{self.place}: {error}") from None
 
 
-def read_prompts(predict_data: str, say: Callable[[str], None]) -> list[Prompt]:
+def read_prompts(predict_data: str, say: Callable[[str], None]) -> list[Question]:
     """Prompts of `--predict_data`.
 
     It is `-` for standard input (a prompt a line), a path ending in .txt (a prompt a line) or .jsonl (an object of
@@ -61,7 +62,7 @@ def read_prompts(predict_data: str, say: Callable[[str], None]) -> list[Prompt]:
     elif suffix in (".txt", ".jsonl"):
         missing = f"no such file; give an existing {suffix} file, or a prompt"
         lines = read_text(Path(predict_data), DataError, missing).split("\n")
-    elif _is_path(predict_data):
+    elif exists(predict_data):
         raise DataError(f"{source}: prompts are read from .txt and .jsonl files only")
     else:
         source = "predict_data"
@@ -80,22 +81,15 @@ def read_prompts(predict_data: str, say: Callable[[str], None]) -> list[Prompt]:
     return prompts
 
 
-def _of_line(line: str, place: str, left_out: set[str]) -> Prompt:
+def _of_line(line: str, place: str, left_out: set[str]) -> Question:
     source, _, number = place.rpartition(":")
     value = parse_json(line, source, DataError, int(number))
     if isinstance(value, dict):
-        return Prompt(parse_prompt(value, place, left_out), place)
+        return Question(parse_prompt(value, place, left_out), place)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{place}: {PROMPT_FORMS}")
     return _plain(value, place)
 
 
-def _plain(text: str, place: str) -> Prompt:
-    return Prompt((Message("user", checked_text(text, f"{place}: the text")),), place)
-
-
-def _is_path(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):  # too long for a path, or with a null byte
-        return False
+def _plain(text: str, place: str) -> Question:
+    return Question((Message("user", checked_text(text, f"{place}: the text")),), place)

@@ -102,8 +102,8 @@ def _identity(settings: Settings) -> dict[str, Any]:
     """What determines the results, besides the records."""
     whole = settings.to_dict()
     paths = {key: resolve_checkpoint(path) for key in ("load_checkpoint", "load_adapter") if (path := whole[key])}
-    adapter = paths.get("load_adapter", Path())
-    configs = [adapter / name for name in ("adapter_config.json", "config.json")] if "load_adapter" in paths else []
+    adapter = paths.get("load_adapter")
+    configs = [adapter / name for name in ("adapter_config.json", "config.json")] if adapter else []
     return {
         **{key: weights_fingerprint(path) for key, path in paths.items()},
         "adapter_config": {path.name: file_sha256(path) for path in configs if path.is_file()},

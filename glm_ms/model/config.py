@@ -65,7 +65,7 @@ class GLMConfig:
         compute_dtype: type of the matrix products; norms, softmax and loss are float32 always.
 
     Raises:
-        ConfigError: a size is not positive or absurdly large, a number is not finite, or sizes do not fit each other.
+        ConfigError: a size is not positive or is too large, a number is not finite, or sizes do not fit each other.
     """
 
     model_type: ClassVar[str] = "chatglm"  # of a config.json
@@ -219,7 +219,7 @@ class GLMConfig:
         return cls.from_dict(values, source=str(path))
 
 
-# The largest sizes: far beyond every released model, so that a slip is refused before memory is asked for.
+# The largest sizes: far beyond every released model, so that a typing error is refused before memory is asked for.
 _LARGEST = {
     "num_layers": 1 << 10, "padded_vocab_size": 1 << 24, "hidden_size": 1 << 17, "ffn_hidden_size": 1 << 20,
     "kv_channels": 1 << 12, "num_attention_heads": 1 << 12, "seq_length": 1 << 20, "multi_query_group_num": 1 << 12,

@@ -221,7 +221,10 @@ def read_adapter(path: str | Path, lora_alpha: float | None = None) -> StoredAda
         elif kind.kind == "lora":
             config = kind.stored_config(path, tensors, lora_alpha=lora_alpha)  # type: ignore[call-arg]
         else:
-            raise AdapterError(f"{path}: lora_alpha was given, but this is a {kind.kind} adapter; leave it out")
+            raise AdapterError(
+                f"{path}: lora_alpha was given, but this is a {kind.kind} adapter; leave it out, or correct "
+                "model.pet_config.pet_type"
+            )
     except AdapterError:
         raise
     except CheckpointError as error:

@@ -239,9 +239,8 @@ def target_names(target_modules: str | Sequence[str], names: Iterable[str]) -> l
             raise AdapterError(f"target_modules: {target_modules!r} {reason}") from None
         missing = [] if found else [target_modules]
     else:
-        found = [name for name in names if any(f".{name}".endswith(f".{end}") for end in target_modules)]
-        endings = dict.fromkeys(target_modules)
-        missing = [end for end in endings if not any(f".{name}".endswith(f".{end}") for name in names)]
+        found = [name for name in names if _ends_in(name, target_modules)]
+        missing = [end for end in dict.fromkeys(target_modules) if not any(_ends_in(name, [end]) for name in names)]
     if missing:
         modules = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names)
         raise AdapterError(

@@ -409,6 +409,15 @@ class IncrementalDecoder:
         return text
 
 
+def history_items(history: Any, forms: str) -> Sequence[Any]:
+    """The items of a history, none for None; ValueError if it is not a list. `forms` says what the items may be."""
+    if history is None:
+        return []
+    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
+        raise ValueError(f"history = {history!r:.80}: must be a list of {forms}")
+    return history
+
+
 def check_option(name: str, value: Any) -> Any:
     """The value of an option of the tokenizers; ValueError if it is none of them."""
     values = _OPTION_VALUES[name]

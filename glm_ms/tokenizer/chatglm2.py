@@ -6,7 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm_ms.tokenizer.base import PLAIN, SentencePieceTokenizer, checked, replace_training_date, sequence_dict
+from glm_ms.tokenizer.base import (
+    PLAIN,
+    SentencePieceTokenizer,
+    checked,
+    history_items,
+    replace_training_date,
+    sequence_dict,
+)
 
 _ROUND = "[Round {}]\n\n问：{}\n\n答："
 _OF_CHATGLM3 = ("metadata", "tools", "tool_calls", "function_call")  # of messages
@@ -85,10 +92,7 @@ def _as_rounds(history: Any) -> list[tuple[str, str]]:
     Raises:
         ValueError: anything else, for example messages of ChatGLM3 with another role.
     """
-    if history is None:
-        return []
-    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
-        raise ValueError(f"history = {history!r:.80}: must be a list of (question, answer) pairs or of messages")
+    history = history_items(history, "(question, answer) pairs or of messages")
     if not any(isinstance(item, Mapping) for item in history):
         return [_pair(item) for item in history]
     rounds = []

@@ -12,7 +12,14 @@ from typing import Any
 
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import parse_json
-from glm_ms.tokenizer.base import CHAT, PLAIN, SentencePieceTokenizer, replace_training_date, sequence_dict
+from glm_ms.tokenizer.base import (
+    CHAT,
+    PLAIN,
+    SentencePieceTokenizer,
+    history_items,
+    replace_training_date,
+    sequence_dict,
+)
 
 ROLES = ("system", "user", "assistant", "observation")
 _ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
@@ -173,12 +180,8 @@ def _messages(history: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: anything else, for example pairs of ChatGLM2 or calls in the form of other models.
     """
-    if history is None:
-        return []
-    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
-        raise ValueError(f"history = {history!r:.80}: must be a list of messages with role and content")
     messages = []
-    for number, item in enumerate(history):
+    for number, item in enumerate(history_items(history, "messages with role and content")):
         place = f"history[{number}]"
         if not isinstance(item, Mapping) or not isinstance(item.get("content"), str) or "role" not in item:
             raise ValueError(f"{place} = {item!r:.80}: must be a mapping with role and content, a text")

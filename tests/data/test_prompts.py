@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glm_ms.data.encoder import Message
-from glm_ms.data.prompts import Prompt, read_prompts
+from glm_ms.data.prompts import Question, read_prompts
 from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
@@ -191,6 +191,6 @@ def test_text_in_the_template(glm2: ChatGLM2Tokenizer, glm3: ChatGLM3Tokenizer, 
     ],
 )
 def test_messages_without_a_place_in_the_template(glm2: ChatGLM2Tokenizer, messages: list, message: str) -> None:
-    prompt = Prompt(tuple(Message(*item) for item in messages), "f:3")
+    prompt = Question(tuple(Message(*item) for item in messages), "f:3")
     with pytest.raises(DataError, match=f"^f:3: .*({message})"):
         prompt.ids(glm2)
