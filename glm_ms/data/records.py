@@ -27,7 +27,7 @@ from glm_ms.storage.errors import DataError
 from glm_ms.storage.suggest import did_you_mean, misspelled
 from glm_ms.tokenizer.chatglm3 import ROLES, ToolCallError, checked_tools, parse_tool_call, tools_json
 
-_CONVERSATIONS, _TOOLS = "conversations", "tools"
+_CONVERSATIONS, _TOOLS, _INSTRUCTION = "conversations", "tools", "instruction"
 _MESSAGE_KEYS = ("role", "content", "loss", "name", "parameters", "observation", "metadata")
 _TOOL_KEYS = ("name", "parameters", "observation")
 _WITHOUT_LOSS = ("system", "user")
@@ -36,11 +36,11 @@ _CONTEXT = {
     "history": "name it as the third of origin_columns, or history_column: history",
     "system": "set system_column: system",
     "tools": "set tools_column: tools",
-    "instruction": "set origin_columns: [instruction, ...], and input_column for what follows the instruction",
+    _INSTRUCTION: "set origin_columns: [instruction, ...], and input_column for what follows the instruction",
     "input": "set input_column: input, which follows the prompt on a new line",
 }
 # Keys of a prompt to answer: one of the first, and any of the others, in the order of `Columns`.
-PROMPT_KEYS = ("prompt", "content", "query", "text", "instruction")
+PROMPT_KEYS = ("prompt", "content", "query", "text", _INSTRUCTION)
 _PROMPT_CONTEXT = ("history", "input", "system", "tools")
 PROMPT_FORMS = f"expected a text that is not empty, or an object with one as {', '.join(PROMPT_KEYS)}"
 # Of a message; tools belong to the record, calls to messages of the role `tool`.
@@ -105,6 +105,8 @@ def parse_prompt(value: Mapping[str, Any], place: str, left_out: set[str]) -> Me
         if key is None:
             raise DataError(f"{place}: {PROMPT_FORMS}, found {_names(value)}")
         _refuse_near_misses(value, _PROMPT_CONTEXT, place)
+        if key != _INSTRUCTION and _is_filled(value.get(_INSTRUCTION)):
+            raise DataError(f"{place}: {_INSTRUCTION!r} is not used beside {key!r}; write both into one text")
         columns = Columns(key, key, *_PROMPT_CONTEXT)
         messages = _up_to_prompt(value, place, columns)
         left_out.update(other_columns(value, columns))
@@ -164,7 +166,7 @@ def _up_to_prompt(value: Mapping[str, Any], place: str, columns: Columns) -> lis
 
 def _history(items: Any, place: str) -> list[Message]:
     """Messages before the prompt, of [prompt, response] pairs or of messages."""
-    if items is None:
+    if items is None or items == "":
         return []
     if isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
         return _messages(_items(items, place))

@@ -102,6 +102,7 @@ def test_keys_without_effect_are_told_once(jsonl) -> None:
         ({"prompt": " "}, "found an empty text"),
         (["a"], r"prompts\.jsonl:2: expected a text"),
         ([{"role": "user", "content": "a"}], "expected a text"),
+        ({"content": "a", "instruction": "b"}, "'instruction' is not used beside 'content'; write both into one text"),
         ({"prompt": "a", "history": "x"}, "column 'history' must be a list of"),
         ({"prompt": "a", "history": [["x"]]}, "column 'history' must be a list of"),
         ({"prompt": "a", "history": [["x", None]]}, "column 'history' must be a string, found None"),

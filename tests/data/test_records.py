@@ -134,7 +134,12 @@ def test_the_context_of_a_prompt():
     assert tools.role == "system"
     assert tools.content.endswith("following tools:\n" + json.dumps(TOOLS, indent=4, ensure_ascii=False))
     assert read_messages({**whole, "tools": json.dumps(TOOLS)}, **names)[0] == tools
-    for empty in (DIALOGUE, {**DIALOGUE, "history": [], "system": "", "tools": None}, {**DIALOGUE, "tools": []}):
+    for empty in (
+        DIALOGUE,
+        {**DIALOGUE, "history": [], "system": "", "tools": None},
+        {**DIALOGUE, "tools": []},
+        {**DIALOGUE, "history": ""},
+    ):
         assert read_messages(empty, **names) == last
         assert read_messages(empty) == last
 
