@@ -231,7 +231,8 @@ def check_machine(job: Job) -> None:
 def check_workers(job: Job) -> None:
     """Raises LaunchError for more ranks than this server has cards, or cores without any, unless they are forced."""
     forced = os.environ.get(FORCE, "0") != "0" or os.environ.get("MS_SIMULATION_LEVEL")
-    on_cpu = "CPU" in " ".join(job.command).replace("=", " ").split()
+    words = " ".join(job.command).replace("=", " ").split()
+    on_cpu = any(key.endswith("device_target") and value == "CPU" for key, value in zip(words, words[1:]))
     cards = 0 if on_cpu else len(ascend_cards())
     limit, kind = (cards, "Ascend cards") if cards else (usable_cores(), "cores that this process may use")
     if job.local_worker > limit and not forced:

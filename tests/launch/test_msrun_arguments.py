@@ -117,7 +117,8 @@ def test_addresses_that_do_not_fit(address: str, node: int, message: str):
     ("line", "cards", "message"),
     [("run.py", 4, "8 ranks on a server with 4 Ascend cards"), ("run.py", 0, "8 ranks on a server with 2 cores"),
      ("run.py --device_target CPU", 16, "of at most 2, or set GLM_MS_FORCE_WORKERS=1"),
-     ("run.py context.device_target=CPU", 16, "8 ranks on a server with 2 cores"), ("run.py", 8, "")],
+     ("run.py context.device_target=CPU", 16, "8 ranks on a server with 2 cores"), ("run.py", 8, ""),
+     ("run.py --predict_data CPU", 4, "8 ranks on a server with 4 Ascend cards")],
 )  # fmt: skip
 def test_more_ranks_than_the_server_has(line: str, cards: int, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(msrun, "usable_cores", lambda: 2)
