@@ -25,6 +25,7 @@ from typing import Any
 from glm_ms.data.encoder import Columns, Message, Messages
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.suggest import did_you_mean, misspelled
+from glm_ms.tokenizer.base import OF_CHATGLM3
 from glm_ms.tokenizer.chatglm3 import ROLES, ToolCallError, checked_tools, parse_tool_call, tools_json
 
 _CONVERSATIONS, _TOOLS, _INSTRUCTION = "conversations", "tools", "instruction"
@@ -43,8 +44,6 @@ _CONTEXT = {
 PROMPT_KEYS = ("prompt", "content", "query", "text", _INSTRUCTION)
 _PROMPT_CONTEXT = ("history", "input", "system", "tools")
 PROMPT_FORMS = f"expected a text that is not empty, or an object with one as {', '.join(PROMPT_KEYS)}"
-# Of a message; tools belong to the record, calls to messages of the role `tool`.
-_CALLS = ("tools", "tool_calls", "function_call")
 # These words are part of what the released model was trained on.
 _TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:\n"
 
@@ -315,7 +314,7 @@ def _items(items: list[Any], place: str) -> Iterator[tuple[Mapping[str, Any], st
         if role not in roles:
             hint = did_you_mean(role, roles, f"; the roles are {', '.join(roles)}")
             raise DataError(f"{where}: role {role!r} is not known{hint}")
-        for key in (*_CALLS, "metadata"):
+        for key in OF_CHATGLM3:  # tools belong to the record, calls to messages of the role `tool`
             if _is_filled(item.get(key)):
                 raise DataError(
                     f"{where}: {key!r} has no effect; write tools beside {_CONVERSATIONS!r} and a call as a message of "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
@@ -75,10 +74,10 @@ def _is_model(path: str) -> bool:
     file = Path(path)
     if file.is_dir():
         if (file / "config.json").is_file():
-            return _model_type(file / "config.json") == MindFormersGLMConfig.model_type
+            return _is_config(file / "config.json")
         return (file / CHECKPOINTS).is_dir() or yaml_in(file) is not None
     if file.suffix == ".json":
-        return _model_type(file) == MindFormersGLMConfig.model_type
+        return _is_config(file)
     return _is_yaml(path)
 
 
@@ -94,7 +93,7 @@ def _is_tokenizer(path: str) -> bool:
     if name is not None:
         return name == TOKENIZER_CLASS
     if (file / "config.json").is_file():
-        return _model_type(file / "config.json") == MindFormersGLMConfig.model_type
+        return _is_config(file / "config.json")
     return yaml_in(file) is not None
 
 
@@ -105,8 +104,8 @@ def _is_yaml(path: str) -> bool:
     return is_name(path)
 
 
-def _model_type(path: Path) -> Any:
+def _is_config(path: Path) -> bool:
     try:
-        return read_object(path).get("model_type")
+        return read_object(path).get("model_type") == MindFormersGLMConfig.model_type
     except FileError:  # missing or broken: MindFormers reports it
-        return None
+        return False

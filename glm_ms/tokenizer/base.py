@@ -29,6 +29,9 @@ CHAT, PLAIN = "chat", "plain"
 _RELEASED_BYTES = 1_018_370
 _RELEASED_SHA256 = "e7dc4c393423b76e4373e5157ddc34803a0189ba96b21ddbb40269d31468a6f2"
 _FEATURE_KEYS = ("input_ids", "attention_mask", "position_ids")
+# Keys of messages: calls in the form of other models; all that ChatGLM2 does not have.
+FOREIGN_CALLS = ("tool_calls", "function_call")
+OF_CHATGLM3 = ("metadata", "tools", *FOREIGN_CALLS)
 # Option -> its values; see `SentencePieceTokenizer.options`.
 _OPTION_VALUES: dict[str, tuple[Any, ...]] = {
     "template": (CHAT, PLAIN),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm_ms.tokenizer.base import (
+    OF_CHATGLM3,
     PLAIN,
     SentencePieceTokenizer,
     checked,
@@ -16,7 +17,6 @@ from glm_ms.tokenizer.base import (
 )
 
 _ROUND = "[Round {}]\n\n问：{}\n\n答："
-_OF_CHATGLM3 = ("metadata", "tools", "tool_calls", "function_call")  # of messages
 _ROLE_TOKEN = re.compile(r"\s*<\|(system|user|assistant|observation)\|>")
 
 
@@ -101,7 +101,7 @@ def _as_rounds(history: Any) -> list[tuple[str, str]]:
         roles = [item.get("role") if isinstance(item, Mapping) else None for item in turn]
         if roles != ["user", "assistant"]:
             raise ValueError(f"history[{i}:{i + 2}] has roles {roles}: ChatGLM2 needs user and assistant in turn")
-        unknown = next((key for item in turn for key in _OF_CHATGLM3 if item.get(key)), None)
+        unknown = next((key for item in turn for key in OF_CHATGLM3 if item.get(key)), None)
         if unknown is not None:
             raise ValueError(f"history[{i}:{i + 2}]: {unknown!r} is not known to ChatGLM2, which has no tools")
         rounds.append(_pair([item.get("content") for item in turn]))

@@ -14,6 +14,7 @@ from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import parse_json
 from glm_ms.tokenizer.base import (
     CHAT,
+    FOREIGN_CALLS,
     PLAIN,
     SentencePieceTokenizer,
     history_items,
@@ -23,7 +24,6 @@ from glm_ms.tokenizer.base import (
 
 ROLES = ("system", "user", "assistant", "observation")
 _ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
-_CALLS = ("tool_calls", "function_call")  # of messages of other models
 _ROLE_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in _ROLE_TOKENS) + ")")
 
 
@@ -187,7 +187,7 @@ def _messages(history: Any) -> list[dict[str, Any]]:
             raise ValueError(f"{place} = {item!r:.80}: must be a mapping with role and content, a text")
         if not isinstance(item.get("metadata"), (str, type(None))):
             raise ValueError(f"{place}: metadata = {item['metadata']!r:.80}: must be a text")
-        for key in _CALLS:
+        for key in FOREIGN_CALLS:
             if item.get(key):
                 raise ValueError(f"{place}: {key!r} is not known; a call is a message with the tool's name as metadata")
         message = dict(item)
