@@ -52,7 +52,8 @@ class Converter:
         """Builds dataclass `kind` from a mapping or null; `path` is the dotted name of the section."""
         fields = {item.name: item for item in keys_of(kind)}
         if not entry.is_section:
-            if entry.value is not None:
+            null = entry.value is None or (isinstance(entry.value, str) and is_neutral(entry.value))
+            if not null:
                 message = f"expected a section with {', '.join(list(fields)[:4])} ..., found {described(entry.value)}"
                 self.problems.append(Problem(path, message, where=entry.where))
             return kind()
@@ -116,7 +117,7 @@ def unknown_key(dotted: str, written: str, entry: Entry, siblings: Collection[st
 def _convert(hint: Any, entry: Entry, field: dataclasses.Field) -> Any:
     """The value of an entry as `hint` asks. Raises SettingsError, with a message that names no place."""
     if "path" in field.metadata:
-        value = entry.value if entry.text is None else entry.text
+        value = entry.value if entry.text is None or entry.value is False else entry.text
         if field.default in ("", False) and is_neutral(value) and (value != "" or hint is str or entry.text is None):
             return field.default
         if isinstance(value, str):

@@ -196,7 +196,8 @@ class _Builder:
     def name(self, node: yaml.Node) -> str:
         name = self.entry(node).value
         if not isinstance(name, str):
-            raise self.error(f"{self.place(node)}: a key must be a name, found {node.value!r}")
+            found = repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+            raise self.error(f"{self.place(node)}: a key must be a name, found {found}")
         return name
 
     def place(self, node: yaml.Node) -> str:

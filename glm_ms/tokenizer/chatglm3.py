@@ -88,8 +88,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
         Raises:
             AssertionError: unknown role (the type the reference raises).
         """
-        if role not in ROLES:
-            raise AssertionError(f"role = {role!r}: must be one of {', '.join(ROLES)}")
+        _check_role(role)
         ids = [self.get_command(f"<|{role}|>")]
         return ids + self._piece_ids(f"{metadata}\n") + self._piece_ids(message)
 
@@ -134,6 +133,7 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
             `{"name", "parameters"}` (tools given in the first, system, message) or `{"name", "content"}` (code to run).
 
         Raises:
+            AssertionError: unknown role in `history`.
             ToolCallError: the text of a tool call is not `tool_call(name=value, ...)` with plain values.
             ValueError: `history` is not a list of messages.
         """
@@ -174,11 +174,18 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
         return ids
 
 
+def _check_role(role: Any) -> None:
+    if role not in ROLES:
+        raise AssertionError(f"role = {role!r}: must be one of {', '.join(ROLES)}")
+
+
 def _messages(history: Any) -> list[dict[str, Any]]:
     """The messages of a history; those with `tools` have them as a list or mapping, or None.
 
     Raises:
-        ValueError: anything else, for example pairs of ChatGLM2 or calls in the form of other models.
+        AssertionError: unknown role (the type the reference raises).
+        ValueError: anything else, for example pairs of ChatGLM2, calls in the form of other models, or tools in a
+            message that is not of the system, where they have no effect.
     """
     messages = []
     for number, item in enumerate(history_items(history, "messages with role and content")):
@@ -190,8 +197,11 @@ def _messages(history: Any) -> list[dict[str, Any]]:
         for key in FOREIGN_CALLS:
             if item.get(key):
                 raise ValueError(f"{place}: {key!r} is not known; a call is a message with the tool's name as metadata")
+        _check_role(item["role"])
         message = dict(item)
         if "tools" in item:
+            if item["role"] != "system" and item["tools"]:
+                raise ValueError(f"{place}: tools belong to a system message, this is one of the {item['role']}")
             try:
                 message["tools"] = checked_tools(item["tools"])
             except ValueError as error:

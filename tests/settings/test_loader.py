@@ -110,11 +110,13 @@ def test_every_spelling_of_none(text: str, config: Path) -> None:
 def test_a_typed_zero_is_a_path(config: Path) -> None:
     Path("0").mkdir()
     assert load_settings(config, flags={"load_checkpoint": "0"}).load_checkpoint == "0"
-    assert load_settings(config, flags={"load_checkpoint": ""}).load_checkpoint == ""
+    for none in ("", "None", "False"):
+        assert load_settings(config, flags={"load_checkpoint": none}).load_checkpoint == ""
 
 
-def test_empty_section_and_empty_text(config: Path) -> None:
-    _write(config, "optimizer:\nload_checkpoint:\n")
+@pytest.mark.parametrize("text", ["", "None", "null", "''"])
+def test_empty_section_and_empty_text(text: str, config: Path) -> None:
+    _write(config, f"optimizer: {text}\nload_checkpoint:\n")
     settings = load_settings(config)
     assert settings.optimizer == Settings().optimizer
     assert settings.load_checkpoint == ""
