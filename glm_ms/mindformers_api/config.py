@@ -149,8 +149,13 @@ class MindFormersGLMConfig(PretrainedConfig):
         as_pair = kwargs.pop("return_unused_kwargs", False)
         path = kwargs.get("name_or_path", "")
         if path:
-            folder = Path(path) if Path(path).is_dir() else Path(path).parent
-            config_dict = GLMConfig.from_pretrained(path, with_prefix=has_adapter(folder)).to_dict()
+            try:
+                own = GLMConfig.from_pretrained(path)
+            except ConfigError:  # perhaps because of a prefix, which the weights may contain; opening them takes time
+                if not has_adapter(path if Path(path).is_dir() else Path(path).parent):
+                    raise
+                own = GLMConfig.from_pretrained(path, with_prefix=True)
+            config_dict = own.to_dict()
         config = cls(**{**config_dict, **kwargs})
         return (config, {}) if as_pair else config
 

@@ -143,10 +143,12 @@ def test_other_yamls_are_read_as_ever(tmp_path: Path):
 # ------------------------------------------------------------------ AutoConfig
 
 
-def test_auto_config_of_a_yaml_a_folder_and_a_file(run: Path, weights: Path):
+def test_auto_config_of_a_yaml_a_folder_and_a_file(run: Path, weights: Path, monkeypatch: pytest.MonkeyPatch):
     stored = load_pretrained(run).config
     for source in (run / "settings.yaml", run, weights, weights / "config.json"):
-        config = AutoConfig.from_pretrained(str(source))
+        with monkeypatch.context() as patch:
+            patch.delattr("glm_ms.convert.reader.open_checkpoint")  # weights of 12 GB take time
+            config = AutoConfig.from_pretrained(str(source))
         assert isinstance(config, MindFormersGLMConfig)
         assert config.architecture().to_dict() == stored.to_dict()
         assert config.vocab_size == stored.padded_vocab_size
