@@ -35,9 +35,9 @@ _NEW_LINE = "\n    "
 _QUANTIZED = (".weight_scale.", ".quantized_weight.", ".qweight.", ".absmax.", ".quant_state.", ".SCB.")
 # What a name begins with that was saved with the network around it.
 _ORIGINS = {
-    "module.": "DataParallel and DeepSpeed save so: save model.module.state_dict()",
-    "base_model.model.": "peft saves the whole network so: save the result of merge_and_unload()",
-    "_orig_mod.": "torch.compile saves so: save model._orig_mod.state_dict()",
+    "module.": "DataParallel and DeepSpeed add it: save model.module.state_dict()",
+    "base_model.model.": "peft adds it to the whole network: save the result of merge_and_unload()",
+    "_orig_mod.": "torch.compile adds it: save model._orig_mod.state_dict()",
 }
 
 

@@ -175,7 +175,7 @@ class GLMTextGenerationTrainer(CausalLanguageModelingTrainer):
         else:
             if settings.resume:
                 raise SettingsError(
-                    "Trainer(model=...): resume: True, but the results may be of another model; give none"
+                    "Trainer(model=...): resume: True: the results in output_dir may be of another model; set False"
                 )
             settings.load_checkpoint = network.weights_from or settings.load_checkpoint
             settings.load_adapter = network.adapter_from or settings.load_adapter

@@ -388,7 +388,9 @@ def _read_config(path: Path) -> LoraConfig:
         "layers_pattern", _NAMES, lambda v: _is_names(v) and (isinstance(v, str) or all(map(_is_pattern, v))), ()
     )
     if (layers is not None and isinstance(targets, str)) or (pattern and layers is None):
-        raise AdapterError(f"{path}: layers_to_transform needs a list in target_modules, layers_pattern the former")
+        raise AdapterError(
+            f"{path}: layers_to_transform needs a list in target_modules, layers_pattern needs layers_to_transform"
+        )
     return LoraConfig(
         rank=get("r", "a positive whole number", lambda value: type(value) is int and value >= 1),
         alpha=float(get("lora_alpha", "a positive number", lambda value: _is_number(value) and 0 < value < 1e30)),
