@@ -11,7 +11,7 @@ from glm_ms.engine.checkpoints.manifest import weights_fingerprint
 from glm_ms.engine.process import Say
 from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.model.config import GLMConfig
+from glm_ms.model.config import FREE_FIELDS, GLMConfig
 from glm_ms.model.layers import DTYPES
 from glm_ms.ops.registry import fuse_kernels
 from glm_ms.parallel.layers import sharded_glm
@@ -24,11 +24,6 @@ from glm_ms.storage.integrity import file_sha256, manifest_beside
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer.base import CHAT
 
-# Fields that may differ from the config.json beside the weights: they do not change the function.
-_FREE = frozenset(
-    {"seq_length", "param_init_type", "compute_dtype", "hidden_dropout", "attention_dropout",
-     "eos_token_id", "pad_token_id"}
-)  # fmt: skip
 _EMBEDDING = "transformer.embedding.embedding_table"
 
 
@@ -243,5 +238,5 @@ def different_fields(config: GLMConfig, other: GLMConfig, place: str) -> list[st
     return [
         f"model.model_config.{name}: {value}, in {place} {getattr(other, name)}"
         for name, value in config.to_dict().items()
-        if name not in _FREE and value != getattr(other, name)
+        if name not in FREE_FIELDS and value != getattr(other, name)
     ]

@@ -15,6 +15,11 @@ from glm_ms.storage.suggest import did_you_mean
 from glm_ms.storage.yaml_tree import read_yaml
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
+# Fields of `GLMConfig` that do not change the function, so that they may differ from a config.json beside weights.
+FREE_FIELDS = frozenset(
+    {"seq_length", "param_init_type", "compute_dtype", "hidden_dropout", "attention_dropout",
+     "eos_token_id", "pad_token_id"}
+)  # fmt: skip
 
 # Keys of a Hugging Face config.json without effect here: bookkeeping of files, and switches of the reference code
 # between equal ways of computing. `apply_query_key_layer_scaling` divides by the layer number and multiplies back;

@@ -11,17 +11,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.convert.adapter_files import PREFIX
-from glm_ms.model.config import GLMConfig
+from glm_ms.model.config import FREE_FIELDS, GLMConfig
 from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.ops.portable import SeededDropout
 from glm_ms.peft.adapter import Adapter, AdapterError, StoredAdapter
+from glm_ms.storage.errors import capped
+from glm_ms.storage.readers import read_object
 
 HF_PREFIX = "transformer.prefix_encoder."
 EMBEDDING, HIDDEN, OUTPUT = "embedding.weight", "trans.0", "trans.2"
@@ -110,6 +112,9 @@ class PrefixAdapter(Adapter):
     def attach(
         cls, network: GLMNetwork, config: PrefixConfig, seed: int, stored: StoredAdapter | None
     ) -> PrefixAdapter:
+        """The `config.json` beside a stored prefix must describe this network: shapes do not show all of it."""
+        if stored is not None:
+            _check_network(stored.path, network.config)
         adapter = cls(network, config)
         encoder = PrefixEncoder(network, config, np.random.default_rng(seed))
         adapter._parameters = {parameter.name: parameter for parameter in encoder.get_parameters()}
@@ -123,13 +128,17 @@ class PrefixAdapter(Adapter):
 
     @classmethod
     def stored_config(cls, path: Path, tensors: Mapping[str, np.ndarray]) -> PrefixConfig:
-        """The tensors give the sizes; the dropout is not stored and becomes 0."""
-        embedding = tensors.get(HF_PREFIX + EMBEDDING)
-        if embedding is None or embedding.ndim != 2:
-            raise AdapterError(f"{path}: has no {HF_PREFIX}{EMBEDDING} [positions, width]")
-        hidden = tensors.get(f"{HF_PREFIX}{HIDDEN}.weight")
-        inner = None if hidden is None else int(hidden.shape[0])
-        return PrefixConfig(int(embedding.shape[0]), hidden is not None, inner, 0.0)
+        """The tensors give the sizes, which a `config.json` must confirm; the dropout is not stored and becomes 0."""
+        embedding, hidden = tensors.get(HF_PREFIX + EMBEDDING), tensors.get(f"{HF_PREFIX}{HIDDEN}.weight")
+        for name, value in ((EMBEDDING, embedding), (f"{HIDDEN}.weight", hidden)):
+            if (value is None and name == EMBEDDING) or (value is not None and (value.ndim != 2 or not value.size)):
+                raise AdapterError(f"{path}: has no {HF_PREFIX}{name} [positions, width]")
+        assert embedding is not None
+        found: dict[str, Any] = {"pre_seq_len": int(embedding.shape[0]), "prefix_projection": hidden is not None}
+        for key, value in _document(path).items():
+            if key in found and value is not None and value != found[key]:
+                raise AdapterError(f"{path}: {key} is {found[key]}, but the {PREFIX.config} beside it says {value!r}")
+        return PrefixConfig(**found, projection_dim=None if hidden is None else int(hidden.shape[0]), dropout=0.0)
 
     @classmethod
     def write_config(cls, folder: Path, config: PrefixConfig, network: GLMConfig, base_model: str) -> None:
@@ -150,6 +159,26 @@ class PrefixAdapter(Adapter):
         """A stored adapter always has the width of its MLP."""
         wanted = dataclasses.replace(wanted, projection_dim=wanted.inner_width(network.config))
         return super().differences(stored, wanted, network)
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The `config.json` beside the file of a prefix; empty without one."""
+    file = path.parent / PREFIX.config
+    return read_object(file, AdapterError) if file.is_file() else {}
+
+
+def _check_network(path: Path, network: GLMConfig) -> None:
+    """Raises AdapterError if the `config.json` beside a prefix describes another network."""
+    document = _document(path)
+    if document:
+        document.setdefault("rope_ratio", GLMConfig.rope_ratio)  # older code does not know it
+    different = [
+        f"{name}: {value!r}, in this network {getattr(network, name)!r}"
+        for name, value in document.items()
+        if name in network.to_dict() and name not in FREE_FIELDS and value != getattr(network, name)
+    ]
+    if different:
+        raise AdapterError(f"{path}: made for another base: {PREFIX.config} beside it has {capped(different)}")
 
 
 def _drawn(shapes: dict[str, tuple[int, ...]], name: str, generator: np.random.Generator) -> Parameter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from reference import FOLDER, fresh_golden_model, golden_model
 from safetensors.numpy import load_file, save_file
 
 from glm_ms import GLMForCausalLM, load_pretrained
-from glm_ms.peft.adapter import AdapterError, read_adapter
+from glm_ms.peft.adapter import AdapterError, attach, read_adapter
 from glm_ms.peft.lora import LoraConfig, check_complete
 from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.storage.errors import CheckpointError
@@ -259,6 +260,36 @@ def test_an_official_prefix_checkpoint(tmp_path: Path) -> None:
 
 def test_a_prefix_for_another_base() -> None:
     assert "another base" in refused(PREFIX, "glm3_tiny")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"pre_seq_len": 9}, "pre_seq_len is 8, but the config.json beside it says 9"),
+        ({"prefix_projection": False}, "prefix_projection is True, but the config.json beside it says False"),
+        ({"rope_ratio": 50}, "made for another base: config.json beside it has rope_ratio: 50, in this network 1.0"),
+        ({"quantization_bit": 4, "torch_dtype": "float16", "seq_length": 5}, ""),  # of the base while training
+    ],
+)
+def test_the_config_beside_a_prefix_is_read(tmp_path: Path, values: dict, reason: str) -> None:
+    shutil.copy(PREFIX, tmp_path / "prefix_encoder.safetensors")
+    config = json.loads((FOLDER / "glm2_tiny" / "config.json").read_text())
+    own = {"pre_seq_len": 8, "prefix_projection": True}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **own, **values}))
+    network = fresh_golden_model("glm2_tiny").network
+    with pytest.raises(AdapterError, match=reason) if reason else nullcontext():
+        stored = read_adapter(tmp_path)
+        attach(network, stored.config, 0, stored)
+    assert (network.transformer.prefix_encoder is None) == bool(reason)
+
+
+def test_a_prefix_of_odd_shapes(tmp_path: Path) -> None:
+    for name in ("embedding.weight", "trans.0.weight"):
+        for shape in ((), (3,), (0, 4)):
+            tensors = {**load_file(PREFIX), f"transformer.prefix_encoder.{name}": np.zeros(shape, np.float32)}
+            save_file(tensors, tmp_path / "prefix_encoder.safetensors")
+            with pytest.raises(AdapterError, match=rf"has no transformer\.prefix_encoder\.{name} "):
+                read_adapter(tmp_path)
 
 
 PROJECTED, LOW_RANK = PrefixConfig(4, True, 24), LoraConfig(2, 4.0)
