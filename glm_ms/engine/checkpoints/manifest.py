@@ -18,6 +18,7 @@ from glm_ms.storage.run_folder import WEIGHT_ENDINGS
 from glm_ms.version import __version__
 
 FORMAT_VERSION = 1
+NO_FILES = hashlib.sha256().hexdigest()  # the fingerprint of no weights
 _EARLIER_FORMAT = "state.json"
 # Of a file above this size only some blocks are read for a fingerprint.
 _FINGERPRINT_WHOLE, _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 1 << 26, 64, 1 << 16

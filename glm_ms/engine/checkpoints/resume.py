@@ -9,6 +9,7 @@ import mindspore
 
 from glm_ms.engine.batches import TrainingPlan
 from glm_ms.engine.checkpoints.manifest import (
+    NO_FILES,
     Manifest,
     differences,
     read_manifest,
@@ -83,6 +84,8 @@ def check_checkpoint(folder: Path, position: dict[str, Any], verify: bool = True
     try:
         manifest = read_manifest(folder)
         _check_name(folder, manifest)
+        if manifest.position.get("base_weights") == NO_FILES:  # version 0.4.0 for weights in folders rank_N
+            position = {**position, "base_weights": NO_FILES}
         changed = differences(manifest.position, position)
         if not changed and verify:
             verify_files(folder, manifest)

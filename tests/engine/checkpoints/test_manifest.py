@@ -84,6 +84,21 @@ def test_a_fingerprint_is_that_of_the_content(tmp_path: Path, monkeypatch: pytes
     assert manifest.weights_fingerprint(mindformers) != nothing
 
 
+def test_runs_of_an_earlier_version_resume_on_weights_in_folders_of_ranks(tmp_path: Path) -> None:
+    from glm_ms.engine.checkpoints.manifest import weights_fingerprint, write_manifest
+    from glm_ms.engine.checkpoints.resume import check_checkpoint
+
+    folder, base = tmp_path / "step_00000007", tmp_path / "base"
+    for path in (folder, base / "rank_0"):
+        path.mkdir(parents=True)
+    write_manifest(folder, 7, (1, 12), {"seed": 0, "base_weights": weights_fingerprint(base)}, None, "CPU")
+    (base / "rank_0" / "glm3.ckpt").write_bytes(b"weights")
+    position = {"seed": 0, "base_weights": weights_fingerprint(base)}
+    assert check_checkpoint(folder, position).step == 7
+    with pytest.raises(CheckpointError, match="seed: 0 then, 1 now"):
+        check_checkpoint(folder, {**position, "seed": 1})
+
+
 def test_a_second_run_is_refused(tmp_path: Path) -> None:
     from glm_ms.storage.lock import run_lock
 
