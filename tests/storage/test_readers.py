@@ -99,7 +99,7 @@ def test_the_command_of_the_message_converts_the_file(file, encoding: str, mark:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"{}"), "is compressed with gzip; use what this command writes: gzip -cd .*a.json"),
+        (gzip.compress(b"{}", mtime=0), "is compressed with gzip; use what this command writes: gzip -cd .*a.json"),
         (bz2.compress(b"{}"), "is compressed with bzip2; use what"),
         (lzma.compress(b"{}"), "is compressed with xz; use what"),
         (b"PK\x03\x04" + bytes(9), "is a zip archive; give a file in it"),
