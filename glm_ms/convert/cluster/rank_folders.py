@@ -19,7 +19,7 @@ from glm_ms.convert.reader import open_file
 from glm_ms.convert.tensor_file import RANK, RANKS, TensorFile, TensorInfo, described_slice
 from glm_ms.convert.writers import FILE_ENDINGS
 from glm_ms.storage.errors import CheckpointError, capped
-from glm_ms.storage.integrity import MANIFEST, differing_keys, manifest_beside
+from glm_ms.storage.integrity import MANIFEST, differing_keys, manifest_beside, read_manifest_values
 from glm_ms.storage.run_folder import list_checkpoints
 
 _FOLDER = re.compile(r"rank_(\d+)")
@@ -232,7 +232,7 @@ def _check_numbers_in_names(files: list[list[Path]]) -> None:
 
 
 def read_rank_manifests(folders: Sequence[Path]) -> KnownFiles:
-    """Reads the manifests of all ranks. Checkpoints of other programs have none.
+    """Reads the manifests of all ranks. Checkpoints of other programs have none, or others of this name.
 
     Raises:
         CheckpointError: a manifest is damaged, is missing for some ranks only, or has another run or step than the
@@ -240,10 +240,11 @@ def read_rank_manifests(folders: Sequence[Path]) -> KnownFiles:
     """
     known: dict[Path, Mapping[str, Any]] = {}
     first: tuple[Path, dict[str, Any]] | None = None
-    for path in of_all_ranks(folders, MANIFEST):
-        values = manifest_beside(path)
-        if values is None:
-            continue
+    paths = of_all_ranks(folders, MANIFEST)
+    if all(manifest_beside(path) is None for path in paths):
+        return known
+    for path in paths:
+        values = read_manifest_values(path.parent)
         position = {"step": values.get("step"), **(values.get("position") or {})}
         first = first or (path, position)
         keys = differing_keys(first[1], position)
