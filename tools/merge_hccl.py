@@ -10,6 +10,7 @@ the names behind "*" as text, 10.0.0.10 before 10.0.0.2; give the files one by o
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def merge_files(files: Sequence[str], output: str | None, overwrite: bool) -> st
     """
     given: dict[Path, str] = {}
     for file in files:
-        path = Path(file).resolve()
+        path = Path(os.path.realpath(file))
         if path in given:
             raise RankTableError(f"{file}: given twice")
         given[path] = file

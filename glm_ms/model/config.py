@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.integrity import check_listed
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import exponent_number, read_object
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.storage.yaml_tree import read_yaml
@@ -184,6 +185,8 @@ class GLMConfig:
             ConfigError: the file is missing, broken, of another model type, or has unknown keys.
             CheckpointError: it differs from the manifest beside it.
         """
+        if problem := path_problem(str(path)):
+            raise ConfigError(problem)
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"

@@ -9,7 +9,10 @@ from typing import Any
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags may not be shortened, and each is given once: argparse itself would drop all values but the last."""
+    """Flags may not be shortened, and each is given once: argparse itself would drop all values but the last.
+
+    An empty value is refused: a path would mean the current folder, which an unset variable of a shell should not.
+    """
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(allow_abbrev=False, **keywords)
@@ -17,9 +20,13 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
         seen: dict[int, str] = {}
+        name = ""
         for word in words[: words.index("--")] if "--" in words else words:
-            name = word.partition("=")[0]
+            before, (name, equals, value) = name, word.partition("=")
             action = self._option_string_actions.get(name)
+            if not word or (action is not None and equals and not value):
+                what = name or (before if before in self._option_string_actions else "an argument")
+                self.error(f"{what}: empty; give a value (is a variable of the shell not set?)")
             if action is not None and id(action) in seen:
                 also = "" if seen[id(action)] == name else f", also as {seen[id(action)]}"
                 self.error(f"{name} is given twice{also}; remove one")

@@ -94,6 +94,8 @@ def check_target(
     if problem := path_problem(str(path)):
         raise error(problem)
     path = Path(path)
+    if os.path.islink(os.path.realpath(path)):
+        raise error(f"{path}: is a symbolic link to itself; remove it, or choose another name")
     blocked = next((item for item in path.absolute().parents if item.exists() and not item.is_dir()), None)
     if blocked is not None:
         raise error(f"{path}: {blocked} is a file, not a folder; choose another name")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from glm_ms.storage.errors import DataError
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import HEAD, check_text, decode_text, not_utf8, parse_json
 
 _BOM = b"\xef\xbb\xbf"
@@ -113,6 +114,8 @@ def _state(file: BinaryIO) -> tuple[int, int]:
 
 
 def _opened(path: Path) -> BinaryIO:
+    if problem := path_problem(str(path)):
+        raise DataError(problem)
     if path.is_dir():
         raise DataError(f"{path}: is a folder; give a file of JSON lines")
     try:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import read_object
 
 CHECKPOINTS = "checkpoint"
@@ -79,6 +80,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         CheckpointError: `path` does not exist, has weights as well as checkpoints of a run, or is a run without
             checkpoints, or a sharded run, which has slices.
     """
+    if problem := path_problem(str(path)):
+        raise CheckpointError(problem)
     path = Path(path)
     if path.name == BEST and path.parent.name == CHECKPOINTS and not path.exists():
         return best_checkpoint(path.parent.parent)

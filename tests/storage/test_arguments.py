@@ -1,4 +1,4 @@
-"""Flags of the tools are given once."""
+"""Flags of the tools are given once, and not empty."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ def test_each_once(parser: Parser) -> None:
         (["--overwrite", "--overwrite"], "--overwrite is given twice"),
         (["-o", "x", "--output", "x"], "--output is given twice, also as -o"),
         (["--outp", "x"], "unrecognized arguments: --outp"),
+        (["--output", ""], "--output: empty; give a value (is a variable of the shell not set?)"),
+        (["--output=", "a"], "--output: empty"),
+        (["a", ""], "an argument: empty"),
     ],
 )
-def test_twice(parser: Parser, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_twice_or_empty(parser: Parser, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parser.parse_args(arguments)
     assert caught.value.code == 2

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from glm_ms.storage import lock
-from glm_ms.storage.atomic import atomic_output, remove_leftovers, replace_bytes, replace_text, staged
-from glm_ms.storage.errors import CheckpointError, WriteError
+from glm_ms.storage.atomic import atomic_output, check_target, remove_leftovers, replace_bytes, replace_text, staged
+from glm_ms.storage.errors import CheckpointError, FileError, WriteError
 
 
 def test_replaces_text(tmp_path: Path) -> None:
@@ -138,3 +138,12 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / ".a.0123.partial").mkdir()  # may belong to a living writer
     replace_text(tmp_path / "a", "new")
     assert (tmp_path / ".a.0123.partial").exists()
+
+
+def test_a_link_to_itself_is_no_target(tmp_path: Path) -> None:
+    for name, target in (("a", "b"), ("b", "a")):
+        (tmp_path / name).symlink_to(target)
+    with pytest.raises(FileError, match="a: is a symbolic link to itself"):
+        check_target(tmp_path / "a", overwrite=False)
+    (tmp_path / "c").symlink_to("new")
+    check_target(tmp_path / "c", overwrite=False)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from glm_ms.storage.errors import CheckpointError
+from glm_ms.convert.cluster.strategy_file import read_strategy
+from glm_ms.model.config import GLMConfig
+from glm_ms.storage.errors import CheckpointError, FileError
+from glm_ms.storage.json_lines import raw_values
 from glm_ms.storage.run_folder import resolve_checkpoint
 
 
@@ -49,3 +52,10 @@ def test_what_is_meant(tmp_path: Path, files: list[str], found: str) -> None:
 def test_what_cannot_be_told(tmp_path: Path, files: list[str], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         resolve_checkpoint(make(tmp_path, *files))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300])
+def test_paths_that_cannot_be(path: str) -> None:
+    for read in (resolve_checkpoint, GLMConfig.from_pretrained, read_strategy, lambda name: next(raw_values(name))):
+        with pytest.raises(FileError, match=r"NUL character|too long for a path"):
+            read(path)

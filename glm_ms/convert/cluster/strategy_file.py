@@ -20,6 +20,7 @@ from glm_ms.convert.names import is_training_state
 from glm_ms.convert.protobuf import encode, fields, varint
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.integrity import differing_keys
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import parse_json
 from glm_ms.storage.run_folder import STRATEGIES
 
@@ -84,6 +85,8 @@ def read_strategy(path: str | Path) -> Strategy:
         CheckpointError: a file is missing, damaged or inconsistent, files of one stage differ, a stage is missing, or
             a layout is of a kind that cannot be transformed.
     """
+    if problem := path_problem(str(path)):
+        raise CheckpointError(problem)
     path = Path(path)
     if path.is_dir():
         return _read_folder(path / STRATEGIES if (path / STRATEGIES).is_dir() else path)
