@@ -16,6 +16,8 @@ def path_problem(text: str) -> str:
         encoded.decode("utf-8")
     except UnicodeError:
         return f"{text!r}: a path must be UTF-8 text; rename the file or folder"
+    if not encoded:
+        return "a path is empty; give one, . for the current folder"
     if b"\0" in encoded:
         return f"{text!r}: a path cannot contain a NUL character; remove it"
     if len(encoded) > _LONGEST_PATH or any(len(name) > _LONGEST_NAME for name in encoded.split(b"/")):

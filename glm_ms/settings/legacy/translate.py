@@ -207,7 +207,7 @@ def _read(section: Source, draft: Draft) -> None:
             rules = [(near, table.LEGACY.get(near)) for near in problem.meant]
             meant = tuple(rule.key if isinstance(rule, table.Renamed) else near for near, rule in rules)
             draft.problems.append(dataclasses.replace(problem, meant=meant))
-        elif entry.value not in (None, "None", {}):
+        elif entry.value not in (None, {}) and not (isinstance(entry.value, str) and is_neutral(entry.value)):
             message = f"expected a section, found {described(entry.value)}"
             draft.problems.append(Problem(written, message, where=entry.where))
 
