@@ -57,15 +57,13 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name, least in _LEAST_INT.items():
             if getattr(self, name) is not None or name not in _OPTIONAL:
-                _check_int(name, getattr(self, name), least)
+                _check_int(name, getattr(self, name), least if self._is_used(name) else None)
         for name in ("do_sample", "early_stopping", "replace_invalid_scores"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected True or False")
         for name, limits in _FLOAT_LIMITS.items():
-            # `temperature: 0` beside `do_sample: False` is a common way to say greedy.
-            used = self.do_sample or name != "temperature"
-            _check_float(name, getattr(self, name), limits if used else None)
-        if self.top_p == 0:
+            _check_float(name, getattr(self, name), limits if self._is_used(name) else None)
+        if self.top_p == 0 and self.do_sample:
             raise ValueError("top_p = 0: must be in (0, 1]; for the best token alone set top_k = 1")
         eos = self.eos_token_id
         if not (eos is None or isinstance(eos, Integral) or (isinstance(eos, (list, tuple)) and eos)):
@@ -74,6 +72,10 @@ class GenerationConfig:
             _check_int("eos_token_id", token, 0)
         self._check_combination()
         self._warn_without_effect()
+
+    def _is_used(self, name: str) -> bool:
+        """Whether an option is used: `temperature: 0` beside `do_sample: False` is a common way to say greedy."""
+        return self.do_sample is not False or name not in _SAMPLING_DEFAULTS
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -154,10 +156,10 @@ _FLOAT_LIMITS = {
 }
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
+def _check_int(name: str, value: Any, least: int | None) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"{name} = {value!r}: expected an int, found {type(value).__name__}")
-    if value < least:
+    if least is not None and value < least:
         raise ValueError(f"{name} = {value}: must be at least {least}")
 
 

@@ -203,8 +203,9 @@ def test_options_without_effect_are_a_visible_warning():
     with pytest.warns(UserWarning, match="temperature, top_k: no effect without do_sample = True") as caught:
         GenerationConfig(max_new_tokens=1, temperature=0.5, top_k=3)
     assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match="temperature: no effect"):
-        GenerationConfig(max_new_tokens=1, temperature=0)
+    for name, value in (("temperature", 0), ("top_p", 3), ("top_p", 0), ("top_k", -1)):
+        with pytest.warns(UserWarning, match=f"{name}: no effect"):
+            GenerationConfig(max_new_tokens=1, **{name: value})
     with pytest.warns(UserWarning, match="length_penalty: no effect without num_beams > 1"):
         GenerationConfig(max_new_tokens=1, length_penalty=2.0)
 
