@@ -6,6 +6,7 @@ import ast
 import copy
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,9 @@ def _messages(history: Any) -> list[dict[str, Any]]:
 
     Raises:
         AssertionError: unknown role (the type the reference raises).
-        ValueError: anything else, for example pairs of ChatGLM2, calls in the form of other models, or tools in a
-            message that is not of the system, where they have no effect.
+        ValueError: anything else, for example pairs of ChatGLM2, or calls in the form of other models.
+
+    Tools in a message that is not of the system have no effect in the reference; a warning names them.
     """
     messages = []
     for number, item in enumerate(history_items(history, "messages with role and content")):
@@ -201,7 +203,10 @@ def _messages(history: Any) -> list[dict[str, Any]]:
         message = dict(item)
         if "tools" in item:
             if item["role"] != "system" and item["tools"]:
-                raise ValueError(f"{place}: tools belong to a system message, this is one of the {item['role']}")
+                warnings.warn(
+                    f"{place}: tools belong to a system message; in one of the {item['role']} they have no effect",
+                    stacklevel=3,
+                )
             try:
                 message["tools"] = checked_tools(item["tools"])
             except ValueError as error:
