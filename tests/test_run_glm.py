@@ -122,11 +122,8 @@ def test_ascend_config_says_how_to_run_on_a_cpu(vocabulary: Path, tmp_path: Path
     assert_refused(done, 2, "has no Ascend card", "--device_target CPU --use_parallel False")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [ASCEND[0], *(pytest.param(path, marks=pytest.mark.slow) for path in ASCEND[1:])],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ASCEND, ids=lambda path: path.stem)
 def test_ascend_config_trains_on_a_cpu(vocabulary: Path, tmp_path: Path, path: Path) -> None:
     arguments = [
         "--config", str(path), "--device_target", "CPU", "--use_parallel", "False", "--output_dir", "out",

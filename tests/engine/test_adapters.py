@@ -125,6 +125,7 @@ def test_it_answers(adapted: Path, base: Path, vocabulary: Path, tmp_path: Path)
     assert answer == tokenizer.decode(tokens).strip()
 
 
+@pytest.mark.slow
 def test_training_on_begins_where_it_ended(
     kind: str, adapted: Path, base: Path, vocabulary: Path, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def joint(kind: str, adapted: Path, base: Path, tmp_path_factory: pytest.TempPat
     return path
 
 
+@pytest.mark.slow
 def test_base_and_adapter_in_one_file(
     kind: str, joint: Path, adapted: Path, base: Path, vocabulary: Path, tmp_path: Path, capsys
 ) -> None:

@@ -138,6 +138,7 @@ def prefixed_folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_weights_with_an_adapter_get_it(tmp_path: Path) -> None:
     """In one go, as with base and adapter named apart."""
     lora = write(tmp_path / "glm.ckpt", golden_weights("glm2_tiny"), tensors_of("lora"))

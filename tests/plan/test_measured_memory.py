@@ -57,7 +57,7 @@ CASES = {
     "wide, sharded, recompute": keys(*WIDE, *SHARDED, RECOMPUTE),
     "words, sharded": keys(*WORDS, *SHARDED),
 }
-EVERY_DAY = ("wide",)
+EVERY_DAY = ()
 
 
 def measured(overrides: tuple[str, ...]) -> int:

@@ -82,6 +82,7 @@ def test_the_rest_of_the_curve_is_equal(broken: Path, unbroken: Path, resume) ->
         assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_from_a_named_checkpoint_into_another_folder(unbroken: Path, tmp_path: Path, resume) -> None:
     folder = unbroken / "checkpoint" / "step_00000004"
     status, shown = resume(tmp_path, f"resume_training={folder}")
