@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import mindspore as ms
@@ -52,8 +53,14 @@ def export(settings: Settings, model: GLMForCausalLM, say: Say) -> list[Path]:
 
 
 def _write(cell: PositionedGLM, inputs: tuple[Tensor, ...], folder: Path) -> None:
+    folder = folder.resolve()
     name = GRAPH.removesuffix("_graph.mindir")  # MindSpore appends `_graph` only to large graphs
-    ms.export(cell, *inputs, file_name=str(folder / name), file_format="MINDIR")
+    before = Path.cwd()
+    os.chdir(folder)  # MindSpore refuses spaces and Chinese characters in the name that it is given
+    try:
+        ms.export(cell, *inputs, file_name=name, file_format="MINDIR")
+    finally:
+        os.chdir(before)
     small = folder / f"{name}.mindir"
     if small.exists():
         small.rename(folder / GRAPH)
