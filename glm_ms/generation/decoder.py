@@ -100,18 +100,20 @@ class DecoderGraphs:
         self.copy = CopySlots(self.cache)
         self._memory: list[Tensor] | None = None  # of the tables; None: that they were made with
         self._owner: Callable[[], CachedDecoder | None] = lambda: None
+        self.sound = True  # whether the memory can serve another decoder
 
     def serve(self, decoder: CachedDecoder) -> None:
         """Gives the tables the memory of a decoder; call it in the graph thread, before each use of the cells.
 
-        A new decoder takes the memory of one that has ended, or gets its own. What others have left there is hidden
-        from its tokens.
+        A new decoder takes the memory of one that has ended, or gets its own. What others have left there has the
+        weight 0 for its tokens, which hides all numbers but NaN and infinity.
         """
         if not decoder.memory:
-            decoder.memory = self._memory if self._memory and self._owner() is None else self.cache.zeros()
+            free = self._memory if self._owner() is None and self.sound else None
+            decoder.memory = free or self.cache.zeros()
         if decoder.memory is not self._memory:
             self._set(decoder.memory)
-        self._owner = weakref.ref(decoder)
+        self._owner, self.sound = weakref.ref(decoder), decoder.sound
 
     def fill_prefix(self) -> None:
         """Writes the keys and values of the prefix, if there is one, at the start of every slot of the tables."""
@@ -143,6 +145,7 @@ class CachedDecoder(Decoder):
         self.graphs, self.cache = graphs, graphs.cache
         self.slots, self.capacity = graphs.slots, graphs.capacity
         self.memory: list[Tensor] = []  # of the tables of the cache; set by `DecoderGraphs.serve`
+        self.sound = True  # no logit was NaN or infinite
         self._all = np.arange(self.slots)
         self.reset()
 
@@ -170,7 +173,7 @@ class CachedDecoder(Decoder):
         self._positions[slots] = [prompt.positions[-1] + 1 for prompt in prompts]
         rows, last = self.cache.rows(slots, indices), np.arange(batch) * length + lengths - 1
         logits = run_cell(self.graphs.prefill, ids, positions, indices, rows, slots, last).asnumpy()
-        return slots.tolist(), logits
+        return slots.tolist(), self._noted(logits)
 
     @on_graph_thread
     def step(self, slots: Sequence[int], tokens: np.ndarray) -> np.ndarray:
@@ -185,7 +188,7 @@ class CachedDecoder(Decoder):
         self._positions[slots] += 1
         rows = self.cache.rows(self._all, indices)
         self.graphs.serve(self)
-        logits = run_cell(self.graphs.step, ids, positions, indices, rows).asnumpy()
+        logits = self._noted(run_cell(self.graphs.step, ids, positions, indices, rows).asnumpy())
         return logits if slots == list(range(self.slots)) else logits[slots]
 
     @on_graph_thread
@@ -201,6 +204,11 @@ class CachedDecoder(Decoder):
         self._used, self._positions = self._used[order], self._positions[order]
         self.graphs.serve(self)
         run_cell(self.graphs.copy, order)
+
+    def _noted(self, logits: np.ndarray) -> np.ndarray:
+        """The logits of a run; notes whether they are finite."""
+        self.sound = self.graphs.sound = self.sound and bool(np.isfinite(logits).all())
+        return logits
 
     def free(self, slots: Sequence[int]) -> None:
         self._free += map(int, slots)

@@ -274,3 +274,17 @@ def test_the_graph_thread_serves_every_caller(program: str, repository) -> None:
         cwd=repository, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout.split()) == (0, ["done"]), done.stderr
+
+
+def test_nan_of_one_call_does_not_reach_the_next() -> None:
+    """The next call of the size gets the memory of the last one, in which NaN has the weight 0: 0 x NaN is NaN."""
+    model = fresh_golden_model("glm3_tiny")
+    prompt, longer = [5, 17, 300], [9, 8, 7, 6, 5, 4]
+    expected = model.generate(prompt, max_new_tokens=4)
+    weight = model.parameters()["transformer.encoder.layers.0.self_attention.query_key_value.bias"]
+    good = weight.asnumpy().copy()
+    weight.set_data(ms.Tensor(np.full_like(good, np.nan)))
+    with pytest.raises(FloatingPointError):
+        model.generate(longer, max_new_tokens=4)
+    weight.set_data(ms.Tensor(good))
+    assert model.generate(prompt, max_new_tokens=4) == expected
