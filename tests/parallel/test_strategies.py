@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_helpers import last_of_each
 from marks import slow_unless
 from safetensors.numpy import load_file
 
@@ -209,8 +210,8 @@ def test_what_is_sent_and_divided(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_files_compile_at_full_width(path: Path, tmp_path: Path) -> None:
-    compile_ranks("rig_step.py", tmp_path / "out", path, 2, ranks="0,7")
-    settings = load_settings(path, ["model.model_config.num_layers=2"], check_files=False)
+    compile_ranks("rig_step.py", tmp_path / "out", path, 2, "use_parallel=True", ranks="0,7")
+    settings = load_settings(path, ["model.model_config.num_layers=2", "use_parallel=True"], check_files=False)
     found = json.loads((tmp_path / "out" / "slices_rank_7.json").read_text(encoding="utf-8"))
     card = plan_run(settings, 8).stages[-1]
     assert stored_bytes(found) == (card.weights, card.optimizer)
@@ -284,12 +285,13 @@ def write_base(folder: Path) -> dict[str, np.ndarray]:
 
 def run_line(folder: Path, vocab_file: Path, adgen_file: Path, keys: tuple[str, ...]) -> tuple[object, ...]:
     """Arguments of run_glm.py for two steps on `folder/base`, each of which is saved, with output in `folder/run`."""
-    return (
+    line = (
         "--config", CONFIG, "--load_checkpoint", folder / "base", "--train_dataset", adgen_file, "--output_dir",
         folder / "run", f"processor.tokenizer.vocab_file={vocab_file}", *SMALL, "runner_config.batch_size=1",
         "model.model_config.padded_vocab_size=65024", "model.model_config.num_layers=2", *keys,
         "runner_config.max_steps=2", "checkpoint.save_steps=1",
     )  # fmt: skip
+    return tuple(last_of_each(list(map(str, line))))
 
 
 def merge(folder: Path) -> None:

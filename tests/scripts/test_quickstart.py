@@ -22,7 +22,7 @@ def project(tmp_path):
     folder = tmp_path / "my project"
     for name in ("configs", "glm_ms", "scripts", "tools"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "run_glm.py"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "run_glm.py"):
         shutil.copy(REPOSITORY / name, folder)
     subprocess.run([sys.executable, "-m", "venv", folder / ".venv"], check=True, timeout=300)
     packages = next((folder / ".venv" / "lib").glob("python*/site-packages"))

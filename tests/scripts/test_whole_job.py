@@ -12,7 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from engine_helpers import CONFIGS, REPOSITORY, SMALL_NETWORK, SMALL_TRAINING, curve, load_script, run_apart
+from engine_helpers import (
+    CONFIGS,
+    REPOSITORY,
+    SMALL_NETWORK,
+    SMALL_TRAINING,
+    curve,
+    last_of_each,
+    load_script,
+    run_apart,
+)
 from processes import environment_of, left_of
 
 NUM_STEPS, SAVE_STEPS = 18, 4
@@ -69,7 +78,7 @@ class Launcher:
 
 
 def words_of(mode: str, *arguments: object) -> list[str]:
-    return ["--config", str(CONFIGS / "tiny" / f"{mode}_glm3_tiny.yaml"), *map(str, arguments)]
+    return ["--config", str(CONFIGS / "tiny" / f"{mode}_glm3_tiny.yaml"), *last_of_each(list(map(str, arguments)))]
 
 
 @pytest.fixture
