@@ -10,7 +10,7 @@ from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.engine.process import Say
 from glm_ms.families import build_encoder
 from glm_ms.settings import Settings
-from glm_ms.settings.schema import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings
+from glm_ms.settings.schema import EvalDatasetSettings, GenerationSettings, TrainDatasetSettings, bias_pairs
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 
@@ -44,8 +44,9 @@ def generation_options(settings: Settings, tokenizer: SentencePieceTokenizer, sa
     Options without effect are left out with a line to the user: a YAML may have `top_p` beside `do_sample: False`.
     """
     options = dataclasses.asdict(settings.generation)
+    options["logit_bias"] = dict(bias_pairs(settings.generation.logit_bias)) or None
     for condition, applies, names in (
-        ("do_sample: True", options["do_sample"], ("temperature", "top_k", "top_p")),
+        ("do_sample: True", options["do_sample"], ("temperature", "top_k", "top_p", "min_p")),
         ("num_beams > 1", options["num_beams"] > 1, ("length_penalty", "early_stopping")),
     ):
         unused = [] if applies else [n for n in names if options.pop(n) != getattr(GenerationSettings(), n)]

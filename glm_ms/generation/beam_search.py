@@ -15,7 +15,7 @@ import numpy as np
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.decoder import Decoder
 from glm_ms.generation.inputs import Prompt, new_token_limits
-from glm_ms.generation.sampling import apply_filters, build_filters, check_scores, log_softmax, mark_seen
+from glm_ms.generation.sampling import History, apply_filters, build_filters, check_scores, largest, log_softmax
 
 # Sum of the copies of a prompt in its first step, when only one of the equal beams may continue.
 _NOT_STARTED = np.float32(-1e9)
@@ -26,7 +26,7 @@ class BeamHypothesis:
     """One result of beam search."""
 
     token_ids: list[int]  # generated, the end token included, the prompt not
-    sum_log_probs: float  # of these ids, after the repetition penalty, if any
+    sum_log_probs: float  # of these ids, after bias and penalties, if any
     score: float  # sum_log_probs / len(token_ids) ** length_penalty
 
 
@@ -36,7 +36,7 @@ def beam_search(decoder: Decoder, prompts: Sequence[Prompt], config: GenerationC
     Args:
         decoder: the network; it needs `num_beams` free slots for each prompt.
         prompts: any number.
-        config: sampling options have no effect; `repetition_penalty` acts on log probabilities, as transformers does
+        config: sampling options have no effect; penalties and bias act on log probabilities, as transformers does
             here.
 
     Returns:
@@ -98,17 +98,15 @@ class _Search:
         self.sums = np.full(config.num_beams, _NOT_STARTED, np.float32)  # of log probabilities
         self.sums[0] = 0
         self.filters = build_filters(config)
-        self.seen: np.ndarray | None = None
-        if config.repetition_penalty != 1:
-            self.seen = np.repeat(mark_seen([prompt.ids], vocab_size), config.num_beams, axis=0)
+        self.history = History(config, [prompt.ids] * config.num_beams, vocab_size)
 
     def advance(self, scores: np.ndarray) -> None:
         """Takes a step with scores float32 [num_beams, V]."""
         config = self.config
-        log_probs = apply_filters(self.filters, log_softmax(scores), self.seen)
+        log_probs = apply_filters(self.filters, log_softmax(scores), self.history)
         sums = (log_probs + self.sums[:, None]).ravel()
         # Enough that `num_beams` remain whichever of them are end tokens.
-        best = _largest(sums, max(2, 1 + len(config.eos_ids)) * config.num_beams)
+        best = largest(sums, max(2, 1 + len(config.eos_ids)) * config.num_beams)
         sums, (beams, ids) = sums[best], np.divmod(best, scores.shape[1])
         running = []
         for place in range(ids.size):
@@ -120,9 +118,7 @@ class _Search:
                 self._finish([*self.generated[beams[place]].tolist(), int(ids[place])], float(sums[place]))
         self.beams, self.tokens, self.sums = beams[running], ids[running].astype(np.int32), sums[running]
         self.generated = np.concatenate([self.generated[self.beams], self.tokens[:, None]], axis=1)
-        if self.seen is not None:
-            self.seen = self.seen[self.beams]
-            self.seen[np.arange(config.num_beams), self.tokens] = True
+        self.history.append(self.tokens, self.beams)
         length = self.generated.shape[1]
         if len(self.finished) == config.num_beams:
             attainable = float(sums[0]) / length**config.length_penalty
@@ -141,11 +137,3 @@ class _Search:
                 return
             self.finished.remove(worst)
         self.finished.append(BeamHypothesis(token_ids, sum_log_probs, score))
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` largest of [N], largest first; of equal ones the lower place comes first."""
-    count = min(count, values.size)
-    threshold = np.partition(values, values.size - count)[values.size - count]
-    places = np.flatnonzero(values >= threshold)
-    return places[np.argsort(-values[places], kind="stable")[:count]]

@@ -11,7 +11,7 @@ from typing import Any
 
 from glm_ms.storage.suggest import did_you_mean
 
-_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _BEAM_DEFAULTS = {"length_penalty": 1.0, "early_stopping": False}
 
 
@@ -20,7 +20,7 @@ class GenerationConfig:
     """How tokens are chosen and when a row ends. Names and meaning are those of transformers.
 
     Three ways of decoding: greedy (the default), sampling (`do_sample`), beam search (`num_beams` > 1).
-    `repetition_penalty` acts in all three.
+    `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias` and `min_new_tokens` act in all three.
 
     Raises:
         ValueError: a value of the wrong type or range, or options that exclude each other; it names them.
@@ -42,8 +42,15 @@ class GenerationConfig:
     temperature: float = 1.0  # divides the scores before sampling; in [1e-6, 1e6]
     top_k: int = 0  # sample from the k best scores, 0 for all
     top_p: float = 1.0  # sample from the smallest set of best tokens whose probabilities reach top_p; in (0, 1]
+    min_p: float = 0.0  # remove tokens less likely than min_p times the likeliest one (arXiv:2407.01082); in [0, 1]
     # Above 1 discourages tokens that occur in the prompt or were generated (arXiv:1909.05858); in [1e-6, 1e6].
     repetition_penalty: float = 1.0
+    # Subtracted, as in OpenAI's API, from the scores of tokens that were generated, the prompt not counted: once, and
+    # for each occurrence; in [-2, 2].
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None  # id -> value added to its score, in [-100, 100]
+    min_new_tokens: int = 0  # no end token, and in a server no stop string, before so many new tokens
     eos_token_id: int | list[int] | None = None  # id, or ids, that end a row
     pad_token_id: int = 0  # fills the steps of a finished row in a stream; not part of any returned sequence
     seed: int | None = None  # starts the random streams of sampling; None: different at every call
@@ -70,6 +77,7 @@ class GenerationConfig:
             raise ValueError(f"eos_token_id = {eos!r}: expected an id, a list of ids, or None")
         for token in self._given_eos():
             _check_int("eos_token_id", token, 0)
+        _check_logit_bias(self.logit_bias)
         self._check_combination()
         self._warn_without_effect()
 
@@ -102,8 +110,13 @@ class GenerationConfig:
             raise ValueError(f"{source}: {error}") from None
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Raises ValueError if an end or padding id cannot exist in a vocabulary of `vocab_size` ids."""
-        for name, ids in (("eos_token_id", self.eos_ids), ("pad_token_id", (self.pad_token_id,))):
+        """Raises ValueError if an id that an option names cannot exist in a vocabulary of `vocab_size` ids."""
+        named = {
+            "eos_token_id": self.eos_ids,
+            "pad_token_id": (self.pad_token_id,),
+            "logit_bias": self.logit_bias or (),
+        }
+        for name, ids in named.items():
             for token in ids:
                 if token >= vocab_size:
                     raise ValueError(
@@ -118,6 +131,11 @@ class GenerationConfig:
         return given if isinstance(given, (list, tuple)) else (given,)
 
     def _check_combination(self) -> None:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens = {self.min_new_tokens}: at most max_new_tokens = {self.max_new_tokens}; "
+                "lower it, or raise max_new_tokens"
+            )
         if self.do_sample and self.num_beams > 1:
             raise ValueError(
                 f"do_sample = True with num_beams = {self.num_beams}: sampling among beams is not supported; "
@@ -145,13 +163,19 @@ class GenerationConfig:
                 warnings.warn(f"{', '.join(names)}: no effect without {condition}", UserWarning, stacklevel=4)
 
 
-_LEAST_INT = dict(max_new_tokens=1, num_beams=1, num_return_sequences=1, top_k=0, pad_token_id=0, seed=0, max_length=2)
+_LEAST_INT = dict(
+    max_new_tokens=1, min_new_tokens=0, num_beams=1, num_return_sequences=1, top_k=0, pad_token_id=0, seed=0,
+    max_length=2,
+)  # fmt: skip
 _OPTIONAL = ("seed", "max_length")
 # Wider than any use, narrow enough that neither float32 scores nor the power of a length overflow.
 _FLOAT_LIMITS = {
     "temperature": (1e-6, 1e6),
     "top_p": (0, 1),
+    "min_p": (0, 1),
     "repetition_penalty": (1e-6, 1e6),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
     "length_penalty": (-20, 20),
 }
 
@@ -161,6 +185,16 @@ def _check_int(name: str, value: Any, least: int | None) -> None:
         raise ValueError(f"{name} = {value!r}: expected an int, found {type(value).__name__}")
     if least is not None and value < least:
         raise ValueError(f"{name} = {value}: must be at least {least}")
+
+
+def _check_logit_bias(bias: Any) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias = {bias!r:.80}: expected a mapping of token ids to numbers")
+    for token, value in bias.items():
+        _check_int("logit_bias", token, 0)
+        _check_float(f"logit_bias[{token}]", value, (-100, 100))
 
 
 def _check_float(name: str, value: Any, limits: tuple[float, float] | None) -> None:

@@ -17,6 +17,10 @@ from glm_ms.model.glm import GLMNetwork
 _SMALLEST_CAPACITY = 64
 
 
+class NoRoom(ValueError):  # noqa: N818 - its name says what happened
+    """No slot or no page of the cache is free now."""
+
+
 class Decoder(Protocol):
     """A network that continues sequences, each in its slot.
 

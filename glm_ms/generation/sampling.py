@@ -1,7 +1,8 @@
-"""From scores to tokens: repetition penalty, temperature, top-k, top-p, and seeded draws.
+"""From scores to tokens: bias and penalties, temperature, top-k, top-p, min-p, and seeded draws.
 
 The rules, their order and their float32 arithmetic are those of transformers 4.41.2 (`LogitsProcessor` and
-`LogitsWarper`), so that the same scores keep the same tokens. A filter maps scores to scores; removed tokens get -inf.
+`LogitsWarper`; min-p: 4.42), so that the same scores keep the same tokens. The penalties of OpenAI's API, which
+transformers lacks, follow its repetition penalty. A filter maps scores to scores; removed tokens get -inf.
 """
 
 from __future__ import annotations
@@ -14,12 +15,43 @@ import numpy as np
 
 from glm_ms.generation.config import GenerationConfig
 
-# (scores float32 [B, V], seen bool [B, V]; None without a repetition penalty) -> scores float32 [B, V]
-ScoreFilter = Callable[[np.ndarray, Any], np.ndarray]
+# (scores float32 [B, V], what the rows contain so far) -> scores float32 [B, V]
+ScoreFilter = Callable[[np.ndarray, "History"], np.ndarray]
 
 _FALLBACK_TOKEN, _FALLBACK_SCORE = 5, 5e4
 # How many of the best scores top-p looks at first; distributions of language models rarely need more.
 _TOP_P_FIRST_LOOK = 512
+
+
+class History:
+    """What the rows of a batch contain so far, as far as the filters of a config need it.
+
+    Args:
+        prompts: int [S] each, one for each row.
+
+    Attributes:
+        length: number of generated tokens.
+        seen: bool [B, V], ids of prompt and generated tokens; None without a repetition penalty.
+        counts: int32 [B, V], how often an id was generated; None without penalties of generated tokens.
+    """
+
+    def __init__(self, config: GenerationConfig, prompts: Sequence[np.ndarray], vocab_size: int) -> None:
+        self.length = 0
+        self.seen = mark_seen(prompts, vocab_size) if config.repetition_penalty != 1 else None
+        counted = config.presence_penalty or config.frequency_penalty
+        self.counts = np.zeros((len(prompts), vocab_size), np.int32) if counted else None
+
+    def append(self, tokens: Any, rows: np.ndarray | None = None) -> None:
+        """Adds the next token of each row, int [B]; with `rows` row i continues what row rows[i] was (beams)."""
+        self.length += 1
+        tables = [table for table in (self.seen, self.counts) if table is not None]
+        if rows is not None:
+            for table in tables:
+                table[:] = table[rows]
+        if self.seen is not None:
+            self.seen[np.arange(len(self.seen)), tokens] = True
+        if self.counts is not None:
+            self.counts[np.arange(len(self.counts)), tokens] += 1
 
 
 class RowSampler:
@@ -36,21 +68,44 @@ class RowSampler:
     ) -> None:
         config.check_vocab_size(vocab_size)
         self.config = config
-        self._row, self._step = row, 0
-        self._filters = build_filters(config)
-        self._seen = mark_seen([prompt], vocab_size) if config.repetition_penalty != 1 else None
+        self._row = row
+        self._penalties, self._warpers = build_penalties(config), build_warpers(config)
+        self._history = History(config, [prompt], vocab_size)
         self._generator = generator
 
-    def __call__(self, scores: np.ndarray) -> int:
-        """The next token from scores float32 [V]; raises as `check_scores`."""
+    def __call__(self, scores: np.ndarray, mask: np.ndarray | None = None) -> int:
+        """The next token.
+
+        Args:
+            scores: float32 [V].
+            mask: bool [V], the tokens that a grammar allows; None: all. It precedes `min_new_tokens`, where the
+                grammar allows nothing but an end.
+
+        Raises:
+            FloatingPointError: as `check_scores`.
+            ValueError: the mask has another shape, or allows no token.
+        """
         if not self.config.replace_invalid_scores:
-            check_scores(scores[None], self._step, self._row)
-        self._step += 1
-        filtered = apply_filters(self._filters, scores[None], self._seen)[0]
+            check_scores(scores[None], self._history.length, self._row)
+        filtered = apply_filters(self._penalties, scores[None], self._history)
+        if mask is not None:
+            filtered = _masked(filtered, scores, mask)
+        filtered = apply_filters(self._warpers, filtered, self._history)[0]
         token = draw(filtered, self._generator) if self.config.do_sample else int(filtered.argmax())
-        if self._seen is not None:
-            self._seen[0, token] = True
+        self._history.append([token])
         return token
+
+
+def _masked(filtered: np.ndarray, scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Removes the tokens that `mask` forbids from float32 [1, V]; `scores` are those before the penalties."""
+    if mask.shape != scores.shape:
+        raise ValueError(f"grammar: a mask for {mask.size} tokens, the network has {scores.size}")
+    if not mask.any():
+        raise ValueError("grammar: it allows no token here, not even the end; correct the grammar")
+    removed = np.where(mask, filtered[0], np.float32(-np.inf))
+    if removed.max() == -np.inf:  # min_new_tokens forbids the end, and the grammar everything else
+        removed = np.where(mask, scores, np.float32(-np.inf))
+    return removed[None]
 
 
 def row_samplers(
@@ -86,25 +141,50 @@ def row_generator(prompt: np.ndarray, seed: int | None, copy: int) -> np.random.
 
 
 def build_filters(config: GenerationConfig) -> list[ScoreFilter]:
-    """The filters of a config, in order; often none. The last three act in sampling only."""
+    """The filters of a config, in order; often none."""
+    return build_penalties(config) + build_warpers(config)
+
+
+def build_penalties(config: GenerationConfig) -> list[ScoreFilter]:
+    """The filters that act in all ways of decoding."""
     filters: list[ScoreFilter] = []
+    if config.logit_bias:
+        ids = np.fromiter(config.logit_bias, np.int64)
+        bias = np.fromiter(config.logit_bias.values(), np.float32)
+        filters.append(lambda scores, history: add_bias(scores, ids, bias))
     if config.repetition_penalty != 1:
-        filters.append(lambda scores, seen: penalize_repetition(scores, seen, config.repetition_penalty))
+        filters.append(lambda scores, history: penalize_repetition(scores, history.seen, config.repetition_penalty))
+    if config.presence_penalty or config.frequency_penalty:
+        amounts = config.presence_penalty, config.frequency_penalty
+        filters.append(lambda scores, history: penalize_generated(scores, history.counts, *amounts))
     if config.replace_invalid_scores:
-        filters.append(lambda scores, seen: replace_invalid_scores(scores))
-    if config.do_sample and config.temperature != 1:
-        filters.append(lambda scores, seen: scores / np.float32(config.temperature))
-    if config.do_sample and config.top_k:
-        filters.append(lambda scores, seen: keep_top_k(scores, config.top_k))
-    if config.do_sample and config.top_p < 1:
-        filters.append(lambda scores, seen: keep_top_p(scores, config.top_p))
+        filters.append(lambda scores, history: replace_invalid_scores(scores))
+    if config.min_new_tokens and config.eos_ids:
+        least, ends = config.min_new_tokens, list(config.eos_ids)
+        filters.append(lambda scores, history: remove(scores, ends) if history.length < least else scores)
     return filters
 
 
-def apply_filters(filters: Sequence[ScoreFilter], scores: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
-    """Runs scores float32 [B, V] through `filters`; `seen` bool [B, V] as in `mark_seen`."""
+def build_warpers(config: GenerationConfig) -> list[ScoreFilter]:
+    """The filters that act in sampling only."""
+    filters: list[ScoreFilter] = []
+    if not config.do_sample:
+        return filters
+    if config.temperature != 1:
+        filters.append(lambda scores, history: scores / np.float32(config.temperature))
+    if config.top_k:
+        filters.append(lambda scores, history: keep_top_k(scores, config.top_k))
+    if config.top_p < 1:
+        filters.append(lambda scores, history: keep_top_p(scores, config.top_p))
+    if config.min_p:
+        filters.append(lambda scores, history: keep_min_p(scores, config.min_p))
+    return filters
+
+
+def apply_filters(filters: Sequence[ScoreFilter], scores: np.ndarray, history: History) -> np.ndarray:
+    """Runs scores float32 [B, V] through `filters`."""
     for one in filters:
-        scores = one(scores, seen)
+        scores = one(scores, history)
     return scores
 
 
@@ -127,6 +207,28 @@ def penalize_repetition(scores: np.ndarray, seen: np.ndarray, penalty: float) ->
     penalty32 = np.float32(penalty)
     scores = scores.copy()
     scores[rows, ids] = np.where(chosen < 0, chosen * penalty32, chosen / penalty32)
+    return scores
+
+
+def add_bias(scores: np.ndarray, ids: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Adds bias float32 [N] to the scores of ids int [N] in every row of float32 [B, V]."""
+    scores = scores.copy()
+    scores[:, ids] += bias
+    return scores
+
+
+def penalize_generated(scores: np.ndarray, counts: np.ndarray, presence: float, frequency: float) -> np.ndarray:
+    """Subtracts presence + frequency * count from scores float32 [B, V] of ids with a count; counts int32 [B, V]."""
+    rows, ids = np.nonzero(counts)
+    scores = scores.copy()
+    scores[rows, ids] -= np.float32(presence) + np.float32(frequency) * counts[rows, ids].astype(np.float32)
+    return scores
+
+
+def remove(scores: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """Removes ids from scores float32 [B, V]."""
+    scores = scores.copy()
+    scores[:, ids] = -np.inf
     return scores
 
 
@@ -158,6 +260,13 @@ def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
     """
     threshold = np.array([_top_p_threshold(row, p) for row in scores], scores.dtype)
     return np.where(scores < threshold[:, None], np.float32(-np.inf), scores)
+
+
+def keep_min_p(scores: np.ndarray, p: float) -> np.ndarray:
+    """Removes the tokens of scores float32 [B, V] that are less likely than p times the likeliest of their row."""
+    probabilities = softmax(scores)
+    least = np.float32(p) * probabilities.max(axis=1, keepdims=True)
+    return np.where(probabilities < least, np.float32(-np.inf), scores)
 
 
 def _top_p_threshold(row: np.ndarray, p: float) -> np.floating:
@@ -195,6 +304,14 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # an inf makes its row nan, which the caller's check answers
         shifted = scores - scores.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` largest of [N], largest first; of equal ones the lower place comes first."""
+    count = min(count, values.size)
+    threshold = np.partition(values, values.size - count)[values.size - count]
+    places = np.flatnonzero(values >= threshold)
+    return places[np.argsort(-values[places], kind="stable")[:count]]
 
 
 def check_scores(scores: np.ndarray, step: int, first_row: int = 0) -> None:

@@ -19,7 +19,7 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
 # MindFormers options that glm_ms does not have, with the values that change nothing. `use_past`: decoding is always
 # incremental. Pipelines and trainers pass `use_past` and `is_full_config` to every model.
 _NEUTRAL_VALUES = {
-    **dict.fromkeys(("min_length", "min_new_tokens"), (0,)),
+    "min_length": (0,),
     **dict.fromkeys(("renormalize_logits", "output_scores", "output_logits", "parallel_decoding"), (False,)),
     **dict.fromkeys(("use_past", "is_full_config"), (True, False)),
     "encoder_repetition_penalty": (1.0,),
@@ -27,7 +27,7 @@ _NEUTRAL_VALUES = {
 _IGNORED = ("batch_size", "bos_token_id", "model_name", "window_size", "level", "guess_set_size")
 # The Trainer and MindFormers' run scripts pass these with every prediction.
 _IGNORED_BY_PREDICT = ("image_processor", "audio_processor", "is_full_config", "adapter_id", "save_file", "task")
-_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
+_SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 _BEAM_OPTIONS = ("length_penalty", "early_stopping")
 
 
@@ -151,6 +151,12 @@ def set_generation(settings: Settings, options: dict[str, Any]) -> None:
             settings.predict_batch_size = value
         elif name == "seed":
             settings.seed = value
+        elif name == "logit_bias" and isinstance(value, Mapping):
+            try:
+                GenerationConfig(max_new_tokens=1, logit_bias=value)
+            except ValueError as error:
+                raise SettingsError(f"predict(logit_bias=...): {error}") from None
+            generation.logit_bias = [f"{token}:{bias}" for token, bias in value.items()]
         elif name in known:
             setattr(generation, name, value)
         else:

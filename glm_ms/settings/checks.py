@@ -12,7 +12,16 @@ from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.parallel import config as parallel_config
 from glm_ms.settings.data_checks import file_problems, length_problems, loader_problems, settle_data
 from glm_ms.settings.errors import Problem, independent
-from glm_ms.settings.schema import AUTO, Settings, is_sharded, parallel_of, parts_in_use, training_length, unused_keys
+from glm_ms.settings.schema import (
+    AUTO,
+    Settings,
+    bias_pairs,
+    is_sharded,
+    parallel_of,
+    parts_in_use,
+    training_length,
+    unused_keys,
+)
 
 _MODE, _PET = "parallel.parallel_mode", "model.pet_config.pet_type"
 _SEQ_LENGTH = "model.model_config.seq_length"
@@ -26,6 +35,10 @@ _SHARDED_ONLY = {
     "parallel.full_batch": False, "parallel.enable_parallel_optimizer": False, "parallel_config.model_parallel": 1,
     _STAGE: 1, "parallel_config.use_seq_parallel": False, _GATHER: False,
 }  # fmt: skip
+
+
+def _has_twice(values: list[Any]) -> bool:
+    return len(set(values)) < len(values)
 
 
 class Rule(NamedTuple):
@@ -59,6 +72,13 @@ _ALWAYS = (
     Rule("generation.max_length", lambda s: s.generation.max_length is not None
          and s.generation.max_length > s.model.model_config.seq_length,
          "{generation.max_length} is more than " f"{_SEQ_LENGTH} = {{{_SEQ_LENGTH}}}", (_SEQ_LENGTH,)),
+    Rule("generation.min_new_tokens", lambda s: s.generation.min_new_tokens > s.generation.max_new_tokens,
+         "{generation.min_new_tokens} is more than max_new_tokens = {generation.max_new_tokens}",
+         ("generation.max_new_tokens",)),
+    Rule("generation.logit_bias", lambda s: any(abs(bias) > 100 for _, bias in bias_pairs(s.generation.logit_bias)),
+         "{generation.logit_bias}: numbers must be in [-100, 100]"),
+    Rule("generation.logit_bias", lambda s: _has_twice([token for token, _ in bias_pairs(s.generation.logit_bias)]),
+         "{generation.logit_bias}: an id is given twice"),
     Rule("generation.do_sample", lambda s: s.generation.do_sample and s.generation.num_beams > 1,
          "sampling together with num_beams = {generation.num_beams} is not supported; keep one of both", (_BEAMS,)),
 )  # fmt: skip

@@ -312,7 +312,19 @@ class GenerationSettings:
     temperature: float = key(1.0, "divides the logits", above=0, used_with=_SAMPLED)
     top_k: int = key(0, "keep the k most likely tokens; 0: all", at_least=0, used_with=_SAMPLED)
     top_p: float = key(1.0, "keep the smallest set with this probability", above=0, at_most=1, used_with=_SAMPLED)
+    min_p: float = key(
+        0.0, "remove tokens less likely than min_p times the likeliest one", at_least=0, at_most=1, used_with=_SAMPLED
+    )
     repetition_penalty: float = key(1.0, "above 1 makes tokens that occurred less likely; 1: none", above=0)
+    presence_penalty: float = key(
+        0.0, "subtracted from the scores of tokens that the answer has already", at_least=-2, at_most=2
+    )
+    frequency_penalty: float = key(0.0, "subtracted from these scores once for each occurrence", at_least=-2, at_most=2)
+    logit_bias: Optional[list[str]] = key(
+        None, "numbers in [-100, 100] added to the scores of token ids, as `id:number`",
+        pattern=r"\d{1,9}:[-+]?\d{1,3}(\.\d{1,9})?", example="[100:-5, 7:2.5]"
+    )  # fmt: skip
+    min_new_tokens: int = key(0, "shortest answer in tokens, the end token not counted", at_least=0)
     num_beams: int = key(1, "beams of the beam search; 1: none", at_least=1, at_most=1024)
     length_penalty: float = key(1.0, "beam scores are divided by length to this power")
     early_stopping: bool = key(False, "stop when num_beams answers are finished")
@@ -495,6 +507,12 @@ def unused_keys(settings: Settings, section: str) -> Iterator[Problem]:
             state = f"with {chosen}" if chosen else f"without {other}"
             message = f"has no effect {state}; remove it, or use {other}: {' or '.join(values)}"
             yield Problem(dotted, message, (f"{path}.{other}",))
+
+
+def bias_pairs(logit_bias: Optional[list[str]]) -> list[tuple[int, float]]:
+    """Ids and numbers of `generation.logit_bias`."""
+    pairs = (text.split(":") for text in logit_bias or ())
+    return [(int(token), float(bias)) for token, bias in pairs]
 
 
 def is_sharded(settings: Settings) -> bool:

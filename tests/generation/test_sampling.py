@@ -24,9 +24,8 @@ def rows(cases):
 
 
 def filtered(config, scores, input_ids):
-    return sampling.apply_filters(
-        sampling.build_filters(config), scores, sampling.mark_seen(input_ids, scores.shape[1])
-    )
+    history = sampling.History(config, input_ids, scores.shape[1])
+    return sampling.apply_filters(sampling.build_filters(config), scores, history)
 
 
 def test_filters_keep_the_golden_tokens_with_the_golden_probabilities(cases, rows):
@@ -84,6 +83,54 @@ def test_top_p_equals_sorting_everything(spread, top_p):
     first = np.take_along_axis(scores, order, 1)[np.arange(3), removed.sum(axis=1)]
     got = sampling.keep_top_p(scores, top_p) > -np.inf
     np.testing.assert_array_equal(got, scores >= first[:, None])
+
+
+def test_min_p_is_a_part_of_the_likeliest():
+    scores = np.log(np.array([[0.5, 0.3, 0.15, 0.05], [0.25, 0.25, 0.25, 0.25]], np.float32))
+    kept = sampling.keep_min_p(scores, 0.4) > -np.inf
+    assert kept.tolist() == [[True, True, False, False], [True] * 4]
+    assert (sampling.keep_min_p(scores, 1.0) > -np.inf)[0].tolist() == [True, False, False, False]
+
+
+def test_penalties_count_generated_tokens_only():
+    """By hand: presence 0.5 once, frequency 0.25 for each occurrence, nothing for the prompt."""
+    config = GenerationConfig(9, presence_penalty=0.5, frequency_penalty=0.25)
+    sampler = sampling.RowSampler(config, np.array([0, 0, 0]), 3, np.random.default_rng(0), 0)
+    scores = np.array([1.0, 0.9, -3.0], np.float32)
+    # Token 0 loses 0.75, so 1 wins; then 1 loses as much: 0.25 against 0.15; then 0 has lost 1.0.
+    assert [sampler(scores) for _ in range(5)] == [0, 1, 0, 1, 0]
+    np.testing.assert_array_equal(scores, np.float32([1.0, 0.9, -3.0]))
+    negative = GenerationConfig(9, presence_penalty=-2.0)
+    sampler = sampling.RowSampler(negative, np.array([0]), 3, np.random.default_rng(0), 0)
+    assert [sampler(np.float32([1, 0, 0])), sampler(np.float32([0, 1.5, 0]))] == [0, 0]
+
+
+def test_bias_is_added_in_greedy_decoding_and_sampling():
+    scores = np.array([5.0, 1.0, 0.0], np.float32)
+    for more in ({}, {"do_sample": True, "top_k": 1, "seed": 0}):
+        config = GenerationConfig(1, logit_bias={1: 3.0, 0: -4.0, np.int64(2): -1}, **more)
+        [sampler] = sampling.row_samplers([np.array([0])], [config], 3)
+        assert sampler(scores) == 1
+        with pytest.raises(ValueError, match=r"logit_bias = 2: .* ids 0..1"):
+            sampling.row_samplers([np.array([0])], [config], 2)
+
+
+def test_no_end_before_min_new_tokens():
+    config = GenerationConfig(9, eos_token_id=[0, 1], min_new_tokens=2)
+    [sampler] = sampling.row_samplers([np.array([0])], [config], 3)
+    assert [sampler(np.float32([5, 4, 0])) for _ in range(4)] == [2, 2, 0, 0]
+
+
+def test_a_mask_allows_some_tokens_only():
+    config = GenerationConfig(9, eos_token_id=0, min_new_tokens=5, repetition_penalty=2.0)
+    [sampler] = sampling.row_samplers([np.array([1])], [config], 3)
+    scores = np.float32([5, 4, 1])
+    assert sampler(scores, np.array([False, True, True])) == 1
+    assert sampler(scores, np.array([True, False, True])) == 2
+    assert sampler(scores, np.array([True, False, False])) == 0, "the grammar wants the end"
+    replaced = GenerationConfig(9, replace_invalid_scores=True)
+    [sampler] = sampling.row_samplers([np.array([1])], [replaced], 9)
+    assert sampler(np.arange(9, dtype=np.float32), np.arange(9) < 3) == 2, "a mask is no invalid score"
 
 
 def test_top_p_keeps_ties_together_and_at_least_one():
@@ -174,6 +221,17 @@ def test_broken_scores_are_reported(bad):
         ({"top_k": -1, "do_sample": True}, "top_k = -1: must be at least 0"),
         ({"repetition_penalty": 0}, "repetition_penalty = 0: must be in"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty = inf: must be in"),
+        ({"min_p": 1.5, "do_sample": True}, r"min_p = 1.5: must be in \[0, 1\]"),
+        ({"min_p": True, "do_sample": True}, "min_p = True: expected a number"),
+        ({"presence_penalty": 3}, r"presence_penalty = 3: must be in \[-2, 2\]"),
+        ({"frequency_penalty": -2.5}, r"frequency_penalty = -2.5: must be in \[-2, 2\]"),
+        ({"min_new_tokens": 5}, "min_new_tokens = 5: at most max_new_tokens = 4"),
+        ({"min_new_tokens": -1}, "min_new_tokens = -1: must be at least 0"),
+        ({"logit_bias": [1]}, r"logit_bias = \[1\]: expected a mapping"),
+        ({"logit_bias": {"1": 1}}, "logit_bias = '1': expected an int"),
+        ({"logit_bias": {-1: 1}}, "logit_bias = -1: must be at least 0"),
+        ({"logit_bias": {1: 101}}, r"logit_bias\[1\] = 101: must be in \[-100, 100\]"),
+        ({"logit_bias": {1: None}}, r"logit_bias\[1\] = None: expected a number"),
         ({"length_penalty": 5000.0, "num_beams": 2}, r"length_penalty = 5000.0: must be in \[-20, 20\]"),
         ({"length_penalty": "1"}, "length_penalty = '1': expected a number, found str"),
         ({"num_beams": 0}, "num_beams = 0: must be at least 1"),
@@ -203,7 +261,7 @@ def test_options_without_effect_are_a_visible_warning():
     with pytest.warns(UserWarning, match="temperature, top_k: no effect without do_sample = True") as caught:
         GenerationConfig(max_new_tokens=1, temperature=0.5, top_k=3)
     assert caught[0].filename == __file__
-    for name, value in (("temperature", 0), ("top_p", 3), ("top_p", 0), ("top_k", -1)):
+    for name, value in (("temperature", 0), ("top_p", 3), ("top_p", 0), ("top_k", -1), ("min_p", 2)):
         with pytest.warns(UserWarning, match=f"{name}: no effect"):
             GenerationConfig(max_new_tokens=1, **{name: value})
     with pytest.warns(UserWarning, match="length_penalty: no effect without num_beams > 1"):

@@ -1,0 +1,1 @@
+"""Serving: one running batch for many requests, and the doors to it."""
