@@ -37,9 +37,9 @@ class History:
 
     def __init__(self, config: GenerationConfig, prompts: Sequence[np.ndarray], vocab_size: int) -> None:
         self.length = 0
-        self.seen = mark_seen(prompts, vocab_size) if config.repetition_penalty != 1 else None
+        self.seen: Any = mark_seen(prompts, vocab_size) if config.repetition_penalty != 1 else None
         counted = config.presence_penalty or config.frequency_penalty
-        self.counts = np.zeros((len(prompts), vocab_size), np.int32) if counted else None
+        self.counts: Any = np.zeros((len(prompts), vocab_size), np.int32) if counted else None
 
     def append(self, tokens: Any, rows: np.ndarray | None = None) -> None:
         """Adds the next token of each row, int [B]; with `rows` row i continues what row rows[i] was (beams)."""

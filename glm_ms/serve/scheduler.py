@@ -381,7 +381,8 @@ class Scheduler:
         )
         row.count += 1
         self._tokens["generated"] += 1
-        text, finish, reason = "", None, None
+        text, finish = "", None
+        reason: str | int | None = None
         if token in job.config.eos_ids:
             finish, reason = "stop", token
         else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import sys
 import threading
 import time
-import tracemalloc
 
 import numpy as np
 import pytest
-from fakes import FakeDecoder, scripted
+from serve.fakes import FakeDecoder, scripted
 
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.decoder import NoRoom
@@ -85,12 +85,13 @@ def test_a_job_gets_alone_what_it_gets_in_company(tokenizer):
         answer = single.submit(job)
         finish_all(single)
         alone.append(results(answer))
-    decoder = FakeDecoder(tokenizer.vocab_size, slots=5)
+    decoder = FakeDecoder(tokenizer.vocab_size, slots=5, chunk=64)
     together = Scheduler(decoder, tokenizer)
     answers = []
-    for job in jobs:  # they join while others run
+    for number, job in enumerate(jobs):  # they join while others run
         answers.append(together.submit(job))
-        together.round()
+        if number % 2:
+            together.round()
     finish_all(together)
     assert [results(answer) for answer in answers] == alone
     assert not decoder.running
@@ -240,7 +241,7 @@ def test_ends_and_reasons(tokenizer):
     assert count < whole
     assert run(stop=("there",), include_stop=True)[0] == "hello there"
     assert run(stop=("there",), least=len(answer_ids)) == ("hello there dog", whole, "stop", stop_id)
-    assert run(least=whole + 3)[1] == 40, "no end token before min_new_tokens, and the script repeats its end"
+    assert run(least=whole + 3)[1] == whole + 4, "no end token before min_new_tokens"
 
 
 def test_emoji_come_whole(tokenizer):
@@ -593,12 +594,13 @@ def test_an_asyncio_reader_gets_the_error(scheduler, decoder):
 
 
 def test_memory_does_not_grow(tokenizer):
-    decoder = FakeDecoder(tokenizer.vocab_size)
+    scores = np.linspace(0, 1, tokenizer.vocab_size, dtype=np.float32)
+    decoder = FakeDecoder(tokenizer.vocab_size, scores=lambda ids, adapter: scores)
     scheduler = Scheduler(decoder, tokenizer)
 
     def serve(count: int) -> int:
         for number in range(count):
-            job = Job([5, 6 + number % 7], sampled(3, num_return_sequences=1 + number % 2), logprobs=1)
+            job = Job([5, 6 + number % 7], sampled(2, num_return_sequences=1 + number % 2), logprobs=1)
             answer = scheduler.submit(job)
             if number % 5 == 0:
                 answer.cancel()
@@ -606,11 +608,7 @@ def test_memory_does_not_grow(tokenizer):
             list(answer.events())
         decoder.calls.clear()
         gc.collect()
-        return tracemalloc.get_traced_memory()[0]
+        return sys.getallocatedblocks()
 
-    tracemalloc.start()
-    try:
-        before = serve(100)
-        assert serve(1000) - before < 20_000
-    finally:
-        tracemalloc.stop()
+    before = serve(100)
+    assert serve(1000) - before < 500, "less than a block of memory for each job"
