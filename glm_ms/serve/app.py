@@ -1,0 +1,46 @@
+"""The HTTP application: `create_app`. Each kind of path is in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from glm_ms.serve import completions, demo, probes, tokens
+from glm_ms.serve.auth import Keys
+from glm_ms.serve.engine import Engine
+from glm_ms.serve.errors import add_error_handlers
+from glm_ms.serve.guards import CheckBody, RequireKey
+from glm_ms.version import __version__
+
+# A module for each kind of path, with its `router`.
+DOORS = (probes, completions, tokens, demo)
+PUBLIC = {"/health", "/ready"}  # without a key
+
+
+def create_app(
+    engine: Engine | None = None,
+    keys: Keys | None = None,
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """The application.
+
+    Args:
+        engine: the model; None: it comes later, as `app.state.engine`, and until then requests get status 503.
+        keys: open the server; None or none: everybody may use it.
+        cors_origins: web pages of these origins may use the server, as `https://chat.example.org`.
+    """
+    app = FastAPI(title="glm_ms", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.engine, app.state.keys = engine, keys or Keys()
+    for door in DOORS:
+        app.include_router(door.router)
+    add_error_handlers(app)
+    # The last one added is the first one that sees a request.
+    app.add_middleware(CheckBody)
+    app.add_middleware(RequireKey, keys=app.state.keys, public=PUBLIC)
+    if cors_origins:
+        headers: dict[str, Any] = {"allow_headers": ["Authorization", "Content-Type", "X-Api-Key"]}
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], **headers)
+    return app

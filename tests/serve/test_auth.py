@@ -1,0 +1,129 @@
+"""Keys, addresses that other machines reach, and web pages of other origins."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from serve.service import client_of
+
+from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
+from glm_ms.storage.errors import FileError
+
+KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
+
+
+@pytest.fixture(scope="module")
+def client():
+    with client_of(None, keys=Keys([KEY, OTHER])) as client:
+        yield client
+
+
+def test_health_and_readiness_need_no_key(client):
+    assert client.get("/health").status_code == 200
+    assert client.get("/ready").status_code == 503
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/nothing", "/version", "/health/"])
+def test_everything_else_needs_a_key(client, path):
+    answer = client.get(path)
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert "Authorization: Bearer" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {KEY}"},
+        {"Authorization": f"bearer {OTHER}"},
+        {"X-Api-Key": KEY},
+    ],
+)
+def test_each_key_opens(client, headers):
+    assert client.get("/version", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {KEY}x"},
+        {"Authorization": f"Bearer {KEY[:-1]}"},
+        {"Authorization": "Bearer"},
+        {"Authorization": f"Basic {KEY}"},
+        {"Authorization": KEY},
+        {"X-Api-Key": ""},
+        {"X-Api-Key": "ü" * 16},
+    ],
+)
+def test_wrong_keys_do_not(client, headers, caplog):
+    with caplog.at_level(logging.DEBUG):
+        answer = client.get("/version", headers={name: value.encode() for name, value in headers.items()})
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert KEY not in answer.text + caplog.text
+
+
+def test_without_keys_the_server_is_open():
+    with client_of(None) as client:
+        assert client.get("/version").status_code == 200
+        assert client.get("/version", headers={"Authorization": "Bearer any"}).status_code == 200
+
+
+def test_keys_of_a_file_and_of_the_environment(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"# for the shop\n{KEY}\r\n\n  {OTHER}\n", encoding="utf-8")
+    keys = read_keys(path, {KEY_VARIABLE: "x" * 20})
+    assert all(keys.open_with(key) for key in (KEY, OTHER, "x" * 20))
+    assert not keys.open_with("# for the shop")
+    assert not read_keys(None, {})
+
+
+@pytest.mark.parametrize(
+    "content", ["", "# only a comment\n", "tiny-key\n", "with spaces in the key\n", "ключключключключ\n"]
+)
+def test_unusable_key_files(tmp_path, content):
+    path = tmp_path / "keys"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(FileError, match="openssl rand") as found:
+        read_keys(path, {})
+    assert not content.strip() or content.strip() not in str(found.value)
+
+
+def test_a_key_file_that_is_missing_and_an_empty_variable():
+    with pytest.raises(FileError, match="no such file"):
+        read_keys(Path("/nowhere/keys"), {})
+    with pytest.raises(FileError, match=KEY_VARIABLE):
+        read_keys(None, {KEY_VARIABLE: ""})
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback_addresses(host, local):
+    assert is_loopback(host) is local
+
+
+def test_web_pages_of_other_origins_are_refused_by_default(client):
+    answer = client.get("/health", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_web_pages_of_named_origins_are_welcome():
+    preflight = {
+        "Origin": "https://chat.example.org",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    with client_of(None, keys=Keys([KEY]), cors_origins=["https://chat.example.org"]) as client:
+        answer = client.options("/v1/completions", headers=preflight)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example.org"
+        # An error can be read by the page, too.
+        unauthorised = client.get("/v1/models", headers={"Origin": "https://chat.example.org"})
+        assert unauthorised.status_code == 401
+        assert unauthorised.headers["access-control-allow-origin"] == "https://chat.example.org"
+        refused = client.options("/v1/completions", headers={**preflight, "Origin": "https://evil.example"})
+        assert "access-control-allow-origin" not in refused.headers
