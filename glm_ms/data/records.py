@@ -25,8 +25,9 @@ from typing import Any
 from glm_ms.data.encoder import Columns, Message, Messages
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.suggest import did_you_mean, misspelled
+from glm_ms.tokenizer.answers import ToolCallError, parse_tool_call
 from glm_ms.tokenizer.base import OF_CHATGLM3
-from glm_ms.tokenizer.chatglm3 import ROLES, ToolCallError, checked_tools, parse_tool_call, tools_json
+from glm_ms.tokenizer.chatglm3 import ROLES, checked_tools, tools_json
 
 _CONVERSATIONS, _TOOLS, _INSTRUCTION = "conversations", "tools", "instruction"
 _MESSAGE_KEYS = ("role", "content", "loss", "name", "parameters", "observation", "metadata")

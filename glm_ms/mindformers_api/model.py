@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from glm_ms.model.loss import NextTokenLoss
 from glm_ms.pretrained import load_pretrained
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
-from glm_ms.tokenizer.base import CHAT
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -177,13 +176,7 @@ class MindFormersGLM(PreTrainedModel):
         if answer and answer[-1] in (stop if isinstance(stop, list) else [stop]):
             answer.pop()
         text = str(tokenizer.decode(answer))
-        if core.roles and core.template == CHAT:
-            return core.process_response(text, [*messages, {"role": role, "content": query}])
-        text = text.strip() if core.roles else core.process_response(text)
-        turn: list[Any] = [(query, text)]
-        if any(isinstance(item, Mapping) for item in messages):
-            turn = [{"role": "user", "content": query}, {"role": "assistant", "content": text}]
-        return text, messages + turn
+        return core.add_answer(text, query, messages, role)
 
     def _stream(self, prompts: list[list[int]], options: dict[str, Any], streamer: Any) -> list[int]:
         if len(prompts) > 1 or options.get("num_return_sequences", 1) > 1:

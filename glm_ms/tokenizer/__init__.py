@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from glm_ms.tokenizer.answers import AnswerParser, Text, ToolCall, ToolCallError
 from glm_ms.tokenizer.base import IncrementalDecoder, SentencePieceTokenizer, VocabularyError
 from glm_ms.tokenizer.chatglm2 import ChatGLM2Tokenizer
-from glm_ms.tokenizer.chatglm3 import ChatGLM3Tokenizer, ToolCallError
+from glm_ms.tokenizer.chatglm3 import ChatGLM3Tokenizer
 
 __all__ = [
+    "AnswerParser",
     "ChatGLM2Tokenizer",
     "ChatGLM3Tokenizer",
     "IncrementalDecoder",
     "SentencePieceTokenizer",
+    "Text",
+    "ToolCall",
     "ToolCallError",
     "VocabularyError",
 ]

@@ -18,9 +18,8 @@ import sentencepiece
 
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.suggest import did_you_mean
+from glm_ms.tokenizer.answers import AnswerParser
 
-# The models write this mark in place of the end of their training data.
-_TRAINING_DATE = ("[[训练时间]]", "2023年")
 # Decoding drops the space before the first piece of a text. This stand-in for the text so far keeps it.
 _ANCHOR = "."
 # Values of `SentencePieceTokenizer.template`.
@@ -117,6 +116,28 @@ class SentencePieceTokenizer(ABC):
         Returns:
             `input_ids`, which end where the answer begins, `attention_mask`, `position_ids`, each a list [S] of int.
         """
+
+    @abstractmethod
+    def add_answer(self, output: str, query: str, history: Sequence[Any] | None, role: str) -> tuple[Any, list[Any]]:
+        """The end of a round that `build_chat_input` began with the same arguments.
+
+        `output` is the decoded answer without stop tokens. Returns the answer for the user, and the new history, for
+        the next round; the given history does not change.
+        """
+
+    def tools_of(self, history: Sequence[Any] | None) -> list[str]:
+        """Names of the tools that the model may call in a conversation; none unless the template knows tools."""
+        return []
+
+    def answer_parser(self, tools: Iterable[str] = ()) -> AnswerParser:
+        """A parser of one answer of this model, to which the names of the tools of its prompt are given.
+
+        Raises:
+            ValueError: tools for a model without tools.
+        """
+        if list(tools):
+            raise ValueError(f"tools: {type(self).__name__} with template = {self.template!r} knows none")
+        return AnswerParser()
 
     def _plain_input(self, query: str, history: Sequence[Any] | None, role: str) -> dict[str, list[int]]:
         """`build_chat_input` with the template "plain".
@@ -427,11 +448,6 @@ def check_option(name: str, value: Any) -> Any:
     if not isinstance(value, type(values[0])) or value not in values:
         raise ValueError(f"{name} = {value!r}: must be {' or '.join(map(repr, values))}")
     return value
-
-
-def replace_training_date(text: str) -> str:
-    """Fills in the date that the models leave open."""
-    return text.replace(*_TRAINING_DATE)
 
 
 def sequence_dict(ids: list[int]) -> dict[str, list[int]]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glm_ms.tokenizer.answers import replace_training_date
 from glm_ms.tokenizer.base import (
     OF_CHATGLM3,
     PLAIN,
     SentencePieceTokenizer,
     checked,
     history_items,
-    replace_training_date,
     sequence_dict,
 )
 
@@ -73,6 +74,14 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         if ids and self.sp.IdToPiece(ids[0]) == "▁":
             ids = ids[1:]
         return sequence_dict(ids)
+
+    def add_answer(self, output: str, query: str, history: Sequence[Any] | None, role: str) -> tuple[str, list[Any]]:
+        """The answer, and the history with it: messages if there are messages, otherwise (question, answer) pairs."""
+        answer, earlier = self.process_response(output), list(history or [])
+        if any(isinstance(item, Mapping) for item in earlier):
+            turn = [{"role": role, "content": query}, {"role": "assistant", "content": answer}]
+            return answer, [*copy.deepcopy(earlier), *turn]
+        return answer, [*copy.deepcopy(earlier), (query, answer)]
 
     def process_response(self, output: str) -> str:
         """The answer as shown to the user."""

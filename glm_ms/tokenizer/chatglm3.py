@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import parse_json
-from glm_ms.tokenizer.base import (
-    CHAT,
-    FOREIGN_CALLS,
-    PLAIN,
-    SentencePieceTokenizer,
-    history_items,
-    replace_training_date,
-    sequence_dict,
-)
+from glm_ms.tokenizer.answers import AnswerParser, ToolCallError, is_tool_name, parse_call, replace_training_date
+from glm_ms.tokenizer.base import CHAT, FOREIGN_CALLS, PLAIN, SentencePieceTokenizer, history_items, sequence_dict
 
 ROLES = ("system", "user", "assistant", "observation")
 _ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
+_ANSWER_TOKEN = "<|assistant|>"  # between the messages of one answer, too
 _ROLE_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in _ROLE_TOKENS) + ")")
-
-
-class ToolCallError(ValueError):
-    """An answer of the model is not a tool call with plain values."""
 
 
 class ChatGLM3Tokenizer(SentencePieceTokenizer):
@@ -120,9 +109,23 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
         ids.append(self.get_command("<|assistant|>"))
         return sequence_dict(ids)
 
-    def process_response(
-        self, output: str, history: Sequence[Mapping[str, Any]]
-    ) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
+    def add_answer(self, output: str, query: str, history: Sequence[Any] | None, role: str) -> tuple[Any, list[Any]]:
+        """As of `process_response`."""
+        earlier = [*(history or []), {"role": role, "content": query}]
+        if self.template == CHAT:
+            return self.process_response(output, earlier)
+        answer = output.strip()
+        return answer, [*earlier, {"role": "assistant", "content": answer}]
+
+    def tools_of(self, history: Sequence[Mapping[str, Any]] | None) -> list[str]:
+        if not history or history[0]["role"] != "system":
+            return []
+        return tool_names(checked_tools(history[0].get("tools")))
+
+    def answer_parser(self, tools: Iterable[str] = ()) -> AnswerParser:
+        return AnswerParser(tools, _ANSWER_TOKEN) if self.template == CHAT else super().answer_parser(tools)
+
+    def process_response(self, output: str, history: Sequence[Mapping[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
         """Splits an answer of the model into messages.
 
         Args:
@@ -130,32 +133,40 @@ class ChatGLM3Tokenizer(SentencePieceTokenizer):
             history: messages so far with the question. It is not changed.
 
         Returns:
-            The answer and the history with the new messages. The answer is a text; or, if the model calls a tool,
-            `{"name", "parameters"}` (tools given in the first, system, message) or `{"name", "content"}` (code to run).
+            The answer and the history with the new messages. The answer is a text, the last one if there are several;
+            or, if the model calls a tool, `{"name", "parameters"}` (tools given in the first, system, message) or
+            `{"name", "content"}` (code to run); or a list of such calls. A message is a call if its first line is the
+            name of a tool or a word, as `interpreter`, and with tools a code fence follows the word; in the reference,
+            if the first line is not blank.
 
         Raises:
             AssertionError: unknown role in `history`.
-            ToolCallError: the text of a tool call is not `tool_call(name=value, ...)` with plain values.
             ValueError: `history` is not a list of messages.
+
+        Warns:
+            UserWarning: a call is not `tool_call(name=value, ...)` with plain values. It is text of the answer then.
         """
         messages: list[Any] = copy.deepcopy(_messages(history))
-        has_tools = bool(messages) and messages[0]["role"] == "system" and messages[0].get("tools") is not None
-        answer: str | dict[str, Any] = ""
-        for part in output.split("<|assistant|>"):
+        tools = messages[0].get("tools") if messages and messages[0]["role"] == "system" else None
+        names, text = tool_names(tools), ""
+        calls: list[dict[str, Any]] = []
+        for part in output.split(_ANSWER_TOKEN):
             metadata, line_break, content = part.partition("\n")
-            if not line_break:
-                metadata, content = "", part
             name = metadata.strip()
-            if not name:
-                content = content.strip()
+            is_call = name in names or (is_tool_name(name) and (tools is None or content.lstrip().startswith("```")))
+            if not line_break or not is_call:
+                text = part.strip()
+                blank = metadata if line_break and not name else ""
+                messages.append({"role": "assistant", "metadata": blank, "content": text})
+                continue
             messages.append({"role": "assistant", "metadata": metadata, "content": content})
-            if not name:
-                answer = replace_training_date(content)
-            elif has_tools:
-                code = "\n".join(content.split("\n")[1:-1])  # less the ```python fence
-                answer = {"name": name, "parameters": parse_tool_call(code)}
-            else:
-                answer = {"name": name, "content": content}
+            try:
+                call = {"content": content} if tools is None else {"parameters": parse_call(content)}
+                calls.append({"name": name, **call})
+            except ToolCallError as error:
+                text = part.strip()
+                warnings.warn(f"the answer is text, because the call in it cannot be read: {error}", stacklevel=2)
+        answer = calls[0] if len(calls) == 1 else calls or replace_training_date(text)
         return answer, messages
 
     def _encode_template_body(self, body: str) -> list[int]:
@@ -242,26 +253,25 @@ def _parsed(text: str) -> Any:
         raise ValueError(f"must be a list of objects, or the JSON text of one, found {text!r:.60}; {reason}") from None
 
 
+def tool_names(tools: list[Any] | Mapping[str, Any] | None) -> list[str]:
+    """Names in the tools of a system message, of `checked_tools`; those without a name are left out.
+
+    A tool is `{"name": ...}`, `{"function": {"name": ...}}` as OpenAI writes it, or a name. Instead of a list there may
+    be one tool, or an object with the names as keys.
+    """
+    if isinstance(tools, Mapping):
+        is_tool = isinstance(tools.get("name"), str) or isinstance(tools.get("function"), Mapping)
+        tools = [tools] if is_tool else list(tools)
+    names = []
+    for tool in tools or []:
+        if isinstance(tool, Mapping):
+            inner = tool.get("function")
+            tool = (inner if isinstance(inner, Mapping) else tool).get("name")
+        if isinstance(tool, str):
+            names.append(tool)
+    return names
+
+
 def tools_json(tools: Any) -> str:
     """Tools as the released model was trained on them."""
     return json.dumps(tools, indent=4, ensure_ascii=False)
-
-
-def parse_tool_call(code: str) -> dict[str, Any]:
-    """Arguments of `tool_call(city='Beijing', days=3)` as a dict.
-
-    Values may be strings, numbers, True, False, None, and lists, tuples, sets and dicts of them.
-
-    Raises:
-        ToolCallError: another syntax, another function, positional or repeated arguments, computed values.
-    """
-    try:
-        call = ast.parse(code.strip(), mode="eval").body
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call":
-            names = [keyword.arg for keyword in call.keywords]
-            if not call.args and None not in names and len(set(names)) == len(names):
-                return {str(item.arg): ast.literal_eval(item.value) for item in call.keywords}
-    # Deep nesting exhausts the parser's stack: RecursionError or MemoryError by Python version.
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        pass
-    raise ToolCallError(f"not a call tool_call(name=value, ...) with plain values: {code[:200]!r}")

@@ -18,7 +18,7 @@ from glm_ms.data.records import (
 )
 from glm_ms.data.statistics import measure
 from glm_ms.storage.errors import DataError
-from glm_ms.tokenizer.chatglm3 import parse_tool_call
+from glm_ms.tokenizer.answers import parse_tool_call
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TOOL = {"role": "tool", "name": "f", "parameters": {"x": 1}, "observation": {"y": [2]}}

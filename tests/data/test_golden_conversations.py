@@ -17,7 +17,7 @@ from glm_ms.data.messages import message_ids
 from glm_ms.data.records import format_tool_call, parse_tool_conversation
 from glm_ms.storage.errors import DataError
 from glm_ms.tokenizer import ChatGLM3Tokenizer
-from glm_ms.tokenizer.chatglm3 import parse_tool_call
+from glm_ms.tokenizer.answers import parse_tool_call
 
 
 @pytest.fixture(scope="module")
