@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor
 from mindspore.nn.utils import no_init_parameters
 
 from glm_ms.families import family_of
+from glm_ms.generation.chat import Round
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.decode import check_streamable, generate, stream
 from glm_ms.generation.decoder import DecoderPool
@@ -23,6 +24,7 @@ from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
 from glm_ms.peft.adapter import Adapter, AdapterConfig, AdapterError, StoredAdapter, attach, read_adapter
+from glm_ms.tokenizer import SentencePieceTokenizer
 
 TokenIds = Any  # one prompt or a batch: (nested) lists, NumPy arrays or MindSpore tensors of integers
 _PROBE_LENGTH = 16
@@ -272,6 +274,53 @@ class GLMForCausalLM:
             yield from stream(self._decoders.decoder(*_decoder_size(prompts, configs)), prompts, configs)
 
         return steps()
+
+    def chat(
+        self,
+        tokenizer: SentencePieceTokenizer,
+        query: str,
+        history: Sequence[Any] | None = None,
+        role: str = "user",
+        **options: Any,
+    ) -> tuple[Any, list[Any]]:
+        """One round of a conversation, as `chat` of the released models.
+
+        Args:
+            tokenizer: of this model; it decides about the prompt template and the stop tokens.
+            query: the new message, of `role`. ChatGLM3 also has "observation", the result of a tool.
+            history: earlier (question, answer) pairs for ChatGLM2, messages `{"role", "content"}` for either; in a
+                system message of ChatGLM3 also `tools`. It does not change.
+            options: as of `generate`. By default the released models sample with top_p = 0.8 and temperature = 0.8, and
+                prompt and answer together have at most `max_length` = 8192 tokens, or as many as the network has.
+
+        Returns:
+            The answer and the new history. For tool calls see `ChatGLM3Tokenizer.process_response`.
+
+        Raises:
+            ValueError: an option, a role or a history that does not fit, or a conversation that is too long.
+        """
+        return Round(self, tokenizer, query, history, role, options).answer()
+
+    def stream_chat(
+        self,
+        tokenizer: SentencePieceTokenizer,
+        query: str,
+        history: Sequence[Any] | None = None,
+        role: str = "user",
+        past_key_values: None = None,
+        return_past_key_values: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[Any, ...]]:
+        """`chat` whose answer arrives bit by bit: yields (answer so far, history with it).
+
+        The last item has what `chat` returns; before it the answer is text, which only grows. There is one item at
+        least. With `return_past_key_values` the items have None as a third part, which the next call takes as
+        `past_key_values`: a conversation is its history alone.
+        """
+        if past_key_values is not None:
+            raise ValueError("past_key_values: must be None; the history alone continues a conversation")
+        items = Round(self, tokenizer, query, history, role, options).stream()
+        return ((*item, None) for item in items) if return_past_key_values else items
 
     def _prepare(
         self,
