@@ -14,7 +14,7 @@ from glm_ms.serve.engine import Engine, engine_of
 from glm_ms.serve.errors import APIError
 from glm_ms.serve.options import Body
 from glm_ms.serve.streams import while_connected
-from glm_ms.tokenizer.base import replace_training_date
+from glm_ms.tokenizer.answers import replace_training_date
 
 router = APIRouter()
 # Defaults of the original.
