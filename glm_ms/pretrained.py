@@ -16,6 +16,7 @@ from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import adapter_with
 from glm_ms.settings.loader import unchecked_settings
 from glm_ms.storage.errors import CheckpointError, FileError
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.run_folder import CHECKPOINTS, resolve_checkpoint
 from glm_ms.tokenizer import VocabularyError
@@ -53,7 +54,7 @@ def load_pretrained(
         AdapterError: the adapter cannot be used.
         ConfigError: the config cannot be used.
     """
-    given, path = Path(path), resolve_checkpoint(path)
+    path, given = resolve_checkpoint(path), Path(path)
     if is_adapter_folder(path):
         raise CheckpointError(
             f"{path}: an adapter, not weights; give load_pretrained the base it was trained on, and this as adapter="
@@ -93,6 +94,9 @@ def find_tokenizer(
     Returns the family, the SentencePiece model and options: the content of tokenizer_config.json, or those of the YAML.
     Raises VocabularyError or SettingsError if there is no tokenizer, or nothing tells its generation.
     """
+    for named in (path, path if vocab_file is None else vocab_file):
+        if problem := path_problem(named):
+            raise VocabularyError(problem)
     path, config, found = Path(path), dict[str, Any](), generation
     if path.is_dir() and not (path / TOKENIZER_FILE).is_file() and vocab_file is None:
         yaml_files = sorted(path.glob("*settings.yaml")) or sorted(path.glob("*.yaml"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -14,7 +15,11 @@ from reference import CASES, FOLDER, golden_numbers, golden_weights
 from tolerances import LOGITS
 
 from glm_ms import GLMConfig, GLMForCausalLM, load_pretrained
+from glm_ms.model.config import ConfigError
+from glm_ms.peft.adapter import read_adapter
+from glm_ms.pretrained import find_tokenizer
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.tokenizer import VocabularyError
 
 CASE = "glm2_tiny"
 
@@ -78,6 +83,20 @@ def test_single_file_needs_a_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_pretrained(tmp_path / "glm.safetensors")
     check_network(tmp_path / "glm.safetensors", config=FOLDER / CASE)
+
+
+@pytest.mark.parametrize("path", [5, None, b"folder", ["a"], "a\0b"])
+def test_what_cannot_be_a_path(path: Any) -> None:
+    words = "NUL" if isinstance(path, str) else "a path must be a text or a pathlib.Path"
+    with pytest.raises(CheckpointError, match=words):
+        load_pretrained(path)
+    with pytest.raises(CheckpointError, match=words):
+        read_adapter(path)
+    with pytest.raises(VocabularyError, match=words):
+        find_tokenizer(path)
+    if path is not None:
+        with pytest.raises(ConfigError, match=words):
+            load_pretrained(FOLDER / CASE, config=path)
 
 
 def test_missing_path() -> None:

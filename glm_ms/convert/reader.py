@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePath
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 
 from glm_ms.convert.adapter_files import LORA, PREFIX_POSITIONS, owner_of
-from glm_ms.convert.dtypes import check_finite, check_float_type, convert_dtype, is_floating
+from glm_ms.convert.dtypes import DTYPES, check_finite, check_float_type, convert_dtype, is_floating
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, expected_shapes, is_training_state, joint_of, part_names, to_glm_name
 from glm_ms.convert.safetensors_file import SafetensorsFile
@@ -227,7 +227,7 @@ def _open_folder(folder: Path) -> CheckpointReader:
 
 def _open_shards(folder: Path, index: Path) -> CheckpointReader:
     """Opens the shards of an index and compares them with it."""
-    shard_of = _read_index(index)
+    shard_of, total_size = _read_index(index)
     shards = sorted(set(shard_of.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
@@ -241,18 +241,28 @@ def _open_shards(folder: Path, index: Path) -> CheckpointReader:
         raise CheckpointError(f"{index}: {len(unlisted)} tensors of the shards are not listed: {capped(unlisted)}")
     for shard, file in files.items():  # a shard may also have tensors that the index finds in another one
         file.entries = {name: info for name, info in file.entries.items() if shard_of[name] == shard}
+    stored = sum(info.nbytes for file in files.values() for info in file.entries.values() if info.dtype in DTYPES)
+    if total_size is not None and total_size != stored:
+        raise CheckpointError(
+            f"{index}: metadata.total_size = {total_size!r}, but the tensors of its shards have {stored} bytes; fetch "
+            "index and shards again, or correct the number"
+        )
     return CheckpointReader(folder, list(files.values()))
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    shard_of = read_object(index, CheckpointError).get("weight_map")
+def _read_index(index: Path) -> tuple[dict[str, str], Any]:
+    """The shard of every tensor, and the bytes of all, None if the index does not tell."""
+    document = read_object(index, CheckpointError)
+    shard_of, metadata = document.get("weight_map"), document.get("metadata", {})
     if not isinstance(shard_of, dict) or not shard_of:
         raise CheckpointError(f"{index}: has no weight_map")
     for name, shard in shard_of.items():
         # Shards are beside their index; a path that leads out of the folder is refused.
         if not isinstance(shard, str) or PurePath(shard).name != shard:
             raise CheckpointError(f"{index}: {name}: {shard!r} is not a file name")
-    return shard_of
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{index}: metadata = {metadata!r:.60}: must be an object")
+    return shard_of, metadata.get("total_size")
 
 
 def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader, with_adapter: bool = False) -> None:
@@ -322,6 +332,7 @@ def _check_adapter(reader: CheckpointReader, allowed: bool) -> None:
         use = "use it in a run, as load_checkpoint alone"
         if owner_of(tuned[0]) is LORA:
             use = "merge it first: tools/merge_lora.py with this as --base and --adapter"
+        use += ", or convert the weights alone with --without_adapter"
         raise CheckpointError(f"{reader.path}: contains weights and an adapter ({capped(tuned)}); {use}")
 
 

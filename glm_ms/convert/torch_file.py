@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from glm_ms.storage.errors import CheckpointError, capped
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _READ_CHUNK = 1 << 20
+_ZIP_END, _ZIP_END_SIZE = b"PK\x05\x06", 22  # the last record of a ZIP file, without its comment
 
 
 class TorchFile(TensorFile):
@@ -83,6 +84,7 @@ class TorchFile(TensorFile):
     def _load(self) -> dict[str, Any]:
         with self.path.open("rb") as file:
             head = file.read(64)
+            surplus = _bytes_after_zip(file) if head.startswith(_ZIP) else 0
         if not head.startswith((_ZIP, _PICKLE)):
             raise CheckpointError(f"{self.path}: not a PyTorch file: it is {describe_content(head)}")
         try:
@@ -93,8 +95,12 @@ class TorchFile(TensorFile):
                 "or convert the checkpoint to safetensors"
             ) from None
         try:
-            # Only ZIP files can be mapped; the format before torch 1.6 is read at once.
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=head.startswith(_ZIP) or None)
+            if head.startswith(_ZIP):
+                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            else:  # the format before torch 1.6 cannot be mapped
+                with self.path.open("rb") as file:
+                    state = torch.load(file, map_location="cpu", weights_only=True)
+                    surplus = len(file.read())
         except Exception as error:  # a damaged pickle can raise anything
             # Other text of torch advises to load the file in an unsafe way.
             text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
@@ -106,9 +112,25 @@ class TorchFile(TensorFile):
             raise CheckpointError(
                 f"{self.path}: broken or truncated PyTorch file, fetch it again ({text.splitlines()[0]})"
             ) from error
+        if surplus:
+            raise CheckpointError(
+                f"{self.path}: damaged: {surplus} bytes follow the end of the PyTorch file; fetch it again"
+            )
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path}: expected a dict of tensors, found {type(state).__name__}")
         return state
+
+
+def _bytes_after_zip(file: BinaryIO) -> int:
+    """Bytes behind the last record of a ZIP file, which ends with its comment; 0 if that record is not found."""
+    size = file.seek(0, 2)
+    begin = file.seek(max(size - _ZIP_END_SIZE - 0xFFFF, 0))
+    tail = file.read()
+    place = tail.rfind(_ZIP_END)
+    if place < 0 or len(tail) - place < _ZIP_END_SIZE:
+        return 0
+    comment = int.from_bytes(tail[place + _ZIP_END_SIZE - 2 : place + _ZIP_END_SIZE], "little")
+    return max(size - (begin + place + _ZIP_END_SIZE + comment), 0)
 
 
 def _is_dense(tensor: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,17 @@ from glm_ms.storage.errors import DataError, capped
 from glm_ms.storage.paths import exists
 from glm_ms.storage.readers import decode_text, parse_json, read_text
 from glm_ms.tokenizer import SentencePieceTokenizer
+
+PROMPT_FILES = (".txt", ".jsonl")
+ONLY_PROMPT_FILES = (
+    "prompts are read from .txt and .jsonl files only; to ask this text itself, put it on a line of a .txt file"
+)
+_DATA_FILE = re.compile(r"[!-~]+\.(json|csv|tsv|ya?ml|xml|xlsx?|parquet|arrow|md|docx?|pdf|gz|zip)", re.IGNORECASE)
+
+
+def looks_like_data_file(text: str) -> bool:
+    """Whether a prompt is probably the path of a file that is not one of prompts: no spaces, and such an ending."""
+    return _DATA_FILE.fullmatch(text) is not None
 
 
 class Question(NamedTuple):
@@ -59,11 +71,11 @@ def read_prompts(predict_data: str, say: Callable[[str], None]) -> list[Question
     if predict_data == "-":
         source = "standard input"
         lines = decode_text(sys.stdin.buffer.read(), source, DataError).replace("\r\n", "\n").split("\n")
-    elif suffix in (".txt", ".jsonl"):
+    elif suffix in PROMPT_FILES:
         missing = f"no such file; give an existing {suffix} file, or a prompt"
         lines = read_text(Path(predict_data), DataError, missing).split("\n")
-    elif exists(predict_data):
-        raise DataError(f"{source}: prompts are read from .txt and .jsonl files only")
+    elif exists(predict_data) or looks_like_data_file(predict_data):
+        raise DataError(f"{source}: {ONLY_PROMPT_FILES}")
     else:
         source = "predict_data"
     numbered = [(f"{source}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]

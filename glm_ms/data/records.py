@@ -46,7 +46,7 @@ PROMPT_KEYS = ("prompt", "content", "query", "text", _INSTRUCTION)
 _PROMPT_CONTEXT = ("history", "input", "system", "tools")
 PROMPT_FORMS = f"expected a text that is not empty, or an object with one as {', '.join(PROMPT_KEYS)}"
 # These words are part of what the released model was trained on.
-_TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:\n"
+TOOLS_INTRODUCTION = "Answer the following questions as best as you can. You have access to the following tools:\n"
 
 
 def read_prompt_and_answer(value: Any, place: str, columns: Columns) -> Messages | None:
@@ -138,6 +138,8 @@ def _other_message_keys(items: Iterable[Any]) -> Iterator[str]:
 
 
 def _is_filled(value: Any) -> bool:
+    if isinstance(value, str) and value.strip() == "[]":  # JSON text of a list
+        return False
     return value is not None and value != "" and value != [] and value != {}
 
 
@@ -157,7 +159,7 @@ def _up_to_prompt(value: Mapping[str, Any], place: str, columns: Columns) -> lis
     )
     tools = _value(value, columns.tools)
     return [
-        *_tools_message(None if tools == [] else tools, f"{place}: column {columns.tools!r}"),
+        *_tools_message(tools, f"{place}: column {columns.tools!r}", or_none=True),
         *([Message("system", system)] if system else ()),
         *_history(_value(value, columns.history), f"{place}: column {columns.history!r}"),
         Message("user", "\n".join(text for text in (prompt, more) if text)),
@@ -185,17 +187,20 @@ def _history(items: Any, place: str) -> list[Message]:
     ]
 
 
-def _tools_message(tools: Any, place: str) -> list[Message]:
-    """The system message about tools, which are a list or the JSON text of one; none for null or empty text."""
+def _tools_message(tools: Any, place: str, or_none: bool = False) -> list[Message]:
+    """The system message about tools, which are a list or the JSON text of one; none for null or empty text.
+
+    `or_none`: an empty list means no message too.
+    """
     try:
         tools = checked_tools(tools)
     except ValueError as error:
         raise DataError(f"{place}: {error}") from None
-    if tools is None:
+    if tools is None or (or_none and tools == []):
         return []
     if not isinstance(tools, list):
         raise DataError(f"{place} must be a list of tools, found {_kind(tools)}")
-    return [Message("system", checked_text(_TOOLS_INTRODUCTION + tools_json(tools), place))]
+    return [Message("system", checked_text(TOOLS_INTRODUCTION + tools_json(tools), place))]
 
 
 def no_records(path: Path) -> DataError:

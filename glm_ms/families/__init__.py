@@ -13,8 +13,9 @@ from glm_ms.data.formats import FORMATS, DataFormat
 from glm_ms.data.source_target import PlainEncoder
 from glm_ms.families.chatglm import CHATGLM2, CHATGLM3
 from glm_ms.families.family import Family
-from glm_ms.model.config import GLMConfig
+from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.storage.errors import DataError, FileError
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import read_object
 from glm_ms.tokenizer import SentencePieceTokenizer
 from glm_ms.tokenizer.base import PLAIN
@@ -92,6 +93,8 @@ def read_config(path: str | Path, with_prefix: bool = False) -> GLMConfig:
 
     `with_prefix`, and errors, as of `GLMConfig.from_pretrained`.
     """
+    if problem := path_problem(path):
+        raise ConfigError(problem)
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     kinds = {family.config.model_type: family.config for family in FAMILIES.values()}
     try:

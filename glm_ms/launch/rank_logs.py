@@ -33,6 +33,7 @@ class LogWatch:
         self.traceback_time: float | None = None  # of the last traceback, approximately, as `time.monotonic()`
         self._path, self._show = path, show
         self._file: BinaryIO | None = None
+        self._since = time.monotonic()
         self._end = b""  # of the bytes read: a marker may come in two pieces
 
     def update(self) -> None:
@@ -47,9 +48,11 @@ class LogWatch:
             seen = self._end + piece
             self._end = seen[-len(marker) + 1 :]
             if marker in seen:
-                # It may be older than this call. Usually a process writes nothing after its traceback.
+                # It may be older than this call. Usually a process writes nothing after its traceback. The clock of
+                # the machine may have been set meanwhile.
                 silent = time.time() - os.fstat(self._file.fileno()).st_mtime
-                self.traceback_time = time.monotonic() - max(silent, 0.0)
+                now = time.monotonic()
+                self.traceback_time = now - min(max(silent, 0.0), now - self._since)
             if self._show is not None:
                 self._show(piece)
 

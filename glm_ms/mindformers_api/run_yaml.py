@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,8 @@ def is_run_yaml(path: str | Path) -> bool:
             text = read_text(path)
         except FileError:
             return False
-        return any(f"type: {name}" in text for name in (CONFIG_TYPE, MODEL_TYPE, *CONFIGS, *NETWORKS))
+        names = "|".join((CONFIG_TYPE, MODEL_TYPE, *CONFIGS, *NETWORKS))
+        return re.search(rf"\btype['\"]?\s*:\s*['\"]?({names})\b", text) is not None
     config, arch = (_type_of(document, name) for name in ("model_config", "arch"))
     if config == CONFIG_TYPE or arch == MODEL_TYPE:
         return True

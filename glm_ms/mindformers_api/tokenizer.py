@@ -25,6 +25,7 @@ from glm_ms.pretrained import GENERATION_KEY, TOKENIZER_CONFIG, TOKENIZER_FILE, 
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.tokenizer import SentencePieceTokenizer, VocabularyError
+from glm_ms.tokenizer.base import truncate_ids
 
 # Spellings of special tokens in the released files and those of MindFormers 1.0 to 1.3. The vocabulary determines the
 # tokens, so all other values are refused.
@@ -56,6 +57,8 @@ _REFUSED_IN_CALLS = (
     "return_token_type_ids", "stride",
 )  # fmt: skip
 _NO_LIMIT = 1e20  # a larger model_max_length is MindFormers' way to say none
+# Options of `save_pretrained` without effect.
+_SAVING = ("save_name", "file_format", "save_json", "legacy_format")
 # Options of `decode` without effect in the released tokenizers.
 _WITHOUT_EFFECT = ("skip_special_tokens", "spaces_between_special_tokens", "use_source_tokenizer")
 
@@ -184,6 +187,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.core.convert_tokens_to_ids(tokens)
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int], skip_special_tokens: bool = False) -> Any:
+        """Pieces of ids; `skip_special_tokens` leaves <unk> and </s> out of a list, as in the release."""
+        if skip_special_tokens and not isinstance(ids, int):
+            ids = [index for index in to_py_obj(ids) if index not in (self.pad_token_id, self.eos_token_id)]
         return self.core.convert_ids_to_tokens(ids)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -198,6 +204,58 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """`[gMASK] sop` and the ids; with a second text also its ids and </s>."""
         second = [] if token_ids_1 is None else [*token_ids_1, self.core.eos_token_id]
         return [*self.core.prefix_tokens, *token_ids_0, *second]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for every special token, 0 for others, of ids that `build_inputs_with_special_tokens` would join."""
+        if already_has_special_tokens:
+            if token_ids_1 is not None:
+                raise ValueError("already_has_special_tokens: give the ids of both texts as one list")
+            special = {self.core.get_command(token) for token in self.core.special_tokens}
+            return [int(index in special or index == self.eos_token_id) for index in token_ids_0]
+        second = [] if token_ids_1 is None else [*[0] * len(token_ids_1), 1]
+        return [*[1] * len(self.core.prefix_tokens), *[0] * len(token_ids_0), *second]
+
+    def prepare_for_model(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        add_special_tokens: bool = True,
+        padding: bool | str | PaddingStrategy = False,
+        truncation: bool | str | TruncationStrategy | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: Any = None,
+        padding_side: str | None = None,
+        **options: Any,
+    ) -> BatchEncoding:
+        """As a call, for the ids of one text or of a pair.
+
+        Raises:
+            ValueError: an unknown option, one that is not supported, or too long ids without `truncation`.
+        """
+        for name in _REFUSED_IN_CALLS:
+            if options.pop(name, None):
+                raise ValueError(f"{name}: {type(self).__name__} does not support this option")
+        strategy, cuts, limit, _ = self._get_padding_truncation_strategies(padding, truncation, max_length)
+        if cuts in (TruncationStrategy.ONLY_FIRST, TruncationStrategy.ONLY_SECOND):
+            raise ValueError(f"truncation = {cuts.value!r}: must be True or 'longest_first'")
+        first, second = list(ids), None if pair_ids is None else list(pair_ids)
+        if cuts != TruncationStrategy.DO_NOT_TRUNCATE:
+            special = self.num_special_tokens_to_add(second is not None) if add_special_tokens else 0
+            first, second = truncate_ids(first, second, special, limit, self.truncation_side)
+        whole = (
+            self.build_inputs_with_special_tokens(first, second) if add_special_tokens else [*first, *(second or ())]
+        )
+        return self._pad_rows(
+            [{"input_ids": whole}], True, strategy, limit, pad_to_multiple_of, return_tensors=return_tensors,
+            padding_side=padding_side, **options
+        )  # fmt: skip
+
+    def prepare_seq2seq_batch(self, *_: Any, **__: Any) -> BatchEncoding:
+        """Raises ValueError: it is for networks with an encoder and a decoder."""
+        raise ValueError("prepare_seq2seq_batch: not supported; call the tokenizer with the texts")
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """Raises ValueError."""
@@ -399,9 +457,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             warnings.warn(f"{file}: {', '.join(unknown)}: no effect here", stacklevel=3)
 
     def save_pretrained(self, save_directory: str, *_: Any, **kwargs: Any) -> tuple[str, ...]:
-        """Writes tokenizer.model and tokenizer_config.json, which AutoTokenizer reads; returns their paths."""
+        """Writes tokenizer.model and tokenizer_config.json, which AutoTokenizer reads; returns their paths.
+
+        `save_name`, `file_format`, `save_json` and `legacy_format` of MindFormers have no effect. ValueError for other
+        options.
+        """
         if kwargs.get("push_to_hub"):
             raise ValueError("push_to_hub: not supported; save into a folder and upload it")
+        options = {key: value for key, value in kwargs.items() if value not in (None, False)}
+        _refuse_unknown("save_pretrained", {key: options[key] for key in options if key not in _SAVING}, _SAVING)
         folder = create_folder(save_directory)
         config: dict[str, Any] = {"tokenizer_class": TOKENIZER_CLASS, GENERATION_KEY: family_of(self.core).generation}
         config.update({name: getattr(self.core, name) for name in self.core.options})
@@ -413,7 +477,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copies the SentencePiece model into a folder; returns its path."""
-        target = Path(save_directory) / TOKENIZER_FILE
+        target = Path(save_directory) / (f"{filename_prefix}-{TOKENIZER_FILE}" if filename_prefix else TOKENIZER_FILE)
         if not (target.exists() and target.samefile(self.vocab_file)):
             shutil.copyfile(self.vocab_file, target)
         return (str(target),)

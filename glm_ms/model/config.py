@@ -185,7 +185,7 @@ class GLMConfig:
             ConfigError: the file is missing, broken, of another model type, or has unknown keys.
             CheckpointError: it differs from the manifest beside it.
         """
-        if problem := path_problem(str(path)):
+        if problem := path_problem(path):
             raise ConfigError(problem)
         path = Path(path)
         if path.is_dir():

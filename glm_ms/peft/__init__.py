@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from glm_ms.peft.adapter import Adapter, AdapterConfig
 
 
+# Far beyond every published adapter, and below what overflows float32 in a product: larger values are mistakes.
+MAX_LORA_ALPHA = 1e6
+
+
 @dataclass(frozen=True)
 class AdapterType:
     """One type of adapter.

@@ -22,6 +22,7 @@ from glm_ms.convert.adapter_files import LORA
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
 from glm_ms.ops.portable import SeededDropout
+from glm_ms.peft import MAX_LORA_ALPHA
 from glm_ms.peft.adapter import Adapter, AdapterError, StoredAdapter
 from glm_ms.storage.errors import capped
 from glm_ms.storage.readers import read_object
@@ -43,6 +44,7 @@ _INITS = ("gaussian", "eva", "orthogonal")
 _DEFAULT_TARGETS = ("query_key_value",)
 _EMBEDDING = "transformer.embedding.word_embeddings"
 _LAYER = "number_of_the_layer"  # group in a pattern
+_ALPHA = f"a number above 0 and at most {MAX_LORA_ALPHA:g}"
 _NAMES = "a regular expression or a list of texts"
 _SEPARATOR = "\n    "
 
@@ -154,6 +156,8 @@ class LoraAdapter(Adapter):
 
         Without one the tensors give everything except `lora_alpha`, the numerator of the scale.
         """
+        if lora_alpha is not None and not _is_alpha(lora_alpha):
+            raise AdapterError(f"{path}: lora_alpha = {lora_alpha!r}: must be {_ALPHA}")
         file = _config_file(path)
         if file is None and lora_alpha is not None:
             ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(A) and value.ndim == 2]
@@ -393,7 +397,7 @@ def _read_config(path: Path) -> LoraConfig:
         )
     return LoraConfig(
         rank=get("r", "a positive whole number", lambda value: type(value) is int and value >= 1),
-        alpha=float(get("lora_alpha", "a positive number", lambda value: _is_number(value) and 0 < value < 1e30)),
+        alpha=float(get("lora_alpha", _ALPHA, _is_alpha)),
         dropout=float(get("lora_dropout", "at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1, 0.0)),
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
         use_rslora=get("use_rslora", "true or false", lambda value: isinstance(value, bool), False),
@@ -405,6 +409,10 @@ def _read_config(path: Path) -> LoraConfig:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= MAX_LORA_ALPHA
 
 
 def _is_names(value: Any) -> bool:

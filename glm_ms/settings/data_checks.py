@@ -9,6 +9,7 @@ from pathlib import Path
 
 from glm_ms.data.encoder import Columns
 from glm_ms.data.formats import FORMATS
+from glm_ms.data.prompts import ONLY_PROMPT_FILES, PROMPT_FILES, looks_like_data_file
 from glm_ms.families import FAMILIES, encoder_of, family_of
 from glm_ms.metrics import LOSS, METRICS, TEXT, takes
 from glm_ms.settings.errors import Problem
@@ -133,9 +134,11 @@ def file_problems(settings: Settings) -> Iterator[Problem]:
     for part in parts_in_use(settings):
         yield from record_problems(settings, part)
     prompts = settings.predict_data
-    is_file = "\n" not in prompts and Path(prompts).suffix.lower() in (".txt", ".jsonl")
+    is_file = "\n" not in prompts and Path(prompts).suffix.lower() in PROMPT_FILES
     if settings.run_mode == "predict" and is_file:
         yield from _missing("predict_data", prompts)
+    elif settings.run_mode == "predict" and looks_like_data_file(prompts):
+        yield Problem("predict_data", f"{prompts}: {ONLY_PROMPT_FILES}")
 
 
 def _folder_problems(key: str, folder: str) -> Iterator[Problem]:
@@ -190,7 +193,9 @@ def _weights(settings: Settings) -> Iterator[Problem]:
     if settings.run_mode == "train" or settings.model.init == "random":
         settings.notes.append("load_checkpoint: empty, so the weights are random")
     else:
-        needs = f"missing; run_mode {settings.run_mode} needs initial weights"
+        # A file of MindFormers may say run_mode: train for the same.
+        what = "finetuning" if settings.is_training() else f"run_mode {settings.run_mode}"
+        needs = f"missing; {what} needs initial weights"
         message = f"{needs}. Name them (--load_checkpoint PATH), or set model.init=random"
         yield Problem("load_checkpoint", message, ("model.init",))
 

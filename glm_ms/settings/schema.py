@@ -19,7 +19,7 @@ from glm_ms.families import family_of, tokenizer_names
 from glm_ms.metrics import METRICS, score_names
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.parallel.config import ParallelConfig
-from glm_ms.peft import ADAPTERS
+from glm_ms.peft import ADAPTERS, MAX_LORA_ALPHA
 from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -162,7 +162,9 @@ class PetSettings:
         choices=ADAPTERS
     )  # fmt: skip
     lora_rank: int = key(8, "rows of A and columns of B", at_least=1, at_most=_WIDEST, used_with=_ADAPTERS)
-    lora_alpha: float = key(32.0, "B A is scaled by lora_alpha / lora_rank", above=0, used_with=_ADAPTERS)
+    lora_alpha: float = key(
+        32.0, "B A is scaled by lora_alpha / lora_rank", above=0, at_most=MAX_LORA_ALPHA, used_with=_ADAPTERS
+    )
     lora_dropout: float = key(0.1, "dropout on the input of A", **_DROPOUT, used_with=_ADAPTERS)
     target_modules: Union[list[str], str] = key(
         ".*query_key_value", "modules: a regex on the whole name, or a list of endings", used_with=_ADAPTERS

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from glm_ms.settings.errors import Problem, SettingsError, described, joined
 from glm_ms.settings.schema import EVAL_STEPS, Settings, allowed, default_of, keys_of, leaf_keys, used_with
 from glm_ms.storage.paths import path_problem
-from glm_ms.storage.readers import exponent_number
+from glm_ms.storage.readers import exponent_number, is_zero
 from glm_ms.storage.suggest import did_you_mean, nearest
 from glm_ms.storage.yaml_tree import Entry
 
@@ -193,6 +193,8 @@ def _scalar(kind: type, entry: Entry) -> Any:
         return entry.text
     if kind is float:
         value = exponent_number(value)
+        if value == 0 and isinstance(entry.value, str) and not is_zero(entry.value):
+            raise SettingsError(f"found {entry.value}, which is too small for a number; write 0 for none")
         try:
             value = float(value) if type(value) is int else value
         except OverflowError:

@@ -9,8 +9,13 @@ from pathlib import Path
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux
 
 
-def path_problem(text: str) -> str:
-    """Why text cannot be the path of any file, with the remedy; empty if it can."""
+def path_problem(text: str | os.PathLike[str]) -> str:
+    """Why a value cannot be the path of any file, with the remedy; empty if it can."""
+    if not isinstance(text, (str, os.PathLike)):
+        return f"{text!r:.60}: a path must be a text or a pathlib.Path, found {type(text).__name__}"
+    text = os.fspath(text)
+    if not isinstance(text, str):
+        return f"{text!r:.60}: a path must be a text or a pathlib.Path, found {type(text).__name__}"
     try:
         encoded = os.fsencode(text)
         encoded.decode("utf-8")

@@ -175,7 +175,7 @@ def parse_json(
     place = source if line is None else f"{source}:{line}"
     try:
         # Files that were joined have a byte order mark at the beginning of a line.
-        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique_keys)
+        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique_keys, parse_float=_number)
         if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
             raise RecursionError
     except json.JSONDecodeError as problem:
@@ -186,6 +186,13 @@ def parse_json(
     except ValueError as problem:
         # Without Python's own advice about the number of digits.
         raise error(f"{place}: not valid JSON: {str(problem).partition('; use sys.')[0]}") from None
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if value == 0 and not is_zero(text):
+        raise ValueError(f"{text} is too small for a number, it would be 0")
     return value
 
 
@@ -215,3 +222,8 @@ def exponent_number(value: Any) -> Any:
     YAML 1.1 reads a number as text if it has an exponent but no dot or no sign of the exponent.
     """
     return float(value) if isinstance(value, str) and _EXPONENT_NUMBER.fullmatch(value) else value
+
+
+def is_zero(number: str) -> bool:
+    """Whether the text of a decimal number means 0, which also a number too small for a float becomes."""
+    return not re.search("[1-9]", re.split("[eE]", number)[0])

@@ -80,7 +80,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         CheckpointError: `path` does not exist, has weights as well as checkpoints of a run, or is a run without
             checkpoints, or a sharded run, which has slices.
     """
-    if problem := path_problem(str(path)):
+    if problem := path_problem(path):
         raise CheckpointError(problem)
     path = Path(path)
     if path.name == BEST and path.parent.name == CHECKPOINTS and not path.exists():

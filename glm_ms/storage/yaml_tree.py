@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import yaml
 
 from glm_ms.storage.errors import FileError
-from glm_ms.storage.readers import MAX_DEPTH, read_text
+from glm_ms.storage.readers import MAX_DEPTH, is_zero, read_text
 from glm_ms.storage.suggest import did_you_mean
 
 _CORE = "tag:yaml.org,2002:"
@@ -152,6 +152,8 @@ class _Builder:
                 value = [self.entry(item) for item in node.value]
             else:
                 value = self.loader.construct_object(node)
+                if value == 0 and isinstance(value, float) and not is_zero(node.value):
+                    raise _problem(f"{node.value} is too small for a number, it would be 0", node.start_mark)
             self.built[id(node)] = Entry(value, self.place(node))
         entry = self.built[id(node)]
         if entry is None:

@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import os
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import sentencepiece
 
 from glm_ms.storage.errors import FileError
-from glm_ms.storage.suggest import did_you_mean
+from glm_ms.storage.suggest import did_you_mean, misspelled
 from glm_ms.tokenizer.answers import AnswerParser
 
 # Decoding drops the space before the first piece of a text. This stand-in for the text so far keeps it.
@@ -59,6 +60,7 @@ class SentencePieceTokenizer(ABC):
     Attributes:
         vocab_size: pieces and special tokens together.
         prefix_tokens: ids of `[gMASK] sop`, which open every text.
+        adds_space: the vocabulary puts a space before every text.
         options: names of the attributes that may be set later, those of the arguments; all others are read-only.
 
     Raises:
@@ -95,7 +97,7 @@ class SentencePieceTokenizer(ABC):
         # Ids whose token is the empty string. A vocabulary without <s> has the negative id of it.
         self._silent_ids = {self.eos_token_id, self.pad_token_id, self.sp.bos_id()}
         self.prefix_tokens = [self.get_command("[gMASK]"), self.get_command("sop")]
-        self._adds_space = self.sp.EncodeAsPieces("a")[0].startswith("▁")
+        self.adds_space = self.sp.EncodeAsPieces("a")[0].startswith("▁")
         self._complete = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -199,7 +201,7 @@ class SentencePieceTokenizer(ABC):
         second = None if text_pair is None else self._text_ids(text_pair)
         if truncation:
             special = self.num_special_tokens_to_add(second is not None) if add_special_tokens else 0
-            first, second = _truncate(first, second, special, max_length, self.truncation_side)
+            first, second = truncate_ids(first, second, special, max_length, self.truncation_side)
         ids = [*self.prefix_tokens, *first] if add_special_tokens else list(first)
         if second is not None:
             ids += second
@@ -319,7 +321,7 @@ class SentencePieceTokenizer(ABC):
 
     def _without_space(self, text: str) -> str:
         """`text` without the space that `decode` writes for the leading space of the vocabulary."""
-        return text[1:] if self._adds_space and text.startswith(" ") else text
+        return text[1:] if self.adds_space and text.startswith(" ") else text
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -442,6 +444,18 @@ def history_items(history: Any, forms: str) -> Sequence[Any]:
     return history
 
 
+def tell_unknown_keys(message: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    """Warns about keys of a message that have no effect; ValueError for one that is nearly a known key."""
+    others = [key for key in message if key not in known and message[key] not in (None, "", [], {})]
+    for key in others:
+        near = misspelled(key, [name for name in known if name not in message])
+        if near:
+            raise ValueError(f"{place}: key {key!r} is not known; did you mean {near[0]!r}?")
+    if others:
+        text = f"{place}: {', '.join(map(repr, others))}: no effect; known are {', '.join(known)}"
+        warnings.warn(text, stacklevel=5)
+
+
 def check_option(name: str, value: Any) -> Any:
     """The value of an option of the tokenizers; ValueError if it is none of them."""
     values = _OPTION_VALUES[name]
@@ -468,7 +482,7 @@ def checked(text: str) -> str:
     return text
 
 
-def _truncate(
+def truncate_ids(
     first: list[int], second: list[int] | None, num_special: int, max_length: int | None, side: str
 ) -> tuple[list[int], list[int] | None]:
     """Cuts to `max_length - num_special` ids, taking from the longer text, from the second when equal."""

@@ -15,6 +15,7 @@ from glm_ms.tokenizer.base import (
     checked,
     history_items,
     sequence_dict,
+    tell_unknown_keys,
 )
 
 _ROUND = "[Round {}]\n\n问：{}\n\n答："
@@ -113,6 +114,8 @@ def _as_rounds(history: Any) -> list[tuple[str, str]]:
         unknown = next((key for item in turn for key in OF_CHATGLM3 if item.get(key)), None)
         if unknown is not None:
             raise ValueError(f"history[{i}:{i + 2}]: {unknown!r} is not known to ChatGLM2, which has no tools")
+        for number, item in enumerate(turn, start=i):
+            tell_unknown_keys(item, ("role", "content", *OF_CHATGLM3), f"history[{number}]")
         rounds.append(_pair([item.get("content") for item in turn]))
     return rounds
 

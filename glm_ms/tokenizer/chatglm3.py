@@ -13,9 +13,18 @@ from typing import Any
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.readers import parse_json
 from glm_ms.tokenizer.answers import AnswerParser, ToolCallError, is_tool_name, parse_call, replace_training_date
-from glm_ms.tokenizer.base import CHAT, FOREIGN_CALLS, PLAIN, SentencePieceTokenizer, history_items, sequence_dict
+from glm_ms.tokenizer.base import (
+    CHAT,
+    FOREIGN_CALLS,
+    PLAIN,
+    SentencePieceTokenizer,
+    history_items,
+    sequence_dict,
+    tell_unknown_keys,
+)
 
 ROLES = ("system", "user", "assistant", "observation")
+_MESSAGE_KEYS = ("role", "content", "metadata", "tools")
 _ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
 _ANSWER_TOKEN = "<|assistant|>"  # between the messages of one answer, too
 _ROLE_SPLIT = re.compile("(" + "|".join(re.escape(token) for token in _ROLE_TOKENS) + ")")
@@ -211,6 +220,7 @@ def _messages(history: Any) -> list[dict[str, Any]]:
             if item.get(key):
                 raise ValueError(f"{place}: {key!r} is not known; a call is a message with the tool's name as metadata")
         _check_role(item["role"])
+        tell_unknown_keys(item, _MESSAGE_KEYS, place)
         message = dict(item)
         if "tools" in item:
             if item["role"] != "system" and item["tools"]:

@@ -117,6 +117,34 @@ def test_index_may_not_lead_elsewhere(sharded: Path, name: str) -> None:
         open_checkpoint(sharded)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [({"total_size": 1}, "total_size = 1, but the tensors of its shards have"), ({"total_size": "many"}, "'many'"),
+     ([], "must be an object")]
+)  # fmt: skip
+def test_the_size_in_an_index_is_compared(sharded: Path, metadata: object, words: str) -> None:
+    path = sharded / "pytorch_model.bin.index.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "metadata": metadata}))
+    with pytest.raises(CheckpointError, match=rf"index\.json: .*{words}"):
+        open_checkpoint(sharded)
+    del document["metadata"]
+    path.write_text(json.dumps(document))
+    open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bytes_behind_a_torch_file(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "a.bin"
+    torch.save({"a": torch.ones(300)}, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    np.testing.assert_array_equal(open_checkpoint(path).read("a"), np.ones(300))
+    for surplus in (b"\0", b"PK\5\6", bytes(70000)):
+        path.write_bytes(content + surplus)
+        with pytest.raises(CheckpointError, match=r"a\.bin"):
+            open_checkpoint(path).read("a")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
 def test_broken_index(sharded: Path, text: str) -> None:
     (sharded / "pytorch_model.bin.index.json").write_text(text)

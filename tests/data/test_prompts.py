@@ -161,6 +161,11 @@ def test_other_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         read_prompts("-", silent)
     with pytest.raises(DataError, match=r"prompts are read from \.txt and \.jsonl files only"):
         read_prompts(str(tmp_path), silent)
+    for name in ("prompts.json", "/data/dev.CSV", "a-b.tsv"):
+        with pytest.raises(DataError, match=f"{name}: prompts are read from"):
+            read_prompts(name, silent)
+    for text in ("什么是package.json", "what is a.csv", "a.json?"):
+        assert read_prompts(text, silent)[0].text == text
 
 
 def test_text_in_the_template(glm2: ChatGLM2Tokenizer, glm3: ChatGLM3Tokenizer, jsonl) -> None:

@@ -138,6 +138,7 @@ def test_the_context_of_a_prompt():
         DIALOGUE,
         {**DIALOGUE, "history": [], "system": "", "tools": None},
         {**DIALOGUE, "tools": []},
+        {**DIALOGUE, "tools": " [] "},
         {**DIALOGUE, "history": ""},
     ):
         assert read_messages(empty, **names) == last

@@ -44,6 +44,7 @@ from glm_ms.mindformers_api import (
     MindFormersGLMConfig,
 )
 from glm_ms.mindformers_api.released import MODEL_NAMES
+from glm_ms.mindformers_api.run_yaml import is_run_yaml
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer, GLMTextProcessor
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import MANIFEST
@@ -388,6 +389,40 @@ def test_unknown_options_of_calls_are_refused(vocabulary: Path):
     for name in ("return_token_type_ids", "is_split_into_words", "stride"):
         with pytest.raises(ValueError, match=f"{name}: GLM2Tokenizer does not support this option"):
             tokenizer([QUESTION], **{name: True})
+
+
+def test_inherited_methods_of_the_tokenizer(vocabulary: Path, tmp_path: Path):
+    tokenizer = GLM3Tokenizer(str(vocabulary))
+    ids, pair = (tokenizer.encode(text, add_special_tokens=False) for text in (QUESTION, "是的"))
+    for options in ({}, {"padding": "max_length", "max_length": 40}, {"truncation": True, "max_length": 6}):
+        expected = tokenizer(QUESTION, "是的", **options)
+        assert dict(tokenizer.prepare_for_model(ids, pair, **options)) == dict(expected)
+    assert tokenizer.prepare_for_model(ids, add_special_tokens=False)["input_ids"] == ids
+    for options, message in (
+        ({"no_such_option": 1}, "no_such_option: unknown option"), ({"stride": 2}, "stride: GLM3Tokenizer does not"),
+        ({"truncation": "only_first", "max_length": 6}, "only_first"), ({"truncation": True}, "max_length is missing"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            tokenizer.prepare_for_model(ids, **options)
+    with pytest.raises(ValueError, match="prepare_seq2seq_batch: not supported"):
+        tokenizer.prepare_seq2seq_batch([QUESTION], no_such_option=1)
+    whole = tokenizer.build_inputs_with_special_tokens(ids, pair)
+    mask = tokenizer.get_special_tokens_mask(ids, pair)
+    assert mask == tokenizer.get_special_tokens_mask(whole, already_has_special_tokens=True)
+    assert mask == [1, 1, *[0] * len(ids + pair), 1]
+    assert tokenizer.convert_ids_to_tokens([*ids, 2, 0], skip_special_tokens=True) == tokenizer.tokenize(QUESTION)
+    with pytest.raises(ValueError, match="safe_mode: unknown option"):
+        tokenizer.save_pretrained(str(tmp_path), safe_mode=True)
+    assert Path(tokenizer.save_vocabulary(str(tmp_path), "a")[0]).name == "a-tokenizer.model"
+
+
+def test_a_broken_yaml_that_names_our_types_is_ours(tmp_path: Path):
+    for number, line in enumerate(('type : "GLMConfig"', "{type: ChatGLM32kConfig, a: [}", '"type": GLMForCausalLM')):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(f"model:\n  model_config: {line}\n a: [\n", encoding="utf-8")
+        assert is_run_yaml(path)
+    path.write_text("model:\n  model_config: {type: LlamaConfig, a: [}\n", encoding="utf-8")
+    assert not is_run_yaml(path)
 
 
 def test_a_tokenizer_config_applies_or_is_refused_with_its_path(vocabulary: Path, tmp_path: Path):

@@ -159,6 +159,7 @@ def test_every_other_value_of_a_config_is_used_or_refused(lora: Path) -> None:
         ({"lora_alpha": "32"}, "lora_alpha = '32'"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"lora_alpha": 1e29}, "at most 1e+06"),
         ({"lora_dropout": 1}, "lora_dropout = 1"),
         ({"target_modules": [1]}, "target_modules = [1]"),
         ({"target_modules": {"dense": 1}}, "target_modules"),

@@ -43,6 +43,7 @@ def test_what_goes_together(kind: str) -> None:
         ("finetune", [BASE, "model.pet_config.pet_type=loar"], "did you mean lora"),
         ("finetune", [BASE, LORA, "model.pet_config.lora_rank=0"], "must be at least 1"),
         ("finetune", [BASE, LORA, "model.pet_config.lora_dropout=1.0"], "must be at least 0 and below 1"),
+        ("finetune", [BASE, LORA, "model.pet_config.lora_alpha=1.e29"], "at most 1000000"),
         ("finetune", [BASE, LORA, "model.pet_config.lora_r=4"], "did you mean lora_rank"),
     ],
 )

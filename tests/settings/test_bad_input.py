@@ -38,6 +38,7 @@ IN_THE_FILE = [
     ("optimizer: {weight_decay: .nan}", ["optimizer.weight_decay", "finite"]),
     ("optimizer: {eps: small}", ["optimizer.eps", "a number", "'small'"]),
     ("lr_schedule: {learning_rate: -1.e-5}", ["lr_schedule.learning_rate", "at least 0"]),
+    ("lr_schedule: {learning_rate: 1e-400}", ["lr_schedule.learning_rate", "too small for a number"]),
     ("lr_schedule: {learning_rate: .inf}", ["lr_schedule.learning_rate", "finite"]),
     ("lr_schedule: {type: cosine}", ["lr_schedule.type", "allowed:", "CosineWithWarmUpLR"]),
     ("lr_schedule: {type: CosineWithWarmupLR}", ["did you mean CosineWithWarmUpLR"]),
@@ -84,8 +85,8 @@ IN_THE_FILE = [
     ("checkpoint: &c {keep_max: *c}", ["alias contains itself"]),
     ("---\nseed: 1", ["not valid YAML", "single document"]),
     ("checkpoint: {<<: 3}", ["<< must name a mapping"]),
-    ("eval_dataset_task: {type: x}", ["eval_dataset_task: unknown key", "eval_dataset?"]),
-    ("callbacks: []", ["callbacks: unknown key", "known here: seed, run_mode"]),
+    ("eval_dataset_task: {type: x}", ["eval_dataset_task.type: x: known are KeyWordGenDataset"]),
+    ("callback: []", ["callback: unknown key", "known here: seed, run_mode"]),
     ("use_parallel: True\nparallel: {full_batch: True}", ["parallel.full_batch", "parallel_mode: 1"]),
     ("use_parallel: True\nparallel_config: {model_parallel: 2}", ["model_parallel", "parallel_mode: 1"]),
     (

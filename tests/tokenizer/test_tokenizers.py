@@ -197,6 +197,17 @@ def test_nothing_is_no_metadata_and_no_tools(small_vocabulary):
             call("好", [{"role": "bot", "content": "好"}])
 
 
+def test_keys_of_messages_without_effect_are_told(small_vocabulary):
+    glm2, glm3 = ChatGLM2Tokenizer(small_vocabulary), ChatGLM3Tokenizer(small_vocabulary)
+    turn = [{"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}]
+    for tok in (glm2, glm3):
+        plain = tok.build_chat_input("好", turn)
+        with pytest.warns(UserWarning, match=r"history\[1\]: 'weight': no effect; known are role, content, metadata"):
+            assert tok.build_chat_input("好", [turn[0], {**turn[1], "weight": 1, "name": ""}]) == plain
+        with pytest.raises(ValueError, match=r"history\[1\]: key 'metdata' is not known; did you mean 'metadata'"):
+            tok.build_chat_input("好", [turn[0], {**turn[1], "metdata": "f"}])
+
+
 def test_plain_text_for_base_models(small_vocabulary):
     for kind in (ChatGLM2Tokenizer, ChatGLM3Tokenizer):
         tok = kind(small_vocabulary, template="plain")

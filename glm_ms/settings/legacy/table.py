@@ -41,8 +41,11 @@ class Refused:
 Rule = Union[Renamed, Ignored, Refused]
 
 # Class names of those versions that our configurations cannot have: signs of their files.
-CONFIGS = {"ChatGLM2Config": "GLMConfig"}
-NETWORKS = {"ChatGLM2ForConditionalGeneration": "GLMForCausalLM", "ChatGLM2WithPtuning2": "GLMForCausalLM"}
+CONFIGS = dict.fromkeys(("ChatGLM2Config", "ChatGLM32kConfig"), "GLMConfig")
+NETWORKS = dict.fromkeys(
+    ("ChatGLM2ForConditionalGeneration", "ChatGLM2WithPtuning2", "ChatGLM32kForConditionalGeneration"), "GLMForCausalLM"
+)
+TOKENIZERS = {"ChatGLM32kTokenizer": "ChatGLM3Tokenizer"}
 STEPS = {"MFTrainOneStepCell": "GLMTrainOneStep", "MFPipelineWithLossScaleCell": "GLMTrainOneStep"}
 OPTIMIZERS = dict.fromkeys(("FP32StateAdamWeightDecay", "FusedAdamWeightDecay", "FusedCastAdamWeightDecay"), "GLMAdamW")
 TASKS = ("KeyWordGenDataset", "MultiTurnDataset")
@@ -111,6 +114,8 @@ _IGNORED = (
     ("every generation has a key/value cache", "model.model_config",
      "use_past is_dynamic use_kvcache_op is_flexible_shape use_paged_attention block_size num_blocks "
      "is_sample_acceleration"),
+    ("the tokenizer class has the chat template", "processor.tokenizer", "chat_template"),
+    ("parallel.enable_parallel_optimizer decides it", "parallel_config", "optimizer_shard"),
     (_KERNELS, "model.model_config", "bias_dropout_fusion use_flash_attention use_prompt_flash_attention "
      "use_incre_flash_attention mask_type no_recompute_layers offset pp_interleave_num"),
     (_TOKENS, "model.model_config", "bos_token_id gmask_token_id"),
@@ -123,7 +128,8 @@ _IGNORED = (
     (_LABELS, "callbacks", "CheckpointMonitor CheckpointMonitor.prefix"),
     (_SHARDS, "callbacks.CheckpointMonitor", "integrated_save async_save save_network_params save_trainable_params"),
     (_PLATFORM, "callbacks", "ObsMonitor ObsMonitor.keep_last"),
-    ("TensorBoard files are written with logging.tensorboard", "callbacks", "SummaryMonitor"),
+    ("TensorBoard files are written with logging.tensorboard", "callbacks",
+     "SummaryMonitor SummaryMonitor.keep_default_action"),
 )  # fmt: skip
 
 # Section there, section here, names that stay.
@@ -133,8 +139,8 @@ _MOVED = (
     ("model.model_config.pet_config", "model.pet_config",
      "pet_type lora_rank lora_alpha lora_dropout target_modules pre_seq_len prefix_projection projection_dim "
      "dropout_prob"),
-    ("train_dataset.tokenizer", "processor.tokenizer", "type vocab_file"),
-    ("eval_dataset.tokenizer", "processor.tokenizer", "type vocab_file"),
+    ("train_dataset.tokenizer", "processor.tokenizer", "vocab_file"),
+    ("eval_dataset.tokenizer", "processor.tokenizer", "vocab_file"),
 )  # fmt: skip
 
 _RENAMED = {
@@ -146,6 +152,8 @@ _RENAMED = {
     "model.model_config.max_decode_length": Renamed("generation.max_length", rank=2),
     "model.model_config.checkpoint_name_or_path": Renamed("load_checkpoint"),
     "model.arch.type": Renamed("model.arch.type", NETWORKS),
+    **{f"{section}.tokenizer.type": Renamed("processor.tokenizer.type", TOKENIZERS)
+       for section in ("processor", "train_dataset", "eval_dataset")},
     "train_dataset.batch_size": Renamed("runner_config.batch_size"),
     "runner_wrapper.type": Renamed("runner_wrapper.type", STEPS),
     # A number; the section has our names. See glm_ms.settings.legacy.rules.
@@ -158,7 +166,7 @@ _RENAMED = {
     "callbacks.MFLossMonitor.per_print_times": Renamed("logging.log_steps"),
     "callbacks.CheckpointMonitor.save_checkpoint_steps": Renamed("checkpoint.save_steps"),
     "callbacks.CheckpointMonitor.keep_checkpoint_max": Renamed("checkpoint.keep_max"),
-}
+}  # fmt: skip
 
 _NO_EXPERTS = "ChatGLM2 and ChatGLM3 have no experts; set it to 1"
 _USUAL_TOKENS = {
@@ -179,6 +187,10 @@ _REFUSED = {
     "parallel_config.expert_parallel": Refused((1,), _DENSE, _NO_EXPERTS),
     "parallel_config.context_parallel": Refused((1,), _COMMUNICATION,
         "sequences are not split over cards; set it to 1"),
+    "model.model_config.interleaved_qkv": Refused((False,), _SWITCHED_OFF,
+        "query, key and value follow each other in the weights of these models; set it to False"),
+    "model.model_config.rotary_percent": Refused((0.5,), "half of each head is rotated",
+        "half of each head is rotated in these models; set it to 0.5"),
     "model.model_config.quantization_bit": Refused((0, None), _SWITCHED_OFF,
         "quantized networks cannot be trained or run; set it to 0"),
     "runner_wrapper.calculate_per_token_loss": Refused((False,), _SWITCHED_OFF,

@@ -69,16 +69,19 @@ def translate(document: Entry, source: str, typed: Collection[str]) -> tuple[Ent
 
 
 def adopt(document: Entry, source: str, typed: Collection[str]) -> tuple[Entry, list[str], list[Problem]]:
-    """As `translate`, for one of our files with single keys of MindFormers, whose meaning they keep.
+    """As `translate`, for one of our files with keys or whole sections of MindFormers, whose meaning they keep.
 
     Keys of both, and those that nobody knows, stay as they are.
     """
     draft = Draft(source, typed)
-    own = _without_foreign(Source("", document, False), draft)
-    if not draft.foreign and not draft.problems:
+    whole = {name: entry for name, entry in document.value.items() if name in table.LEGACY_SECTIONS}
+    rest = {name: entry for name, entry in document.value.items() if name not in whole}
+    own = _without_foreign(Source("", dataclasses.replace(document, value=rest), False), draft)
+    if not whole and not draft.foreign and not draft.problems:
         return document, [], []
     for one in draft.foreign:
         _apply(one, draft)
+    _read(Source("", _with_callbacks(dataclasses.replace(document, value=whole)), False), draft)
     _choose(draft, BEFORE_CHOICE_OF_KEYS, AFTER_CHOICE_OF_KEYS)
     for key, chosen in draft.chosen.items():
         if chosen.entry is not _at(own, key):
@@ -107,7 +110,7 @@ def _without_foreign(section: Source, draft: Draft) -> Entry:
         key = joined(section.key, name)
         one = Source(key, entry, entry.where in draft.typed, key)
         is_ours, is_empty = key in _own_keys(), entry.value == {} or is_neutral(entry.value)
-        if key in sections and entry.is_section and not is_empty and key not in table.LEGACY_SECTIONS:
+        if key in sections and entry.is_section and not is_empty:
             inner = _without_foreign(one, draft)
             if is_ours:
                 values[name] = inner
@@ -119,7 +122,7 @@ def _without_foreign(section: Source, draft: Draft) -> Entry:
             draft.foreign.append(one)
         elif section.key not in _own_keys():
             draft.problems.append(unknown_key(key, key, entry, sorted(sections[section.key])))
-        elif key not in sections or is_ours or key in table.LEGACY_SECTIONS:
+        elif key not in sections or is_ours:
             values[name] = entry
     return dataclasses.replace(section.entry, value=values)
 

@@ -378,3 +378,34 @@ def test_settings_are_written_in_our_names(load_legacy) -> None:
     again = load_settings("settings.yaml", check_files=False)
     assert again == settings
     assert again.notes == []
+
+
+def test_keys_of_codegeex2_and_of_the_32k_models(load_legacy, legacy_refused) -> None:
+    codegeex = legacy_yaml(
+        ("    hidden_size: 4096\n", "    hidden_size: 4096\n    interleaved_qkv: False\n    rotary_percent: 0.5\n"),
+        ("  expert_parallel: 1\n", "  expert_parallel: 1\n  optimizer_shard: True\n"),
+        ("  - type: MFLossMonitor\n",
+         "  - type: MFLossMonitor\n  - type: SummaryMonitor\n    keep_default_action: True\n"),
+    )  # fmt: skip
+    settings = load_legacy(codegeex)
+    assert "interleaved_qkv" in settings.notes[-1]
+    assert "optimizer_shard (parallel.enable_parallel_optimizer decides it)" in settings.notes[-1]
+    assert "rotary_percent: 0.25: half of each head" in legacy_refused(
+        codegeex.replace("rotary_percent: 0.5", "rotary_percent: 0.25")
+    )
+    template = "[gMASK]sop{% for message in messages %}...{% endfor %}"
+    longer = legacy_yaml(
+        ("type: ChatGLM2Config", "type: ChatGLM32kConfig"), ("rope_ratio: 1\n", "rope_ratio: 50\n"),
+        ("ChatGLM2ForConditionalGeneration", "ChatGLM32kForConditionalGeneration"),
+        ("ChatGLM3Tokenizer", "ChatGLM32kTokenizer"), ("no_recompute_layers: None", "no_recompute_layers: [20]"),
+        ("    bos_token: '<sop>'\n", f"    bos_token: '<sop>'\n    chat_template: \"{template}\"\n"),
+        ("  gradient_aggregation_group: 4", "  use_seq_parallel: False\n  gradient_aggregation_group: 4"),
+        generation=3,
+    )  # fmt: skip
+    settings = load_legacy(longer)
+    assert settings.processor.tokenizer.type == "ChatGLM3Tokenizer"
+    assert settings.model.model_config.rope_ratio == 50
+    said = "\n".join(settings.notes)
+    assert "model.arch.type: ChatGLM32kForConditionalGeneration is GLMForCausalLM here" in said
+    assert "ChatGLM32kTokenizer is ChatGLM3Tokenizer here" in said
+    assert "chat_template (the tokenizer class has the chat template)" in said

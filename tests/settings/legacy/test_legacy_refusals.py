@@ -95,8 +95,11 @@ def test_files_for_exports(legacy_refused, load_legacy) -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("callbacks: [{type: MFLossMonitor}]", "callbacks: unknown key"),
-        ("trainer: {type: CausalLanguageModelingTrainer}", "trainer: unknown key"),
+        ("callbacks: [{type: MFLossMonitr}]", "callbacks.MFLossMonitr: unknown key; did you mean MFLossMonitor"),
+        ("callbacks: 5", "callbacks: expected a section"),
+        ("trainer: {type: Trainer}", "trainer.type: Trainer: only CausalLanguageModelingTrainer"),
+        ("moe_config: {expert_num: 8}", "moe_config.expert_num: 8: .*no experts"),
+        ("eval_dataset_task: {type: KeyWordGenDatset}", "eval_dataset_task.type: KeyWordGenDatset: known are"),
         ("runner_wrapper: {type: MFTrainOneStepCell}", "allowed: GLMTrainOneStep"),
         ("lr_schedule: {type: cosine}", "lr_schedule.type"),
         ("micro_batch_interleave_num: 2", "micro_batch_interleave_num: 2: set it to 1"),
@@ -140,7 +143,7 @@ def test_other_networks_are_refused_in_one_line(legacy_refused) -> None:
         assert len(message.splitlines()) == 1
         assert f"model.arch.type: {change[1]}: another network" in message
     misspelt = legacy_yaml(("type: ChatGLM2Config", "type: ChatGLM2Confg"))
-    assert "did you mean ChatGLM2Config?" in legacy_refused(misspelt)
+    assert "did you mean ChatGLM2Config" in legacy_refused(misspelt)
 
 
 def test_table_leads_to_keys_that_exist() -> None:
@@ -187,3 +190,38 @@ def test_a_number_as_loss_scale_in_our_files(config: Path) -> None:
         file.write("runner_wrapper: {scale_sense: 1024}\n")
     scale = load_settings(config).runner_wrapper.scale_sense
     assert (scale.type, scale.loss_scale_value) == ("FixedLossScaleUpdateCell", 1024)
+
+
+def test_sections_of_mindformers_in_our_files(config: Path) -> None:
+    text = config.read_text(encoding="utf-8").replace("train_dataset:", "train_dataset: &rows")
+    text += """
+trainer: {type: CausalLanguageModelingTrainer, model_name: glm3_6b}
+train_dataset_task: {type: KeyWordGenDataset, dataset_config: *rows}
+eval_dataset_task: {type: KeyWordGenDataset, dataset_config: {max_target_length: 9, batch_size: 2}}
+moe_config: {expert_num: 1, capacity_factor: 1.05}
+callbacks:
+  - {type: MFLossMonitor, per_print_times: 7}
+  - {type: CheckpointMointor, prefix: x, save_checkpoint_steps: 40, keep_checkpoint_max: 2, integrated_save: False}
+  - {type: SummaryMonitor, keep_default_action: True}
+eval_callbacks: [{type: ObsMonitor}]
+"""
+    config.write_text(text, encoding="utf-8")
+    settings = load_settings(config)
+    assert (settings.checkpoint.save_steps, settings.checkpoint.keep_max, settings.logging.log_steps) == (40, 2, 7)
+    assert (settings.eval_dataset.max_target_length, settings.eval_dataset.batch_size) == (9, 8)
+    assert settings.runner_wrapper.use_clip_grad is True  # our default, not MindFormers'
+    notes = "\n".join(settings.notes)
+    for part in (
+        "callbacks.CheckpointMointor: save_checkpoint_steps (as save_steps), keep_checkpoint_max (as keep_max) belong",
+        "eval_dataset_task.dataset_config.batch_size: 2 is overridden by eval_dataset.batch_size: 8",
+        "trainer.type", "trainer.model_name", "eval_callbacks",
+    ):  # fmt: skip
+        assert part in notes or part.rpartition(".")[2] in notes
+    assert load_settings(config, ["checkpoint.save_steps=3"]).checkpoint.save_steps == 3
+
+
+def test_an_empty_section_of_mindformers_changes_nothing(config: Path) -> None:
+    plain = load_settings(config)
+    with config.open("a", encoding="utf-8") as file:
+        file.write("callbacks: []\ntrainer:\nmoe_config: {}\n")
+    assert load_settings(config) == plain
