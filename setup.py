@@ -10,6 +10,10 @@ configs = [".".join(("glm_ms", *path.parts)) for path in folders]
 setup(
     packages=[*find_packages(include=["glm_ms*"]), *configs, "glm_ms.tools"],
     package_dir={"glm_ms.configs": "configs", "glm_ms.tools": "tools"},
-    package_data={"glm_ms": ["py.typed"], **{name: ["*.yaml", "*.json", "*.md"] for name in configs}},
+    package_data={
+        "glm_ms": ["py.typed"],
+        "glm_ms.serve": ["web/*"],
+        **{name: ["*.yaml", "*.json", "*.md"] for name in configs},
+    },
     py_modules=["run_glm"],
 )

@@ -13,6 +13,7 @@ from glm_ms.serve.auth import Keys
 from glm_ms.serve.engine import Engine
 from glm_ms.serve.errors import add_error_handlers
 from glm_ms.serve.guards import CheckBody, RequireKey
+from glm_ms.serve.web_page import ChatPage
 from glm_ms.version import __version__
 
 # A module for each kind of path, with its `router`.
@@ -24,6 +25,7 @@ def create_app(
     engine: Engine | None = None,
     keys: Keys | None = None,
     cors_origins: Sequence[str] = (),
+    web: bool = False,
 ) -> FastAPI:
     """The application.
 
@@ -31,6 +33,7 @@ def create_app(
         engine: the model; None: it comes later, as `app.state.engine`, and until then requests get status 503.
         keys: open the server; None or none: everybody may use it.
         cors_origins: web pages of these origins may use the server, as `https://chat.example.org`.
+        web: `GET /` is the chat page.
     """
     app = FastAPI(title="glm_ms", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.engine, app.state.keys = engine, keys or Keys()
@@ -43,4 +46,6 @@ def create_app(
     if cors_origins:
         headers: dict[str, Any] = {"allow_headers": ["Authorization", "Content-Type", "X-Api-Key"]}
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], **headers)
+    if web:
+        app.add_middleware(ChatPage)
     return app

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("playwright", reason="playwright missing: pip install '.[browser]'")
 pytest.importorskip("uvicorn", reason="uvicorn missing: pip install '.[serve]'")
 
-from serve.chat_api import CALLS, CODE, EMOJI, HTML, KEY, NORMAL, Api, wait_until
 from playwright.sync_api import Error, expect, sync_playwright
+from serve.chat_api import CALLS, CODE, EMOJI, HTML, KEY, NORMAL, Api, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -154,7 +154,8 @@ def test_events_are_the_same_however_the_bytes_are_cut(user):
     found = page.evaluate("""async () => {
         const { events } = await import("/web/api.js");
         const bytes = new TextEncoder().encode(
-            ": hello\\r\\ndata: {\\"a\\": \\"👩‍👧\\"}\\r\\n\\r\\nevent: x\\ndata:one\\ndata: two\\n\\n\\ndata: [DONE]\\n\\ndata: open");
+            ": hello\\r\\ndata: {\\"a\\": \\"👩‍👧\\"}\\r\\n\\r\\n" +
+            "event: x\\ndata:one\\ndata: two\\n\\n\\ndata: [DONE]\\n\\ndata: open");
         const results = [];
         for (let size = 1; size <= bytes.length; size += 1) {
             const stream = new ReadableStream({ start(controller) {
@@ -448,7 +449,10 @@ def test_export_and_import(user, api, tmp_path):
     assert download.value.suggested_filename == "glm_ms emoji.json"
     path = tmp_path / "saved.json"
     download.value.save_as(path)
-    assert [message["content"] for message in json.loads(path.read_text(encoding="utf-8"))["messages"]] == ["emoji", EMOJI]
+    assert [message["content"] for message in json.loads(path.read_text(encoding="utf-8"))["messages"]] == [
+        "emoji",
+        EMOJI,
+    ]
     page.locator("#list").get_by_role("button", name="Delete").click()
     page.locator("#import-file").set_input_files(path)
     expect(answers(page).last).to_contain_text(EMOJI)
@@ -493,7 +497,7 @@ def test_a_full_storage_is_reported_and_the_chat_continues(user, api):
     expect(page.locator("#notice")).to_contain_text("storage of the browser is full")
     expect(answers(page).last).to_contain_text(NORMAL.format("one"))
     ask(page, "two")
-    assert [message["content"] for message in api.requests[1]["messages"]][0] == "one"
+    assert api.requests[1]["messages"][0]["content"] == "one"
 
 
 def test_without_storage_the_page_works_and_says_so(user):
@@ -656,7 +660,7 @@ def test_accessibility(browser, api, options):
 def test_the_policy_blocks_inline_code(user):
     """The rules are in force: code that gets into the page does not run."""
     page = user.tab()
-    with pytest.raises(Error, match="Trusted|assignment"):
+    with pytest.raises(Error, match=r"Trusted|assignment"):
         page.evaluate("document.body.innerHTML = '<p>'")
     blocked = page.evaluate("""() => new Promise((resolve) => {
         document.addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));

@@ -8,9 +8,9 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+from serve.service import client_of, running_engine
 
-pytest.importorskip("starlette", reason="starlette missing: pip install '.[serve]'")
-
+from glm_ms.serve.auth import Keys
 from glm_ms.serve.web_page import FOLDER, TYPES, ChatPage
 
 FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
@@ -71,6 +71,19 @@ def test_the_rest_is_for_the_app():
     for path, method in [("/", "POST"), ("/web/", "GET"), ("/web/index.html", "GET"), ("/web/../web_page.py", "GET"),
                          ("/web/app.js", "DELETE"), ("/v1/models", "GET")]:  # fmt: skip
         assert get(path, method)[0] == 418, (path, method)
+
+
+def test_the_server_with_a_key_gives_the_page_without_one(tokenizer):
+    """And nothing else: `POST /` is the interface of the ChatGLM demos."""
+    with running_engine(tokenizer) as engine, client_of(engine, keys=Keys(["k" * 20]), web=True) as client:
+        assert client.get("/").content == (FOLDER / "index.html").read_bytes()
+        assert client.get("/web/app.js").status_code == 200
+        for path in ("/v1/models", "/web/", "/web/other.js"):
+            assert client.get(path).status_code == 401, path
+        assert client.post("/", json={"prompt": "hello"}).status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {'k' * 20}"}).status_code == 200
+    with client_of(engine) as client:
+        assert client.get("/").status_code in (404, 405)
 
 
 def test_a_browser_that_has_the_file_gets_no_body():
