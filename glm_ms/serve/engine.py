@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from glm_ms.families import Family
+from glm_ms.peft.adapter import StoredAdapter
 from glm_ms.serve.answer import Answer, Event, Job
 from glm_ms.serve.errors import APIError
 from glm_ms.serve.metrics import Metrics, Watch
@@ -23,6 +24,16 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 _RETRY_SECONDS = 5  # until a server that starts or stops is asked again
 # `Event.finish` -> `finish_reason` of OpenAI, which has no word for a time limit.
 FINISH_REASONS = {"stop": "stop", "length": "length", "timeout": "length"}
+
+
+class AdapterDecoder(Protocol):
+    """What the server needs of `glm_ms.generation.paged.PagedDecoder` besides what the scheduler needs."""
+
+    def load_adapter(self, name: str, stored: StoredAdapter) -> None:
+        """Serves an adapter from now on; AdapterError if it does not fit."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes no new sequences for an adapter."""
 
 
 @dataclass
@@ -39,6 +50,7 @@ class Engine:
         seconds: after so many an answer ends as it is; None: no limit.
         adapters: name of an adapter, as clients write it as the model -> where it came from.
         created: time of the start, for lists of models.
+        decoder: loads and unloads adapters; None: there are none.
         metrics: numbers for /metrics.
     """
 
@@ -52,6 +64,7 @@ class Engine:
     seconds: float | None = None
     adapters: dict[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
+    decoder: AdapterDecoder | None = None
     stopping: bool = False  # running answers end, new ones are refused
 
     def __post_init__(self) -> None:
@@ -128,7 +141,8 @@ class Engine:
         """The events of an answer. Closing the generator frees what the answer uses.
 
         Raises:
-            APIError: 503, the server has stopped before the answer was complete; 500, computing it has failed.
+            APIError: 503, the server has stopped before the answer was complete; 400, the job cannot run; 500,
+                computing it has failed.
         """
         watch = Watch(self.metrics, answer)
         try:
@@ -137,7 +151,9 @@ class Engine:
                 if event.finish == "cancelled":
                     raise stopping()
                 yield event
-        except (ArithmeticError, RuntimeError, ValueError, OSError) as error:
+        except ValueError as error:  # of this request alone: an adapter that has been unloaded meanwhile, no pages
+            raise APIError(400, str(error)) from error
+        except (ArithmeticError, RuntimeError, OSError) as error:
             raise APIError(500, f"computing the answer has failed: {error}") from error
         finally:
             answer.cancel()

@@ -1,0 +1,122 @@
+"""Adapters that are loaded and unloaded while the server runs, over a decoder without a network."""
+
+from __future__ import annotations
+
+import pytest
+from serve.fakes import FakeDecoder
+from serve.service import PADDING, client_of, running_engine
+
+from glm_ms.peft.adapter import AdapterError
+from glm_ms.serve.adapters import named_adapters
+from glm_ms.serve.auth import Keys
+from glm_ms.storage.errors import FileError
+
+KEY = "0123456789abcdef"
+PROMPT = {"prompt": "hello there", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+class WithAdapters(FakeDecoder):
+    """Has room for two adapters."""
+
+    def __init__(self, vocab_size):
+        super().__init__(vocab_size, capacity=128)
+        self.adapters = {}
+
+    def load_adapter(self, name, stored):
+        if len(self.adapters) == 2:
+            raise AdapterError(f"{stored.path}: no room")
+        self.adapters[name] = stored
+
+    def unload_adapter(self, name):
+        del self.adapters[name]
+
+    def open(self, ids, adapter=None, **options):
+        if adapter is not None and adapter not in self.adapters:
+            raise ValueError(f"adapter {adapter!r}: not loaded")
+        return super().open(ids, adapter, **options)
+
+
+@pytest.fixture
+def client(tokenizer):
+    decoder = WithAdapters(tokenizer.vocab_size + PADDING)
+    with running_engine(tokenizer, decoder) as engine, client_of(engine, keys=Keys([KEY])) as client:
+        engine.decoder = decoder
+        client.headers["Authorization"] = f"Bearer {KEY}"
+        yield client
+
+
+@pytest.fixture(scope="session")
+def adapter(golden):
+    """A trained LoRA adapter."""
+    return next(path for path in sorted(golden.rglob("adapter_model.safetensors")) if "lora" in str(path)).parent
+
+
+def load(client, name, path):
+    return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)})
+
+
+def names(client):
+    return [model["id"] for model in client.get("/v1/models").json()["data"]]
+
+
+def text(client, model):
+    answer = client.post("/v1/completions", json={**PROMPT, "model": model})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def test_an_adapter_is_served_by_its_name(client, adapter):
+    assert names(client) == ["tiny"]
+    assert load(client, "shop/ads", adapter).json() == {"status": "loaded", "model": "shop/ads"}
+    assert names(client) == ["tiny", "shop/ads"]
+    (base, own) = client.get("/v1/models").json()["data"]
+    assert own["parent"] == base["id"]
+    assert client.get("/v1/models/shop/ads").json() == own
+    assert text(client, "shop/ads") != text(client, "tiny") == text(client, None)
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "shop/ads"}).status_code == 200
+    assert names(client) == ["tiny"]
+    assert client.post("/v1/completions", json={**PROMPT, "model": "shop/ads"}).status_code == 404
+
+
+def test_what_cannot_be_loaded(client, adapter, tmp_path):
+    for name in ("", "with space", "tiny", "-x", "a" * 101, "line\nbreak"):
+        answer = load(client, name, adapter)
+        assert answer.status_code == 400, name
+        assert answer.json()["error"]["param"] == "lora_name"
+    for path in (tmp_path / "missing", tmp_path, "/etc/passwd", "nul\0byte", "x" * 5000):
+        answer = load(client, "ads", path)
+        assert answer.status_code == 400, path
+        assert answer.json()["error"]["param"] == "lora_path"
+        assert "root:" not in answer.text
+    assert load(client, "one", adapter).status_code == 200
+    assert "served already" in load(client, "one", adapter).json()["error"]["message"]
+    assert load(client, "two", adapter).status_code == 200
+    assert "no room" in load(client, "three", adapter).json()["error"]["message"]
+    assert names(client) == ["tiny", "one", "two"]
+
+
+def test_what_cannot_be_unloaded(client):
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "nothing"}).status_code == 404
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "tiny"}).status_code == 400
+
+
+def test_a_server_without_a_key_loads_nothing(tokenizer, adapter):
+    with running_engine(tokenizer) as engine, client_of(engine) as client:
+        answer = load(client, "ads", adapter)
+        assert answer.status_code == 403
+        assert answer.json()["error"]["code"] == "needs_key"
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "tiny"}).status_code == 403
+
+
+def test_a_server_without_room_for_adapters(tokenizer, adapter):
+    with running_engine(tokenizer) as engine, client_of(engine, keys=Keys([KEY])) as client:
+        client.headers["Authorization"] = f"Bearer {KEY}"
+        assert "--max-adapters" in load(client, "ads", adapter).json()["error"]["message"]
+
+
+def test_adapters_of_the_command_line():
+    assert list(named_adapters(["a=x", "b/c=y=z"])) == ["a", "b/c"]
+    assert str(named_adapters(["b=y=z"])["b"]) == "y=z"
+    for items in (["a"], ["a="], ["=x"], ["a=x", "a=y"], ["a b=x"]):
+        with pytest.raises(FileError, match="--adapter"):
+            named_adapters(items)
