@@ -97,7 +97,7 @@ class DecoderGraphs:
         # Indices in a slot begin with those of a P-Tuning prefix, positions do not.
         self.prefix = 0 if encoder is None else encoder.length
         self.cache = KVCache(network.config, slots, capacity + self.prefix)
-        self.write_prefix = None if encoder is None else WritePrefix(encoder, self.cache)
+        self.write_prefix = None if encoder is None else WritePrefix(encoder, slots, self.cache)
         self.prefill = CachedGLM(network, self.cache)
         self.prefill.set_inputs(MATRIX, MATRIX, MATRIX, VECTOR, VECTOR, VECTOR)
         self.step = CachedGLM(network, self.cache)
