@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,14 @@ from glm_ms.generation.decoder import Decoder
 from glm_ms.generation.graphs import on_graph_thread, run_cell
 from glm_ms.generation.inputs import Prompt
 from glm_ms.generation.pages import PAGE, RESERVED, SCRATCH, ZEROS, NoRoom, PagePool, page_keys
+from glm_ms.generation.uniform import uniform_rows
 from glm_ms.model.cache import CopyPages, KVCache, OutputLayer, PagedGLM, WritePrefix, page_blocks, page_rows
 from glm_ms.model.glm import GLMNetwork
 
 __all__ = ["CHUNK", "NoRoom", "PagedDecoder", "PagedGraphs"]
 
 # Tokens of a prompt that run at a time: enough to use the arithmetic of a CPU, few enough that running answers wait
-# for only a moment.
+# for only a moment. Pages are found in groups of so many tokens.
 CHUNK = 64
 
 
@@ -43,6 +45,7 @@ class PagedGraphs:
 
     def __init__(self, network: GLMNetwork, slots: int, capacity: int, chunk: int = CHUNK) -> None:
         self.slots, self.capacity, self.chunk = slots, capacity, chunk
+        self.rows = uniform_rows(slots)  # of a step; those beyond the slots are idle
         encoder = network.transformer.prefix_encoder
         # A P-Tuning prefix has its own pages, which all sequences share. It ends where a page ends.
         self.prefix = 0 if encoder is None else encoder.length
@@ -114,10 +117,14 @@ class PagedDecoder(Decoder):
     """Sequences over shared pages of one cache.
 
     A prompt runs in chunks, between which other sequences can step: `open`, then `prefill` until it returns logits.
-    The full pages of prompts are found again by their tokens, by those before them and by the adapter, for as long as
-    no other sequence needs the memory. A sequence gets the same bits whatever the other slots do and whatever pages
-    were found: all graphs have one shape, in which a row does not depend on its place or on other rows, and pages that
-    a step has written, in another shape, are not found.
+    The pages of prompts are found again by their tokens, by those before them and by the adapter, for as long as no
+    other sequence needs the memory.
+
+    A sequence gets the same bits whatever the other slots do and whatever pages were found. For products of matrices
+    differ in the last digits with the number of rows and, for some numbers, with the place of a row. So a chunk always
+    begins at a multiple of its size, where pages are found too: a token of a prompt is always in the same place. A step
+    has a number of rows whose places are equal (`uniform_rows`), and its pages are not found, as a prompt with the same
+    tokens has other digits.
 
     While a decoder is in use the weights must not change; `reset` makes it forget everything. A step also runs the
     slots that it does not append to. These write to a page of nobody.
@@ -155,9 +162,20 @@ class PagedDecoder(Decoder):
 
     @on_graph_thread
     def compile(self) -> None:
-        """Compiles all graphs; nothing compiles afterwards. Running sequences do not change."""
+        """Compiles all graphs; nothing compiles afterwards. Running sequences do not change.
+
+        Warns:
+            UserWarning: the rows of a step differ on this machine though they run the same token.
+        """
         nobody = np.zeros((1, self.graphs.chunk), np.int32)
-        self._step_all([], np.zeros(0, np.int32))
+        logits = self._run_step([], np.zeros(0, np.int32))
+        if len({row.tobytes() for row in logits}) > 1:
+            warnings.warn(
+                f"a step of {len(logits)} rows gives the same token other digits in other rows on this machine: by "
+                "rounding answers may depend on what else runs; try another number of slots",
+                UserWarning,
+                stacklevel=2,
+            )
         _, states = self._run_chunk(nobody, nobody, nobody, 0, self._empty_table(), np.full_like(nobody, SCRATCH), 0)
         self._logits_of(states, 0)
         self._copies.append((ZEROS, SCRATCH))
@@ -270,7 +288,8 @@ class PagedDecoder(Decoder):
                 raise ValueError(f"slot {slot} is full: it has room for {self.capacity} tokens")
         for slot in slots:
             self._make_room(self._running[slot])
-        logits = self._step_all(slots, tokens)
+        logits = self._run_step(slots, tokens)
+        logits = logits if slots == list(range(len(logits))) else logits[slots]
         for slot, row in zip(slots, logits):
             one = self._running[slot]
             one.length += 1
@@ -322,14 +341,15 @@ class PagedDecoder(Decoder):
 
     def _find(self, one: _Running) -> None:
         """Takes pages that others have computed. The last token of a prompt always runs: its logits are needed."""
-        while one.length % PAGE == 0 and one.length + PAGE < len(one.ids):
-            page = self._pool.find(one.keys[one.length // PAGE])
-            if page is None:
+        chunk = self.graphs.chunk
+        while one.length + chunk < len(one.ids):
+            pages = self._pool.find(one.keys[one.length // PAGE : (one.length + chunk) // PAGE])
+            if not pages:
                 return
-            one.pages[one.count] = page
-            one.count += 1
-            one.length += PAGE
-            one.found += PAGE
+            one.pages[one.count : one.count + len(pages)] = pages
+            one.count += len(pages)
+            one.length += chunk
+            one.found += chunk
 
     def _add_page(self, one: _Running) -> None:
         page = self._pool.take()
@@ -399,11 +419,12 @@ class PagedDecoder(Decoder):
         """Logits float32 [1, V] of a token of a chunk."""
         return self.graphs.output.compile_and_run(states, Tensor(np.array([place], np.int32))).asnumpy()
 
-    def _step_all(self, slots: list[int], tokens: np.ndarray) -> np.ndarray:
-        """Logits float32 [len(slots), V] after the next token of some slots."""
+    def _run_step(self, slots: list[int], tokens: np.ndarray) -> np.ndarray:
+        """Logits float32 [rows, V] after the next token of some slots, in the row of each; other rows are idle."""
         self._copy()
-        ids, positions, indices, pages = np.zeros((4, self.slots, 1), np.int32)
-        first, tables = np.zeros(self.slots, np.int32), np.tile(self._empty_table(), (self.slots, 1))
+        count = self.graphs.rows
+        ids, positions, indices, pages = np.zeros((4, count, 1), np.int32)
+        first, tables = np.zeros(count, np.int32), np.tile(self._empty_table(), (count, 1))
         pages[:] = SCRATCH
         ids[slots, 0] = tokens
         for slot in slots:
@@ -413,5 +434,4 @@ class PagedDecoder(Decoder):
             pages[slot], tables[slot] = one.pages[index // PAGE], one.pages
         rows = page_rows(self.cache, pages, indices % PAGE)
         blocks = page_blocks(self.cache, tables)
-        logits = run_cell(self.graphs.step, ids, positions, indices, first, rows, blocks).asnumpy()
-        return logits if slots == list(range(self.slots)) else logits[slots]
+        return run_cell(self.graphs.step, ids, positions, indices, first, rows, blocks).asnumpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -68,12 +68,14 @@ class PagePool:
         self._users[page] = 1
         return page
 
-    def find(self, key: bytes) -> int | None:
-        """The page of a key, with one more user; None without one."""
-        page = self._pages.get(key)
-        if page is not None:
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The pages of all keys, with one more user each; none if one of them is not there."""
+        pages = [self._pages[key] for key in keys if key in self._pages]
+        if len(pages) < len(keys):
+            return []
+        for page in pages:
             self.share(page)
-        return page
+        return pages
 
     def share(self, page: int) -> None:
         """One more user."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -17,8 +18,8 @@ from glm_ms.generation.inputs import Prompt
 from glm_ms.generation.paged import NoRoom, PagedDecoder, PagedGraphs
 from glm_ms.generation.pages import PAGE
 
-SLOTS, CAPACITY, CHUNK = 3, 96, 32
-BROKEN = 500  # an id whose embedding is NaN in the model "broken"
+SLOTS, CAPACITY, CHUNK = 3, 64, 32
+BROKEN = 500  # an id whose embedding is NaN in `broken_graphs`
 
 
 @cache
@@ -27,12 +28,6 @@ def graphs(case: str) -> PagedGraphs:
     if case == "prefix":
         model = fresh_golden_model("glm2_tiny")
         model.load_adapter(FOLDER.parent / "train" / "ptuning_v2" / "final.safetensors")
-    elif case == "broken":
-        model = fresh_golden_model("glm3_tiny")
-        table = model.network.transformer.embedding.embedding_table
-        values = table.asnumpy().copy()
-        values[BROKEN] = np.nan
-        table.set_data(Tensor(values))
     else:
         model = golden_model(case)
     made = PagedGraphs(model.network, SLOTS, CAPACITY, CHUNK)
@@ -43,6 +38,19 @@ def graphs(case: str) -> PagedGraphs:
 @pytest.fixture
 def decoder() -> PagedDecoder:
     return PagedDecoder(graphs("glm3_tiny"))
+
+
+@pytest.fixture
+def broken_graphs() -> Iterator[PagedGraphs]:
+    """Graphs whose network gives NaN after one id."""
+    own = graphs("glm3_tiny")
+    table = own.prefill.transformer.embedding.embedding_table
+    sound = table.asnumpy().copy()
+    values = sound.copy()
+    values[BROKEN] = np.nan
+    table.set_data(Tensor(values))
+    yield own
+    table.set_data(Tensor(sound))
 
 
 @pytest.fixture
@@ -76,11 +84,12 @@ class Request:
 def random_requests(count: int, seed: int = 0) -> list[Request]:
     """Prompts of all lengths; two of three begin with one of two system prompts."""
     rng = np.random.default_rng(seed)
-    systems = [rng.integers(3, 400, size).tolist() for size in (37, 21)]
+    systems = [rng.integers(3, 400, size).tolist() for size in (37, 33)]
     requests = []
     for number in range(count):
-        own = rng.integers(3, 400, rng.integers(1, 40)).tolist()
-        requests.append(Request((systems[number % 3] if number % 3 < 2 else []) + own, int(rng.integers(1, 14))))
+        system = systems[number % 3] if number % 3 < 2 else []
+        own = rng.integers(3, 400, rng.integers(1, 52 - len(system))).tolist()
+        requests.append(Request(system + own, int(rng.integers(1, 12))))
     return requests
 
 
@@ -147,7 +156,7 @@ def test_requests_get_the_same_bits_alone_and_in_company(case: str, compilations
     assert compilations == []
 
 
-@pytest.mark.parametrize("case", ["glm3_tiny", "prefix"])
+@pytest.mark.parametrize("case", slow_unless(["glm3_tiny"], ["glm3_tiny", "prefix"]))
 def test_logits_are_those_of_the_network(case: str) -> None:
     """The reference for the prefix is the network with its prefix, without a cache."""
     own = graphs(case)
@@ -184,18 +193,14 @@ def test_golden_prefill_and_steps() -> None:
 
 
 def test_pages_that_a_running_prompt_writes_are_found_at_once(decoder: PagedDecoder) -> None:
-    ids = list(range(3, 73))
-    first, second = decoder.open(ids), decoder.open([*ids[:64], 400])
+    ids = list(range(3, 67))
+    first, second = decoder.open(ids), decoder.open([*ids[:40], 400])
     assert decoder.prefill(first) is None
-    assert decoder.prefill(second) is None
+    assert decoder.prefill(second) is not None
     assert decoder.cached(second) == 32, "found after the slot was opened"
-    assert decoder.prefill(first) is None
-    logits = decoder.prefill(second)
-    assert decoder.cached(second) == 64
-    assert logits is not None
+    assert decoder.prefill(first) is not None
     decoder.free([first, second])
-    again = decoder.open(ids[:64])
-    assert decoder.cached(again) == 48, "the last token runs, whatever is there"
+    assert decoder.cached(decoder.open(ids)) == 32, "the last chunk runs, whatever is there"
 
 
 def test_pages_of_other_positions_are_others(decoder: PagedDecoder) -> None:
@@ -261,13 +266,12 @@ def test_logits_of_a_whole_prompt(decoder: PagedDecoder, compilations: list[str]
     assert decoder.pages_used == 0
 
 
-def test_a_sequence_of_nan_reaches_no_other_one() -> None:
+def test_a_sequence_of_nan_reaches_no_other_one(broken_graphs: PagedGraphs) -> None:
     """Neither beside it, nor in the pages that it leaves."""
-    own = graphs("broken")
     requests = random_requests(6, seed=5)
-    alone = [run_alone(PagedDecoder(own), request) for request in requests]
-    decoder = PagedDecoder(own)
-    slot = decoder.open([*range(3, 50), BROKEN, *range(50, 80)])
+    alone = [run_alone(PagedDecoder(broken_graphs), request) for request in requests]
+    decoder = PagedDecoder(broken_graphs)
+    slot = decoder.open([*range(3, 43), BROKEN, *range(50, 60)])
     while (logits := decoder.prefill(slot)) is None:
         pass
     assert np.isnan(logits).any()
@@ -282,47 +286,45 @@ def test_a_sequence_of_nan_reaches_no_other_one() -> None:
     disturb()
     assert same_bits([logits], alone[0].logits[:1])
     decoder.free([slot, first])
+    assert any(np.isnan(table.asnumpy()).any() for table in broken_graphs.cache.tables)
     run_together(decoder, requests)
     for request, expected in zip(requests, alone):
         assert same_bits(request.logits, expected.logits)
-    tables = [table.asnumpy() for table in own.cache.tables]
-    assert any(np.isnan(table).any() for table in tables), "pages are cleaned when they are taken, not before"
 
 
-def test_a_new_decoder_takes_no_memory_with_nan() -> None:
-    own = graphs("broken")
-    first = PagedDecoder(own)
+def test_a_new_decoder_takes_no_memory_with_nan(broken_graphs: PagedGraphs) -> None:
+    first = PagedDecoder(broken_graphs)
     slot = first.open([BROKEN])
     first.prefill(slot)
     del first
-    run_alone(PagedDecoder(own), Request([5], 1))
-    assert not any(np.isnan(table.asnumpy()).any() for table in own.cache.tables)
+    run_alone(PagedDecoder(broken_graphs), Request([5], 1))
+    assert not any(np.isnan(table.asnumpy()).any() for table in broken_graphs.cache.tables)
 
 
 def test_a_prompt_that_is_cancelled_leaves_no_page(decoder: PagedDecoder) -> None:
-    slot = decoder.open(list(range(3, 93)))
+    slot = decoder.open(list(range(3, 63)))
     decoder.prefill(slot)
     assert decoder.pages_used == 2
     decoder.free([slot])
     assert decoder.pages_used == 0
-    assert decoder.cached(decoder.open(list(range(3, 93)))) == 32, "what it has computed is of use to others"
+    assert decoder.cached(decoder.open(list(range(3, 63)))) == 32, "what it has computed is of use to others"
 
 
 def test_memory_is_enough_for_full_slots(decoder: PagedDecoder) -> None:
     assert decoder.pages_total == SLOTS * CAPACITY // PAGE
     rng = np.random.default_rng(0)
     for _ in range(2):  # the second time every page has a content that could be found
-        slots, _ = decoder.add([Prompt(rng.integers(3, 400, 95).astype(np.int32), np.arange(95)) for _ in range(SLOTS)])
+        slots, _ = decoder.add([Prompt(rng.integers(3, 400, 63).astype(np.int32), np.arange(63)) for _ in range(SLOTS)])
         decoder.step(slots, np.array([5, 6, 7], np.int32))
         assert decoder.pages_used == decoder.pages_total
-        with pytest.raises(ValueError, match="slot 0 is full: it has room for 96 tokens"):
+        with pytest.raises(ValueError, match="slot 0 is full: it has room for 64 tokens"):
             decoder.step(slots, np.array([5, 6, 7], np.int32))
         decoder.free(slots)
 
 
 def test_what_does_not_fit(decoder: PagedDecoder) -> None:
-    with pytest.raises(ValueError, match="a prompt of 97 tokens: a slot has room for 1 to 96"):
-        decoder.open([5] * 97)
+    with pytest.raises(ValueError, match="a prompt of 65 tokens: a slot has room for 1 to 64"):
+        decoder.open([5] * 65)
     with pytest.raises(ValueError, match="a prompt of 0 tokens"):
         decoder.open([])
     with pytest.raises(ValueError, match="adapter 'other': unknown"):

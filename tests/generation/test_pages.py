@@ -28,15 +28,16 @@ def test_pages_are_shared_and_found() -> None:
     page = pool.take()
     assert page == RESERVED
     pool.register(page, b"a")
-    assert pool.find(b"b") is None
-    assert pool.find(b"a") == page
+    assert pool.find([b"b"]) == pool.find([b"a", b"b"]) == []
+    assert not pool.is_shared(page), "all or none"
+    assert pool.find([b"a"]) == [page]
     assert pool.is_shared(page)
     assert (pool.used, pool.total) == (1, 3)
     pool.release(page)
     assert not pool.is_shared(page)
     pool.release(page)
     assert pool.used == 0
-    assert pool.find(b"a") == page, "its content stays until the memory is needed"
+    assert pool.find([b"a"]) == [page], "its content stays until the memory is needed"
     assert pool.used == 1
 
 
@@ -49,13 +50,13 @@ def test_memory_that_is_needed_is_taken_from_the_page_released_first() -> None:
         pool.take()
     for page in (pages[1], pages[0], pages[2]):
         pool.release(page)
-    assert pool.find(b"b") == pages[1]  # and so it is the last one to be released
+    assert pool.find([b"b"]) == [pages[1]]  # and so it is the last one to be released
     pool.release(pages[1])
     assert pool.take() == pages[0]
-    assert pool.find(b"a") is None
-    assert pool.find(b"c") == pages[2]
+    assert pool.find([b"a"]) == []
+    assert pool.find([b"c"]) == [pages[2]]
     assert pool.take() == pages[1]
-    assert pool.find(b"b") is None
+    assert pool.find([b"b"]) == []
 
 
 def test_the_first_page_with_a_content_has_its_key() -> None:
@@ -67,7 +68,7 @@ def test_the_first_page_with_a_content_has_its_key() -> None:
     assert not pool.is_registered(second)
     pool.release(second)
     assert pool.take() == second, "nothing finds it, so it is free at once"
-    assert pool.find(b"a") == first
+    assert pool.find([b"a"]) == [first]
 
 
 def test_forgotten_pages() -> None:
@@ -75,12 +76,12 @@ def test_forgotten_pages() -> None:
     page = pool.take()
     pool.register(page, b"a")
     pool.forget(page)
-    assert pool.find(b"a") is None
+    assert pool.find([b"a"]) == []
     assert pool.used == 1
     pool.register(page, b"b")
     pool.release(page)
     pool.forget(page)
-    assert pool.find(b"b") is None
+    assert pool.find([b"b"]) == []
     assert pool.take() == page
 
 
@@ -90,8 +91,7 @@ def test_random_use_loses_no_page() -> None:
         if held and rng.random() < 0.5:
             pool.release(held.pop(rng.integers(len(held))))
         elif rng.random() < 0.3:
-            page = pool.find(bytes([rng.integers(20)]))
-            held += [] if page is None else [page]
+            held += pool.find([bytes([rng.integers(20)])])
         elif pool.used < pool.total:
             held.append(pool.take())
             if rng.random() < 0.7:
