@@ -49,21 +49,27 @@ class KVCache:
         return rows.reshape(-1).astype(np.int32)
 
 
-class CachedGLM(nn.Cell):
-    """The network over a `KVCache`, which it writes in place.
+class CachedLayers(nn.Cell):
+    """The layers of a network over a `KVCache`, which they write in place.
 
-    Two instances share network and cache: one for prompts (dynamic shapes, `slots` and `last` given), one for steps
-    over all slots (static shapes, without them).
+    Args:
+        cache: shared with other cells.
+        total: T, the tokens of a row.
+        block: table rows of a block, see `Cache` in `glm_ms.model.glm`.
     """
 
-    def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
+    def __init__(self, network: GLMNetwork, cache: KVCache, total: int, block: int) -> None:
         super().__init__(auto_prefix=False)
         self.transformer = network.transformer
         self.keys, self.values = ms.ParameterTuple(cache.keys), ms.ParameterTuple(cache.values)
-        self.key_indices = Tensor(np.arange(cache.capacity, dtype=np.int32).reshape(1, 1, 1, -1))
-        self.hidden_size, self.block = network.config.hidden_size, cache.groups * cache.capacity
+        self.key_indices = Tensor(np.arange(total, dtype=np.int32).reshape(1, 1, 1, -1))
+        self.hidden_size, self.block = network.config.hidden_size, block
         self.later, self.hide = ops.Greater(), ops.Mul()
         self.gather, self.reshape = ops.Gather(), ops.Reshape()
+
+    def comes_later(self, indices: Tensor) -> Tensor:
+        """Which of all keys come after tokens with the indices int32 [B, S]: bool [B, 1, S, T]."""
+        return self.later(self.key_indices, ops.expand_dims(ops.expand_dims(indices, 1), 3))
 
     def run_layers(
         self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor, rows: Tensor, blocks: Tensor | None
@@ -83,6 +89,17 @@ class CachedGLM(nn.Cell):
         """x [N, H] -> logits float32 [N, V]."""
         return ops.cast(self.transformer.output_layer(x), ms.float32)
 
+
+class CachedGLM(CachedLayers):
+    """The network over slots.
+
+    Two instances share network and cache: one for prompts (dynamic shapes, `slots` and `last` given), one for steps
+    over all slots (static shapes, without them).
+    """
+
+    def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
+        super().__init__(network, cache, cache.capacity, cache.groups * cache.capacity)
+
     def construct(
         self, input_ids: Tensor, position_ids: Tensor, indices: Tensor, rows: Tensor,
         slots: Tensor | None = None, last: Tensor | None = None
@@ -98,14 +115,13 @@ class CachedGLM(nn.Cell):
             slots: int32 [B], slot of each row. None: row i is slot i, and B is the number of slots.
             last: int32 [B], place of the last token of each row in [B * S]. None: S is 1.
         """
-        hidden = self.later(self.key_indices, ops.expand_dims(ops.expand_dims(indices, 1), 3))
-        x = self.run_layers(input_ids, position_ids, hidden, rows, slots)
+        x = self.run_layers(input_ids, position_ids, self.comes_later(indices), rows, slots)
         if last is not None:
             x = self.gather(x, last, 0)
         return self.output(x)
 
 
-class PagedGLM(CachedGLM):
+class PagedGLM(CachedLayers):
     """The network over the pages of a `KVCache`: its slots are pages here, and a sequence has any of them.
 
     Args:
@@ -114,9 +130,7 @@ class PagedGLM(CachedGLM):
     """
 
     def __init__(self, network: GLMNetwork, cache: KVCache, total: int) -> None:
-        super().__init__(network, cache)
-        self.key_indices = Tensor(np.arange(total, dtype=np.int32).reshape(1, 1, 1, -1))
-        self.block = cache.capacity
+        super().__init__(network, cache, total, cache.capacity)
         self.earlier, self.either = ops.Less(), ops.LogicalOr()
 
     def construct(
@@ -138,9 +152,8 @@ class PagedGLM(CachedGLM):
             The logits of every token, float32 [B, V]; with `last` those of this token, [1, V], and the input of the
             output layer for all tokens, [B * S, H].
         """
-        own = ops.expand_dims(ops.expand_dims(indices, 1), 3)
-        begin = ops.reshape(first, (-1, 1, 1, 1))
-        hidden = self.either(self.later(self.key_indices, own), self.earlier(self.key_indices, begin))
+        before = self.earlier(self.key_indices, self.reshape(first, (-1, 1, 1, 1)))
+        hidden = self.either(self.comes_later(indices), before)
         x = self.run_layers(input_ids, position_ids, hidden, rows, blocks)
         if last is None:
             return self.output(x)
