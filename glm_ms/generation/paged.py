@@ -45,6 +45,7 @@ class PagedGraphs:
 
     def __init__(self, network: GLMNetwork, slots: int, capacity: int, chunk: int = CHUNK) -> None:
         self.slots, self.capacity, self.chunk = slots, capacity, chunk
+        self.vocab_size = network.config.padded_vocab_size
         self.rows = uniform_rows(slots)  # of a step; those beyond the slots are idle
         encoder = network.transformer.prefix_encoder
         # A P-Tuning prefix has its own pages, which all sequences share. It ends where a page ends.
@@ -137,7 +138,7 @@ class PagedDecoder(Decoder):
 
     def __init__(self, graphs: PagedGraphs) -> None:
         self.graphs, self.cache = graphs, graphs.cache
-        self.slots, self.capacity = graphs.slots, graphs.capacity
+        self.slots, self.capacity, self.vocab_size = graphs.slots, graphs.capacity, graphs.vocab_size
         self.memory: list[Tensor] = []  # of the tables of the cache; set by `PagedGraphs.serve`
         self.sound = True  # no logit was NaN or infinite
         self.reset()
