@@ -16,6 +16,7 @@ from glm_ms.families import Family
 from glm_ms.peft.adapter import StoredAdapter
 from glm_ms.serve.answer import Answer, Event, Job
 from glm_ms.serve.errors import APIError
+from glm_ms.serve.guides import Guides
 from glm_ms.serve.metrics import Metrics, Watch
 from glm_ms.serve.scheduler import QueueFull, Scheduler, Stopped
 from glm_ms.storage.suggest import did_you_mean
@@ -70,6 +71,7 @@ class Engine:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.name, self.scheduler)
         self._bytes: dict[int, bytes] = {}
+        self.guides = Guides(self.tokenizer, self.vocab_size)
 
     def adapter_of(self, model: str | None) -> str | None:
         """The adapter that a request means by its `model`; None: the model without an adapter.
