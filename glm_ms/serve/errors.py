@@ -49,6 +49,11 @@ class APIError(Exception):
         return {"error": error}
 
 
+def wrong_field(field: str, text: str) -> APIError:
+    """The error for a field of a request that cannot be used; `text` says why."""
+    return APIError(400, f"{field}: {text}", field)
+
+
 # Beginning of a path -> the body of an error there. All others have OpenAI's.
 BODIES: dict[str, Callable[[APIError], dict[str, Any]]] = {}
 
