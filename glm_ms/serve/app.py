@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from glm_ms.serve import adapters, completions, demo, probes, tokens
+from glm_ms.serve import adapters, chat_completions, completions, demo, messages, probes, responses, tokens
 from glm_ms.serve.auth import Keys
 from glm_ms.serve.engine import Engine
 from glm_ms.serve.errors import add_error_handlers
@@ -17,7 +17,7 @@ from glm_ms.serve.web_page import ChatPage
 from glm_ms.version import __version__
 
 # A module for each kind of path, with its `router`.
-DOORS = (probes, completions, tokens, demo, adapters)
+DOORS = (probes, chat_completions, responses, messages, completions, tokens, demo, adapters)
 PUBLIC = {"/health", "/ready"}  # without a key
 
 
