@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fastapi.testclient import TestClient
-from serve.fakes import FakeDecoder, Held
+from serve.fakes import FakeDecoder
 from serve.service import PADDING, running_engine
 
 from glm_ms.serve.app import create_app
@@ -68,15 +68,20 @@ class Speaker(FakeDecoder):
 
     def prefill(self, slot: int, all_logits: bool = False) -> np.ndarray | None:
         scores = super().prefill(slot, all_logits)
-        return scores if scores is None else self._said(self.running[slot])
+        return scores if scores is None else self._said(slot)
 
     def step(self, slots: Sequence[int], tokens: np.ndarray) -> np.ndarray:
         super().step(slots, tokens)
-        return np.stack([self._said(self.running[slot]) for slot in slots])
+        return np.stack([self._said(slot) for slot in slots])
 
-    def _said(self, one: Held) -> np.ndarray:
+    def answer_of(self, slot: int) -> list[int]:
+        """The answer to the prompt in a slot."""
+        return self.answer
+
+    def _said(self, slot: int) -> np.ndarray:
+        answer, place = self.answer_of(slot), len(self.running[slot].generated)
         scores = np.linspace(0, -1, self.vocab_size, dtype=np.float32)
-        scores[self.answer[min(len(one.generated), len(self.answer) - 1)]] += 100
+        scores[answer[min(place, len(answer) - 1)]] += 100
         return scores
 
 
