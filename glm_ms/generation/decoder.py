@@ -11,14 +11,13 @@ from mindspore import Tensor
 
 from glm_ms.generation.graphs import MATRIX, VECTOR, on_graph_thread, run_cell
 from glm_ms.generation.inputs import Prompt
+from glm_ms.generation.pages import NoRoom
 from glm_ms.model.cache import CachedGLM, CopySlots, KVCache, WritePrefix
 from glm_ms.model.glm import GLMNetwork
 
+__all__ = ["CachedDecoder", "Decoder", "DecoderGraphs", "DecoderPool", "NoRoom", "cache_capacity", "slot_count"]
+
 _SMALLEST_CAPACITY = 64
-
-
-class NoRoom(ValueError):  # noqa: N818 - its name says what happened
-    """No slot or no page of the cache is free now."""
 
 
 class Decoder(Protocol):
@@ -97,7 +96,7 @@ class DecoderGraphs:
         # Indices in a slot begin with those of a P-Tuning prefix, positions do not.
         self.prefix = 0 if encoder is None else encoder.length
         self.cache = KVCache(network.config, slots, capacity + self.prefix)
-        self.write_prefix = None if encoder is None else WritePrefix(encoder, self.cache)
+        self.write_prefix = None if encoder is None else WritePrefix(encoder, slots, self.cache)
         self.prefill = CachedGLM(network, self.cache)
         self.prefill.set_inputs(MATRIX, MATRIX, MATRIX, VECTOR, VECTOR, VECTOR)
         self.step = CachedGLM(network, self.cache)

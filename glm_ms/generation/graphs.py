@@ -89,8 +89,8 @@ def on_graph_thread(method: Callable[..., T]) -> Callable[..., T]:
     """A method that runs in the graph thread, whatever thread calls it."""
 
     @functools.wraps(method)
-    def run(*args: Any) -> T:
-        return GRAPHS.run(method, *args)
+    def run(*args: Any, **options: Any) -> T:
+        return GRAPHS.run(functools.partial(method, *args, **options))
 
     return run
 

@@ -1,4 +1,4 @@
-"""KV cache and the compiled cells that use it: prefill (any prompts), step (one token per slot), copy, prefix."""
+"""KV cache and the compiled cells that use it: prompts, steps, copies, prefixes, over slots or over pages."""
 
 from __future__ import annotations
 
@@ -49,21 +49,56 @@ class KVCache:
         return rows.reshape(-1).astype(np.int32)
 
 
-class CachedGLM(nn.Cell):
-    """The network over a `KVCache`, which it writes in place.
+class CachedLayers(nn.Cell):
+    """The layers of a network over a `KVCache`, which they write in place.
+
+    Args:
+        cache: shared with other cells.
+        total: T, the tokens of a row.
+        block: table rows of a block, see `Cache` in `glm_ms.model.glm`.
+    """
+
+    def __init__(self, network: GLMNetwork, cache: KVCache, total: int, block: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.transformer = network.transformer
+        self.keys, self.values = ms.ParameterTuple(cache.keys), ms.ParameterTuple(cache.values)
+        self.key_indices = Tensor(np.arange(total, dtype=np.int32).reshape(1, 1, 1, -1))
+        self.hidden_size, self.block = network.config.hidden_size, block
+        self.later, self.hide = ops.Greater(), ops.Mul()
+        self.gather, self.reshape = ops.Gather(), ops.Reshape()
+
+    def comes_later(self, indices: Tensor) -> Tensor:
+        """Which of all keys come after tokens with the indices int32 [B, S]: bool [B, 1, S, T]."""
+        return self.later(self.key_indices, ops.expand_dims(ops.expand_dims(indices, 1), 3))
+
+    def run_layers(
+        self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor, rows: Tensor, blocks: Tensor | None
+    ) -> Tensor:
+        """Input of the output layer, [B * S, H], where hidden bool [B, 1, S, T] says which keys a token does not see;
+        stores new keys and values. For rows and blocks see `Cache` in `glm_ms.model.glm`."""
+        net = self.transformer
+        cos, sin = net.rotation(position_ids)
+        bias = self.hide(ops.cast(hidden, ms.float32), HIDDEN_SCORE)
+        x = net.embedding(input_ids)
+        for i in range(len(self.keys)):
+            cache = (self.keys[i], self.values[i], rows, blocks, self.block)
+            x = net.encoder.layers[i](x, cos, sin, bias, None, None, cache)
+        return self.reshape(net.encoder.finish(x), (-1, self.hidden_size))
+
+    def output(self, x: Tensor) -> Tensor:
+        """x [N, H] -> logits float32 [N, V]."""
+        return ops.cast(self.transformer.output_layer(x), ms.float32)
+
+
+class CachedGLM(CachedLayers):
+    """The network over slots.
 
     Two instances share network and cache: one for prompts (dynamic shapes, `slots` and `last` given), one for steps
     over all slots (static shapes, without them).
     """
 
     def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
-        super().__init__(auto_prefix=False)
-        self.transformer = network.transformer
-        self.keys, self.values = ms.ParameterTuple(cache.keys), ms.ParameterTuple(cache.values)
-        self.key_indices = Tensor(np.arange(cache.capacity, dtype=np.int32).reshape(1, 1, 1, -1))
-        self.hidden_size = network.config.hidden_size
-        self.later, self.hide = ops.Greater(), ops.Mul()
-        self.gather, self.reshape = ops.Gather(), ops.Reshape()
+        super().__init__(network, cache, cache.capacity, cache.groups * cache.capacity)
 
     def construct(
         self, input_ids: Tensor, position_ids: Tensor, indices: Tensor, rows: Tensor,
@@ -80,17 +115,94 @@ class CachedGLM(nn.Cell):
             slots: int32 [B], slot of each row. None: row i is slot i, and B is the number of slots.
             last: int32 [B], place of the last token of each row in [B * S]. None: S is 1.
         """
-        net = self.transformer
-        cos, sin = net.rotation(position_ids)
-        hidden = self.later(self.key_indices, ops.expand_dims(ops.expand_dims(indices, 1), 3))
-        bias = self.hide(ops.cast(hidden, ms.float32), HIDDEN_SCORE)
-        x = net.embedding(input_ids)
-        for i in range(len(self.keys)):
-            x = net.encoder.layers[i](x, cos, sin, bias, None, None, (self.keys[i], self.values[i], rows, slots))
-        x = self.reshape(x, (-1, self.hidden_size))
+        x = self.run_layers(input_ids, position_ids, self.comes_later(indices), rows, slots)
         if last is not None:
             x = self.gather(x, last, 0)
-        return ops.cast(net.output_layer(net.encoder.finish(x)), ms.float32)
+        return self.output(x)
+
+
+class PagedGLM(CachedLayers):
+    """The network over the pages of a `KVCache`: its slots are pages here, and a sequence has any of them.
+
+    Args:
+        cache: of pages, `capacity` tokens each.
+        total: T, tokens of a sequence; a multiple of `capacity`.
+    """
+
+    def __init__(self, network: GLMNetwork, cache: KVCache, total: int) -> None:
+        super().__init__(network, cache, total, cache.capacity)
+        self.earlier, self.either = ops.Less(), ops.LogicalOr()
+
+    def construct(
+        self, input_ids: Tensor, position_ids: Tensor, indices: Tensor, first: Tensor, rows: Tensor, blocks: Tensor,
+        last: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Runs new tokens and stores their keys and values.
+
+        A token sees the keys of its sequence from index `first` up to its own.
+
+        Args:
+            input_ids, position_ids, indices: int32 [B, S]; `indices` are those within a sequence.
+            first: int32 [B].
+            rows: int32 [B * S * G], see `page_rows`.
+            blocks: int32 [B * G * T / page], see `page_blocks`.
+            last: int32 [1], a place in [B * S]; None: S is 1.
+
+        Returns:
+            The logits of every token, float32 [B, V]; with `last` those of this token, [1, V], and the input of the
+            output layer for all tokens, [B * S, H].
+        """
+        before = self.earlier(self.key_indices, self.reshape(first, (-1, 1, 1, 1)))
+        hidden = self.either(self.comes_later(indices), before)
+        x = self.run_layers(input_ids, position_ids, hidden, rows, blocks)
+        if last is None:
+            return self.output(x)
+        return self.output(self.gather(x, last, 0)), x
+
+
+class OutputLayer(nn.Cell):
+    """The logits of one of the tokens that `PagedGLM` has returned the input of the output layer for."""
+
+    def __init__(self, network: GLMNetwork) -> None:
+        super().__init__(auto_prefix=False)
+        self.transformer = network.transformer
+        self.gather = ops.Gather()
+
+    def construct(self, x: Tensor, place: Tensor) -> Tensor:
+        """x [N, H], place int32 [1] -> float32 [1, V]."""
+        return ops.cast(self.transformer.output_layer(self.gather(x, place, 0)), ms.float32)
+
+
+class CopyPages(nn.Cell):
+    """Copies pages of a cache."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(auto_prefix=False)
+        self.tables, self.slots = ms.ParameterTuple(cache.tables), cache.slots
+        self.rows = Tensor(np.arange(cache.groups * cache.capacity, dtype=np.int32))
+        self.gather, self.write, self.reshape = ops.Gather(), ops.ScatterUpdate(), ops.Reshape()
+
+    def construct(self, sources: Tensor, targets: Tensor) -> Tensor:
+        """sources, targets int32 [N]: page targets[i] becomes what page sources[i] was; targets that occur twice get
+        any of theirs. Returns `targets`."""
+        count = self.rows.shape[0]
+        rows = self.reshape(ops.expand_dims(targets, 1) * count + self.rows, (-1,))
+        for table in self.tables:
+            pages = self.gather(self.reshape(table, (self.slots, -1)), sources, 0)
+            self.write(table, rows, self.reshape(pages, (-1, table.shape[1])))
+        return targets
+
+
+def page_rows(cache: KVCache, pages: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Table rows int32 [B * S * G], in the order of keys [B, S, G], for places in pages, [B, S] each."""
+    rows = (pages[:, :, None] * cache.groups + np.arange(cache.groups)) * cache.capacity + places[:, :, None]
+    return rows.reshape(-1).astype(np.int32)
+
+
+def page_blocks(cache: KVCache, tables: np.ndarray) -> np.ndarray:
+    """Blocks int32 [B * G * P], in the order of keys [B, G, P], for the P pages of each sequence, [B, P]."""
+    blocks = tables[:, None, :] * cache.groups + np.arange(cache.groups)[None, :, None]
+    return blocks.reshape(-1).astype(np.int32)
 
 
 class PositionedGLM(nn.Cell):
@@ -120,18 +232,17 @@ class PositionedGLM(nn.Cell):
 
 
 class WritePrefix(nn.Cell):
-    """Writes the keys and values of a `GLMTransformer.prefix_encoder` at the start of every slot."""
+    """Writes the keys and values of a `GLMTransformer.prefix_encoder` to a cache, `copies` times."""
 
-    def __init__(self, prefix_encoder: nn.Cell, cache: KVCache) -> None:
+    def __init__(self, prefix_encoder: nn.Cell, copies: int, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)
-        self.prefix_encoder = prefix_encoder
-        self.slots, self.dim = cache.slots, cache.dim
+        self.prefix_encoder, self.copies, self.dim = prefix_encoder, copies, cache.dim
         self.keys, self.values = ms.ParameterTuple(cache.keys), ms.ParameterTuple(cache.values)
         self.write, self.reshape = ops.ScatterUpdate(), ops.Reshape()
 
     def construct(self, rows: Tensor) -> Tensor:
-        """rows int32 [slots * P * G], `KVCache.rows` of the first P indices. Returns `rows`."""
-        prefix = self.prefix_encoder(self.slots, None)
+        """rows int32 [copies * P * G], the table rows of each copy in the order of keys [P, G]. Returns `rows`."""
+        prefix = self.prefix_encoder(self.copies, None)
         for i in range(len(self.keys)):
             self.write(self.keys[i], rows, self.reshape(prefix[i][0], (-1, self.dim)))
             self.write(self.values[i], rows, self.reshape(prefix[i][1], (-1, self.dim)))

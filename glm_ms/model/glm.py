@@ -25,9 +25,9 @@ _LINEARS_OF_BLOCK = ("self_attention.query_key_value", "self_attention.dense", "
 Seeds = Optional[Tensor]
 # Keys and values [B, P, G, D] before those of the tokens; None: P is 0.
 Prefix = Optional[tuple[Tensor, Tensor]]
-# Keys and values of all slots, each [slots * G * T, D] (`glm_ms.model.cache`); the row int32 [B * S * G] that each new
-# key belongs to; the slot int32 [B] of each row of x, None: row i is slot i, and B is the number of slots.
-Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor]]]
+# Tables of keys and values, [rows, D] each (`glm_ms.model.cache`); the row int32 [B * S * G] that each new key belongs
+# to; blocks of rows, int32, which one after the other are all B * G * T rows (None: the whole table is); their size.
+Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor], int]]
 
 
 class SelfAttention(nn.Cell):
@@ -62,11 +62,13 @@ class SelfAttention(nn.Cell):
         turned = self.rotary(qkv[:, :, : heads + groups], cos, sin)
         return turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + groups :]
 
-    def cached(self, new: Tensor, table: Parameter, rows: Tensor, slots: Tensor | None, total: int) -> Tensor:
+    def cached(
+        self, new: Tensor, table: Parameter, rows: Tensor, blocks: Tensor | None, block: int, total: int
+    ) -> Tensor:
         """Writes new keys or values [B, S, G, D] to their table of `Cache`; returns all of each row, [B, G, T, D]."""
         whole = self.write(table, rows, self.reshape(new, (-1, self.dim)))
-        if slots is not None:
-            whole = self.gather(self.reshape(whole, (-1, self.groups * total * self.dim)), slots, 0)
+        if blocks is not None:
+            whole = self.gather(self.reshape(whole, (-1, block * self.dim)), blocks, 0)
         return self.reshape(whole, (ops.shape(new)[0], self.groups, total, self.dim))
 
     def construct(
@@ -77,8 +79,8 @@ class SelfAttention(nn.Cell):
         query, key, value = self.project(x, cos, sin, seeds)
         if cache is not None:
             total = ops.shape(bias)[3]
-            key = self.cached(key, cache[0], cache[2], cache[3], total)
-            value = self.cached(value, cache[1], cache[2], cache[3], total)
+            key = self.cached(key, cache[0], cache[2], cache[3], cache[4], total)
+            value = self.cached(value, cache[1], cache[2], cache[3], cache[4], total)
         else:
             if prefix is not None:
                 key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
