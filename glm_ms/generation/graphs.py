@@ -95,9 +95,9 @@ def on_graph_thread(method: Callable[..., T]) -> Callable[..., T]:
     return run
 
 
-def run_cell(cell: nn.Cell, *arrays: np.ndarray) -> Any:
-    """Runs a cell as a compiled graph on int32 copies of `arrays`, in PyNative programs too."""
-    tensors = [Tensor(np.ascontiguousarray(array, np.int32)) for array in arrays]
+def run_cell(cell: nn.Cell, *arrays: np.ndarray | None) -> Any:
+    """Runs a cell as a compiled graph on int32 copies of `arrays`, in PyNative programs too. None stays None."""
+    tensors = [None if array is None else Tensor(np.ascontiguousarray(array, np.int32)) for array in arrays]
     return GRAPHS.run(cell.compile_and_run, *tensors)
 
 

@@ -15,8 +15,10 @@ from glm_ms.generation.graphs import on_graph_thread, run_cell
 from glm_ms.generation.inputs import Prompt
 from glm_ms.generation.pages import PAGE, RESERVED, SCRATCH, ZEROS, NoRoom, PagePool, page_keys
 from glm_ms.generation.uniform import uniform_rows
-from glm_ms.model.cache import CopyPages, KVCache, OutputLayer, PagedGLM, WritePrefix, page_blocks, page_rows
+from glm_ms.model.cache import CopyPages, KVCache, OutputLayer, PagedGLM, WritePage, WritePrefix, page_blocks, page_rows
 from glm_ms.model.glm import GLMNetwork
+from glm_ms.peft.adapter import StoredAdapter
+from glm_ms.peft.rows import NO_ADAPTER, AdapterBounds, RowAdapter, RowAdapters
 
 __all__ = ["CHUNK", "NoRoom", "PagedDecoder", "PagedGraphs"]
 
@@ -41,9 +43,12 @@ class PagedGraphs:
         slots: sequences at a time.
         capacity: most tokens of one, prompt and new tokens.
         chunk: tokens of a prompt that run at a time; a multiple of `PAGE`.
+        bounds: adapters that sequences may have; None: only that of the network, if it has one.
     """
 
-    def __init__(self, network: GLMNetwork, slots: int, capacity: int, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, network: GLMNetwork, slots: int, capacity: int, chunk: int = CHUNK, bounds: AdapterBounds | None = None
+    ) -> None:
         self.slots, self.capacity, self.chunk = slots, capacity, chunk
         self.vocab_size = network.config.padded_vocab_size
         self.rows = uniform_rows(slots)  # of a step; those beyond the slots are idle
@@ -52,13 +57,17 @@ class PagedGraphs:
         self.prefix = 0 if encoder is None else encoder.length
         self.prefix_pages = pages_of(self.prefix)
         self.first = self.prefix_pages * PAGE - self.prefix  # index of the first token of the prefix
-        self.pages_of_slot = self.prefix_pages + pages_of(capacity)
-        self.pages = slots * pages_of(capacity) + self.prefix_pages
+        self.bounds = bounds or AdapterBounds()
+        self.adapters = RowAdapters(network, self.bounds)
+        other_prefix = pages_of(self.bounds.max_prefix)
+        self.pages_of_slot = self.prefix_pages + other_prefix + pages_of(capacity)
+        self.pages = slots * pages_of(capacity) + self.prefix_pages + self.bounds.max_adapters * other_prefix
         self.cache = KVCache(network.config, RESERVED + self.pages, PAGE)
         total = self.pages_of_slot * PAGE
         self.prefill, self.step = (PagedGLM(network, self.cache, total) for _ in range(2))
         self.write_prefix = None if encoder is None else WritePrefix(encoder, 1, self.cache)
         self.output, self.copy = OutputLayer(network), CopyPages(self.cache)
+        self.write_page = WritePage(self.cache)
         self._memory: list[Tensor] | None = None  # of the tables; None: that they were made with
         self._owner: Callable[[], PagedDecoder | None] = lambda: None
         self._sound = True  # whether the memory can serve another decoder
@@ -104,6 +113,7 @@ class _Running:
     pages: np.ndarray  # int32 [pages of a slot], the pages of all indices; ZEROS from `count` on
     count: int
     keys: list[bytes]  # of the full pages of the prompt
+    adapter: RowAdapter | None
     length: int = 0  # tokens whose keys and values are there
     found: int = 0  # of these, tokens of pages that others have computed
     position: int = 0  # of the next token
@@ -112,6 +122,11 @@ class _Running:
     def ready(self) -> bool:
         """Whether the whole prompt has run."""
         return self.length >= len(self.ids)
+
+    @property
+    def number(self) -> int:
+        """Number of its adapter in the tables of `RowUpdate`."""
+        return NO_ADAPTER if self.adapter is None else self.adapter.number
 
 
 class PagedDecoder(Decoder):
@@ -141,17 +156,24 @@ class PagedDecoder(Decoder):
         self.slots, self.capacity, self.vocab_size = graphs.slots, graphs.capacity, graphs.vocab_size
         self.memory: list[Tensor] = []  # of the tables of the cache; set by `PagedGraphs.serve`
         self.sound = True  # no logit was NaN or infinite
+        self._running: dict[int, _Running] = {}
+        self._prefixes: dict[RowAdapter, list[int]] = {}  # pages of the prefixes of adapters
         self.reset()
 
     @on_graph_thread
     def reset(self) -> None:
         """Frees every slot and forgets all pages."""
+        for one in self._running.values():
+            self._leave(one)
         self._pool = PagePool(self.graphs.pages)
         self._prefix = [self._pool.take() for _ in range(self.graphs.prefix_pages)]
-        self._running: dict[int, _Running] = {}
+        self._running.clear()
         self._free = list(range(self.slots))
         self._unclean: set[int] = set()  # pages that may contain NaN or infinity
         self._copies: list[tuple[int, int]] = []  # source and target of pages, before the next run
+        self._prefixes.clear()
+        for adapter in self.graphs.adapters.present():
+            self._write_prefix(adapter)
 
     @property
     def pages_total(self) -> int:
@@ -177,10 +199,30 @@ class PagedDecoder(Decoder):
                 UserWarning,
                 stacklevel=2,
             )
-        _, states = self._run_chunk(nobody, nobody, nobody, 0, self._empty_table(), np.full_like(nobody, SCRATCH), 0)
-        self._logits_of(states, 0)
+        scratch = np.full_like(nobody, SCRATCH)
+        _, states = self._run_chunk(nobody, nobody, nobody, 0, self._empty_table(), scratch, NO_ADAPTER, 0)
+        self._logits_of(states, 0, NO_ADAPTER)
         self._copies.append((ZEROS, SCRATCH))
         self._copy()
+        if self.graphs.bounds.max_prefix:
+            self._write_page(SCRATCH, np.zeros((len(self.cache.tables), self.cache.groups, PAGE, self.cache.dim)))
+
+    @on_graph_thread
+    def load_adapter(self, name: str, stored: StoredAdapter) -> None:
+        """Adds an adapter for sequences that are opened with its name. Nothing compiles, others do not change.
+
+        Raises AdapterError, see `RowAdapters.load`.
+        """
+        self._write_prefix(self.graphs.adapters.load(name, stored))
+
+    @on_graph_thread
+    def unload_adapter(self, name: str) -> None:
+        """Removes an adapter; sequences that have it keep it to their end. ValueError if it is not loaded."""
+        self._drop(self.graphs.adapters.unload(name))
+
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        return self.graphs.adapters.names()
 
     @on_graph_thread
     def open(
@@ -197,20 +239,22 @@ class PagedDecoder(Decoder):
             NoRoom: all slots are in use.
             ValueError: the prompt is empty or too long, or the adapter is unknown.
         """
-        if adapter is not None:
-            raise ValueError(f"adapter {adapter!r}: unknown")
+        loaded = None if adapter is None else self.graphs.adapters.find(adapter)
         ids = np.array(ids, np.int32)
         if not 1 <= len(ids) <= self.capacity:
             raise ValueError(f"a prompt of {len(ids)} tokens: a slot has room for 1 to {self.capacity}")
         slot = self._take_slots(1)[0]
         positions = np.arange(len(ids), dtype=np.int32) if positions is None else np.array(positions, np.int32)
+        prefix, first = self._prefix_of(loaded)
         pages = np.full(self.graphs.pages_of_slot, ZEROS, np.int32)
-        pages[: len(self._prefix)] = self._prefix
-        for page in self._prefix:
+        pages[: len(prefix)] = prefix
+        for page in prefix:
             self._pool.share(page)
-        keys = list(page_keys(b"", ids, positions))
-        first, start = self.graphs.first, len(self._prefix) * PAGE
-        one = _Running(ids, positions, first, start, pages, len(self._prefix), keys, position=int(positions[-1]) + 1)
+        keys = list(page_keys(b"" if loaded is None else b"%d" % loaded.serial, ids, positions))
+        start, position = len(prefix) * PAGE, int(positions[-1]) + 1
+        one = _Running(ids, positions, first, start, pages, len(prefix), keys, loaded, position=position)
+        if loaded is not None:
+            loaded.rows += 1
         self._running[slot] = one
         self._find(one)
         return slot
@@ -257,13 +301,13 @@ class PagedDecoder(Decoder):
         indices = np.minimum(np.arange(chunk), count - 1)[None] + (one.start + begin)
         pages = one.pages[indices // PAGE]
         pages[0, count:] = SCRATCH
-        logits, states = self._run_chunk(ids, positions, indices, one.first, one.pages, pages, count - 1)
+        logits, states = self._run_chunk(ids, positions, indices, one.first, one.pages, pages, one.number, count - 1)
         one.length = end
         if self._note(one, logits):
             for number in range(begin // PAGE, end // PAGE):
                 self._pool.register(int(one.pages[one.start // PAGE + number]), one.keys[number])
         if all_logits:
-            return np.concatenate([*(self._logits_of(states, place) for place in range(count - 1)), logits])
+            return np.concatenate([*(self._logits_of(states, place, one.number) for place in range(count - 1)), logits])
         return logits[0] if one.ready else None
 
     def add(self, prompts: Sequence[Prompt]) -> tuple[list[int], np.ndarray]:
@@ -312,12 +356,15 @@ class PagedDecoder(Decoder):
         twins = [self._twin(source) for source in sources]
         for slot, twin in zip(slots, twins):
             self._release_pages(self._running[slot])
+            self._leave(self._running[slot])
             self._running[slot] = twin
 
     @on_graph_thread
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self._release_pages(self._running.pop(slot))
+            one = self._running.pop(slot)
+            self._release_pages(one)
+            self._leave(one)
             self._free.append(int(slot))
 
     def _prefill_whole(self, slot: int) -> np.ndarray:
@@ -338,7 +385,50 @@ class PagedDecoder(Decoder):
         one = self._running[slot]
         for page in one.pages[: one.count].tolist():
             self._pool.share(page)
+        if one.adapter is not None:
+            one.adapter.rows += 1
         return replace(one, pages=one.pages.copy())
+
+    def _leave(self, one: _Running) -> None:
+        """A sequence ends the use of its adapter."""
+        if one.adapter is not None:
+            self.graphs.adapters.leave(one.adapter)
+            self._drop(one.adapter)
+
+    def _drop(self, adapter: RowAdapter) -> None:
+        """Releases the prefix of an adapter that nothing uses any more."""
+        if adapter.gone:
+            for page in self._prefixes.pop(adapter, []):
+                self._pool.release(page)
+
+    def _prefix_of(self, adapter: RowAdapter | None) -> tuple[list[int], int]:
+        """Pages before those of the tokens, and the index of the first key there."""
+        if adapter is None or adapter.prefix is None:
+            return self._prefix, self.graphs.first
+        pages = self._prefixes[adapter]
+        return pages, len(pages) * PAGE - adapter.prefix.shape[1]
+
+    def _write_prefix(self, adapter: RowAdapter) -> None:
+        """Writes the prefix of an adapter, if it has one, to pages of its own. It ends where a page ends."""
+        if adapter.prefix is None:
+            return
+        parts, length = adapter.prefix, adapter.prefix.shape[1]
+        pages = [self._pool.take() for _ in range(pages_of(length))]
+        content = np.zeros((len(parts), len(pages) * PAGE, *parts.shape[2:]), np.float32)
+        content[:, content.shape[1] - length :] = parts
+        # The tables are those of all keys, then those of all values.
+        content = np.concatenate((content[::2], content[1::2])).swapaxes(1, 2)
+        self._copy()
+        for number, page in enumerate(pages):
+            self._write_page(page, content[:, :, number * PAGE : (number + 1) * PAGE])
+            self._unclean.discard(page)
+        self._prefixes[adapter] = pages
+
+    def _write_page(self, page: int, content: np.ndarray) -> None:
+        """Writes float [tables, G, PAGE, D] to a page."""
+        rows = np.ascontiguousarray(content, np.float32).reshape(len(content), -1, self.cache.dim)
+        number, rows = Tensor(np.array([page], np.int32)), Tensor(rows, self.cache.keys[0].dtype)
+        self.graphs.write_page.compile_and_run(number, rows)
 
     def _find(self, one: _Running) -> None:
         """Takes pages that others have computed. The last token of a prompt always runs: its logits are needed."""
@@ -406,33 +496,41 @@ class PagedDecoder(Decoder):
 
     def _run_chunk(
         self, ids: np.ndarray, positions: np.ndarray, indices: np.ndarray, first: int, table: np.ndarray,
-        pages: np.ndarray, last: int
+        pages: np.ndarray, number: int, last: int
     ) -> tuple[np.ndarray, Tensor]:  # fmt: skip
         """Logits float32 [1, V] after the token at place `last`, and the input of the output layer for all tokens."""
         self._copy()
         rows = page_rows(self.cache, pages, np.where(pages == SCRATCH, 0, indices % PAGE))
         blocks = page_blocks(self.cache, table[None])
-        arrays = ids, positions, indices, np.array([first]), rows, blocks, np.array([last])
+        arrays = ids, positions, indices, np.array([first]), rows, blocks, self._numbers([number]), np.array([last])
         logits, states = run_cell(self.graphs.prefill, *arrays)
         return logits.asnumpy(), states
 
-    def _logits_of(self, states: Tensor, place: int) -> np.ndarray:
-        """Logits float32 [1, V] of a token of a chunk."""
-        return self.graphs.output.compile_and_run(states, Tensor(np.array([place], np.int32))).asnumpy()
+    def _logits_of(self, states: Tensor, place: int, number: int) -> np.ndarray:
+        """Logits float32 [1, V] of a token of a chunk, with the adapter of this number."""
+        arrays = np.array([place], np.int32), self._numbers([number])
+        inputs = [None if array is None else Tensor(array) for array in arrays]
+        return self.graphs.output.compile_and_run(states, *inputs).asnumpy()
+
+    def _numbers(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """Numbers of adapters for a graph; None: it has none."""
+        return np.array(numbers, np.int32) if self.graphs.bounds.max_adapters else None
 
     def _run_step(self, slots: list[int], tokens: np.ndarray) -> np.ndarray:
         """Logits float32 [rows, V] after the next token of some slots, in the row of each; other rows are idle."""
         self._copy()
         count = self.graphs.rows
         ids, positions, indices, pages = np.zeros((4, count, 1), np.int32)
-        first, tables = np.zeros(count, np.int32), np.tile(self._empty_table(), (count, 1))
+        first, numbers = np.zeros(count, np.int32), np.full(count, NO_ADAPTER)
+        tables = np.tile(self._empty_table(), (count, 1))
         pages[:] = SCRATCH
         ids[slots, 0] = tokens
         for slot in slots:
             one = self._running[slot]
             index = one.start + one.length
             positions[slot], indices[slot], first[slot] = one.position, index, one.first
-            pages[slot], tables[slot] = one.pages[index // PAGE], one.pages
+            pages[slot], tables[slot], numbers[slot] = one.pages[index // PAGE], one.pages, one.number
         rows = page_rows(self.cache, pages, indices % PAGE)
         blocks = page_blocks(self.cache, tables)
-        return run_cell(self.graphs.step, ids, positions, indices, first, rows, blocks).asnumpy()
+        arrays = ids, positions, indices, first, rows, blocks, self._numbers(numbers)
+        return run_cell(self.graphs.step, *arrays).asnumpy()

@@ -72,22 +72,23 @@ class CachedLayers(nn.Cell):
         return self.later(self.key_indices, ops.expand_dims(ops.expand_dims(indices, 1), 3))
 
     def run_layers(
-        self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor, rows: Tensor, blocks: Tensor | None
-    ) -> Tensor:
+        self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor, rows: Tensor, blocks: Tensor | None,
+        adapters: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """Input of the output layer, [B * S, H], where hidden bool [B, 1, S, T] says which keys a token does not see;
-        stores new keys and values. For rows and blocks see `Cache` in `glm_ms.model.glm`."""
+        stores new keys and values. For rows, blocks and adapters see `Cache` in `glm_ms.model.glm`."""
         net = self.transformer
         cos, sin = net.rotation(position_ids)
         bias = self.hide(ops.cast(hidden, ms.float32), HIDDEN_SCORE)
         x = net.embedding(input_ids)
         for i in range(len(self.keys)):
-            cache = (self.keys[i], self.values[i], rows, blocks, self.block)
+            cache = (self.keys[i], self.values[i], rows, blocks, self.block, adapters)
             x = net.encoder.layers[i](x, cos, sin, bias, None, None, cache)
         return self.reshape(net.encoder.finish(x), (-1, self.hidden_size))
 
-    def output(self, x: Tensor) -> Tensor:
-        """x [N, H] -> logits float32 [N, V]."""
-        return ops.cast(self.transformer.output_layer(x), ms.float32)
+    def output(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """x [N, H], number of the adapter of each, int32 [N] -> logits float32 [N, V]."""
+        return ops.cast(self.transformer.output_layer(x, adapters), ms.float32)
 
 
 class CachedGLM(CachedLayers):
@@ -135,7 +136,7 @@ class PagedGLM(CachedLayers):
 
     def construct(
         self, input_ids: Tensor, position_ids: Tensor, indices: Tensor, first: Tensor, rows: Tensor, blocks: Tensor,
-        last: Tensor | None = None
+        adapters: Tensor | None = None, last: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Runs new tokens and stores their keys and values.
 
@@ -146,6 +147,7 @@ class PagedGLM(CachedLayers):
             first: int32 [B].
             rows: int32 [B * S * G], see `page_rows`.
             blocks: int32 [B * G * T / page], see `page_blocks`.
+            adapters: number of the adapter of each sequence, int32 [B]; None: there are no adapters.
             last: int32 [1], a place in [B * S]; None: S is 1.
 
         Returns:
@@ -154,10 +156,10 @@ class PagedGLM(CachedLayers):
         """
         before = self.earlier(self.key_indices, self.reshape(first, (-1, 1, 1, 1)))
         hidden = self.either(self.comes_later(indices), before)
-        x = self.run_layers(input_ids, position_ids, hidden, rows, blocks)
+        x = self.run_layers(input_ids, position_ids, hidden, rows, blocks, adapters)
         if last is None:
-            return self.output(x)
-        return self.output(self.gather(x, last, 0)), x
+            return self.output(x, adapters)
+        return self.output(self.gather(x, last, 0), adapters), x
 
 
 class OutputLayer(nn.Cell):
@@ -168,9 +170,9 @@ class OutputLayer(nn.Cell):
         self.transformer = network.transformer
         self.gather = ops.Gather()
 
-    def construct(self, x: Tensor, place: Tensor) -> Tensor:
-        """x [N, H], place int32 [1] -> float32 [1, V]."""
-        return ops.cast(self.transformer.output_layer(self.gather(x, place, 0)), ms.float32)
+    def construct(self, x: Tensor, place: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """x [N, H], place int32 [1], number of the adapter int32 [1] -> float32 [1, V]."""
+        return ops.cast(self.transformer.output_layer(self.gather(x, place, 0), adapters), ms.float32)
 
 
 class CopyPages(nn.Cell):
@@ -191,6 +193,23 @@ class CopyPages(nn.Cell):
             pages = self.gather(self.reshape(table, (self.slots, -1)), sources, 0)
             self.write(table, rows, self.reshape(pages, (-1, table.shape[1])))
         return targets
+
+
+class WritePage(nn.Cell):
+    """Overwrites one page of a cache."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(auto_prefix=False)
+        self.tables = ms.ParameterTuple(cache.tables)
+        self.rows = Tensor(np.arange(cache.groups * cache.capacity, dtype=np.int32))
+        self.write = ops.ScatterUpdate()
+
+    def construct(self, page: Tensor, content: Tensor) -> Tensor:
+        """page int32 [1], content [2 * layers, G * page, D]: rows of the page in every table. Returns `page`."""
+        rows = page * self.rows.shape[0] + self.rows
+        for i in range(len(self.tables)):
+            self.write(self.tables[i], rows, content[i])
+        return page
 
 
 def page_rows(cache: KVCache, pages: np.ndarray, places: np.ndarray) -> np.ndarray:

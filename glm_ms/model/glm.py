@@ -26,8 +26,9 @@ Seeds = Optional[Tensor]
 # Keys and values [B, P, G, D] before those of the tokens; None: P is 0.
 Prefix = Optional[tuple[Tensor, Tensor]]
 # Tables of keys and values, [rows, D] each (`glm_ms.model.cache`); the row int32 [B * S * G] that each new key belongs
-# to; blocks of rows, int32, which one after the other are all B * G * T rows (None: the whole table is); their size.
-Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor], int]]
+# to; blocks of rows, int32, which one after the other are all B * G * T rows (None: the whole table is); their size;
+# number of the adapter of each row of x, int32 [B] (`glm_ms.peft.rows`), None: there are no adapters.
+Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor], int, Optional[Tensor]]]
 
 
 class SelfAttention(nn.Cell):
@@ -51,11 +52,12 @@ class SelfAttention(nn.Cell):
         self.reshape, self.transpose, self.prepend = ops.Reshape(), ops.Transpose(), ops.Concat(axis=1)
         self.write, self.gather = ops.ScatterUpdate(), ops.Gather()
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor, seeds: Seeds = None) -> tuple[Tensor, ...]:
-        """x [B, S, H] -> query [B, S, N, D], key and value [B, S, G, D]; query and key rotated."""
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, per_row: Tensor | None = None) -> tuple[Tensor, ...]:
+        """x [B, S, H] -> query [B, S, N, D], key and value [B, S, G, D]; query and key rotated. For `per_row` see
+        `Linear`."""
         heads, groups = self.heads, self.groups
         batch, length = ops.shape(x)[0], ops.shape(x)[1]
-        qkv = self.query_key_value(x, seeds)
+        qkv = self.query_key_value(x, per_row)
         if self.interleaved:  # rows are [head, (q, k, v), D]: bring them to [all q | all k | all v]
             qkv = self.transpose(self.reshape(qkv, (batch, length, heads, 3, self.dim)), (0, 1, 3, 2, 4))
         qkv = self.reshape(qkv, (batch, length, heads + 2 * groups, self.dim))
@@ -76,7 +78,8 @@ class SelfAttention(nn.Cell):
         cache: Cache = None
     ) -> Tensor:  # fmt: skip
         """x [B, S, H], cos and sin [B, S, 1, D], bias [B, 1, S, P + S], with a cache [B, 1, S, T] -> [B, S, H]."""
-        query, key, value = self.project(x, cos, sin, seeds)
+        per_row = seeds if cache is None else cache[5]
+        query, key, value = self.project(x, cos, sin, per_row)
         if cache is not None:
             total = ops.shape(bias)[3]
             key = self.cached(key, cache[0], cache[2], cache[3], cache[4], total)
@@ -85,7 +88,7 @@ class SelfAttention(nn.Cell):
             if prefix is not None:
                 key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
             key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
-        return self.dense(self.attention(query, key, value, bias, seeds), seeds)
+        return self.dense(self.attention(query, key, value, bias, seeds), per_row)
 
 
 class MLP(nn.Cell):
@@ -99,9 +102,9 @@ class MLP(nn.Cell):
         self.activation = SwiGLU()
         self.dense_4h_to_h = build_linear(linear, config, ffn, hidden, has_bias)
 
-    def construct(self, x: Tensor, seeds: Seeds = None) -> Tensor:
-        """x [B, S, H] -> [B, S, H]."""
-        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x, seeds)), seeds)
+    def construct(self, x: Tensor, per_row: Tensor | None = None) -> Tensor:
+        """x [B, S, H] -> [B, S, H]. For `per_row` see `Linear`."""
+        return self.dense_4h_to_h(self.activation(self.dense_h_to_4h(x, per_row)), per_row)
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class GLMBlock(nn.Cell):
             attended = self.drop_attention(attended, seeds)
         x = self.add_attention(normed if self.residual_after_norm else x, attended)
         normed = self.post_attention_layernorm(x)
-        y = self.mlp(normed, seeds)
+        y = self.mlp(normed, seeds if cache is None else cache[5])
         if drop:
             y = self.drop_mlp(y, seeds)
         return self.add_mlp(normed if self.residual_after_norm else x, y)

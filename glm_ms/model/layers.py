@@ -59,7 +59,7 @@ class Linear(nn.Cell):
     """y = x W^T + b, computed in `config.compute_dtype`. Weight [out, in], bias [out] or None.
 
     Every class of `LINEARS` takes these arguments and has the attributes `in_features`, `out_features`, `dtype` and
-    `lora`: a cell whose result for (x, seeds) is added to y; None without one, see `glm_ms.peft`. This class has one
+    `lora`: a cell whose result for (x, per_row) is added to y; None without one, see `glm_ms.peft`. This class has one
     weight for all `parts` of a joint layer.
     """
 
@@ -75,8 +75,9 @@ class Linear(nn.Cell):
         self.bias_add, self.lora_add = ops.Add(), ops.Add()
         self.cast, self.cast_weight, self.cast_bias = ops.Cast(), ops.Cast(), ops.Cast()
 
-    def construct(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """x [B, ..., in], seeds of dropout int32 [B] -> [B, ..., out] of the compute type."""
+    def construct(self, x: Tensor, per_row: Tensor | None = None) -> Tensor:
+        """x [B, ..., in] -> [B, ..., out] of the compute type. What `lora` has to know of each row is int32 [B]: seeds
+        of dropout in training, numbers of adapters in a server."""
         shape = ops.shape(x)
         x = self.cast(x, self.dtype)
         y = self.reshape(x, (-1, self.in_features))
@@ -84,7 +85,7 @@ class Linear(nn.Cell):
         if self.bias is not None:
             y = self.bias_add(y, self.cast_bias(self.bias, self.dtype))
         y = self.reshape(y, shape[:-1] + (self.out_features,))  # noqa: RUF005, the graph compiler wants +
-        return y if self.lora is None else self.lora_add(y, self.lora(x, seeds))
+        return y if self.lora is None else self.lora_add(y, self.lora(x, per_row))
 
 
 # Kind -> class. `glm_ms.parallel.layers` adds "sharded".

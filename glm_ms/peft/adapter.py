@@ -141,21 +141,7 @@ class Adapter(ABC):
         Raises:
             AdapterError: a tensor is missing or unexpected, has another shape, or contains NaN or infinity.
         """
-        problems = [f"{name}: missing" for name in self._parameters if name not in tensors]
-        for name, value in tensors.items():
-            if name not in self._parameters:
-                problems.append(f"{name}: not expected here")
-            elif tuple(value.shape) != tuple(self._parameters[name].shape):
-                wanted = list(self._parameters[name].shape)
-                problems.append(f"{name}: shape {list(value.shape)}, this network needs {wanted}")
-            elif not np.isfinite(value).all():
-                problems.append(f"{name}: contains NaN or infinity")
-        if problems:
-            separator = "\n    "
-            raise AdapterError(
-                f"{source}: the adapter does not fit this network; was it made for another base?"
-                f"{separator}{capped(problems, separator)}"
-            )
+        check_tensors(tensors, {name: tuple(p.shape) for name, p in self._parameters.items()}, source)
         for name, parameter in self._parameters.items():
             parameter.set_data(Tensor(np.ascontiguousarray(tensors[name], np.float32)))
 
@@ -175,6 +161,34 @@ class Adapter(ABC):
         self.write_config(folder, self.config, self.network.config, base_model)
 
 
+def check_tensors(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    """Compares the tensors of an adapter with the names and shapes that a network needs.
+
+    Raises:
+        AdapterError: a tensor is missing or unexpected, has another shape, or contains NaN or infinity.
+    """
+    problems = [f"{name}: missing" for name in shapes if name not in tensors]
+    for name, value in tensors.items():
+        if name not in shapes:
+            problems.append(f"{name}: not expected here")
+        elif tuple(value.shape) != tuple(shapes[name]):
+            problems.append(f"{name}: shape {list(value.shape)}, this network needs {list(shapes[name])}")
+        elif not np.isfinite(value).all():
+            problems.append(f"{name}: contains NaN or infinity")
+    if problems:
+        separator = "\n    "
+        raise AdapterError(
+            f"{source}: the adapter does not fit this network; was it made for another base?"
+            f"{separator}{capped(problems, separator)}"
+        )
+
+
+def has_adapter(network: GLMNetwork) -> bool:
+    """Whether an adapter is attached to a network."""
+    updated = any(linear.lora is not None for linear in network.linears().values())
+    return updated or network.transformer.prefix_encoder is not None
+
+
 def attach(network: GLMNetwork, config: AdapterConfig, seed: int = 0, stored: StoredAdapter | None = None) -> Adapter:
     """Attaches an adapter with random values of `seed` and freezes the rest of a network.
 
@@ -183,8 +197,7 @@ def attach(network: GLMNetwork, config: AdapterConfig, seed: int = 0, stored: St
     Raises:
         AdapterError: the adapter does not fit the network, or the network has an adapter already.
     """
-    updated = any(linear.lora is not None for linear in network.linears().values())
-    if updated or network.transformer.prefix_encoder is not None:
+    if has_adapter(network):
         raise AdapterError("this network has an adapter already; load the base again for another one")
     adapter = ADAPTERS[config.kind].load().attach(network, config, seed, stored)
     own = {id(parameter) for parameter in adapter.parameters()}

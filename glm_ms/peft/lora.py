@@ -117,13 +117,9 @@ class LoraAdapter(Adapter):
     def attach(cls, network: GLMNetwork, config: LoraConfig, seed: int, stored: StoredAdapter | None) -> LoraAdapter:
         """Without a stored adapter `config.target_modules` selects the modules."""
         linears = network.linears()
-        modules = target_names(config.target_modules, linears) if stored is None else stored.modules
-        unknown = [name for name in modules if name not in linears]
-        if stored is not None and unknown:
-            reason = f"this network has no linear layers {capped(unknown)}"
-            raise AdapterError(f"{stored.path}: made for another base: {reason}")
         if stored is not None:
-            check_complete(stored, linears)
+            check_modules(stored, linears)
+        modules = target_names(config.target_modules, linears) if stored is None else stored.modules
         adapter, generator = cls(network, config), np.random.default_rng(seed)
         first_stream = network.config.num_layers * DROPOUTS_PER_BLOCK
         for place, name in enumerate(modules):
@@ -300,6 +296,16 @@ def _ends_in(name: str, endings: Iterable[str]) -> bool:
     return any(f".{name}".endswith(f".{end}") for end in endings)
 
 
+def check_modules(stored: StoredAdapter, names: Iterable[str]) -> None:
+    """As `check_complete`, and the network must have all modules of the adapter."""
+    names = list(names)
+    unknown = [name for name in stored.modules if name not in names]
+    if unknown:
+        reason = f"this network has no linear layers {capped(unknown)}"
+        raise AdapterError(f"{stored.path}: made for another base: {reason}")
+    check_complete(stored, names)
+
+
 def check_complete(stored: StoredAdapter, names: Iterable[str]) -> None:
     """Compares the tensors of an adapter with what its config promises for a network with the linear layers `names`.
 
@@ -337,9 +343,14 @@ def lora_deltas(stored: StoredAdapter, remove: bool = False) -> dict[str, Callab
         if a is None or b is None:
             raise AdapterError(f"{stored.path}: {module} has only one of lora_A and lora_B")
         deltas[f"{module}.weight"] = partial(_product, b, a, factor)
+    check_effect(stored)
+    return deltas
+
+
+def check_effect(stored: StoredAdapter) -> None:
+    """Raises AdapterError if LoRA tensors change nothing."""
     if not any(stored.tensors[f"{module}.{B}"].any() for module in stored.modules):
         raise AdapterError(f"{stored.path}: every lora_B is zero, so this adapter changes nothing; was it trained?")
-    return deltas
 
 
 def _product(b: np.ndarray, a: np.ndarray, factor: float) -> np.ndarray:

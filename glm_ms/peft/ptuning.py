@@ -62,6 +62,20 @@ def prefix_shapes(network: GLMConfig, config: PrefixConfig) -> dict[str, tuple[i
     return shapes
 
 
+def keys_and_values(tensors: Mapping[str, np.ndarray], network: GLMConfig) -> np.ndarray:
+    """What a `PrefixEncoder` with these tensors gives without dropout, by NumPy: float32 [2 * layers, P, G, D].
+
+    Keys of a layer are followed by its values. Keys are not rotated.
+    """
+    x = tensors[HF_PREFIX + EMBEDDING].astype(np.float32)
+    if HF_PREFIX + f"{HIDDEN}.weight" in tensors:
+        for name in (HIDDEN, OUTPUT):
+            x = x @ tensors[f"{HF_PREFIX}{name}.weight"].T + tensors[f"{HF_PREFIX}{name}.bias"]
+            x = np.tanh(x) if name == HIDDEN else x
+    parts = x.reshape(len(x), 2 * network.num_layers, network.num_kv_heads, network.kv_channels)
+    return np.ascontiguousarray(parts.swapaxes(0, 1))
+
+
 class PrefixEncoder(nn.Cell):
     """Keys and values of P = `length` positions for every layer, from parameters that `generator` draws."""
 
@@ -114,7 +128,7 @@ class PrefixAdapter(Adapter):
     ) -> PrefixAdapter:
         """The `config.json` beside a stored prefix must describe this network: shapes do not show all of it."""
         if stored is not None:
-            _check_network(stored.path, network.config)
+            check_network(stored.path, network.config)
         adapter = cls(network, config)
         encoder = PrefixEncoder(network, config, np.random.default_rng(seed))
         adapter._parameters = {parameter.name: parameter for parameter in encoder.get_parameters()}
@@ -167,7 +181,7 @@ def _document(path: Path) -> dict[str, Any]:
     return read_object(file, AdapterError) if file.is_file() else {}
 
 
-def _check_network(path: Path, network: GLMConfig) -> None:
+def check_network(path: Path, network: GLMConfig) -> None:
     """Raises AdapterError if the `config.json` beside a prefix describes another network."""
     document = _document(path)
     if document:

@@ -327,7 +327,7 @@ def test_what_does_not_fit(decoder: PagedDecoder) -> None:
         decoder.open([5] * 65)
     with pytest.raises(ValueError, match="a prompt of 0 tokens"):
         decoder.open([])
-    with pytest.raises(ValueError, match="adapter 'other': unknown"):
+    with pytest.raises(ValueError, match="adapter 'other': not loaded"):
         decoder.open([5], "other")
     slots = [decoder.open([5] * 40) for _ in range(SLOTS)]
     with pytest.raises(NoRoom, match="1 sequences for 0 free slots of 3"):
