@@ -2,15 +2,18 @@
 
     python tools/plan.py --config configs/glm3/run_glm3_6b_finetune_800_32G.yaml --cards 8 --memory 32GB
     python tools/plan.py --config configs/glm3/run_glm3_6b_lora_800_32G.yaml --memory 32GB runner_config.batch_size=16
+    python tools/plan.py --model configs/glm3/predict_glm3_6b.yaml --slots 16 --context 4096 --memory 64GB
 
 Prints the memory of the card with the largest need, the work and traffic of an update, whether the run fits, and if not
-the nearest setting that does. Needs no weights, records or card. `key.sub=value` changes any key of the file. Exit
-status: 0 it fits, or --memory was not given; 3 it does not fit; 2 the settings cannot be used.
+the nearest setting that does. Needs no weights, records or card. `key.sub=value` changes any key of the file. With
+--model it plans a server (glm-ms serve). Exit status: 0 it fits, or --memory was not given; 3 it does not fit; 2 the
+settings cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
@@ -21,26 +24,38 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(REPOSITORY))
 
-from glm_ms.families import build_tokenizer  # noqa: E402
+from glm_ms.families import build_tokenizer, read_config  # noqa: E402
 from glm_ms.peft.adapter import AdapterError  # noqa: E402
+from glm_ms.peft.rows import bounds_for  # noqa: E402
 from glm_ms.plan import GIB, RunPlan, describe, nearest_fit, plan_run  # noqa: E402
+from glm_ms.plan.serving import describe_serving, plan_serving  # noqa: E402
 from glm_ms.program import program  # noqa: E402
 from glm_ms.settings import Settings, SettingsError, load_settings, resolve_vocab_size  # noqa: E402
 from glm_ms.settings.loader import repeated  # noqa: E402
 from glm_ms.settings.schema import AUTO, is_sharded  # noqa: E402
 from glm_ms.storage.arguments import Parser  # noqa: E402
+from glm_ms.storage.errors import FileError  # noqa: E402
 from glm_ms.storage.yaml_tree import parse_yaml  # noqa: E402
 from glm_ms.tokenizer import VocabularyError  # noqa: E402
 
 # Memory of a card for system, drivers and communication buffers.
 RESERVED = 2 * GIB
 FITS, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
+# Options of a server.
+SERVING = ("slots", "context", "max_adapters", "max_lora_rank", "max_prefix")
+SLOTS = 8
+_LARGEST = 10**9
 
 
 @program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the plan; returns the exit status."""
-    options = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
+    if options.model is not None:
+        return _plan_server(parser, options)
+    if given := [name for name in SERVING if getattr(options, name) is not None]:
+        parser.error(f"--{given[0].replace('_', '-')}: is of a server, and needs --model")
     try:
         if twice := repeated(options.overrides):
             raise SettingsError(twice)
@@ -64,6 +79,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FITS
     _print_nearest(options, settings, plan, memory)
     return DOES_NOT_FIT
+
+
+def _plan_server(parser: Parser, options: argparse.Namespace) -> int:
+    """Prints the plan of a server; returns the exit status."""
+    if options.overrides or options.cards is not None:
+        parser.error("--model: takes no key=value and no --cards; a server runs on one card")
+    given = {name: getattr(options, name) for name in SERVING if getattr(options, name) is not None}
+    try:
+        config = read_config(options.model)
+        context = given.setdefault("context", config.seq_length)
+        if context > config.seq_length:
+            raise SettingsError(f"--context {context}: {options.model} has seq_length {config.seq_length}")
+    except (FileError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE
+    if options.device_target == "CPU":
+        config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
+    bounds = bounds_for([], *(given.get(name) for name in ("max_adapters", "max_lora_rank", "max_prefix")))
+    fused = options.device_target != "CPU" and config.compute_dtype != "float32"
+    plan = plan_serving(config, given.get("slots", SLOTS), context, bounds, fused)
+    memory = options.memory and max(0, options.memory - RESERVED)
+    print(f"{options.model}, a server on {options.device_target}")
+    for line in describe_serving(plan, memory):
+        print(line)
+    note = "" if memory is None else f"; {RESERVED // GIB} GiB are left to the system"
+    print(f"not counted: gaps between tensors, and the memory of MindSpore itself and its kernels{note}")
+    return FITS if memory is None or plan.total <= memory else DOES_NOT_FIT
 
 
 def settings_for(config: str, overrides: Sequence[str], cards: int | None) -> tuple[Settings, int]:
@@ -201,12 +243,29 @@ def _cards(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:10]) <= _LARGEST):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to {_LARGEST}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="YAML", help="of the run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="YAML", help="of the run")
+    what.add_argument("--model", metavar="PATH", help="of a server: folder of weights, config.json or YAML")
     parser.add_argument("--cards", type=_cards, metavar="N", help="default: those of the file")
     parser.add_argument("--memory", type=_memory, metavar="32GB", help="of a card; a GB has 2^30 bytes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the file's values")
+    server = parser.add_argument_group("a server, with --model")
+    server.add_argument("--slots", type=_count, metavar="N", help=f"requests at a time (default: {SLOTS})")
+    server.add_argument("--context", type=_count, metavar="N", help="most tokens of one with its answer (seq_length)")
+    server.add_argument("--max-adapters", type=_count, metavar="N", help="adapters at a time (0)")
+    server.add_argument("--max-lora-rank", type=_count, metavar="N", help="largest rank of LoRA adapters (16)")
+    server.add_argument("--max-prefix", type=_count, metavar="N", help="longest P-Tuning prefix (0)")
+    server.add_argument(
+        "--device_target", choices=("CPU", "Ascend"), default="Ascend", help="on a CPU all is float32 (Ascend)"
+    )
     return parser
 
 

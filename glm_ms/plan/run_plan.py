@@ -217,18 +217,18 @@ def describe(plan: RunPlan, memory: int | None) -> Iterator[str]:
     where = f" (stage {card.stage}, which needs most)" if len(plan.stages) > 1 else ""
     yield f"memory of a card{where}:"
     for name, size, note in (*_memory(plan, card), ("in all", card.total, "")):
-        yield f"  {name:<18}{_size(size):>12}  {size:>15,} bytes{'  ' + note if note else ''}"
+        yield f"  {name:<18}{size_text(size):>12}  {size:>15,} bytes{'  ' + note if note else ''}"
     if memory is not None:
         free = memory - card.total
-        more = f"{_size(free)} left" if free >= 0 else f"{_size(-free)} too much"
+        more = f"{size_text(free)} left" if free >= 0 else f"{size_text(-free)} too much"
         verdict = "fits" if free >= 0 else "does not fit"
-        yield f"{verdict}: {_size(card.total)} of {_size(memory)}, {more}"
+        yield f"{verdict}: {size_text(card.total)} of {size_text(memory)}, {more}"
     if plan.rows:
         yield "one update:"
         yield f"  {plan.rows:,} rows, {plan.tokens:,} tokens (padding included)"
         yield f"  {plan.flops / 1e12:,.1f} TFLOP, {plan.flops / parallel.cards / 1e12:,.1f} on each card"
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in plan.sent.items() if size)
-        yield f"  {_size(sum(plan.sent.values()))} sent by each card{': ' + parts if parts else ''}"
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.sent.items() if size)
+        yield f"  {size_text(sum(plan.sent.values()))} sent by each card{': ' + parts if parts else ''}"
 
 
 def _memory(plan: RunPlan, card: CardMemory) -> Iterator[tuple[str, int, str]]:
@@ -242,14 +242,17 @@ def _memory(plan: RunPlan, card: CardMemory) -> Iterator[tuple[str, int, str]]:
         recompute = plan.settings.recompute_config.recompute
         step, other = card.activations_kept, card.activations_recomputed
         step, other = (other, step) if recompute else (step, other)
-        note = f"{'with' if recompute else 'without'} recompute; {'without' if recompute else 'with'} {_size(other)}"
+        note = (
+            f"{'with' if recompute else 'without'} recompute; {'without' if recompute else 'with'} {size_text(other)}"
+        )
         if card.activations > step:
             note = "while an evaluation reads prompts, more than a step's"
     yield "activations", card.activations, note
     yield "KV cache", card.kv_cache, ""
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
+    """Bytes as text, in GiB or MiB."""
     if not size:
         return "0"
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"

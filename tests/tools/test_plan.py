@@ -163,3 +163,42 @@ def test_memory_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> N
         plan.main(["--config", FULL, f"--memory={text}"])
     assert caught.value.code == 2
     assert "32GB" in capsys.readouterr().err
+
+
+SERVER = {
+    "fits": (("--slots", "16", "--context", "2048", "--memory", "32GB"), 0, "2,050 pages of 16 tokens", "fits: "),
+    "too small": (("--slots", "64", "--memory", "16GB"), 3, "64 sequences at a time, each of up to", "does not fit: "),
+    "on a CPU": (("--device_target", "CPU"), 0, "24,974,336,000 bytes", "8 sequences at a time"),
+    "adapters": (("--max-adapters", "4", "--max-lora-rank", "8"), 0, "LoRA matrices", "adapters"),
+    "context": (
+        ("--context", "99999"),
+        2,
+        "--context 99999: configs/glm3/predict_glm3_6b_800_32G.yaml has seq_leng",
+        "",
+    ),
+    "a number": (("--slots", "0"), 2, "expected a whole number from 1 to", ""),
+    "overrides": (("a.b=1",), 2, "--model: takes no key=value", ""),
+}
+
+
+@pytest.mark.parametrize("name", SERVER)
+def test_plans_of_servers(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, status, *texts = SERVER[name]
+    try:
+        found, out, err = run("--model", PREDICT, *arguments, capsys=capsys, monkeypatch=monkeypatch)
+    except SystemExit as error:
+        found, (out, err) = error.code, capsys.readouterr()
+    assert found == status, out + err
+    for text in texts:
+        assert text in (out if status != 2 else err)
+
+
+def test_options_of_servers_need_a_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        run("--config", FULL, "--slots", "3", capsys=capsys, monkeypatch=monkeypatch)
+    assert "--slots: is of a server, and needs --model" in capsys.readouterr().err
+    found, _, err = run("--model", str(tmp_path), capsys=capsys, monkeypatch=monkeypatch)
+    assert found == 2
+    assert str(tmp_path) in err

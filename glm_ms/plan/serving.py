@@ -1,0 +1,105 @@
+"""`plan_serving`: memory of a server, fixed from its start: weights, pages of keys and values, tables of adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from glm_ms.convert.names import expected_shapes
+from glm_ms.generation.paged import CHUNK, pages_of
+from glm_ms.generation.pages import PAGE, RESERVED
+from glm_ms.model.config import GLMConfig
+from glm_ms.parallel.config import ParallelConfig
+from glm_ms.peft.lora import linear_names
+from glm_ms.peft.rows import AdapterBounds
+from glm_ms.plan.planned_parameters import ITEM_BYTES
+from glm_ms.plan.run_plan import size_text
+from glm_ms.plan.work import Work, prefill_bytes
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """Bytes of a server on one card.
+
+    Attributes:
+        slots: sequences at a time.
+        context: most tokens of one, prompt and answer.
+        weights: in their storage type.
+        kv_cache: all pages.
+        adapters: tables of LoRA matrices.
+        activations: while all slots are at work, or a chunk of a prompt is read, whichever takes more.
+        page: one page of all layers.
+    """
+
+    slots: int
+    context: int
+    weights: int
+    kv_cache: int
+    adapters: int
+    activations: int
+    page: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.adapters + self.activations
+
+
+def plan_serving(
+    config: GLMConfig, slots: int, context: int, bounds: AdapterBounds, fused: bool = False, chunk: int = CHUNK
+) -> ServingPlan:
+    """Plans a server.
+
+    Args:
+        config: of the network, with the types of its weights and of its arithmetic.
+        slots, context: see `ServingPlan`.
+        bounds: adapters that the server has room for.
+        fused: attention by a fused kernel, which keeps no scores.
+        chunk: tokens of a prompt that run at a time.
+    """
+    shapes, item = expected_shapes(config), ITEM_BYTES[config.compute_dtype]
+    prefixes = bounds.max_adapters * pages_of(bounds.max_prefix)
+    page = 2 * config.num_layers * PAGE * config.num_kv_heads * config.kv_channels * item
+    total = (pages_of(bounds.max_prefix) + pages_of(context)) * PAGE
+    work = Work(config, ParallelConfig(), slots, 1, prefix=total - 1, fused_kernels=fused)
+    reading = replace(work, rows=1, length=chunk, prefix=total - chunk)
+    return ServingPlan(
+        slots,
+        context,
+        weights=sum(math.prod(shape) for shape in shapes.values()) * ITEM_BYTES[config.param_init_type],
+        kv_cache=(RESERVED + slots * pages_of(context) + prefixes) * page,
+        adapters=item * _table_elements(shapes, bounds),
+        activations=max(prefill_bytes(work), prefill_bytes(reading)),
+        page=page,
+    )
+
+
+def _table_elements(shapes: Mapping[str, tuple[int, ...]], bounds: AdapterBounds) -> int:
+    """Elements of the tables of `glm_ms.peft.rows.RowUpdate` in all layers."""
+    if not bounds.max_adapters:
+        return 0
+    modules = linear_names(shapes) if bounds.modules is None else bounds.modules
+    widths = sum(sum(shapes[f"{name}.weight"]) for name in modules)
+    return (bounds.max_adapters + 1) * bounds.max_rank * widths
+
+
+def describe_serving(plan: ServingPlan, memory: int | None) -> Iterator[str]:
+    """Lines about a server with `memory` bytes for it (None: unknown)."""
+    yield f"{plan.slots} sequences at a time, each of up to {plan.context:,} tokens"
+    yield "memory:"
+    pages = f"{plan.kv_cache // plan.page:,} pages of {PAGE} tokens, {size_text(plan.page)} each"
+    parts = [
+        ("weights", plan.weights, ""),
+        ("KV cache", plan.kv_cache, pages),
+        ("adapters", plan.adapters, "LoRA matrices of all adapters"),
+        ("activations", plan.activations, "of a step of all sequences, or of a chunk of a prompt"),
+        ("in all", plan.total, ""),
+    ]
+    for name, size, note in parts:
+        yield f"  {name:<18}{size_text(size):>12}  {size:>15,} bytes{'  ' + note if note else ''}"
+    if memory is not None:
+        free = memory - plan.total
+        verdict, more = ("fits", f"{size_text(free)} left") if free >= 0 else (
+            "does not fit", f"{size_text(-free)} too much"
+        )  # fmt: skip
+        yield f"{verdict}: {size_text(plan.total)} of {size_text(memory)}, {more}"

@@ -1,0 +1,53 @@
+"""The memory of a server as planned and as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from glm_ms import GLMConfig, GLMForCausalLM
+from glm_ms.generation.paged import PagedGraphs
+from glm_ms.peft.rows import AdapterBounds
+from glm_ms.plan.serving import plan_serving
+
+TINY = GLMConfig(
+    num_layers=2, padded_vocab_size=96, hidden_size=32, ffn_hidden_size=48, kv_channels=8, num_attention_heads=4,
+    multi_query_group_num=2, seq_length=256
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        AdapterBounds(),
+        AdapterBounds(3, 4, max_prefix=20),
+        AdapterBounds(2, 8, ("transformer.encoder.layers.1.self_attention.query_key_value",)),
+    ],
+)
+def test_tables_are_those_of_a_decoder(bounds: AdapterBounds) -> None:
+    config = dataclasses.replace(TINY, param_init_type="float32", compute_dtype="float32")
+    network = GLMForCausalLM(config).network
+    weights = sum(parameter.nbytes for parameter in network.get_parameters())
+    graphs = PagedGraphs(network, 3, 100, 32, bounds)
+    found = plan_serving(config, 3, 100, bounds)
+    assert found.weights == weights
+    assert found.kv_cache == sum(table.nbytes for table in graphs.cache.tables)
+    assert found.adapters == sum(parameter.nbytes for parameter in network.get_parameters()) - weights
+    assert found.kv_cache % found.page == 0
+
+
+def test_scores_are_counted_unless_a_kernel_keeps_none() -> None:
+    half = dataclasses.replace(GLMConfig(), param_init_type="float16", compute_dtype="float16")
+    portable, fused = (plan_serving(half, 16, 4096, AdapterBounds(), kept) for kept in (False, True))
+    assert portable.activations - fused.activations > 0
+    assert portable.total - portable.activations == fused.total - fused.activations
+
+
+def test_six_billion_parameters() -> None:
+    """28 layers x keys and values x 2 groups x 128 channels x 2 bytes = 28 KiB a token."""
+    config = dataclasses.replace(GLMConfig(), seq_length=8192, param_init_type="float16", compute_dtype="float16")
+    found = plan_serving(config, 8, 2048, AdapterBounds())
+    assert found.page == 16 * 28 * 1024
+    assert found.kv_cache == (8 * 128 + 2) * found.page
+    assert found.weights == 2 * 6_243_584_000
