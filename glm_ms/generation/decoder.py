@@ -11,11 +11,8 @@ from mindspore import Tensor
 
 from glm_ms.generation.graphs import MATRIX, VECTOR, on_graph_thread, run_cell
 from glm_ms.generation.inputs import Prompt
-from glm_ms.generation.pages import NoRoom
 from glm_ms.model.cache import CachedGLM, CopySlots, KVCache, WritePrefix
 from glm_ms.model.glm import GLMNetwork
-
-__all__ = ["CachedDecoder", "Decoder", "DecoderGraphs", "DecoderPool", "NoRoom", "cache_capacity", "slot_count"]
 
 _SMALLEST_CAPACITY = 64
 

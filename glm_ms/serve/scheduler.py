@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from glm_ms.generation.decode import check_streamable
-from glm_ms.generation.decoder import NoRoom
 from glm_ms.generation.inputs import Prompt, checked_rows, new_token_limits
+from glm_ms.generation.pages import NoRoom
 from glm_ms.generation.sampling import RowSampler, largest, log_softmax, row_samplers
 from glm_ms.serve.answer import Answer, Event, Guide, Job, TokenScore
 from glm_ms.serve.text import AnswerText

@@ -67,15 +67,19 @@ def generate(decoder, prompts, config):
     return found
 
 
-def every_sequence(table, prompt, eos_ids, length, penalty):
-    """All sequences that end with an end id or at `length`, best score first."""
+def every_sequence(table, prompt, eos_ids, length, penalty, adjusted=lambda log_probs, before: log_probs):
+    """All sequences that end with an end id or at `length`, best score first.
+
+    `adjusted` changes log probabilities by the tokens generated before.
+    """
     found = []
     for size in range(1, length + 1):
         for tokens in itertools.product(range(table.vocab_size), repeat=size):
             ended = tokens[-1] in eos_ids
             if any(token in eos_ids for token in tokens[:-1]) or (size < length and not ended):
                 continue
-            total = sum(table.log_probs([*prompt, *tokens[:i]])[tokens[i]] for i in range(size))
+            steps = ((table.log_probs([*prompt, *tokens[:i]]), tokens[:i], tokens[i]) for i in range(size))
+            total = sum(adjusted(log_probs, before)[token] for log_probs, before, token in steps)
             found.append((total / size**penalty, list(tokens)))
     return sorted(found, reverse=True)
 
@@ -91,6 +95,23 @@ def test_wide_beams_find_what_exhaustive_search_finds(penalty, eos, seed):
     inputs = prepare_prompts(prompt, vocab_size=4)
     (best,) = beam_search(table, inputs, config)[0]
     score, tokens = every_sequence(table, prompt, config.eos_ids, 3, penalty)[0]
+    assert best.token_ids == tokens
+    np.testing.assert_allclose(best.score, score, **BEAM_SCORE)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bias_and_penalties_follow_each_beam(seed):
+    table, prompt = Table(4, seed), [2, 0, 2]
+    options = {"presence_penalty": 1.2, "frequency_penalty": 0.7, "logit_bias": {1: 2.0, 2: -1.0}, "min_new_tokens": 2}
+    config = GenerationConfig(3, num_beams=16, eos_token_id=[3, 1], **options)
+
+    def adjusted(log_probs, before):
+        counts = np.bincount(before, minlength=4)
+        ends = np.array([0, -np.inf, 0, -np.inf]) if len(before) < 2 else 0
+        return log_probs + np.array([0, 2, -1, 0]) - 1.2 * (counts > 0) - 0.7 * counts + ends
+
+    (best,) = beam_search(table, prepare_prompts(prompt, vocab_size=4), config)[0]
+    score, tokens = every_sequence(table, prompt, config.eos_ids, 3, 1.0, adjusted)[0]
     assert best.token_ids == tokens
     np.testing.assert_allclose(best.score, score, **BEAM_SCORE)
 

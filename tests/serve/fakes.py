@@ -9,7 +9,7 @@ from typing import Callable
 
 import numpy as np
 
-from glm_ms.generation.decoder import NoRoom
+from glm_ms.generation.pages import NoRoom
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 from serve.fakes import FakeDecoder, scripted
 
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.decoder import NoRoom
+from glm_ms.generation.pages import NoRoom
 from glm_ms.generation.sampling import log_softmax
 from glm_ms.serve.scheduler import Job, QueueFull, Scheduler, Stopped
 
