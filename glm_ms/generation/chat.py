@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class Round:
         options: of `generate` and `stream`, complete.
         room: tokens between the prompt and `max_length`.
         cut: whether the answer had no end when it reached the most tokens allowed; known when it is complete.
+        stopped: whether the caller of `stream` has stopped it.
 
     Raises:
         ConversationTooLongError: the prompt leaves no room for an answer.
@@ -53,7 +54,7 @@ class Round:
         self._query, self._history, self._role = query, history, role
         self.ids = tokenizer.build_chat_input(query, history, role)["input_ids"]
         self.options = self._complete(options)
-        self.cut = False
+        self.cut = self.stopped = False
         if self.options.get("num_return_sequences", 1) != 1:
             raise ValueError("num_return_sequences: a conversation has one answer; call generate for several")
 
@@ -82,10 +83,10 @@ class Round:
         sequence = self._model.generate(self.ids, **self.options)[0]
         return self._end(sequence[len(self.ids) :])
 
-    def stream(self) -> Iterator[tuple[Any, list[Any]]]:
+    def stream(self, stop: Callable[[], bool] = lambda: False) -> Generator[tuple[Any, list[Any]], None, None]:
         """The text so far and the history with it, whenever there is more text; at the end what `answer` returns.
 
-        A tool call appears at the end only.
+        A tool call appears at the end only. `stop` is asked after each token; when it says so, the stream ends there.
         """
         decoder = IncrementalDecoder(self._tokenizer)
         parser = self._tokenizer.answer_parser(self._tokenizer.tools_of(self._history))
@@ -100,6 +101,9 @@ class Round:
                     shown += new
                     last = (turn[0], shown) if isinstance(turn, tuple) else {**turn, "content": shown}
                     yield shown, [*earlier, last]
+                if stop():
+                    self.stopped = True
+                    return
         yield self._end(ids)
 
     def _end(self, ids: Sequence[int]) -> tuple[Any, list[Any]]:

@@ -16,6 +16,7 @@ import pytest
 from engine_helpers import write_small_vocabulary
 
 from glm_ms import ChatGLM2Tokenizer, ChatGLM3Tokenizer, GLMConfig, GLMForCausalLM
+from glm_ms.generation.chat import Round
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 CALL = "get_weather\n ```python\ntool_call(city='北京')\n```"
@@ -140,6 +141,15 @@ def test_a_stream_shows_the_text_before_a_call(glm3: ChatGLM3Tokenizer) -> None:
     items = list(model.stream_chat(glm3, "天气", [SYSTEM]))
     assert [answer for answer, _ in items][-2:] == ["我来查", {"name": "get_weather", "parameters": {"city": "北京"}}]
     assert [len(history) for _, history in items] == [3] * (len(items) - 1) + [4]
+
+
+def test_a_stream_can_be_stopped(glm2: ChatGLM2Tokenizer) -> None:
+    answers = iter([False] * 8 + [True])
+    one = Round(Parrot(glm2, "一二三四五六"), glm2, "问", None, "user", {})
+    items = list(one.stream(lambda: next(answers)))
+    assert one.stopped
+    assert items[-1][1] == [("问", items[-1][0])]
+    assert 0 < len(items[-1][0]) < 6
 
 
 def test_loops_of_the_released_demonstrations(glm3: ChatGLM3Tokenizer) -> None:

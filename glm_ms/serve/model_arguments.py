@@ -1,0 +1,72 @@
+"""Model and tokenizer of a program, from its command line. MindSpore is imported when they are loaded."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.paths import exists
+
+if TYPE_CHECKING:
+    from glm_ms.generation import GLMForCausalLM
+    from glm_ms.tokenizer import SentencePieceTokenizer
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """The flags that say which model is meant; `load_model` reads them."""
+    model = "Hugging Face folder, output folder of a run, .ckpt or .safetensors file"
+    tokenizer = "tokenizer.model, or the folder or YAML that has it (default: beside the model)"
+    generation = "2 for ChatGLM2, 3 for ChatGLM3, where nothing beside the model tells"
+    alpha = "of a LoRA adapter of MindFormers, whose file does not have it"
+    parser.add_argument("--model", required=True, metavar="PATH", help=model)
+    parser.add_argument("--config", metavar="PATH", help="config.json or YAML of the network, for a file of weights")
+    parser.add_argument("--tokenizer", metavar="PATH", help=tokenizer)
+    parser.add_argument("--model-generation", type=int, choices=(2, 3), help=generation)
+    parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", help=alpha)
+    parser.add_argument("--device-target", choices=("CPU", "Ascend"), help="device (default: that of MindSpore)")
+    parser.add_argument("--device-id", type=int, metavar="N", help="number of the card (default: 0)")
+
+
+def load_model(
+    arguments: Namespace, adapter: str | Path | None = None
+) -> tuple[GLMForCausalLM, SentencePieceTokenizer]:
+    """The model with its tokenizer, and with an adapter if one is given.
+
+    Raises:
+        FileError: a file is missing or damaged, nothing tells which tokenizer belongs to the model, or it is of another
+            model.
+    """
+    if os.environ.get("GLM_MS_VERBOSE", "0") == "0":
+        os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, on import: errors only
+    import mindspore as ms
+
+    from glm_ms.pretrained import find_tokenizer, load_pretrained
+    from glm_ms.tokenizer.base import CHAT
+
+    for path in filter(None, (arguments.model, arguments.tokenizer, arguments.config, adapter)):
+        if not exists(path):
+            raise CheckpointError(f"{path}: no such file or folder")
+    family, vocab_file, options = find_tokenizer(arguments.tokenizer or arguments.model, arguments.model_generation)
+    tokenizer = family.tokenizer(vocab_file, template=options.get("template", CHAT))
+    if arguments.device_target is not None:
+        ms.set_device(arguments.device_target, arguments.device_id or 0)
+    elif arguments.device_id is not None:
+        ms.set_device(ms.get_context("device_target"), arguments.device_id)
+    model = load_pretrained(arguments.model, arguments.config, adapter, arguments.lora_alpha)
+    if tokenizer.vocab_size > model.config.padded_vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.vocab_file}: {tokenizer.vocab_size} ids, but the network has "
+            f"{model.config.padded_vocab_size}; give the tokenizer of these weights with --tokenizer"
+        )
+    return model, tokenizer
+
+
+def name_and_path(value: str) -> tuple[str, Path]:
+    """Name and path of `NAME=PATH`; the name of a path alone is its last part."""
+    name, equals, path = value.partition("=")
+    if not equals or Path(value).exists():
+        return Path(value).resolve().name, Path(value)
+    return name, Path(path)
