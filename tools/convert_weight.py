@@ -20,11 +20,13 @@ from tqdm import tqdm
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glm_ms.convert.conversion import TARGETS, Conversion, parse_size, peak_memory, plan_conversion
-from glm_ms.model.config import FLOAT_TYPES, ConfigError
+from glm_ms.convert.conversion import HF_GLM, TARGETS, Conversion, parse_size, peak_memory, plan_conversion
+from glm_ms.model.config import FLOAT_TYPES
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
-from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError, FileError
+from glm_ms.tokenizer import SentencePieceTokenizer
+from glm_ms.tokenizer.base import CHAT
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,7 +46,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=FLOAT_TYPES, help="storage type of the output (default: that of the input)")
     parser.add_argument("--max_shard_size", metavar="SIZE", help="largest file of a Hugging Face folder (default: 2GB)")
-    parser.add_argument("--to", choices=TARGETS, help="kind of output (default: by the ending of --output)")
+    parser.add_argument(
+        "--to",
+        choices=TARGETS,
+        help=f"kind of output (default: by the ending of --output); {HF_GLM}: a folder that transformers, vLLM "
+        "and SGLang load as GlmForCausalLM, without code of the model",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help=f"with --to {HF_GLM}: tokenizer.model or a folder with it (default: of the input)",
+    )
+    parser.add_argument(
+        "--model_generation",
+        type=int,
+        choices=(2, 3),
+        help=f"with --to {HF_GLM}: ChatGLM2 or ChatGLM3, if the files of the tokenizer do not tell",
+    )
+    parser.add_argument(
+        "--without_adapter",
+        action="store_true",
+        help="of weights with an adapter in the same files, convert the weights",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 
@@ -63,9 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             target=options.to,
             max_shard_size=parse_size(options.max_shard_size) if options.max_shard_size else None,
             overwrite=options.overwrite,
+            with_adapter=options.without_adapter,
+            tokenizer=_tokenizer(options),
         )
+        if options.without_adapter and not conversion.reader.adapter_names():
+            raise CheckpointError(
+                f"{options.input}: --without_adapter: there is no adapter beside the weights; remove it"
+            )
         _run_with_bar(conversion)
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -73,11 +102,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if conversion.reader.ignored:
         print(f"left out {len(conversion.reader.ignored)} tensors of optimizer and training state")
+    if options.without_adapter:
+        print(f"left out {len(conversion.reader.adapter_names())} tensors of an adapter")
     print(
         f"{conversion.output}: {len(conversion.shapes)} tensors, {conversion.total_bytes:,} bytes "
         f"({conversion.dtype}), {time.monotonic() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB"
     )
     return 0
+
+
+def _tokenizer(options: argparse.Namespace) -> SentencePieceTokenizer | None:
+    """The tokenizer of the model, for the target that needs it."""
+    if options.to != HF_GLM:
+        for name in ("tokenizer", "model_generation"):
+            if getattr(options, name) is not None:
+                raise CheckpointError(f"--{name}: is for --to {HF_GLM} only; remove it")
+        return None
+    from glm_ms.pretrained import find_tokenizer  # takes seconds
+
+    family, vocab_file, config = find_tokenizer(
+        options.tokenizer or options.config or options.input, options.model_generation
+    )
+    return family.tokenizer(vocab_file, template=config.get("template", CHAT))
 
 
 def _run_with_bar(conversion: Conversion) -> None:

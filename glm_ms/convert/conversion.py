@@ -12,6 +12,7 @@ from typing import Callable
 import numpy as np
 
 from glm_ms.convert.dtypes import check_finite, check_float_type, convert_dtype
+from glm_ms.convert.hf_glm import check_config, write_hf_glm_folder
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, open_checkpoint
 from glm_ms.convert.writers import DEFAULT_SHARD_SIZE, FILE_ENDINGS, Shapes, size_in_bytes, write_file, write_hf_folder
 from glm_ms.families import read_config
@@ -19,8 +20,10 @@ from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.storage.atomic import check_target
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.run_folder import resolve_checkpoint
+from glm_ms.tokenizer import SentencePieceTokenizer
 
-TARGETS = ("hf", "mindspore")
+HF_GLM = "hf-glm"  # a folder for GlmForCausalLM of transformers
+TARGETS = ("hf", "mindspore", HF_GLM)
 # Copied into a Hugging Face folder from the folder of the input or of the config, if they exist.
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -34,10 +37,11 @@ class Conversion:
     """A conversion that passed all checks of names, shapes and types; `run` executes it.
 
     Attributes:
-        target: "hf" or "mindspore".
+        target: "hf", "mindspore" or "hf-glm".
         shapes: glm_ms name -> shape, in the order of the input.
         max_shard_size: bytes of tensors in one file of a Hugging Face folder.
         extra_files: tokenizer files to copy.
+        tokenizer: of the model, for "hf-glm" only.
         deltas: glm_ms name -> function giving a float32 array that is added to the tensor, in float32.
     """
 
@@ -51,6 +55,7 @@ class Conversion:
     extra_files: tuple[Path, ...]
     overwrite: bool
     deltas: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+    tokenizer: SentencePieceTokenizer | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -68,9 +73,11 @@ class Conversion:
         """
         tensors = self.shapes, self.dtype, self._stream(on_tensor)
         with self.reader:
+            more = self.max_shard_size, self.extra_files, self.overwrite
             if self.target == "hf":
-                more = self.max_shard_size, self.extra_files, self.overwrite
                 write_hf_folder(self.output, self.config, *tensors, *more)
+            elif self.tokenizer is not None:
+                write_hf_glm_folder(self.output, self.config, self.tokenizer, *tensors, *more)
             else:
                 write_file(self.output, *tensors, self.overwrite)
 
@@ -97,6 +104,7 @@ def plan_conversion(
     max_shard_size: int | None = None,
     overwrite: bool = False,
     with_adapter: bool = False,
+    tokenizer: SentencePieceTokenizer | None = None,
 ) -> Conversion:
     """Opens the input and checks names, shapes, types and the output.
 
@@ -105,23 +113,26 @@ def plan_conversion(
         output: a folder (Hugging Face), a `.ckpt` or a `.safetensors` (MindSpore).
         config: folder, config.json or YAML; by default the config.json in a `source` folder.
         dtype: one of `FLOAT_TYPES`; by default that of all weights of the input.
-        target: "hf" or "mindspore"; by default by the ending of `output`.
-        max_shard_size: bytes of tensors in one file, for "hf" only; 2 GB by default.
+        target: "hf", "mindspore" or "hf-glm"; by default one of the first two, by the ending of `output`.
+        max_shard_size: bytes of tensors in one file, not for "mindspore"; 2 GB by default.
         with_adapter: allow the tensors of an adapter beside the weights; they are left out.
+        tokenizer: of the model; needed for "hf-glm", whose folder has its vocabulary and its chat template.
 
     Raises:
         CheckpointError, ConfigError: the input, the config or the output cannot be used, or do not fit.
     """
     source, output = resolve_checkpoint(source), Path(output)
     target = _target(output, target)
-    if max_shard_size is not None and (target != "hf" or max_shard_size < 1):
+    if (tokenizer is not None) != (target == HF_GLM):
+        raise CheckpointError(f"target {target!r}: a tokenizer is needed for {HF_GLM}, and for that only")
+    if max_shard_size is not None and (target == "mindspore" or max_shard_size < 1):
         raise CheckpointError(
             f"max_shard_size = {max_shard_size}: must be positive, and is for Hugging Face output only; "
             f"a {' or '.join(FILE_ENDINGS)} is one file"
         )
     if dtype is not None:
         check_float_type(dtype)
-    check_target(output, folder=target == "hf", overwrite=overwrite)
+    check_target(output, folder=target != "mindspore", overwrite=overwrite)
     reader = open_checkpoint(source)
     for file in reader.files():  # overwriting must not delete the input
         if output.resolve() in (file.resolve(), *file.resolve().parents):
@@ -133,6 +144,8 @@ def plan_conversion(
         )
     glm_config = read_config(source if config is None else config)
     check_names_and_shapes(glm_config, reader, with_adapter)
+    if tokenizer is not None:
+        check_config(glm_config, tokenizer, config or source)
     return Conversion(
         reader=reader,
         output=output,
@@ -143,6 +156,7 @@ def plan_conversion(
         max_shard_size=max_shard_size or DEFAULT_SHARD_SIZE,
         extra_files=_tokenizer_files(source, config) if target == "hf" else (),
         overwrite=overwrite,
+        tokenizer=tokenizer,
     )
 
 
@@ -185,10 +199,10 @@ def _target(output: Path, target: str | None) -> str:
             f"{output}: cannot write {output.suffix}; give a folder or a name that ends in {' or '.join(FILE_ENDINGS)}"
         )
     inferred = "mindspore" if output.suffix in FILE_ENDINGS else "hf"
-    if target is not None and target != inferred:
-        remedy = "a folder" if target == "hf" else f"a name that ends in {' or '.join(FILE_ENDINGS)}"
+    if target is not None and (target == "mindspore") != (inferred == "mindspore"):
+        remedy = "a folder" if target != "mindspore" else f"a name that ends in {' or '.join(FILE_ENDINGS)}"
         raise CheckpointError(f"{output}: is not an output of kind {target}; give {remedy}")
-    return inferred
+    return target or inferred
 
 
 def _common_dtype(reader: CheckpointReader) -> str:

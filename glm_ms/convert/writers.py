@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +73,31 @@ def write_hf_folder(
         max_shard_size: bytes of tensors in one file; a larger tensor has a separate file.
         extra_files: copied into the folder, such as those of the tokenizer.
     """
-    path = Path(path)
     inv_freq = convert_dtype(inverse_frequencies(config), "float32", dtype, INV_FREQ)
     hf_shapes = {to_hf_name(name, config): shape for name, shape in shapes.items()}
     hf_shapes[INV_FREQ] = inv_freq.shape
-    total, shards = size_in_bytes(hf_shapes, dtype), _split(hf_shapes, dtype, max_shard_size)
+    arrays = _renamed(parameters, config, inv_freq)
+    document = dataclasses.replace(config, param_init_type=dtype).to_hf_dict()
+    texts = {"config.json": json.dumps(document, indent=2) + "\n"}
+    write_folder(path, hf_shapes, dtype, arrays, texts, max_shard_size, extra_files, overwrite)
+
+
+def write_folder(
+    path: str | Path,
+    shapes: Shapes,
+    dtype: str,
+    parameters: Parameters,
+    texts: Mapping[str, str],
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    extra_files: Iterable[Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """As `write_hf_folder`, with the names as they are; `texts` are file name -> content."""
+    path = Path(path)
+    total, shards = size_in_bytes(shapes, dtype), _split(shapes, dtype, max_shard_size)
     with atomic_output(path, folder=True, overwrite=overwrite, parents=True) as work:
         check_space(work, path, total)
-        arrays = _checked(hf_shapes, dtype, _renamed(parameters, config, inv_freq))
+        arrays = _checked(shapes, dtype, parameters)
         for file, shard in shards.items():
             write_safetensors(work / file, shard, dtype, arrays, {"format": "pt"})
         next(arrays, None)  # runs the check after the last array
@@ -88,7 +105,8 @@ def write_hf_folder(
             homes = {name: file for file, shard in shards.items() for name in shard}
             index = {"metadata": {"total_size": total}, "weight_map": homes}
             _write_json(work / "model.safetensors.index.json", index)
-        _write_json(work / "config.json", dataclasses.replace(config, param_init_type=dtype).to_hf_dict())
+        for name, text in texts.items():
+            (work / name).write_text(text, encoding="utf-8")
         for extra in extra_files:
             shutil.copyfile(extra, work / extra.name)
 

@@ -18,6 +18,7 @@ from glm_ms.convert.reader import check_names_and_shapes, open_checkpoint
 from glm_ms.model.config import ConfigError, GLMConfig
 from glm_ms.peft.adapter import AdapterError, read_adapter
 from glm_ms.storage.errors import CheckpointError
+from tools.convert_weight import main as convert
 from tools.merge_lora import main as merge
 
 BASE = FOLDER / "glm2_tiny"
@@ -127,6 +128,20 @@ def test_merging_and_converting(tmp_path: Path, capsys: pytest.CaptureFixture[st
         plan_conversion(joint, tmp_path / "f", config=BASE)
     with pytest.raises(CheckpointError, match=r"alone\.ckpt: contains an adapter, not weights"):
         plan_conversion(alone, tmp_path / "f", config=BASE)
+    line = ["--config", str(BASE), "--without_adapter", "--output"]
+    assert convert(["--input", str(joint), *line, str(tmp_path / "base.safetensors")]) == 0
+    assert f"left out {len(tensors_of('lora'))} tensors of an adapter" in capsys.readouterr().out
+    assert load_file(tmp_path / "base.safetensors").keys() == load_file(tmp_path / "a.safetensors").keys()
+    assert convert(["--input", str(BASE), *line, str(tmp_path / "again.safetensors")]) == 1
+    assert "--without_adapter: there is no adapter beside the weights" in capsys.readouterr().err
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+@pytest.mark.parametrize("alpha", [1e29, 0.0, -1.0, float("nan"), True, "32"])
+def test_a_scale_that_cannot_be_meant(alpha: object, tmp_path: Path) -> None:
+    alone = write(tmp_path / "alone.ckpt", tensors_of("lora"))
+    with pytest.raises(AdapterError, match="must be a number above 0 and at most 1e\\+06"):
+        read_adapter(alone, lora_alpha=alpha)
 
 
 def prefixed_folder(folder: Path) -> Path:
