@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Literal
 
 import openai
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 class Number(BaseModel):
     """A number."""
 
-    n: int
+    n: Literal[7]
 
 
 @tool

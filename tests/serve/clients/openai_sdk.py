@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from typing import Literal
 
 import openai
 from pydantic import BaseModel
@@ -25,7 +26,7 @@ ASK = [{"role": "user", "content": "weather"}]
 
 
 class Number(BaseModel):
-    n: int
+    n: Literal[7]
 
 
 def texts(client: openai.OpenAI) -> None:
