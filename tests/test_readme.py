@@ -3,7 +3,7 @@
 The info string of a code block tells what the tests do with it. `bash`: runs the commands in order, on stand-ins for
 files of the reader. `python`: runs the program. `bash ascend`, `bash 6b`, `bash adgen` and `bash mindformers` need
 cards, weights, genuine records or files of MindFormers: only files, flags and keys are checked. `bash tests` would run
-this suite. `text` starting with `$` shows a command and its error.
+this suite. `text` starting with `$` shows a command and its error. `nginx`: tests/serve/test_replicas.py runs it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SAMPLE = REPOSITORY / "configs" / "tiny" / "sample"
 README, TRAINING = "README.md", "docs/training.md"
 KINDS = {
     "bash", "bash ascend", "bash 6b", "bash adgen", "bash mindformers", "bash tests", "python", "text", "mermaid",
+    "nginx",
 }  # fmt: skip
 MAX_README_LINES = 200
 # Commands that change the environment; tests/scripts runs some of them.

@@ -7,7 +7,8 @@ import * as store from "./store.js";
 import { say, setLanguage } from "./text.js";
 import { article, editor, make } from "./view.js";
 
-const MAX_TRIES = 6; // of a request that a full queue refuses
+const MAX_TRIES = 6; // of a request that a busy server refuses
+const WAITING = [429, 503]; // status of a server that is full, or that loads its model
 const SAVE_MS = 250; // an answer that streams is stored at most this often
 const BEAT_MS = 2000; // and at least this often, which tells other tabs that it still streams
 const STALE_MS = 10000; // an answer without such a sign belongs to a tab that has gone
@@ -158,6 +159,7 @@ function removeOne(conversation) {
 }
 
 function clear() {
+  openSide(false);
   const before = structuredClone(current);
   edit((conversation) => (conversation.messages = []));
   notice(say("cleared"), { label: say("undo"), act: () => restore(before) });
@@ -180,6 +182,7 @@ function edit(change) {
 }
 
 function exportOne() {
+  openSide(false);
   const name = `glm_ms ${store.title(current).slice(0, 30).replace(/[^\p{L}\p{N} ]/gu, "")}`.trim();
   const url = URL.createObjectURL(new Blob([JSON.stringify(current, null, 2)], { type: "application/json" }));
   make("a", { href: url, download: `${name}.json` }).click();
@@ -187,6 +190,7 @@ function exportOne() {
 }
 
 async function importOne(file) {
+  openSide(false);
   const found = store.parse(await file.text());
   if (found === null) {
     notice(say("importBad", { file: file.name }), { error: true });
@@ -258,11 +262,10 @@ async function receive(conversation, job) {
 async function stream(conversation, job) {
   const { controller, answer } = job;
   const body = requestOf(conversation, conversation.settings.model ?? names[0]);
-  let begun = 0;
+  const begun = performance.now();
   let saved = 0;
   for await (const chunk of patient(body, conversation.id, controller.signal)) {
     const now = performance.now();
-    begun ||= now;
     addChunk(answer, chunk);
     answer.seconds = (now - begun) / 1000;
     if (conversation.id === current.id) drawSoon(answer);
@@ -273,14 +276,14 @@ async function stream(conversation, job) {
   }
 }
 
-/** A chat completion that waits where the queue of the server is full. */
+/** A chat completion that waits where the queue of the server is full, or its model is not loaded yet. */
 async function* patient(body, session, signal) {
   for (let tries = 1; ; tries += 1) {
     try {
       yield* chat(body, { key: preference("key"), session, signal });
       return;
     } catch (error) {
-      if (error.status !== 429 || tries === MAX_TRIES) throw error;
+      if (!WAITING.includes(error.status) || tries === MAX_TRIES) throw error;
       const seconds = Math.min(Math.max(error.retryAfter ?? 1, 0.5), 30);
       notice(say("busy", { seconds }));
       await pause(seconds * 1000, signal);
@@ -303,7 +306,7 @@ function pause(milliseconds, signal) {
 
 function fail(answer, error) {
   answer.error = explain(error);
-  if (error.status === 0) watch();
+  if (error.status === 0 || error.status >= 500) watch();
   if (error.status === 401) notice(answer.error, { error: true, label: say("settings"), act: () => settings("key") });
 }
 
