@@ -2,8 +2,6 @@
 
 # Without `from __future__ import annotations`: see options.py.
 import asyncio
-import re
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from fastapi import APIRouter, Depends, Request
@@ -13,13 +11,11 @@ from starlette.concurrency import run_in_threadpool
 from glm_ms.peft.adapter import StoredAdapter, read_adapter
 from glm_ms.serve.engine import Engine, engine_of
 from glm_ms.serve.errors import APIError
+from glm_ms.serve.names import FORM, NAME
 from glm_ms.serve.options import Body
 from glm_ms.storage.errors import FileError
 
 router = APIRouter()
-# A name is the `model` of requests and a label of metrics.
-NAME = re.compile(r"[A-Za-z0-9][\w./:@-]{0,99}", re.ASCII)
-_FORM = "begins with a letter or a digit and has at most 100 letters, digits and characters of _ . / : @ -"
 
 
 class LoadRequest(Body):
@@ -72,7 +68,7 @@ async def unload(body: UnloadRequest, engine: Annotated[Engine, Depends(engine_o
 def check_name(name: str, engine: Engine) -> None:
     """Raises APIError, 400, if an adapter cannot have this name."""
     if NAME.fullmatch(name) is None:
-        raise APIError(400, f"lora_name: a name {_FORM}", "lora_name")
+        raise APIError(400, f"lora_name: a name {FORM}", "lora_name")
     if name == engine.name or name in engine.adapters:
         raise APIError(400, f"lora_name: {name} is served already; unload it, or choose another name", "lora_name")
 
@@ -89,20 +85,3 @@ def remove(engine: Engine, name: str) -> None:
     """Ends serving an adapter."""
     if engine.adapters.pop(name, None) is not None and engine.decoder is not None:
         engine.decoder.unload_adapter(name)
-
-
-def named_adapters(items: list[str]) -> dict[str, Path]:
-    """NAME=PATH of a command line -> the path of each name.
-
-    Raises:
-        FileError: another form, or a name twice.
-    """
-    found: dict[str, Path] = {}
-    for item in items:
-        name, equals, path = item.partition("=")
-        if not equals or not path or NAME.fullmatch(name) is None:
-            raise FileError(f"--adapter {item}: must be NAME=PATH; a name {_FORM}")
-        if name in found:
-            raise FileError(f"--adapter {item}: the name {name} is given twice")
-        found[name] = Path(path)
-    return found

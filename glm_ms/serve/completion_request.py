@@ -49,8 +49,8 @@ class CompletionRequest(Sampling):
         if isinstance(given, str):
             return [given]
         if given and isinstance(given[0], int):
-            return [[int(token) for token in given]]  # type: ignore[arg-type]
-        return [*given]  # type: ignore[list-item]
+            return [[int(token) for token in given]]
+        return [*given]
 
     @property
     def new_tokens(self) -> int:

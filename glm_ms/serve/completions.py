@@ -169,14 +169,15 @@ class _Columns:
 
     def add(self, token: int, offset: int, score: TokenScore | None) -> None:
         """Adds a token; `score` is None for the first one of a prompt."""
-        text, top = self._engine.token_text, None
+        text = self._engine.token_text
+        top: dict[str, float] | None = None
         if score is not None:
             top = {}
             for one, value in (*score.top, (token, score.logprob)):
                 top.setdefault(text(one), value)
-        row = (text(token), None if score is None else score.logprob, top, offset)
-        for column, value in zip(self.values.values(), row):
-            column.append(value)
+        row: tuple[Any, ...] = text(token), None if score is None else score.logprob, top, offset
+        for column, item in zip(self.values.values(), row):
+            column.append(item)
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -66,8 +66,8 @@ class CheckBody:
             await error_response(error, scope["path"])(scope, receive, send)
             return
         except asyncio.TimeoutError:
-            error = APIError(408, f"body: did not arrive within {self.seconds:g} seconds")
-            await error_response(error, scope["path"])(scope, receive, send)
+            late = APIError(408, f"body: did not arrive within {self.seconds:g} seconds")
+            await error_response(late, scope["path"])(scope, receive, send)
             return
         given = False
 

@@ -7,8 +7,8 @@ from serve.fakes import FakeDecoder
 from serve.service import PADDING, client_of, running_engine
 
 from glm_ms.peft.adapter import AdapterError
-from glm_ms.serve.adapters import named_adapters
 from glm_ms.serve.auth import Keys
+from glm_ms.serve.names import named_adapters
 from glm_ms.storage.errors import FileError
 
 KEY = "0123456789abcdef"

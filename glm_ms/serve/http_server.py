@@ -1,0 +1,94 @@
+"""The process that serves HTTP: it loads the model while the port is open, and ends in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+if TYPE_CHECKING:
+    from glm_ms.serve.engine import Engine
+
+_FORCED = 5  # seconds in which connections end after their answers have been cancelled
+
+
+class Server(uvicorn.Server):
+    """Uvicorn with an engine that is loaded while the port is open, and with an orderly end.
+
+    Args:
+        app: of `create_app`; its `state.engine` is set when the engine is loaded.
+        bound: a listening socket.
+        drain_seconds: most time for answers that have begun, after the first signal.
+        say: takes lines for the user.
+    """
+
+    def __init__(self, app: FastAPI, bound: socket.socket, drain_seconds: float, say: Callable[[str], None]) -> None:
+        limit = int(drain_seconds) + _FORCED
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=limit, lifespan="off"))
+        self.app, self.bound, self.drain_seconds, self.say = app, bound, drain_seconds, say
+        self.url = address(bound)
+        self._signal: int | None = None
+        self._error: BaseException | None = None  # of loading
+
+    def serve_engine(self, load: Callable[[], Engine]) -> None:
+        """Serves until a signal comes, or `should_exit` is set. Raises what `load` raises."""
+        loader = threading.Thread(target=self._load, args=(load,), name="glm_ms loader", daemon=True)
+        loader.start()
+        self.run(sockets=[self.bound])
+        if self._error is not None:
+            raise self._error
+        engine = self.app.state.engine
+        if engine is None:  # libraries that import or compile cannot be interrupted
+            sys.stdout.flush()
+            os._exit(128 + (self._signal or signal.SIGTERM))
+        engine.scheduler.close()
+
+    def _load(self, load: Callable[[], Engine]) -> None:
+        try:
+            engine = load()
+        except BaseException as error:  # the main thread raises it again
+            self._error, self.should_exit = error, True
+            return
+        self.app.state.engine = engine
+        self.say(f"{self.url}/v1 is ready; models: {', '.join([engine.name, *engine.adapters])}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Signal handler: the first signal ends the server after its answers, a second one at once."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        self.should_exit, self._signal = True, sig
+        engine = self.app.state.engine
+        if engine is not None:
+            engine.stopping = True
+            drain = threading.Thread(target=engine.scheduler.drain, args=(self.drain_seconds,), daemon=True)
+            drain.start()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handles signals while the block runs. That of Uvicorn raises them again at the end, which ends the process
+        with the status of a failure."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def address(bound: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,82 @@
+"""From paths to an `Engine` that is compiled and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from glm_ms.families import family_of
+from glm_ms.generation import GLMForCausalLM
+from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.peft.adapter import StoredAdapter, read_adapter
+from glm_ms.peft.rows import bounds_for
+from glm_ms.pretrained import find_tokenizer, load_pretrained
+from glm_ms.serve.adapters import add
+from glm_ms.serve.engine import Engine
+from glm_ms.serve.scheduler import Scheduler
+from glm_ms.serve.settings import ServeSettings
+from glm_ms.storage.errors import CheckpointError
+from glm_ms.tokenizer import SentencePieceTokenizer
+from glm_ms.tokenizer.base import CHAT
+
+
+def load_engine(
+    model: str | Path,
+    config: str | Path | None,
+    tokenizer: str | Path | None,
+    name: str | None,
+    adapters: Mapping[str, Path],
+    settings: ServeSettings,
+) -> Engine:
+    """Loads weights, tokenizer and adapters; see `build_engine`.
+
+    Args:
+        model, config: see `load_pretrained`.
+        tokenizer: see `find_tokenizer`; None: that of the weights or of their run.
+        name: of the model for clients; None: that of the folder of the weights.
+        adapters: name for clients -> path, see `read_adapter`.
+
+    Raises:
+        FileError: a file cannot be used, or files do not fit each other.
+    """
+    family, vocab_file, options = find_tokenizer(tokenizer or model)
+    made = family.tokenizer(vocab_file, template=options.get("template", CHAT))
+    stored = {name: read_adapter(path) for name, path in adapters.items()}
+    loaded = load_pretrained(model, config)
+    return build_engine(loaded, made, name or Path(model).resolve().name, stored, settings)
+
+
+def build_engine(
+    model: GLMForCausalLM,
+    tokenizer: SentencePieceTokenizer,
+    name: str,
+    adapters: Mapping[str, StoredAdapter],
+    settings: ServeSettings,
+) -> Engine:
+    """Compiles a model for serving and starts its scheduler.
+
+    Args:
+        name: of the model for clients; adapters have other names.
+        adapters: name for clients -> adapter.
+
+    Raises:
+        FileError: the tokenizer has more ids than the network, or an adapter does not fit.
+    """
+    if tokenizer.vocab_size > model.config.padded_vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.vocab_file}: {tokenizer.vocab_size} ids, but the network has "
+            f"{model.config.padded_vocab_size}; give the tokenizer of these weights"
+        )
+    context = min(settings.context, model.config.seq_length)
+    bounds = bounds_for(list(adapters.values()), settings.max_adapters, settings.max_lora_rank, settings.max_prefix)
+    decoder = PagedDecoder(PagedGraphs(model.network, settings.slots, context, bounds=bounds))
+    decoder.compile()
+    scheduler = Scheduler(decoder, tokenizer, settings.max_queue)
+    engine = Engine(
+        scheduler, tokenizer, family_of(tokenizer), name, context, model.config.padded_vocab_size, settings.slots,
+        seconds=settings.max_seconds, decoder=decoder if bounds.max_adapters else None,
+    )  # fmt: skip
+    for label, stored in adapters.items():
+        add(engine, label, stored)
+    scheduler.start()
+    return engine

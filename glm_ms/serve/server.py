@@ -1,0 +1,256 @@
+"""`glm-ms serve`: a model behind an OpenAI-compatible HTTP interface.
+
+    glm-ms serve --model chatglm3-6b
+    glm-ms serve --model chatglm3-6b --adapter ads=output/ads titles=output/titles
+    glm-ms serve --model chatglm3-6b --host 0.0.0.0 --api-key-file keys.txt
+
+The port opens at once; /ready tells when the model is loaded and compiled. SIGTERM or Ctrl-C ends the server after the
+answers that it has begun, a second one at once. Exit status: 0 after a signal, 1 if the model cannot be loaded, 2 for
+arguments that cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import importlib.util
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from glm_ms.program import program
+from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
+from glm_ms.serve.names import named_adapters
+from glm_ms.serve.settings import HOST, PORT, ServeSettings
+from glm_ms.storage.arguments import Parser
+from glm_ms.storage.errors import FileError
+
+if TYPE_CHECKING:
+    from glm_ms.generation import GLMForCausalLM
+    from glm_ms.serve.engine import Engine
+    from glm_ms.tokenizer import SentencePieceTokenizer
+
+FAILED, UNUSABLE = 1, 2
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+_DEFAULTS = ServeSettings()
+
+
+class ServerError(FileError):
+    """The server cannot start; the message says why and what to do."""
+
+
+@program
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves a model until a signal comes; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    settings = ServeSettings(**{item.name: getattr(options, item.name) for item in dataclasses.fields(ServeSettings)})
+    try:
+        check_packages()
+        adapters = named_adapters(options.adapter)
+        for origin in options.cors_origin:
+            check_origin(origin)
+        keys = read_keys(options.api_key_file, os.environ)
+        check_host(options.host, keys, options.insecure)
+        bound = bind(options.host, options.port)
+    except FileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE
+
+    def load() -> Engine:
+        from glm_ms.serve.loading import load_engine
+
+        return load_engine(
+            options.model, options.config, options.tokenizer, options.served_model_name, adapters, settings
+        )
+
+    app = {"keys": keys, "cors_origins": options.cors_origin, "web": options.web}
+    try:
+        serve(bound, load, settings.drain_seconds, **app)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    print("stopped", flush=True)
+    return 0
+
+
+def launch_server(
+    model: GLMForCausalLM,
+    tokenizer: SentencePieceTokenizer,
+    port: int = PORT,
+    host: str = HOST,
+    name: str = "chatglm",
+    web: bool = False,
+    **settings: Any,
+) -> None:
+    """Serves a model until the program is interrupted, also in a notebook.
+
+    The variable GLM_MS_API_KEY is the key; without it the server is reached from this machine only.
+
+    Args:
+        port: 0: any free one, which is printed.
+        name: of the model for clients.
+        web: the address shows the chat page.
+        settings: fields of `ServeSettings`, as `slots=4`.
+
+    Raises:
+        ServerError: the address cannot be used, or a package is missing.
+    """
+    check_packages()
+    chosen = ServeSettings(**settings)
+    keys = read_keys(None, os.environ)
+    check_host(host, keys, insecure=False)
+    bound = bind(host, port)
+
+    def load() -> Engine:
+        from glm_ms.serve.loading import build_engine
+
+        return build_engine(model, tokenizer, name, {}, chosen)
+
+    serve(bound, load, chosen.drain_seconds, keys=keys, web=web)
+
+
+def serve(bound: socket.socket, load: Callable[[], Engine], drain_seconds: float, **app: Any) -> None:
+    """Serves an engine at a listening socket until a signal comes; `app` is for `create_app`. Raises what `load` does.
+
+    Beside an event loop, as notebooks have one, it uses a thread of its own.
+    """
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it on import: errors only
+    from glm_ms.serve.http_server import Server, address
+
+    print(f"{address(bound)}: loading the model", flush=True)
+    from glm_ms.serve.app import create_app  # imports MindSpore
+
+    server = Server(create_app(**app), bound, drain_seconds, lambda line: print(line, flush=True))
+    if not _in_event_loop():
+        server.serve_engine(load)
+        return
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.serve_engine(load)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="glm_ms server")
+    thread.start()
+    try:
+        thread.join()
+    finally:
+        server.should_exit = True
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_packages() -> None:
+    """Raises ServerError if a package of the extra `serve` is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ServerError(f"not installed: {', '.join(missing)}; run: pip install 'glm_ms[serve]'")
+
+
+def check_host(host: str, keys: Keys, insecure: bool) -> None:
+    """Raises ServerError if other machines could use the server without a key, and nobody has said that they may."""
+    try:
+        local = is_loopback(host)
+    except OSError as error:
+        raise ServerError(f"--host {host}: no such address: {error.strerror or error}") from None
+    if not (local or keys or insecure):
+        raise ServerError(
+            f"--host {host}: other machines reach this address, and there is no key; give --api-key-file FILE or the "
+            f"variable {KEY_VARIABLE}, or, if everybody there may use the server, --insecure"
+        )
+
+
+def check_origin(origin: str) -> None:
+    """Raises ServerError if this is not an origin of web pages."""
+    parts = urlsplit(origin)
+    if parts.scheme not in ("http", "https") or not parts.netloc or f"{parts.scheme}://{parts.netloc}" != origin:
+        raise ServerError(f"--cors-origin {origin}: must be like https://chat.example.org, without a path")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; ServerError if the port cannot be used."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ServerError(f"--host {host}: {error.strerror or error}") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(place)
+        bound.listen(128)
+    except OSError as error:
+        bound.close()
+        remedy = "give another --port, or 0 for any free one"
+        raise ServerError(f"--host {host} --port {port}: {error.strerror}; {remedy}") from None
+    return bound
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="glm-ms serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="weights: a Hugging Face folder, or the output of a training")
+    add("--config", metavar="PATH", help="architecture of weights without config.json: a config.json or a YAML")
+    add("--tokenizer", metavar="PATH", help="folder or YAML with the tokenizer; default: that of --model")
+    add("--adapter", nargs="+", default=[], metavar="NAME=PATH", help="adapters, by the name that requests give")
+    add("--served-model-name", metavar="NAME", help="of the model without adapter; default: the folder of --model")
+    add("--host", default=HOST, help=f"address to listen on; default {HOST}: this machine only")
+    add("--port", type=_number(0, 65535), default=PORT, help=f"0: any free one; default {PORT}")
+    add("--web", action="store_true", help="the address shows a chat page")
+    for flag, kind, metavar, text in (
+        ("--slots", _number(1, 1024), "N", "answers at a time"),
+        ("--context", _number(16, 1 << 20), "N", "most tokens of a prompt and its answer"),
+        ("--max-queue", _number(0, 1 << 20), "N", "requests that wait for slots; more get status 429"),
+        ("--max-seconds", _seconds, "S", "after so long an answer ends as it is, waiting included"),
+        ("--drain-seconds", _seconds, "S", "for answers that have begun when the server is told to stop"),
+        ("--max-adapters", _number(0, 1024), "N", "adapters at a time; default: those of --adapter"),
+        ("--max-lora-rank", _number(1, 1024), "N", "of adapters loaded later; default: what --adapter needs, or 16"),
+        ("--max-prefix", _number(0, 8192), "N", "positions of P-Tuning prefixes; default: what --adapter needs"),
+    ):
+        default = getattr(_DEFAULTS, flag[2:].replace("-", "_"))
+        add(flag, type=kind, default=default, metavar=metavar,
+            help=text if default is None else f"{text}; default {default:g}")  # fmt: skip
+    add("--api-key-file", type=Path, metavar="FILE",
+        help=f"keys that open the server, one a line; the variable {KEY_VARIABLE} may have one, too")  # fmt: skip
+    add("--insecure", action="store_true", help="no key, although other machines reach --host")
+    add("--cors-origin", nargs="+", default=[], metavar="URL", help="web pages of these origins may use the server")
+    return parser
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or not least <= int(text[:20]) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} to {most}")
+        return int(text)
+
+    return whole
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of seconds, above 0 and at most 86400")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
