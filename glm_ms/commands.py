@@ -45,6 +45,7 @@ LAUNCHERS = {
 # Command -> module of its server or terminal, and what it does.
 SERVING = {
     "chat": ("glm_ms.serve.terminal", "a conversation with a model in this terminal"),
+    "serve": ("glm_ms.serve.server", "an OpenAI-compatible HTTP server"),
 }
 CONFIGS = "configs"
 _USAGE = """usage: glm-ms COMMAND [ARGUMENTS]

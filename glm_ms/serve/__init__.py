@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from glm_ms.serve.server import launch_server
     from glm_ms.serve.terminal import launch_cli_demo
 
 # Function -> the module that it is loaded from on first use.
-_HOME = {"launch_cli_demo": "glm_ms.serve.terminal"}
+_HOME = {"launch_cli_demo": "glm_ms.serve.terminal", "launch_server": "glm_ms.serve.server"}
 
-__all__ = ["launch_cli_demo"]
+__all__ = ["launch_cli_demo", "launch_server"]
 
 
 def __getattr__(name: str) -> object:
