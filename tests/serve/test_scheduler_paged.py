@@ -7,23 +7,33 @@ import threading
 import numpy as np
 import pytest
 from marks import slow_unless
-from reference import golden_model
+from numpy_glm import NumpyGLM
+from reference import FOLDER, fresh_golden_model, golden_model
 from tolerances import LOGITS
 
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.paged import PagedDecoder, PagedGraphs
 from glm_ms.generation.sampling import log_softmax
+from glm_ms.peft.adapter import read_adapter
+from glm_ms.peft.rows import AdapterBounds
 from glm_ms.serve.answer import Answer
 from glm_ms.serve.scheduler import Job, Scheduler
 
 SLOTS, CAPACITY, CHUNK = 4, 64, 32
+ADAPTERS = {
+    "lora": FOLDER.parent / "train" / "lora" / "final",
+    "prefix": FOLDER.parent / "train" / "ptuning_v2" / "final.safetensors",
+}
 SAMPLED = {"do_sample": True, "temperature": 1.2, "top_p": 0.9}
 
 
 @pytest.fixture(scope="module")
 def decoder() -> PagedDecoder:
-    made = PagedDecoder(PagedGraphs(golden_model("glm3_tiny").network, SLOTS, CAPACITY, CHUNK))
+    bounds = AdapterBounds(max_adapters=2, max_rank=8, max_prefix=16)
+    made = PagedDecoder(PagedGraphs(fresh_golden_model("glm2_tiny").network, SLOTS, CAPACITY, CHUNK, bounds))
     made.compile()
+    for name, path in ADAPTERS.items():
+        made.load_adapter(name, read_adapter(path))
     return made
 
 
@@ -42,7 +52,8 @@ def jobs(count: int) -> list[Job]:
             {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "eos_token_id": list(range(40))},
         ][number % 4]
         config = GenerationConfig(1 + number % 11, **options)
-        made.append(Job(ids, config, logprobs=3, prompt_logprobs=number % 6 == 0))
+        adapter = [None, None, "lora", None, "prefix"][number % 5]
+        made.append(Job(ids, config, adapter, logprobs=3, prompt_logprobs=number % 6 == 0))
     return made
 
 
@@ -76,6 +87,7 @@ def alone(decoder, tokenizer) -> list[tuple]:
 def test_the_same_bits_alone_and_in_company(decoder, tokenizer, alone, seed):
     """24 clients in threads come in any order; some others leave in the middle."""
     decoder.reset()
+    idle = decoder.pages_used  # of prefixes
     scheduler = Scheduler(decoder, tokenizer)
     scheduler.start()
     found: dict[int, tuple] = {}
@@ -96,31 +108,35 @@ def test_the_same_bits_alone_and_in_company(decoder, tokenizer, alone, seed):
     scheduler.close()
     assert [found[number] for number in range(24)] == alone
     assert scheduler.stats.cached_tokens > 0
-    assert decoder.pages_used == 0
+    assert decoder.pages_used == idle
 
 
 @pytest.mark.slow
 def test_the_same_as_generate(alone):
-    given = jobs(24)
-    sequences = golden_model("glm3_tiny").generate([job.ids for job in given], configs=[job.config for job in given])
+    given = [job for job in jobs(24) if job.adapter is None]
+    sequences = golden_model("glm2_tiny").generate([job.ids for job in given], configs=[job.config for job in given])
     own = [
         job.ids + [score.token for score in tokens]
-        for job, (choices, _) in zip(given, alone)
+        for job, (choices, _) in zip(jobs(24), alone)
+        if job.adapter is None
         for _, tokens, _ in choices
     ]
     assert own == sequences
 
 
-def test_log_probabilities_of_the_prompt_are_those_of_the_model(alone):
-    checked = 0
+def test_log_probabilities_of_the_prompt_are_those_of_the_network(alone):
+    network, checked = NumpyGLM(FOLDER / "glm2_tiny"), 0
     for job, (choices, scores) in zip(jobs(24), alone):
         if not job.prompt_logprobs:
             assert scores is None
             continue
+        if job.adapter is not None:
+            continue
         ids = list(job.ids) + [score.token for score in choices[0][1]]
-        want = log_softmax(golden_model("glm3_tiny")([ids]).asnumpy()[0])
+        row = np.array([ids])
+        want = log_softmax(network.logits(row, np.ones_like(row), np.arange(len(ids))[None])[0])
         got = [*scores, *choices[0][1]]
         assert [score.token for score in got] == ids[1:]
         np.testing.assert_allclose([s.logprob for s in got], want[np.arange(len(ids) - 1), ids[1:]], **LOGITS)
         checked += len(got)
-    assert checked > 100
+    assert checked > 60
