@@ -79,6 +79,11 @@ class Question:
     body_name: str = "response_format"
     logprobs: int | None = None
 
+    @property
+    def grammar_name(self) -> str:
+        """The field of the request that the grammar of the answer comes from."""
+        return "tools" if self.body is None else self.body_name
+
 
 async def ask(engine: Engine, question: Question) -> Dialogue:
     """Hands a question to the scheduler.
@@ -112,7 +117,7 @@ def _guide(engine: Engine, question: Question) -> NewGuide | None:
         # An answer that must be a call has no text.
         return engine.guides.compile(None if choice.mode == "required" else body, start or f"start: {text}")
     except GuideError as error:
-        raise wrong_field("tools" if body is None else question.body_name, str(error)) from None
+        raise wrong_field(question.grammar_name, str(error)) from None
     except ImportError:
         raise APIError(400, "grammars and calls that must come need llguidance: pip install llguidance") from None
 
@@ -126,7 +131,7 @@ class Dialogue:
     """
 
     def __init__(self, engine: Engine, answer: Answer, question: Question) -> None:
-        self._engine, self.answer = engine, answer
+        self._engine, self.answer, self._question = engine, answer, question
         self.choices = question.sampling.n or 1
         self._readers = [_Choice(engine, question, number) for number in range(self.choices)]
 
@@ -139,7 +144,7 @@ class Dialogue:
         """The parts of all choices as they come. Closing the generator frees what the answer uses.
 
         Raises:
-            APIError: 503, the server stops; 500, computing the answer has failed.
+            APIError: 503, the server stops; 500, computing the answer has failed; 400, its grammar is too complex.
         """
         events = self._engine.events(self.answer)
         try:
@@ -148,6 +153,10 @@ class Dialogue:
                     yield part
                 if all(reader.ended for reader in self._readers):
                     return
+        except APIError as error:
+            if isinstance(error.__cause__, GuideError):
+                raise wrong_field(self._question.grammar_name, str(error.__cause__)) from None
+            raise
         finally:
             await events.aclose()
 

@@ -61,8 +61,8 @@ class Guides:
             grammars.append(body if start is None else {"name": "body", **body})
         library = self._load()
         first = library.LLMatcher(self._vocabulary, json.dumps({"grammars": grammars}), log_level=0)
-        if first.is_error():
-            raise GuideError(_sentence(first.get_error()))
+        # The first mask shows what the grammar alone does not: expressions that are too complex.
+        _TokenGuide(first, self._vocab_size, self._stops).mask()
         return lambda: _TokenGuide(first.deep_copy(), self._vocab_size, self._stops)
 
     def _load(self) -> Any:
@@ -138,6 +138,7 @@ class _TokenGuide(Guide):
         self._ended = False
 
     def mask(self) -> np.ndarray:
+        self._check()
         allowed = np.zeros(self._vocab_size, bool)
         if not self.finished():
             found = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)[: self._vocab_size]
