@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,8 @@ pytest.importorskip("uvicorn", reason="uvicorn missing: pip install '.[serve]'")
 
 from playwright.sync_api import Error, expect, sync_playwright
 from serve.chat_api import CALLS, CODE, EMOJI, HTML, KEY, NORMAL, Api, wait_until
+from serve.chat_helpers import WEATHER, Speaker, called
+from serve.service import running_engine, running_server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -669,3 +672,81 @@ def test_the_policy_blocks_inline_code(user):
     assert blocked == "connect-src"
     user.problems.clear()  # Chromium reports the blocked fetch in the console
     user.addresses = [address for address in user.addresses if ":9/" not in address]
+
+
+# The application itself, over a network that says what the test wants
+
+
+@pytest.fixture(scope="module")
+def application(tokenizer):
+    speaker = Speaker(tokenizer)
+    with running_engine(tokenizer, speaker) as engine, running_server(engine, web=True) as url:
+        yield SimpleNamespace(url=f"{url}/", speaker=speaker, engine=engine)
+
+
+@pytest.fixture
+def real(browser, application):
+    made = User(browser, application)
+    yield made
+    made.context.close()
+    assert made.problems == []
+
+
+def test_a_conversation_with_the_application(real, application, tokenizer):
+    page = real.tab()
+    expect(page.locator("#model")).to_have_value("tiny")
+    save_settings(
+        page, system="Be brief.", temperature="0", max_tokens="200", top_p="0.9", top_k="5", seed="1", stop="END"
+    )
+    count = len(application.speaker.say("\n " + EMOJI))
+    ask(page, "hello")
+    assert answers(page).last.locator(".body").inner_text() == EMOJI
+    assert f"{count} tokens" in answers(page).last.inner_text()
+    application.speaker.say("\n once moreEND and more")
+    ask(page, "again")
+    assert answers(page).last.locator(".body").inner_text() == "once more"
+    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"},
+               {"role": "assistant", "content": EMOJI}]  # fmt: skip
+    assert application.speaker.prompts[-1] == tokenizer.build_chat_input("again", history)["input_ids"]
+
+
+def test_a_tool_call_with_the_application(real, application, tokenizer):
+    page = real.tab()
+    save_settings(page, tools=json.dumps([WEATHER]))
+    application.speaker.say(called("get_weather", "city='北京', days=2"), end="<|observation|>")
+    ask(page, "hello")
+    expect(page.locator(".call summary")).to_have_text("Call of get_weather")
+    assert json.loads(page.locator(".call pre").inner_text()) == {"city": "北京", "days": 2}
+    application.speaker.say("\n It is hot.")
+    page.locator(".call textarea").fill('{"degrees": 31}')
+    click(page, "sendResults")
+    expect(answers(page).last).to_contain_text("It is hot.")
+    assert tokenizer.get_command("<|observation|>") in application.speaker.prompts[-1]
+    assert '{"degrees": 31}' in application.speaker.prompt
+
+
+def test_stop_and_a_closed_tab_free_their_slots(real, application):
+    application.speaker.say("\n " + "word " * 3000, end=None)
+    page = real.tab()
+    send(page, "hello")
+    expect(answers(page).last).to_contain_text("word word")
+    assert len(application.speaker.running) == 1
+    page.locator("#stop").click()
+    wait_until(lambda: not application.speaker.running)
+    send(page, "hello again")
+    expect(answers(page).last).to_contain_text("word word")
+    page.close()
+    wait_until(lambda: not application.speaker.running)
+
+
+def test_what_the_application_refuses_is_shown(real, application):
+    page = real.tab()
+    send(page, "word " * 5000)
+    expect(answers(page).last).to_contain_text("Error 400")
+    expect(answers(page).last).to_contain_text("at most 4096")
+    application.engine.stopping = True
+    send(page, "hello")
+    expect(page.locator("#notice")).to_contain_text("The server is busy; next try in 5 s.")
+    application.engine.stopping = False
+    application.speaker.say("\n back")
+    expect(answers(page).last).to_contain_text("back")
