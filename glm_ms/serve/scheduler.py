@@ -414,7 +414,8 @@ class Scheduler:
         if stopped is None and row.text.stopped is not None:  # the last characters complete a stop string
             finish, reason = "stop", row.text.stopped
         self._send(row, text, finish, reason)
-        self._finished[finish] += 1
+        with self._changed:
+            self._finished[finish] += 1
         if not run.rows:
             self._close(run)
 

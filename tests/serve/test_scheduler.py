@@ -8,9 +8,11 @@ import math
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from marks import slow_unless
 from serve.fakes import FakeDecoder, scripted
 
 from glm_ms.generation.config import GenerationConfig
@@ -416,6 +418,65 @@ def test_choices_wait_for_pages_of_running_ones(tokenizer):
     with pytest.raises(NoRoom):
         list(third.events())
     assert not decoder.running
+
+
+def disturbed_job(generator: np.random.Generator, vocab_size: int) -> tuple[Job, bool]:
+    """A job, and whether it can fail by itself."""
+    kind, size = generator.integers(8), int(generator.integers(1, 30))
+    ids = generator.integers(10, vocab_size, size).tolist()
+    config = sampled(int(generator.integers(1, 12)), num_return_sequences=int(generator.integers(1, 4)))
+    if kind == 0:  # NaN on the way
+        return Job([6, 5, 5], sampled(8, num_return_sequences=2)), True
+    if kind == 1:
+        return Job(ids, config, guide=lambda: Letters(vocab_size, [20, 21, 22])), False
+    if kind == 2:
+        return Job(ids, config, guide=lambda: Letters(3, [1])), True
+    if kind == 3:
+        return Job(ids, config, adapter="unknown"), True
+    return Job(ids, config, logprobs=1, prompt_logprobs=bool(kind == 4)), False
+
+
+@pytest.mark.parametrize("seed", slow_unless(range(5), range(100)))
+def test_no_mixture_of_troubles_disturbs_others(tokenizer, seed):
+    """Jobs that fail, are cancelled or wait for pages; the others get what they get alone, and nothing is left."""
+    generator = np.random.default_rng(seed)
+
+    def decoder(slots: int, pages: int) -> FakeDecoder:
+        made = FakeDecoder(tokenizer.vocab_size, slots=slots, pages=pages)
+        made._scores = lambda ids, adapter: made._random(ids, adapter) * (np.nan if ids[0] == 6 and ids[4:] else 1)
+        return made
+
+    shared = decoder(4, 30)
+    scheduler = Scheduler(shared, tokenizer)
+    jobs = [disturbed_job(generator, tokenizer.vocab_size) for _ in range(25)]
+    answers, cancelled = [], set()
+    for number, (job, _) in enumerate(jobs):
+        answers.append(scheduler.submit(job))
+        for _ in range(generator.integers(4)):
+            scheduler.round()
+        if generator.integers(3) == 0:
+            chosen = int(generator.integers(number + 1))
+            answers[chosen].cancel()
+            cancelled.add(chosen)
+    finish_all(scheduler)
+    assert not shared.running
+    assert shared.pages_used == 0
+    compared = 0
+    for number, ((job, may_fail), answer) in enumerate(zip(jobs, answers)):
+        if may_fail:
+            errors = ValueError, FloatingPointError
+            with suppress(*errors) if number in cancelled else pytest.raises(errors):
+                list(answer.events())
+        elif number not in cancelled:
+            single = Scheduler(decoder(4, 64), tokenizer)
+            alone = single.submit(job)
+            finish_all(single)
+            assert results(answer) == results(alone)
+            assert answer.prompt_scores == alone.prompt_scores
+            compared += 1
+    assert compared > 3
+    stats = scheduler.stats
+    assert (stats.running, stats.waiting) == (0, 0)
 
 
 @pytest.mark.parametrize(
