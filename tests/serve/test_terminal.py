@@ -240,6 +240,7 @@ def test_in_a_pseudo_terminal(screen: Screen) -> None:
     assert "Traceback" not in screen.shown
 
 
+@pytest.mark.slow
 def test_a_pipe(model_folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "glm_ms.commands", "chat", "--model", str(model_folder), "--greedy",
