@@ -37,8 +37,12 @@ class SlotDecoder(Protocol):
     slots: int  # sequences at a time
     capacity: int  # most tokens of one, prompt and answer
     vocab_size: int
-    pages_total: int
-    pages_used: int
+
+    @property
+    def pages_total(self) -> int: ...
+
+    @property
+    def pages_used(self) -> int: ...
 
     def open(self, ids: Sequence[int], adapter: str | None = None) -> int: ...
 
