@@ -197,7 +197,7 @@ def test_paths_in_the_text_exist(page):
 
 
 def arguments_of(command: str) -> tuple[str, list[str]]:
-    """Program (`run_glm.py`, `tools/train_vocab.py`, else "") and its arguments; of a pipe, the last command."""
+    """Program (`run_glm.py`, `tools/train_vocab.py`, a module, else "") and its arguments; of a pipe, the last one."""
     tokens = shlex.split(command.rpartition(" | ")[2])
     for token in tokens:
         if token.startswith("run_glm.py "):  # given to a launcher as one argument
@@ -206,6 +206,8 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
         return "run_glm.py", ["--run_mode", *tokens[1:]]
     if tokens[0] == "glm-ms" and tokens[1] in console.TOOLS:
         return f"tools/{console.TOOLS[tokens[1]][0]}", tokens[2:]
+    if tokens[0] == "glm-ms" and tokens[1] in console.SERVING:
+        return console.SERVING[tokens[1]][0], tokens[2:]
     if tokens[:2] == ["bash", "scripts/run_standalone.sh"]:
         config, device, mode, *rest = tokens[2:]
         alone = [] if "--use_parallel" in rest else ["--use_parallel", "False"]
@@ -258,14 +260,14 @@ def check_tool(program: str, arguments: list[str]) -> None:
 @functools.cache
 def flags_of(program: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, REPOSITORY / program, "--help"],
+        [sys.executable, *([REPOSITORY / program] if program.endswith(".py") else ["-m", program]), "--help"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         timeout=120,
         check=True,
     )
-    return set(re.findall(r"--\w+", done.stdout))
+    return set(re.findall(r"--[\w-]+", done.stdout))
 
 
 def test_the_check_of_commands_finds_mistakes():
@@ -361,7 +363,14 @@ class Workplace:
             "PYTHONUTF8": "1",
         }
         done = subprocess.run(
-            arguments, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+            arguments,
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
         )
         assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr[-3000:]}"
         return done.stdout
@@ -378,6 +387,7 @@ RESULTS = {
     TRAINING: ["tiny/glm3_finetune/metrics.jsonl", "adgen_eval/eval_scores.json", "tiny/watched/eval_metrics.jsonl"],
     "docs/adapters.md": ["tiny/glm3_lora_eval/eval_scores.json", "tiny/glm3_merged/config.json"],
     "docs/data.md": ["tiny/tool_alpaca.jsonl", "tiny/lengths.png", "tiny/glm3_multiturn/metrics.jsonl"],
+    "docs/chat.md": ["tiny/ptuning/generated_predictions.txt"],
     "docs/inference.md": ["tiny/glm3_predict/predict_results.jsonl", "tiny/glm3_export/export_settings.yaml"],
     "docs/conversion.md": ["glm3.ckpt", "glm3_hf/config.json", "tiny_hf/config.json"],
     "docs/cluster.md": ["two_ranks/metrics.jsonl"],
@@ -402,6 +412,8 @@ def test_every_command_runs(workplace, page):
         names = [path.name for path in made.iterdir()]
         assert names
         assert filecmp.cmpfiles(SAMPLE, made, names, shallow=False) == (names, [], [])
+    if page == "docs/chat.md":
+        workplace.python("\n".join(block.text for block in blocks(page) if block.kind == "python"))
     if page == "docs/inference.md":
         program = "\n".join(block.text for block in blocks(page) if block.kind == "python")
         answers = workplace.python(program).split()
