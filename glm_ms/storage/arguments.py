@@ -19,6 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
+        for word in words:  # of a call in Python: the system passes no such words
+            if not isinstance(word, str) or "\0" in word:
+                self.error(f"{word!r:.60}: an argument must be text without NUL characters")
         seen: dict[int, str] = {}
         name = ""
         for word in words[: words.index("--")] if "--" in words else words:

@@ -84,3 +84,25 @@ def test_conversations_with_tools(run) -> None:
     text = legacy_yaml(generation=3, tools=True)
     output = run(text, "tools", "model.init=random", *TWO_STEPS, records=records)
     assert len(read_jsonl(output / "metrics.jsonl")) == 2
+
+
+@pytest.mark.slow
+def test_codegeex2_and_the_32k_models(run) -> None:
+    codegeex = legacy_yaml(
+        ("    hidden_size: 4096\n", "    hidden_size: 4096\n    interleaved_qkv: False\n    rotary_percent: 0.5\n"),
+        ("    pad_token_id: 0\n", ""), ("loss_scale_value: 65536", "loss_scale_value: 4294967296"),
+        ("  expert_parallel: 1\n", "  expert_parallel: 1\n  optimizer_shard: True\n"),
+        ("type: polynomial", "type: linear"), ("  lr_end: 1.e-6\n", ""),
+    )  # fmt: skip
+    run(codegeex, "codegeex2", "model.init=random", *TWO_STEPS)
+    longer = legacy_yaml(
+        ("type: ChatGLM2Config", "type: ChatGLM32kConfig"), ("rope_ratio: 1\n", "rope_ratio: 50\n"),
+        ("ChatGLM2ForConditionalGeneration", "ChatGLM32kForConditionalGeneration"),
+        ("ChatGLM3Tokenizer", "ChatGLM32kTokenizer"), generation=3
+    )  # fmt: skip
+    trained = run(longer, "32k", "model.init=random", *TWO_STEPS)
+    template = "    bos_token: '<sop>'\n    chat_template: '[gMASK]sop{% for message in messages %}{% endfor %}'\n"
+    asked = longer.replace("    bos_token: '<sop>'\n", template).replace("run_mode: 'train'", "run_mode: 'predcit'")
+    length = ("model.model_config.max_decode_length=30", "--predict_data", "类型#裙", "--run_mode", "predict")
+    answers = run(asked, "answers", "--load_checkpoint", trained, *length)
+    assert len(read_jsonl(answers / "predict_results.jsonl")) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from glm_ms.storage.arguments import Parser
@@ -32,6 +34,9 @@ def test_each_once(parser: Parser) -> None:
         (["--output", ""], "--output: empty; give a value (is a variable of the shell not set?)"),
         (["--output=", "a"], "--output: empty"),
         (["a", ""], "an argument: empty"),
+        (["--output", "a\0b"], r"'a\x00b': an argument must be text without NUL characters"),
+        (["--", "\0"], "must be text without NUL"),
+        (["--output", Path("a")], "must be text"),
     ],
 )
 def test_twice_or_empty(parser: Parser, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
