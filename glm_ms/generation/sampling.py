@@ -8,7 +8,7 @@ transformers lacks, follow its repetition penalty. A filter maps scores to score
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Callable
 
 import numpy as np
@@ -21,6 +21,8 @@ ScoreFilter = Callable[[np.ndarray, "History"], np.ndarray]
 _FALLBACK_TOKEN, _FALLBACK_SCORE = 5, 5e4
 # How many of the best scores top-p looks at first; distributions of language models rarely need more.
 _TOP_P_FIRST_LOOK = 512
+# Values of which `kth_largest` takes the maximum.
+_GROUP = 64
 
 
 class History:
@@ -32,26 +34,27 @@ class History:
     Attributes:
         length: number of generated tokens.
         seen: bool [B, V], ids of prompt and generated tokens; None without a repetition penalty.
-        counts: int32 [B, V], how often an id was generated; None without penalties of generated tokens.
+        counts: how often each row has generated an id; None without penalties of generated tokens.
     """
 
     def __init__(self, config: GenerationConfig, prompts: Sequence[np.ndarray], vocab_size: int) -> None:
         self.length = 0
         self.seen: Any = mark_seen(prompts, vocab_size) if config.repetition_penalty != 1 else None
         counted = config.presence_penalty or config.frequency_penalty
-        self.counts: Any = np.zeros((len(prompts), vocab_size), np.int32) if counted else None
+        self.counts: Any = [Counter[int]() for _ in prompts] if counted else None
 
     def append(self, tokens: Any, rows: np.ndarray | None = None) -> None:
         """Adds the next token of each row, int [B]; with `rows` row i continues what row rows[i] was (beams)."""
         self.length += 1
-        tables = [table for table in (self.seen, self.counts) if table is not None]
-        if rows is not None:
-            for table in tables:
-                table[:] = table[rows]
         if self.seen is not None:
+            if rows is not None:
+                self.seen = self.seen[rows]
             self.seen[np.arange(len(self.seen)), tokens] = True
         if self.counts is not None:
-            self.counts[np.arange(len(self.counts)), tokens] += 1
+            if rows is not None:
+                self.counts = [self.counts[row].copy() for row in rows]
+            for counter, token in zip(self.counts, tokens):
+                counter[int(token)] += 1
 
 
 class RowSampler:
@@ -202,11 +205,10 @@ def mark_seen(input_ids: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
 
 def penalize_repetition(scores: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Divides positive and multiplies negative scores float32 [B, V] of seen ids by `penalty`, once per distinct id."""
-    rows, ids = np.nonzero(seen)
-    chosen = scores[rows, ids]
-    penalty32 = np.float32(penalty)
-    scores = scores.copy()
-    scores[rows, ids] = np.where(chosen < 0, chosen * penalty32, chosen / penalty32)
+    penalty32, scores = np.float32(penalty), scores.copy()
+    for row, own in zip(scores, seen):
+        ids = np.flatnonzero(own)
+        row[ids] = np.where(row[ids] < 0, row[ids] * penalty32, row[ids] / penalty32)
     return scores
 
 
@@ -217,11 +219,14 @@ def add_bias(scores: np.ndarray, ids: np.ndarray, bias: np.ndarray) -> np.ndarra
     return scores
 
 
-def penalize_generated(scores: np.ndarray, counts: np.ndarray, presence: float, frequency: float) -> np.ndarray:
-    """Subtracts presence + frequency * count from scores float32 [B, V] of ids with a count; counts int32 [B, V]."""
-    rows, ids = np.nonzero(counts)
+def penalize_generated(
+    scores: np.ndarray, counts: Sequence[Mapping[int, int]], presence: float, frequency: float
+) -> np.ndarray:
+    """Subtracts presence + frequency * count from the scores float32 [B, V] of the ids that a row has generated."""
     scores = scores.copy()
-    scores[rows, ids] -= np.float32(presence) + np.float32(frequency) * counts[rows, ids].astype(np.float32)
+    for row, own in zip(scores, counts):
+        ids, times = np.fromiter(own, np.int64), np.fromiter(own.values(), np.float32)
+        row[ids] -= np.float32(presence) + np.float32(frequency) * times
     return scores
 
 
@@ -247,9 +252,8 @@ def replace_invalid_scores(scores: np.ndarray) -> np.ndarray:
 
 def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """Removes every score of float32 [B, V] below the k-th largest of its row; ties with it stay."""
-    kth = scores.shape[1] - min(k, scores.shape[1])
-    threshold = np.partition(scores, kth, axis=1)[:, kth, None]
-    return np.where(scores < threshold, np.float32(-np.inf), scores)
+    threshold = np.array([kth_largest(row, min(k, row.size)) for row in scores], scores.dtype)
+    return np.where(scores < threshold[:, None], np.float32(-np.inf), scores)
 
 
 def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
@@ -283,7 +287,7 @@ def _top_p_threshold(row: np.ndarray, p: float) -> np.floating:
     look = 0
     while True:
         look = min(max(_TOP_P_FIRST_LOOK, 16 * look), row.size)
-        best = np.sort(np.partition(row, row.size - look)[row.size - look :])
+        best = np.sort(row[row >= kth_largest(row, look)])[-look:]
         probabilities = np.exp(best - best[-1]) / normalizer
         tail = max(total - probabilities.sum(dtype=np.float64), 0.0) if look < row.size else 0.0
         if np.float32(tail) <= removed_mass:
@@ -306,11 +310,22 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
+def kth_largest(values: np.ndarray, k: int) -> np.floating:
+    """The k-th largest of [N], 1 <= k <= N.
+
+    `np.partition` of a whole vocabulary takes a millisecond. So the values are first divided into groups: none of the k
+    largest is below the k-th largest of the maxima of the groups.
+    """
+    groups = values.size // _GROUP
+    if k <= groups:
+        maxima = values[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
+        values = values[values >= np.partition(maxima, groups - k)[groups - k]]
+    return np.partition(values, values.size - k)[values.size - k]
+
+
 def largest(values: np.ndarray, count: int) -> np.ndarray:
     """Places of the `count` largest of [N], largest first; of equal ones the lower place comes first."""
-    count = min(count, values.size)
-    threshold = np.partition(values, values.size - count)[values.size - count]
-    places = np.flatnonzero(values >= threshold)
+    places = np.flatnonzero(values >= kth_largest(values, min(count, values.size)))
     return places[np.argsort(-values[places], kind="stable")[:count]]
 
 

@@ -139,6 +139,18 @@ def test_top_p_keeps_ties_together_and_at_least_one():
     assert (sampling.keep_top_p(scores[:, :2], 1e-12) > -np.inf).tolist() == [[False, True]]
 
 
+def test_the_largest_are_those_of_a_sort():
+    rng = np.random.default_rng(4)
+    for size in (1, 63, 64, 500, 65024):
+        for values in (rng.normal(size=size), rng.integers(0, 5, size), np.full(size, -np.inf), np.arange(size)):
+            values = values.astype(np.float32)
+            order = np.argsort(-values, kind="stable")
+            for k in {1, min(2, size), min(40, size), size}:
+                assert sampling.kth_largest(values, k) == values[order[k - 1]]
+                np.testing.assert_array_equal(sampling.largest(values, k), order[:k])
+    assert sampling.largest(np.float32([1, 2]), 9).tolist() == [1, 0]
+
+
 def test_top_k_above_the_vocabulary_keeps_all():
     scores = np.array([[1.0, 3.0]], np.float32)
     np.testing.assert_array_equal(sampling.keep_top_k(scores, 9), scores)
