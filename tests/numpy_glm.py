@@ -16,6 +16,7 @@ class NumpyGLM(SlotDecoder):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.config = json.loads((folder / "config.json").read_text())
+        self.vocab_size = self.config["padded_vocab_size"]
         self.weights = load_file(folder / "model.safetensors")
 
     def scores(self, rows):

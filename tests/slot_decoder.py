@@ -21,9 +21,12 @@ class SlotDecoder:
     """A `glm_ms.generation.decoder.Decoder`. A subclass computes `scores(rows)`, float32 [len(rows), V].
 
     Attributes:
+        slots: as many as a test may need; `vocab_size` is that of the subclass.
         rows: slot -> `Row`; empty after every run that frees what it has added.
         calls: names of the methods that were called, and `fed`, `positions`: what each step appended.
     """
+
+    slots = 1000
 
     def __init__(self):
         self.rows, self.calls, self.fed, self.positions = {}, [], [], []
@@ -51,12 +54,6 @@ class SlotDecoder:
     def fork(self, slots):
         self.calls.append("fork")
         return [self._put(replace(self.rows[slot])) for slot in slots]
-
-    def reorder(self, slots, sources):
-        self.calls.append("reorder")
-        assert list(slots) != list(sources), "a reorder that moves nothing costs time"
-        for slot, row in zip(slots, [replace(self.rows[source]) for source in sources]):
-            self.rows[slot] = row
 
     def free(self, slots):
         for slot in slots:

@@ -15,6 +15,7 @@ import numpy as np
 
 from glm_ms.data.datasets import EvalDataset, TrainDataset
 from glm_ms.data.rows import IGNORED, Row
+from glm_ms.engine.answers import answers_in_order
 from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.from_settings import generation_options, labelled_rows, prompts_with_references
 from glm_ms.engine.predict import answer_text, check_prompt_lengths
@@ -63,9 +64,9 @@ def evaluate(settings: Settings, model: GLMForCausalLM, tokenizer: SentencePiece
 class Evaluator:
     """Measures networks on `eval_dataset` any number of times; reads the records once.
 
-    The ranks of a parallel run take the batches in turn. Batches and calls are those of a single process, and so are
-    the scores and the predictions, which the first rank writes into the output folder. `say` takes lines for the user,
-    once; with `leave` full progress bars stay visible. `made_of` describes the records, for `result_folder`.
+    The ranks of a parallel run take parts of the records in turn. Their results are those of a single process, and so
+    are the scores and the predictions, which the first rank writes into the output folder. `say` takes lines for the
+    user, once; with `leave` full progress bars stay visible. `made_of` describes the records, for `result_folder`.
 
     Raises:
         DataError: no usable record, or rows longer than the network.
@@ -98,63 +99,55 @@ class Evaluator:
 
 
 class _Pass(ABC):
-    """One pass over `eval_dataset`, for all metrics with the same input."""
+    """One pass over `eval_dataset`, for all metrics with the same input. It has a result for each record or batch."""
 
     input: ClassVar[str]
     label: ClassVar[str]
-    file: ClassVar[str]  # of its results, a line for each record or, with `by_batch`, for each batch
+    file: ClassVar[str]  # of its results, a line for each
     fields: ClassVar[dict[str, type]]  # of a line, those that `_result` reads
-    by_batch: ClassVar[bool] = False
 
     def __init__(self, settings: Settings, records: EvalDataset | TrainDataset, say: Say, leave: bool) -> None:
         number, size = len(records), settings.eval_dataset.batch_size
         self._records, self._batch_size, self._leave = records, size, leave
         self._path = Path(settings.output_dir) / self.file
-        self._batches = [range(start, min(start + size, number)) for start in range(0, number, size)]
         self._ranks = ranks_of(settings)
-        if len(self._batches) < self._ranks.size:
+        batches = -(-number // size)
+        if batches < self._ranks.size:
             say(
-                f"{number} records in batches of {size} keep {len(self._batches)} of {self._ranks.size} ranks busy; "
+                f"{number} records in batches of {size} keep {batches} of {self._ranks.size} ranks busy; "
                 "a smaller eval_dataset.batch_size spreads them"
             )
 
     def run(self, model: GLMForCausalLM, metrics: Sequence[Metric], grows: bool) -> None:
         """Updates the metrics with all records and writes the results, as `Evaluator` does; every rank takes part, also
         without metrics."""
-        lines_of_batch = 1 if self.by_batch else self._batch_size
-        total = len(self._batches) if self.by_batch else len(self._records)
         target = nullcontext(self._path) if grows or not self._ranks.first else staged(self._path)
-        with target as path, ResultLines(path, self.fields, lines_of_batch, total, self._ranks) as lines:
-            stored = [lines.stored[i : i + lines_of_batch] for i in range(0, len(lines.stored), lines_of_batch)]
-            for number, (batch, result) in enumerate(self._results(model, [self._result(one) for one in stored])):
-                new = self._score(batch, result, metrics)
-                if number >= len(stored):
-                    lines.append(new)
+        with target as path, ResultLines(path, self.fields, self._ranks) as lines:
+            stored = [self._result(line) for line in lines.stored]
+            results = chain(stored, self._compute(model, len(stored)))
+            show = self._ranks.first
+            with progress_bar(len(self._records), self.label, "record", show=show, leave=self._leave) as bar:
+                for number, result in enumerate(results):
+                    line = self._score(number, result, metrics)
+                    if number >= len(stored):
+                        lines.append(line)
+                    bar.update(self._size(number))
 
     @abstractmethod
-    def _compute(self, model: GLMForCausalLM, batch: list[Any]) -> Any:
-        """The result of a batch of records, as JSON. A short batch is filled up, so that no other shape is compiled."""
+    def _compute(self, model: GLMForCausalLM, start: int) -> Iterator[Any]:
+        """The results from number `start` on, as JSON, in order, on every rank."""
 
     @abstractmethod
-    def _score(self, batch: list[Any], result: Any, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-        """Updates the metrics with a batch; returns its lines."""
+    def _score(self, number: int, result: Any, metrics: Sequence[Metric]) -> dict[str, Any]:
+        """Updates the metrics with a result; returns its line."""
 
     @abstractmethod
-    def _result(self, lines: list[dict[str, Any]]) -> Any:
-        """The result of `_compute`, from the lines of a batch."""
+    def _result(self, line: dict[str, Any]) -> Any:
+        """The result of a line."""
 
-    def _results(self, model: GLMForCausalLM, stored: list[Any]) -> Iterator[tuple[list[Any], Any]]:
-        """The records and the result of every batch, first those that are stored; one rank computes, all receive."""
-
-        def compute(numbers: range) -> Any:
-            return self._compute(model, [self._records[i] for i in numbers])
-
-        show, left = self._ranks.first, self._batches[len(stored) :]
-        results = chain(stored, self._ranks.share_out(left, compute))
-        with progress_bar(len(self._records), self.label, "record", show=show, leave=self._leave) as bar:
-            for numbers, result in zip(self._batches, results):
-                yield [self._records[i] for i in numbers], result
-                bar.update(len(numbers))
+    @abstractmethod
+    def _size(self, number: int) -> int:
+        """Records of a result."""
 
 
 class _TextPass(_Pass):
@@ -171,35 +164,35 @@ class _TextPass(_Pass):
         stop = options["eos_token_id"] + [tokenizer.get_command(token) for token in records.stop_tokens]
         # One text per reference.
         self._options = {**options, "eos_token_id": stop, "num_return_sequences": 1}
-        prompts = [records[i]["input_ids"] for i in range(len(records))]
-        check_prompt_lengths(prompts, options, settings.model.model_config.seq_length)
+        self._prompts = [records[i]["input_ids"] for i in range(len(records))]
+        check_prompt_lengths(self._prompts, options, settings.model.model_config.seq_length)
         self._tokenizer = tokenizer
         super().__init__(settings, records, say, leave)
 
-    def _score(self, batch: list[Any], result: list[str], metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-        references = [record["reference"] for record in batch]
-        scores = [metric.update(result, references) or [{}] * len(batch) for metric in metrics]
-        lines = []
-        for record, text, *own in zip(batch, result, *scores):
-            lines.append({"prompt": record["prompt"], "prediction": text, "reference": record["reference"]})
-            for score in own:
-                lines[-1].update(score)
-        return lines
+    def _score(self, number: int, result: str, metrics: Sequence[Metric]) -> dict[str, Any]:
+        record = self._records[number]
+        line = {"prompt": record["prompt"], "prediction": result, "reference": record["reference"]}
+        for metric in metrics:
+            for score in metric.update([result], [record["reference"]]) or []:
+                line.update(score)
+        return line
 
-    def _result(self, lines: list[dict[str, Any]]) -> list[str]:
-        return [line["prediction"] for line in lines]
+    def _result(self, line: dict[str, Any]) -> str:
+        return line["prediction"]
 
-    def _compute(self, model: GLMForCausalLM, batch: list[dict[str, Any]]) -> list[str]:
-        prompts = [record["input_ids"] for record in batch]
-        sequences = model.generate(prompts + [prompts[-1]] * (self._batch_size - len(batch)), **self._options)
+    def _compute(self, model: GLMForCausalLM, start: int) -> Iterator[str]:
         stop = self._options["eos_token_id"]
-        return [answer_text(self._tokenizer, ids[len(prompt) :], stop) for prompt, ids in zip(prompts, sequences)]
+        answers = answers_in_order(model, self._prompts, self._options, self._batch_size, self._ranks, start)
+        return (answer_text(self._tokenizer, ids, stop) for (ids,) in answers)
+
+    def _size(self, number: int) -> int:
+        return 1
 
 
 class _LossPass(_Pass):
-    """Summed loss and number of target tokens of the labelled rows; every token has the same weight."""
+    """Summed loss and number of target tokens of the batches; every token has the same weight."""
 
-    input, label, file, by_batch = LOSS, "perplexity", LOSSES_FILE, True
+    input, label, file = LOSS, "perplexity", LOSSES_FILE
     fields: ClassVar[dict[str, type]] = {"loss_sum": float, "num_tokens": int}
 
     def __init__(self, settings: Settings, tokenizer: SentencePieceTokenizer, say: Say, leave: bool) -> None:
@@ -213,15 +206,28 @@ class _LossPass(_Pass):
             )
         super().__init__(settings, rows, say, leave)
 
-    def _score(self, batch: list[Row], result: Any, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    def _score(self, number: int, result: Any, metrics: Sequence[Metric]) -> dict[str, Any]:
         for metric in metrics:
             metric.update(*result)
-        return [{"loss_sum": result[0], "num_tokens": result[1]}]
+        return {"loss_sum": result[0], "num_tokens": result[1]}
 
-    def _result(self, lines: list[dict[str, Any]]) -> Any:
-        return lines[0]["loss_sum"], lines[0]["num_tokens"]
+    def _result(self, line: dict[str, Any]) -> Any:
+        return line["loss_sum"], line["num_tokens"]
 
-    def _compute(self, model: GLMForCausalLM, batch: list[Row]) -> tuple[float, int]:
+    def _batch(self, number: int) -> range:
+        start = number * self._batch_size
+        return range(start, min(start + self._batch_size, len(self._records)))
+
+    def _size(self, number: int) -> int:
+        return len(self._batch(number))
+
+    def _compute(self, model: GLMForCausalLM, start: int) -> Iterator[tuple[float, int]]:
+        left = range(start, -(-len(self._records) // self._batch_size))
+        return self._ranks.share_out(left, lambda number: self._loss(model, self._batch(number)))
+
+    def _loss(self, model: GLMForCausalLM, numbers: range) -> tuple[float, int]:
+        """Of one batch; a short one is filled up, so that no other shape is compiled."""
+        batch: list[Row] = [self._records[i] for i in numbers]
         filler = {**batch[0], "labels": np.full_like(batch[0]["labels"], IGNORED)}
         rows = batch + [filler] * (self._batch_size - len(batch))
         total, tokens = model.loss_sum(tuple(np.stack([row[name] for row in rows]) for name in COLUMNS))

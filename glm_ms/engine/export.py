@@ -14,9 +14,8 @@ from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import ranks_of
 from glm_ms.engine.results import result_folder
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.generation.decoder import DecoderGraphs
-from glm_ms.generation.graphs import GRAPHS
-from glm_ms.model.cache import PositionedGLM
+from glm_ms.generation.graphs import GRAPHS, run_cell
+from glm_ms.model.cache import KVCache, PositionedGLM, WritePrefix
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import staged
 from glm_ms.storage.run_folder import MODE_RESULTS
@@ -37,15 +36,19 @@ def export(settings: Settings, model: GLMForCausalLM, say: Say) -> list[Path]:
     Raises CheckpointError if the disk has too little space, or another process writes into the folder.
     """
     rows, output_dir = settings.predict_batch_size, Path(settings.output_dir)
-    graphs = DecoderGraphs(model.network, rows, model.config.seq_length)
-    cells = [PositionedGLM(model.network, graphs.cache, graphs.prefix) for _ in range(2)]
+    encoder = model.network.transformer.prefix_encoder
+    prefix = 0 if encoder is None else encoder.length
+    cache = KVCache(model.config, rows, model.config.seq_length + prefix)
+    cells = [PositionedGLM(model.network, cache, prefix) for _ in range(2)]
     size = sum(parameter.nbytes for cell in cells for parameter in cell.get_parameters())
     check_space(output_dir, output_dir, size)
     words, token = Tensor(shape=[rows, None], dtype=ms.int32), Tensor(np.zeros((rows, 1), np.int32))
     last = Tensor(np.zeros(rows, np.int32))
     folders = [output_dir / name for name in MODE_RESULTS[settings.run_mode]]
     with result_folder(settings, {}, ranks_of(settings), say):
-        GRAPHS.run(graphs.fill_prefix)
+        if encoder is not None:
+            indices = np.tile(np.arange(prefix), (rows, 1))
+            run_cell(WritePrefix(encoder, rows, cache), cache.rows(np.arange(rows), indices))
         with staged(folders[0], folder=True) as prefill, staged(folders[1], folder=True) as step:
             GRAPHS.run(_write, cells[0], (words, words, last), prefill)
             GRAPHS.run(_write, cells[1], (token, token), step)

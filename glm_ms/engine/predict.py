@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from glm_ms.data.prompts import read_prompts
+from glm_ms.engine.answers import answers_in_order
 from glm_ms.engine.from_settings import generation_options
 from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
@@ -37,8 +38,8 @@ def predict(
     With `resume` the answers that are there stay.
 
     The template of the tokenizer makes a chat prompt of a plain text; text in the template stays as it is. A single
-    prompt without beams is shown while it is generated. The ranks of a parallel run take the batches in turn, with the
-    batches and answers of a single process; the first rank shows and writes.
+    prompt without beams is shown while it is generated. The ranks of a parallel run take parts of the prompts in turn,
+    with the answers of a single process; the first rank shows and writes.
 
     `show` takes pieces of text for the user, line breaks included, `say` notes. Returns all predictions in order, on
     every rank.
@@ -61,30 +62,27 @@ def predict(
     streamed = len(texts) == 1 and options["num_beams"] == 1 and options["num_return_sequences"] == 1
     display = _Display(show)
 
-    def answer(start: int) -> list[list[str]]:
-        if streamed:
-            return [[_stream(model, tokenizer, prompts[0], options, display.show)]]
-        batch, count = prompts[start : start + size], options["num_return_sequences"]
-        sequences = model.generate(batch, **options)
-        found = [answer_text(tokenizer, ids[len(batch[i // count]) :]) for i, ids in enumerate(sequences)]
-        return [found[i : i + count] for i in range(0, len(found), count)]
+    def answers(start: int) -> Iterator[list[str]]:
+        if streamed and not start:
+            yield [_stream(model, tokenizer, prompts[0], options, display.show)]
+        else:
+            for found in answers_in_order(model, prompts, options, size, ranks, start):
+                yield [answer_text(tokenizer, ids) for ids in found]
 
     path = Path(settings.output_dir) / ANSWERS_FILE
     made_of = {"number of prompts": len(texts), "prompts": digest}
     with (
         result_folder(settings, made_of, ranks, say),
-        ResultLines(path, {"answers": list}, size, len(texts), ranks) as lines,
+        ResultLines(path, {"answers": list}, ranks) as lines,
     ):
         results = [Prediction(text, line["answers"]) for text, line in zip(texts, lines.stored)]
         if results:
             say(f"{path}: {len(results)} of {len(texts)} answers are there")
-        starts = range(len(results), len(texts), size)
-        for start, answers in zip(starts, ranks.share_out(starts, answer)):
-            new = [Prediction(text, found) for text, found in zip(texts[start : start + size], answers)]
-            lines.append([result._asdict() for result in new])
-            results += new
+        for text, found in zip(texts[len(results) :], answers(len(results))):
+            results.append(Prediction(text, found))
+            lines.append(results[-1]._asdict())
             if not streamed and ranks.first:
-                display.show("".join(f"{text}\n -> {one}\n" for text, found in new for one in found))
+                display.show("".join(f"{text}\n -> {one}\n" for one in found))
             display.check()
     return results
 

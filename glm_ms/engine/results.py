@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,40 +55,37 @@ def result_folder(settings: Settings, made_of: Mapping[str, Any], ranks: Ranks, 
 class ResultLines:
     """A file of results, a line for each, on the first rank; other ranks write nothing.
 
-    The lines of a batch are there whole or not at all, also after a kill.
+    A line is there whole or not at all, also after a kill.
 
     Args:
         fields: types of keys that every line has.
-        batch_size: lines written at a time, but for the last ones.
-        total: lines of the whole job.
 
     Attributes:
-        stored: lines that are there, of whole batches; the same on every rank.
+        stored: lines that are there; the same on every rank.
 
     Raises:
         DataError: a line is damaged.
         WriteError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path, fields: Mapping[str, type], batch_size: int, total: int, ranks: Ranks) -> None:
+    def __init__(self, path: Path, fields: Mapping[str, type], ranks: Ranks) -> None:
         self._file: GrowingFile | None = None
         stored: list[dict[str, Any]] = []
         if ranks.first:
             lines, damaged = read_lines(path, fields)
             if damaged:
                 raise DataError(f"{path}:{damaged[0]}: damaged; start without resume, which moves the file aside")
-            whole = len(lines) if len(lines) == total else len(lines) // batch_size * batch_size
-            content = b"".join(line for line, _ in lines[:whole])
+            content = b"".join(line for line, _ in lines)
             if path.exists() and path.stat().st_size != len(content):
                 replace_bytes(path, content)
-            stored = [value for _, value in lines[:whole]]
+            stored = [value for _, value in lines]
             self._file = GrowingFile(path)
         self.stored: list[dict[str, Any]] = ranks.from_first(stored)
 
-    def append(self, values: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the lines of a batch; raises WriteError."""
+    def append(self, value: Mapping[str, Any]) -> None:
+        """Writes a line; raises WriteError."""
         if self._file is not None:
-            self._file.append_lines(*(json.dumps(value, ensure_ascii=False) for value in values))
+            self._file.append_lines(json.dumps(value, ensure_ascii=False))
 
     def __enter__(self) -> ResultLines:
         return self

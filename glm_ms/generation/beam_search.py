@@ -7,14 +7,13 @@ end ids a finished sequence ends with the id that was generated; transformers al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.decoder import Decoder
-from glm_ms.generation.inputs import Prompt, new_token_limits
+from glm_ms.generation.inputs import Prompt
+from glm_ms.generation.output_rows import OutputRows
 from glm_ms.generation.sampling import History, apply_filters, build_filters, check_scores, largest, log_softmax
 
 # Sum of the copies of a prompt in its first step, when only one of the equal beams may continue.
@@ -30,68 +29,26 @@ class BeamHypothesis:
     score: float  # sum_log_probs / len(token_ids) ** length_penalty
 
 
-def beam_search(decoder: Decoder, prompts: Sequence[Prompt], config: GenerationConfig) -> list[list[BeamHypothesis]]:
-    """Searches the best continuations of each prompt; prompts do not influence each other.
+class BeamSearch(OutputRows):
+    """The search for the best continuations of a prompt; other prompts have no influence.
+
+    Sampling options of the config have no effect; `repetition_penalty` acts on log probabilities, as transformers does
+    here.
 
     Args:
-        decoder: the network; it needs `num_beams` free slots for each prompt.
-        prompts: any number.
-        config: sampling options have no effect; penalties and bias act on log probabilities, as transformers does
-            here.
-
-    Returns:
-        For each prompt `num_return_sequences` hypotheses, best first.
+        first_row: number of the first beam, for errors.
 
     Raises:
-        ValueError: an end or padding id outside the vocabulary, or nothing but end ids in it.
-        FloatingPointError: the network returned nan or inf.
+        ValueError: nothing but end ids in the vocabulary.
     """
-    beams = config.num_beams
-    used, scores = decoder.add(prompts)
-    try:
-        vocab_size = scores.shape[1]
-        config.check_vocab_size(vocab_size)
+
+    def __init__(
+        self, prompt: Prompt, config: GenerationConfig, number: int, limit: int, vocab_size: int, first_row: int
+    ) -> None:
+        super().__init__(prompt, config, number, limit)
         if len(config.eos_ids) >= vocab_size:
             raise ValueError(f"eos_token_id: all {vocab_size} ids of the vocabulary end a sequence")
-        limits = new_token_limits(prompts, [config] * len(prompts))
-        searches = [_Search(config, prompt, limit, vocab_size) for prompt, limit in zip(prompts, limits)]
-        # R = B * num_beams rows, those of a prompt together.
-        scores, slots = np.repeat(scores, beams, axis=0), np.repeat(used, beams)
-        for step in range(limits.max()):
-            if not config.replace_invalid_scores:
-                check_scores(scores, step)
-            for search, own in zip(searches, np.split(scores, len(searches))):
-                if not search.complete:
-                    search.advance(own)
-            alive = np.repeat([not search.complete for search in searches], beams)
-            if not alive.any():
-                break
-            tokens = np.concatenate([search.tokens for search in searches])
-            rows = np.concatenate([index * beams + search.beams for index, search in enumerate(searches)])
-            if step == 0:  # all beams of a prompt continue the slot that has run it
-                copies = alive & (np.arange(alive.size) % beams > 0)
-                slots[copies] = decoder.fork(slots[copies].tolist())
-            elif (rows[alive] != np.flatnonzero(alive)).any():
-                decoder.reorder(slots[alive].tolist(), slots[rows[alive]].tolist())
-            kept = slots[alive].tolist()
-            decoder.free(sorted(set(used) - set(kept)))
-            used = kept
-            scores[alive] = decoder.step(used, tokens[alive])
-    finally:
-        decoder.free(used)
-    # Best first; of equal ones the one found later comes first.
-    ranked = (sorted(search.finished, key=lambda one: one.score)[::-1] for search in searches)
-    return [hypotheses[: config.num_return_sequences] for hypotheses in ranked]
-
-
-class _Search:
-    """State of the search for one prompt."""
-
-    beams: np.ndarray  # int [num_beams], the running hypotheses that continue
-    tokens: np.ndarray  # int32 [num_beams], their next tokens
-
-    def __init__(self, config: GenerationConfig, prompt: Prompt, limit: int, vocab_size: int) -> None:
-        self.config, self.limit = config, limit
+        self.width, self.first_row = config.num_beams, first_row
         self.finished: list[BeamHypothesis] = []  # the best ones, at most num_beams
         self.complete = False
         self.generated = np.empty((config.num_beams, 0), np.int32)  # [num_beams, steps]
@@ -100,9 +57,19 @@ class _Search:
         self.filters = build_filters(config)
         self.history = History(config, [prompt.ids] * config.num_beams, vocab_size)
 
-    def advance(self, scores: np.ndarray) -> None:
-        """Takes a step with scores float32 [num_beams, V]."""
-        config = self.config
+    def hypotheses(self) -> list[BeamHypothesis]:
+        """`num_return_sequences` results, best first; of equal ones the one found later comes first."""
+        ranked = sorted(self.finished, key=lambda one: one.score)[::-1]
+        return ranked[: self.config.num_return_sequences]
+
+    def results(self) -> list[list[int]]:
+        return [one.token_ids for one in self.hypotheses()]
+
+    def advance(self, scores: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        config, first = self.config, len(scores) == 1
+        scores = np.repeat(scores, config.num_beams, axis=0) if first else scores
+        if not config.replace_invalid_scores:
+            check_scores(scores, self.generated.shape[1], self.first_row)
         log_probs = apply_filters(self.filters, log_softmax(scores), self.history)
         sums = (log_probs + self.sums[:, None]).ravel()
         # Enough that `num_beams` remain whichever of them are end tokens.
@@ -116,17 +83,21 @@ class _Search:
                     break
             elif place < config.num_beams:  # an end token below the best ones is not a finish
                 self._finish([*self.generated[beams[place]].tolist(), int(ids[place])], float(sums[place]))
-        self.beams, self.tokens, self.sums = beams[running], ids[running].astype(np.int32), sums[running]
-        self.generated = np.concatenate([self.generated[self.beams], self.tokens[:, None]], axis=1)
-        self.history.append(self.tokens, self.beams)
+        beams, tokens, self.sums = beams[running], ids[running].astype(np.int32), sums[running]
+        self.generated = np.concatenate([self.generated[beams], tokens[:, None]], axis=1)
+        self.history.append(tokens, beams)
         length = self.generated.shape[1]
         if len(self.finished) == config.num_beams:
             attainable = float(sums[0]) / length**config.length_penalty
             self.complete = config.early_stopping or min(one.score for one in self.finished) >= attainable
         if not self.complete and length == self.limit:
-            for tokens, total in zip(self.generated.tolist(), self.sums.tolist()):
-                self._finish(tokens, total)
+            for found, total in zip(self.generated.tolist(), self.sums.tolist()):
+                self._finish(found, total)
             self.complete = True
+        if self.complete:
+            self.width = 0
+            return tokens[:0], []
+        return tokens, [0] * len(tokens) if first else beams.tolist()
 
     def _finish(self, token_ids: list[int], sum_log_probs: float) -> None:
         """Adds a hypothesis; of more than `num_beams` the worst one is dropped."""

@@ -1,22 +1,26 @@
-"""The decoding loop: greedy and sampling step by step, and `generate` over all ways of decoding."""
+"""The decoding loops over a decoder: `stream` step by step, `generate` and `answers` to the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 
-from glm_ms.generation.beam_search import beam_search
+from glm_ms.generation.batch import Batch
+from glm_ms.generation.beam_search import BeamSearch
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.decoder import Decoder
 from glm_ms.generation.inputs import Prompt, new_token_limits
-from glm_ms.generation.sampling import row_samplers
+from glm_ms.generation.output_rows import OutputRows, SampledRows
+from glm_ms.generation.sampling import copy_numbers
 
 
 def stream(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]) -> Iterator[np.ndarray]:
     """Greedy decoding or sampling, one step at a time. Each row gets what it gets alone.
 
     Args:
+        decoder: with a slot for each row.
         configs: one for each prompt, which has `num_return_sequences` output rows, those of a prompt together.
 
     Yields:
@@ -30,11 +34,20 @@ def stream(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[Genera
     """
     for config in configs:
         check_streamable(config)
+    every = list(_output_rows(decoder, prompts, configs))
     pads = np.array([c.pad_token_id for c in configs for _ in range(c.num_return_sequences)], np.int32)
-    for rows, tokens in _decode(decoder, prompts, configs):
-        step = pads.copy()
-        step[rows] = tokens
-        yield step
+    with closing(Batch(decoder)) as batch:
+        batch.join(every)
+        for step in range(max(one.limit for one in every)):
+            sequences = [sequence for one in every for sequence in one.results()]
+            tokens = pads.copy()
+            for row, sequence in enumerate(sequences):
+                if len(sequence) > step:
+                    tokens[row] = sequence[step]
+            yield tokens
+            if not batch.running:
+                return
+            batch.step()
 
 
 def check_streamable(config: GenerationConfig) -> None:
@@ -47,58 +60,71 @@ def check_streamable(config: GenerationConfig) -> None:
 
 
 def generate(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]) -> list[list[int]]:
-    """Generates to the end: greedy, sampling or beam search.
-
-    With beam search the config is the same for all prompts.
+    """Generates to the end: greedy, sampling or beam search, as the config of each prompt says.
 
     Returns:
         `num_return_sequences` lists for each prompt, those of one prompt together (beams: best first): the prompt,
         then the generated ids up to and including the end token.
 
+    Raises as `answers`.
+    """
+    found = dict(answers(decoder, prompts, configs))
+    return [prompt.ids.tolist() + ids for number, prompt in enumerate(prompts) for ids in found[number]]
+
+
+def answers(
+    decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig],
+    copies: Sequence[int] | None = None
+) -> Iterator[tuple[int, list[list[int]]]]:  # fmt: skip
+    """As `generate`, but each prompt as soon as it has ended: they join in order, when others leave the slots.
+
+    Args:
+        decoder: with enough slots for each prompt alone.
+        copies: for the random stream of each prompt, see `copy_numbers`; None: counted among these prompts.
+
+    Yields:
+        The number of a prompt, and its generated ids, `num_return_sequences` lists.
+
     Raises:
-        ValueError: an end or padding id outside the vocabulary, or beam search with different configs.
+        ValueError: an end or padding id outside the vocabulary, or a prompt that needs more slots than there are.
         FloatingPointError: the network returned nan or inf.
     """
-    if any(config.num_beams > 1 for config in configs):
-        if any(config != configs[0] for config in configs):
-            raise ValueError("num_beams: beam search takes the same config for all prompts")
-        ranked = beam_search(decoder, prompts, configs[0])
-        return [p.ids.tolist() + one.token_ids for p, found in zip(prompts, ranked) for one in found]
-    sequences = [p.ids.tolist() for p, c in zip(prompts, configs) for _ in range(c.num_return_sequences)]
-    for rows, tokens in _decode(decoder, prompts, configs):
-        for row, token in zip(rows, tokens.tolist()):
-            sequences[row].append(token)
-    return sequences
+    for one in run(decoder, _output_rows(decoder, prompts, configs, copies)):
+        yield one.number, one.results()
 
 
-def _decode(
-    decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields at each step the output rows that have not ended before it, and their tokens, int32 each."""
-    copies = [config.num_return_sequences for config in configs]
-    limits = np.repeat(new_token_limits(prompts, configs), copies)
-    used, scores = decoder.add(prompts)
-    try:
-        samplers = row_samplers([prompt.ids for prompt in prompts], configs, scores.shape[1])
-        slots = np.repeat(used, copies)
-        # The first row of each prompt has the slot that has run it; the others get copies.
-        others = np.delete(np.arange(limits.size), np.cumsum(copies) - copies)
-        if others.size:
-            slots[others] = decoder.fork(slots[others].tolist())
-            used = slots.tolist()
-            scores = np.repeat(scores, copies, axis=0)
-        rows = np.arange(limits.size)
-        for step in range(limits.max()):
-            tokens = np.array([samplers[row](one) for row, one in zip(rows, scores)], np.int32)
-            met = [token in samplers[row].config.eos_ids for row, token in zip(rows, tokens.tolist())]
-            ended = np.array(met) | (step + 1 == limits[rows])
-            yield rows, tokens
-            if ended.any():
-                decoder.free(slots[rows[ended]].tolist())
-                rows, tokens = rows[~ended], tokens[~ended]
-                used = slots[rows].tolist()
-            if not rows.size:
-                return
-            scores = decoder.step(used, tokens)
-    finally:
-        decoder.free(used)
+def run(decoder: Decoder, rows: Iterable[OutputRows]) -> Iterator[OutputRows]:
+    """Decodes the rows of prompts, which join in order as soon as there are slots for them; yields them as they end."""
+    rows = iter(rows)
+    following = next(rows, None)
+    with closing(Batch(decoder)) as batch:
+        while following is not None or batch.running:
+            joining, room = list[OutputRows](), batch.room
+            while following is not None and following.width <= room:
+                room -= following.width
+                joining.append(following)
+                following = next(rows, None)
+            if following is not None and not joining and not batch.running:
+                raise ValueError(
+                    f"a prompt needs {following.width} slots for its beams or sequences, the decoder has {room}"
+                )
+            yield from batch.join(joining) if joining else batch.step()
+
+
+def _output_rows(
+    decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[GenerationConfig],
+    copies: Sequence[int] | None = None
+) -> Iterator[OutputRows]:  # fmt: skip
+    """The rows of each prompt, made when they are asked for: they may need much memory."""
+    limits, vocab_size, first_row = new_token_limits(prompts, configs).tolist(), decoder.vocab_size, 0
+    for config in {id(config): config for config in configs}.values():
+        config.check_vocab_size(vocab_size)
+    if copies is None:
+        copies = copy_numbers([prompt.ids for prompt in prompts], configs)
+    for number, (prompt, config, limit, copy) in enumerate(zip(prompts, configs, limits, copies)):
+        if config.num_beams > 1:
+            yield BeamSearch(prompt, config, number, limit, vocab_size, first_row)
+            first_row += config.num_beams
+        else:
+            yield SampledRows(prompt, config, number, limit, vocab_size, copy, first_row)
+            first_row += config.num_return_sequences

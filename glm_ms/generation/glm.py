@@ -15,10 +15,10 @@ from mindspore.nn.utils import no_init_parameters
 from glm_ms.families import family_of
 from glm_ms.generation.chat import Round
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.decode import check_streamable, generate, stream
-from glm_ms.generation.decoder import DecoderPool
+from glm_ms.generation.decode import answers, check_streamable, generate, stream
 from glm_ms.generation.graphs import GRAPHS, MATRIX, VECTOR, Logits, run_cell
 from glm_ms.generation.inputs import Prompt, checked_rows, integer_rows, new_token_limits, prepare_prompts
+from glm_ms.generation.pool import DecoderPool
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.layers import DTYPES
@@ -28,6 +28,7 @@ from glm_ms.tokenizer import SentencePieceTokenizer
 
 TokenIds = Any  # one prompt or a batch: (nested) lists, NumPy arrays or MindSpore tensors of integers
 _PROBE_LENGTH = 16
+_MOST_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class GLMForCausalLM:
         Args:
             input_ids: one prompt or several of any lengths; see `prepare_prompts`.
             attention_mask, position_ids: as in `__call__`, only needed for prompts that are already padded.
-            configs: options of each prompt, in place of `options`; with beam search the same for all.
+            configs: options of each prompt, in place of `options`.
             options: options of all prompts: `max_new_tokens`, which is required, eos_token_id, do_sample, num_beams,
                 num_return_sequences, length_penalty, early_stopping, temperature, top_k, top_p, repetition_penalty,
                 max_length, seed; see `GenerationConfig`. Two have other defaults here: eos_token_id None stands for
@@ -253,7 +254,31 @@ class GLMForCausalLM:
             ValueError: an argument that does not fit, or prompt and new tokens exceed `config.seq_length`.
         """
         prompts, configs = self._prepare((input_ids, attention_mask, position_ids), configs, options)
-        return generate(self._decoders.decoder(*_decoder_size(prompts, configs)), prompts, configs)
+        slots, length = _decoder_size(prompts, configs)
+        return generate(self._decoders.decoder(min(slots, _most_slots(configs)), length), prompts, configs)
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], *, slots: int, length: int | None = None,
+        copies: Sequence[int] | None = None, **options: Any
+    ) -> Iterator[tuple[int, list[list[int]]]]:  # fmt: skip
+        """`generate` for any number of prompts, each as soon as it has ended: yields its number and its generated ids.
+
+        Prompts join in order whenever others leave. For the same `slots` and `length` each gets the same, whatever
+        others there are.
+
+        Args:
+            prompts: ids of each.
+            slots: prompts that run at a time; a prompt with several beams or sequences takes as many slots.
+            length: room for so many tokens, prompt and answer; None: for the longest one.
+            copies: how many sequences of the same prompt precede each one, which decides what it samples; None: those
+                among these prompts. See `glm_ms.generation.sampling.copy_numbers`.
+            options: as of `generate`.
+
+        Raises as `generate`.
+        """
+        ready, configs = self._prepare((list(prompts), None, None), None, options)
+        decoder = self._decoders.decoder(slots * _width(configs[0]), length or _decoder_size(ready, configs)[1])
+        yield from answers(decoder, ready, configs, copies)
 
     def stream(
         self,
@@ -358,5 +383,14 @@ class GLMForCausalLM:
 def _decoder_size(prompts: list[Prompt], configs: Sequence[GenerationConfig]) -> tuple[int, int]:
     """Sequences that run at the same time, and the most tokens of one."""
     lengths = [len(prompt.ids) for prompt in prompts] + new_token_limits(prompts, configs)
-    rows = sum(max(config.num_beams, config.num_return_sequences) for config in configs)
-    return rows, int(lengths.max())
+    return sum(map(_width, configs)), int(lengths.max())
+
+
+def _width(config: GenerationConfig) -> int:
+    """Slots of a prompt."""
+    return max(config.num_beams, config.num_return_sequences)
+
+
+def _most_slots(configs: Sequence[GenerationConfig]) -> int:
+    """Slots beyond which prompts wait until others end."""
+    return max(_MOST_SLOTS, *map(_width, configs))

@@ -24,7 +24,7 @@ __all__ = ["CHUNK", "NoRoom", "PagedDecoder", "PagedGraphs"]
 
 # Tokens of a prompt that run at a time: enough to use the arithmetic of a CPU, few enough that running answers wait
 # for only a moment. Pages are found in groups of so many tokens.
-CHUNK = 64
+CHUNK = 32
 
 
 def pages_of(tokens: int) -> int:
@@ -70,7 +70,7 @@ class PagedGraphs:
         self.write_page = WritePage(self.cache)
         self._memory: list[Tensor] | None = None  # of the tables; None: that they were made with
         self._owner: Callable[[], PagedDecoder | None] = lambda: None
-        self._sound = True  # whether the memory can serve another decoder
+        self.sound = True  # whether the memory can serve another decoder
 
     def serve(self, decoder: PagedDecoder) -> None:
         """Gives the tables the memory of a decoder; call it in the graph thread, before each use of the cells.
@@ -79,7 +79,7 @@ class PagedGraphs:
         there has the weight 0 for its tokens, which hides all numbers but NaN and infinity.
         """
         if not decoder.memory:
-            free = self._memory if self._owner() is None and self._sound else None
+            free = self._memory if self._owner() is None and self.sound else None
             decoder.memory = free or self.cache.zeros()
             self._set(decoder.memory)
             if self.write_prefix is not None:
@@ -87,7 +87,7 @@ class PagedGraphs:
                 run_cell(self.write_prefix, page_rows(self.cache, RESERVED + indices // PAGE, indices % PAGE))
         elif decoder.memory is not self._memory:
             self._set(decoder.memory)
-        self._owner, self._sound = weakref.ref(decoder), decoder.sound
+        self._owner, self.sound = weakref.ref(decoder), decoder.sound
 
     @on_graph_thread
     def release(self) -> None:
@@ -162,7 +162,8 @@ class PagedDecoder(Decoder):
 
     @on_graph_thread
     def reset(self) -> None:
-        """Frees every slot and forgets all pages."""
+        """Frees every slot and forgets all pages, also those of a prefix."""
+        self.memory = []
         for one in self._running.values():
             self._leave(one)
         self._pool = PagePool(self.graphs.pages)
@@ -352,14 +353,6 @@ class PagedDecoder(Decoder):
         return targets
 
     @on_graph_thread
-    def reorder(self, slots: Sequence[int], sources: Sequence[int]) -> None:
-        twins = [self._twin(source) for source in sources]
-        for slot, twin in zip(slots, twins):
-            self._release_pages(self._running[slot])
-            self._leave(self._running[slot])
-            self._running[slot] = twin
-
-    @on_graph_thread
     def free(self, slots: Sequence[int]) -> None:
         for slot in slots:
             one = self._running.pop(slot)
@@ -474,7 +467,7 @@ class PagedDecoder(Decoder):
         """Whether the logits of a sequence are finite; if not, nobody may take its pages as they are."""
         if np.isfinite(logits).all():
             return True
-        self.sound = False
+        self.sound = self.graphs.sound = False
         own = one.pages[one.start // PAGE : one.count].tolist()
         self._unclean.update(page for page in own if not self._pool.is_registered(page))
         return False

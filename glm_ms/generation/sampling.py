@@ -123,15 +123,23 @@ def row_samplers(
     Raises:
         ValueError: an end or padding id outside the vocabulary.
     """
-    counts: Counter[tuple[int, bytes]] = Counter()
     samplers: list[RowSampler] = []
+    for prompt, config, copy in zip(prompts, configs, copy_numbers(prompts, configs)):
+        for index in range(config.num_return_sequences):
+            generator = row_generator(prompt, config.seed, copy + index)
+            samplers.append(RowSampler(config, prompt, vocab_size, generator, len(samplers)))
+    return samplers
+
+
+def copy_numbers(prompts: Sequence[np.ndarray], configs: Sequence[GenerationConfig]) -> list[int]:
+    """How many rows of the same prompt (int [S]) and config come before those of each prompt."""
+    counts: Counter[tuple[int, bytes]] = Counter()
+    numbers = []
     for prompt, config in zip(prompts, configs):
         key = (configs.index(config), prompt.tobytes())
-        for _ in range(config.num_return_sequences):
-            generator = row_generator(prompt, config.seed, counts[key])
-            samplers.append(RowSampler(config, prompt, vocab_size, generator, len(samplers)))
-            counts[key] += 1
-    return samplers
+        numbers.append(counts[key])
+        counts[key] += config.num_return_sequences
+    return numbers
 
 
 def row_generator(prompt: np.ndarray, seed: int | None, copy: int) -> np.random.Generator:

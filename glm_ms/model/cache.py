@@ -92,19 +92,14 @@ class CachedLayers(nn.Cell):
 
 
 class CachedGLM(CachedLayers):
-    """The network over slots.
-
-    Two instances share network and cache: one for prompts (dynamic shapes, `slots` and `last` given), one for steps
-    over all slots (static shapes, without them).
-    """
+    """The network over slots: row i of a batch is slot i."""
 
     def __init__(self, network: GLMNetwork, cache: KVCache) -> None:
         super().__init__(network, cache, cache.capacity, cache.groups * cache.capacity)
 
     def construct(
-        self, input_ids: Tensor, position_ids: Tensor, indices: Tensor, rows: Tensor,
-        slots: Tensor | None = None, last: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+        self, input_ids: Tensor, position_ids: Tensor, indices: Tensor, rows: Tensor, last: Tensor | None = None
+    ) -> Tensor:
         """Runs new tokens, stores their keys and values, returns the logits of the last of each row, float32 [B, V].
 
         A token sees the keys of its slot up to its own index. A prompt that is padded on the right therefore never
@@ -113,10 +108,9 @@ class CachedGLM(CachedLayers):
         Args:
             input_ids, position_ids, indices: int32 [B, S]; `indices` are those within a slot.
             rows: int32 [B * S * G], `KVCache.rows` of them.
-            slots: int32 [B], slot of each row. None: row i is slot i, and B is the number of slots.
             last: int32 [B], place of the last token of each row in [B * S]. None: S is 1.
         """
-        x = self.run_layers(input_ids, position_ids, self.comes_later(indices), rows, slots)
+        x = self.run_layers(input_ids, position_ids, self.comes_later(indices), rows, None)
         if last is not None:
             x = self.gather(x, last, 0)
         return self.output(x)
@@ -247,7 +241,7 @@ class PositionedGLM(nn.Cell):
         rows = self.reshape(self.first_rows + ops.expand_dims(position_ids, 2), (-1,))
         if last is not None:
             last = last + self.slots * ops.shape(input_ids)[1]
-        return self.network(input_ids, position_ids, position_ids + self.prefix, rows, None, last)
+        return self.network(input_ids, position_ids, position_ids + self.prefix, rows, last)
 
 
 class WritePrefix(nn.Cell):
@@ -266,20 +260,3 @@ class WritePrefix(nn.Cell):
             self.write(self.keys[i], rows, self.reshape(prefix[i][0], (-1, self.dim)))
             self.write(self.values[i], rows, self.reshape(prefix[i][1], (-1, self.dim)))
         return rows
-
-
-class CopySlots(nn.Cell):
-    """Gives every slot of the cache the contents of another one, or of itself."""
-
-    def __init__(self, cache: KVCache) -> None:
-        super().__init__(auto_prefix=False)
-        self.slots = cache.slots
-        self.tables = ms.ParameterTuple(cache.tables)
-        self.gather, self.assign, self.reshape = ops.Gather(), ops.Assign(), ops.Reshape()
-
-    def construct(self, sources: Tensor) -> Tensor:
-        """sources int32 [slots]: slot i becomes what slot sources[i] was. Returns `sources`."""
-        for table in self.tables:
-            moved = self.gather(self.reshape(table, (self.slots, -1)), sources, 0)
-            self.assign(table, self.reshape(moved, ops.shape(table)))
-        return sources

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from glm_ms.generation.decoder import cache_capacity, slot_count
+from glm_ms.generation.paged import CHUNK, pages_of
+from glm_ms.generation.pages import PAGE, RESERVED
 from glm_ms.metrics import TEXT, takes
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
@@ -190,20 +192,21 @@ def _prefix(settings: Settings) -> int:
 
 
 def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
-    """Bytes of the cache of keys and values, and of intermediate results while the network reads the prompts."""
+    """Bytes of the cache of keys and values, and of intermediate results of a step or of a chunk of a prompt."""
     options, predicts = settings.generation, settings.run_mode in ("predict", "export")
     batch = settings.predict_batch_size if predicts else settings.eval_dataset.batch_size
     longest = config.seq_length if predicts else settings.eval_dataset.max_source_length
     prompt = min(longest, config.seq_length)
     slots = min(prompt + options.max_new_tokens, options.max_length or config.seq_length, config.seq_length)
-    rows, capacity = slot_count(batch * options.num_beams), cache_capacity(slots) + _prefix(settings)
-    prompt = min(prompt, slots)
-    fused = settings.context.use_fused_kernels
-    work = Work(config, ParallelConfig(), batch, prompt, prefix=capacity - prompt, fused_kernels=fused)
-    table = rows * config.num_kv_heads * capacity * config.kv_channels * work.item
-    # While beams are reordered, there is a copy of one table.
-    cache = table * (2 * config.num_layers + (options.num_beams > 1))
-    return {"kv_cache": cache, "activations": costs.prefill_bytes(work)}
+    rows = slot_count(batch * max(options.num_beams, options.num_return_sequences))
+    tokens, chunk = cache_capacity(slots), min(prompt, CHUNK)
+    pages = RESERVED + rows * pages_of(tokens) + pages_of(_prefix(settings))
+    keys = (pages_of(tokens) + pages_of(_prefix(settings))) * PAGE
+    work = Work(config, ParallelConfig(), rows, 1, prefix=keys - 1, fused_kernels=settings.context.use_fused_kernels)
+    reading = replace(work, rows=1, length=chunk, prefix=keys - chunk)
+    page = PAGE * config.num_kv_heads * config.kv_channels * work.item
+    activations = max(costs.prefill_bytes(work), costs.prefill_bytes(reading))
+    return {"kv_cache": 2 * config.num_layers * pages * page, "activations": activations}
 
 
 def describe(plan: RunPlan, memory: int | None) -> Iterator[str]:

@@ -30,9 +30,11 @@ class Stub:
     def __init__(self) -> None:
         self.calls = 0
 
-    def generate(self, prompts: list[list[int]], **_: Any) -> list[list[int]]:
-        self.calls += 1
-        return [[*prompt, *prompt[5:12]] for prompt in prompts]
+    def answers(self, prompts: list[list[int]], slots: int, **_: Any) -> Iterator[tuple[int, list[list[int]]]]:
+        for start in range(0, len(prompts), slots):  # of those that run at a time the last one ends first
+            for number in range(start, min(start + slots, len(prompts)))[::-1]:
+                self.calls += 1
+                yield number, [prompts[number][5:12]]
 
     def stream(self, prompt: list[int], **_: Any) -> Iterator[list[int]]:
         return ([token] for token in prompt[5:12])
@@ -104,7 +106,7 @@ def kill_after(file: Path, lines: int) -> bytes:
 def test_answers_are_written_before_they_are_shown(predict, folder: Path) -> None:
     file, seen = folder / "predict_results.jsonl", []
     predict(show=lambda _: seen.append(len(read_jsonl(file))))
-    assert seen == [2, 4, 5]
+    assert seen == [1, 2, 3, 4, 5]
 
 
 def test_a_closed_display_costs_no_answer(predict, folder: Path) -> None:
@@ -112,17 +114,17 @@ def test_a_closed_display_costs_no_answer(predict, folder: Path) -> None:
         raise BrokenPipeError
 
     whole = predict()
-    for arguments, count in (((), 2), (("--predict_data", PROMPTS[0]), 1)):  # the second is streamed
+    for arguments in ((), ("--predict_data", PROMPTS[0])):  # the second is streamed
         with pytest.raises(BrokenPipeError):
             predict(*arguments, show=closed)
-        assert read_jsonl(folder / "predict_results.jsonl") == [one._asdict() for one in whole[:count]]
+        assert read_jsonl(folder / "predict_results.jsonl") == [whole[0]._asdict()]
 
 
 def test_prediction_continues(predict, folder: Path) -> None:
     file, whole = folder / "predict_results.jsonl", predict()
     content, model = kill_after(file, 3), Stub()
     assert predict("--resume", model=model) == whole
-    assert (file.read_bytes(), model.calls) == (content, 2)  # of the broken batch, and of the last
+    assert (file.read_bytes(), model.calls) == (content, 2)  # of the broken line, and of the last
     assert predict("--resume", model=model) == whole
     assert model.calls == 2
     with pytest.raises(CheckpointError, match=r"predict_run.json: .* another job \(seed: 0 then, 1 now\)"):
@@ -159,7 +161,7 @@ def test_a_lost_folder_ends_the_run(predict, folder: Path) -> None:
     with pytest.raises(WriteError, match=r"predict_results.jsonl: this file, or its folder, has been removed, renamed"):
         predict(show=lose)
     assert not folder.exists()
-    assert len(read_jsonl(folder.with_name("elsewhere") / "predict_results.jsonl")) == 2
+    assert len(read_jsonl(folder.with_name("elsewhere") / "predict_results.jsonl")) == 1
 
 
 def test_two_at_a_time(predict, folder: Path) -> None:
@@ -177,7 +179,7 @@ def test_evaluation_continues(evaluate, folder: Path) -> None:
     (folder / "eval_scores.json").unlink()
     assert evaluate(both, "--resume", model=model) == scores
     assert [file.read_bytes() for file in files] == contents
-    assert model.calls == 1 + 2
+    assert model.calls == 2 + 2
     assert json.loads((folder / "eval_scores.json").read_text()) == scores
     with pytest.raises(CheckpointError, match=r"another job \(.*metric: "):
         evaluate("metric.type=ADGENMetric", "--resume")

@@ -12,14 +12,25 @@ from slot_decoder import SlotDecoder
 from tolerances import BEAM_SCORE
 
 from glm_ms.generation import decode
-from glm_ms.generation.beam_search import beam_search
+from glm_ms.generation.beam_search import BeamHypothesis, BeamSearch
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.inputs import prepare_prompts
+from glm_ms.generation.inputs import Prompt, new_token_limits, prepare_prompts
 
 
 @pytest.fixture(scope="module")
 def tiny(golden):
     return NumpyGLM(golden / "models" / "glm2_tiny")
+
+
+def beam_search(decoder: SlotDecoder, prompts: list[Prompt], config: GenerationConfig) -> list[list[BeamHypothesis]]:
+    """The hypotheses of each prompt, best first."""
+    limits = new_token_limits(prompts, [config] * len(prompts))
+    searches = [
+        BeamSearch(prompt, config, number, limit, decoder.vocab_size, number * config.num_beams)
+        for number, (prompt, limit) in enumerate(zip(prompts, limits))
+    ]
+    assert len(list(decode.run(decoder, searches))) == len(searches)
+    return [search.hypotheses() for search in searches]
 
 
 def test_golden_beams(golden, tiny):
@@ -160,7 +171,6 @@ def test_no_step_after_the_last_needed_token():
     table, inputs = Table(6), prepare_prompts([4], vocab_size=6)
     generate(table, inputs, GenerationConfig(5, num_beams=2))
     assert table.calls.count("step") == 4
-    assert table.calls.count("fork") == 1
     assert table.calls[-1] == "step"
 
 

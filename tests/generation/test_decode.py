@@ -11,7 +11,7 @@ from slot_decoder import SlotDecoder
 from tolerances import LOGITS
 
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.decode import generate, stream
+from glm_ms.generation.decode import answers, generate, stream
 from glm_ms.generation.inputs import prepare_prompts
 
 MODELS = (
@@ -253,10 +253,48 @@ def test_end_and_padding_ids_of_each_row():
     assert np.stack(list(steps), 1).tolist() == [[4, 9, 6], [4, 9, 1], [9, 1, 7]]
 
 
-def test_beam_search_takes_one_config():
-    configs = [GenerationConfig(2, num_beams=2), GenerationConfig(2)]
-    with pytest.raises(ValueError, match="same config for all prompts"):
-        generate(Scripted([[1]]), prepare([[1], [2]]), configs)
+def test_beams_beside_greedy_and_sampled_rows(tiny):
+    options = [{"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}, {"max_new_tokens": 5}, SAMPLING]
+    configs = [GenerationConfig(**one) for one in options]
+    alone = [run(tiny, prepare(prompt), config) for prompt, config in zip(PROMPTS, configs)]
+    assert run(tiny, prepare(PROMPTS[:3]), configs) == [*chain(*alone)]
+
+
+@pytest.mark.parametrize("slots", [3, 4, 7])
+def test_prompts_join_when_others_leave(tiny, monkeypatch, slots):
+    """With fewer slots than rows each prompt gets what it gets alone, and no slot is idle while one fits."""
+    prompts = [[*PROMPTS[index % 4], index + 1] for index in range(9)]
+    configs = [GenerationConfig(**{**ROWS[index % 3], "max_new_tokens": 3 + 5 * (index % 2)}) for index in range(9)]
+    configs[4] = GenerationConfig(6, num_beams=3)
+    alone = [run(tiny, prepare(prompt), config) for prompt, config in zip(prompts, configs)]
+    monkeypatch.setattr(tiny, "slots", slots)
+    monkeypatch.setattr(tiny, "fed", [])
+    assert run(tiny, prepare(prompts), configs) == [*chain(*alone)]
+    assert max(map(len, tiny.fed)) <= slots
+
+
+def test_answers_come_as_they_end():
+    script = [[4, 4, 4, 9], [5, 9], [6, 6, 9], [7, 9]]
+    decoder = Scripted(script)
+    decoder.slots = 2
+    prompts, config = prepare([[1], [2], [3], [4]], vocab_size=10), GenerationConfig(6, eos_token_id=9)
+
+    def scores(rows):  # prompts are numbered by their first id: they join one by one
+        tokens = [script[row.ids[0] - 1][len(row.ids) - row.prompt_length] for row in rows]
+        return np.eye(10, dtype=np.float32)[tokens] * 50
+
+    decoder.scores = scores
+    found = list(answers(decoder, prompts, [config] * 4))
+    assert found == [(1, [[5, 9]]), (0, [[4, 4, 4, 9]]), (2, [[6, 6, 9]]), (3, [[7, 9]])]
+    assert decoder.fed == [[4, 5], [4, 6], [4, 6], [7]]
+    assert not decoder.rows
+
+
+def test_a_prompt_that_needs_more_slots_than_there_are():
+    decoder = Scripted([[1]])
+    decoder.slots = 2
+    with pytest.raises(ValueError, match="a prompt needs 3 slots for its beams or sequences, the decoder has 2"):
+        run(decoder, prepare([1]), GenerationConfig(2, num_beams=3))
 
 
 def test_an_abandoned_stream_frees_its_slots(tiny):

@@ -1,4 +1,4 @@
-"""Slots over the real network: sequences that join and leave, sizes, threads, the pool."""
+"""Generation over the real network: sizes, the pool of decoders, threads."""
 
 from __future__ import annotations
 
@@ -11,122 +11,27 @@ from functools import cache
 import mindspore as ms
 import numpy as np
 import pytest
-from marks import slow_unless
-from mindspore import nn
-from reference import FOLDER, fresh_golden_model, golden_model
-from tolerances import LOGITS
+from reference import fresh_golden_model, golden_model
 
 from glm_ms.generation import GenerationConfig
-from glm_ms.generation.decoder import CachedDecoder, DecoderPool, cache_capacity, slot_count
+from glm_ms.generation.decoder import cache_capacity, slot_count
 from glm_ms.generation.graphs import GraphThread
-from glm_ms.generation.inputs import Prompt, prepare_prompts
+from glm_ms.generation.inputs import prepare_prompts
+from glm_ms.generation.paged import PagedDecoder
+from glm_ms.generation.pool import DecoderPool
 
-# A prompt, the step it joins at, and how many tokens it gets.
-REQUESTS = [([5, 17, 300, 8], 0, 9), ([44, 3], 2, 4), ([101, 102, 103, 104, 105, 106, 107], 4, 6)]
-
-
-def prompt_of(ids: list[int]) -> Prompt:
-    return prepare_prompts(ids, vocab_size=512)[0]
-
-
-def greedy_alone(decoder: CachedDecoder, ids: list[int], count: int) -> tuple[list[int], np.ndarray]:
-    """Tokens, and the logits float32 [count, V] they were chosen from."""
-    slots, logits = decoder.add([prompt_of(ids)])
-    found = [logits]
-    while len(found) < count:
-        found.append(decoder.step(slots, found[-1].argmax(axis=1).astype(np.int32)))
-    decoder.free(slots)
-    return [int(one.argmax()) for one in found], np.concatenate(found)
+# Prompts of one size.
+WORDS = [[5, 6, 7], [100, 200], [9], [300, 8, 44, 3, 2]]
 
 
 @cache
-def decoder_pool(case: str) -> DecoderPool:
+def decoder_pool() -> DecoderPool:
     """Shared by the tests: each size has graphs to compile."""
-    if case == "prefix":
-        model = fresh_golden_model("glm2_tiny")
-        model.load_adapter(FOLDER.parent / "train" / "ptuning_v2" / "final.safetensors")
-    else:
-        model = golden_model(case)
-    return DecoderPool(model.network)
+    return DecoderPool(golden_model("glm3_tiny").network)
 
 
-@pytest.fixture
-def pair() -> CachedDecoder:
-    return decoder_pool("glm3_tiny").decoder(2, 64)
-
-
-@pytest.mark.parametrize("case", slow_unless(["glm3_tiny"], ["glm3_tiny", "glm2_mha", "prefix"]))
-def test_requests_that_join_and_leave_get_what_they_get_alone(case: str) -> None:
-    pool = decoder_pool(case)
-    alone = [greedy_alone(pool.decoder(1, 64), ids, count) for ids, _, count in REQUESTS]
-    decoder = pool.decoder(2, 64)  # the third request takes the slot that the second leaves
-    running: dict[int, int] = {}  # slot -> request
-    tokens: list[list[int]] = [[] for _ in REQUESTS]
-    logits: list[list[np.ndarray]] = [[] for _ in REQUESTS]
-
-    def note(slots: list[int], found: np.ndarray) -> None:
-        for slot, row in zip(slots, found):
-            request = running[slot]
-            logits[request].append(row)
-            tokens[request].append(int(row.argmax()))
-
-    step = 0
-    while step == 0 or running:
-        stepped = list(running)[::-1]  # in any order
-        if stepped:
-            last = np.array([tokens[running[slot]][-1] for slot in stepped], np.int32)
-            note(stepped, decoder.step(stepped, last))
-        for slot, request in list(running.items()):
-            if len(tokens[request]) == REQUESTS[request][2]:
-                decoder.free([slot])
-                del running[slot]
-        for request, (ids, start, _) in enumerate(REQUESTS):
-            if step >= start and not tokens[request] and len(running) < decoder.slots:
-                slots, found = decoder.add([prompt_of(ids)])
-                running[slots[0]] = request
-                note(slots, found)
-        step += 1
-    for request, (expected, expected_logits) in enumerate(alone):
-        assert tokens[request] == expected
-        np.testing.assert_allclose(np.array(logits[request]), expected_logits, **LOGITS)
-        print(f"largest difference of a logit: {np.abs(np.array(logits[request]) - expected_logits).max():.2g}")
-
-
-def test_slots_that_are_not_stepped_do_not_change(pair: CachedDecoder) -> None:
-    expected, _ = greedy_alone(pair, [5, 6, 7], 5)
-    slots, logits = pair.add([prompt_of([5, 6, 7]), prompt_of([9, 10])])
-    tokens = [int(logits[0].argmax())]
-    while len(tokens) < 5:
-        for token in (400, 401):
-            pair.step(slots[1:], np.array([token], np.int32))
-        tokens.append(int(pair.step(slots[:1], np.array(tokens[-1:], np.int32)).argmax()))
-    assert tokens == expected
-
-
-def test_forks_continue_their_source(pair: CachedDecoder) -> None:
-    (source,), _ = pair.add([prompt_of([5, 17, 300])])
-    slots = [source, *pair.fork([source])]
-    assert len(set(slots)) == 2
-    words = np.array([7, 8], np.int32)
-    found = pair.step(slots, words)
-    with pytest.raises(ValueError, match="1 sequences for 0 free slots of 2"):
-        pair.fork([source])
-    pair.free(slots)
-    slots, _ = pair.add([prompt_of([5, 17, 300])] * 2)
-    np.testing.assert_allclose(found, pair.step(slots, words), **LOGITS)
-
-
-def test_what_does_not_fit(pair: CachedDecoder) -> None:
-    with pytest.raises(ValueError, match="a prompt of 65 tokens: a slot has room for 64"):
-        pair.add([prompt_of([5] * 65)])
-    slots, _ = pair.add([prompt_of([5] * 63)])
-    with pytest.raises(ValueError, match="2 sequences for 1 free slots of 2"):
-        pair.add([prompt_of([5]), prompt_of([6])])
-    pair.step(slots, np.array([5], np.int32))
-    with pytest.raises(ValueError, match="slot 0 is full: it has room for 64 tokens"):
-        pair.step(slots, np.array([5], np.int32))
-    pair.free(slots)
-    pair.add([prompt_of([5]), prompt_of([6])])
+def start(decoder: PagedDecoder, ids: list[int]) -> tuple[list[int], np.ndarray]:
+    return decoder.add([prepare_prompts(ids, vocab_size=512)[0]])
 
 
 def test_sizes() -> None:
@@ -136,60 +41,32 @@ def test_sizes() -> None:
     assert [cache_capacity(length) for length in (1, 64, 65, 300)] == [64, 64, 128, 512]
 
 
-@pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the cells that a test compiles."""
-    compiled: list[str] = []
-    compile_cell = nn.Cell.compile
-
-    def note(cell: nn.Cell, *inputs: object, **options: object) -> None:
-        known = set(cell.compile_cache)
-        compile_cell(cell, *inputs, **options)
-        compiled.extend(type(cell).__name__ for _ in cell.compile_cache - known)
-
-    monkeypatch.setattr(nn.Cell, "compile", note)
-    return compiled
-
-
-def test_decoders_of_a_size_share_graphs_and_nothing_else(
-    compilations: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool, words = decoder_pool("glm3_tiny"), [[5, 6, 7], [100, 200], [9], [300, 8, 44, 3, 2]]
-    alone = [greedy_alone(pool.decoder(2, 9), one, 6)[0] for one in words]
-    compilations.clear()
-    monkeypatch.delattr("glm_ms.generation.decoder.DecoderGraphs.__init__")  # its cache would take memory and time
-    decoders = [pool.decoder(2, 9 + 9 * index) for index in range(len(words))]
-    running = [(decoder, *decoder.add([prompt_of(one)])) for decoder, one in zip(decoders, words)]
-    found = [[int(logits.argmax())] for _, _, logits in running]
-    while len(found[0]) < 6:
-        for (decoder, slots, _), tokens in zip(running, found):
-            if len(tokens) == 3:  # its slots have moved: it is the copies that go on
-                decoder.free(slots)
-                slots[:] = decoder.fork(slots)
-            tokens.append(int(decoder.step(slots, np.array(tokens[-1:], np.int32)).argmax()))
-    assert found == alone
-    assert compilations in ([], ["CopySlots"])  # another test may have forked before
+def test_decoders_of_a_size_share_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = decoder_pool()
+    first = pool.decoder(2, 9)
+    monkeypatch.delattr("glm_ms.generation.paged.PagedGraphs.__init__")  # its cache would take memory and time
+    assert {pool.decoder(2, 9 + 9 * index).graphs for index in range(4)} == {first.graphs}
 
 
 def test_memory_of_decoders_that_have_ended_is_used_again_or_freed() -> None:
-    pool, ids = decoder_pool("glm3_tiny"), [prompt_of([5, 6, 7])]
-    first, second = pool.decoder(1, 9), pool.decoder(1, 9)
+    pool, ids = decoder_pool(), WORDS[0]
+    first, second = pool.decoder(2, 9), pool.decoder(2, 9)
     table, places = first.cache.keys[0], []
     for decoder in (first, second):
-        (slot,), logits = decoder.add(ids)
+        slots, logits = start(decoder, ids)
         places.append(table.data_ptr())
     assert places[0] != places[1]
     del decoder, second
-    third = pool.decoder(1, 9)
-    third.add(ids)
+    third = pool.decoder(2, 9)
+    start(third, ids)
     assert table.data_ptr() == places[1]
-    pool.decoder(2, 9)
+    pool.decoder(1, 9)
     assert np.abs(table.asnumpy()).max() > 0, "the third one is still there"
     del third
-    pool.decoder(2, 9)
+    pool.decoder(1, 9)
     assert np.abs(table.asnumpy()).max() == 0
-    first.free([slot])
-    np.testing.assert_array_equal(first.add(ids)[1], logits)
+    first.free(slots)
+    np.testing.assert_array_equal(start(first, ids)[1], logits)
 
 
 def test_streams_in_several_threads_of_a_pynative_program() -> None:
@@ -288,3 +165,16 @@ def test_nan_of_one_call_does_not_reach_the_next() -> None:
         model.generate(longer, max_new_tokens=4)
     weight.set_data(ms.Tensor(good))
     assert model.generate(prompt, max_new_tokens=4) == expected
+
+
+def test_answers_join_in_few_slots() -> None:
+    model = golden_model("glm3_tiny")
+    options = {"max_new_tokens": 6, "do_sample": True, "seed": 3, "eos_token_id": list(range(100))}
+    prompts = [*WORDS, WORDS[0], [*WORDS[2], 8]]
+    alone = dict(model.answers(prompts, slots=1, **options))
+    together = list(model.answers(prompts, slots=2, **options))
+    assert dict(together) == alone
+    assert [number for number, _ in together] != sorted(alone), "some end before others that came first"
+    assert len({len(ids) for (ids,) in alone.values()}) > 1
+    assert alone[0] != alone[4], "the second sequence of the same prompt"
+    assert dict(model.answers(prompts[4:], slots=2, copies=[1, 0], **options)) == {0: alone[4], 1: alone[5]}

@@ -23,14 +23,14 @@ BROKEN = 500  # an id whose embedding is NaN in `broken_graphs`
 
 
 @cache
-def graphs(case: str) -> PagedGraphs:
+def graphs(case: str, slots: int = SLOTS) -> PagedGraphs:
     """Shared by the tests: compiling takes longer than they do."""
     if case == "prefix":
         model = fresh_golden_model("glm2_tiny")
         model.load_adapter(FOLDER.parent / "train" / "ptuning_v2" / "final.safetensors")
     else:
         model = golden_model(case)
-    made = PagedGraphs(model.network, SLOTS, CAPACITY, CHUNK)
+    made = PagedGraphs(model.network, slots, CAPACITY, CHUNK)
     PagedDecoder(made).compile()
     return made
 
@@ -134,9 +134,10 @@ def same_bits(found: list[np.ndarray], expected: list[np.ndarray]) -> bool:
     return np.array(found).tobytes() == np.array(expected).tobytes()
 
 
-@pytest.mark.parametrize("case", slow_unless(["glm3_tiny"], ["glm3_tiny", "glm2_mha", "prefix"]))
+@pytest.mark.parametrize("case", slow_unless(["glm3_tiny"], ["glm3_tiny", "glm2_mha", "prefix", "glm3_tiny, 8 slots"]))
 def test_requests_get_the_same_bits_alone_and_in_company(case: str, compilations: list[str]) -> None:
-    own, requests = graphs(case), random_requests(24)
+    name, _, slots = case.partition(", ")
+    own, requests = graphs(name, 8) if slots else graphs(name), random_requests(24)
     compilations.clear()
     alone = []
     for request in requests:
@@ -148,7 +149,7 @@ def test_requests_get_the_same_bits_alone_and_in_company(case: str, compilations
         for request in requests:
             request.logits.clear()
         found = run_together(decoder, requests)
-        assert found > (300, 500)[again]
+        assert found > (200, 500)[again]
         for request, expected in zip(requests, alone):
             assert request.tokens == expected.tokens
             assert same_bits(request.logits, expected.logits)
@@ -237,18 +238,6 @@ def run_alone_words(ids: list[int], words: list[int]) -> list[np.ndarray]:
     return [decoder.step([slot], np.array([word], np.int32))[0] for word in words]
 
 
-def test_reorder_moves_sequences(decoder: PagedDecoder) -> None:
-    slots = [decoder.open([5, 6, 7]), decoder.open([8, 9]), decoder.open(list(range(3, 23)))]
-    for slot in slots:
-        decoder.prefill(slot)
-    decoder.reorder(slots, [slots[2], slots[0], slots[2]])
-    found = decoder.step(slots, np.array([7, 8, 9], np.int32))
-    expected = [([*range(3, 23)], 7), ([5, 6, 7], 8), ([*range(3, 23)], 9)]
-    assert same_bits(list(found), [run_alone_words(ids, [word])[0] for ids, word in expected])
-    decoder.free(slots)
-    assert decoder.pages_used == 0
-
-
 def test_logits_of_a_whole_prompt(decoder: PagedDecoder, compilations: list[str]) -> None:
     ids = np.arange(3, 43)
     expected = run_alone(decoder, Request(ids.tolist(), 1)).logits[0]
@@ -294,7 +283,7 @@ def test_a_sequence_of_nan_reaches_no_other_one(broken_graphs: PagedGraphs) -> N
 
 def test_a_new_decoder_takes_no_memory_with_nan(broken_graphs: PagedGraphs) -> None:
     first = PagedDecoder(broken_graphs)
-    slot = first.open([BROKEN])
+    slot = first.open([BROKEN] * 5)
     first.prefill(slot)
     del first
     run_alone(PagedDecoder(broken_graphs), Request([5], 1))
@@ -363,3 +352,9 @@ def test_runs_in_pynative_programs() -> None:
         assert same_bits(run_alone_words([5, 6, 7], [8]), expected)
     finally:
         ms.set_context(mode=mode)
+
+
+def test_rows_of_a_step_that_differ_are_told(decoder: PagedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "_run_step", lambda slots, tokens: np.array([[1.0], [1.0], [1.5]], np.float32))
+    with pytest.warns(UserWarning, match="a step of 3 rows gives the same token other digits in other rows"):
+        decoder.compile()

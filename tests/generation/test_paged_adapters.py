@@ -194,8 +194,7 @@ def test_copies_keep_the_adapter_after_it_is_unloaded(decoder: PagedDecoder, nam
     with pytest.raises(AdapterError, match="1 unloaded ones still answer"):
         decoder.load_adapter(name, ADAPTERS[name])
     decoder.free([slot])
-    other, _ = begin(decoder, [9, 9, 9], "filler")
-    decoder.reorder([other], [copy])
+    (other,) = decoder.fork([copy])
     decoder.free([copy])
     found = [logits]
     while len(found) < 4:

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from tolerances import GRAD_NORM, LOGITS, LOSS
 
 from glm_ms.convert.names import to_glm_name
-from glm_ms.generation.decoder import CachedDecoder, DecoderGraphs
 from glm_ms.generation.graphs import run_cell
 from glm_ms.generation.inputs import Prompt
+from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.generation.pages import PAGE, RESERVED
 from glm_ms.model import loss as loss_module
 from glm_ms.model.loss import GLMWithLoss, NextTokenLoss
 
@@ -154,7 +155,7 @@ def first_columns(numbers: dict[str, np.ndarray], count: int) -> list[Prompt]:
 def test_prefill_steps_and_cache(case: str) -> None:
     numbers = golden_numbers(case)
     model = golden_model(case)
-    decoder = CachedDecoder(DecoderGraphs(model.network, 2, 24))
+    decoder = PagedDecoder(PagedGraphs(model.network, 2, 32))
     slots, logits = decoder.add(first_columns(numbers, 16))
     np.testing.assert_allclose(logits, numbers["prefill_logits_last"], **LOGITS)
     for i in range(16, 24):
@@ -165,16 +166,9 @@ def test_prefill_steps_and_cache(case: str) -> None:
     assert 0 in kept
     for layer in kept:
         for name, tables in (("key", decoder.cache.keys), ("value", decoder.cache.values)):
-            table = tables[layer].asnumpy().reshape(2, model.config.num_kv_heads, 24, -1)
-            for row, found in enumerate(table.transpose(0, 2, 1, 3)):
+            table = tables[layer].asnumpy().reshape(-1, model.config.num_kv_heads, PAGE, model.config.kv_channels)
+            for row in range(2):
+                pages = [RESERVED + row, RESERVED + 2 + row]  # the prompts take one page each, then the steps
                 expected = numbers[f"past_{name}_layer{layer}"][row, real[row]]
+                found = np.concatenate(table[pages].transpose(0, 2, 1, 3))
                 np.testing.assert_allclose(found[: len(expected)], expected, **LOGITS)
-
-
-def test_reordered_cache_continues_the_other_row() -> None:
-    numbers = golden_numbers("glm3_tiny")
-    decoder = CachedDecoder(DecoderGraphs(golden_model("glm3_tiny").network, 2, 24))
-    slots, _ = decoder.add(first_columns(numbers, 16))
-    decoder.reorder(slots, slots[::-1])
-    logits = decoder.step(slots, numbers["input_ids"][::-1, 16])
-    np.testing.assert_allclose(logits[::-1], numbers["incremental_logits"][0], **LOGITS)

@@ -7,7 +7,8 @@ import numpy as np
 import rig
 from mindspore import Tensor, nn, ops
 
-from glm_ms.model.cache import CachedGLM, KVCache
+from glm_ms.generation.pages import PAGE
+from glm_ms.model.cache import KVCache, PagedGLM, page_blocks, page_rows
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.loss import GLMWithLoss
@@ -99,16 +100,16 @@ def compile_networks() -> None:
         alive.append(Step(with_loss))
         alive[-1].compile(ids, ids, ids, ids, slots)
         print(f"OK network {name}", flush=True)
-        cache = KVCache(config, BATCH, CAPACITY)
-        for length, cell in ((LENGTH, CachedGLM(network, cache)), (1, CachedGLM(network, cache))):
-            tokens, slots = np.ones((BATCH, length), np.int32), np.arange(BATCH, dtype=np.int32)
-            indices = np.tile(np.arange(length, dtype=np.int32), (BATCH, 1))
-            arrays = [tokens, tokens, indices, cache.rows(slots, indices)]
+        cache = KVCache(config, 2 * BATCH, PAGE)
+        for batch, length in ((1, LENGTH), (BATCH, 1)):  # a chunk of a prompt, a step
+            cell = PagedGLM(network, cache, 2 * PAGE)
+            tokens, indices = np.ones((batch, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+            pages = np.arange(2 * batch).reshape(batch, 2)
+            rows = page_rows(cache, np.take_along_axis(pages, indices // PAGE, 1), indices % PAGE)
+            arrays = [tokens, tokens, indices, np.zeros(batch, np.int32), rows, page_blocks(cache, pages), None]
             if length > 1:
-                ids, vector = Tensor(shape=[None, None], dtype=ms.int32), Tensor(shape=[None], dtype=ms.int32)
-                cell.set_inputs(ids, ids, ids, vector, vector, vector)
-                arrays += [slots, slots]
-            cell.compile(*(Tensor(array) for array in arrays))
+                arrays.append(np.array([length - 1], np.int32))
+            cell.compile(*(None if array is None else Tensor(array) for array in arrays))
             alive.append(cell)
             print(f"OK {'prefill' if length > 1 else 'step'} {name}", flush=True)
 

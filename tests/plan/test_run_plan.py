@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from glm_ms import GLMConfig, GLMForCausalLM
-from glm_ms.generation.decoder import DecoderGraphs, cache_capacity
+from glm_ms.generation.decoder import cache_capacity
+from glm_ms.generation.paged import PagedGraphs
 from glm_ms.plan import RunPlan, nearest_fit, plan_run
 from glm_ms.plan.work import step_flops
 from glm_ms.settings import SettingsError, load_settings
@@ -81,7 +82,7 @@ def test_cache_is_that_of_a_decoder() -> None:
     flags = {"run_mode": "predict", "load_checkpoint": "x", "predict_data": "x"}
     found = plan("generation.max_new_tokens=10", "predict_batch_size=3", **flags)
     settings = load_settings(CONFIG, SIZES, check_files=False)
-    graphs = DecoderGraphs(GLMForCausalLM(settings.glm_config()).network, 3, cache_capacity(64))
+    graphs = PagedGraphs(GLMForCausalLM(settings.glm_config()).network, 3, cache_capacity(64))
     assert found.card.kv_cache == sum(table.nbytes for table in graphs.cache.tables)
     assert found.card.optimizer == found.card.gradients == found.rows == 0
     assert plan("generation.num_beams=2", **flags).card.kv_cache > 0

@@ -1,0 +1,27 @@
+"""Decoders for calls of `generate`, which share compiled graphs."""
+
+from __future__ import annotations
+
+from glm_ms.generation.decoder import cache_capacity, slot_count
+from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.model.glm import GLMNetwork
+
+
+class DecoderPool:
+    """Makes decoders. Those of a size share compiled graphs, so that only the first one of a size compiles."""
+
+    def __init__(self, network: GLMNetwork) -> None:
+        self._network = network
+        self._graphs: dict[tuple[int, int], PagedGraphs] = {}
+
+    def decoder(self, rows: int, length: int) -> PagedDecoder:
+        """A decoder with slots for `rows` sequences of `length` tokens, of the sizes that are compiled.
+
+        Idle sizes give their memory back: it may be large, and graphs are kept for as long as the network.
+        """
+        size = slot_count(rows), cache_capacity(length)
+        graphs = self._graphs.get(size) or self._graphs.setdefault(size, PagedGraphs(self._network, *size))
+        for other in [*self._graphs.values()]:
+            if other is not graphs:
+                other.release()
+        return PagedDecoder(graphs)
