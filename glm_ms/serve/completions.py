@@ -128,7 +128,7 @@ class _Text:
         }
 
     def _add_prompt(self, columns: _Columns, answer: Answer) -> str:
-        """The prompt: its text without `[gMASK] sop`, its tokens with these."""
+        """The prompt. `[gMASK] sop` is not in its text, and not among its tokens if it was given as text."""
         tokenizer, ids = self._engine.tokenizer, self._ids
         prefix = tokenizer.prefix_tokens
         hidden = len(prefix) if ids[: len(prefix)] == prefix else 0
@@ -138,8 +138,10 @@ class _Text:
             text += decoder.push(token) if token < tokenizer.vocab_size else ""
         text += decoder.flush()
         if answer.prompt_scores is not None:
-            for token, offset, score in zip(ids, offsets, [None, *answer.prompt_scores]):
-                columns.add(token, offset, score)
+            rows = list(zip(ids, offsets, [None, *answer.prompt_scores]))
+            # A client that knows the ids of the text alone, as lm-eval, counts on them.
+            for row in rows if self._prompt is None else rows[hidden:]:
+                columns.add(*row)
         text = text if self._prompt is None else self._prompt
         self._offset = len(text)
         return text
