@@ -3,7 +3,8 @@
 The info string of a code block tells what the tests do with it. `bash`: runs the commands in order, on stand-ins for
 files of the reader. `python`: runs the program. `bash ascend`, `bash 6b`, `bash adgen` and `bash mindformers` need
 cards, weights, genuine records or files of MindFormers: only files, flags and keys are checked. `bash tests` would run
-this suite. `text` starting with `$` shows a command and its error. `nginx`: tests/serve/test_replicas.py runs it.
+this suite. `bash server`: its last command serves until `bash client` blocks have run; their port becomes a free one.
+`text` starting with `$` shows a command and its error. `nginx`: tests/serve/test_replicas.py runs it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +28,7 @@ import pytest
 from legacy_yaml import LORA, legacy_yaml
 
 from glm_ms import commands as console
+from glm_ms.serve.settings import PORT
 from glm_ms.settings import load_settings, parse_args
 from glm_ms.settings.errors import SettingsError
 
@@ -33,7 +37,7 @@ SAMPLE = REPOSITORY / "configs" / "tiny" / "sample"
 README, TRAINING = "README.md", "docs/training.md"
 KINDS = {
     "bash", "bash ascend", "bash 6b", "bash adgen", "bash mindformers", "bash tests", "python", "text", "mermaid",
-    "nginx",
+    "bash server", "bash client", "nginx",
 }  # fmt: skip
 MAX_README_LINES = 200
 # Commands that change the environment; tests/scripts runs some of them.
@@ -231,6 +235,10 @@ def test_command_names_what_exists(command):
         check_tool(program, arguments)
     elif command.startswith("glm-ms configs "):
         assert (REPOSITORY / "configs" / arguments[arguments.index("--copy") + 1]).exists()
+    elif arguments[0] == "curl":
+        assert f"http://127.0.0.1:{PORT}/" in command
+    elif arguments[0] == "openssl":
+        assert arguments[-2] == ">"
     elif command in SETUP or command.startswith("bash scripts/test.sh"):
         assert all((REPOSITORY / name).exists() for name in arguments if name.startswith(("scripts/", "tests/")))
     else:
@@ -352,16 +360,40 @@ class Workplace:
             self.done[command] = self._start(["bash", "-o", "pipefail", "-c", text])
         return self.done[command]
 
+    @contextmanager
+    def server(self, command: str) -> Iterator[int]:
+        """A server until the block ends; yields its port."""
+        process = subprocess.Popen(
+            [str(self.folder / "bin" / "glm-ms"), *shlex.split(command)[1:], "--port", "0"],
+            cwd=self.folder,
+            env=self._environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            lines = iter(process.stdout.readline, "")
+            port = next(int(re.search(r":(\d+)", line)[1]) for line in lines if "loading" in line)
+            assert any("is ready" in line for line in lines), command
+            yield port
+            process.terminate()
+            assert process.wait(60) == 0, command
+        finally:
+            process.kill()
+            process.communicate()
+
     def python(self, program: str) -> str:
         return self._start([str(self.folder / "bin" / "python"), "-c", program])
 
-    def _start(self, arguments: list[str]) -> str:
-        environment = {
+    def _environment(self) -> dict[str, str]:
+        return {
             **{name: value for name, value in os.environ.items() if name != "LOCAL_DEFAULT_PATH"},
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(self.folder),
             "PYTHONUTF8": "1",
         }
+
+    def _start(self, arguments: list[str]) -> str:
+        environment = self._environment()
         done = subprocess.run(
             arguments,
             cwd=self.folder,
@@ -419,6 +451,30 @@ def test_every_command_runs(workplace, page):
         answers = workplace.python(program).split()
         assert len(answers) == 3  # Chinese text has no spaces
         assert answers[2] == answers[0], "of the exported files"
+
+
+SERVED = {page for page in ENGLISH if any(block.kind == "bash server" for block in blocks(page))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(SERVED))
+def test_every_server_answers(workplace, page):
+    """Servers and requests of a page, in its order, with the tiny model and an adapter."""
+    if shutil.which("curl") is None or shutil.which("openssl") is None:
+        pytest.skip("curl or openssl is missing: apt-get install curl openssl")
+    for command in [*commands(TRAINING)[:2], commands("docs/adapters.md")[0]]:
+        workplace.run(command)
+    with ExitStack() as running:
+        port = PORT
+        for block in blocks(page):
+            if block.kind == "bash server":
+                running.close()
+                *before, server = block.commands()
+                for command in before:
+                    workplace.run(command)
+                port = running.enter_context(workplace.server(server))
+            for command in block.commands() if block.kind == "bash client" else ():
+                assert workplace.run(command.replace(f":{PORT}/", f":{port}/")).strip(), command
 
 
 def test_every_page_with_commands_is_run():
