@@ -4,6 +4,7 @@ The info string of a code block tells what the tests do with it. `bash`: runs th
 files of the reader. `python`: runs the program. `bash ascend`, `bash 6b`, `bash adgen` and `bash mindformers` need
 cards, weights, genuine records or files of MindFormers: only files, flags and keys are checked. `bash tests` would run
 this suite. `bash server`: its last command serves until `bash client` blocks have run; their port becomes a free one.
+`python openai` and `json PATH` are a program and requests for the server; tests/serve runs and sends them.
 `text` starting with `$` shows a command and its error. `nginx`: tests/serve/test_replicas.py runs it.
 """
 
@@ -37,7 +38,8 @@ SAMPLE = REPOSITORY / "configs" / "tiny" / "sample"
 README, TRAINING = "README.md", "docs/training.md"
 KINDS = {
     "bash", "bash ascend", "bash 6b", "bash adgen", "bash mindformers", "bash tests", "python", "text", "mermaid",
-    "bash server", "bash client", "nginx",
+    "bash server", "bash client", "nginx", "python openai",
+    "json /v1/chat/completions", "json /v1/responses", "json /v1/messages",
 }  # fmt: skip
 MAX_README_LINES = 200
 # Commands that change the environment; tests/scripts runs some of them.

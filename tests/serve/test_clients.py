@@ -6,6 +6,7 @@ They are looked for in the interpreter that GLM_MS_CLIENTS names, and else insta
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ KEY = "key-of-the-test-0123456789"
 PACKAGES = ("openai", "anthropic", "langchain-openai", "litellm")
 NODE_PACKAGES = ("ai", "@ai-sdk/openai-compatible", "zod")
 # Only what programs need: no settings of this test run, and no addresses beside that of the server.
-ENVIRONMENT = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+ENVIRONMENT = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ} | {"PYTHONUTF8": "1"}
 
 
 class Scene(Speaker):
@@ -81,6 +82,19 @@ def test_python_clients(address, python, script):
     command = [python, str(CLIENTS / script), address, KEY]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_program_of_the_documentation(address, python):
+    page = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+    (program,) = re.findall(
+        r"^```python openai\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    for shown, here in (("http://127.0.0.1:8000", address), ("your key", KEY), ("chatglm3-6b", "tiny")):
+        assert shown in program
+        program = program.replace(shown, here)
+    done = subprocess.run([python, "-c", program], capture_output=True, timeout=180, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert done.stdout.decode() == "the quick fox 🦊"
 
 
 def test_the_ai_sdk_of_node(address, tmp_path):
