@@ -46,6 +46,7 @@ LAUNCHERS = {
 SERVING = {
     "chat": ("glm_ms.serve.terminal", "a conversation with a model in this terminal"),
     "serve": ("glm_ms.serve.server", "an OpenAI-compatible HTTP server"),
+    "web": ("glm_ms.serve.web_demo", "the same server with a chat page"),
 }
 CONFIGS = "configs"
 _USAGE = """usage: glm-ms COMMAND [ARGUMENTS]

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from glm_ms.serve.server import launch_server
     from glm_ms.serve.terminal import launch_cli_demo
+    from glm_ms.serve.web_demo import launch_web_demo
 
 # Function -> the module that it is loaded from on first use.
-_HOME = {"launch_cli_demo": "glm_ms.serve.terminal", "launch_server": "glm_ms.serve.server"}
+_HOME = {
+    "launch_cli_demo": "glm_ms.serve.terminal",
+    "launch_server": "glm_ms.serve.server",
+    "launch_web_demo": "glm_ms.serve.web_demo",
+}
 
-__all__ = ["launch_cli_demo", "launch_server"]
+__all__ = ["launch_cli_demo", "launch_server", "launch_web_demo"]
 
 
 def __getattr__(name: str) -> object:

@@ -123,6 +123,8 @@ def serve(bound: socket.socket, load: Callable[[], Engine], drain_seconds: float
     os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it on import: errors only
     from glm_ms.serve.http_server import Server, address
 
+    if app.get("web"):
+        print(f"{address(bound)}/ is the chat page", flush=True)
     print(f"{address(bound)}: loading the model", flush=True)
     from glm_ms.serve.app import create_app  # imports MindSpore
 
