@@ -63,8 +63,9 @@ def predict(
     display = _Display(show)
 
     def answers(start: int) -> Iterator[list[str]]:
-        if streamed and not start:
-            yield [_stream(model, tokenizer, prompts[0], options, display.show)]
+        if streamed:
+            prompt = prompts[start:]  # none, if its answer is there
+            yield from ranks.share_out(prompt, lambda ids: [_stream(model, tokenizer, ids, options, display.show)])
         else:
             for found in answers_in_order(model, prompts, options, size, ranks, start):
                 yield [answer_text(tokenizer, ids) for ids in found]
