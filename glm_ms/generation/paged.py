@@ -49,6 +49,8 @@ class PagedGraphs:
     def __init__(
         self, network: GLMNetwork, slots: int, capacity: int, chunk: int = CHUNK, bounds: AdapterBounds | None = None
     ) -> None:
+        if chunk % PAGE:
+            raise ValueError(f"chunk = {chunk}: must be a multiple of {PAGE}, the tokens of a page")
         self.slots, self.capacity, self.chunk = slots, capacity, chunk
         self.vocab_size = network.config.padded_vocab_size
         self.rows = uniform_rows(slots)  # of a step; those beyond the slots are idle

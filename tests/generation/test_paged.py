@@ -312,6 +312,8 @@ def test_memory_is_enough_for_full_slots(decoder: PagedDecoder) -> None:
 
 
 def test_what_does_not_fit(decoder: PagedDecoder) -> None:
+    with pytest.raises(ValueError, match="chunk = 24: must be a multiple of 16"):
+        PagedGraphs(golden_model("glm3_tiny").network, SLOTS, CAPACITY, 24)
     with pytest.raises(ValueError, match="a prompt of 65 tokens: a slot has room for 1 to 64"):
         decoder.open([5] * 65)
     with pytest.raises(ValueError, match="a prompt of 0 tokens"):
