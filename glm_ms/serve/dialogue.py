@@ -98,11 +98,27 @@ async def ask(engine: Engine, question: Question) -> Dialogue:
     room = engine.answer_room(len(ids), question.max_tokens, question.limit_name)
     config = question.sampling.config(engine, room)
     guide = await run_in_threadpool(_guide, engine, question)
-    # Stop strings are those of the text, not of what the template has before it: `_Choice` looks for them.
     job = Job(
-        ids=ids, config=config, adapter=adapter, logprobs=question.logprobs, guide=guide, seconds=engine.seconds
-    )  # fmt: skip
+        ids=ids,
+        config=config,
+        adapter=adapter,
+        stop=_safe_stops(question),
+        include_stop=True,  # `_Choice` cuts the text
+        logprobs=question.logprobs,
+        guide=guide,
+        seconds=engine.seconds,
+    )
     return Dialogue(engine, engine.submit(job), question)
+
+
+def _safe_stops(question: Question) -> tuple[str, ...]:
+    """Stop strings at which the scheduler can end a choice.
+
+    The others might also be found in what the template has before a text, or in a call. `_Choice` looks for all.
+    """
+    if question.choice.mode != "none":
+        return ()
+    return tuple(stop for stop in question.sampling.stop_texts if not stop[0].isspace())
 
 
 def _guide(engine: Engine, question: Question) -> NewGuide | None:
@@ -187,21 +203,22 @@ class _Choice:
         if self._with_scores:
             ends = self._engine.tokenizer.stop_token_ids
             self._scores += [score for score in one.tokens if score.token not in ends]
-        parts = self._parsed(self._parser.push(one.text))
+        search = self.count > self._least or isinstance(one.stop_reason, str)
+        parts = self._parsed(self._parser.push(one.text), search)
         if one.finish is None or self.ended:
             return parts
-        parts += self._parsed(self._parser.close())
+        parts += self._parsed(self._parser.close(), search)
         if not self.ended:
             parts += [*self._said(self._stops.flush()), self._end(one)]
         return parts
 
-    def _parsed(self, found: Sequence[Text | ToolCall]) -> list[Part]:
+    def _parsed(self, found: Sequence[Text | ToolCall], search: bool) -> list[Part]:
         parts: list[Part] = []
         for item in found:
             if self.ended:
                 break
             if isinstance(item, Text):
-                parts += self._said(self._stops.push(item.text, self.count > self._least))
+                parts += self._said(self._stops.push(item.text, search))
                 if self._stops.found is not None:
                     self.ended = True
                     parts.append(Ended(self._number, "stop", self._stops.found))

@@ -146,6 +146,16 @@ def test_a_stop_string_of_one_choice_does_not_end_the_others(chat):
     assert found["usage"]["completion_tokens"] < 2 * len(speaker.answer)
 
 
+def test_the_scheduler_ends_a_choice_at_its_stop_string(chat):
+    client, speaker = chat
+    speaker.say("\n the quick brown fox")
+    finished = client.app.state.engine.scheduler.stats.finished
+    post(client, HELLO, stop="brown", n=2)
+    now = client.app.state.engine.scheduler.stats.finished
+    assert now["stop"] == finished.get("stop", 0) + 2
+    assert now.get("cancelled", 0) == finished.get("cancelled", 0)
+
+
 def test_stop_tokens_of_the_request(chat, tokenizer):
     client, speaker = chat
     speaker.say("\n hello there")
