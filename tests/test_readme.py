@@ -439,6 +439,8 @@ def test_every_command_runs(workplace, page):
         output = workplace.run(command)
         if "predict_glm3" in command and "--run_mode export" not in command:
             assert output.strip(), command
+    if page == "docs/chat.md":
+        workplace.python("\n".join(block.text for block in blocks(page) if block.kind == "python"))
     for name in RESULTS[page]:
         assert (workplace.folder / "output" / name).is_file(), name
     if page == "docs/data.md":
@@ -446,8 +448,6 @@ def test_every_command_runs(workplace, page):
         names = [path.name for path in made.iterdir()]
         assert names
         assert filecmp.cmpfiles(SAMPLE, made, names, shallow=False) == (names, [], [])
-    if page == "docs/chat.md":
-        workplace.python("\n".join(block.text for block in blocks(page) if block.kind == "python"))
     if page == "docs/inference.md":
         program = "\n".join(block.text for block in blocks(page) if block.kind == "python")
         answers = workplace.python(program).split()
