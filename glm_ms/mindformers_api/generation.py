@@ -11,6 +11,7 @@ from mindformers.generation import GenerationConfig as MindFormersGeneration
 
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.settings import Settings, SettingsError
+from glm_ms.settings.schema import bias_pairs
 from glm_ms.storage.suggest import did_you_mean
 
 # Names for the length of the whole sequence, prompt included. glm_ms uses the first.
@@ -151,12 +152,8 @@ def set_generation(settings: Settings, options: dict[str, Any]) -> None:
             settings.predict_batch_size = value
         elif name == "seed":
             settings.seed = value
-        elif name == "logit_bias" and isinstance(value, Mapping):
-            try:
-                GenerationConfig(max_new_tokens=1, logit_bias=value)
-            except ValueError as error:
-                raise SettingsError(f"predict(logit_bias=...): {error}") from None
-            generation.logit_bias = [f"{token}:{bias}" for token, bias in value.items()]
+        elif name == "logit_bias":
+            generation.logit_bias = _bias_texts(value)
         elif name in known:
             setattr(generation, name, value)
         else:
@@ -167,3 +164,14 @@ def set_generation(settings: Settings, options: dict[str, Any]) -> None:
         generation.max_length = None
     elif lengths:
         generation.max_new_tokens = lengths[-1]
+
+
+def _bias_texts(value: Any) -> list[str]:
+    """`logit_bias` as the settings have it, from a mapping or from such texts."""
+    try:
+        bias = value if isinstance(value, Mapping) else dict(bias_pairs(value))
+        GenerationConfig(max_new_tokens=1, logit_bias=bias)
+    except (AttributeError, TypeError, ValueError) as error:
+        message = f"predict(logit_bias={value!r:.80}): expected a mapping of token ids to numbers; {error}"
+        raise SettingsError(message) from None
+    return [f"{token}:{bias}" for token, bias in bias.items()]
