@@ -15,9 +15,12 @@ from reference import CASES, FOLDER, golden_numbers, golden_weights
 from tolerances import LOGITS
 
 from glm_ms import GLMConfig, GLMForCausalLM, load_pretrained
+from glm_ms.convert.conversion import plan_conversion
+from glm_ms.convert.reader import open_checkpoint
 from glm_ms.model.config import ConfigError
 from glm_ms.peft.adapter import read_adapter
 from glm_ms.pretrained import find_tokenizer
+from glm_ms.settings import SettingsError, load_settings
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.tokenizer import VocabularyError
 
@@ -94,6 +97,12 @@ def test_what_cannot_be_a_path(path: Any) -> None:
         read_adapter(path)
     with pytest.raises(VocabularyError, match=words):
         find_tokenizer(path)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(path)
+    with pytest.raises(CheckpointError, match=words):
+        plan_conversion(FOLDER / CASE, path)
+    with pytest.raises(SettingsError, match=words):
+        load_settings(path)
     if path is not None:
         with pytest.raises(ConfigError, match=words):
             load_pretrained(FOLDER / CASE, config=path)

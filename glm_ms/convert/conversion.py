@@ -19,6 +19,7 @@ from glm_ms.families import read_config
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.storage.atomic import check_target
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -121,7 +122,10 @@ def plan_conversion(
     Raises:
         CheckpointError, ConfigError: the input, the config or the output cannot be used, or do not fit.
     """
-    source, output = resolve_checkpoint(source), Path(output)
+    source = resolve_checkpoint(source)
+    if problem := path_problem(output):
+        raise CheckpointError(problem)
+    output = Path(output)
     target = _target(output, target)
     if (tokenizer is not None) != (target == HF_GLM):
         raise CheckpointError(f"target {target!r}: a tokenizer is needed for {HF_GLM}, and for that only")

@@ -19,6 +19,7 @@ from glm_ms.convert.torch_file import TorchFile
 from glm_ms.model.config import GLMConfig
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.integrity import check_listed
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.suggest import did_you_mean, misspelled
 
@@ -176,6 +177,8 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
         CheckpointError: the path is missing or of no known kind; a file is truncated, damaged or does not match its
             ending; an index names a shard that is missing or lacks a tensor.
     """
+    if problem := path_problem(path):
+        raise CheckpointError(problem)
     path = Path(path)
     try:
         if not path.exists():

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import yaml
 
 from glm_ms.storage.errors import FileError
+from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import MAX_DEPTH, is_zero, read_text
 from glm_ms.storage.suggest import did_you_mean
 
@@ -59,6 +60,8 @@ def _plain(entry: Entry, done: dict[int, Any]) -> Any:
 
 def read_yaml(path: str | Path, error: type[FileError] = FileError) -> Entry:
     """The top level of a UTF-8 YAML file. Raises `error` if it is missing, broken or not a mapping."""
+    if problem := path_problem(path):
+        raise error(problem)
     path = Path(path)
     text = read_text(path, error, f"no such file{did_you_mean(path.name, _siblings(path))}")
     entry = parse_yaml(text, str(path), error, lines=True)
