@@ -49,6 +49,7 @@ SETUP = {
     "python3 -m venv .venv",
     ". .venv/bin/activate",
     "pip install .",
+    'pip install ".[serve]"',
     'pip install -e ".[test]"',
 }
 # File of the reader -> its stand-in.
