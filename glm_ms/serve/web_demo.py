@@ -45,3 +45,7 @@ def launch_web_demo(
             f"ssh -L {port}:127.0.0.1:{port} this-machine"
         )
     server.launch_server(model, tokenizer, port, host, web=True, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
