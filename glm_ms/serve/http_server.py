@@ -88,6 +88,24 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
+@contextmanager
+def signals_end_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process while the block imports: libraries abort when an import is interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
 def address(bound: socket.socket) -> str:
     """The URL of a listening socket."""
     host, port = bound.getsockname()[:2]

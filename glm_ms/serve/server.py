@@ -121,12 +121,13 @@ def serve(bound: socket.socket, load: Callable[[], Engine], drain_seconds: float
     Beside an event loop, as notebooks have one, it uses a thread of its own.
     """
     os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it on import: errors only
-    from glm_ms.serve.http_server import Server, address
+    from glm_ms.serve.http_server import Server, address, signals_end_at_once
 
     if app.get("web"):
         print(f"{address(bound)}/ is the chat page", flush=True)
     print(f"{address(bound)}: loading the model", flush=True)
-    from glm_ms.serve.app import create_app  # imports MindSpore
+    with signals_end_at_once():
+        from glm_ms.serve.app import create_app  # imports MindSpore
 
     server = Server(create_app(**app), bound, drain_seconds, lambda line: print(line, flush=True))
     if not _in_event_loop():

@@ -125,6 +125,59 @@ def chat_tokenizer(tokenizer):
     return tokenizer
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["import", "load"])
+def test_a_signal_before_the_model_is_loaded(chat_tokenizer, moment):
+    with Process(chat_tokenizer) as server:
+        if moment == "load":
+            wait_until(lambda: server.client.get("/health").status_code == 200, 60)
+        status, output, messages = server.end()
+        assert status == 128 + signal.SIGTERM
+        assert "ready" not in output
+        assert "Traceback" not in messages
+
+
+@pytest.mark.slow
+def test_weights_that_cannot_be_loaded(chat_tokenizer, tmp_path):
+    with Process(chat_tokenizer, "--config", tmp_path / "missing.yaml") as server:
+        output, messages = server.process.communicate(timeout=120)
+        assert server.process.returncode == 1
+        assert messages.startswith("error: ")
+        assert "missing.yaml" in messages
+        assert "stopped" not in output
+
+
+PROGRAM = """
+import asyncio, sys
+from glm_ms import ChatGLM3Tokenizer, load_pretrained
+from glm_ms.serve import launch_server
+
+async def notebook():
+    launch_server(model, tokenizer, port=0, name="mine", slots=2, context=64)
+
+model, tokenizer = load_pretrained(sys.argv[1]), ChatGLM3Tokenizer(sys.argv[2])
+asyncio.run(notebook())
+"""
+
+
+@pytest.mark.slow
+def test_launch_server_in_a_notebook(chat_tokenizer):
+    command = [sys.executable, "-c", PROGRAM, str(MODEL), chat_tokenizer.vocab_file]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            url = process.stdout.readline().partition(": ")[0]
+            assert "models: mine" in process.stdout.readline()
+            body = {"prompt": "hello", "max_tokens": 3}
+            found = httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False).json()
+            assert found["model"] == "mine"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) != 0  # KeyboardInterrupt, as any cell of a notebook
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url}/health", trust_env=False)
+        finally:
+            process.kill()
+
+
 def test_a_server_from_start_to_end(chat_tokenizer):
     with Process(chat_tokenizer, "--slots", 2, "--context", 64, **{KEY_VARIABLE: KEY}) as server:
         assert server.client.get("/health").status_code == 200
