@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from glm_ms.generation.decoder import cache_capacity, slot_count
 from glm_ms.generation.paged import CHUNK, pages_of
 from glm_ms.generation.pages import PAGE, RESERVED
-from glm_ms.metrics import TEXT, takes
+from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.plan import work as costs
@@ -192,21 +192,29 @@ def _prefix(settings: Settings) -> int:
 
 
 def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
-    """Bytes of the cache of keys and values, and of intermediate results of a step or of a chunk of a prompt."""
-    options, predicts = settings.generation, settings.run_mode in ("predict", "export")
+    """Bytes of the cache of keys and values, and of intermediate results."""
+    options, prefix = settings.generation, _prefix(settings)
+    predicts, fused = settings.run_mode in ("predict", "export"), settings.context.use_fused_kernels
     batch = settings.predict_batch_size if predicts else settings.eval_dataset.batch_size
-    longest = config.seq_length if predicts else settings.eval_dataset.max_source_length
-    prompt = min(longest, config.seq_length)
-    slots = min(prompt + options.max_new_tokens, options.max_length or config.seq_length, config.seq_length)
-    rows = slot_count(batch * max(options.num_beams, options.num_return_sequences))
-    tokens, chunk = cache_capacity(slots), min(prompt, CHUNK)
-    pages = RESERVED + rows * pages_of(tokens) + pages_of(_prefix(settings))
-    keys = (pages_of(tokens) + pages_of(_prefix(settings))) * PAGE
-    work = Work(config, ParallelConfig(), rows, 1, prefix=keys - 1, fused_kernels=settings.context.use_fused_kernels)
-    reading = replace(work, rows=1, length=chunk, prefix=keys - chunk)
-    page = PAGE * config.num_kv_heads * config.kv_channels * work.item
-    activations = max(costs.prefill_bytes(work), costs.prefill_bytes(reading))
-    return {"kv_cache": 2 * config.num_layers * pages * page, "activations": activations}
+    if settings.run_mode == "export":  # the graphs take whole prompts
+        tokens = batch * (config.seq_length + prefix)
+        passes = [Work(config, ParallelConfig(), batch, config.seq_length, prefix=prefix, fused_kernels=fused)]
+    else:
+        prompt = min(config.seq_length if predicts else settings.eval_dataset.max_source_length, config.seq_length)
+        longest = min(prompt + options.max_new_tokens, options.max_length or config.seq_length, config.seq_length)
+        pages, prefix_pages = pages_of(cache_capacity(longest)), pages_of(prefix)
+        rows = slot_count(batch * max(options.num_beams, options.num_return_sequences))
+        keys, tokens = (pages + prefix_pages) * PAGE, (RESERVED + rows * pages + prefix_pages) * PAGE
+        chunk = min(prompt, CHUNK)
+        step = Work(config, ParallelConfig(), rows, 1, prefix=keys - 1, fused_kernels=fused)
+        passes = [step, replace(step, rows=1, length=chunk, prefix=keys - chunk)]
+    if not predicts and takes(LOSS, settings.metric.type):
+        length = min(
+            settings.eval_dataset.max_source_length + settings.eval_dataset.max_target_length, config.seq_length
+        )
+        passes.append(replace(passes[0], rows=batch, length=length, prefix=prefix))
+    cache = 2 * config.num_layers * tokens * config.num_kv_heads * config.kv_channels * passes[0].item
+    return {"kv_cache": cache, "activations": max(map(costs.prefill_bytes, passes))}
 
 
 def describe(plan: RunPlan, memory: int | None) -> Iterator[str]:
