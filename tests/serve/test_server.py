@@ -178,6 +178,7 @@ def test_launch_server_in_a_notebook(chat_tokenizer):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_server_from_start_to_end(chat_tokenizer):
     with Process(chat_tokenizer, "--slots", 2, "--context", 64, **{KEY_VARIABLE: KEY}) as server:
         assert server.client.get("/health").status_code == 200
