@@ -9,11 +9,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from serve.chat_helpers import Speaker, called
+from serve.environments import python_with, run_or_skip
 from serve.service import running_engine, running_server
 
 from glm_ms.serve.auth import Keys
@@ -60,21 +60,7 @@ def address(tokenizer):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    given = os.environ.get("GLM_MS_CLIENTS")
-    if given:
-        return given
-    folder = tmp_path_factory.mktemp("clients")
-    run([sys.executable, "-m", "venv", str(folder)], "no virtual environment can be made")
-    found = str(folder / "bin" / "python")
-    run([found, "-m", "pip", "install", "-q", *PACKAGES], f"not installed: {', '.join(PACKAGES)}")
-    return found
-
-
-def run(command, skip_reason, **options):
-    """Runs a command that needs what a machine may lack."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **options)
-    if done.returncode:
-        pytest.skip(f"{skip_reason}: {done.stderr.strip()[-200:]}")
+    return python_with(PACKAGES, "GLM_MS_CLIENTS", tmp_path_factory.mktemp("clients"))
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in CLIENTS.glob("*.py")))
@@ -104,7 +90,9 @@ def test_the_ai_sdk_of_node(address, tmp_path):
     folder = Path(os.environ.get("GLM_MS_NODE_CLIENTS", tmp_path))
     if folder == tmp_path:
         options = {"cwd": folder, "env": {**os.environ, "npm_config_update_notifier": "false"}}
-        run([npm, "install", "--no-audit", "--no-fund", *NODE_PACKAGES], f"not installed: {NODE_PACKAGES}", **options)
+        run_or_skip(
+            [npm, "install", "--no-audit", "--no-fund", *NODE_PACKAGES], f"not installed: {NODE_PACKAGES}", **options
+        )
     script = tmp_path / "ai_sdk.mjs"
     shutil.copy(CLIENTS / script.name, script)
     if folder != tmp_path:

@@ -13,7 +13,7 @@ pytest.importorskip("llguidance", reason="llguidance is missing: pip install glm
 
 from glm_ms.serve.call_grammar import SchemaError, calls_grammar, not_enforced
 from glm_ms.serve.guides import GuideError, Guides, choice, json_schema, lark, regex
-from glm_ms.tokenizer import AnswerParser, ToolCall
+from glm_ms.tokenizer import AnswerParser, ChatGLM3Tokenizer, ToolCall
 
 PADDING = 8
 OPENING = '" "? "\\n" " "?'
@@ -212,6 +212,38 @@ def check(value, schema, root):
         given = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         assert type(value) in [kinds[kind] for kind in given]
     return None
+
+
+WEATHER = {"type": "object", "properties": {"location": {"type": "string"}, "days": {"type": "integer"}}}
+CODE = "```python\ntool_call(location='北京', days=3)\n```"
+
+
+def assert_follows(tokenizer, new_guide, ids):
+    guide = new_guide()
+    for token in ids:
+        assert guide.mask()[token], tokenizer.convert_ids_to_tokens(token)
+        guide.accept(token)
+    assert guide.mask()[tokenizer.stop_token_ids].all()
+
+
+def assert_accepts_messages_of_the_template(tokenizer):
+    """Grammars allow the very ids of the records that the model learns from."""
+    own = Guides(tokenizer, tokenizer.vocab_size)
+    call = tokenizer.build_single_message("assistant", "get_weather", CODE)
+    calls = own.compile(None, calls_grammar([("get_weather", WEATHER)], True, "<|assistant|>"))
+    assert_follows(tokenizer, calls, call[1:])
+    assert_follows(tokenizer, calls, [*call[1:], *call])
+    text = tokenizer.build_single_message("assistant", "", '{"city": "北京", "days": [1, 2.5, null]}')
+    body = own.compile(json_schema({"type": "object"}), f"start: {OPENING} @body")
+    assert_follows(tokenizer, body, text[1:])
+
+
+def test_messages_of_the_template_follow_the_grammars(tokenizer):
+    assert_accepts_messages_of_the_template(tokenizer)
+
+
+def test_messages_of_the_template_follow_the_grammars_with_the_released_vocabulary(vocab_file):
+    assert_accepts_messages_of_the_template(ChatGLM3Tokenizer(vocab_file))
 
 
 def test_one_call_without_parallel_calls(tokenizer, guides):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from reference import fresh_golden_model
+from serve.environments import python_with
 from serve.service import running_server
 
 from glm_ms.serve.auth import Keys
@@ -70,16 +70,7 @@ def address(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    given = os.environ.get("GLM_MS_LM_EVAL")
-    if given:
-        return given
-    folder = tmp_path_factory.mktemp("lm_eval")
-    found = str(folder / "bin" / "python")
-    for command in ([sys.executable, "-m", "venv", folder], [found, "-m", "pip", "install", "-q", "lm-eval[api]"]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-        if done.returncode:
-            pytest.skip(f"lm-eval is not installed: {done.stderr.strip()[-200:]}")
-    return found
+    return python_with(["lm-eval[api]"], "GLM_MS_LM_EVAL", tmp_path_factory.mktemp("lm_eval"))
 
 
 def evaluate(python, folder, kind, url, tasks, *options):
