@@ -15,7 +15,7 @@ from glm_ms.generation.graphs import on_graph_thread, run_cell
 from glm_ms.generation.inputs import Prompt
 from glm_ms.generation.pages import PAGE, RESERVED, SCRATCH, ZEROS, NoRoom, PagePool, page_keys
 from glm_ms.generation.uniform import uniform_rows
-from glm_ms.model.cache import CopyPages, KVCache, OutputLayer, PagedGLM, WritePage, WritePrefix, page_blocks, page_rows
+from glm_ms.model.cache import BlockCache, CopyPages, KVCache, OutputLayer, PagedGLM, WritePage, WritePrefix
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.peft.adapter import StoredAdapter
 from glm_ms.peft.rows import NO_ADAPTER, AdapterBounds, RowAdapter, RowAdapters
@@ -60,11 +60,13 @@ class PagedGraphs:
         self.prefix_pages = pages_of(self.prefix)
         self.first = self.prefix_pages * PAGE - self.prefix  # index of the first token of the prefix
         self.bounds = bounds or AdapterBounds()
-        self.adapters = RowAdapters(network, self.bounds)
         other_prefix = pages_of(self.bounds.max_prefix)
         self.pages_of_slot = self.prefix_pages + other_prefix + pages_of(capacity)
         self.pages = slots * pages_of(capacity) + self.prefix_pages + self.bounds.max_adapters * other_prefix
-        self.cache = KVCache(network.config, RESERVED + self.pages, PAGE)
+        # The kernels of whole pages see every key of the first page, so a prefix must fill its pages.
+        whole = network.transformer.encoder.layers[0].self_attention.cached_attention.whole_pages and not self.first
+        self.cache = (BlockCache if whole else KVCache)(network.config, RESERVED + self.pages, PAGE)
+        self.adapters = RowAdapters(network, self.bounds, PAGE if whole else 1)
         total = self.pages_of_slot * PAGE
         self.prefill, self.step = (PagedGLM(network, self.cache, total) for _ in range(2))
         self.write_prefix = None if encoder is None else WritePrefix(encoder, 1, self.cache)
@@ -86,7 +88,7 @@ class PagedGraphs:
             self._set(decoder.memory)
             if self.write_prefix is not None:
                 indices = np.arange(self.first, self.first + self.prefix)[None]
-                run_cell(self.write_prefix, page_rows(self.cache, RESERVED + indices // PAGE, indices % PAGE))
+                run_cell(self.write_prefix, self.cache.page_rows(RESERVED + indices // PAGE, indices % PAGE))
         elif decoder.memory is not self._memory:
             self._set(decoder.memory)
         self._owner, self.sound = weakref.ref(decoder), decoder.sound
@@ -208,7 +210,7 @@ class PagedDecoder(Decoder):
         self._copies.append((ZEROS, SCRATCH))
         self._copy()
         if self.graphs.bounds.max_prefix:
-            self._write_page(SCRATCH, np.zeros((len(self.cache.tables), self.cache.groups, PAGE, self.cache.dim)))
+            self._write_page(SCRATCH, np.zeros((len(self.cache.tables), PAGE, self.cache.groups, self.cache.dim)))
 
     @on_graph_thread
     def load_adapter(self, name: str, stored: StoredAdapter) -> None:
@@ -412,18 +414,18 @@ class PagedDecoder(Decoder):
         content = np.zeros((len(parts), len(pages) * PAGE, *parts.shape[2:]), np.float32)
         content[:, content.shape[1] - length :] = parts
         # The tables are those of all keys, then those of all values.
-        content = np.concatenate((content[::2], content[1::2])).swapaxes(1, 2)
+        content = np.concatenate((content[::2], content[1::2]))
         self._copy()
         for number, page in enumerate(pages):
-            self._write_page(page, content[:, :, number * PAGE : (number + 1) * PAGE])
+            self._write_page(page, content[:, number * PAGE : (number + 1) * PAGE])
             self._unclean.discard(page)
         self._prefixes[adapter] = pages
 
-    def _write_page(self, page: int, content: np.ndarray) -> None:
-        """Writes float [tables, G, PAGE, D] to a page."""
-        rows = np.ascontiguousarray(content, np.float32).reshape(len(content), -1, self.cache.dim)
-        number, rows = Tensor(np.array([page], np.int32)), Tensor(rows, self.cache.keys[0].dtype)
-        self.graphs.write_page.compile_and_run(number, rows)
+    def _write_page(self, page: int, parts: np.ndarray) -> None:
+        """Writes keys and values float32 [tables, PAGE, G, D] to a page."""
+        content = np.ascontiguousarray(self.cache.page_content(parts), np.float32)
+        number = Tensor(np.array([page], np.int32))
+        self.graphs.write_page.compile_and_run(number, Tensor(content, self.cache.keys[0].dtype))
 
     def _find(self, one: _Running) -> None:
         """Takes pages that others have computed. The last token of a prompt always runs: its logits are needed."""
@@ -495,8 +497,8 @@ class PagedDecoder(Decoder):
     ) -> tuple[np.ndarray, Tensor]:  # fmt: skip
         """Logits float32 [1, V] after the token at place `last`, and the input of the output layer for all tokens."""
         self._copy()
-        rows = page_rows(self.cache, pages, np.where(pages == SCRATCH, 0, indices % PAGE))
-        blocks = page_blocks(self.cache, table[None])
+        rows = self.cache.page_rows(pages, np.where(pages == SCRATCH, 0, indices % PAGE))
+        blocks = self.cache.page_blocks(table[None])
         arrays = ids, positions, indices, np.array([first]), rows, blocks, self._numbers([number]), np.array([last])
         logits, states = run_cell(self.graphs.prefill, *arrays)
         return logits.asnumpy(), states
@@ -525,7 +527,7 @@ class PagedDecoder(Decoder):
             index = one.start + one.length
             positions[slot], indices[slot], first[slot] = one.position, index, one.first
             pages[slot], tables[slot], numbers[slot] = one.pages[index // PAGE], one.pages, one.number
-        rows = page_rows(self.cache, pages, indices % PAGE)
-        blocks = page_blocks(self.cache, tables)
+        rows = self.cache.page_rows(pages, indices % PAGE)
+        blocks = self.cache.page_blocks(tables)
         arrays = ids, positions, indices, first, rows, blocks, self._numbers(numbers)
         return run_cell(self.graphs.step, *arrays).asnumpy()

@@ -23,13 +23,17 @@ class KVCache:
     def __init__(self, config: GLMConfig, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self.groups, self.dim = config.num_kv_heads, config.kv_channels
-        shape, dtype = (slots * self.groups * capacity, self.dim), DTYPES[config.compute_dtype]
+        shape, dtype = self.table_shape(), DTYPES[config.compute_dtype]
 
         def table(name: str) -> Parameter:
             return Parameter(Tensor(np.zeros(shape, np.float32), dtype), name=name, requires_grad=False)
 
         self.keys = [table(f"key_cache.{i}") for i in range(config.num_layers)]
         self.values = [table(f"value_cache.{i}") for i in range(config.num_layers)]
+
+    def table_shape(self) -> tuple[int, ...]:
+        """Shape of every table; its first axis has as many entries for each slot."""
+        return self.slots * self.groups * self.capacity, self.dim
 
     @property
     def tables(self) -> list[Parameter]:
@@ -47,6 +51,39 @@ class KVCache:
         groups = np.arange(self.groups)
         rows = (slots[:, None, None] * self.groups + groups) * self.capacity + indices[:, :, None]
         return rows.reshape(-1).astype(np.int32)
+
+    def page_rows(self, pages: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """As `rows`, for slots that are pages, and places in them, [B, S] each."""
+        rows = (pages[:, :, None] * self.groups + np.arange(self.groups)) * self.capacity + places[:, :, None]
+        return rows.reshape(-1).astype(np.int32)
+
+    def page_blocks(self, tables: np.ndarray) -> np.ndarray:
+        """Blocks int32 [B * G * P], in the order of keys [B, G, P], for the P pages of each sequence, [B, P]."""
+        blocks = tables[:, None, :] * self.groups + np.arange(self.groups)[None, :, None]
+        return blocks.reshape(-1).astype(np.int32)
+
+    def page_content(self, parts: np.ndarray) -> np.ndarray:
+        """Keys or values of a page, [..., capacity, G, D], in the order of a table: [..., entries of a page, ...]."""
+        return parts.swapaxes(-3, -2).reshape(*parts.shape[:-3], -1, self.dim)
+
+
+class BlockCache(KVCache):
+    """Pages as the kernels of `glm_ms.ops.ascend` read them: tables [pages, capacity, G, D].
+
+    A new key belongs to the row page * capacity + place, int32 [B * S]. Blocks are pages, int32 [B, P].
+    """
+
+    def table_shape(self) -> tuple[int, ...]:
+        return self.slots, self.capacity, self.groups, self.dim
+
+    def page_rows(self, pages: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return (pages * self.capacity + places).reshape(-1).astype(np.int32)
+
+    def page_blocks(self, tables: np.ndarray) -> np.ndarray:
+        return tables.astype(np.int32)
+
+    def page_content(self, parts: np.ndarray) -> np.ndarray:
+        return parts[..., None, :, :, :]
 
 
 class CachedLayers(nn.Cell):
@@ -73,16 +110,16 @@ class CachedLayers(nn.Cell):
 
     def run_layers(
         self, input_ids: Tensor, position_ids: Tensor, hidden: Tensor, rows: Tensor, blocks: Tensor | None,
-        adapters: Tensor | None = None
+        adapters: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:  # fmt: skip
         """Input of the output layer, [B * S, H], where hidden bool [B, 1, S, T] says which keys a token does not see;
-        stores new keys and values. For rows, blocks and adapters see `Cache` in `glm_ms.model.glm`."""
+        stores new keys and values. For rows, blocks, adapters and lengths see `Cache` in `glm_ms.model.glm`."""
         net = self.transformer
         cos, sin = net.rotation(position_ids)
         bias = self.hide(ops.cast(hidden, ms.float32), HIDDEN_SCORE)
         x = net.embedding(input_ids)
         for i in range(len(self.keys)):
-            cache = (self.keys[i], self.values[i], rows, blocks, self.block, adapters)
+            cache = (self.keys[i], self.values[i], rows, blocks, self.block, adapters, lengths)
             x = net.encoder.layers[i](x, cos, sin, bias, None, None, cache)
         return self.reshape(net.encoder.finish(x), (-1, self.hidden_size))
 
@@ -139,8 +176,7 @@ class PagedGLM(CachedLayers):
         Args:
             input_ids, position_ids, indices: int32 [B, S]; `indices` are those within a sequence.
             first: int32 [B].
-            rows: int32 [B * S * G], see `page_rows`.
-            blocks: int32 [B * G * T / page], see `page_blocks`.
+            rows, blocks: int32, see `page_rows` and `page_blocks` of the cache.
             adapters: number of the adapter of each sequence, int32 [B]; None: there are no adapters.
             last: int32 [1], a place in [B * S]; None: S is 1.
 
@@ -150,7 +186,8 @@ class PagedGLM(CachedLayers):
         """
         before = self.earlier(self.key_indices, self.reshape(first, (-1, 1, 1, 1)))
         hidden = self.either(self.comes_later(indices), before)
-        x = self.run_layers(input_ids, position_ids, hidden, rows, blocks, adapters)
+        lengths = self.reshape(indices, (-1,)) + 1 if last is None else None
+        x = self.run_layers(input_ids, position_ids, hidden, rows, blocks, adapters, lengths)
         if last is None:
             return self.output(x, adapters)
         return self.output(self.gather(x, last, 0), adapters), x
@@ -175,7 +212,8 @@ class CopyPages(nn.Cell):
     def __init__(self, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)
         self.tables, self.slots = ms.ParameterTuple(cache.tables), cache.slots
-        self.rows = Tensor(np.arange(cache.groups * cache.capacity, dtype=np.int32))
+        shape = cache.table_shape()
+        self.rows, self.entry = Tensor(np.arange(shape[0] // cache.slots, dtype=np.int32)), shape[1:]
         self.gather, self.write, self.reshape = ops.Gather(), ops.ScatterUpdate(), ops.Reshape()
 
     def construct(self, sources: Tensor, targets: Tensor) -> Tensor:
@@ -185,7 +223,7 @@ class CopyPages(nn.Cell):
         rows = self.reshape(ops.expand_dims(targets, 1) * count + self.rows, (-1,))
         for table in self.tables:
             pages = self.gather(self.reshape(table, (self.slots, -1)), sources, 0)
-            self.write(table, rows, self.reshape(pages, (-1, table.shape[1])))
+            self.write(table, rows, self.reshape(pages, (-1,) + self.entry))  # noqa: RUF005, the graph compiler wants +
         return targets
 
 
@@ -195,27 +233,15 @@ class WritePage(nn.Cell):
     def __init__(self, cache: KVCache) -> None:
         super().__init__(auto_prefix=False)
         self.tables = ms.ParameterTuple(cache.tables)
-        self.rows = Tensor(np.arange(cache.groups * cache.capacity, dtype=np.int32))
+        self.rows = Tensor(np.arange(cache.table_shape()[0] // cache.slots, dtype=np.int32))
         self.write = ops.ScatterUpdate()
 
     def construct(self, page: Tensor, content: Tensor) -> Tensor:
-        """page int32 [1], content [2 * layers, G * page, D]: rows of the page in every table. Returns `page`."""
+        """page int32 [1], content of the page in every table, see `page_content`, [2 * layers, ...]. Returns `page`."""
         rows = page * self.rows.shape[0] + self.rows
         for i in range(len(self.tables)):
             self.write(self.tables[i], rows, content[i])
         return page
-
-
-def page_rows(cache: KVCache, pages: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Table rows int32 [B * S * G], in the order of keys [B, S, G], for places in pages, [B, S] each."""
-    rows = (pages[:, :, None] * cache.groups + np.arange(cache.groups)) * cache.capacity + places[:, :, None]
-    return rows.reshape(-1).astype(np.int32)
-
-
-def page_blocks(cache: KVCache, tables: np.ndarray) -> np.ndarray:
-    """Blocks int32 [B * G * P], in the order of keys [B, G, P], for the P pages of each sequence, [B, P]."""
-    blocks = tables[:, None, :] * cache.groups + np.arange(cache.groups)[None, :, None]
-    return blocks.reshape(-1).astype(np.int32)
 
 
 class PositionedGLM(nn.Cell):

@@ -15,7 +15,15 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.layers import DTYPES, Embedding, Norm, build_linear
-from glm_ms.ops.portable import ApplyRotary, AttentionBias, GroupedAttention, SeededDropout, SwiGLU, rotary_tables
+from glm_ms.ops.portable import (
+    ApplyRotary,
+    AttentionBias,
+    CachedAttention,
+    GroupedAttention,
+    SeededDropout,
+    SwiGLU,
+    rotary_tables,
+)
 
 # Each dropout has its own random stream: block index * DROPOUTS_PER_BLOCK + one of these.
 DROPOUTS_PER_BLOCK = 3
@@ -27,8 +35,10 @@ Seeds = Optional[Tensor]
 Prefix = Optional[tuple[Tensor, Tensor]]
 # Tables of keys and values, [rows, D] each (`glm_ms.model.cache`); the row int32 [B * S * G] that each new key belongs
 # to; blocks of rows, int32, which one after the other are all B * G * T rows (None: the whole table is); their size;
-# number of the adapter of each row of x, int32 [B] (`glm_ms.peft.rows`), None: there are no adapters.
-Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor], int, Optional[Tensor]]]
+# number of the adapter of each row of x, int32 [B] (`glm_ms.peft.rows`), None: there are no adapters; number of keys up
+# to that of each row of x, int32 [B], None: S is above 1, or the blocks are None. With tables of whole pages, rows and
+# blocks are those of `BlockCache`.
+Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor], int, Optional[Tensor], Optional[Tensor]]]
 
 
 class SelfAttention(nn.Cell):
@@ -49,8 +59,8 @@ class SelfAttention(nn.Cell):
         self.rotary = ApplyRotary(config.kv_channels, DTYPES[config.compute_dtype])
         stream = index * DROPOUTS_PER_BLOCK + _ATTENTION_WEIGHTS
         self.attention = GroupedAttention(self.heads, self.groups * copies, self.dim, config.attention_dropout, stream)
+        self.cached_attention = CachedAttention(self.heads, self.groups * copies, self.dim)
         self.reshape, self.transpose, self.prepend = ops.Reshape(), ops.Transpose(), ops.Concat(axis=1)
-        self.write, self.gather = ops.ScatterUpdate(), ops.Gather()
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, per_row: Tensor | None = None) -> tuple[Tensor, ...]:
         """x [B, S, H] -> query [B, S, N, D], key and value [B, S, G, D]; query and key rotated. For `per_row` see
@@ -64,15 +74,6 @@ class SelfAttention(nn.Cell):
         turned = self.rotary(qkv[:, :, : heads + groups], cos, sin)
         return turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + groups :]
 
-    def cached(
-        self, new: Tensor, table: Parameter, rows: Tensor, blocks: Tensor | None, block: int, total: int
-    ) -> Tensor:
-        """Writes new keys or values [B, S, G, D] to their table of `Cache`; returns all of each row, [B, G, T, D]."""
-        whole = self.write(table, rows, self.reshape(new, (-1, self.dim)))
-        if blocks is not None:
-            whole = self.gather(self.reshape(whole, (-1, block * self.dim)), blocks, 0)
-        return self.reshape(whole, (ops.shape(new)[0], self.groups, total, self.dim))
-
     def construct(
         self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, seeds: Seeds = None, prefix: Prefix = None,
         cache: Cache = None
@@ -81,13 +82,10 @@ class SelfAttention(nn.Cell):
         per_row = seeds if cache is None else cache[5]
         query, key, value = self.project(x, cos, sin, per_row)
         if cache is not None:
-            total = ops.shape(bias)[3]
-            key = self.cached(key, cache[0], cache[2], cache[3], cache[4], total)
-            value = self.cached(value, cache[1], cache[2], cache[3], cache[4], total)
-        else:
-            if prefix is not None:
-                key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
-            key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
+            return self.dense(self.cached_attention(query, key, value, bias, cache), per_row)
+        if prefix is not None:
+            key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
+        key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
         return self.dense(self.attention(query, key, value, bias, seeds), per_row)
 
 

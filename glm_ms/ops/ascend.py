@@ -1,7 +1,8 @@
 """Ascend kernels: the only file that names them. None of them runs on a CPU.
 
 Limits of shapes and types are those of CANN's operator reference (aclnnRmsNorm, aclnnRotaryPositionEmbedding,
-aclnnFlashAttentionScore). `tools/check_device.py` compares each cell on a card with the portable one.
+aclnnFlashAttentionScore) and of its transformer library ATB (ReshapeAndCacheOperation, PagedAttentionOperation).
+`tools/check_device.py` compares each cell on a card with the portable one.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ import os
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore._c_expression import MSContext
-from mindspore.ops.auto_generate import FlashAttentionScore, RmsNorm, RotaryPositionEmbedding
+from mindspore.ops.auto_generate import (
+    FlashAttentionScore,
+    PagedAttention,
+    ReshapeAndCache,
+    RmsNorm,
+    RotaryPositionEmbedding,
+)
 from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloatStatusV2
 
-from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize
+from glm_ms.ops.portable import ApplyRotary, CachedAttention, HeadGroups, RMSNormalize
 
 # Words of the float status register.
 _WORDS = 8
@@ -134,7 +141,7 @@ class FlashAttention(nn.Cell):
         self.split_heads, self.merge_heads = ops.Transpose(), ops.Transpose()
 
     @staticmethod
-    def replacing(cell: GroupedAttention, dtype: ms.Type) -> FlashAttention | str:
+    def replacing(cell: HeadGroups, dtype: ms.Type) -> FlashAttention | str:
         unit, largest = FlashAttention.HEAD_DIM_UNIT, FlashAttention.MAX_HEAD_DIM
         if dtype not in FlashAttention.DTYPES:
             return f"compute_dtype {str(dtype).lower()}; the kernel takes float16 and bfloat16"
@@ -153,3 +160,54 @@ class FlashAttention(nn.Cell):
         # Inputs after value: real_shift, drop_mask, padding_mask, attn_mask, prefix, lengths of packed sequences.
         mixed = self.attention(query, key, value, None, None, None, mask, None, None, None)[3]
         return self.reshape(self.merge_heads(mixed, (0, 2, 1, 3)), (batch, length, self.width))
+
+
+class PagedFlashAttention(CachedAttention):
+    """`CachedAttention` by ReshapeAndCache and PagedAttention, which reads the pages in place.
+
+    These kernels need tables [pages, page, G, D], see `glm_ms.model.cache.BlockCache`. Several tokens of a row, a chunk
+    of a prompt, look at gathered pages by `FlashAttention`; so do all with flat tables.
+    """
+
+    MAX_HEAD_DIM = 256
+    whole_pages = True
+
+    def __init__(self, num_heads: int, num_groups: int, head_dim: int) -> None:
+        super().__init__(num_heads, num_groups, head_dim)
+        self.flash = FlashAttention(num_heads, head_dim)
+        self.store, self.paged = ReshapeAndCache(), PagedAttention(num_heads, self.scale, num_groups)
+        self.query_width, self.key_width = num_heads * head_dim, num_groups * head_dim
+        self.order = ops.Transpose()
+
+    @staticmethod
+    def replacing(cell: CachedAttention, dtype: ms.Type) -> PagedFlashAttention | str:
+        largest, reason = PagedFlashAttention.MAX_HEAD_DIM, FlashAttention.replacing(cell, dtype)
+        if isinstance(reason, str):
+            return reason
+        if cell.head_dim > largest:
+            return f"kv_channels {cell.head_dim} is above {largest}"
+        return PagedFlashAttention(cell.num_heads, cell.num_groups, cell.head_dim)
+
+    def gathered(self, table: Tensor, pages: Tensor, batch: int) -> Tensor:
+        """Keys or values of the pages int32 [B, P] of each row: [B, G, T, D]."""
+        found = self.gather(table, self.reshape(pages, (-1,)), 0)
+        return self.order(self.reshape(found, (batch, -1, self.num_groups, self.head_dim)), (0, 2, 1, 3))
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, cache: tuple) -> Tensor:
+        """As `CachedAttention.construct`, in float16 or bfloat16. For tables of whole pages see `BlockCache`; the keys
+        that a row sees then begin with the first."""
+        keys, values, rows, blocks = cache[0], cache[1], cache[2], cache[3]
+        batch, length = ops.shape(query)[0], ops.shape(query)[1]
+        if len(ops.shape(keys)) == 2:
+            total = ops.shape(bias)[3]
+            key = self.all_of(key, keys, rows, blocks, cache[4], total)
+            value = self.all_of(value, values, rows, blocks, cache[4], total)
+            return self.flash(query, key, value, bias)
+        key = self.reshape(key, (batch, length, self.key_width))
+        value = self.reshape(value, (batch, length, self.key_width))
+        stored = self.store(key, value, keys, values, rows)
+        if length == 1:
+            query = self.reshape(ops.depend(query, stored), (batch, 1, self.query_width))
+            return self.paged(query, keys, values, blocks, cache[6])
+        blocks = ops.depend(blocks, stored)
+        return self.flash(query, self.gathered(keys, blocks, batch), self.gathered(values, blocks, batch), bias)

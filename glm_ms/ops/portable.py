@@ -142,8 +142,8 @@ class AttentionBias(nn.Cell):
         return self.multiply(self.cast(hidden, ms.float32), HIDDEN_SCORE)
 
 
-class GroupedAttention(nn.Cell):
-    """softmax(q k^T / sqrt(D) + bias) v, where every key/value group serves N/G query heads.
+class HeadGroups(nn.Cell):
+    """softmax(q k^T / sqrt(D) + bias) v, where every key/value group serves N/G query heads: common base.
 
     The query heads of a group are joined along the sequence axis, so that keys and values need not be repeated.
 
@@ -163,7 +163,7 @@ class GroupedAttention(nn.Cell):
         self.reshape, self.cast = ops.Reshape(), ops.Cast()
         self.dropout = SeededDropout(dropout, stream) if dropout > 0 else None
 
-    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
         """query [B, S, N, D]; key, value [B, G, T, D]; bias float32 [B or 1, 1, S, T]; seeds int32 [B], None for
         no dropout -> [B, S, N * D]."""
         batch, length = ops.shape(query)[0], ops.shape(query)[1]
@@ -180,6 +180,43 @@ class GroupedAttention(nn.Cell):
         mixed = self.mix(self.reshape(weights, (batch, groups, per_group * length, total)), value)
         mixed = self.merge_heads(self.reshape(mixed, (batch, self.num_heads, length, dim)), (0, 2, 1, 3))
         return self.reshape(mixed, (batch, length, self.num_heads * dim))
+
+
+class GroupedAttention(HeadGroups):
+    """Attention over given keys and values; arguments as of `HeadGroups`."""
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """As `HeadGroups.attend`."""
+        return self.attend(query, key, value, bias, seeds)
+
+
+class CachedAttention(HeadGroups):
+    """Attention over keys and values in tables, to which it first adds those of new tokens; no dropout.
+
+    Tables are flat: a row is a key or value of one group, see `glm_ms.model.cache.KVCache`.
+    """
+
+    # Whether the cell needs tables of whole pages, see `glm_ms.model.cache.BlockCache`.
+    whole_pages = False
+
+    def __init__(self, num_heads: int, num_groups: int, head_dim: int) -> None:
+        super().__init__(num_heads, num_groups, head_dim)
+        self.write, self.gather = ops.ScatterUpdate(), ops.Gather()
+
+    def all_of(self, new: Tensor, table: Tensor, rows: Tensor, blocks: Tensor | None, block: int, total: int) -> Tensor:
+        """Writes new keys or values [B, S, G, D] to rows of a table; returns all of each row, [B, G, T, D]."""
+        whole = self.write(table, rows, self.reshape(new, (-1, self.head_dim)))
+        if blocks is not None:
+            whole = self.gather(self.reshape(whole, (-1, block * self.head_dim)), blocks, 0)
+        return self.reshape(whole, (ops.shape(new)[0], self.num_groups, total, self.head_dim))
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, cache: tuple) -> Tensor:
+        """query [B, S, N, D]; key, value [B, S, G, D]; bias float32 [B, 1, S, T]; for the cache see `Cache` in
+        `glm_ms.model.glm` -> [B, S, N * D]."""
+        total = ops.shape(bias)[3]
+        key = self.all_of(key, cache[0], cache[2], cache[3], cache[4], total)
+        value = self.all_of(value, cache[1], cache[2], cache[3], cache[4], total)
+        return self.attend(query, key, value, bias)
 
 
 class SeededDropout(nn.Cell):

@@ -13,7 +13,7 @@ import mindspore as ms
 from mindspore import nn
 
 from glm_ms.ops import ascend
-from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize
+from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, RMSNormalize
 
 PORTABLE = "portable"
 
@@ -26,6 +26,8 @@ OPERATORS: dict[tuple[str, str], Any] = {
     ("rotary embedding", "Ascend"): ascend.FusedRotary,
     ("attention", PORTABLE): GroupedAttention,
     ("attention", "Ascend"): ascend.FlashAttention,
+    ("cached attention", PORTABLE): CachedAttention,
+    ("cached attention", "Ascend"): ascend.PagedFlashAttention,
 }
 
 

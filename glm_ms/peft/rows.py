@@ -122,13 +122,14 @@ class RowAdapters:
     Args:
         network: its linear layers get a `RowUpdate` each, if `bounds` has adapters. It must have no adapter then.
         bounds: what there is room for.
+        prefix_unit: the lengths of prefixes must be multiples of it.
 
     Raises:
         AdapterError: the network has an adapter, or a module of `bounds` does not exist.
     """
 
-    def __init__(self, network: GLMNetwork, bounds: AdapterBounds) -> None:
-        self.network, self.bounds = network, bounds
+    def __init__(self, network: GLMNetwork, bounds: AdapterBounds, prefix_unit: int = 1) -> None:
+        self.network, self.bounds, self.prefix_unit = network, bounds, prefix_unit
         self._loaded: dict[str, RowAdapter] = {}
         self._leaving: list[RowAdapter] = []  # unloaded, but with rows
         self._serials = itertools.count(1)
@@ -231,6 +232,11 @@ class RowAdapters:
             raise AdapterError(
                 f"{stored.path}: a prefix of {length} positions, the longest one here has {self.bounds.max_prefix}; "
                 f"start with --max-prefix {length}"
+            )
+        if length % self.prefix_unit:
+            raise AdapterError(
+                f"{stored.path}: a prefix of {length} positions; the kernels of this device take multiples of "
+                f"{self.prefix_unit} only; set context.use_fused_kernels=False, or train one of such a length"
             )
 
     def _write(self, number: int, parts: RowParts) -> None:

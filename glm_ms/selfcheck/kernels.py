@@ -12,8 +12,19 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from glm_ms.generation.paged import CHUNK
+from glm_ms.generation.pages import PAGE
+from glm_ms.model.cache import BlockCache, KVCache
+from glm_ms.model.config import GLMConfig
 from glm_ms.ops import registry
-from glm_ms.ops.portable import HIDDEN_SCORE, ApplyRotary, GroupedAttention, RMSNormalize, rotary_tables
+from glm_ms.ops.portable import (
+    HIDDEN_SCORE,
+    ApplyRotary,
+    CachedAttention,
+    GroupedAttention,
+    RMSNormalize,
+    rotary_tables,
+)
 from glm_ms.selfcheck.rows import Numbers, Row, guarded
 
 # Distance from 1 to the next number, by which differences are measured.
@@ -58,6 +69,7 @@ class KernelCase:
         exact: the result by NumPy in float64.
         roundings: allowed difference, in units of the last place of the largest result. In float16 the portable
             operators themselves differ from the exact result by a tenth to a fifth of it.
+        around: puts a portable or fused cell of a type between more that it needs.
     """
 
     name: str
@@ -69,6 +81,12 @@ class KernelCase:
     differentiable: tuple[int, ...]
     exact: Callable[..., np.ndarray]
     roundings: int
+    around: Callable[[Any, ms.Type], nn.Cell] = lambda cell, dtype: cell
+
+    def reference(self, dtype: str) -> nn.Cell:
+        """The portable cell."""
+        kind = getattr(ms, dtype)
+        return self.around(self.portable(kind), kind)
 
     def tensors(self, dtype: str) -> list[Tensor]:
         """The inputs in the type under test."""
@@ -83,14 +101,16 @@ class KernelCase:
         cell = kernel.replacing(self.portable(kind), kind)
         if isinstance(cell, str):
             raise ValueError(cell)
-        return cell
+        return self.around(cell, kind)
 
 
 def kernel_cases(sizes: Sizes) -> list[KernelCase]:
-    """Every operator at the given sizes, with seeded normal inputs; attention also for a single new token."""
+    """Every operator at the given sizes, with seeded normal inputs; attention also for a single new token, and over the
+    pages of a cache."""
     rng = np.random.default_rng(0)
     attention = (_attention_case(sizes, rng, length) for length in (sizes.length, 1))
-    return [_norm_case(sizes, rng), _rotary_case(sizes, rng), *attention]
+    cached = (_cached_case(sizes, rng, length) for length in (min(sizes.length, CHUNK), 1))
+    return [_norm_case(sizes, rng), _rotary_case(sizes, rng), *attention, *cached]
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -128,14 +148,6 @@ def _rotary_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
 def _attention_case(sizes: Sizes, rng: np.random.Generator, length: int) -> KernelCase:
     """The last `length` tokens look at all of them; the first keys of the last row are padding."""
 
-    def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        per_group = sizes.heads // sizes.groups
-        key, value = np.repeat(key, per_group, axis=1), np.repeat(value, per_group, axis=1)
-        scores = np.einsum("bsnd,bntd->bnst", query, key) / np.sqrt(sizes.dim) + bias
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = np.einsum("bnst,bntd->bsnd", weights / weights.sum(-1, keepdims=True), value)
-        return mixed.reshape(sizes.batch, length, -1)
-
     keys = (sizes.batch, sizes.groups, sizes.length, sizes.dim)
     shape = (sizes.batch, length, sizes.heads, sizes.dim)
     slots = np.arange(sizes.length)
@@ -150,8 +162,76 @@ def _attention_case(sizes: Sizes, rng: np.random.Generator, length: int) -> Kern
         name, "attention", f"{_by(*shape)}, {sizes.groups}x{sizes.length}",
         lambda _: GroupedAttention(sizes.heads, sizes.groups, sizes.dim),
         (_normal(rng, *shape), _normal(rng, *keys), _normal(rng, *keys), bias), (3,),
-        (0, 1, 2) if length > 1 else (), exact, 4
+        (0, 1, 2) if length > 1 else (), partial(_attended, sizes), 4
     )  # fmt: skip
+
+
+class OverPages(nn.Cell):
+    """A cell for attention over a cache, whose pages, in any order, are filled with the first keys and values of rows.
+
+    Args:
+        cell: portable or fused; it gets the tables that it needs.
+        dtype: type of the tables.
+        old: keys and values, float32 [2, B, T, G, D]; T fills whole pages. Those of new tokens are overwritten.
+        length: S, new tokens of each row, the last ones.
+    """
+
+    def __init__(self, cell: Any, dtype: ms.Type, old: np.ndarray, length: int) -> None:
+        super().__init__()
+        _, batch, total, groups, dim = old.shape
+        config = GLMConfig(
+            num_layers=1, num_attention_heads=groups, multi_query_group_num=groups, kv_channels=dim,
+            compute_dtype=str(dtype).lower()
+        )  # fmt: skip
+        cache = (BlockCache if cell.whole_pages else KVCache)(config, batch * total // PAGE, PAGE)
+        tables = np.arange(cache.slots)[::-1].reshape(batch, -1)
+        for table, values in zip(cache.tables, old.reshape(2, -1, PAGE, groups, dim)[:, ::-1]):
+            table.set_data(Tensor(cache.page_content(values).reshape(cache.table_shape()), dtype))
+        indices = np.tile(np.arange(total - length, total), (batch, 1))
+        rows = cache.page_rows(np.take_along_axis(tables, indices // PAGE, 1), indices % PAGE)
+        self.cell, self.block, (self.keys, self.values) = cell, PAGE, cache.tables
+        self.rows, self.blocks = Tensor(rows), Tensor(cache.page_blocks(tables))
+        self.lengths = Tensor(np.full(batch, total, np.int32)) if length == 1 else None
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """query [B, S, N, D]; key, value [B, S, G, D]; bias float32 [B, 1, S, T] -> [B, S, N * D]."""
+        cache = (self.keys, self.values, self.rows, self.blocks, self.block, None, self.lengths)
+        return self.cell(query, key, value, bias, cache)
+
+
+def _cached_case(sizes: Sizes, rng: np.random.Generator, length: int) -> KernelCase:
+    """The last `length` tokens of each row look at its pages."""
+    total = -(-sizes.length // PAGE) * PAGE
+    old = _normal(rng, 2, sizes.batch, total, sizes.groups, sizes.dim)
+    slots = np.arange(total)
+    hidden = np.repeat((slots > slots[total - length :, None])[None, None], sizes.batch, axis=0)
+    bias = np.where(hidden, np.float32(HIDDEN_SCORE), np.float32(0))
+
+    def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        keys, values = (
+            np.concatenate((part[:, : total - length].astype(np.float64), new), 1).swapaxes(1, 2)
+            for part, new in zip(old, (key, value))
+        )
+        return _attended(sizes, query, keys, values, bias)
+
+    shape, new = (sizes.batch, length, sizes.heads, sizes.dim), (sizes.batch, length, sizes.groups, sizes.dim)
+    return KernelCase(
+        "attention over pages" if length > 1 else "attention over pages, one token", "cached attention",
+        f"{_by(*shape)}, {sizes.groups}x{total}",
+        lambda _: CachedAttention(sizes.heads, sizes.groups, sizes.dim),
+        (_normal(rng, *shape), _normal(rng, *new), _normal(rng, *new), bias), (3,), (), exact, 4,
+        partial(OverPages, old=old, length=length)
+    )  # fmt: skip
+
+
+def _attended(sizes: Sizes, query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Attention by NumPy: query [B, S, N, D]; key, value [B, G, T, D]; bias [B, 1, S, T] -> [B, S, N * D]."""
+    per_group = sizes.heads // sizes.groups
+    key, value = np.repeat(key, per_group, axis=1), np.repeat(value, per_group, axis=1)
+    scores = np.einsum("bsnd,bntd->bnst", query, key) / np.sqrt(sizes.dim) + bias
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = np.einsum("bnst,bntd->bsnd", weights / weights.sum(-1, keepdims=True), value)
+    return mixed.reshape(*query.shape[:2], -1)
 
 
 def portable_rows(sizes: Sizes) -> Iterator[Row]:
@@ -182,14 +262,14 @@ def _unchecked(device: str, cases: Sequence[KernelCase], dtype: str) -> Iterator
 
 
 def _against_numpy(case: KernelCase) -> Numbers:
-    found, portable_ms = _timed(case.portable(ms.float32), case.tensors("float32"))
+    found, portable_ms = _timed(case.reference("float32"), case.tensors("float32"))
     expected = case.exact(*(array.astype(np.float64) for array in case.inputs))
     return (*_compare(found, [expected], "float32", case.roundings), None, portable_ms)
 
 
 def _against_portable(case: KernelCase, dtype: str, gradients: bool = False) -> Numbers:
     inputs, roundings = case.tensors(dtype), case.roundings
-    cells: list[Callable[..., Any]] = [case.portable(getattr(ms, dtype)), case.fused(dtype)]
+    cells: list[Callable[..., Any]] = [case.reference(dtype), case.fused(dtype)]
     if gradients:
         weights = _normal(np.random.default_rng(1), *cells[0](*inputs).shape)
         inputs, cells = [Tensor(weights), *inputs], [_gradients(cell, case.differentiable) for cell in cells]

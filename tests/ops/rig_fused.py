@@ -8,12 +8,13 @@ import rig
 from mindspore import Tensor, nn, ops
 
 from glm_ms.generation.pages import PAGE
-from glm_ms.model.cache import KVCache, PagedGLM, page_blocks, page_rows
+from glm_ms.model.cache import BlockCache, CopyPages, KVCache, PagedGLM, WritePage
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.loss import GLMWithLoss
 from glm_ms.ops import ascend
 from glm_ms.ops.registry import fuse_kernels
+from glm_ms.selfcheck.kernels import OverPages
 
 BATCH, LENGTH, HEADS, GROUPS, DIM, HIDDEN, CAPACITY = 2, 6, 4, 2, 16, 64, 16
 
@@ -74,6 +75,16 @@ def cases(dtype: ms.Type) -> list[tuple[str, type, tuple, tuple[Tensor, ...]]]:
     for name, mask_batch in (("flash", BATCH), ("flash_one_mask", 1)):
         bias = tensor(mask_batch, 1, LENGTH, LENGTH, dtype=ms.float32)
         found.append((name, ascend.FlashAttention, (HEADS, DIM), (*qkv, bias)))
+    for name, length in (("pages", LENGTH), ("pages_step", 1)):
+        cell = ascend.PagedFlashAttention(HEADS, GROUPS, DIM)
+        new = tensor(BATCH, length, GROUPS, DIM, dtype=dtype)
+        found.append((
+            name, OverPages, (cell, dtype, np.ones((2, BATCH, 2 * PAGE, GROUPS, DIM), np.float32), length),
+            (
+                tensor(BATCH, length, HEADS, DIM, dtype=dtype), new, new,
+                tensor(BATCH, 1, length, 2 * PAGE, dtype=ms.float32)
+            )
+        ))  # fmt: skip
     query = tensor(BATCH, 1, HEADS, DIM, dtype=dtype)
     bias = tensor(BATCH, 1, 1, LENGTH, dtype=ms.float32)
     found.append(("flash_step", ascend.FlashAttention, (HEADS, DIM), (query, *qkv[1:], bias)))
@@ -105,13 +116,38 @@ def compile_networks() -> None:
             cell = PagedGLM(network, cache, 2 * PAGE)
             tokens, indices = np.ones((batch, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (batch, 1))
             pages = np.arange(2 * batch).reshape(batch, 2)
-            rows = page_rows(cache, np.take_along_axis(pages, indices // PAGE, 1), indices % PAGE)
-            arrays = [tokens, tokens, indices, np.zeros(batch, np.int32), rows, page_blocks(cache, pages), None]
+            rows = cache.page_rows(np.take_along_axis(pages, indices // PAGE, 1), indices % PAGE)
+            arrays = [tokens, tokens, indices, np.zeros(batch, np.int32), rows, cache.page_blocks(pages), None]
             if length > 1:
                 arrays.append(np.array([length - 1], np.int32))
             cell.compile(*(None if array is None else Tensor(array) for array in arrays))
             alive.append(cell)
             print(f"OK {'prefill' if length > 1 else 'step'} {name}", flush=True)
+        alive.append(compile_pages(network, config))
+        print(f"OK paged {name}", flush=True)
+
+
+def compile_pages(network: GLMNetwork, config: GLMConfig) -> list[nn.Cell]:
+    """A chunk of a prompt, a step, a copy and a write over the pages of a cache."""
+    whole = config.compute_dtype != "float32"
+    cache = (BlockCache if whole else KVCache)(config, 6, PAGE)
+    assert network.transformer.encoder.layers[0].self_attention.cached_attention.whole_pages == whole
+    cells = []
+    for batch, length, last in ((1, PAGE, np.array([3])), (BATCH, 1, None)):
+        cell, tokens = PagedGLM(network, cache, 2 * PAGE), np.ones((batch, length), np.int32)
+        pages = np.full((batch, 2), 2)
+        arrays = [
+            tokens, tokens, tokens, np.zeros(batch), cache.page_rows(pages[:, :1] + 0 * tokens, 0 * tokens),
+            cache.page_blocks(pages), None, last
+        ]  # fmt: skip
+        cell.compile(*(None if array is None else Tensor(array.astype(np.int32)) for array in arrays))
+        cells.append(cell)
+    numbers = Tensor(np.array([2], np.int32))
+    content = cache.page_content(np.ones((len(cache.tables), PAGE, GROUPS, DIM), np.float32))
+    copy, write = CopyPages(cache), WritePage(cache)
+    copy.compile(numbers, numbers)
+    write.compile(numbers, Tensor(content, cache.keys[0].dtype))
+    return [*cells, copy, write]
 
 
 rig.start()
@@ -119,6 +155,8 @@ for dtype in (ms.float32, ms.float16, ms.bfloat16):
     for name, kind, arguments, inputs in cases(dtype):
         kind(*arguments).compile(*inputs)
         print(f"OK forward {name} {dtype}", flush=True)
+        if kind is OverPages:
+            continue
         Gradients(kind(*arguments)).compile(*inputs)
         print(f"OK backward {name} {dtype}", flush=True)
 compile_networks()

@@ -16,11 +16,17 @@ from mindspore import Tensor, nn, ops
 from reference import graph_mode
 from tolerances import LOGITS
 
+from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.generation.pages import PAGE
+from glm_ms.model.cache import BlockCache, KVCache
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.ops import ascend, registry
-from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize
-from glm_ms.selfcheck.kernels import SMALL, KernelCase, fused_rows, kernel_cases
+from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, RMSNormalize
+from glm_ms.peft.adapter import AdapterError, StoredAdapter
+from glm_ms.peft.ptuning import PrefixConfig
+from glm_ms.peft.rows import AdapterBounds
+from glm_ms.selfcheck.kernels import SMALL, KernelCase, OverPages, fused_rows, kernel_cases
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"
@@ -69,15 +75,59 @@ class FlashByFormula(nn.Cell):
         return None, None, None, ops.matmul(ops.softmax(scores, -1), value)
 
 
+class StoreByFormula(nn.Cell):
+    """ATB's ReshapeAndCacheOperation: token i of key and value goes to slot slot_mapping[i] of the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write = ops.ScatterNdUpdate()
+
+    def construct(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> Tensor:
+        _, size, groups, dim = keys.shape
+        places = ops.stack((slot_mapping // size, slot_mapping % size), 1)
+        self.write(keys, places, key.reshape(-1, groups, dim))
+        return ops.depend(key, self.write(values, places, value.reshape(-1, groups, dim)))
+
+
+class PagedByFormula(nn.Cell):
+    """ATB's PagedAttentionOperation: a token of each sequence looks at the first context_lens keys of its blocks."""
+
+    def __init__(self, num_heads: int, scale: float, num_groups: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_groups, self.scale = num_heads, num_groups, scale
+
+    def construct(self, query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, context_lens: Tensor) -> Tensor:
+        batch, total, dim = blocks.shape[0], blocks.shape[1] * keys.shape[1], keys.shape[3]
+        heads = (batch, self.num_heads, 1, dim)
+        per_group = self.num_heads // self.num_groups
+        key = ops.gather(keys, blocks.reshape(-1), 0).reshape(batch, total, self.num_groups, dim)
+        value = ops.gather(values, blocks.reshape(-1), 0).reshape(batch, total, self.num_groups, dim)
+        key = ops.repeat_interleave(key, per_group, 2).transpose(0, 2, 3, 1)
+        value = ops.repeat_interleave(value, per_group, 2).transpose(0, 2, 1, 3)
+        scores = ops.matmul(query.reshape(heads), key) * self.scale
+        seen = ops.expand_dims(ops.arange(total), 0) < ops.expand_dims(context_lens, 1)
+        scores = ops.where(seen.reshape(batch, 1, 1, total), scores, Tensor(-1e30, ms.float32))
+        return ops.matmul(ops.softmax(scores, -1), value).reshape(query.shape)
+
+
 def with_stand_in(cell: nn.Cell) -> nn.Cell:
     """A fused cell whose kernel is replaced by its formula, told what the cell told the kernel."""
+    if isinstance(cell, OverPages):
+        for one in (cell.cell, cell.cell.flash):
+            with_stand_in(one)
+        return cell
     if isinstance(cell, ascend.FusedRMSNormalize):
         del cell.normalize
         cell.normalize = RmsNormByFormula(1e-5)
     elif isinstance(cell, ascend.FusedRotary):
         del cell.turn
         cell.turn = RotaryByFormula()
-    else:
+    elif isinstance(cell, ascend.PagedFlashAttention):
+        kernel = cell.paged
+        del cell.paged, cell.store
+        cell.paged = PagedByFormula(kernel.head_num, kernel.scale_value, kernel.kv_head_num)
+        cell.store = StoreByFormula()
+    elif isinstance(cell, ascend.FlashAttention):
         kernel = cell.attention
         assert kernel.keep_prob == 1.0
         del cell.attention
@@ -115,7 +165,7 @@ def test_fused_cell_is_the_portable_operator(case: KernelCase, monkeypatch: pyte
     monkeypatch.setattr(registry, "device", lambda: "Ascend")
     monkeypatch.setattr(ascend.FlashAttention, "DTYPES", (ms.float32,))
     inputs = case.tensors("float32")
-    portable, fused = case.portable(ms.float32), with_stand_in(case.fused("float32"))
+    portable, fused = case.reference("float32"), with_stand_in(case.fused("float32"))
     expected, found = portable(*inputs), fused(*inputs)
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
@@ -179,13 +229,15 @@ def test_fusing_replaces_operators_and_keeps_parameters(monkeypatch: pytest.Monk
     assert registry.fuse_kernels(network, ms.bfloat16) == [
         "RMS norm: fused kernel in 5 cells",
         "attention: fused kernel in 2 cells",
+        "cached attention: fused kernel in 2 cells",
         "rotary embedding: fused kernel in 2 cells",
     ]
     assert [parameter.name for parameter in network.get_parameters()] == names
     found = kinds(network)
-    assert not {RMSNormalize, ApplyRotary, GroupedAttention} & set(found)
-    counts = [found.count(kind) for kind in (ascend.FusedRMSNormalize, ascend.FusedRotary, ascend.FlashAttention)]
-    assert counts == [5, 2, 2]
+    assert not {RMSNormalize, ApplyRotary, GroupedAttention, CachedAttention} & set(found)
+    fused = (ascend.FusedRMSNormalize, ascend.FusedRotary, ascend.FlashAttention, ascend.PagedFlashAttention)
+    # Attention over pages has a flash attention of its own, for chunks of a prompt.
+    assert [found.count(kind) for kind in fused] == [5, 2, 4, 2]
 
 
 def test_a_fused_network_gives_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +259,53 @@ def test_a_fused_network_gives_the_same_hidden_states(monkeypatch: pytest.Monkey
         found = network(ids, mask, positions, slots).asnumpy()
     assert FlashByFormula in kinds(network)
     np.testing.assert_allclose(found, expected, **LOGITS)
+
+
+@pytest.mark.slow
+def test_a_decoder_over_whole_pages_is_that_over_flat_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in chunks, steps, copies of pages, LoRA and a prefix, with the formulas in place of the kernels."""
+    monkeypatch.setattr(registry, "device", lambda: "Ascend")
+    monkeypatch.setattr(ascend.FlashAttention, "DTYPES", (ms.float32,))
+    networks = [tiny_network(seq_length=128) for _ in range(2)]
+    rng = np.random.default_rng(0)
+    for one, other in zip(*(network.get_parameters() for network in networks)):
+        values = Tensor(rng.normal(0, 0.2, one.shape).astype(np.float32))
+        one.set_data(values)
+        other.set_data(values)
+    registry.fuse_kernels(networks[1], ms.float32)
+    for _, cell in list(networks[1].cells_and_names()):
+        if type(cell).__module__ == ascend.__name__:
+            with_stand_in(cell)
+    width = 2 * 2 * 2 * 16
+    prefix = StoredAdapter(
+        Path("prefix"), PrefixConfig(PAGE, dropout=0.0),
+        {"transformer.prefix_encoder.embedding.weight": rng.normal(0, 1, (PAGE, width)).astype(np.float32)}
+    )  # fmt: skip
+    odd = StoredAdapter(Path("odd"), PrefixConfig(5, dropout=0.0), {
+        "transformer.prefix_encoder.embedding.weight": rng.normal(0, 1, (5, width)).astype(np.float32)
+    })  # fmt: skip
+    prompt, results = rng.integers(3, 60, 40), []
+    for network, kind in zip(networks, (KVCache, BlockCache)):
+        decoder = PagedDecoder(PagedGraphs(network, 3, 64, 32, AdapterBounds(1, max_prefix=PAGE)))
+        assert type(decoder.cache) is kind
+        decoder.load_adapter("prefix", prefix)
+        slots, logits = [decoder.open(prompt[:length], name) for length, name in ((40, None), (7, "prefix"))], []
+        for slot in slots:
+            found = None
+            while found is None:
+                found = decoder.prefill(slot)
+            logits.append(found)
+        slots += decoder.fork(slots[1:])
+        for word in (5, 9):
+            logits.extend(decoder.step(slots, np.array([word, word + 1, word + 2], np.int32)))
+        results.append(np.stack(logits))
+        if kind is BlockCache:
+            decoder.free(slots)
+            decoder.unload_adapter("prefix")
+            with pytest.raises(AdapterError, match="a prefix of 5 positions; the kernels of this device take multip"):
+                decoder.load_adapter("odd", odd)
+    np.testing.assert_allclose(results[1], results[0], **LOGITS)
+    assert np.ptp(results[0]) > 1
 
 
 @pytest.mark.parametrize(
@@ -297,9 +396,12 @@ def test_mindspore_accepts_the_kernels(tmp_path: Path) -> None:
     passed = {line[3:] for line in result.stdout.splitlines() if line.startswith("OK ")}
     both = [f"{way} {name}" for way in ("forward", "backward") for name in ("norm", "norm_mixed", "rotary")]
     half = [f"{way} {name}" for way in ("forward", "backward") for name in ("flash", "flash_one_mask", "flash_step")]
+    half += ["forward pages", "forward pages_step"]
     expected = {f"{name} {dtype}" for name in both for dtype in ("Float32", "Float16", "BFloat16")}
     expected |= {f"{name} {dtype}" for name in half for dtype in ("Float16", "BFloat16")}
     expected |= {
-        f"{way} {dtype}" for way in ("network", "prefill", "step") for dtype in ("float32", "float16", "bfloat16")
+        f"{way} {dtype}"
+        for way in ("network", "prefill", "step", "paged")
+        for dtype in ("float32", "float16", "bfloat16")
     }
     assert passed == expected
