@@ -8,6 +8,8 @@ from pathlib import Path
 from glm_ms.families import family_of
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.model.layers import DTYPES
+from glm_ms.ops.registry import fuse_kernels
 from glm_ms.peft.adapter import StoredAdapter, read_adapter
 from glm_ms.peft.rows import bounds_for
 from glm_ms.pretrained import find_tokenizer, load_pretrained
@@ -67,6 +69,7 @@ def build_engine(
             f"{tokenizer.vocab_file}: {tokenizer.vocab_size} ids, but the network has "
             f"{model.config.padded_vocab_size}; give the tokenizer of these weights"
         )
+    fuse_kernels(model.network, DTYPES[model.config.compute_dtype])  # those of an Ascend card, if this is one
     context = min(settings.context, model.config.seq_length)
     bounds = bounds_for(list(adapters.values()), settings.max_adapters, settings.max_lora_rank, settings.max_prefix)
     decoder = PagedDecoder(PagedGraphs(model.network, settings.slots, context, bounds=bounds))

@@ -65,10 +65,11 @@ def test_a_cpu_as_a_user_checks_it(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == f"device: CPU, MindSpore {ms.__version__}"
     assert lines[1].startswith("Fused kernels are NOT run: the device is CPU")
-    assert lines[-1] == "7 of 7 passed"
+    assert lines[-1] == "9 of 9 passed"
     rows = table(lines)
     assert [row[0] for row in rows] == [
         "RMS norm", "rotary embedding", "attention", "attention, one token",
+        "attention over pages", "attention over pages, one token",
         "portable training: loss", "portable training: gradient", "portable generation: tokens",
     ]  # fmt: skip
     for _, shape, dtype, difference, allowed, fused, portable, verdict in rows:
@@ -145,9 +146,10 @@ def test_wrong_broken_and_missing_kernels_fail_alone(monkeypatch: pytest.MonkeyP
     rows = {row.check: row for row in fused_rows(SMALL, "float16")}
     assert list(rows) == [
         "RMS norm", "RMS norm, gradient", "rotary embedding", "rotary embedding, gradient",
-        "attention", "attention, gradient", "attention, one token",
+        "attention", "attention, gradient", "attention, one token", "attention over pages",
+        "attention over pages, one token",
     ]  # fmt: skip
-    assert [name for name, row in rows.items() if row.passed] == ["attention, one token"]
+    assert [name for name, row in rows.items() if row.passed] == list(rows)[-3:]
     assert rows["RMS norm"].allowed < rows["RMS norm"].difference < 0.1
     if rotary is Cut:
         assert "shape (2, 24, 6, 15), expected (2, 24, 6, 16)" in rows["rotary embedding"].message
