@@ -63,8 +63,9 @@ class PagedGraphs:
         other_prefix = pages_of(self.bounds.max_prefix)
         self.pages_of_slot = self.prefix_pages + other_prefix + pages_of(capacity)
         self.pages = slots * pages_of(capacity) + self.prefix_pages + self.bounds.max_adapters * other_prefix
-        # The kernels of whole pages see every key of the first page, so a prefix must fill its pages.
-        whole = network.transformer.encoder.layers[0].self_attention.cached_attention.whole_pages and not self.first
+        # `WritePrefix` writes to flat tables.
+        attention = network.transformer.encoder.layers[0].self_attention.cached_attention
+        whole = attention.whole_pages and encoder is None
         self.cache = (BlockCache if whole else KVCache)(network.config, RESERVED + self.pages, PAGE)
         self.adapters = RowAdapters(network, self.bounds, PAGE if whole else 1)
         total = self.pages_of_slot * PAGE

@@ -70,7 +70,8 @@ class KVCache:
 class BlockCache(KVCache):
     """Pages as the kernels of `glm_ms.ops.ascend` read them: tables [pages, capacity, G, D].
 
-    A new key belongs to the row page * capacity + place, int32 [B * S]. Blocks are pages, int32 [B, P].
+    A new key belongs to the row page * capacity + place, int32 [B * S]. Blocks are pages, int32 [B, P]. These kernels
+    see every key from the first on, so a P-Tuning prefix must fill its pages.
     """
 
     def table_shape(self) -> tuple[int, ...]:
