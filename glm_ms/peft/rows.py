@@ -201,12 +201,6 @@ class RowAdapters:
         adapter.rows -= 1
         self._settle(adapter)
 
-    def detach(self) -> None:
-        """Gives the network its linear layers back as they were. Compile its cells anew after that."""
-        linears = self.network.linears()
-        for name in self._updates:
-            linears[name].lora = None
-
     def _settle(self, adapter: RowAdapter) -> None:
         """Gives the number of an unloaded adapter to others once its last row has ended."""
         if adapter.gone:
