@@ -55,8 +55,10 @@ def test_no_server_of_others_is_used(served, share):
 
 @pytest.mark.slow
 def test_a_process_shows_the_page_before_its_model_is_loaded(tokenizer):
+    folder = Path(tokenizer.vocab_file).parent
+    (folder / "tokenizer_config.json").write_text('{"model_generation": 3}', encoding="utf-8")
     command = [sys.executable, "-m", "glm_ms.commands", "web", "--model", str(MODEL), "--tokenizer",
-               str(Path(tokenizer.vocab_file).parent), "--port", "0", "--slots", "2", "--context", "64"]  # fmt: skip
+               str(folder), "--port", "0", "--slots", "2", "--context", "64"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
