@@ -115,7 +115,7 @@ def config_json(config: GLMConfig, dtype: str, tokenizer: SentencePieceTokenizer
 def text_files(config: GLMConfig, dtype: str, tokenizer: SentencePieceTokenizer) -> dict[str, str]:
     """Name -> text of every file beside the weights."""
     special = [text for text, index in special_spellings(tokenizer).items() if index >= tokenizer.sp.GetPieceSize()]
-    documents = {
+    documents: dict[str, dict[str, Any]] = {
         "config.json": config_json(config, dtype, tokenizer),
         "generation_config.json": {
             "eos_token_id": tokenizer.stop_token_ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": False
@@ -133,5 +133,7 @@ def text_files(config: GLMConfig, dtype: str, tokenizer: SentencePieceTokenizer)
             "additional_special_tokens": special,
         },
     }  # fmt: skip
-    files = {name: json.dumps(value, ensure_ascii=False, indent=2) + "\n" for name, value in documents.items()}
-    return {**files, "chat_template.jinja": chat_template(tokenizer)}
+    # Not chat_template.jinja, which older versions of transformers and vLLM do not read.
+    if template := chat_template(tokenizer):
+        documents["tokenizer_config.json"]["chat_template"] = template
+    return {name: json.dumps(value, ensure_ascii=False, indent=2) + "\n" for name, value in documents.items()}

@@ -16,6 +16,8 @@ from tolerances import HF_GLM
 from glm_ms.convert.conversion import HF_GLM as TARGET
 from glm_ms.convert.conversion import plan_conversion
 from glm_ms.convert.fast_tokenizer import GUARD, tokenizer_json
+from glm_ms.convert.hf_glm import text_files
+from glm_ms.model.config import GLMConfig
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.tokenizer import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from tools.convert_weight import main as convert
@@ -164,9 +166,6 @@ def as_messages(history: list[Any] | None) -> list[dict[str, Any]]:
 
 def loaded_tokenizer(ours: ChatGLM2Tokenizer | ChatGLM3Tokenizer, folder: Path) -> Any:
     """The exported tokenizer, without weights."""
-    from glm_ms import GLMConfig
-    from glm_ms.convert.hf_glm import text_files
-
     folder.mkdir()
     for name, text in text_files(GLMConfig(), "float32", ours).items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -253,6 +252,9 @@ def test_files_of_the_folder(small, exported, golden: Path, tmp_path: Path) -> N
     assert not list(folder.glob("*.py"))
     ours = ChatGLM3Tokenizer(small())
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == ours.stop_token_ids
+    assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    base = ChatGLM3Tokenizer(small(), template="plain")
+    assert "chat_template" not in json.loads(text_files(GLMConfig(), "float32", base)["tokenizer_config.json"])
     plan_conversion(
         golden / "models" / "glm3_tiny", tmp_path / "b", target=TARGET, tokenizer=ours, dtype="bfloat16",
         max_shard_size=100_000
