@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -22,6 +23,7 @@ from glm_ms.serve.scheduler import QueueFull, Scheduler, Stopped
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.tokenizer import SentencePieceTokenizer
 
+_LOG = logging.getLogger(__name__)
 _RETRY_SECONDS = 5  # until a server that starts or stops is asked again
 # `Event.finish` -> `finish_reason` of OpenAI, which has no word for a time limit.
 FINISH_REASONS = {"stop": "stop", "length": "length", "timeout": "length"}
@@ -123,9 +125,17 @@ class Engine:
             headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
             raise APIError(429, str(error), code="queue_full", headers=headers) from None
         except Stopped:
+            self.check_running()
             raise stopping() from None
         except ValueError as error:
             raise APIError(400, str(error)) from None
+
+    def check_running(self) -> None:
+        """Raises APIError, 503, if the server takes no requests: it stops, or it has failed."""
+        if self.stopping:
+            raise stopping()
+        if not self.scheduler.alive:
+            raise APIError(503, "the server has failed; its log has the reason; restart it", code="failed")
 
     def submit_all(self, jobs: Sequence[Job]) -> list[Answer]:
         """Hands several jobs to the scheduler, all or none; errors as of `submit`."""
@@ -155,7 +165,10 @@ class Engine:
                 yield event
         except ValueError as error:  # of this request alone: an adapter that has been unloaded meanwhile, no pages
             raise APIError(400, str(error)) from error
-        except (ArithmeticError, RuntimeError, OSError) as error:
+        except APIError:
+            raise
+        except Exception as error:
+            _LOG.error("computing an answer has failed", exc_info=error)
             raise APIError(500, f"computing the answer has failed: {error}") from error
         finally:
             answer.cancel()

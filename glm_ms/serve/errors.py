@@ -97,6 +97,8 @@ def of_validation(problems: Sequence[Mapping[str, Any]], body: Any) -> APIError:
 
 
 def _text(problem: Mapping[str, Any]) -> str:
+    if problem["type"] in ("model_attributes_type", "model_type", "dict_type"):
+        return "must be a JSON object"
     text = str(problem["msg"])
     return text[:1].lower() + text[1:] if problem["type"] != "value_error" else text.removeprefix("Value error, ")
 

@@ -59,7 +59,8 @@ class Server(uvicorn.Server):
             self._error, self.should_exit = error, True
             return
         self.app.state.engine = engine
-        self.say(f"{self.url}/v1 is ready; models: {', '.join([engine.name, *engine.adapters])}")
+        names = ", ".join([engine.name, *engine.adapters])
+        self.say(f"{self.url}/v1 is ready; models: {names}; up to {engine.context} tokens of prompt and answer")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler: the first signal ends the server after its answers, a second one at once."""

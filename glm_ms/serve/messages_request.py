@@ -58,7 +58,7 @@ class CountRequest(Body):
         if kind == "tool" and isinstance(given.get("name"), str):
             return choice_of(given["name"], parallel, tools, "tool_choice.name")
         modes = {"auto": "auto" if tools else "none", "any": "required", "none": "none"}
-        if kind not in modes or (kind == "any" and not tools):
+        if not isinstance(kind, str) or kind not in modes or (kind == "any" and not tools):
             expected = "auto, any (with tools), tool (with a name) or none"
             raise wrong_field("tool_choice.type", f"must be {expected}, found {kind!r:.60}")
         return ToolChoice(modes[kind], tuple(tools), parallel=parallel)

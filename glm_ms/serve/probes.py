@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from glm_ms.serve.engine import Engine, engine_of, stopping
+from glm_ms.serve.engine import Engine, engine_of
 from glm_ms.serve.errors import APIError
 from glm_ms.serve.metrics import CONTENT_TYPE
 from glm_ms.storage.suggest import did_you_mean
@@ -17,17 +17,19 @@ router = APIRouter()
 Running = Annotated[Engine, Depends(engine_of)]
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="The process answers")
 async def health() -> dict[str, str]:
     """Status 200 as long as the process answers, also while it loads the model."""
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Requests are answered")
 async def ready(engine: Running) -> dict[str, str]:
-    """Status 200 when the model is loaded and compiled; 503 before that, and while the server stops."""
-    if engine.stopping:
-        raise stopping()
+    """Status 200 when the model is loaded and compiled; 503 before that, while the server stops, and after a failure
+    that only a restart ends."""
+    engine.check_running()
     return {"status": "ready"}
 
 

@@ -161,7 +161,7 @@ class Scheduler:
         """Adds a job to the queue. Any thread may call it.
 
         Raises:
-            QueueFull: `max_queue` jobs wait already.
+            QueueFull: all slots are taken, and `max_queue` jobs wait for them already.
             Stopped: `drain` or `close` was called.
             ValueError: a job that can never run; the message says why.
         """
@@ -172,10 +172,11 @@ class Scheduler:
                 raise Stopped(f"the server has failed: {self._error}; its log has the details") from self._error
             if self._draining or self._closing:
                 raise Stopped("the server is stopping and takes no new requests")
-            if len(self._waiting) >= self._max_queue:
+            run = _Run(job, answer, limit, time.monotonic())
+            if self._queued([*self._waiting, run]) > self._max_queue:
                 retry_after = max(1, math.ceil(self._mean_seconds / self._decoder.slots))
                 raise QueueFull(len(self._waiting), retry_after)
-            self._waiting.append(_Run(job, answer, limit, time.monotonic()))
+            self._waiting.append(run)
             self._changed.notify_all()
         return answer
 
@@ -269,6 +270,15 @@ class Scheduler:
                 f"num_return_sequences = {job.config.num_return_sequences}: this server has {self._decoder.slots} slots"
             )
         return limit
+
+    def _queued(self, waiting: Sequence[_Run]) -> int:
+        """How many of these jobs have no free slots now."""
+        free = self._decoder.slots - sum(run.slots for run in self._active)
+        for number, run in enumerate(waiting):
+            free -= run.choices
+            if free < 0:
+                return len(waiting) - number
+        return 0
 
     def _cancel(self, answer: Answer) -> None:
         with self._changed:
@@ -417,9 +427,9 @@ class Scheduler:
         text += row.text.flush()
         if stopped is None and row.text.stopped is not None:  # the last characters complete a stop string
             finish, reason = "stop", row.text.stopped
-        self._send(row, text, finish, reason)
-        with self._changed:
+        with self._changed:  # before the client knows: who asks for the numbers then finds its answer among them
             self._finished[finish] += 1
+        self._send(row, text, finish, reason)
         if not run.rows:
             self._close(run)
 
@@ -429,9 +439,9 @@ class Scheduler:
             for row in [*run.rows]:
                 self._finish(row, finish)
             if run.slot is not None or run in self._waiting:
+                self._finished[finish] += run.choices
                 for choice in range(run.choices):
                     run.answer.put(Event(choice, "", (), finish))
-                    self._finished[finish] += 1
                 self._close(run)
 
     def _fail(self, runs: Sequence[_Run], error: Exception, what: str = "") -> None:

@@ -110,6 +110,8 @@ def read_function(function: Mapping[str, Any], place: str, schema_key: str = "pa
         raise wrong_field(where, "must be a JSON schema of the type object")
     if not isinstance(schema.get("properties", {}), dict):
         raise wrong_field(f"{where}.properties", "must be an object")
+    if not isinstance(schema.get("required") or [], list):
+        raise wrong_field(f"{where}.required", "must be a list of names in properties")
     tool = Tool(name.strip(), description, *_for_python(schema), strict=function.get("strict") is True)
     loose = not_enforced(tool.parameters) if tool.strict else None
     if loose is not None:

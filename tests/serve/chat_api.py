@@ -49,7 +49,7 @@ class Api:
         self._server = uvicorn.Server(
             uvicorn.Config(ChatPage(Starlette(routes=routes)), log_level="error", lifespan="off")
         )
-        self._socket = socket.socket()
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
         self.port: int = self._socket.getsockname()[1]

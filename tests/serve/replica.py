@@ -31,7 +31,7 @@ def main(vocabulary: str, name: str, port: str) -> None:
     tokenizer = ChatGLM3Tokenizer(vocabulary)
     engine = make_engine(tokenizer, SlowDecoder(tokenizer.vocab_size + 8, slots=16, capacity=256))
     engine.name = name
-    bound = socket.socket()
+    bound = socket.socket(proto=socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(("127.0.0.1", int(port)))
     print(bound.getsockname()[1], flush=True)

@@ -55,7 +55,7 @@ def client_of(engine: Engine | None, **options: Any) -> Iterator[httpx.Client]:
 @contextmanager
 def running_server(engine: Engine | None, **options: Any) -> Iterator[str]:
     """The address, `http://127.0.0.1:PORT`, of a server of `create_app(engine, **options)` in a thread."""
-    bound = socket.socket()
+    bound = socket.socket(proto=socket.IPPROTO_TCP)  # with it asyncio sends small parts of an answer at once
     bound.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_app(engine, **options), log_level="error", lifespan="off"))
     server.config.timeout_graceful_shutdown = 1

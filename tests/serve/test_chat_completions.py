@@ -435,6 +435,9 @@ def call_with(**function):
     return [USER, {**ASSISTANT, "tool_calls": [{**CALL, "function": {**CALL["function"], **function}}]}, RESULT]
 
 
+REQUIRED = "tools[0].function.parameters.required"
+
+
 def tool_with(**function):
     return [{"type": "function", "function": {**CLOCK["function"], **function}}]
 
@@ -444,7 +447,7 @@ def tool_with(**function):
     [
         ({"messages": None}, "messages", ""),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": ["a"]}, "messages[0]", "dictionary"),
+        ({"messages": ["a"]}, "messages[0]", "JSON object"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "a text or a list of parts"),
         ({"messages": [{"role": "usr", "content": "a"}]}, "messages[0].role", "must be one of"),
         ({"messages": [{"role": "function", "name": "f", "content": "a"}]}, "messages[0].role", "role tool"),
@@ -479,6 +482,8 @@ def tool_with(**function):
             "properties.a.pattern",
         ),
         ({"tools": tool_with(parameters={"properties": {"a": 5}}), "tool_choice": "required"}, "tools", "JSON schema"),
+        ({"tools": tool_with(parameters={"properties": {"from": {}}, "required": 5})}, REQUIRED, "list of names"),
+        ({"tools": tool_with(parameters={"properties": {"a": {}}, "required": "a"})}, REQUIRED, "list of names"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tool_choice": "alwys", "tools": [CLOCK]}, "tool_choice", "must be none, auto, required"),
         ({"tool_choice": {"type": "function"}, "tools": [CLOCK]}, "tool_choice", "must be"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from serve.service import client_of, running_engine
+from serve.fakes import FakeDecoder
+from serve.service import PADDING, client_of, running_engine
 
 from glm_ms.serve.errors import APIError
 from glm_ms.serve.guards import check_json
@@ -63,7 +64,7 @@ def error_of(response, status):
         ({"logit_bias": {"a": 1}}, "logit_bias", "token id"),
         ({"logit_bias": {"1000000": 1}}, "logit_bias", "token id"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "100"),
-        ({"logit_bias": [1]}, "logit_bias", "dictionary"),
+        ({"logit_bias": [1]}, "logit_bias", "JSON object"),
         ({"presence_penalty": 3}, "presence_penalty", ""),
         ({"repetition_penalty": 0}, "repetition_penalty", ""),
         ({"logprobs": 21}, "logprobs", ""),
@@ -183,6 +184,20 @@ def test_a_server_that_stops_refuses_new_requests(tokenizer):
         engine.stopping = True
         assert error_of(client.get("/ready"), 503)["code"] == "stopping"
         assert error_of(client.post("/v1/completions", json=PROMPT), 503)["code"] == "stopping"
+
+
+def test_a_server_that_has_failed_is_not_ready(tokenizer, caplog):
+    decoder = FakeDecoder(tokenizer.vocab_size + PADDING, capacity=128)
+    with running_engine(tokenizer, decoder) as engine, client_of(engine) as client:
+        decoder.broken.add("free")
+        assert "free is broken" in error_of(client.post("/v1/completions", json=PROMPT), 500)["message"]
+        assert "free is broken" in caplog.text
+        for answer in (client.get("/ready"), client.post("/v1/completions", json=PROMPT)):
+            error = error_of(answer, 503)
+            assert error["code"] == "failed"
+            assert "restart" in error["message"]
+        assert client.head("/ready").status_code == 503
+        assert client.head("/health").status_code == 200
 
 
 def test_errors_inside_the_server_have_no_details(tokenizer):

@@ -140,6 +140,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "thinking"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
         ({"tool_choice": {"type": "any"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": ["auto"]}}, "tool_choice.type"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "clock"),
         ({"temprature": 1}, "did you mean temperature"),
     ],

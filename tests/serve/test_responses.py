@@ -38,6 +38,7 @@ def test_a_text(chat, tokenizer):
     assert speaker.prompts[-1] == prompt
     usage = found["usage"]
     assert (usage["input_tokens"], usage["output_tokens"]) == (len(prompt), len(speaker.answer))
+    assert usage["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 0}
     assert usage["total_tokens"] == sum((usage["input_tokens"], usage["output_tokens"]))
 
 

@@ -182,7 +182,8 @@ def test_a_job_that_is_cancelled_in_its_prompt(scheduler, decoder):
 
 
 def test_a_waiting_job_that_is_cancelled_leaves_its_place_at_once(scheduler, decoder, tokenizer):
-    scheduler = Scheduler(decoder, tokenizer, max_queue=1)
+    decoder = FakeDecoder(tokenizer.vocab_size, slots=1)
+    scheduler = Scheduler(decoder, tokenizer, max_queue=0)  # none waits while the slot is taken
     first = scheduler.submit(Job([5], greedy()))
     with pytest.raises(QueueFull, match="1 requests wait already; try again in 1 s") as caught:
         scheduler.submit(Job([6], greedy()))
@@ -194,6 +195,20 @@ def test_a_waiting_job_that_is_cancelled_leaves_its_place_at_once(scheduler, dec
     assert len(tokens_of(second)) == 4
     assert decoder.calls[0] == ("open", 0)
     assert scheduler.stats.finished == {"cancelled": 1, "length": 1}
+
+
+def test_jobs_with_free_slots_are_not_in_the_queue(decoder, tokenizer):
+    scheduler = Scheduler(decoder, tokenizer, max_queue=1)
+    answers = [scheduler.submit(Job([5], sampled(3, num_return_sequences=3, seed=1)))]
+    answers.append(scheduler.submit(Job([6], greedy(3, seed=2))))  # the last of four slots
+    answers.append(scheduler.submit(Job([7], greedy(3, seed=3))))
+    with pytest.raises(QueueFull):
+        scheduler.submit(Job([8], greedy()))
+    scheduler.round()
+    with pytest.raises(QueueFull):
+        scheduler.submit(Job([8], greedy()))
+    finish_all(scheduler)
+    assert [len(results(answer)) for answer in answers] == [3, 1, 1]
 
 
 def test_a_reader_that_leaves_cancels(scheduler, decoder):
