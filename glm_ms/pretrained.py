@@ -57,12 +57,12 @@ def load_pretrained(
     path, given = resolve_checkpoint(path), Path(path)
     if is_adapter_folder(path):
         raise CheckpointError(
-            f"{path}: an adapter, not weights; give load_pretrained the base it was trained on, and this as adapter="
+            f"{path}: an adapter, not weights; give the base it was trained on as the model, and this as its adapter"
         )
     if config is None:
         if not (path / "config.json").is_file():
             raise CheckpointError(
-                f"{path}: no config.json here; give load_pretrained(..., config=) a GLMConfig, config.json or YAML"
+                f"{path}: no config.json here; give the config.json or YAML of the network as config (--config)"
             )
         config = path
     with open_checkpoint(path) as reader:
@@ -121,7 +121,7 @@ def find_tokenizer(
     if found is None:
         raise VocabularyError(
             f"{path}: ChatGLM2 and ChatGLM3 have the same {TOKENIZER_FILE}, and {TOKENIZER_CONFIG} does not tell which "
-            f"one this is; give {GENERATION_KEY}=2 or {GENERATION_KEY}=3"
+            f"one this is; give {GENERATION_KEY}=2 or {GENERATION_KEY}=3 (--model-generation)"
         )
     if type(found) is not int or found not in GENERATIONS:
         allowed = " or ".join(map(str, GENERATIONS))

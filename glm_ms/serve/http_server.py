@@ -37,6 +37,7 @@ class Server(uvicorn.Server):
         self.app, self.bound, self.drain_seconds, self.say = app, bound, drain_seconds, say
         self.url = address(bound)
         self._signal: int | None = None
+        self._signals = 0
         self._error: BaseException | None = None  # of loading
 
     def serve_engine(self, load: Callable[[], Engine]) -> None:
@@ -63,16 +64,20 @@ class Server(uvicorn.Server):
         self.say(f"{self.url}/v1 is ready; models: {names}; up to {engine.context} tokens of prompt and answer")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Signal handler: the first signal ends the server after its answers, a second one at once."""
-        if self.should_exit:
+        """Signal handler: the first signal ends the server after its answers, a second one ends the answers, too.
+
+        A third one does not wait for clients to read the ends of their answers.
+        """
+        self._signals += 1
+        engine = self.app.state.engine
+        if self._signals > (1 if engine is None else 2):
             self.force_exit = True
             return
         self.should_exit, self._signal = True, sig
-        engine = self.app.state.engine
         if engine is not None:
             engine.stopping = True
-            drain = threading.Thread(target=engine.scheduler.drain, args=(self.drain_seconds,), daemon=True)
-            drain.start()
+            seconds = self.drain_seconds if self._signals == 1 else 0.0
+            threading.Thread(target=engine.scheduler.drain, args=(seconds,), daemon=True).start()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,40 +13,30 @@ from glm_ms.model.layers import DTYPES
 from glm_ms.ops.registry import fuse_kernels
 from glm_ms.peft.adapter import StoredAdapter, read_adapter
 from glm_ms.peft.rows import bounds_for
-from glm_ms.pretrained import find_tokenizer, load_pretrained
 from glm_ms.serve.adapters import add
 from glm_ms.serve.engine import Engine
+from glm_ms.serve.model_arguments import check_vocabulary, load_model
 from glm_ms.serve.scheduler import Scheduler
 from glm_ms.serve.settings import ServeSettings
-from glm_ms.storage.errors import CheckpointError
 from glm_ms.tokenizer import SentencePieceTokenizer
-from glm_ms.tokenizer.base import CHAT
 
 
 def load_engine(
-    model: str | Path,
-    config: str | Path | None,
-    tokenizer: str | Path | None,
-    name: str | None,
-    adapters: Mapping[str, Path],
-    settings: ServeSettings,
+    arguments: Namespace, name: str | None, adapters: Mapping[str, Path], settings: ServeSettings
 ) -> Engine:
     """Loads weights, tokenizer and adapters; see `build_engine`.
 
     Args:
-        model, config: see `load_pretrained`.
-        tokenizer: see `find_tokenizer`; None: that of the weights or of their run.
+        arguments: of `add_model_arguments`.
         name: of the model for clients; None: that of the folder of the weights.
         adapters: name for clients -> path, see `read_adapter`.
 
     Raises:
         FileError: a file cannot be used, or files do not fit each other.
     """
-    family, vocab_file, options = find_tokenizer(tokenizer or model)
-    made = family.tokenizer(vocab_file, template=options.get("template", CHAT))
-    stored = {name: read_adapter(path) for name, path in adapters.items()}
-    loaded = load_pretrained(model, config)
-    return build_engine(loaded, made, name or Path(model).resolve().name, stored, settings)
+    stored = {label: read_adapter(path, arguments.lora_alpha) for label, path in adapters.items()}
+    model, tokenizer = load_model(arguments)
+    return build_engine(model, tokenizer, name or Path(arguments.model).resolve().name, stored, settings)
 
 
 def build_engine(
@@ -64,11 +55,7 @@ def build_engine(
     Raises:
         FileError: the tokenizer has more ids than the network, or an adapter does not fit.
     """
-    if tokenizer.vocab_size > model.config.padded_vocab_size:
-        raise CheckpointError(
-            f"{tokenizer.vocab_file}: {tokenizer.vocab_size} ids, but the network has "
-            f"{model.config.padded_vocab_size}; give the tokenizer of these weights"
-        )
+    check_vocabulary(model, tokenizer)
     fuse_kernels(model.network, DTYPES[model.config.compute_dtype])  # those of an Ascend card, if this is one
     context = min(settings.context, model.config.seq_length)
     bounds = bounds_for(list(adapters.values()), settings.max_adapters, settings.max_lora_rank, settings.max_prefix)

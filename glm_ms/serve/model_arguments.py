@@ -7,12 +7,16 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.errors import CheckpointError, FileError
 from glm_ms.storage.paths import exists
 
 if TYPE_CHECKING:
     from glm_ms.generation import GLMForCausalLM
     from glm_ms.tokenizer import SentencePieceTokenizer
+
+
+class DeviceError(FileError):
+    """A device of the command line cannot be used; the message says why."""
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -36,6 +40,7 @@ def load_model(
     """The model with its tokenizer, and with an adapter if one is given.
 
     Raises:
+        DeviceError: the device cannot be used.
         FileError: a file is missing or damaged, nothing tells which tokenizer belongs to the model, or it is of another
             model.
     """
@@ -51,17 +56,34 @@ def load_model(
             raise CheckpointError(f"{path}: no such file or folder")
     family, vocab_file, options = find_tokenizer(arguments.tokenizer or arguments.model, arguments.model_generation)
     tokenizer = family.tokenizer(vocab_file, template=options.get("template", CHAT))
-    if arguments.device_target is not None:
-        ms.set_device(arguments.device_target, arguments.device_id or 0)
-    elif arguments.device_id is not None:
-        ms.set_device(ms.get_context("device_target"), arguments.device_id)
+    if arguments.device_target is not None or arguments.device_id is not None:
+        _open_device(arguments.device_target or ms.get_context("device_target"), arguments.device_id or 0)
     model = load_pretrained(arguments.model, arguments.config, adapter, arguments.lora_alpha)
+    check_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
+def _open_device(target: str, number: int) -> None:
+    """Raises DeviceError if MindSpore cannot use the device."""
+    import mindspore as ms
+
+    try:
+        ms.set_device(target, number)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise DeviceError(
+            f"--device-target {target} --device-id {number}: cannot be used here: {reason} Leave both out, or give "
+            "those of a device of this machine"
+        ) from None
+
+
+def check_vocabulary(model: GLMForCausalLM, tokenizer: SentencePieceTokenizer) -> None:
+    """Raises CheckpointError if the tokenizer has more ids than the network."""
     if tokenizer.vocab_size > model.config.padded_vocab_size:
         raise CheckpointError(
             f"{tokenizer.vocab_file}: {tokenizer.vocab_size} ids, but the network has "
-            f"{model.config.padded_vocab_size}; give the tokenizer of these weights with --tokenizer"
+            f"{model.config.padded_vocab_size}; give the tokenizer of these weights"
         )
-    return model, tokenizer
 
 
 def name_and_path(value: str) -> tuple[str, Path]:

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from glm_ms.program import program
 from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
+from glm_ms.serve.model_arguments import add_model_arguments
 from glm_ms.serve.names import named_adapters
 from glm_ms.serve.settings import HOST, PORT, ServeSettings
 from glm_ms.storage.arguments import Parser
@@ -65,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def load() -> Engine:
         from glm_ms.serve.loading import load_engine
 
-        return load_engine(
-            options.model, options.config, options.tokenizer, options.served_model_name, adapters, settings
-        )
+        return load_engine(options, options.served_model_name, adapters, settings)
 
     app = {"keys": keys, "cors_origins": options.cors_origin, "web": options.web}
     try:
@@ -208,9 +207,7 @@ def bind(host: str, port: int) -> socket.socket:
 def _parser() -> Parser:
     parser = Parser(prog="glm-ms serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help="weights: a Hugging Face folder, or the output of a training")
-    add("--config", metavar="PATH", help="architecture of weights without config.json: a config.json or a YAML")
-    add("--tokenizer", metavar="PATH", help="folder or YAML with the tokenizer; default: that of --model")
+    add_model_arguments(parser)
     add("--adapter", nargs="+", default=[], metavar="NAME=PATH", help="adapters, by the name that requests give")
     add("--served-model-name", metavar="NAME", help="of the model without adapter; default: the folder of --model")
     add("--host", default=HOST, help=f"address to listen on; default {HOST}: this machine only")

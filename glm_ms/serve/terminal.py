@@ -193,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, path = name_and_path(given.adapter) if given.adapter else ("", None)
         with signal_thread() as loaded:
             model, tokenizer = load_model(given, path)
+            check_options(options, parser)
             if first and "system" not in tokenizer.roles:
                 parser.error(f"--system, --tools: {type(tokenizer).__name__} knows neither; leave them out")
             title = Path(given.model).resolve().name + (f" with {name}" if name else "")
@@ -207,6 +208,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_options(options: dict[str, Any], parser: Parser) -> None:
+    """Ends the program with status 2 if options of generation have values that no answer can use."""
+    from glm_ms.generation import GenerationConfig
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # each answer says which options have no effect
+            GenerationConfig(**{"max_new_tokens": 1, "do_sample": True, **options})
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _parser() -> Parser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -12,6 +13,9 @@ import httpx
 import pytest
 from serve.fakes import FakeDecoder
 from serve.service import PADDING, client_of, running_engine, running_server, wait_until
+
+from glm_ms.serve.app import create_app
+from glm_ms.serve.http_server import Server
 
 PROMPT = {"prompt": "hello there", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
 
@@ -188,3 +192,26 @@ def test_a_slow_body_is_not_waited_for(monkeypatch):
             connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                                b"Content-Length: 10\r\n\r\n{")  # fmt: skip
             assert b" 408 " in connection.recv(1000)
+
+
+def test_a_second_signal_ends_answers_in_order(tokenizer, caplog):
+    decoder = FakeDecoder(tokenizer.vocab_size + PADDING, capacity=10**6)
+    bound = socket.create_server(("127.0.0.1", 0))
+    with running_engine(tokenizer, decoder) as engine:
+        server = Server(create_app(engine), bound, 60.0, lambda line: None)
+        thread = threading.Thread(target=server.serve_engine, args=(lambda: engine,), daemon=True)
+        thread.start()
+        wait_until(lambda: server.started and server.app.state.engine is not None)
+        body = {**PROMPT, "max_tokens": 10**5, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=20, trust_env=False) as answer:
+            lines = answer.iter_lines()
+            assert '"text"' in next(lines)
+            for _ in range(2):
+                server.handle_exit(signal.SIGINT, None)
+            *_, last, done = [line for line in lines if line]
+        thread.join(10)
+        assert not thread.is_alive()
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        assert done == "data: [DONE]"
+        assert not decoder.running
+        assert not caplog.text

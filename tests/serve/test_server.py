@@ -73,6 +73,24 @@ def test_wrong_arguments(refused, arguments, words):
     assert words in refused(*arguments)
 
 
+def test_a_model_that_is_missing(capsys, tmp_path):
+    path = tmp_path / "nowhere"
+    assert server.main(["--model", str(path), "--model-generation", "3", "--port", "0"]) == server.FAILED
+    assert f"error: {path}: no such file or folder\n" in capsys.readouterr().err
+
+
+def test_a_device_that_is_missing(capsys, monkeypatch, tokenizer):
+    def refuse(*_):
+        raise RuntimeError("Unsupported device target Ascend.\nThe stack of MindSpore")
+
+    monkeypatch.setattr("mindspore.set_device", refuse)
+    arguments = ["--tokenizer", str(Path(tokenizer.vocab_file)), "--model-generation", "3", "--device-target", "Ascend"]
+    assert server.main(["--model", str(MODEL), *arguments, "--port", "0"]) == server.FAILED
+    message = capsys.readouterr().err
+    assert "--device-target Ascend --device-id 0: cannot be used here: Unsupported device" in message
+    assert "stack" not in message
+
+
 def test_missing_packages_are_named(refused, monkeypatch):
     monkeypatch.setattr(server, "PACKAGES", ("fastapi", "no_such_package"))
     message = refused()

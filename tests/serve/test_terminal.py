@@ -255,3 +255,11 @@ def test_a_pipe(model_folder: Path) -> None:
     assert done.stdout.endswith("[cut at 3 tokens]\n")
     assert "Type a message" not in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": -5}, {"temperature": float("nan")}, {"top_p": 2.0}])
+def test_options_that_no_answer_can_use(capsys, options):
+    with pytest.raises(SystemExit) as ended:
+        terminal.check_options(options, terminal._parser())
+    assert ended.value.code == 2
+    assert next(iter(options)) in capsys.readouterr().err
