@@ -70,9 +70,9 @@ def _open_device(target: str, number: int) -> None:
     try:
         ms.set_device(target, number)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = str(error).strip().split("\n")[0].partition(". ")[0].rstrip(".")  # a page of MindSpore's follows
         raise DeviceError(
-            f"--device-target {target} --device-id {number}: cannot be used here: {reason} Leave both out, or give "
+            f"--device-target {target} --device-id {number}: cannot be used here: {reason}; leave both out, or give "
             "those of a device of this machine"
         ) from None
 
