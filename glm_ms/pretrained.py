@@ -1,4 +1,4 @@
-"""`load_pretrained`: a checkpoint of any kind to a model ready to run; `find_tokenizer`: the tokenizer of a folder."""
+"""From paths to a model that is ready to run, and to its tokenizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import adapter_with
 from glm_ms.settings.loader import unchecked_settings
 from glm_ms.storage.errors import CheckpointError, FileError
-from glm_ms.storage.paths import path_problem
+from glm_ms.storage.paths import exists, path_problem
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.run_folder import CHECKPOINTS, resolve_checkpoint
-from glm_ms.tokenizer import VocabularyError
+from glm_ms.tokenizer import SentencePieceTokenizer, VocabularyError
 from glm_ms.tokenizer.base import CHAT
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer_config.json"
@@ -78,6 +78,44 @@ def load_pretrained(
     if adapter is not None:
         model.load_adapter(adapter, lora_alpha)
     return model
+
+
+def load_with_tokenizer(
+    path: str | Path,
+    config: GLMConfig | str | Path | None = None,
+    adapter: str | Path | None = None,
+    lora_alpha: float | None = None,
+    tokenizer: str | Path | None = None,
+    generation: int | None = None,
+) -> tuple[GLMForCausalLM, SentencePieceTokenizer]:
+    """A model, see `load_pretrained`, and its tokenizer.
+
+    Args:
+        tokenizer, generation: see `find_tokenizer`; None: the tokenizer beside the weights or of their run.
+
+    Raises:
+        FileError: a file cannot be used, or the tokenizer is of another model.
+    """
+    for given in (tokenizer, config, adapter):
+        if isinstance(given, (str, Path)) and not exists(given):
+            raise CheckpointError(f"{given}: no such file or folder")
+    checkpoint = resolve_checkpoint(path)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    beside = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+    family, vocab_file, options = find_tokenizer(tokenizer or beside, generation)
+    made = family.tokenizer(vocab_file, template=options.get("template", CHAT))
+    model = load_pretrained(path, config, adapter, lora_alpha)
+    check_vocabulary(made, model.config)
+    return model, made
+
+
+def check_vocabulary(tokenizer: SentencePieceTokenizer, config: GLMConfig) -> None:
+    """Raises CheckpointError if a tokenizer has ids that the network does not have."""
+    if tokenizer.vocab_size > config.padded_vocab_size:
+        raise CheckpointError(
+            f"{tokenizer.vocab_file}: {tokenizer.vocab_size} ids, but the network has {config.padded_vocab_size}; give "
+            "the tokenizer of these weights"
+        )
 
 
 def find_tokenizer(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from glm_ms.families import read_config
-from glm_ms.pretrained import find_tokenizer, load_pretrained
+from glm_ms.pretrained import find_tokenizer, load_with_tokenizer
 from glm_ms.settings import SettingsError, load_settings
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.json_lines import parse_value, raw_values
@@ -132,10 +132,8 @@ def load_ptuning_checkpoint(
         ValueError: a file that cannot be used, or a prefix of another length or kind.
     """
     _refuse_quantization(quantization_bit)
-    family, vocab_file, options = find_tokenizer(model_name_or_path, model_generation)
-    tokenizer = family.tokenizer(vocab_file, template=options.get("template", CHAT))
     path = None if ptuning_checkpoint is None else _checkpoint(ptuning_checkpoint)
-    model = load_pretrained(model_name_or_path, adapter=path)
+    model, tokenizer = load_with_tokenizer(model_name_or_path, adapter=path, generation=model_generation)
     wanted = {"pre_seq_len": pre_seq_len, "prefix_projection": prefix_projection or None}
     config = None if model.adapter is None else model.adapter.config
     for name, value in wanted.items():

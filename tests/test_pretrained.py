@@ -19,7 +19,7 @@ from glm_ms.convert.conversion import plan_conversion
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.model.config import ConfigError
 from glm_ms.peft.adapter import read_adapter
-from glm_ms.pretrained import find_tokenizer
+from glm_ms.pretrained import find_tokenizer, load_with_tokenizer
 from glm_ms.settings import SettingsError, load_settings
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.tokenizer import VocabularyError
@@ -86,6 +86,20 @@ def test_single_file_needs_a_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_pretrained(tmp_path / "glm.safetensors")
     check_network(tmp_path / "glm.safetensors", config=FOLDER / CASE)
+
+
+def test_tokenizer_of_the_weights_or_of_their_run(tmp_path: Path, vocab_file: Path) -> None:
+    step = tmp_path / "run" / "checkpoint" / "step_00000001"
+    shutil.copytree(FOLDER / "glm3_tiny", step)
+    settings = {"processor": {"tokenizer": {"type": "ChatGLM3Tokenizer", "vocab_file": str(vocab_file)}}}
+    (tmp_path / "run" / "settings.yaml").write_text(json.dumps(settings))
+    for path in (tmp_path / "run", step):
+        with pytest.raises(CheckpointError, match="give the tokenizer of these weights"):  # it has 64798 ids
+            load_with_tokenizer(path)
+    with pytest.raises(VocabularyError, match=r"no tokenizer\.model here"):
+        load_with_tokenizer(FOLDER / "glm3_tiny")
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        load_with_tokenizer(tmp_path / "run", tokenizer=tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("path", [5, None, b"folder", ["a"], "a\0b"])

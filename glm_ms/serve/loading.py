@@ -13,9 +13,10 @@ from glm_ms.model.layers import DTYPES
 from glm_ms.ops.registry import fuse_kernels
 from glm_ms.peft.adapter import StoredAdapter, read_adapter
 from glm_ms.peft.rows import bounds_for
+from glm_ms.pretrained import check_vocabulary
 from glm_ms.serve.adapters import add
 from glm_ms.serve.engine import Engine
-from glm_ms.serve.model_arguments import check_vocabulary, load_model
+from glm_ms.serve.model_arguments import load_model
 from glm_ms.serve.scheduler import Scheduler
 from glm_ms.serve.settings import ServeSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
@@ -55,7 +56,7 @@ def build_engine(
     Raises:
         FileError: the tokenizer has more ids than the network, or an adapter does not fit.
     """
-    check_vocabulary(model, tokenizer)
+    check_vocabulary(tokenizer, model.config)
     fuse_kernels(model.network, DTYPES[model.config.compute_dtype])  # those of an Ascend card, if this is one
     context = min(settings.context, model.config.seq_length)
     bounds = bounds_for(list(adapters.values()), settings.max_adapters, settings.max_lora_rank, settings.max_prefix)

@@ -7,8 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glm_ms.storage.errors import CheckpointError, FileError
-from glm_ms.storage.paths import exists
+from glm_ms.storage.errors import FileError
 
 if TYPE_CHECKING:
     from glm_ms.generation import GLMForCausalLM
@@ -48,19 +47,18 @@ def load_model(
         os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, on import: errors only
     import mindspore as ms
 
-    from glm_ms.pretrained import find_tokenizer, load_pretrained
-    from glm_ms.tokenizer.base import CHAT
+    from glm_ms.pretrained import load_with_tokenizer
 
-    for path in filter(None, (arguments.model, arguments.tokenizer, arguments.config, adapter)):
-        if not exists(path):
-            raise CheckpointError(f"{path}: no such file or folder")
-    family, vocab_file, options = find_tokenizer(arguments.tokenizer or arguments.model, arguments.model_generation)
-    tokenizer = family.tokenizer(vocab_file, template=options.get("template", CHAT))
     if arguments.device_target is not None or arguments.device_id is not None:
         _open_device(arguments.device_target or ms.get_context("device_target"), arguments.device_id or 0)
-    model = load_pretrained(arguments.model, arguments.config, adapter, arguments.lora_alpha)
-    check_vocabulary(model, tokenizer)
-    return model, tokenizer
+    return load_with_tokenizer(
+        arguments.model,
+        arguments.config,
+        adapter,
+        arguments.lora_alpha,
+        arguments.tokenizer,
+        arguments.model_generation,
+    )
 
 
 def _open_device(target: str, number: int) -> None:
@@ -75,15 +73,6 @@ def _open_device(target: str, number: int) -> None:
             f"--device-target {target} --device-id {number}: cannot be used here: {reason}; leave both out, or give "
             "those of a device of this machine"
         ) from None
-
-
-def check_vocabulary(model: GLMForCausalLM, tokenizer: SentencePieceTokenizer) -> None:
-    """Raises CheckpointError if the tokenizer has more ids than the network."""
-    if tokenizer.vocab_size > model.config.padded_vocab_size:
-        raise CheckpointError(
-            f"{tokenizer.vocab_file}: {tokenizer.vocab_size} ids, but the network has "
-            f"{model.config.padded_vocab_size}; give the tokenizer of these weights"
-        )
 
 
 def name_and_path(value: str) -> tuple[str, Path]:

@@ -76,7 +76,7 @@ def test_wrong_arguments(refused, arguments, words):
 def test_a_model_that_is_missing(capsys, tmp_path):
     path = tmp_path / "nowhere"
     assert server.main(["--model", str(path), "--model-generation", "3", "--port", "0"]) == server.FAILED
-    assert f"error: {path}: no such file or folder\n" in capsys.readouterr().err
+    assert f"error: {path}: no such file or folder" in capsys.readouterr().err
 
 
 def test_a_device_that_is_missing(capsys, monkeypatch, tokenizer):
