@@ -215,7 +215,7 @@ def _parser() -> Parser:
     add("--web", action="store_true", help="the address shows a chat page")
     for flag, kind, metavar, text in (
         ("--slots", _number(1, 1024), "N", "answers at a time"),
-        ("--context", _number(16, 1 << 20), "N", "most tokens of a prompt and its answer"),
+        ("--context", _number(16, 1 << 20), "N", "most tokens of a prompt and its answer, at most that of the model"),
         ("--max-queue", _number(0, 1 << 20), "N", "requests that wait for slots; more get status 429"),
         ("--max-seconds", _seconds, "S", "after so long an answer ends as it is, waiting included"),
         ("--drain-seconds", _seconds, "S", "for answers that have begun when the server is told to stop"),
