@@ -451,9 +451,11 @@ def test_every_command_runs(workplace, page):
         assert filecmp.cmpfiles(SAMPLE, made, names, shallow=False) == (names, [], [])
     if page == "docs/inference.md":
         program = "\n".join(block.text for block in blocks(page) if block.kind == "python")
-        answers = workplace.python(program).split()
-        assert len(answers) == 3  # Chinese text has no spaces
-        assert answers[2] == answers[0], "of the exported files"
+        greedy, _, *joined, exported = workplace.python(program).split()  # Chinese text has no spaces
+        texts = dict(zip(joined[::2], joined[1::2]))
+        assert sorted(texts) == ["0", "1", "2"]
+        assert texts["0"] == texts["2"] == greedy, "of prompts that join"
+        assert exported == greedy, "of the exported files"
 
 
 SERVED = {page for page in ENGLISH if any(block.kind == "bash server" for block in blocks(page))}
