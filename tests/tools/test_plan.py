@@ -68,7 +68,7 @@ PROPOSED = {
     "fewer rows": ((LORA, "--memory", "32GB", "runner_config.batch_size=512"), ("runner_config.batch_size=64",)),
     "fewer prompts": (
         (PREDICT, "--memory", "32GB", "predict_batch_size=512"),
-        ("predict_batch_size=8",),
+        ("predict_batch_size=256",),
     ),
     "split weights, no evaluation": (
         (LORA, "--memory", "9GB"),
@@ -84,7 +84,7 @@ PROPOSED = {
     ),
     "rows of an evaluation": (
         (
-            LORA, "--memory", "32GB", "eval_dataset.batch_size=4096", "generation.max_new_tokens=64",
+            LORA, "--memory", "32GB", "eval_dataset.batch_size=8192", "generation.max_new_tokens=64",
             "metric.type=[ADGENMetric]", "checkpoint.best_metric=null", "parallel_config.data_parallel=1",
         ),
         ("eval_dataset.batch_size=",),
