@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Union
 from uuid import uuid4
@@ -175,6 +176,11 @@ class Dialogue:
             raise
         finally:
             await events.aclose()
+
+    async def feed(self, take: Callable[[Part], Iterable[object]]) -> None:
+        """Hands every part to `take`, and runs what it returns to its end. Raises as `parts`."""
+        async for part in self.parts():
+            deque(take(part), maxlen=0)
 
 
 class _Choice:

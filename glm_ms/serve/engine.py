@@ -90,7 +90,7 @@ class Engine:
         raise APIError(404, f"model {model[:100]!r} does not exist{hint}", "model", "model_not_found")
 
     async def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text, with `[gMASK] sop` before it if `special`. Other requests go on meanwhile."""
+        """Ids of a text, with `[gMASK] sop` before it if `special`. Other requests continue."""
         return await run_in_threadpool(self.tokenizer.encode, text, add_special_tokens=special)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:

@@ -50,7 +50,8 @@ async def messages(body: MessagesRequest, request: Request, engine: Annotated[En
     writer = _Writer(body.model or engine.name, dialogue)
     if body.stream:
         return EventStream(_stream(writer, dialogue))
-    return JSONResponse(await while_connected(request.receive, _whole(writer, dialogue)))
+    await while_connected(request.receive, dialogue.feed(writer.news))
+    return JSONResponse(writer.message)
 
 
 @router.post(f"{_PATH}/count_tokens", summary="Count the tokens of a conversation")
@@ -74,13 +75,6 @@ def _question(body: MessagesRequest) -> Question:
         body=response_grammar(output.format if output is not None else None, "output_config.format"),
         body_name="output_config.format",
     )
-
-
-async def _whole(writer: _Writer, dialogue: Dialogue) -> dict[str, Any]:
-    async for part in dialogue.parts():
-        for _ in writer.news(part):
-            pass
-    return writer.message
 
 
 async def _stream(writer: _Writer, dialogue: Dialogue) -> AsyncGenerator[bytes, None]:

@@ -33,7 +33,8 @@ async def responses(
     writer = _Writer(engine, body, dialogue)
     if body.stream:
         return EventStream(_stream(writer, dialogue))
-    return JSONResponse(await while_connected(request.receive, _whole(writer, dialogue)))
+    await while_connected(request.receive, dialogue.feed(writer.news))
+    return JSONResponse(writer.response)
 
 
 def _question(body: ResponsesRequest) -> Question:
@@ -48,13 +49,6 @@ def _question(body: ResponsesRequest) -> Question:
         body_name="text.format",
         logprobs=body.alternatives,
     )
-
-
-async def _whole(writer: _Writer, dialogue: Dialogue) -> dict[str, Any]:
-    async for part in dialogue.parts():
-        for _ in writer.news(part):
-            pass
-    return writer.response
 
 
 async def _stream(writer: _Writer, dialogue: Dialogue) -> AsyncGenerator[bytes, None]:

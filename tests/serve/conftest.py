@@ -1,11 +1,14 @@
-"""A small vocabulary with byte pieces, so that emoji split over tokens."""
+"""A small vocabulary with byte pieces, so that emoji split over tokens, and a client of a chat server."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from fastapi.testclient import TestClient
+from serve.chat_helpers import Speaker, chat_client
 
 from glm_ms.tokenizer import ChatGLM3Tokenizer
 
@@ -23,3 +26,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatGLM3Tokenizer:
         num_threads=1,
     )  # fmt: skip
     return ChatGLM3Tokenizer(folder / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer: ChatGLM3Tokenizer) -> Iterator[tuple[TestClient, Speaker]]:
+    """A client, and the network behind its server."""
+    with chat_client(tokenizer) as pair:
+        yield pair

@@ -15,12 +15,6 @@ HELLO = {"messages": [{"role": "user", "content": "hello there"}]}
 ASK_TOOL = {**HELLO, "tools": [WEATHER, CLOCK]}
 
 
-@pytest.fixture(scope="module")
-def chat(tokenizer):
-    with chat_client(tokenizer) as pair:
-        yield pair
-
-
 def post(client, body, status=200, **more):
     response = client.post(URL, json={**body, **more})
     assert response.status_code == status, response.text

@@ -7,16 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from serve.chat_helpers import chat_client
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 REQUESTS = re.findall(r"^```json (/\S+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer):
-    with chat_client(tokenizer) as pair:
-        yield pair
 
 
 @pytest.mark.parametrize(("path", "text"), REQUESTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from serve.chat_helpers import CLOCK, WEATHER, called, chat_client, events_of
+from serve.chat_helpers import CLOCK, WEATHER, called, events_of
 
 URL = "/v1/messages"
 HELLO = {"max_tokens": 100, "messages": [{"role": "user", "content": "hello there"}]}
@@ -13,12 +13,6 @@ TOOLS = [
     {"name": "get_weather", "description": "Weather of a city", "input_schema": WEATHER["function"]["parameters"]},
     {"name": CLOCK["function"]["name"], "input_schema": {"type": "object", "properties": {}}},
 ]
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer):
-    with chat_client(tokenizer) as pair:
-        yield pair
 
 
 def post(client, body, status=200, url=URL, **more):

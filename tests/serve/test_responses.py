@@ -5,17 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from serve.chat_helpers import CLOCK, WEATHER, called, chat_client, events_of
+from serve.chat_helpers import CLOCK, WEATHER, called, events_of
 
 URL = "/v1/responses"
 HELLO = {"input": "hello there"}
 TOOLS = [{"type": "function", **tool["function"]} for tool in (WEATHER, CLOCK)]
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer):
-    with chat_client(tokenizer) as pair:
-        yield pair
 
 
 def post(client, body, status=200, **more):

@@ -40,7 +40,7 @@ function notice(text, { error = false, label = "", act = null } = {}) {
 
 const announce = (text) => ($("status").textContent = text); // read out by screen readers
 
-/** Runs a change of the storage; a full storage is reported, the page goes on with what it has in memory. */
+/** Runs a change of the storage; a full storage is reported, the page continues with what is in memory. */
 function storing(work) {
   try {
     return work();
