@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 from glm_ms.engine.ranks import Ranks
 from glm_ms.generation import GLMForCausalLM
+from glm_ms.generation.sampling import rows_before
 
 # Batches that a rank answers between two exchanges, if there are enough for all ranks.
 _MOST_BATCHES = 8
@@ -24,7 +25,7 @@ def answers_in_order(
 
     Raises RankError if another rank has failed, and what `model.answers` raises.
     """
-    copies = _copies(prompts, options["num_return_sequences"])
+    copies = rows_before(map(tuple, prompts), repeat(options["num_return_sequences"]))
     limit = options["max_length"] or model.config.seq_length
     length = max(min(len(prompt) + options["max_new_tokens"], limit) for prompt in prompts)
 
@@ -47,13 +48,3 @@ def answers_in_order(
     parts = [range(i, min(i + step, len(prompts))) for i in range(start, len(prompts), step)]
     for found in ranks.share_out(parts, lambda numbers: list(answer(numbers))):
         yield from found
-
-
-def _copies(prompts: Sequence[Sequence[int]], sequences: int) -> list[int]:
-    """For each prompt, how many sequences of the same prompt come before."""
-    counts: Counter[tuple[int, ...]] = Counter()
-    copies = []
-    for prompt in map(tuple, prompts):
-        copies.append(counts[prompt])
-        counts[prompt] += sequences
-    return copies

@@ -8,7 +8,7 @@ transformers lacks, follow its repetition penalty. A filter maps scores to score
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Callable
 
 import numpy as np
@@ -133,12 +133,17 @@ def row_samplers(
 
 def copy_numbers(prompts: Sequence[np.ndarray], configs: Sequence[GenerationConfig]) -> list[int]:
     """How many rows of the same prompt (int [S]) and config come before those of each prompt."""
-    counts: Counter[tuple[int, bytes]] = Counter()
+    keys = [(configs.index(config), prompt.tobytes()) for prompt, config in zip(prompts, configs)]
+    return rows_before(keys, [config.num_return_sequences for config in configs])
+
+
+def rows_before(keys: Iterable[Hashable], rows: Iterable[int]) -> list[int]:
+    """For each key, which has so many rows, the number of rows of equal keys before it."""
+    counts: Counter[Hashable] = Counter()
     numbers = []
-    for prompt, config in zip(prompts, configs):
-        key = (configs.index(config), prompt.tobytes())
+    for key, count in zip(keys, rows):
         numbers.append(counts[key])
-        counts[key] += config.num_return_sequences
+        counts[key] += count
     return numbers
 
 
