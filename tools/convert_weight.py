@@ -2,6 +2,7 @@
 
     python tools/convert_weight.py --input chatglm3-6b --output glm3_6b.ckpt --dtype float16
     python tools/convert_weight.py --input glm3_6b.ckpt --config chatglm3-6b --output chatglm3-6b-new
+    python tools/convert_weight.py --input chatglm3-6b --model_generation 3 --output chatglm3.gguf --gguf_type Q8_0
 
 Reads Hugging Face folders (safetensors or .bin, sharded or not), .safetensors, .ckpt and .bin files. Checks all names
 and shapes against the config first; the output appears only when it is complete.
@@ -20,13 +21,25 @@ from tqdm import tqdm
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from glm_ms.convert.conversion import HF_GLM, TARGETS, Conversion, parse_size, peak_memory, plan_conversion
+from glm_ms.convert.conversion import (
+    GGUF,
+    NEED_TOKENIZER,
+    TARGETS,
+    Conversion,
+    parse_size,
+    peak_memory,
+    plan_conversion,
+)
+from glm_ms.convert.gguf_file import TYPES
+from glm_ms.convert.gguf_model import ENDING, gguf_tensors
 from glm_ms.model.config import FLOAT_TYPES
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import CheckpointError, FileError
 from glm_ms.tokenizer import SentencePieceTokenizer
 from glm_ms.tokenizer.base import CHAT
+
+_WITH_TOKENIZER = " or ".join(NEED_TOKENIZER)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--input", required=True, metavar="PATH", help="folder, .safetensors, .ckpt, .bin, .pth or .pt to read"
     )
     parser.add_argument(
-        "--output", required=True, metavar="PATH", help="folder (Hugging Face), .ckpt or .safetensors (MindSpore)"
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="folder (Hugging Face), .ckpt or .safetensors (MindSpore), .gguf (llama.cpp)",
     )
     parser.add_argument(
         "--config", metavar="PATH", help="folder with config.json, a .json or .yaml; needed for a single file"
@@ -49,19 +65,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to",
         choices=TARGETS,
-        help=f"kind of output (default: by the ending of --output); {HF_GLM}: a folder that transformers, vLLM "
-        "and SGLang load as GlmForCausalLM, without code of the model",
+        help="kind of output (default: by the ending of --output); hf-glm: a folder that transformers, vLLM "
+        "and SGLang load as GlmForCausalLM, without code of the model; gguf: a file for llama.cpp",
+    )
+    parser.add_argument(
+        "--gguf_type", choices=tuple(TYPES), help=f"with --to {GGUF}: type of the matrices (default: F16)"
     )
     parser.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help=f"with --to {HF_GLM}: tokenizer.model or a folder with it (default: of the input)",
+        help=f"with --to {_WITH_TOKENIZER}: tokenizer.model or a folder with it (default: of the input)",
     )
     parser.add_argument(
         "--model_generation",
         type=int,
         choices=(2, 3),
-        help=f"with --to {HF_GLM}: ChatGLM2 or ChatGLM3, if the files of the tokenizer do not tell",
+        help=f"with --to {_WITH_TOKENIZER}: ChatGLM2 or ChatGLM3, if the files of the tokenizer do not tell",
     )
     parser.add_argument(
         "--without_adapter",
@@ -88,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overwrite=options.overwrite,
             with_adapter=options.without_adapter,
             tokenizer=_tokenizer(options),
+            gguf_type=options.gguf_type,
         )
         if options.without_adapter and not conversion.reader.adapter_names():
             raise CheckpointError(
@@ -104,19 +124,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"left out {len(conversion.reader.ignored)} tensors of optimizer and training state")
     if options.without_adapter:
         print(f"left out {len(conversion.reader.adapter_names())} tensors of an adapter")
+    size, kind = conversion.total_bytes, conversion.dtype
+    if conversion.target == GGUF:
+        size, kind = conversion.output.stat().st_size, conversion.gguf_type
+        types = [kind for shape, kind in gguf_tensors(conversion.shapes, kind).values() if len(shape) > 1]
+        if other := len(types) - types.count(kind):
+            print(f"{other} matrices are F16: their rows are not made of whole blocks of {kind}")
     print(
-        f"{conversion.output}: {len(conversion.shapes)} tensors, {conversion.total_bytes:,} bytes "
-        f"({conversion.dtype}), {time.monotonic() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB"
+        f"{conversion.output}: {len(conversion.shapes)} tensors, {size:,} bytes "
+        f"({kind}), {time.monotonic() - start:.1f} s, peak memory {peak_memory() / 1e6:,.0f} MB"
     )
     return 0
 
 
 def _tokenizer(options: argparse.Namespace) -> SentencePieceTokenizer | None:
     """The tokenizer of the model, for the target that needs it."""
-    if options.to != HF_GLM:
+    target = options.to or (GGUF if Path(options.output).suffix == ENDING else None)
+    if target not in NEED_TOKENIZER:
         for name in ("tokenizer", "model_generation"):
             if getattr(options, name) is not None:
-                raise CheckpointError(f"--{name}: is for --to {HF_GLM} only; remove it")
+                raise CheckpointError(f"--{name}: is for --to {_WITH_TOKENIZER} only; remove it")
         return None
     from glm_ms.pretrained import find_tokenizer  # takes seconds
 

@@ -11,7 +11,9 @@ from typing import Callable
 
 import numpy as np
 
+from glm_ms.convert import gguf_model
 from glm_ms.convert.dtypes import check_finite, check_float_type, convert_dtype
+from glm_ms.convert.gguf_file import TYPES as GGUF_TYPES
 from glm_ms.convert.hf_glm import check_config, write_hf_glm_folder
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, open_checkpoint
 from glm_ms.convert.writers import DEFAULT_SHARD_SIZE, FILE_ENDINGS, Shapes, size_in_bytes, write_file, write_hf_folder
@@ -24,12 +26,16 @@ from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 HF_GLM = "hf-glm"  # a folder for GlmForCausalLM of transformers
-TARGETS = ("hf", "mindspore", HF_GLM)
+GGUF = "gguf"  # a file for llama.cpp
+TARGETS = ("hf", "mindspore", HF_GLM, GGUF)
+NEED_TOKENIZER = (HF_GLM, GGUF)
 # Copied into a Hugging Face folder from the folder of the input or of the config, if they exist.
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "tokenization_chatglm.py",
 )  # fmt: skip
+# Target that is a file -> endings of its name; other targets are folders.
+_FILES = {"mindspore": FILE_ENDINGS, GGUF: (gguf_model.ENDING,)}
 _FOREIGN_ENDINGS = (".bin", ".pth", ".pt", ".json", ".yaml", ".npz")
 
 
@@ -38,11 +44,13 @@ class Conversion:
     """A conversion that passed all checks of names, shapes and types; `run` executes it.
 
     Attributes:
-        target: "hf", "mindspore" or "hf-glm".
+        target: "hf", "mindspore", "hf-glm" or "gguf".
+        dtype: type of the output; of a GGUF file "float32", the type in which its tensors are read.
         shapes: glm_ms name -> shape, in the order of the input.
         max_shard_size: bytes of tensors in one file of a Hugging Face folder.
         extra_files: tokenizer files to copy.
-        tokenizer: of the model, for "hf-glm" only.
+        tokenizer: of the model, for "hf-glm" and "gguf" only.
+        gguf_type: type of the matrices of a GGUF file.
         deltas: glm_ms name -> function giving a float32 array that is added to the tensor, in float32.
     """
 
@@ -57,10 +65,11 @@ class Conversion:
     overwrite: bool
     deltas: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
     tokenizer: SentencePieceTokenizer | None = None
+    gguf_type: str = ""
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all parameters in the output."""
+        """Bytes of all parameters in the output; for a GGUF file, of all that are read."""
         return size_in_bytes(self.shapes, self.dtype)
 
     def run(self, on_tensor: Callable[[str, int], None] = lambda name, size: None) -> None:
@@ -72,6 +81,13 @@ class Conversion:
             CheckpointError: a tensor cannot be read or overflows the type, or the output cannot be written; `output`
                 is unchanged then.
         """
+        if self.target == GGUF:
+            with self.reader:
+                gguf_model.write_gguf_model(
+                    self.output, self.config, self.gguf_type, self.shapes, self._stream(on_tensor), self.tokenizer,
+                    self.overwrite
+                )  # fmt: skip
+            return
         tensors = self.shapes, self.dtype, self._stream(on_tensor)
         with self.reader:
             more = self.max_shard_size, self.extra_files, self.overwrite
@@ -106,18 +122,20 @@ def plan_conversion(
     overwrite: bool = False,
     with_adapter: bool = False,
     tokenizer: SentencePieceTokenizer | None = None,
+    gguf_type: str | None = None,
 ) -> Conversion:
     """Opens the input and checks names, shapes, types and the output.
 
     Args:
         source: checkpoint that `open_checkpoint` reads, or the output folder of a run.
-        output: a folder (Hugging Face), a `.ckpt` or a `.safetensors` (MindSpore).
+        output: a folder (Hugging Face), a `.ckpt` or a `.safetensors` (MindSpore), a `.gguf` (llama.cpp).
         config: folder, config.json or YAML; by default the config.json in a `source` folder.
         dtype: one of `FLOAT_TYPES`; by default that of all weights of the input.
-        target: "hf", "mindspore" or "hf-glm"; by default one of the first two, by the ending of `output`.
-        max_shard_size: bytes of tensors in one file, not for "mindspore"; 2 GB by default.
+        target: "hf", "mindspore", "hf-glm" or "gguf"; by default by the ending of `output`, a folder is "hf".
+        max_shard_size: bytes of tensors in one file, for folders only; 2 GB by default.
         with_adapter: allow the tensors of an adapter beside the weights; they are left out.
-        tokenizer: of the model; needed for "hf-glm", whose folder has its vocabulary and its chat template.
+        tokenizer: of the model; needed for "hf-glm" and "gguf", whose output has its vocabulary and its chat template.
+        gguf_type: type of the matrices of a GGUF file, a key of `gguf_file.TYPES`, in place of `dtype`; F16 by default.
 
     Raises:
         CheckpointError, ConfigError: the input, the config or the output cannot be used, or do not fit.
@@ -127,16 +145,19 @@ def plan_conversion(
         raise CheckpointError(problem)
     output = Path(output)
     target = _target(output, target)
-    if (tokenizer is not None) != (target == HF_GLM):
-        raise CheckpointError(f"target {target!r}: a tokenizer is needed for {HF_GLM}, and for that only")
-    if max_shard_size is not None and (target == "mindspore" or max_shard_size < 1):
+    is_file = target in _FILES
+    if (tokenizer is not None) != (target in NEED_TOKENIZER):
+        needed = " and ".join(NEED_TOKENIZER)
+        raise CheckpointError(f"target {target!r}: a tokenizer is needed for {needed}, and for these only")
+    if max_shard_size is not None and (is_file or max_shard_size < 1):
         raise CheckpointError(
             f"max_shard_size = {max_shard_size}: must be positive, and is for Hugging Face output only; "
-            f"a {' or '.join(FILE_ENDINGS)} is one file"
+            f"a {' or '.join(_FILES[target if is_file else 'mindspore'])} is one file"
         )
+    _check_type_of_file(target, dtype, gguf_type)
     if dtype is not None:
         check_float_type(dtype)
-    check_target(output, folder=target != "mindspore", overwrite=overwrite)
+    check_target(output, folder=not is_file, overwrite=overwrite)
     reader = open_checkpoint(source)
     for file in reader.files():  # overwriting must not delete the input
         if output.resolve() in (file.resolve(), *file.resolve().parents):
@@ -148,20 +169,33 @@ def plan_conversion(
         )
     glm_config = read_config(source if config is None else config)
     check_names_and_shapes(glm_config, reader, with_adapter)
-    if tokenizer is not None:
+    if target == GGUF:
+        gguf_model.check_gguf(glm_config, tokenizer, config or source)
+    elif tokenizer is not None:
         check_config(glm_config, tokenizer, config or source)
     return Conversion(
         reader=reader,
         output=output,
         target=target,
         config=glm_config,
-        dtype=dtype or _common_dtype(reader),
+        dtype="float32" if target == GGUF else dtype or _common_dtype(reader),
         shapes={name: reader.shape(name) for name in reader.base_names()},
         max_shard_size=max_shard_size or DEFAULT_SHARD_SIZE,
         extra_files=_tokenizer_files(source, config) if target == "hf" else (),
         overwrite=overwrite,
         tokenizer=tokenizer,
+        gguf_type=(gguf_type or "F16") if target == GGUF else "",
     )
+
+
+def _check_type_of_file(target: str, dtype: str | None, gguf_type: str | None) -> None:
+    """Raises CheckpointError for a type that is unknown or not of the target."""
+    if target == GGUF and dtype is not None:
+        raise CheckpointError(f"dtype {dtype!r}: the type of a GGUF file is given by gguf_type (--gguf_type)")
+    if target != GGUF and gguf_type is not None:
+        raise CheckpointError(f"gguf_type {gguf_type!r} (--gguf_type): is for --to {GGUF} only; remove it")
+    if gguf_type is not None and gguf_type not in GGUF_TYPES:
+        raise CheckpointError(f"gguf_type {gguf_type!r}: must be one of {', '.join(GGUF_TYPES)}")
 
 
 def parse_size(text: str) -> int:
@@ -198,13 +232,14 @@ def _target(output: Path, target: str | None) -> str:
     """The kind of output, by the ending of its name."""
     if target is not None and target not in TARGETS:
         raise CheckpointError(f"target {target!r}: must be one of {', '.join(TARGETS)}")
+    inferred = next((kind for kind, endings in _FILES.items() if output.suffix in endings), "hf")
     if output.suffix in _FOREIGN_ENDINGS:
+        every = [ending for endings in _FILES.values() for ending in endings]
         raise CheckpointError(
-            f"{output}: cannot write {output.suffix}; give a folder or a name that ends in {' or '.join(FILE_ENDINGS)}"
+            f"{output}: cannot write {output.suffix}; give a folder or a name that ends in {' or '.join(every)}"
         )
-    inferred = "mindspore" if output.suffix in FILE_ENDINGS else "hf"
-    if target is not None and (target == "mindspore") != (inferred == "mindspore"):
-        remedy = "a folder" if target != "mindspore" else f"a name that ends in {' or '.join(FILE_ENDINGS)}"
+    if target is not None and (inferred if inferred in _FILES or target in _FILES else target) != target:
+        remedy = f"a name that ends in {' or '.join(_FILES[target])}" if target in _FILES else "a folder"
         raise CheckpointError(f"{output}: is not an output of kind {target}; give {remedy}")
     return target or inferred
 

@@ -47,7 +47,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     Raises:
         CheckpointError: the vocabulary is not BPE with byte fallback and without normalization.
     """
-    _check_settings(tokenizer)
+    check_settings(tokenizer, "a tokenizer.json")
     special = special_spellings(tokenizer)
     by_id = sorted(special.items(), key=lambda item: item[1])
     vocabulary = {tokenizer.sp.IdToPiece(index): index for index in range(tokenizer.sp.GetPieceSize())}
@@ -128,8 +128,8 @@ def _post_processor(tokenizer: SentencePieceTokenizer, special: dict[str, int]) 
     }  # fmt: skip
 
 
-def _check_settings(tokenizer: SentencePieceTokenizer) -> None:
-    """Raises CheckpointError for a vocabulary whose ids `tokenizer.json` could not reproduce."""
+def check_settings(tokenizer: SentencePieceTokenizer, output: str) -> None:
+    """Raises CheckpointError for a vocabulary whose ids `output`, which the message names, could not reproduce."""
     file, content = tokenizer.vocab_file, tokenizer.sp.serialized_model_proto()
     try:
         kinds, trainer, normalizer = _settings(content)
@@ -148,7 +148,7 @@ def _check_settings(tokenizer: SentencePieceTokenizer) -> None:
     found = [text for text, is_so in problems.items() if is_so]
     if found:
         raise CheckpointError(
-            f"{file}: {', '.join(found)}; a tokenizer.json is made of vocabularies like those of ChatGLM2 and "
+            f"{file}: {', '.join(found)}; {output} is made of vocabularies like those of ChatGLM2 and "
             "ChatGLM3: BPE with byte fallback, without normalization"
         )
 

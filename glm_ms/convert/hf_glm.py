@@ -41,19 +41,32 @@ _ONLY = {
 }  # fmt: skip
 
 
-def check_config(config: GLMConfig, tokenizer: SentencePieceTokenizer, source: str | Path) -> None:
-    """Raises CheckpointError for an architecture that `GlmForCausalLM` lacks, or a tokenizer that does not fit."""
+def check_network(config: GLMConfig, source: str | Path, program: str) -> None:
+    """Raises CheckpointError for a network with other parts than those of the released models.
+
+    The message names `source` and the program that has no such network.
+    """
     other = [f"{name}: {str(not value).lower()}" for name, value in _ONLY.items() if getattr(config, name) != value]
     if other:
         raise CheckpointError(
-            f"{source}: {', '.join(other)}: GlmForCausalLM has no such network; the released ChatGLM2 and ChatGLM3 "
+            f"{source}: {', '.join(other)}: {program} has no such network; the released ChatGLM2 and ChatGLM3 "
             "models fit"
         )
+
+
+def check_vocabulary(config: GLMConfig, tokenizer: SentencePieceTokenizer, source: str | Path) -> None:
+    """Raises CheckpointError for a tokenizer with more ids than the network."""
     if tokenizer.vocab_size > config.padded_vocab_size:
         raise CheckpointError(
             f"{tokenizer.vocab_file}: has {tokenizer.vocab_size} ids, but {source} has padded_vocab_size = "
             f"{config.padded_vocab_size}; give the tokenizer of the model"
         )
+
+
+def check_config(config: GLMConfig, tokenizer: SentencePieceTokenizer, source: str | Path) -> None:
+    """Raises CheckpointError for an architecture that `GlmForCausalLM` lacks, or a tokenizer that does not fit."""
+    check_network(config, source, "GlmForCausalLM")
+    check_vocabulary(config, tokenizer, source)
     text_files(config, "float32", tokenizer)  # a vocabulary that cannot be exported is refused before weights are read
 
 
@@ -84,11 +97,11 @@ def glm_tensors(name: str, value: np.ndarray, config: GLMConfig) -> Iterator[tup
     if not inner.startswith(_QKV):
         yield f"model.layers.{layer}.{_NAMES_IN_BLOCK[inner]}", value
         return
-    for part, rows in zip("qkv", _qkv_parts(value, config)):
+    for part, rows in zip("qkv", qkv_parts(value, config)):
         yield f"model.layers.{layer}.self_attn.{part}_proj.{inner.removeprefix(_QKV)}", rows
 
 
-def _qkv_parts(value: np.ndarray, config: GLMConfig) -> list[np.ndarray]:
+def qkv_parts(value: np.ndarray, config: GLMConfig) -> list[np.ndarray]:
     """Rows of queries, keys and values: in this order, or without multi-query attention head by head."""
     if config.multi_query_attention:
         kv_size = config.num_kv_heads * config.kv_channels
