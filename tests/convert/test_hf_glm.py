@@ -290,8 +290,8 @@ def test_what_cannot_be_exported(small, golden: Path, tmp_path: Path, capsys: py
     assert convert(["--input", str(source), "--output", "a.ckpt", "--to", TARGET]) == 1
     said = capsys.readouterr().err
     for words in (
-        "no tokenizer.model here", "--model_generation: is for --to hf-glm or gguf only", "does not tell which one this is",
-        "no tokenizer.model here",
+        "no tokenizer.model here", "--model_generation: is for --to hf-glm or gguf only",
+        "does not tell which one this is", "no tokenizer.model here",
     ):  # fmt: skip
         assert words in said
     assert not output.exists()
