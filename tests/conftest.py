@@ -115,6 +115,21 @@ def _shared_file(relative: str) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cpu_library() -> None:
+    """Builds the C++ kernels if the checkout has none of its present sources; one process does, the others wait."""
+    from glm_ms.ops.cpu import build, library
+    from glm_ms.storage.lock import locked
+
+    with locked(build.SOURCES, folder=True, on_wait=lambda: None):
+        if library.is_built():
+            return
+        try:
+            build.build()
+        except build.BuildError as error:
+            print(f"tests run without C++ kernels: {error}")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

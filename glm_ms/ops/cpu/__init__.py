@@ -1,0 +1,1 @@
+"""C++ kernels for the CPU: their build, their library, their operators."""

@@ -1,0 +1,42 @@
+// Included once by each isa_*.cpp, which defines GLM_ISA: the kernels in the namespace of that instruction set, and
+// their table. Headers of the library come first: kernels may not include any inside the namespace.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(GLM_SIMDE)
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+#elif defined(GLM_AVX512) || defined(GLM_AVX2)
+#include <immintrin.h>
+#elif defined(GLM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "bits.h"
+#include "dispatch.h"
+#include "matrix.h"
+#include "threads.h"
+
+#define GLM_TEXT_(name) #name
+#define GLM_TEXT(name) GLM_TEXT_(name)
+
+namespace glm {
+namespace GLM_ISA {
+
+#include "vec.h"
+#include "product.h"
+
+extern const Kernels table;
+const Kernels table = {
+    GLM_TEXT(GLM_ISA),
+#define KERNEL(result, name, arguments) name,
+#include "kernels.def"
+#undef KERNEL
+};
+
+}  // namespace GLM_ISA
+}  // namespace glm

@@ -1,0 +1,3 @@
+#define GLM_AVX2 1
+#define GLM_ISA avx2
+#include "isa.h"

@@ -1,0 +1,3 @@
+#define GLM_NEON 1
+#define GLM_ISA neon
+#include "isa.h"
