@@ -26,12 +26,13 @@ class Family:
     tokenizer: type[SentencePieceTokenizer]
     encoder: type[Encoder]
     config: type[GLMConfig] = GLMConfig
-    network: str = "glm_ms.model.glm:GLMNetwork"  # "module:Class", called with a configuration
+    network: str = "glm_ms.model.glm:GLMNetwork"  # "module:Class", called with configuration and cells
     parameter_names: Mapping[str, str] = field(default_factory=dict)  # Hugging Face's -> here, those that differ
     aliases: Mapping[str, str] = field(default_factory=dict)  # further names understood when reading -> here
     released: tuple[str, ...] = ()  # names of the released models
 
-    def build_network(self, config: GLMConfig) -> Any:
-        """The network with random weights. Imports MindSpore."""
+    def build_network(self, config: GLMConfig, cells: Any = None) -> Any:
+        """The network with random weights, built of `glm_ms.model.glm.Cells`; None: the plain ones. Imports
+        MindSpore."""
         module, _, name = self.network.partition(":")
-        return getattr(importlib.import_module(module), name)(config)
+        return getattr(importlib.import_module(module), name)(config, cells)

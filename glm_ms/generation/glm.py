@@ -20,10 +20,11 @@ from glm_ms.generation.graphs import GRAPHS, MATRIX, VECTOR, Logits, run_cell
 from glm_ms.generation.inputs import Prompt, checked_rows, integer_rows, new_token_limits, prepare_prompts
 from glm_ms.generation.pool import DecoderPool
 from glm_ms.model.config import GLMConfig
-from glm_ms.model.glm import GLMNetwork
-from glm_ms.model.layers import DTYPES
+from glm_ms.model.glm import Cells, GLMNetwork
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
 from glm_ms.peft.adapter import Adapter, AdapterConfig, AdapterError, StoredAdapter, attach, read_adapter
+from glm_ms.quant import quantization
+from glm_ms.quant.network import quantize_network
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 TokenIds = Any  # one prompt or a batch: (nested) lists, NumPy arrays or MindSpore tensors of integers
@@ -77,17 +78,21 @@ class GLMForCausalLM:
         self._build_cells()
 
     @classmethod
-    def from_parameters(cls, config: GLMConfig, parameters: Iterable[tuple[str, np.ndarray]]) -> GLMForCausalLM:
+    def from_parameters(
+        cls, config: GLMConfig, parameters: Iterable[tuple[str, np.ndarray]], cells: Cells | None = None
+    ) -> GLMForCausalLM:
         """Builds a model around given weights without drawing random ones first.
 
         Args:
-            parameters: (name, array) of every parameter, each used once and then dropped.
+            parameters: (name, array) of every parameter, each used once and then dropped. Memory-mapped arrays are not
+                copied.
+            cells: the classes of the network; None: the plain ones.
 
         Raises:
             ValueError: a name or shape does not fit, or a parameter is missing.
         """
         with no_init_parameters():
-            network = family_of(config).build_network(config)
+            network = family_of(config).build_network(config, cells)
         model = cls(config, network)
         model.load_parameters(parameters)
         return model
@@ -106,6 +111,21 @@ class GLMForCausalLM:
         """Name -> parameter of every weight, without those of an adapter."""
         own = set() if self.adapter is None else {id(parameter) for parameter in self.adapter.parameters()}
         return {p.name: p for p in self.network.get_parameters() if id(p) not in own}
+
+    def quantize(self, bits: int, group: int | None = None) -> GLMForCausalLM:
+        """Turns the weights of all linear layers into integers of 8 or 4 bits with scales, and returns the model.
+
+        The error is that of rounding, see docs/quantization.md. An adapter is loaded afterwards.
+
+        Args:
+            group: with 4 bits, inputs that share a scale: 32 (default), 64 or 128.
+
+        Raises:
+            QuantizationError: other bits or groups, the model is quantized already, or it has an adapter.
+        """
+        quantize_network(self.network, quantization(bits, group))
+        self._build_cells()
+        return self
 
     def add_adapter(self, config: AdapterConfig, seed: int = 0) -> Adapter:
         """Attaches a new adapter, with random values drawn from `seed`, for training, and freezes the weights.
@@ -179,7 +199,10 @@ class GLMForCausalLM:
             parameter = missing.pop(name)
             if tuple(value.shape) != tuple(parameter.shape):
                 raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
-            parameter.set_data(Tensor(value, DTYPES[self.config.param_init_type]))
+            if isinstance(value, np.memmap):
+                parameter.set_data(Tensor.from_numpy(value), slice_shape=True)
+            else:
+                parameter.set_data(Tensor(value, parameter.dtype))
         if missing:
             raise ValueError(f"{len(missing)} parameters are missing: {', '.join(list(missing)[:5])} ...")
 

@@ -29,6 +29,7 @@ from glm_ms.ops.portable import (
 DROPOUTS_PER_BLOCK = 3
 _ATTENTION_WEIGHTS, _AFTER_ATTENTION, _AFTER_MLP = range(DROPOUTS_PER_BLOCK)
 _LINEARS_OF_BLOCK = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+OUTPUT_LAYER = "transformer.output_layer"
 # Of dropout, int32 [B]; None: no dropout.
 Seeds = Optional[Tensor]
 # Keys and values [B, P, G, D] before those of the tokens; None: P is 0.
@@ -111,6 +112,7 @@ class Cells:
 
     Attributes:
         linear: kind of all linear layers, a key of `LINEARS`.
+        output: kind of the output layer; None: as the others.
         embedding, attention, mlp, dropout: called with (config), (config, block, kind), (config, kind), (p, stream).
     """
 
@@ -119,6 +121,7 @@ class Cells:
     attention: Callable[[GLMConfig, int, str], nn.Cell] = SelfAttention
     mlp: Callable[[GLMConfig, str], nn.Cell] = MLP
     dropout: Callable[[float, int], nn.Cell] = SeededDropout
+    output: str | None = None
 
 
 class GLMBlock(nn.Cell):
@@ -180,7 +183,8 @@ class GLMTransformer(nn.Cell):
         super().__init__()
         self.embedding = cells.embedding(config)
         self.encoder = GLMEncoder(config, cells)
-        self.output_layer = build_linear(cells.linear, config, config.hidden_size, config.padded_vocab_size, False)
+        output = cells.output or cells.linear
+        self.output_layer = build_linear(output, config, config.hidden_size, config.padded_vocab_size, False)
         self.prefix_encoder: Any = None
         self.attention_bias = AttentionBias()
         self.join_slots, self.join_masks = ops.Concat(axis=0), ops.Concat(axis=1)
@@ -245,7 +249,7 @@ class GLMNetwork(nn.Cell):
         for index, layer in enumerate(self.transformer.encoder.layers):
             for name in _LINEARS_OF_BLOCK:
                 found[f"transformer.encoder.layers.{index}.{name}"] = attrgetter(name)(layer)
-        return {**found, "transformer.output_layer": self.transformer.output_layer}
+        return {**found, OUTPUT_LAYER: self.transformer.output_layer}
 
     def construct(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor, seeds: Seeds = None

@@ -63,5 +63,5 @@ def test_lora_attaches_to_any_linear_layer(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_an_unknown_kind_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'int8': unknown; use one of plain"):
-        build_linear("int8", CONFIG, 4, 4, has_bias=False)
+    with pytest.raises(ValueError, match="'int3': unknown; use one of plain"):
+        build_linear("int3", CONFIG, 4, 4, has_bias=False)
