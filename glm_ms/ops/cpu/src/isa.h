@@ -28,6 +28,11 @@ namespace glm {
 namespace GLM_ISA {
 
 #include "vec.h"
+#include "tile.h"
+#include "dense.h"
+#include "activation.h"
+#include "int8.h"
+#include "int4.h"
 #include "product.h"
 
 extern const Kernels table;
