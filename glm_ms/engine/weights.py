@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, load_parameters, open_checkpoint
 from glm_ms.engine.checkpoints.manifest import weights_fingerprint
 from glm_ms.engine.process import Say
+from glm_ms.engine.ranks import ranks_of
 from glm_ms.families import read_config
 from glm_ms.generation import GLMForCausalLM
+from glm_ms.kernels.choice import use_kernels
+from glm_ms.kernels.run_checks import Use
+from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.model.config import FREE_FIELDS, GLMConfig
-from glm_ms.model.layers import DTYPES
-from glm_ms.ops.registry import fuse_kernels
 from glm_ms.parallel.layers import sharded_glm
 from glm_ms.peft import ADAPTERS, is_adapter_folder
 from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, adapter_with, read_adapter, replaced_adapter
 from glm_ms.settings import Settings, SettingsError, resolve_vocab_size
-from glm_ms.settings.schema import AUTO, parallel_of
+from glm_ms.settings.schema import AUTO, parallel_of, training_length
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import file_sha256, manifest_beside
 from glm_ms.storage.run_folder import resolve_checkpoint
@@ -110,10 +113,36 @@ def _position(path: Path) -> dict[str, Any]:
 
 
 def fuse(settings: Settings, model: GLMForCausalLM, say: Say) -> None:
-    """Installs fused kernels in a network that is not compiled yet, if the settings ask for them."""
-    if settings.context.use_fused_kernels:
-        for line in fuse_kernels(model.network, DTYPES[model.config.compute_dtype]):
-            say(line)
+    """Installs the fused kernels that the settings ask for in a network that is not compiled yet. All ranks call it,
+    and have the kernels of the first one."""
+    ranks = ranks_of(settings)
+    use_kernels(
+        model.network,
+        model.config,
+        kernel_use(settings, model.config),
+        settings.context.use_fused_kernels,
+        say,
+        lambda work: ranks.from_first(work() if ranks.first else None),
+    )
+
+
+def kernel_use(settings: Settings, config: GLMConfig) -> Use:
+    """What a run computes with the operators of its network."""
+    pet, batch, generation = settings.model.pet_config, settings.batch_size(), settings.generation
+    prefix = pet.pre_seq_len if pet.pet_type == "ptuning2" else 0
+    use = Use(prefix=prefix)
+    if settings.is_training():
+        use = replace(use, rows=batch, length=training_length(settings), trains=True)
+    evaluates = settings.run_mode == "eval" or (settings.is_training() and settings.do_eval)
+    if settings.run_mode == "eval" and takes(LOSS, settings.metric.type):
+        data = settings.eval_dataset
+        length = min(data.max_source_length + data.max_target_length, config.seq_length)
+        use = replace(use, rows=data.batch_size, length=length)
+    if takes(TEXT, settings.metric.type) if evaluates else not settings.is_training():
+        answers = max(generation.num_beams, generation.num_return_sequences)
+        size = settings.eval_dataset.batch_size if evaluates else batch
+        use = replace(use, slots=size * answers, context=prefix + config.seq_length)
+    return use
 
 
 def adapter_config(settings: Settings) -> AdapterConfig | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -37,6 +38,18 @@ def soc_version() -> str:
     if ms.get_context("device_target") != "Ascend":
         return ""
     return MSContext.get_instance().get_ascend_soc_version()
+
+
+def cann_version() -> str:
+    """Version of CANN as its files tell it; "" without a card or CANN's environment."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    if not home or not soc_version():
+        return ""
+    try:
+        lines = (Path(home) / "compiler" / "version.info").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition("=")[2] for line in lines if line.startswith("Version=")), "of unknown version")
 
 
 def saturates() -> bool:

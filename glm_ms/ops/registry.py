@@ -7,6 +7,7 @@ To add a kernel, write its cell in a file of its own and enter it in `OPERATORS`
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mindspore as ms
@@ -50,11 +51,23 @@ def why_portable() -> str | None:
     return ascend.why_not_fused() if name == "Ascend" else None
 
 
-def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type) -> list[str]:
+def fusable(network: nn.Cell, compute_dtype: ms.Type) -> set[str]:
+    """Operators of a network that the current device has a kernel for, in their sizes and this type."""
+    return {
+        operator
+        for _, _, operator, kernel in _replacements(network, compute_dtype)
+        if not isinstance(kernel, str)
+    }  # fmt: skip
+
+
+def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type, refused: Mapping[str, str] | None = None) -> list[str]:
     """Replaces every portable operator in a network by its fused kernel, if device and sizes allow it.
 
     Parameters, their names and the results (but for rounding) stay as they are. Call it before the network is
     compiled. Strategies of `glm_ms.parallel` are for portable operators: do not fuse a sharded network.
+
+    Args:
+        refused: operators that stay portable, and why.
 
     Returns:
         Lines for the user: what was replaced, and what was not and why.
@@ -62,26 +75,32 @@ def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type) -> list[str]:
     reason = why_portable()
     if reason is not None:
         return [f"portable operators: {reason}"]
-    kernels = operators_of(device())
-    operators = {cell: name for name, cell in operators_of(PORTABLE).items() if name in kernels}
     fused: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
-    for _, parent in list(network.cells_and_names()):
-        for place, cell in parent.name_cells().items():
-            operator = operators.get(type(cell))
-            if operator is None:
-                continue
-            kernel = kernels[operator].replacing(cell, compute_dtype)
-            if isinstance(kernel, str):
-                kept[operator, kernel] += 1
-            else:
-                setattr(parent, place, kernel)
-                fused[operator] += 1
+    for parent, place, operator, kernel in list(_replacements(network, compute_dtype)):
+        why = kernel if isinstance(kernel, str) else (refused or {}).get(operator)
+        if why is not None:
+            kept[operator, why] += 1
+        else:
+            setattr(parent, place, kernel)
+            fused[operator] += 1
     lines = [f"{operator}: fused kernel in {_cells(count)}" for operator, count in sorted(fused.items())]
     lines += [
         f"{operator}: portable operator in {_cells(count)} ({why})" for (operator, why), count in sorted(kept.items())
     ]
     return lines or ["portable operators: the network has none that can be fused"]
+
+
+def _replacements(network: nn.Cell, compute_dtype: ms.Type) -> Iterator[tuple[nn.Cell, str, str, nn.Cell | str]]:
+    """Parent, attribute and name of every portable operator that the device has a kernel for, and that kernel or why it
+    does not fit."""
+    kernels = operators_of(device())
+    operators = {cell: name for name, cell in operators_of(PORTABLE).items() if name in kernels}
+    for _, parent in network.cells_and_names():
+        for place, cell in parent.name_cells().items():
+            operator = operators.get(type(cell))
+            if operator is not None:
+                yield parent, place, operator, kernels[operator].replacing(cell, compute_dtype)
 
 
 def _cells(count: int) -> str:

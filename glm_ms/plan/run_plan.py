@@ -85,7 +85,7 @@ def plan_run(settings: Settings, num_cards: int) -> RunPlan:
         base_trained=pet.pet_type is None,
         lora_targets=lora_targets(settings, config),
         lora_dropout=pet.pet_type == "lora" and pet.lora_dropout > 0,
-        fused_kernels=settings.context.use_fused_kernels,
+        fused_kernels=_fused(settings),
         keeps_sums=not settings.recompute_config.mp_comm_recompute,
     )
     micro_batches = parallel.micro_batch_num * settings.runner_config.gradient_accumulation_steps
@@ -191,10 +191,15 @@ def _prefix(settings: Settings) -> int:
     return pet.pre_seq_len if pet.pet_type == "ptuning2" else 0
 
 
+def _fused(settings: Settings) -> bool:
+    """Whether attention is surely a fused kernel. With `auto` the card decides; the portable operator needs more."""
+    return settings.context.use_fused_kernels is True
+
+
 def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
     """Bytes of the cache of keys and values, and of intermediate results."""
     options, prefix = settings.generation, _prefix(settings)
-    predicts, fused = settings.run_mode in ("predict", "export"), settings.context.use_fused_kernels
+    predicts, fused = settings.run_mode in ("predict", "export"), _fused(settings)
     batch = settings.predict_batch_size if predicts else settings.eval_dataset.batch_size
     if settings.run_mode == "export":  # the graphs take whole prompts
         tokens = batch * (config.seq_length + prefix)

@@ -18,7 +18,7 @@ _DOUBLE_STAGES = 5
 # Settings that a run with sharded weights needs.
 _ALL_SHARDED = (
     "parallel.parallel_mode=1", "parallel.full_batch=True", "do_eval=False", "checkpoint.best_metric=null",
-    "context.use_fused_kernels=False", "runner_config.gradient_accumulation_steps=1",
+    "context.use_fused_kernels=auto", "runner_config.gradient_accumulation_steps=1",
 )  # fmt: skip
 
 Change = tuple[int, tuple[str, ...]]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mindspore as ms
 
 from glm_ms.ascend_hints import host_log_folder, overflow_mode_note
-from glm_ms.ops.ascend import soc_version
+from glm_ms.kernels.cases import REAL, SMALL
+from glm_ms.ops.ascend import cann_version, soc_version
 from glm_ms.ops.registry import device, why_portable
 from glm_ms.selfcheck.golden import MODEL, golden_rows
-from glm_ms.selfcheck.kernels import REAL, SMALL, fused_rows, portable_rows
+from glm_ms.selfcheck.kernels import fused_rows, portable_rows
 from glm_ms.selfcheck.rows import Row, head_lines, row_lines
 
 # Device -> types in which its kernels are checked; float32 on others.
@@ -67,7 +67,8 @@ def _rows(golden: Path | None) -> Iterator[Row]:
 def _device_lines() -> Iterator[str]:
     target, soc = ms.get_context("device_target"), soc_version()
     name = f"Ascend card {ms.get_context('device_id')} ({soc})" if soc else target
-    yield f"device: {name}, MindSpore {ms.__version__}{_cann_version()}"
+    cann = f", CANN {cann_version()}" if soc else ""
+    yield f"device: {name}, MindSpore {ms.__version__}{cann}"
     if soc:
         yield f"host logs: {host_log_folder()}"
     note = overflow_mode_note(soc)
@@ -78,15 +79,3 @@ def _device_lines() -> Iterator[str]:
         yield "float32 rows of operators: portable ones against NumPy; others: fused kernels against portable operators"
     else:
         yield f"Fused kernels are NOT run: {reason}. The portable operators are compared with NumPy in float64."
-
-
-def _cann_version() -> str:
-    home = os.environ.get("ASCEND_HOME_PATH")
-    if not home or ms.get_context("device_target") != "Ascend":
-        return ""
-    try:
-        lines = (Path(home) / "compiler" / "version.info").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    version = next((line.partition("=")[2] for line in lines if line.startswith("Version=")), "of unknown version")
-    return f", CANN {version}"

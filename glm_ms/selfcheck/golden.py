@@ -17,11 +17,11 @@ from glm_ms.engine.step.adamw import GLMAdamW
 from glm_ms.engine.step.network import TrainingNetwork
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.generation import GLMForCausalLM
+from glm_ms.kernels.compare import DEVICE_ERRORS, EPS
 from glm_ms.model.config import GLMConfig
 from glm_ms.ops.registry import fuse_kernels
 from glm_ms.pretrained import load_pretrained
-from glm_ms.selfcheck.kernels import EPS
-from glm_ms.selfcheck.rows import DEVICE_ERRORS, Numbers, Row, guarded
+from glm_ms.selfcheck.rows import Numbers, Row, guarded
 
 MODEL, CURVE = "glm2_tiny", "full_ft"
 _COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")

@@ -1,244 +1,21 @@
-"""Fused kernels against portable operators, portable operators against NumPy: all that `glm_ms.ops.registry` has."""
+"""Rows of the device check for operators: portable ones against NumPy, fused kernels against portable ones."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
-import mindspore as ms
-import numpy as np
-from mindspore import Tensor, nn, ops
-
-from glm_ms.generation.paged import CHUNK
-from glm_ms.generation.pages import PAGE
-from glm_ms.model.cache import BlockCache, KVCache
-from glm_ms.model.config import GLMConfig
+from glm_ms.kernels.cases import KernelCase, Sizes, kernel_cases
+from glm_ms.kernels.compare import against_numpy, against_portable
 from glm_ms.ops import registry
-from glm_ms.ops.portable import (
-    HIDDEN_SCORE,
-    ApplyRotary,
-    CachedAttention,
-    GroupedAttention,
-    RMSNormalize,
-    rotary_tables,
-)
-from glm_ms.selfcheck.rows import Numbers, Row, guarded
-
-# Distance from 1 to the next number, by which differences are measured.
-EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-_REPEATS = 10
-_EPS_OF_NORM = 1e-5
-# A gradient passes through the kernel and its adjoint.
-_GRADIENT_FACTOR = 2
-# Half types are summed in float32 and rounded a few times; float32 is rounded at every addition.
-_FLOAT32_FACTOR = 4
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Rows, tokens of a row, width, query heads, key/value groups, channels of a head."""
-
-    batch: int
-    length: int
-    hidden: int
-    heads: int
-    groups: int
-    dim: int
-
-
-SMALL = Sizes(batch=2, length=24, hidden=64, heads=4, groups=2, dim=16)
-# Of ChatGLM2-6B and ChatGLM3-6B.
-REAL = Sizes(batch=1, length=1024, hidden=4096, heads=32, groups=2, dim=128)
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """One operator with inputs.
-
-    Args:
-        name: of the check.
-        operator: name in `glm_ms.ops.registry.OPERATORS`.
-        shape: of its main input.
-        portable: builds the portable cell, given the type.
-        inputs: float32 arrays.
-        kept: positions of the inputs that do not take the type under test.
-        differentiable: positions of the inputs whose gradients are compared.
-        exact: the result by NumPy in float64.
-        roundings: allowed difference, in units of the last place of the largest result. In float16 the portable
-            operators themselves differ from the exact result by a tenth to a fifth of it.
-        around: puts a portable or fused cell of a type between more that it needs.
-    """
-
-    name: str
-    operator: str
-    shape: str
-    portable: Callable[[ms.Type], nn.Cell]
-    inputs: tuple[np.ndarray, ...]
-    kept: tuple[int, ...]
-    differentiable: tuple[int, ...]
-    exact: Callable[..., np.ndarray]
-    roundings: int
-    around: Callable[[Any, ms.Type], nn.Cell] = lambda cell, dtype: cell
-
-    def reference(self, dtype: str) -> nn.Cell:
-        """The portable cell."""
-        kind = getattr(ms, dtype)
-        return self.around(self.portable(kind), kind)
-
-    def tensors(self, dtype: str) -> list[Tensor]:
-        """The inputs in the type under test."""
-        return [
-            Tensor(array) if i in self.kept else Tensor(array, getattr(ms, dtype))
-            for i, array in enumerate(self.inputs)
-        ]
-
-    def fused(self, dtype: str) -> nn.Cell:
-        """The kernel of this device; ValueError if it cannot take these sizes or this type."""
-        kernel, kind = registry.operators_of(registry.device())[self.operator], getattr(ms, dtype)
-        cell = kernel.replacing(self.portable(kind), kind)
-        if isinstance(cell, str):
-            raise ValueError(cell)
-        return self.around(cell, kind)
-
-
-def kernel_cases(sizes: Sizes) -> list[KernelCase]:
-    """Every operator at the given sizes, with seeded normal inputs; attention also for a single new token, and over the
-    pages of a cache."""
-    rng = np.random.default_rng(0)
-    attention = (_attention_case(sizes, rng, length) for length in (sizes.length, 1))
-    cached = (_cached_case(sizes, rng, length) for length in (min(sizes.length, CHUNK), 1))
-    return [_norm_case(sizes, rng), _rotary_case(sizes, rng), *attention, *cached]
-
-
-def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return rng.standard_normal(shape, np.float32)
-
-
-def _by(*sizes: int) -> str:
-    return "x".join(map(str, sizes))
-
-
-def _norm_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
-    def exact(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + _EPS_OF_NORM) * weight
-
-    shape = (sizes.batch, sizes.length, sizes.hidden)
-    inputs = (_normal(rng, *shape), 1 + 0.2 * _normal(rng, sizes.hidden))
-    return KernelCase(
-        "RMS norm", "RMS norm", _by(*shape), lambda _: RMSNormalize(_EPS_OF_NORM), inputs, (), (0, 1), exact, 2
-    )  # fmt: skip
-
-
-def _rotary_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
-    def exact(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-        turned = np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
-        return x * cos + turned * sin
-
-    shape = (sizes.batch, sizes.length, sizes.heads + sizes.groups, sizes.dim)
-    tables = (np.repeat(table[None, :, None], sizes.batch, axis=0) for table in rotary_tables(sizes.length, sizes.dim))
-    return KernelCase(
-        "rotary embedding", "rotary embedding", _by(*shape), lambda dtype: ApplyRotary(sizes.dim, dtype),
-        (_normal(rng, *shape), *tables), (), (0,), exact, 4
-    )  # fmt: skip
-
-
-def _attention_case(sizes: Sizes, rng: np.random.Generator, length: int) -> KernelCase:
-    """The last `length` tokens look at all of them; the first keys of the last row are padding."""
-
-    keys = (sizes.batch, sizes.groups, sizes.length, sizes.dim)
-    shape = (sizes.batch, length, sizes.heads, sizes.dim)
-    slots = np.arange(sizes.length)
-    hidden = np.repeat((slots > slots[sizes.length - length :, None])[None, None], sizes.batch, axis=0)
-    padding = sizes.length // 4
-    hidden[-1, :, max(0, padding - (sizes.length - length)) :, :padding] = True
-    # Queries that are padding see everything, as in the network.
-    hidden[-1, :, : max(0, padding - (sizes.length - length))] = False
-    bias = np.where(hidden, np.float32(HIDDEN_SCORE), np.float32(0))
-    name = "attention" if length > 1 else "attention, one token"
-    return KernelCase(
-        name, "attention", f"{_by(*shape)}, {sizes.groups}x{sizes.length}",
-        lambda _: GroupedAttention(sizes.heads, sizes.groups, sizes.dim),
-        (_normal(rng, *shape), _normal(rng, *keys), _normal(rng, *keys), bias), (3,),
-        (0, 1, 2) if length > 1 else (), partial(_attended, sizes), 4
-    )  # fmt: skip
-
-
-class OverPages(nn.Cell):
-    """A cell for attention over a cache, whose pages, in any order, are filled with the first keys and values of rows.
-
-    Args:
-        cell: portable or fused; it gets the tables that it needs.
-        dtype: type of the tables.
-        old: keys and values, float32 [2, B, T, G, D]; T fills whole pages. Those of new tokens are overwritten.
-        length: S, new tokens of each row, the last ones.
-    """
-
-    def __init__(self, cell: Any, dtype: ms.Type, old: np.ndarray, length: int) -> None:
-        super().__init__()
-        _, batch, total, groups, dim = old.shape
-        config = GLMConfig(
-            num_layers=1, num_attention_heads=groups, multi_query_group_num=groups, kv_channels=dim,
-            compute_dtype=str(dtype).lower()
-        )  # fmt: skip
-        cache = (BlockCache if cell.whole_pages else KVCache)(config, batch * total // PAGE, PAGE)
-        tables = np.arange(cache.slots)[::-1].reshape(batch, -1)
-        for table, values in zip(cache.tables, old.reshape(2, -1, PAGE, groups, dim)[:, ::-1]):
-            table.set_data(Tensor(cache.page_content(values).reshape(cache.table_shape()), dtype))
-        indices = np.tile(np.arange(total - length, total), (batch, 1))
-        rows = cache.page_rows(np.take_along_axis(tables, indices // PAGE, 1), indices % PAGE)
-        self.cell, self.block, (self.keys, self.values) = cell, PAGE, cache.tables
-        self.rows, self.blocks = Tensor(rows), Tensor(cache.page_blocks(tables))
-        self.lengths = Tensor(np.full(batch, total, np.int32)) if length == 1 else None
-
-    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """query [B, S, N, D]; key, value [B, S, G, D]; bias float32 [B, 1, S, T] -> [B, S, N * D]."""
-        cache = (self.keys, self.values, self.rows, self.blocks, self.block, None, self.lengths)
-        return self.cell(query, key, value, bias, cache)
-
-
-def _cached_case(sizes: Sizes, rng: np.random.Generator, length: int) -> KernelCase:
-    """The last `length` tokens of each row look at its pages."""
-    total = -(-sizes.length // PAGE) * PAGE
-    old = _normal(rng, 2, sizes.batch, total, sizes.groups, sizes.dim)
-    slots = np.arange(total)
-    hidden = np.repeat((slots > slots[total - length :, None])[None, None], sizes.batch, axis=0)
-    bias = np.where(hidden, np.float32(HIDDEN_SCORE), np.float32(0))
-
-    def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        keys, values = (
-            np.concatenate((part[:, : total - length].astype(np.float64), new), 1).swapaxes(1, 2)
-            for part, new in zip(old, (key, value))
-        )
-        return _attended(sizes, query, keys, values, bias)
-
-    shape, new = (sizes.batch, length, sizes.heads, sizes.dim), (sizes.batch, length, sizes.groups, sizes.dim)
-    return KernelCase(
-        "attention over pages" if length > 1 else "attention over pages, one token", "cached attention",
-        f"{_by(*shape)}, {sizes.groups}x{total}",
-        lambda _: CachedAttention(sizes.heads, sizes.groups, sizes.dim),
-        (_normal(rng, *shape), _normal(rng, *new), _normal(rng, *new), bias), (3,), (), exact, 4,
-        partial(OverPages, old=old, length=length)
-    )  # fmt: skip
-
-
-def _attended(sizes: Sizes, query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Attention by NumPy: query [B, S, N, D]; key, value [B, G, T, D]; bias [B, 1, S, T] -> [B, S, N * D]."""
-    per_group = sizes.heads // sizes.groups
-    key, value = np.repeat(key, per_group, axis=1), np.repeat(value, per_group, axis=1)
-    scores = np.einsum("bsnd,bntd->bnst", query, key) / np.sqrt(sizes.dim) + bias
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    mixed = np.einsum("bnst,bntd->bsnd", weights / weights.sum(-1, keepdims=True), value)
-    return mixed.reshape(*query.shape[:2], -1)
+from glm_ms.selfcheck.rows import Row, guarded
 
 
 def portable_rows(sizes: Sizes) -> Iterator[Row]:
     """Every portable operator in float32 against NumPy."""
     cases = kernel_cases(sizes)
     for case in cases:
-        yield guarded(case.name, case.shape, "float32", partial(_against_numpy, case))
+        yield guarded(case.name, case.shape, "float32", partial(against_numpy, case))
     yield from _unchecked(registry.PORTABLE, cases, "float32")
 
 
@@ -248,72 +25,14 @@ def fused_rows(sizes: Sizes, dtype: str) -> Iterator[Row]:
     for case in cases:
         if case.operator not in kernels:
             continue
-        yield guarded(case.name, case.shape, dtype, partial(_against_portable, case, dtype))
+        yield guarded(case.name, case.shape, dtype, partial(against_portable, case, dtype))
         if case.differentiable:
             name = f"{case.name}, gradient"
-            yield guarded(name, case.shape, dtype, partial(_against_portable, case, dtype, gradients=True))
+            yield guarded(name, case.shape, dtype, partial(against_portable, case, dtype, gradients=True))
     yield from _unchecked(registry.device(), cases, dtype)
 
 
 def _unchecked(device: str, cases: Sequence[KernelCase], dtype: str) -> Iterator[Row]:
     """A failed row for every operator that has a cell for the device and no case here."""
     for operator in registry.operators_of(device).keys() - {case.operator for case in cases}:
-        yield Row(operator, "-", dtype, message="glm_ms.selfcheck.kernels has no case for this operator")
-
-
-def _against_numpy(case: KernelCase) -> Numbers:
-    found, portable_ms = _timed(case.reference("float32"), case.tensors("float32"))
-    expected = case.exact(*(array.astype(np.float64) for array in case.inputs))
-    return (*_compare(found, [expected], "float32", case.roundings), None, portable_ms)
-
-
-def _against_portable(case: KernelCase, dtype: str, gradients: bool = False) -> Numbers:
-    inputs, roundings = case.tensors(dtype), case.roundings
-    cells: list[Callable[..., Any]] = [case.reference(dtype), case.fused(dtype)]
-    if gradients:
-        weights = _normal(np.random.default_rng(1), *cells[0](*inputs).shape)
-        inputs, cells = [Tensor(weights), *inputs], [_gradients(cell, case.differentiable) for cell in cells]
-        roundings *= _GRADIENT_FACTOR
-    (expected, portable_ms), (found, fused_ms) = (_timed(cell, inputs) for cell in cells)
-    return (*_compare(found, list(map(_array, expected)), dtype, roundings), fused_ms, portable_ms)
-
-
-def _gradients(cell: nn.Cell, positions: Sequence[int]) -> Callable[..., Any]:
-    """Gradients, for the inputs at the given positions, of the sum of a cell's result times weights: not all are 1."""
-
-    def weighed(weights: Tensor, *inputs: Tensor) -> Tensor:
-        return ops.ReduceSum()(ops.cast(cell(*inputs), ms.float32) * weights)
-
-    return ops.grad(weighed, tuple(i + 1 for i in positions))
-
-
-def _timed(compute: Callable[..., Any], inputs: Sequence[Tensor]) -> tuple[list[Tensor], float]:
-    """Results, and milliseconds of a call after the one that compiles; reading a result waits for the device."""
-    for repeats in (1, _REPEATS):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            result = compute(*inputs)
-        results = [result] if isinstance(result, Tensor) else list(result)
-        _array(results[0])
-    return results, (time.perf_counter() - start) / _REPEATS * 1e3
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.astype(ms.float32).asnumpy()
-
-
-def _compare(
-    found: Sequence[Tensor], expected: Sequence[np.ndarray], dtype: str, roundings: int
-) -> tuple[float, float]:
-    """Largest difference and allowed one, of the result with the largest ratio; ValueError for a wrong shape."""
-    roundings *= _FLOAT32_FACTOR if dtype == "float32" else 1
-    worst = (0.0, 0.0, -1.0)
-    for tensor, wanted in zip(found, expected):
-        if tuple(tensor.shape) != wanted.shape:
-            raise ValueError(f"shape {tuple(tensor.shape)}, expected {wanted.shape}")
-        difference = float(np.abs(_array(tensor) - wanted).max())
-        allowed = float(roundings * EPS[dtype] * np.abs(wanted).max())
-        ratio = difference / allowed if allowed and difference == difference else float("inf")
-        if ratio > worst[2]:
-            worst = (difference, allowed, ratio)
-    return worst[:2]
+        yield Row(operator, "-", dtype, message="glm_ms.kernels.cases has no case for this operator")

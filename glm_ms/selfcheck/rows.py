@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from glm_ms.ascend_hints import essence, hints
-
-# What a kernel that is missing, refused or broken raises.
-DEVICE_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, MemoryError)
+from glm_ms.kernels.compare import DEVICE_ERRORS
 
 _COLUMNS = (("check", 28), ("shape", 25), ("dtype", 8), ("max diff", 9), ("allowed", 9), ("ms fused", 9),
             ("ms portable", 11))  # fmt: skip

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from glm_ms.families import family_of
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.generation.paged import PagedDecoder, PagedGraphs
-from glm_ms.model.layers import DTYPES
-from glm_ms.ops.registry import fuse_kernels
+from glm_ms.kernels.choice import use_kernels
+from glm_ms.kernels.run_checks import Use
 from glm_ms.peft.adapter import StoredAdapter, read_adapter
 from glm_ms.peft.rows import bounds_for
 from glm_ms.pretrained import check_vocabulary
@@ -21,9 +22,12 @@ from glm_ms.serve.scheduler import Scheduler
 from glm_ms.serve.settings import ServeSettings
 from glm_ms.tokenizer import SentencePieceTokenizer
 
+_LOG = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
 
 def load_engine(
-    arguments: Namespace, name: str | None, adapters: Mapping[str, Path], settings: ServeSettings
+    arguments: Namespace, name: str | None, adapters: Mapping[str, Path], settings: ServeSettings, say: Say = _LOG.info
 ) -> Engine:
     """Loads weights, tokenizer and adapters; see `build_engine`.
 
@@ -31,13 +35,14 @@ def load_engine(
         arguments: of `add_model_arguments`.
         name: of the model for clients; None: that of the folder of the weights.
         adapters: name for clients -> path, see `read_adapter`.
+        say: takes lines for the user.
 
     Raises:
         FileError: a file cannot be used, or files do not fit each other.
     """
     stored = {label: read_adapter(path, arguments.lora_alpha) for label, path in adapters.items()}
     model, tokenizer = load_model(arguments)
-    return build_engine(model, tokenizer, name or Path(arguments.model).resolve().name, stored, settings)
+    return build_engine(model, tokenizer, name or Path(arguments.model).resolve().name, stored, settings, say)
 
 
 def build_engine(
@@ -46,19 +51,22 @@ def build_engine(
     name: str,
     adapters: Mapping[str, StoredAdapter],
     settings: ServeSettings,
+    say: Say = _LOG.info,
 ) -> Engine:
     """Compiles a model for serving and starts its scheduler.
 
     Args:
         name: of the model for clients; adapters have other names.
         adapters: name for clients -> adapter.
+        say: takes lines for the user, on an Ascend card those about its kernels.
 
     Raises:
         FileError: the tokenizer has more ids than the network, or an adapter does not fit.
     """
     check_vocabulary(tokenizer, model.config)
-    fuse_kernels(model.network, DTYPES[model.config.compute_dtype])  # those of an Ascend card, if this is one
     context = min(settings.context, model.config.seq_length)
+    use = Use(slots=settings.slots, context=context)
+    use_kernels(model.network, model.config, use, "auto", say)
     bounds = bounds_for(list(adapters.values()), settings.max_adapters, settings.max_lora_rank, settings.max_prefix)
     decoder = PagedDecoder(PagedGraphs(model.network, settings.slots, context, bounds=bounds))
     decoder.compile()

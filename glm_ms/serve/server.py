@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def load() -> Engine:
         from glm_ms.serve.loading import load_engine
 
-        return load_engine(options, options.served_model_name, adapters, settings)
+        return load_engine(options, options.served_model_name, adapters, settings, _show)
 
     app = {"keys": keys, "cors_origins": options.cors_origin, "web": options.web}
     try:
@@ -109,9 +109,13 @@ def launch_server(
     def load() -> Engine:
         from glm_ms.serve.loading import build_engine
 
-        return build_engine(model, tokenizer, name, {}, chosen)
+        return build_engine(model, tokenizer, name, {}, chosen, _show)
 
     serve(bound, load, chosen.drain_seconds, keys=keys, web=web)
+
+
+def _show(line: str) -> None:
+    print(line, flush=True)
 
 
 def serve(bound: socket.socket, load: Callable[[], Engine], drain_seconds: float, **app: Any) -> None:
@@ -123,12 +127,12 @@ def serve(bound: socket.socket, load: Callable[[], Engine], drain_seconds: float
     from glm_ms.serve.http_server import Server, address, signals_end_at_once
 
     if app.get("web"):
-        print(f"{address(bound)}/ is the chat page", flush=True)
-    print(f"{address(bound)}: loading the model", flush=True)
+        _show(f"{address(bound)}/ is the chat page")
+    _show(f"{address(bound)}: loading the model")
     with signals_end_at_once():
         from glm_ms.serve.app import create_app  # imports MindSpore
 
-    server = Server(create_app(**app), bound, drain_seconds, lambda line: print(line, flush=True))
+    server = Server(create_app(**app), bound, drain_seconds, _show)
     if not _in_event_loop():
         server.serve_engine(load)
         return

@@ -87,8 +87,8 @@ _ALWAYS = (
 _SHARDED = (
     Rule("parallel.full_batch", lambda s: not s.parallel.full_batch,
          "False, but with parallel_mode: 1 every card reads the whole batch; set it to True", (_MODE,)),
-    Rule("context.use_fused_kernels", lambda s: s.context.use_fused_kernels,
-         "True, but fused kernels have no sharding strategies; set it to False", (_MODE,)),
+    Rule("context.use_fused_kernels", lambda s: s.context.use_fused_kernels is True,
+         "True, but fused kernels have no sharding strategies; set it to auto or False", (_MODE,)),
     Rule("context.mode", lambda s: s.context.mode != 0,
          "1 (PyNative), but sharding needs graph mode; set it to 0", (_MODE,)),
     Rule(_MODE, lambda s: not s.is_training(),

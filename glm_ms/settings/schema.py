@@ -87,7 +87,10 @@ class ContextSettings:
         None, "memory limit of MindSpore on an Ascend card; null: MindSpore's default",
         pattern=r"\d+(\.\d+)?GB", example="58GB"
     )  # fmt: skip
-    use_fused_kernels: bool = key(False, "Ascend kernels for norm, rotation, attention; see tools/check_device.py")
+    use_fused_kernels: Union[Literal["auto"], bool] = key(
+        AUTO, "Ascend kernels for norm, rotation, attention; auto: those that agree with the portable operators on "
+        "this card in the sizes of this run, compared once; True: all, see tools/check_device.py"
+    )  # fmt: skip
 
 
 @dataclass

@@ -8,13 +8,13 @@ import rig
 from mindspore import Tensor, nn, ops
 
 from glm_ms.generation.pages import PAGE
+from glm_ms.kernels.cases import OverPages
 from glm_ms.model.cache import BlockCache, CopyPages, KVCache, PagedGLM, WritePage
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.loss import GLMWithLoss
 from glm_ms.ops import ascend
 from glm_ms.ops.registry import fuse_kernels
-from glm_ms.selfcheck.kernels import OverPages
 
 BATCH, LENGTH, HEADS, GROUPS, DIM, HIDDEN, CAPACITY = 2, 6, 4, 2, 16, 64, 16
 

@@ -18,6 +18,7 @@ from tolerances import LOGITS
 
 from glm_ms.generation.paged import PagedDecoder, PagedGraphs
 from glm_ms.generation.pages import PAGE
+from glm_ms.kernels.cases import SMALL, KernelCase, OverPages, kernel_cases
 from glm_ms.model.cache import BlockCache, KVCache
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
@@ -26,7 +27,7 @@ from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, 
 from glm_ms.peft.adapter import AdapterError, StoredAdapter
 from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.peft.rows import AdapterBounds
-from glm_ms.selfcheck.kernels import SMALL, KernelCase, OverPages, fused_rows, kernel_cases
+from glm_ms.selfcheck.kernels import fused_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RIG = Path(os.environ.get("GLM_MS_SHARED", REPOSITORY.parent / "shared")) / "rig" / "run.sh"
