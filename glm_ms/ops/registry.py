@@ -13,7 +13,9 @@ from typing import Any
 import mindspore as ms
 from mindspore import nn
 
-from glm_ms.ops import ascend
+from glm_ms.ops import ascend, training
+from glm_ms.ops.cpu import library
+from glm_ms.ops.cpu import training as cpu_training
 from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, RMSNormalize
 
 PORTABLE = "portable"
@@ -30,6 +32,23 @@ OPERATORS: dict[tuple[str, str], Any] = {
     ("cached attention", PORTABLE): CachedAttention,
     ("cached attention", "Ascend"): ascend.PagedFlashAttention,
 }
+
+# (operator, device) -> class, of what a training step has beside its network; `step_operator` chooses among them. A
+# kernel takes the inputs of the portable one and gives its result but for rounding.
+STEP_OPERATORS: dict[tuple[str, str], Any] = {
+    ("square sum", PORTABLE): training.SquareSum,
+    ("square sum", "CPU"): cpu_training.SquareSum,
+    ("AdamW", PORTABLE): training.AdamWUpdate,
+    ("AdamW", "CPU"): cpu_training.AdamWUpdate,
+}
+
+
+def step_operator(operator: str) -> nn.Cell:
+    """An operator of `STEP_OPERATORS` for the current device: its kernel, or without one the portable cell."""
+    kernel = STEP_OPERATORS.get((operator, device()))
+    if kernel is None or (device() == "CPU" and library.load() is None):
+        kernel = STEP_OPERATORS[operator, PORTABLE]
+    return kernel()
 
 
 def device() -> str:

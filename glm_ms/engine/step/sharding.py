@@ -213,6 +213,5 @@ class ShardedTrainOneStep(TrainOneStep):
         """Sum of the squares of all elements of the whole gradients, each counted once."""
         squares = self.zero
         for i in range(len(gradients)):
-            square = self.square_sum(ops.square(ops.cast(gradients[i], ms.float32)))
-            squares = squares + square * self.shares[i]
+            squares = squares + self.square_sum((gradients[i],)) * self.shares[i]
         return self.all_reduce(squares)

@@ -10,6 +10,7 @@ from mindspore.communication import get_group_size
 from mindspore.nn import Optimizer
 
 from glm_ms.engine.step.loss_scale import LossScale, OverflowDetector, ScaledLoss
+from glm_ms.ops.registry import step_operator
 
 Gradients = tuple[Tensor, ...]
 # Mean loss over the labelled tokens, global gradient norm before clipping, learning rate, number of labelled tokens:
@@ -28,7 +29,8 @@ class TrainOneStep(nn.Cell):
 
     Args:
         network: cell that the subclass differentiates.
-        optimizer: returns the learning rate it used.
+        optimizer: called with the gradients, returns the learning rate it used; one whose attribute `takes_scale` is
+            true is also called with their factor.
         all_reduce: sums a tensor over the ranks; None on a single one.
         max_grad_norm: largest global gradient norm, None for no clipping.
         loss_scale: arguments of `LossScale`; None, or no `type` in it, for no scaling.
@@ -49,7 +51,8 @@ class TrainOneStep(nn.Cell):
         self.weights: ParameterTuple = optimizer.parameters
         self.all_reduce: Any = all_reduce
         self.max_grad_norm = max_grad_norm
-        self.square_sum = ops.ReduceSum()
+        self.square_sum = step_operator("square sum")
+        self.takes_scale = getattr(optimizer, "takes_scale", False)
         self.loss_scale = LossScale(**loss_scale) if loss_scale and loss_scale.get("type") else None
         if self.loss_scale is not None:
             self.overflow = OverflowDetector(all_reduce)
@@ -66,20 +69,25 @@ class TrainOneStep(nn.Cell):
 
     def squares(self, gradients: Gradients) -> Tensor:
         """Sum of the squares of all elements, float32 scalar."""
-        squares = self.zero
-        for gradient in gradients:
-            squares = squares + self.square_sum(ops.square(ops.cast(gradient, ms.float32)))
-        return squares
+        return self.square_sum(gradients)
 
     def update(self, gradients: Gradients, scale: Tensor, norm: Tensor) -> Tensor:
         """Updates with the scaled gradients unless they have overflowed; returns the learning rate."""
+        # A kernel writes into the weights without the graph's knowing. The norm comes after all that reads them.
+        scale = ops.depend(scale, norm)
         if self.loss_scale is None:
-            return self.optimizer(self.scaled(gradients, scale))
+            return self.optimize(gradients, scale)
         overflow = self.overflow(norm)
         rate = ops.reshape(ops.cast(self.optimizer.get_lr(), ms.float32), ())
         if not overflow:
-            rate = self.optimizer(self.scaled(gradients, scale))
+            rate = self.optimize(gradients, scale)
         return ops.depend(rate, self.loss_scale(overflow))
+
+    def optimize(self, gradients: Gradients, scale: Tensor) -> Tensor:
+        """Calls the optimizer with the gradients times a scalar; returns the learning rate."""
+        if self.takes_scale:
+            return self.optimizer(gradients, scale)
+        return self.optimizer(self.scaled(gradients, scale))
 
     def scaled(self, gradients: Gradients, scale: Tensor) -> Gradients:
         """Every gradient times a scalar."""

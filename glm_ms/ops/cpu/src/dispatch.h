@@ -2,6 +2,7 @@
 #pragma once
 
 #include "matrix.h"
+#include "training.h"
 
 namespace glm {
 

@@ -34,6 +34,8 @@ namespace GLM_ISA {
 #include "int8.h"
 #include "int4.h"
 #include "product.h"
+#include "adamw.h"
+#include "square_sum.h"
 
 extern const Kernels table;
 const Kernels table = {
