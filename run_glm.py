@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from glm_ms.program import program, signal_thread
+from glm_ms.program import library_imports, program, signal_thread
 
 
 def main(argv: list[str]) -> int:
@@ -21,9 +21,11 @@ def main(argv: list[str]) -> int:
         settings = settings_from_command_line(argv)
         try:
             _make_output_dir(settings.output_dir)
-            with quiet_imports(log_folder=settings.output_dir):
-                from glm_ms.engine.run import run  # takes seconds, so only after the settings are checked
+            with quiet_imports(log_folder=settings.output_dir), library_imports():
+                # They take seconds, so only after the settings are checked.
+                from glm_ms.engine.run import import_libraries, run
 
+                import_libraries(settings)
             imported()
             run(settings)
         except SettingsError as error:

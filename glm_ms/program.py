@@ -6,6 +6,7 @@ Nothing that takes time is imported here: a signal may come at any moment.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -104,6 +105,26 @@ def signal_thread() -> Iterator[Callable[[], None]]:
         thread.join()
         restore_signal_handlers()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def library_imports() -> Iterator[None]:
+    """For the block in which a program imports MindSpore: the garbage collector rests, and skips from then on all
+    objects that are there at the end of the block.
+
+    These are about a million that live to the end. At the end of the process Python searches them for garbage several
+    times, which takes a second. Objects that are made later are collected as ever. If MindSpore is there already, this
+    does nothing.
+    """
+    if "mindspore" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def restore_signal_handlers() -> None:

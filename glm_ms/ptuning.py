@@ -272,8 +272,9 @@ def _run(values: dict[str, Any], path: Path) -> None:
     replace_text(path, yaml.safe_dump(values, allow_unicode=True, sort_keys=False))
     settings = load_settings(path)
     with quiet_imports(log_folder=settings.output_dir):
-        from glm_ms.engine.run import run
+        from glm_ms.engine.run import import_libraries, run
 
+        import_libraries(settings)
     run(settings)
 
 

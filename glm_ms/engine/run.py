@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mindspore as ms
 
 from glm_ms.ascend_hints import overflow_mode_note
+from glm_ms.engine import device
 from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.export import export
-from glm_ms.engine.mindformers_internals import build_context, log_to_folder
 from glm_ms.engine.predict import predict
 from glm_ms.engine.process import Say, end_process_after
 from glm_ms.engine.ranks import be_patient, ranks_of
 from glm_ms.engine.report.summary import summary
-from glm_ms.engine.step.training import mindformers_config
-from glm_ms.engine.train import train
 from glm_ms.engine.weights import build_model, fuse
 from glm_ms.families import build_tokenizer
 from glm_ms.ops.ascend import soc_version
@@ -33,6 +33,17 @@ _PER_SERVER = frozenset(
     {"output_dir", "load_checkpoint", "load_adapter", "vocab_file", "dataset_dir", "cache_dir", "predict_data",
      "device_id", "num_parallel_workers"}
 )  # fmt: skip
+
+
+def training_module() -> ModuleType:
+    """`glm_ms.engine.train`. It imports MindFormers, which takes seconds, so only runs that train import it."""
+    return importlib.import_module("glm_ms.engine.train")
+
+
+def import_libraries(settings: Settings) -> None:
+    """Imports what `run` needs besides this module; for the start of a program, where imports are quiet."""
+    if settings.is_training():
+        training_module()
 
 
 def run(settings: Settings) -> None:
@@ -54,7 +65,7 @@ def _run(settings: Settings) -> None:
     restore_signal_handlers()
     _check_prompts(settings)
     be_patient(settings)
-    set_device(settings)
+    (training_module() if settings.is_training() else device).set_device(settings)
     ranks = ranks_of(settings)
     ranks.agree("settings", _shared(settings.to_dict()))
 
@@ -95,7 +106,7 @@ def _run(settings: Settings) -> None:
 
 
 def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> None:
-    last = train(settings, tokenizer, say)
+    last = training_module().train(settings, tokenizer, say)
     if last is None:
         flag = "--load_adapter" if settings.model.pet_config.pet_type else "--load_checkpoint"
         say(f"the run is finished; to train further, start a new run with {flag} {settings.output_dir}")
@@ -103,13 +114,6 @@ def _train(settings: Settings, tokenizer: SentencePieceTokenizer, say: Say) -> N
         say(f"step {last.step}: loss {last.loss:.6f}")
     for line in summary(settings):
         say(line)
-
-
-def set_device(settings: Settings) -> None:
-    """Sets the device and connects the ranks, through the context that MindFormers has besides MindSpore's: without it
-    MindFormers turns graph mode off when training begins."""
-    log_to_folder(settings.output_dir)
-    build_context(mindformers_config(settings))
 
 
 def _check_prompts(settings: Settings) -> None:

@@ -15,7 +15,7 @@ from glm_ms.engine.checkpoints import resume
 from glm_ms.engine.checkpoints.checkpoints import BestEvaluation
 from glm_ms.engine.evaluate import Evaluator
 from glm_ms.engine.from_settings import labelled_rows
-from glm_ms.engine.mindformers_internals import log_to_folder
+from glm_ms.engine.mindformers_internals import build_context, log_to_folder
 from glm_ms.engine.process import Say, hidden_stdout
 from glm_ms.engine.ranks import Ranks, ranks_of
 from glm_ms.engine.report.progress import ProgressLog, StepRecord
@@ -38,6 +38,13 @@ class Given:
     model: GLMForCausalLM | None = None
     rows: DatasetRows | None = None
     callbacks: tuple[Callback, ...] = ()
+
+
+def set_device(settings: Settings) -> None:
+    """Sets the device and connects the ranks, through the context that MindFormers has besides MindSpore's: without it
+    MindFormers turns graph mode off when training begins."""
+    log_to_folder(settings.output_dir)
+    build_context(mindformers_config(settings))
 
 
 def train(

@@ -21,8 +21,7 @@ from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.mindformers_internals import quiet_terminal
 from glm_ms.engine.predict import predict
 from glm_ms.engine.report.summary import summary
-from glm_ms.engine.run import set_device
-from glm_ms.engine.train import Given, train
+from glm_ms.engine.train import Given, set_device, train
 from glm_ms.engine.weights import (
     adapter_config,
     build_model,

@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glm_ms.program import library_imports
 from glm_ms.storage.errors import FileError
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ def load_model(
     """
     if os.environ.get("GLM_MS_VERBOSE", "0") == "0":
         os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, on import: errors only
-    import mindspore as ms
+    with library_imports():
+        import mindspore as ms
 
-    from glm_ms.pretrained import load_with_tokenizer
+        from glm_ms.pretrained import load_with_tokenizer
 
     if arguments.device_target is not None or arguments.device_id is not None:
         _open_device(arguments.device_target or ms.get_context("device_target"), arguments.device_id or 0)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from glm_ms.program import program
+from glm_ms.program import library_imports, program
 from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
 from glm_ms.serve.model_arguments import add_model_arguments
 from glm_ms.serve.names import named_adapters
@@ -129,7 +129,7 @@ def serve(bound: socket.socket, load: Callable[[], Engine], drain_seconds: float
     if app.get("web"):
         _show(f"{address(bound)}/ is the chat page")
     _show(f"{address(bound)}: loading the model")
-    with signals_end_at_once():
+    with signals_end_at_once(), library_imports():
         from glm_ms.serve.app import create_app  # imports MindSpore
 
     server = Server(create_app(**app), bound, drain_seconds, _show)

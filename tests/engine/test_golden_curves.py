@@ -189,7 +189,7 @@ def test_mindformers_trainer(
     """The same through the Trainer of MindFormers. A batch in two parts gives the same: the loss is the mean
     over the labelled tokens of both, of which they have different numbers."""
     from glm_ms.engine import train as module
-    from glm_ms.engine.run import set_device
+    from glm_ms.engine.train import set_device
 
     settings = golden_settings(case, vocabulary, tmp_path, batch_size, accumulation_steps)
     monkeypatch.setattr(module, "labelled_rows", lambda *_: GoldenRows(case))
