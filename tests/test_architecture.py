@@ -18,21 +18,21 @@ MAX_HOPS = 4
 STACK = """
 import json, sys, traceback
 from pathlib import Path
-from glm_ms.model.loss import NextTokenLoss
+from glm_ms.model.loss import LabelledLoss
 
-repository, original = Path(sys.argv[1]), NextTokenLoss.construct
+repository, original = Path(sys.argv[1]), LabelledLoss.construct
 
-def construct(self, logits, labels):
+def construct(self, *inputs):
     frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()[:-1]]
-    NextTokenLoss.construct = original
+    LabelledLoss.construct = original
     print(json.dumps([
         (path.relative_to(repository).as_posix(), name)
         for path, name in frames
         if repository in path.parents and "site-packages" not in path.parts
     ]))
-    return original(self, logits, labels)
+    return original(self, *inputs)
 
-NextTokenLoss.construct = construct
+LabelledLoss.construct = construct
 import run_glm
 sys.exit(run_glm.main(sys.argv[2:]))
 """

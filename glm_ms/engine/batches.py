@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from mindspore import dataset as ds
 
 from glm_ms.data.datasets import epoch_order
-from glm_ms.data.rows import IGNORED, Row
+from glm_ms.data.rows import IGNORED, Row, equally_long, shortened
 from glm_ms.storage.errors import DataError
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
@@ -183,8 +183,8 @@ def _splitmix64(value: int) -> int:
 class _Rows:
     """Random access to the rows of the remaining steps of one rank, for `GeneratorDataset`."""
 
-    def __init__(self, rows: TrainingRows, plan: TrainingPlan, start: int, rank: int) -> None:
-        self._rows, self._plan, self._start = rows, plan, start
+    def __init__(self, rows: TrainingRows, plan: TrainingPlan, start: int, rank: int, shorten: bool) -> None:
+        self._rows, self._plan, self._start, self._shorten = rows, plan, start, shorten
         self._per_rank = plan.batch_size * plan.accumulation_steps
         self._first = rank * self._per_rank
         self._rows_of = lru_cache(maxsize=1)(plan.rows_of)
@@ -196,6 +196,8 @@ class _Rows:
         step, place = divmod(int(index), self._per_rank)
         step, place = self._start + step, self._first + place
         row = self._row(int(self._rows_of(step)[place]))
+        if self._shorten:
+            row = shortened(row)
         seed = np.array(self._plan.dropout_seed(step, place), np.int32)
         return (*(row[name] for name in COLUMNS), seed)
 
@@ -207,15 +209,28 @@ class _Rows:
 
 
 def training_batches(
-    rows: TrainingRows, plan: TrainingPlan, start_step: int = 0, rank: int = 0, num_workers: int = 1
+    rows: TrainingRows,
+    plan: TrainingPlan,
+    start_step: int = 0,
+    rank: int = 0,
+    num_workers: int = 1,
+    shorten: bool = False,
 ) -> ds.Dataset:
     """The micro batches of one rank from `start_step` to the end of the run, as a MindSpore data set.
 
     The whole run is one pass of this data set: the order contains the epochs, so that a run can resume at any step.
-    Columns are TRAINING_COLUMNS: int32 [batch_size, seq_length] each, the seeds int32 [batch_size].
+    Columns are TRAINING_COLUMNS: int32 [batch_size, S] each, the seeds int32 [batch_size]. S is `seq_length`, with
+    `shorten` the length of the longest row of the batch without what its loss does not depend on, see `shortened`.
     """
-    source = _Rows(rows, plan, start_step, rank)
+    source = _Rows(rows, plan, start_step, rank, shorten)
     data = ds.GeneratorDataset(
         source, list(TRAINING_COLUMNS), num_parallel_workers=num_workers, shuffle=False, python_multiprocessing=False
     )
-    return data.batch(plan.batch_size, drop_remainder=True, num_parallel_workers=1)
+    joined = _joined_rows if shorten else None
+    return data.batch(plan.batch_size, drop_remainder=True, num_parallel_workers=1, per_batch_map=joined)
+
+
+def _joined_rows(*columns: Any) -> tuple[Any, ...]:
+    """The columns of a batch of rows of different lengths, with rows of the same length; MindSpore adds an argument."""
+    *rows, seeds, _ = columns
+    return (*(equally_long(name, parts) for name, parts in zip(COLUMNS, rows)), seeds)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from glm_ms.data.datasets import EvalDataset, TrainDataset
-from glm_ms.data.rows import IGNORED, Row
+from glm_ms.data.rows import IGNORED, Row, equally_long, shortened
 from glm_ms.engine.answers import answers_in_order
 from glm_ms.engine.batches import COLUMNS
 from glm_ms.engine.from_settings import generation_options, labelled_rows, prompts_with_references
@@ -25,6 +25,7 @@ from glm_ms.engine.report.progress import progress_bar
 from glm_ms.engine.results import ResultLines, result_folder
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.metrics import LOSS, METRICS, TEXT, Metric, takes
+from glm_ms.ops.registry import device
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import replace_text, staged
 from glm_ms.storage.errors import DataError
@@ -204,6 +205,7 @@ class _LossPass(_Pass):
                 f"eval_dataset: max_source_length + max_target_length + 1 = {rows.seq_length} exceeds "
                 f"model.model_config.seq_length = {seq_length}; lower the former or raise the latter"
             )
+        self._static_shapes = device() == "Ascend"
         super().__init__(settings, rows, say, leave)
 
     def _score(self, number: int, result: Any, metrics: Sequence[Metric]) -> dict[str, Any]:
@@ -230,7 +232,10 @@ class _LossPass(_Pass):
         batch: list[Row] = [self._records[i] for i in numbers]
         filler = {**batch[0], "labels": np.full_like(batch[0]["labels"], IGNORED)}
         rows = batch + [filler] * (self._batch_size - len(batch))
-        total, tokens = model.loss_sum(tuple(np.stack([row[name] for row in rows]) for name in COLUMNS))
+        if not self._static_shapes:
+            rows = [shortened(row) for row in rows]
+        columns = (equally_long(name, [row[name] for row in rows]) for name in COLUMNS)
+        total, tokens = model.loss_sum([np.stack(column) for column in columns])
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"evaluation: a loss is {total}: the weights contain NaN or infinity, or have diverged; use an earlier "

@@ -140,7 +140,8 @@ def fit(run: TrainingRun, best: BestEvaluation, callbacks: tuple[Callback, ...])
         register_classes(settings)
         log_to_folder(settings.output_dir)
         workers = settings.train_dataset.num_parallel_workers
-        batches = training_batches(run.rows, run.plan, run.start, training.batch_rank, workers)
+        shorten = not training.static_shapes
+        batches = training_batches(run.rows, run.plan, run.start, training.batch_rank, workers, shorten)
         trainer = Trainer(args=mindformers_config(settings), train_dataset=batches)
         # Trainer takes a PreTrainedModel only; its task trainer takes any cell.
         trainer.trainer.network = training.build_network(run.rows.seq_length)

@@ -255,5 +255,8 @@ class GLMNetwork(nn.Cell):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor, seeds: Seeds = None
     ) -> Tensor:
         """As `GLMTransformer.construct`; returns logits float32 [B, S, V]."""
-        hidden = self.transformer(input_ids, attention_mask, position_ids, slots, seeds)
+        return self.logits(self.transformer(input_ids, attention_mask, position_ids, slots, seeds), seeds)
+
+    def logits(self, hidden: Tensor, seeds: Seeds = None) -> Tensor:
+        """Input of the output layer [B, ..., H] -> float32 [B, ..., V]."""
         return self.cast(self.transformer.output_layer(hidden, seeds), DTYPES["float32"])

@@ -7,6 +7,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import GatherDGradV2
 
+from glm_ms.model.glm import GLMNetwork
+
 IGNORED_LABEL = -100
 # The gradient operator of GatherD clears its result with memset_s, which takes less than 2^31 bytes.
 _CLEARABLE = 2**29 - 1
@@ -50,19 +52,27 @@ class NextTokenLoss(nn.Cell):
         self.multiply, self.sum = ops.Mul(), ops.ReduceSum()
         self.cast, self.reshape = ops.Cast(), ops.Reshape()
 
+    def targets(self, labels: Tensor) -> Tensor:
+        """labels int32 [B, S] -> the label of token t + 1 at entry t, int32 [B * S]; -100 where it has no loss."""
+        last = ops.fill(ms.int32, (ops.shape(labels)[0], 1), IGNORED_LABEL)
+        return self.reshape(self.concat((labels[:, 1:], last)), (-1,))
+
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """logits float32 [N, V], target int32 [N] -> loss and weight, float32 [N]; both 0 where target is -100."""
+        weight = self.cast(self.not_equal(target, IGNORED_LABEL), ms.float32)
+        index = self.reshape(target * self.cast(weight, ms.int32), (-1, 1))
+        loss = -self.reshape(self.pick(self.log_softmax(logits), index), (-1,))
+        return self.multiply(loss, weight), weight
+
     def per_token(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """logits float32 [B, S, V], labels int32 [B, S] -> loss float32 [B, S] and weight float32 [B, S].
 
         Entry t belongs to token t + 1; loss and weight are 0 where that token is not a label.
         """
-        batch, length = ops.shape(labels)
-        last = ops.fill(ms.int32, (batch, 1), IGNORED_LABEL)
-        target = self.concat((labels[:, 1:], last))
-        weight = self.cast(self.not_equal(target, IGNORED_LABEL), ms.float32)
-        index = self.reshape(target * self.cast(weight, ms.int32), (batch * length, 1))
-        log_probability = self.log_softmax(self.reshape(logits, (batch * length, -1)))
-        loss = -self.reshape(self.pick(log_probability, index), (batch, length))
-        return self.multiply(loss, weight), weight
+        target = self.targets(labels)
+        logits = self.reshape(logits, (ops.shape(target)[0], -1))
+        loss, weight = self.cross_entropy(logits, target)
+        return self.reshape(loss, ops.shape(labels)), self.reshape(weight, ops.shape(labels))
 
     def construct(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """logits float32 [B, S, V], labels int32 [B, S] (-100 ignored) -> (sum, count), float32 scalars."""
@@ -70,13 +80,61 @@ class NextTokenLoss(nn.Cell):
         return self.sum(loss), self.sum(weight)
 
 
+class WholeLoss(nn.Cell):
+    """The loss of a network from the logits of all tokens: every shape follows from that of the batch.
+
+    `loss` is (logits, labels) -> (loss sum, number of labelled tokens).
+    """
+
+    def __init__(self, network: GLMNetwork, loss: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.loss = network, loss
+
+    def construct(self, hidden: Tensor, labels: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Input of the output layer [B, S, H], labels int32 [B, S], seeds of dropout int32 [B] or None -> (loss sum,
+        number of labelled tokens), float32 scalars."""
+        return self.loss(self.network.logits(hidden, seeds), labels)
+
+
+class LabelledLoss(nn.Cell):
+    """The loss of a network from the logits before labels alone: other tokens cost no product with the vocabulary.
+
+    The number of logits is known only when the graph runs.
+    """
+
+    def __init__(self, network: GLMNetwork) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.loss = network, NextTokenLoss()
+        self.find, self.gather, self.join = ops.NonZero(), ops.Gather(), ops.Concat(axis=0)
+        self.is_label, self.reshape, self.sum = ops.NotEqual(), ops.Reshape(), ops.ReduceSum()
+        self.first = Tensor([True])
+
+    def construct(self, hidden: Tensor, labels: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `WholeLoss`, without dropout in the output layer."""
+        target = self.loss.targets(labels)
+        # The first entry is always kept, because there are no products of 0 rows; without a label its weight is 0.
+        kept = self.join((self.first, self.is_label(target[1:], IGNORED_LABEL)))
+        places = self.reshape(self.find(kept), (-1,))
+        hidden = self.gather(self.reshape(hidden, (-1, ops.shape(hidden)[2])), places, 0)
+        loss, weight = self.loss.cross_entropy(self.network.logits(hidden), self.gather(target, places, 0))
+        return self.sum(loss), self.sum(weight)
+
+
+def loss_of(network: GLMNetwork) -> nn.Cell:
+    """The loss of a network for the current device and the adapter that the network has."""
+    update = network.transformer.output_layer.lora
+    drops = getattr(update, "dropout", None) is not None  # by the place in the row, which chosen tokens lose
+    if drops or ms.get_context("device_target") == "Ascend":  # whose graphs want static shapes
+        return WholeLoss(network, NextTokenLoss())
+    return LabelledLoss(network)
+
+
 class GLMWithLoss(nn.Cell):
     """A `GLMNetwork` and its loss as one cell."""
 
-    def __init__(self, network: nn.Cell) -> None:
+    def __init__(self, network: GLMNetwork) -> None:
         super().__init__(auto_prefix=False)
-        self.network = network
-        self.loss = NextTokenLoss()
+        self.network, self.loss = network, loss_of(network)
 
     def construct(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, position_ids: Tensor, slots: Tensor,
@@ -84,4 +142,5 @@ class GLMWithLoss(nn.Cell):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """All int32 [B, S], slots int32 [S], seeds of dropout int32 [B] or None for no dropout -> (loss sum, number
         of labelled tokens), float32 scalars."""
-        return self.loss(self.network(input_ids, attention_mask, position_ids, slots, seeds), labels)
+        hidden = self.network.transformer(input_ids, attention_mask, position_ids, slots, seeds)
+        return self.loss(hidden, labels, seeds)

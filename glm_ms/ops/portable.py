@@ -10,6 +10,7 @@ import math
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.ops.functional import isconstant
 
 # Added to hidden scores. Finite, so that a row that sees no key gives a uniform distribution and not NaN.
 HIDDEN_SCORE = float(np.finfo(np.float32).min)
@@ -249,16 +250,23 @@ class SeededDropout(nn.Cell):
         h = self.mul(self.fold(h, 15), _SECOND)
         return self.fold(h, 16)
 
+    def places(self, size: int, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+        """A different integer for each place along an axis of `size`, int32 [*before, size, *after]; a constant unless
+        the size is known only when the graph runs."""
+        if isconstant(size):
+            numbers = np.arange(1, size + 1, dtype=np.int64) * _STRIDE
+            return Tensor(numbers.astype(np.int32).reshape(before + (size,) + after))  # noqa: RUF005, for the compiler
+        numbers = self.cast(ops.range(1, size + 1, 1), ms.int32) * _STRIDE
+        return self.reshape(numbers, before + (size,) + after)  # noqa: RUF005
+
     def construct(self, x: Tensor, seeds: Tensor) -> Tensor:
         """x [B, ...] of at least two axes, seeds int32 [B] -> [B, ...], type of x."""
         shape = ops.shape(x)
         h = self.add_stream(self.reshape(seeds, (shape[0],) + (1,) * (len(shape) - 1)), self.offset)
         h = self.mix(h)
         for axis in range(1, len(shape)):
-            # One axis at a time: the places along it are a short constant, and the hash grows by broadcasting.
-            places = np.arange(1, shape[axis] + 1, dtype=np.int64) * _STRIDE
-            tail = (1,) * (len(shape) - 1 - axis)
-            places = Tensor(places.astype(np.int32).reshape((1,) * axis + (shape[axis],) + tail))
+            # One axis at a time: the places along it are few numbers, and the hash grows by broadcasting.
+            places = self.places(shape[axis], (1,) * axis, (1,) * (len(shape) - 1 - axis))
             h = self.mix(self.add_place(h, places))
         keep = self.keep(h, self.threshold)
         return self.rescale(self.apply(x, self.cast(keep, x.dtype)), self.cast(self.scale, x.dtype))

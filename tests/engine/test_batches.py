@@ -156,3 +156,34 @@ def test_more_rows_than_memory_has(sizes: dict) -> None:
     ):
         make_plan(**sizes)
     assert make_plan(epochs=10**9, max_steps=5).total_steps == 5
+
+
+class RowsOfLengths(NumberedRows):
+    """Row i has labels up to place i % 4 + 2."""
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = super().__getitem__(index)
+        labels = np.where(np.arange(SEQ_LENGTH) <= index % 4 + 1, index, -100).astype(np.int32)
+        return {**row, "labels": labels, "attention_mask": ONES}
+
+
+ONES = np.ones(SEQ_LENGTH, np.int32)
+
+
+def test_shortened_batches_have_the_length_of_their_longest_row() -> None:
+    from glm_ms.engine.batches import training_batches
+
+    plan = make_plan()
+    data = training_batches(RowsOfLengths(), plan, shorten=True)
+    batches = list(data.create_tuple_iterator(num_epochs=1, output_numpy=True))
+    rows = rows_of_run(plan).reshape(-1, 2)
+    assert [batch[0].shape[1] for batch in batches] == [max(i % 4 + 2 for i in pair) for pair in rows.tolist()]
+    for pair, (ids, labels, mask, positions, seeds) in zip(rows.tolist(), batches):
+        for place, index in enumerate(pair):
+            length = index % 4 + 2
+            assert mask[place].tolist() == [1] * length + [0] * (mask.shape[1] - length)
+            assert labels[place].tolist() == [index] * length + [-100] * (mask.shape[1] - length)
+            assert ids[place, :length].tolist() == positions[place, :length].tolist() == [index] * length
+        assert seeds.shape == (2,)
+        assert {one.dtype for one in (ids, labels, mask, positions, seeds)} == {np.dtype("i4")}
+    np.testing.assert_array_equal([batch[-1] for batch in batches], [batch[-1] for batch in delivered_with_seeds(plan)])

@@ -87,6 +87,15 @@ def test_other_numbers_of_axes() -> None:
     assert deviations(kept(0.2, 0, np.arange(2), (4, 16, 2, 32)), 0.8) < 4
 
 
+def test_a_length_known_only_when_the_graph_runs_changes_nothing() -> None:
+    drop, seeds = SeededDropout(0.4, 3), Tensor(np.array([1, 2], np.int32))
+    drop.set_inputs(Tensor(shape=[2, None, None, 8], dtype=ms.float32), Tensor(shape=[2], dtype=ms.int32))
+    whole = SeededDropout(0.4, 3)(Tensor(np.ones((2, 6, 5, 8), np.float32)), seeds).asnumpy()
+    for lengths in ((6, 5), (4, 3)):
+        found = drop(Tensor(np.ones((2, *lengths, 8), np.float32)), seeds).asnumpy()
+        np.testing.assert_array_equal(found, whole[:, : lengths[0], : lengths[1]])
+
+
 class Total(nn.Cell):
     """Sum of what dropout leaves, to be differentiated."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.model.loss import NextTokenLoss
+from glm_ms.model.loss import WholeLoss, loss_of
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.layers import VocabularyParallelLoss
 from glm_ms.parallel.strategies import attach_strategies
@@ -14,9 +14,9 @@ from glm_ms.settings import Settings
 
 
 class TrainingNetwork(nn.Cell):
-    """Loss of a batch of rows of `seq_length` tokens; parameter names are those of the network.
+    """Loss of a batch of rows of at most `seq_length` tokens; parameter names are those of the network.
 
-    `loss` is (logits, labels) -> (loss sum, number of labelled tokens).
+    `loss` is (input of the output layer, labels, seeds of dropout) -> (loss sum, number of labelled tokens).
     """
 
     def __init__(self, network: GLMNetwork, seq_length: int, loss: nn.Cell | None = None) -> None:
@@ -24,7 +24,7 @@ class TrainingNetwork(nn.Cell):
         self.config = network.config
         self.seq_length = seq_length
         self.network = network
-        self.loss = NextTokenLoss() if loss is None else loss
+        self.loss = loss_of(network) if loss is None else loss
         self.slots = Tensor(np.arange(seq_length, dtype=np.int32))
 
     def construct(
@@ -37,8 +37,9 @@ class TrainingNetwork(nn.Cell):
     ) -> tuple[Tensor, Tensor]:
         """All int32 [B, S], seeds int32 [B] or None for no dropout -> (loss sum, number of labelled tokens),
         float32 scalars."""
-        logits = self.network(input_ids, attention_mask, position_ids, self.slots, dropout_seeds)
-        return self.loss(logits, labels)
+        slots = self.slots[: ops.shape(input_ids)[1]]
+        hidden = self.network.transformer(input_ids, attention_mask, position_ids, slots, dropout_seeds)
+        return self.loss(hidden, labels, dropout_seeds)
 
     def get_model_parameters(self, only_trainable: bool = True) -> list[Parameter]:
         """MindFormers lists the parameters in its log through this method."""
@@ -56,7 +57,7 @@ class ShardedTrainingNetwork(TrainingNetwork):
         loss = VocabularyParallelLoss(network.config.padded_vocab_size, parallel)
         if parallel.pipeline_stages > 1:
             loss.pipeline_stage = parallel.pipeline_stages - 1
-        super().__init__(network, seq_length, loss)
+        super().__init__(network, seq_length, WholeLoss(network, loss))
 
 
 def recompute_blocks(network: GLMNetwork, settings: Settings) -> None:

@@ -49,6 +49,7 @@ class ShardedTraining(Training):
         self.strategy_file = Path(settings.output_dir) / STRATEGIES / f"ckpt_strategy_rank_{ranks.rank}.ckpt"
         self.batch_size *= self.parallel.data_parallel * self.parallel.micro_batch_num
         self.batch_ranks, self.batch_rank = 1, 0
+        self.static_shapes = True
         self.checkpoints = SliceCheckpoints(settings, ranks.rank, self.parallel.cards)
 
     def build_model(self, vocab_size: int, checkpoint: Path | None) -> None:

@@ -7,9 +7,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 from mindformers import MindFormerConfig
 from mindformers.trainer import CausalLanguageModelingTrainer
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn
 from mindspore.nn import Optimizer
 from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 
@@ -22,6 +23,7 @@ from glm_ms.engine.step.network import TrainingNetwork, recompute_blocks
 from glm_ms.engine.step.train_step import GLMTrainOneStep, TrainOneStep
 from glm_ms.engine.weights import build_model, check_vocabulary, fuse
 from glm_ms.generation import GLMForCausalLM
+from glm_ms.ops.registry import device
 from glm_ms.parallel.partition import OPTIMIZER_SHARD_THRESHOLD_KB
 from glm_ms.settings import Settings
 from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
@@ -38,6 +40,7 @@ class Training:
     Attributes:
         batch_size: rows of a micro batch on each of `batch_ranks`, the ranks that take different rows.
         batch_rank: number of this rank among them.
+        static_shapes: whether every batch has rows of `seq_length` tokens; else one graph takes any length.
         model, network: set by `build_model` and `build_network`.
     """
 
@@ -49,6 +52,7 @@ class Training:
         self.checkpoint: Path | None = None
         self.batch_size = settings.runner_config.batch_size
         self.batch_ranks, self.batch_rank = ranks.size, ranks.rank
+        self.static_shapes = device() == "Ascend"
         self.checkpoints: Checkpoints = WholeCheckpoints(settings, ranks.first)
 
     def build_model(self, vocab_size: int, checkpoint: Path | None) -> None:
@@ -81,7 +85,12 @@ class Training:
     def build_step(self, optimizer: Optimizer) -> TrainOneStep:
         """The training step that the settings name."""
         config = {"type": self.settings.runner_wrapper.type, **step_arguments(self.settings)}
-        return build_wrapper(config, {"network": self.network, "optimizer": optimizer})
+        step = build_wrapper(config, {"network": self.network, "optimizer": optimizer})
+        if not self.static_shapes:
+            rows = Tensor(shape=[self.batch_size, None], dtype=ms.int32)
+            seeds = Tensor(shape=[self.batch_size], dtype=ms.int32)
+            step.set_inputs(*[rows] * (len(TRAINING_COLUMNS) - 1), seeds)
+        return step
 
     def fill(self, step: nn.Cell) -> None:
         """Loads the state of the checkpoint that the run resumes from. Raises CheckpointError if it does not fit."""
