@@ -42,6 +42,10 @@ LAUNCHERS = {
     "msrun": ("glm_ms.launch.msrun", "start one process per card with msrun"),
     "distribute": ("glm_ms.launch.distribute", "start one process per card of a rank table"),
 }
+# Command -> module of its measurements, and what it does.
+MEASURING = {
+    "bench": ("glm_ms.bench.command", "speed and memory of this machine, alone or beside other programs"),
+}
 # Command -> module of its server or terminal, and what it does.
 SERVING = {
     "chat": ("glm_ms.serve.terminal", "a conversation with a model in this terminal"),
@@ -86,8 +90,9 @@ def _find(command: str) -> Callable[[Sequence[str]], int] | None:
         return lambda rest: run_glm.main(["--run_mode", command, *rest])
     if command in TOOLS:
         return _load(resource("tools") / TOOLS[command][0]).main
-    if command in LAUNCHERS or command in SERVING:
-        return importlib.import_module({**LAUNCHERS, **SERVING}[command][0]).main
+    modules = {**LAUNCHERS, **SERVING, **MEASURING}
+    if command in modules:
+        return importlib.import_module(modules[command][0]).main
     return configs if command == CONFIGS else None
 
 
@@ -104,7 +109,7 @@ def _load(path: Path) -> ModuleType:
 
 def _descriptions() -> dict[str, str]:
     """Every command and what it does."""
-    others = {name: text for name, (_, text) in {**TOOLS, **LAUNCHERS, **SERVING}.items()}
+    others = {name: text for name, (_, text) in {**TOOLS, **LAUNCHERS, **SERVING, **MEASURING}.items()}
     return {**RUN_MODES, **others, CONFIGS: "list the configurations, or copy them to a folder"}
 
 

@@ -13,4 +13,4 @@ BEAM_SCORE = {"atol": 1e-4, "rtol": 0}
 METRIC = {"atol": 1e-3, "rtol": 0}
 ROPE = {"atol": 1e-5, "rtol": 0}  # up to position 100
 ROPE_FAR = {"atol": 4e-3, "rtol": 0}  # at position 32767: float32 rounding of the angle
-GGUF_LOGITS = {"F32": 1e-5, "Q8_0": 2e-2}  # logits of llama.cpp, of the largest; its Q8_0 rounds activations to 8 bits
+GGUF_LOGITS = {"F32": 1e-5, "Q8_0": 4e-2}  # logits of llama.cpp, of the largest; its Q8_0 rounds activations to 8 bits

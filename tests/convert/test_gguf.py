@@ -292,7 +292,7 @@ _LLAMA = """
 import json, sys
 from llama_cpp import Llama
 path, ids, texts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-model = Llama(path, n_ctx=64, n_batch=64, logits_all=True, verbose=False, n_threads=1)
+model = Llama(path, n_ctx=64, logits_all=True, verbose=False, n_threads=1, type_k=0, type_v=0)
 model.eval(ids)
 logits = model.scores[: len(ids)].tolist()
 tokens = [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
