@@ -58,8 +58,3 @@ def matrix_elements(config: GLMConfig) -> int:
     qkv, dense = config.qkv_size * config.hidden_size, config.query_size * config.hidden_size
     mlp = 3 * config.ffn_hidden_size * config.hidden_size
     return config.num_layers * (qkv + dense + mlp) + config.padded_vocab_size * config.hidden_size
-
-
-def cache_elements(config: GLMConfig, tokens: int) -> int:
-    """Elements of keys and values of so many tokens."""
-    return 2 * config.num_layers * config.num_kv_heads * config.kv_channels * tokens
