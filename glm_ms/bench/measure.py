@@ -143,6 +143,9 @@ class Group:
                     self._take_turns(case, workers, prepare, sample)
             elif case.mode == LOAD:
                 self._load(case)
+        skipped = [":".join(pair) for pair in self.subjects if not any(r.name == ":".join(pair) for r in self.results)]
+        if skipped:
+            self.say(f"  no measurement of these modes: {', '.join(skipped)}")
         last = read_bandwidth(self.threads)["best"]
         for result in self.results:
             result.bandwidth = max(self.bandwidth, last)
@@ -151,7 +154,7 @@ class Group:
 
     def _able(self, cases: Sequence[Case]) -> list[tuple[str, str]]:
         """Subjects that can run cases of one mode."""
-        wanted = "trains" if cases[0].mode == TRAIN else "runs"
+        wanted = {TRAIN: "trains", LOAD: "loads"}.get(cases[0].mode, "runs")
         return [(name, kind) for name, kind in self.subjects if kind in getattr(SUBJECTS[name], wanted)]
 
     def _setup(self, weights: str) -> Setup:

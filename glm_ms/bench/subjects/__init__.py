@@ -29,34 +29,33 @@ OURS, TORCH, LLAMA_CPP = "glm_ms", "torch", "llamacpp"
 class Kind(NamedTuple):
     """Where the class of a subject is, the types of weights it has with their bits per element, packages it needs.
 
-    `trains` and `runs` are the types that it trains, and that do all else.
+    `trains`, `loads` and `runs` are the types that it trains, that it loads from files, and that do all else.
     """
 
     place: str
     bits: dict[str, float]
     packages: tuple[str, ...] = ()
     trains: tuple[str, ...] = ()
+    loads: tuple[str, ...] = ()
     runs: tuple[str, ...] = ()
 
 
+_LLAMA_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5}  # with scales of 32 elements
 SUBJECTS = {
-    OURS: Kind("glm_ms.bench.subjects.ours:Ours", {"float32": 32}, (), ("float32",), ("float32",)),
+    OURS: Kind(
+        "glm_ms.bench.subjects.ours:Ours", {"float32": 32, "int8": 8, "int4": 4.5}, (), ("float32",), ("float32",),
+        ("float32", "int8", "int4"),
+    ),
     TORCH: Kind(
-        "glm_ms.bench.subjects.torch_peer:TorchPeer",
-        {"float32": 32, "bfloat16": 16, "amp": 32},
-        ("torch", "transformers", "sentencepiece", "yaml"),
-        ("float32", "bfloat16", "amp"),
+        "glm_ms.bench.subjects.torch_peer:TorchPeer", {"float32": 32, "bfloat16": 16, "amp": 32},
+        ("torch", "transformers", "sentencepiece", "yaml"), ("float32", "bfloat16", "amp"), ("float32", "bfloat16"),
         ("float32", "bfloat16"),
     ),
-    # Blocks of 32 elements have a scale of 16 bits.
     LLAMA_CPP: Kind(
-        "glm_ms.bench.subjects.llama_peer:LlamaPeer",
-        {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5},
-        ("llama_cpp", "numpy", "sentencepiece", "yaml"),
-        (),
-        ("float32", "bfloat16", "float16", "int8", "int4"),
+        "glm_ms.bench.subjects.llama_peer:LlamaPeer", _LLAMA_BITS, ("llama_cpp", "numpy", "sentencepiece", "yaml"), (),
+        tuple(_LLAMA_BITS), tuple(_LLAMA_BITS),
     ),
-}
+}  # fmt: skip
 
 
 @dataclass

@@ -23,8 +23,11 @@ from glm_ms.generation.pool import DecoderPool
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft.lora import LoraConfig
 from glm_ms.pretrained import load_pretrained
+from glm_ms.quant import quantization
+from glm_ms.quant.network import cells_for, quantized_parameters
 from glm_ms.version import __version__
 
+_QUANTISED = {"int8": quantization(8), "int4": quantization(4)}
 _LORA_TARGETS = ".*query_key_value"
 
 
@@ -38,7 +41,10 @@ class Ours:
         """Random weights in memory."""
         ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
         self.config = GLMConfig(**setup.config)
-        self.model = GLMForCausalLM.from_parameters(self.config, random_weights(self.config))
+        how, weights = _QUANTISED.get(setup.weights), random_weights(self.config)
+        if how is not None:
+            weights = quantized_parameters(weights, expected_shapes(self.config), how)
+        self.model = GLMForCausalLM.from_parameters(self.config, weights, cells_for(how))
         self.decoders = DecoderPool(self.model.network)
         self.running: list[int] = []
         self.prompts = 0
