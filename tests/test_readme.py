@@ -213,8 +213,9 @@ def arguments_of(command: str) -> tuple[str, list[str]]:
         return "run_glm.py", ["--run_mode", *tokens[1:]]
     if tokens[0] == "glm-ms" and tokens[1] in console.TOOLS:
         return f"tools/{console.TOOLS[tokens[1]][0]}", tokens[2:]
-    if tokens[0] == "glm-ms" and tokens[1] in console.SERVING:
-        return console.SERVING[tokens[1]][0], tokens[2:]
+    modules = {**console.SERVING, **console.MEASURING}
+    if tokens[0] == "glm-ms" and tokens[1] in modules:
+        return modules[tokens[1]][0], tokens[2:]
     if tokens[:2] == ["bash", "scripts/run_standalone.sh"]:
         config, device, mode, *rest = tokens[2:]
         alone = [] if "--use_parallel" in rest else ["--use_parallel", "False"]
@@ -424,6 +425,7 @@ RESULTS = {
     "docs/data.md": ["tiny/tool_alpaca.jsonl", "tiny/lengths.png", "tiny/glm3_multiturn/metrics.jsonl"],
     "docs/chat.md": ["tiny/ptuning/generated_predictions.txt"],
     "docs/inference.md": ["tiny/glm3_predict/predict_results.jsonl", "tiny/glm3_export/export_settings.yaml"],
+    "docs/benchmarks.md": ["bench.json", "bench.md", "bench.png"],
     "docs/conversion.md": ["glm3.ckpt", "glm3_hf/config.json", "tiny_hf/config.json"],
     "docs/cluster.md": ["two_ranks/metrics.jsonl"],
 }  # fmt: skip

@@ -49,7 +49,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
         _panel(axes, title, curves)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=_DPI)
+        figure.savefig(path, format="png", dpi=_DPI)
     except OSError as error:
         raise BenchError(f"{path}: cannot be written: {error.strerror or error}") from None
 
