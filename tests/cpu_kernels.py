@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from glm_ms.ops.cpu import library
+from glm_ms.ops.cpu import build, library
 from glm_ms.ops.packing import Packed
 
+DRIVER = Path(__file__).resolve().parent / "ops" / "cpu" / "driver.cpp"
 FORMATS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 
 
@@ -83,3 +89,37 @@ def product(
         into is not None,
     )
     return y
+
+
+def build_driver(
+    output: Path,
+    compiler: str = "",
+    machine: str | None = None,
+    options: Sequence[str] = (),
+    flags: dict[str, Sequence[str]] | None = None,
+) -> Path:
+    """Links driver.cpp with the kernels; `flags` replaces the options of single files by name."""
+    try:
+        command = [*(compiler or build.find_compiler()).split(), *build.FLAGS, *options, f"-I{build.SOURCES}"]
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    files = {**build.source_files(machine), DRIVER: ()}
+    objects = [output.with_name(f"{path.stem}.o") for path in files]
+
+    def compile_file(path: Path, own: Sequence[str], to: Path) -> None:
+        own = (flags or {}).get(path.name, own)
+        run([*command, *own, '-DGLM_MS_SOURCES=""', "-c", str(path), "-o", str(to)])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_file, files, files.values(), objects))
+    run([*command, "-o", str(output), *map(str, objects)])
+    return output
+
+
+def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program; a failure shows its last lines."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done

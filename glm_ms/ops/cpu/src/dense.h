@@ -50,7 +50,7 @@ static inline void few_outputs(const Matrix& weight, const Rows& rows, int64_t r
 }
 
 // Weight rows that are read at the same time, for M rows.
-constexpr int streams(int m) { return m == 1 ? 4 : m == 2 ? 3 : m == 3 ? 2 : 1; }
+constexpr int streams(int m) { return m == 1 ? 4 : m == 2 ? 3 : 2; }
 
 template <class W, int M>
 static inline void few_rows(const Matrix& weight, const Rows& rows) {
@@ -67,15 +67,19 @@ static inline void few_rows(const Matrix& weight, const Rows& rows) {
 constexpr int64_t K_BLOCK = 512;      // inputs for which a tile stays in the first cache
 constexpr int64_t OUTPUT_BLOCK = 48;  // outputs and rows whose weights, inputs and partial sums fit into the second
 constexpr int64_t ROW_BLOCK = 48;
+constexpr int64_t NARROW = 24;        // rows up to which the weight is not copied in blocks for several rows
 constexpr int64_t SLAB = 8 << 20;  // floats of the copy of x
 
 // Copies rows of `source`, `stride` apart, into [rows][width] of float32 for inputs [begin, begin + width).
 template <class W>
 static inline void copy_block(
     const typename W::Type* source, int64_t stride, int64_t rows, int64_t begin, int64_t width, int64_t k, float* to) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < width; i += LANES)
-            store(to + row * width + i, W::get(source + row * stride + begin + i, k - begin - i));
+    int64_t whole = (begin + width <= k ? width : k - begin) / LANES * LANES;
+    for (int64_t row = 0; row < rows; ++row) {
+        const typename W::Type* from = source + row * stride + begin;
+        for (int64_t i = 0; i < whole; i += LANES) store(to + row * width + i, W::get(from + i));
+        if (whole < width) store(to + row * width + whole, W::get(from + whole, k - begin - whole));
+    }
 }
 
 template <int R>
@@ -111,6 +115,83 @@ static inline void copy_rows(const Rows& rows, int64_t count, int64_t k, int64_t
             int64_t width = k_padded - first < K_BLOCK ? k_padded - first : K_BLOCK;
             const float* source = rows.x + begin * rows.x_stride;
             copy_block<WeightF32>(source, rows.x_stride, end - begin, first, width, k, to + first * count + begin * width);
+        }
+    });
+}
+
+// Asks for the lines of the next piece of the weight, some before each tile, so that memory works while tiles are computed.
+struct Ahead {
+    const char* base;
+    int64_t stride, bytes, rows;  // of the piece, in bytes
+    int64_t lines;                // at each step
+    int64_t row = 0, place = 0;
+
+    Ahead(const void* from, int64_t stride_bytes, int64_t row_bytes, int64_t row_count, int64_t steps)
+        : base((const char*)from), stride(stride_bytes), bytes(row_bytes), rows(row_bytes > 0 ? row_count : 0),
+          lines((row_count * (row_bytes / 64 + 1) + steps - 1) / steps) {}
+
+    void step() {
+        for (int64_t i = 0; i < lines && row < rows; ++i) {
+            __builtin_prefetch(base + row * stride + place, 0, 3);
+            place += 64;
+            if (place >= bytes) place = 0, ++row;
+        }
+    }
+};
+
+template <int R>
+static inline void narrow_tiles(
+    const float* x, const float* w, int64_t rows, int64_t width, float* partial, bool fresh, Ahead& ahead) {
+    constexpr int64_t stride = TILE_OUTPUTS * LANES;
+    if constexpr (R > 0) {
+        int64_t row = 0;
+        for (; row + R <= rows; row += R) {
+            ahead.step();
+            tile<R>(x + row * width, w, width, partial + row * stride, stride, fresh);
+        }
+        narrow_tiles<R - 1>(x + row * width, w, rows - row, width, partial + row * stride, fresh, ahead);
+    }
+}
+
+// TILE_OUTPUTS outputs for all rows: the weight is read once, row by row; x, in blocks, stays in the second cache.
+template <class W>
+static void narrow_outputs(
+    const Matrix& weight, const Rows& rows, const float* x, int64_t k_padded, int64_t output, int64_t outputs,
+    int64_t next) {
+    const auto* source = (const typename W::Type*)weight.data + output * weight.k;
+    constexpr int64_t size = sizeof(*source);
+    float* w = scratch_of<float>(WEIGHTS, TILE_OUTPUTS * K_BLOCK);
+    float* partial = scratch_of<float>(PARTIALS, rows.count * TILE_OUTPUTS * LANES);
+    int64_t steps = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t first = 0; first < k_padded; first += K_BLOCK) {
+        int64_t width = k_padded - first < K_BLOCK ? k_padded - first : K_BLOCK;
+        copy_block<W>(source, weight.k, outputs, first, width, weight.k, w);
+        std::memset(w + outputs * width, 0, (TILE_OUTPUTS - outputs) * width * sizeof(float));
+        int64_t left = weight.k - first - width;
+        bool last = left <= 0;  // then the first piece of the next outputs
+        int64_t ahead_k = last ? weight.k : left;
+        Ahead ahead(
+            last ? source + outputs * weight.k : source + first + width, weight.k * size,
+            (ahead_k < K_BLOCK ? ahead_k : K_BLOCK) * size, last ? next : outputs, steps);
+        narrow_tiles<TILE_ROWS>(x + first * rows.count, w, rows.count, width, partial, first == 0, ahead);
+    }
+    for (int64_t row = 0; row < rows.count; ++row)
+        for (int64_t q = 0; q < outputs; ++q)
+            finish(rows, row, output + q, sum(load(partial + (row * TILE_OUTPUTS + q) * LANES)));
+}
+
+template <class W>
+static void narrow(const Matrix& weight, const Rows& rows) {
+    int64_t k_padded = (weight.k + LANES - 1) / LANES * LANES;
+    float* x = scratch_of<float>(ACTIVATIONS, rows.count * k_padded);
+    copy_rows(rows, rows.count, weight.k, k_padded, x);
+    int64_t bytes = TILE_OUTPUTS * weight.k * (int64_t)sizeof(typename W::Type);
+    parallel_for((weight.n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, 1 + (128 << 10) / bytes, [&](int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; ++group) {
+            int64_t output = group * TILE_OUTPUTS, left = weight.n - output;
+            int64_t outputs = left < TILE_OUTPUTS ? left : TILE_OUTPUTS, next = left - outputs;
+            next = group + 1 == end ? 0 : next < TILE_OUTPUTS ? next : TILE_OUTPUTS;
+            narrow_outputs<W>(weight, rows, x, k_padded, output, outputs, next);
         }
     });
 }
@@ -174,8 +255,7 @@ static void dense_product(const Matrix& weight, const Rows& rows) {
     if (rows.count == 1) return few_rows<W, 1>(weight, rows);
     if (rows.count == 2) return few_rows<W, 2>(weight, rows);
     if (rows.count == 3) return few_rows<W, 3>(weight, rows);
-    if (rows.count == 4) return few_rows<W, 4>(weight, rows);
-    if (weight.k > 0) return blocked<W>(weight, rows);
+    if (weight.k > 0) return rows.count <= NARROW ? narrow<W>(weight, rows) : blocked<W>(weight, rows);
     for (int64_t row = 0; row < rows.count; ++row)
         for (int64_t output = 0; output < weight.n; ++output) finish(rows, row, output, 0.0f);
 }

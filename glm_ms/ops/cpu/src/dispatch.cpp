@@ -25,8 +25,8 @@ bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 bool has_avx512() {
-#if defined(GLM_SIMDE)
-    return has_avx2();  // AVX-512 is translated, for tests
+#if defined(GLM_TRANSLATED)
+    return has_avx2();
 #else
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

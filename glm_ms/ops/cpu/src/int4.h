@@ -51,6 +51,10 @@ static inline __m256i broadcast4(const int8_t* p) {
     return _mm256_set1_epi32(four);
 }
 
+static inline __m256i add_pairs(__m256i sum, __m256i nibbles, __m256i inputs) {
+    return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(nibbles, inputs)));
+}
+
 // Sums of 16 bits over 32 inputs: 16 products of at most 15 * 128 a lane. Then 32 bits: 256 high + low.
 template <int R>
 static inline void int4_groups(
@@ -66,23 +70,21 @@ static inline void int4_groups(
             __m256i high[R][2], low[R][2];
             for (int r = 0; r < R; ++r)
                 for (int q = 0; q < 2; ++q) high[r][q] = low[r][q] = _mm256_setzero_si256();
-            for (int64_t i = part; i < part + 32; i += 8) {
-                __m256i nibbles[2][2];
-                for (int q = 0; q < 2; ++q) {
-                    __m256i bytes = _mm256_loadu_si256((const __m256i*)(w + i * 8 + q * 32));
-                    nibbles[q][0] = _mm256_and_si256(bytes, mask);
-                    nibbles[q][1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-                }
-                for (int r = 0; r < R; ++r)
-                    for (int half = 0; half < 2; ++half) {
-                        __m256i h = broadcast4(x.high_of(row + r) + i + half * 4);
-                        __m256i l = broadcast4(x.low_of(row + r) + i + half * 4);
-                        for (int q = 0; q < 2; ++q) {
-                            high[r][q] = _mm256_add_epi16(high[r][q], _mm256_maddubs_epi16(nibbles[q][half], h));
-                            low[r][q] = _mm256_add_epi16(low[r][q], _mm256_maddubs_epi16(nibbles[q][half], l));
-                        }
+#pragma GCC unroll 4
+            for (int64_t i = part; i < part + 32; i += 8)
+                for (int half = 0; half < 2; ++half) {
+                    __m256i nibbles[2];
+                    for (int q = 0; q < 2; ++q) {
+                        __m256i bytes = _mm256_loadu_si256((const __m256i*)(w + i * 8 + q * 32));
+                        nibbles[q] = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, mask);
                     }
-            }
+                    for (int r = 0; r < R; ++r) {
+                        __m256i h = broadcast4(x.high_of(row + r) + i + half * 4);
+                        for (int q = 0; q < 2; ++q) high[r][q] = add_pairs(high[r][q], nibbles[q], h);
+                        __m256i l = broadcast4(x.low_of(row + r) + i + half * 4);
+                        for (int q = 0; q < 2; ++q) low[r][q] = add_pairs(low[r][q], nibbles[q], l);
+                    }
+                }
             for (int r = 0; r < R; ++r) {
                 __m256i off = _mm256_set1_epi32(x.sums_of(row + r)[part / 32] * 8);
                 for (int q = 0; q < 2; ++q) {

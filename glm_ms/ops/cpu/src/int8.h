@@ -52,6 +52,13 @@ static inline void int8_block(
 
 constexpr int INT8_ROWS = 6;
 
+// The sum as it is. Compilers otherwise compute many products first and add them in a tree, for which there are not
+// enough registers.
+static inline __m256i in_order(__m256i sum) {
+    asm("" : "+x"(sum));
+    return sum;
+}
+
 // A register has 4 outputs with 2 sums each (inputs 0 + 1, inputs 2 + 3).
 template <int R>
 static inline void int8_block(
@@ -71,7 +78,7 @@ static inline void int8_block(
                 std::memcpy(&four, q16 + r * x.k + b * 4, 8);
                 __m256i inputs = _mm256_set1_epi64x(four);
                 for (int q = 0; q < Q; ++q)
-                    sums[r][q] = _mm256_add_epi32(sums[r][q], _mm256_madd_epi16(weights[q], inputs));
+                    sums[r][q] = in_order(_mm256_add_epi32(sums[r][q], _mm256_madd_epi16(weights[q], inputs)));
             }
         }
         for (int r = 0; r < R; ++r)

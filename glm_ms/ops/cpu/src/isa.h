@@ -5,11 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(GLM_SIMDE)
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
+#if defined(GLM_TRANSLATED) && defined(GLM_AVX512)
+#include GLM_TRANSLATED  // a header that translates AVX-512 for other machines, for tests
 #elif defined(GLM_AVX512) || defined(GLM_AVX2)
 #include <immintrin.h>
 #elif defined(GLM_NEON)

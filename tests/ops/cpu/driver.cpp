@@ -1,0 +1,155 @@
+// Runs the kernels over odd shapes and prints one line for each case: its name and a hash of its result.
+//
+// Every array is allocated in its exact size, so the address sanitizer sees a read or write outside. Equal lines of two
+// builds mean equal bits on two instruction sets.
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace {
+
+uint64_t state = 1;
+
+uint32_t random_bits() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33);
+}
+
+float random_value() { return (float)(int32_t)(random_bits() % 20001 - 10000) * 3e-4f; }
+
+template <class T>
+struct Array {
+    explicit Array(int64_t count) : size(count), values(new T[count]) {}
+    int64_t size;
+    std::unique_ptr<T[]> values;
+    T* data() { return values.get(); }
+};
+
+Array<float> random_array(int64_t count) {
+    Array<float> array(count);
+    for (int64_t i = 0; i < count; ++i) array.data()[i] = random_value();
+    return array;
+}
+
+uint64_t hash(const float* values, int64_t count) {
+    uint64_t result = 1469598103934665603u;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, 4);
+        if (values[i] != values[i]) bits = 0x7fc00000;  // processors differ in the bits of NaN
+        result = (result ^ bits) * 1099511628211u;
+    }
+    return result;
+}
+
+int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// A weight of any format in memory of its exact size.
+struct Weight {
+    Array<uint8_t> data{0}, scale{0};
+    glm::Matrix matrix;
+
+    Weight(glm::Format format, int64_t n, int64_t k, int64_t group) {
+        int64_t bytes = n * k * 4, scales = 0;
+        if (format == glm::Format::BF16 || format == glm::Format::F16) bytes = n * k * 2;
+        if (format == glm::Format::INT8) bytes = blocks(n, 16) * blocks(k, 4) * 64, scales = n * 4;
+        if (format == glm::Format::INT4)
+            bytes = blocks(n, 16) * blocks(k, group) * group * 8, scales = blocks(n, 16) * blocks(k, group) * 32;
+        data = Array<uint8_t>(bytes);
+        scale = Array<uint8_t>(scales);
+        for (int64_t i = 0; i < bytes; ++i) {
+            uint8_t value = (uint8_t)random_bits();
+            data.data()[i] = format == glm::Format::INT8 && value == 0x80 ? 0 : value;
+        }
+        if (format == glm::Format::F32)
+            for (int64_t i = 0; i < n * k; ++i) {
+                float value = random_value();
+                std::memcpy(data.data() + 4 * i, &value, 4);
+            }
+        if (format == glm::Format::BF16 || format == glm::Format::F16)  // exponents near that of 1
+            for (int64_t i = 0; i < n * k; ++i) {
+                uint8_t& top = data.data()[2 * i + 1];
+                top = (uint8_t)((top & 0x83) | (format == glm::Format::BF16 ? 0x3c : 0x38));
+            }
+        for (int64_t i = 0; i < scales; i += 2) {  // float16 near 1; two of them are a finite float32 too
+            uint16_t half = (uint16_t)(0x3800 + random_bits() % 1024);
+            std::memcpy(scale.data() + i, &half, 2);
+        }
+        matrix = {format, data.data(), scale.data(), n, k, group};
+    }
+};
+
+void product_case(const char* name, glm::Format format, int64_t group, int64_t n, int64_t k, int64_t rows) {
+    Weight weight(format, n, k, group);
+    Array<float> x = random_array(rows * k), y = random_array(rows * n), bias = random_array(n);
+    if (rows == 5 && k > 0) x.data()[2 * k + k / 2] = NAN;
+    if (rows == 3) std::memset(x.data(), 0, k * sizeof(float));
+    glm::kernels().product(
+        weight.matrix, {x.data(), k, rows, y.data(), n, rows % 2 ? bias.data() : nullptr, rows % 3 == 0});
+    std::printf("%s n=%d k=%d rows=%d %016llx\n", name, (int)n, (int)k, (int)rows,
+                (unsigned long long)hash(y.data(), rows * n));
+}
+
+void products() {
+    const int64_t shapes[][2] = {{1, 1}, {3, 15}, {16, 32}, {17, 33}, {50, 515}, {49, 1100}, {5, 0}};
+    for (auto [n, k] : shapes)
+        for (int64_t rows : {0, 1, 2, 3, 4, 5, 9, 50}) {
+            product_case("float32", glm::Format::F32, 0, n, k, rows);
+            product_case("bfloat16", glm::Format::BF16, 0, n, k, rows);
+            product_case("float16", glm::Format::F16, 0, n, k, rows);
+            product_case("int8", glm::Format::INT8, 0, n, k, rows);
+            product_case("int4-32", glm::Format::INT4, 32, n, k, rows);
+            product_case("int4-128", glm::Format::INT4, 128, n, k, rows);
+        }
+}
+
+// Several threads call kernels at once, while parts of one call are shared by the pool.
+void contention() {
+    Weight weight(glm::Format::INT8, 64, 256, 0);
+    Array<float> x = random_array(256);
+    std::vector<std::vector<float>> found(4, std::vector<float>(64));
+    std::vector<std::thread> callers;
+    for (auto& y : found)
+        callers.emplace_back([&] {
+            for (int i = 0; i < 200; ++i)
+                glm::kernels().product(weight.matrix, {x.data(), 256, 1, y.data(), 64, nullptr, false});
+        });
+    for (auto& caller : callers) caller.join();
+    for (auto& y : found) std::printf("contention %016llx\n", (unsigned long long)hash(y.data(), 64));
+}
+
+// Every item once, in parts that begin at multiples of the grain; a call inside a part runs in its thread.
+void parts() {
+    for (int size : {1, 2, 5}) {
+        glm::set_threads(size);
+        for (int64_t count : {0, 1, 7, 1000}) {
+            std::vector<std::atomic<int>> seen(count);
+            glm::parallel_for(count, 3, [&](int64_t begin, int64_t end) {
+                glm::parallel_for(end - begin, 1, [&](int64_t from, int64_t to) {
+                    for (int64_t i = begin + from; i < begin + to; ++i) ++seen[i];
+                });
+            });
+            int wrong = 0;
+            for (auto& times : seen) wrong += times != 1;
+            std::printf("parts count=%d wrong=%d\n", (int)count, wrong);
+        }
+    }
+    glm::set_threads(0);
+}
+
+}  // namespace
+
+int main() {
+    std::fprintf(stderr, "%s\n", glm::kernels().isa);
+    products();
+    contention();
+    parts();
+}
