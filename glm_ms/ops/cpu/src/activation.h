@@ -1,8 +1,8 @@
 // Rows of x as integers of 16 bits, for products with packed weights.
 //
-// q = x / scale rounded to nearest even, scale = max|x| / 32512, so |q| <= 32512 = 127 * 256; q = 256 high + low with both
-// in [-128, 127]. A row whose largest value is below 1e-33 counts as zero. A row with NaN or infinity gets scale NaN, and
-// so NaN in all of its results.
+// q = x / scale rounded to nearest even, scale = max|x| / 32512, so |q| <= 32512 = 127 * 256; q = 256 high + low with
+// both in [-128, 127]. A row whose largest value is below 1e-33 counts as zero. A row with NaN or infinity gets scale
+// NaN, and so NaN in all of its results.
 
 struct Activation {
     int64_t k;  // padded inputs of a row, multiple of 128

@@ -114,12 +114,13 @@ static inline void copy_rows(const Rows& rows, int64_t count, int64_t k, int64_t
         for (int64_t first = 0; first < k_padded; first += K_BLOCK) {
             int64_t width = k_padded - first < K_BLOCK ? k_padded - first : K_BLOCK;
             const float* source = rows.x + begin * rows.x_stride;
-            copy_block<WeightF32>(source, rows.x_stride, end - begin, first, width, k, to + first * count + begin * width);
+            float* block = to + first * count + begin * width;
+            copy_block<WeightF32>(source, rows.x_stride, end - begin, first, width, k, block);
         }
     });
 }
 
-// Asks for the lines of the next piece of the weight, some before each tile, so that memory works while tiles are computed.
+// Asks for the lines of the next piece of the weight, some before each tile: memory works while tiles are computed.
 struct Ahead {
     const char* base;
     int64_t stride, bytes, rows;  // of the piece, in bytes
@@ -186,7 +187,8 @@ static void narrow(const Matrix& weight, const Rows& rows) {
     float* x = scratch_of<float>(ACTIVATIONS, rows.count * k_padded);
     copy_rows(rows, rows.count, weight.k, k_padded, x);
     int64_t bytes = TILE_OUTPUTS * weight.k * (int64_t)sizeof(typename W::Type);
-    parallel_for((weight.n + TILE_OUTPUTS - 1) / TILE_OUTPUTS, 1 + (128 << 10) / bytes, [&](int64_t begin, int64_t end) {
+    int64_t groups = (weight.n + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
+    parallel_for(groups, 1 + (128 << 10) / bytes, [&](int64_t begin, int64_t end) {
         for (int64_t group = begin; group < end; ++group) {
             int64_t output = group * TILE_OUTPUTS, left = weight.n - output;
             int64_t outputs = left < TILE_OUTPUTS ? left : TILE_OUTPUTS, next = left - outputs;

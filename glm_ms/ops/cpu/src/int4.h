@@ -88,7 +88,8 @@ static inline void int4_groups(
             for (int r = 0; r < R; ++r) {
                 __m256i off = _mm256_set1_epi32(x.sums_of(row + r)[part / 32] * 8);
                 for (int q = 0; q < 2; ++q) {
-                    __m256i both = _mm256_add_epi32(_mm256_madd_epi16(high[r][q], big), _mm256_madd_epi16(low[r][q], one));
+                    __m256i both = _mm256_madd_epi16(high[r][q], big);
+                    both = _mm256_add_epi32(both, _mm256_madd_epi16(low[r][q], one));
                     exact[r][q] = _mm256_add_epi32(exact[r][q], _mm256_sub_epi32(both, off));
                 }
             }

@@ -31,8 +31,8 @@ static inline void part_store(float* p, Part a) { store(p, a); }
 static inline Part part_fma(Part a, Part b, Part c) { return fma(a, b, c); }
 #endif
 
-// partial[r][q][16] (+)= x[r][i] w[q][i] for R rows and TILE_OUTPUTS outputs, in order of i; `width` is a multiple of 16
-// and the distance of rows. `fresh`: partial has no value yet. `stride`: distance of rows of partial.
+// partial[r][q][16] (+)= x[r][i] w[q][i] for R rows and TILE_OUTPUTS outputs, in order of i; `width` is a multiple of
+// 16 and the distance of rows. `fresh`: partial has no value yet. `stride`: distance of rows of partial.
 template <int R>
 static inline void tile(const float* x, const float* w, int64_t width, float* partial, int64_t stride, bool fresh) {
     constexpr int Q = TILE_OUTPUTS;
