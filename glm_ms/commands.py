@@ -28,6 +28,7 @@ RUN_MODES = {
 TOOLS = {
     "convert": ("convert_weight.py", "convert checkpoints between Hugging Face and MindSpore"),
     "merge-lora": ("merge_lora.py", "merge a LoRA adapter into its base, or remove it"),
+    "quantize": ("quantize.py", "quantize weights to 8 or 4 bits"),
     "transform-ckpt": ("transform_ckpt.py", "merge or slice the checkpoints of a cluster"),
     "plan": ("plan.py", "memory, compute and traffic of a run before it starts"),
     "inspect": ("inspect_dataset.py", "lengths, truncation and encoded records of a data set"),

@@ -8,12 +8,13 @@ from typing import Any
 
 import mindspore as ms
 
-from glm_ms.convert.reader import load_parameters, open_checkpoint
+from glm_ms.convert.reader import open_checkpoint
 from glm_ms.families import FAMILIES, Family, family_of, read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import is_adapter_folder
 from glm_ms.peft.adapter import adapter_with
+from glm_ms.quant import Quantization
 from glm_ms.settings.loader import unchecked_settings
 from glm_ms.storage.errors import CheckpointError, FileError
 from glm_ms.storage.paths import exists, path_problem
@@ -36,6 +37,7 @@ def load_pretrained(
     config: GLMConfig | str | Path | None = None,
     adapter: str | Path | None = None,
     lora_alpha: float | None = None,
+    quantization: Quantization | None = None,
 ) -> GLMForCausalLM:
     """Loads a model. On a CPU its weights are float32, the only type that is fast there; elsewhere as the config says.
 
@@ -46,6 +48,8 @@ def load_pretrained(
         adapter: LoRA or P-Tuning adapter to attach; see `GLMForCausalLM.load_adapter`. None: the adapter that the
             files of the weights contain, if they do; another one replaces it.
         lora_alpha: see `GLMForCausalLM.load_adapter`.
+        quantization: how to quantize the weights while they are read (`glm_ms.quant.quantization`); None: they stay as
+            they are in the file.
 
     An answer ends at the stop tokens of the tokenizer in the folder of the weights or of their run, if there is one.
 
@@ -70,9 +74,7 @@ def load_pretrained(
             config = read_config(config, with_prefix=bool(reader.adapter_names()))
         if ms.get_context("device_target") == "CPU":
             config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
-        # NumPy has no bfloat16: such weights pass through float32, one tensor at a time.
-        dtype = "float16" if config.param_init_type == "float16" else "float32"
-        model = GLMForCausalLM.from_parameters(config, load_parameters(reader, config, dtype, with_adapter=True))
+        model = GLMForCausalLM.from_checkpoint(reader, config, quantization)
         adapter = adapter_with(reader, adapter)
     model.stop_token_ids = _stop_token_ids(given, path, config)
     if adapter is not None:
@@ -87,6 +89,7 @@ def load_with_tokenizer(
     lora_alpha: float | None = None,
     tokenizer: str | Path | None = None,
     generation: int | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[GLMForCausalLM, SentencePieceTokenizer]:
     """A model, see `load_pretrained`, and its tokenizer.
 
@@ -104,7 +107,7 @@ def load_with_tokenizer(
     beside = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
     family, vocab_file, options = find_tokenizer(tokenizer or beside, generation)
     made = family.tokenizer(vocab_file, template=options.get("template", CHAT))
-    model = load_pretrained(path, config, adapter, lora_alpha)
+    model = load_pretrained(path, config, adapter, lora_alpha, quantization)
     check_vocabulary(made, model.config)
     return model, made
 

@@ -13,6 +13,7 @@ import yaml
 
 from glm_ms.families import read_config
 from glm_ms.pretrained import find_tokenizer, load_with_tokenizer
+from glm_ms.quant import Quantization, quantization
 from glm_ms.settings import SettingsError, load_settings
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.json_lines import parse_value, raw_values
@@ -72,7 +73,7 @@ class Arguments:
     predict_with_generate: bool = True  # False: do_predict measures the perplexity
     overwrite_output_dir: bool = False
     overwrite_cache: bool = False  # either is right: a changed file is noticed
-    quantization_bit: int | None = None  # must be None
+    quantization_bit: int | None = None  # 4 or 8: weights of linear layers become integers when they are loaded
     model_generation: int | None = None  # 2 or 3, where nothing beside the model tells
     device_target: str = "CPU"  # or "Ascend"
 
@@ -97,7 +98,7 @@ def ptuning(**arguments: Any) -> dict[str, Any]:
     given = Arguments(**arguments)
     if not given.do_train and not given.do_predict:
         raise ValueError("do_train, do_predict: both are false, so there is nothing to do; set one")
-    _refuse_quantization(given.quantization_bit)
+    chosen_bits(given.quantization_bit)
     output = Path(given.output_dir)
     if given.do_train:
         if given.train_file is None:
@@ -131,9 +132,11 @@ def load_ptuning_checkpoint(
     Raises:
         ValueError: a file that cannot be used, or a prefix of another length or kind.
     """
-    _refuse_quantization(quantization_bit)
+    bits = chosen_bits(quantization_bit)
     path = None if ptuning_checkpoint is None else _checkpoint(ptuning_checkpoint)
-    model, tokenizer = load_with_tokenizer(model_name_or_path, adapter=path, generation=model_generation)
+    model, tokenizer = load_with_tokenizer(
+        model_name_or_path, adapter=path, generation=model_generation, quantization=bits
+    )
     wanted = {"pre_seq_len": pre_seq_len, "prefix_projection": prefix_projection or None}
     config = None if model.adapter is None else model.adapter.config
     for name, value in wanted.items():
@@ -143,9 +146,9 @@ def load_ptuning_checkpoint(
     return tokenizer, model.config, model
 
 
-def _refuse_quantization(bits: int | None) -> None:
-    if bits is not None:
-        raise ValueError(f"quantization_bit = {bits}: not supported; leave it out, weights are float16 or float32")
+def chosen_bits(bits: int | None) -> Quantization | None:
+    """The quantization of `quantization_bit`; QuantizationError, a ValueError, for other values than None, 4 and 8."""
+    return None if bits is None else quantization(bits)
 
 
 def _training(given: Arguments) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def _common(given: Arguments) -> dict[str, Any]:
         "output_dir": given.output_dir,
         "load_checkpoint": str(given.model_name_or_path),
         "context": {"device_target": given.device_target},
-        "model": {"model_config": network},
+        "model": {"model_config": network, "quantization_bit": given.quantization_bit},
         "processor": {
             "tokenizer": {
                 "type": family.tokenizer.__name__,

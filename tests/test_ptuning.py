@@ -81,7 +81,7 @@ def test_the_settings_of_the_guide(base: Path, tmp_path: Path) -> None:
         ({}, "nothing to do"),
         ({"do_train": True}, "train_file: missing"),
         ({"do_predict": True}, "test_file: missing"),
-        ({"do_train": True, "quantization_bit": 4}, "quantization_bit = 4: not supported"),
+        ({"do_train": True, "quantization_bit": 3}, "3 bits: must be 8 or 4"),
         ({"do_predict": True, "test_file": "nowhere.json"}, "nowhere.json: no such file"),
     ],
 )

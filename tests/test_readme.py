@@ -427,6 +427,7 @@ RESULTS = {
     "docs/inference.md": ["tiny/glm3_predict/predict_results.jsonl", "tiny/glm3_export/export_settings.yaml"],
     "docs/benchmarks.md": ["bench.json", "bench.md", "bench.png"],
     "docs/conversion.md": ["glm3.ckpt", "glm3_hf/config.json", "tiny_hf/config.json"],
+    "docs/quantization.md": ["tiny/glm3_int8/eval_scores.json", "tiny/glm3_quantized/model.safetensors"],
     "docs/cluster.md": ["two_ranks/metrics.jsonl"],
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _FOLDER_CONTENT = (_INDEXES[0], "model.safetensors", _INDEXES[1], "pytorch_model.bin")
 _NEW_LINE = "\n    "
 # Parts of names that quantization adds: ChatGLM's own, GPTQ and AWQ, bitsandbytes.
-_QUANTIZED = (".weight_scale.", ".quantized_weight.", ".qweight.", ".absmax.", ".quant_state.", ".SCB.")
+_QUANTIZED = (".quantized.", ".weight_scale.", ".quantized_weight.", ".qweight.", ".absmax.", ".quant_state.", ".SCB.")
 # What a name begins with that was saved with the network around it.
 _ORIGINS = {
     "module.": "DataParallel and DeepSpeed add it: save model.module.state_dict()",
@@ -129,6 +129,20 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
                 piece = convert_dtype(piece, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
             pieces.append(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def map(self, name: str) -> np.ndarray:
+        """A parameter as it is stored, without reading it where that is possible; see `TensorFile.map`.
+
+        Raises CheckpointError as `read`.
+        """
+        found = self._find(name)
+        if len(found) > 1:
+            return self.read(name)
+        file, stored = found[0]
+        self._verify(file)
+        array = file.map(stored)
+        check_finite(array, file.entries[stored].dtype, f"{file.path}: {name}")
+        return array
 
     def _verify(self, file: TensorFile) -> None:
         """Compares a file with its checksums, once and before its first tensor is used."""
@@ -268,18 +282,25 @@ def _read_index(index: Path) -> tuple[dict[str, str], Any]:
     return shard_of, metadata.get("total_size")
 
 
-def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader, with_adapter: bool = False) -> None:
+def check_names_and_shapes(
+    config: GLMConfig, reader: CheckpointReader, with_adapter: bool = False,
+    expected: Mapping[str, tuple[int, ...]] | None = None, types: Mapping[str, str] | None = None
+) -> None:  # fmt: skip
     """Compares the parameters of a checkpoint with those of a config.
 
-    `with_adapter` allows the tensors of an adapter beside them, for a caller that uses these too.
+    Args:
+        with_adapter: allow the tensors of an adapter beside them, for a caller that uses these too.
+        expected: name -> shape of every parameter; None: those of the config.
+        types: name -> type of those whose type is given; others may have any floating one.
 
     Raises:
-        CheckpointError: parameters are missing, unexpected, of a wrong shape or not floating point; lists all, at most
-            ten of a kind, with the file and the expected and found shapes. The checkpoint is an adapter or contains
+        CheckpointError: parameters are missing, unexpected, of a wrong shape or type; lists all, at most ten of a kind,
+            with the file and the expected and found shapes. The checkpoint is an adapter or contains
             one.
     """
     _check_adapter(reader, with_adapter)
-    expected, found = expected_shapes(config), reader.base_names()
+    expected = expected_shapes(config) if expected is None else expected
+    found, types = reader.base_names(), types or {}
     known = set(found)
     absent = [name for name in expected if name not in known]
     problems: dict[str, list[str]] = {
@@ -287,6 +308,7 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader, with_ada
         "unexpected": [],
         "of the wrong shape": [],
         "not floating point": [],
+        "of the wrong type": [],
     }
     for name in found:
         shape, file = reader.shape(name), reader.file(name).name
@@ -299,7 +321,9 @@ def check_names_and_shapes(config: GLMConfig, reader: CheckpointReader, with_ada
             problems["of the wrong shape"].append(
                 f"{name} in {file}: expected {list(expected[name])}, found {list(shape)}"
             )
-        if not is_floating(reader.dtype(name)):
+        if name in types and reader.dtype(name) != types[name]:
+            problems["of the wrong type"].append(f"{name} in {file}: {reader.dtype(name)}, not {types[name]}")
+        elif name not in types and not is_floating(reader.dtype(name)):
             problems["not floating point"].append(f"{name} in {file}: {reader.dtype(name)}")
     listed = [f"\n  {len(items)} {what}:\n    {capped(items, _NEW_LINE)}" for what, items in problems.items() if items]
     if listed:
@@ -343,7 +367,11 @@ def _why_other_names(reader: CheckpointReader, found: list[str], expected: Mappi
     """What a checkpoint is that does not fit, for the error message; empty if that is not known."""
     small = {"int8", "uint8"} & {reader.dtype(name) for name in found if name in expected}
     if small or any(part in f"{name}." for name in found for part in _QUANTIZED):
-        return "These are quantized weights (int4 or int8), which are not supported: use the unquantized release"
+        return (
+            "These are quantized weights (int4 or int8). Those of glm-ms quantize and the official ones of ChatGLM2 "
+            "and ChatGLM3 are for eval, predict, chat, serve and finetuning of adapters; all else, and quantized "
+            "weights of another program, need the unquantized release"
+        )
     if "transformer.word_embeddings.weight" in found:
         return "This is ChatGLM-6B of the first generation, another network: use ChatGLM2-6B or ChatGLM3-6B"
     if any(".base_layer." in name for name in found):

@@ -71,8 +71,11 @@ def write_safetensors(
             write_tensor(file, next(arrays))
 
 
-def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> None:
-    """Writes the start of a file whose tensors follow in the order of `tensors`, each by `write_tensor`."""
+def write_header(
+    file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[str, str], alignment: int = _ALIGNMENT
+) -> None:
+    """Writes the start of a file whose tensors follow in the order of `tensors`, each by `write_tensor`; the first one
+    begins at a multiple of `alignment` bytes."""
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name, info in tensors.items():
@@ -80,7 +83,7 @@ def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[
         header[name] = {"dtype": DTYPES[info.dtype].safetensors, "shape": list(info.shape), "data_offsets": offsets}
         position = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % alignment)
     file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
 
 

@@ -83,6 +83,20 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
         return array
 
+    def map(self, name: str) -> np.ndarray:
+        """As `read`; where the format stores a tensor in one piece, a `numpy.memmap` whose pages are read when they are
+        used and are shared with other processes. Writing to it does not change the file."""
+        pieces, info = self.spans[name], self.entries[name]
+        if len(pieces) != 1 or info.dtype not in DTYPES or info.nbytes == 0:
+            return self.read(name)
+        storage = DTYPES[info.dtype].storage
+        if pieces[0][0] % storage.itemsize:
+            return self.read(name)
+        try:
+            return np.memmap(self.path, storage, "c", pieces[0][0], info.shape)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: {name}: cannot be mapped: {error}") from None
+
     def verify(self) -> None:
         """Reads the file once and compares it with the checksums in it, where the format has some that opening does
         not compare; raises CheckpointError if it is damaged."""

@@ -107,8 +107,13 @@ def write_folder(
             _write_json(work / "model.safetensors.index.json", index)
         for name, text in texts.items():
             (work / name).write_text(text, encoding="utf-8")
-        for extra in extra_files:
-            shutil.copyfile(extra, work / extra.name)
+        copy_files(extra_files, work)
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copies files, such as those of a tokenizer, into a folder under their names."""
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
 
 
 def _checked(shapes: Shapes, dtype: str, parameters: Parameters) -> Iterator[np.ndarray]:

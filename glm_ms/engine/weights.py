@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, load_parameters, open_checkpoint
+from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, open_checkpoint
 from glm_ms.engine.checkpoints.manifest import weights_fingerprint
 from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import ranks_of
@@ -21,7 +21,7 @@ from glm_ms.parallel.layers import sharded_glm
 from glm_ms.peft import ADAPTERS, is_adapter_folder
 from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, adapter_with, read_adapter, replaced_adapter
 from glm_ms.settings import Settings, SettingsError, resolve_vocab_size
-from glm_ms.settings.schema import AUTO, parallel_of, training_length
+from glm_ms.settings.schema import AUTO, parallel_of, quantization_of, training_length
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import file_sha256, manifest_beside
 from glm_ms.storage.run_folder import resolve_checkpoint
@@ -183,9 +183,10 @@ def _base_model(
 ) -> tuple[GLMForCausalLM, str | Path | None]:
     """The network with its weights, and the adapter that belongs to them."""
     if checkpoint is None:
-        config = _config_for(settings, vocab_size)
+        config, chosen = _config_for(settings, vocab_size), quantization_of(settings)
         say("weights: random")
-        return GLMForCausalLM(config), settings.load_adapter
+        model = GLMForCausalLM(config)
+        return model if chosen is None else model.quantize(*chosen.numbers), settings.load_adapter
     if is_adapter_folder(checkpoint):
         raise CheckpointError(
             f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter, not weights; "
@@ -202,9 +203,23 @@ def _base_model(
         config = _config_for(settings, vocab_size, checkpoint, reader)
         for line in filter(None, (f"weights: {checkpoint}", remark)):
             say(line)
-        dtype = "float16" if config.param_init_type == "float16" else "float32"
-        parameters = load_parameters(reader, config, dtype, with_adapter=True)
-        return GLMForCausalLM.from_parameters(config, parameters), named
+        model = GLMForCausalLM.from_checkpoint(reader, config, quantization_of(settings))
+    if model.quantization is not None:
+        _check_use_of_integers(settings, checkpoint)
+        say(f"weights of linear layers: {model.quantization}")
+    return model, named
+
+
+def _check_use_of_integers(settings: Settings, checkpoint: Path) -> None:
+    """Raises CheckpointError for a run that needs floating point weights, if those of the checkpoint are quantized."""
+    place = f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} has quantized weights"
+    if settings.is_training() and settings.model.pet_config.pet_type is None:
+        raise CheckpointError(
+            f"{place}, which cannot be trained; set model.pet_config.pet_type to train an adapter over them, or give "
+            "the unquantized release"
+        )
+    if settings.run_mode == "export":
+        raise CheckpointError(f"{place}, which cannot be exported; give the unquantized release")
 
 
 def build_unfilled_model(settings: Settings, vocab_size: int, say: Say) -> GLMForCausalLM:

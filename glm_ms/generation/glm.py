@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.nn.utils import no_init_parameters
 
+from glm_ms.convert.reader import CheckpointReader
 from glm_ms.families import family_of
 from glm_ms.generation.chat import Round
 from glm_ms.generation.config import GenerationConfig
@@ -23,7 +24,8 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import Cells, GLMNetwork
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
 from glm_ms.peft.adapter import Adapter, AdapterConfig, AdapterError, StoredAdapter, attach, read_adapter
-from glm_ms.quant import quantization
+from glm_ms.quant import Quantization, quantization
+from glm_ms.quant.checkpoint import weights_of
 from glm_ms.quant.network import quantize_network
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -66,6 +68,7 @@ class GLMForCausalLM:
 
     Attributes:
         adapter: LoRA or P-Tuning on the network, which then is frozen; None without one.
+        quantization: of the weights of the linear layers; None: they are floating point.
         stop_token_ids: end an answer unless a call gives others; None: the `eos_token_id` of the config.
     """
 
@@ -74,6 +77,7 @@ class GLMForCausalLM:
         self.network: GLMNetwork = family_of(config).build_network(config) if network is None else network
         self.adapter: Adapter | None = None
         self.stop_token_ids: list[int] | None = None
+        self.quantization: Quantization | None = None
         self.network.set_train(False)
         self._build_cells()
 
@@ -95,6 +99,23 @@ class GLMForCausalLM:
             network = family_of(config).build_network(config, cells)
         model = cls(config, network)
         model.load_parameters(parameters)
+        return model
+
+    @classmethod
+    def from_checkpoint(
+        cls, reader: CheckpointReader, config: GLMConfig, quantization: Quantization | None = None
+    ) -> GLMForCausalLM:
+        """Builds a model around the weights of a checkpoint, quantized if they are, or while they are read.
+
+        Args:
+            quantization: how to quantize weights that are not; None: not at all.
+
+        Raises:
+            CheckpointError: see `glm_ms.quant.checkpoint.weights_of`.
+        """
+        cells, parameters, found = weights_of(reader, config, quantization)
+        model = cls.from_parameters(config, parameters, cells)
+        model.quantization = found
         return model
 
     def _build_cells(self) -> None:
@@ -123,7 +144,9 @@ class GLMForCausalLM:
         Raises:
             QuantizationError: other bits or groups, the model is quantized already, or it has an adapter.
         """
-        quantize_network(self.network, quantization(bits, group))
+        chosen = quantization(bits, group)
+        quantize_network(self.network, chosen)
+        self.quantization = chosen
         self._build_cells()
         return self
 

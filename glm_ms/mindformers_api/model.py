@@ -239,6 +239,8 @@ class MindFormersGLM(PreTrainedModel):
         Raises CheckpointError for weights of another network, and for an adapter if there is one already.
         """
         folder, core = resolve_checkpoint(path), self.core
+        if core.quantization is not None:
+            raise CheckpointError(f"{folder}: the model has quantized weights; build it again with from_pretrained")
         with open_checkpoint(folder) as reader:
             if reader.adapter_names() and core.adapter is not None:
                 raise CheckpointError(f"{folder}: contains an adapter, and the model has one already; build it again")
@@ -263,6 +265,8 @@ class MindFormersGLM(PreTrainedModel):
                 "save_pretrained: an adapter is attached, and the folder would have the weights without it. The "
                 "training run saved the adapter; tools/merge_lora.py merges LoRA into the weights"
             )
+        if self.core.quantization is not None:
+            raise ValueError("save_pretrained: the weights are quantized; glm-ms quantize writes such folders")
         folder = create_folder(save_directory)
         parameters, dtype = self.core.parameters(), self.core.config.param_init_type
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}

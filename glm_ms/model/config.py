@@ -24,14 +24,16 @@ FREE_FIELDS = frozenset(
 
 # Keys of a Hugging Face config.json without effect here: bookkeeping of files, and switches of the reference code
 # between equal ways of computing. `apply_query_key_layer_scaling` divides by the layer number and multiplies back;
-# `attention_softmax_in_fp32` and `fp32_residual_connection` differ only below float32.
+# `attention_softmax_in_fp32` and `fp32_residual_connection` differ only below float32. Whether weights are quantized
+# is seen in their tensors, and compared with `quantization` and `quantization_bit` there (`glm_ms.quant.checkpoint`).
 _HF_KEYS_WITHOUT_EFFECT = frozenset(
     {
         "_name_or_path", "_attn_implementation_autoset", "architectures", "auto_map", "transformers_version",
         "torch_dtype", "dtype", "use_cache", "original_rope", "bias_dropout_fusion", "apply_query_key_layer_scaling",
         "attention_softmax_in_fp32", "fp32_residual_connection", "classifier_dropout", "return_dict",
         "output_attentions", "output_hidden_states", "bos_token_id", "tokenizer_class",
-        "prefix_projection", "quantization_bit", "vocab_size", "chunk_size_feed_forward", "problem_type",
+        "prefix_projection", "quantization", "quantization_bit", "vocab_size", "chunk_size_feed_forward",
+        "problem_type",
         "max_length", "is_encoder_decoder", "is_decoder", "torchscript", "use_bfloat16", "id2label", "label2id",
     }
 )  # fmt: skip
@@ -211,10 +213,6 @@ class GLMConfig:
             raise ConfigError(f"{path}: model_type = {model_type!r}: expected {cls.model_type!r}")
         if values.pop("tie_word_embeddings", False):
             raise ConfigError(f"{path}: tie_word_embeddings = true: ChatGLM has a separate output layer")
-        if values.get("quantization_bit"):
-            bits = values["quantization_bit"]
-            reason = "quantized weights are not supported; use the unquantized release"
-            raise ConfigError(f"{path}: quantization_bit = {bits}: {reason}")
         if values.pop("pre_seq_len", None) and not with_prefix:
             raise ConfigError(
                 f"{path}: pre_seq_len is set, so this belongs to a P-Tuning prefix, and no weights of one are beside "

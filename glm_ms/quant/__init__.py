@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from glm_ms.storage.errors import CheckpointError
 
 BITS = (8, 4)
-GROUPS = (32, 64, 128)
+GROUPS = (32, 64, 128)  # those of `glm_ms.ops.packing`, which needs NumPy
 DEFAULT_GROUP = 32
 
 
@@ -63,5 +63,5 @@ class Quantization:
 
 
 def quantization(bits: int, group: int | None = None) -> Quantization:
-    """The `Quantization` of a number of bits and a group; None: `DEFAULT_GROUP` for 4 bits."""
-    return Quantization(bits, group if group is not None else DEFAULT_GROUP if bits == 4 else 0)
+    """The `Quantization` of a number of bits and a group; None or 0: `DEFAULT_GROUP` for 4 bits."""
+    return Quantization(bits, group or (DEFAULT_GROUP if bits == 4 else 0))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm_ms.program import library_imports
+from glm_ms.quant import BITS, GROUPS, Quantization, QuantizationError, quantization
 from glm_ms.storage.errors import FileError
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help=tokenizer)
     parser.add_argument("--model-generation", type=int, choices=(2, 3), help=generation)
     parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", help=alpha)
+    parser.add_argument("--quantize", type=int, choices=BITS, help="round weights to so many bits when they are loaded")
+    group = "with --quantize 4: inputs that share a scale (default: 32)"
+    parser.add_argument("--quantize-group", type=int, choices=GROUPS, help=group)
     parser.add_argument("--device-target", choices=("CPU", "Ascend"), help="device (default: that of MindSpore)")
     parser.add_argument("--device-id", type=int, metavar="N", help="number of the card (default: 0)")
 
@@ -60,7 +64,15 @@ def load_model(
         arguments.lora_alpha,
         arguments.tokenizer,
         arguments.model_generation,
+        _quantization(arguments),
     )
+
+
+def _quantization(arguments: Namespace) -> Quantization | None:
+    """Raises QuantizationError for a group without 4 bits."""
+    if arguments.quantize_group is not None and arguments.quantize != 4:
+        raise QuantizationError(f"--quantize-group {arguments.quantize_group}: is for --quantize 4 only; remove it")
+    return None if arguments.quantize is None else quantization(arguments.quantize, arguments.quantize_group)
 
 
 def _open_device(target: str, number: int) -> None:

@@ -24,6 +24,7 @@ from glm_ms.settings.schema import (
 )
 
 _MODE, _PET = "parallel.parallel_mode", "model.pet_config.pet_type"
+_BITS, _GROUP = "model.quantization_bit", "model.quantization_group"
 _SEQ_LENGTH = "model.model_config.seq_length"
 _BASE, _ADAPTER, _STAGE = "load_checkpoint", "load_adapter", "parallel_config.pipeline_stage"
 _BEAMS, _ANSWERS = "generation.num_beams", "generation.num_return_sequences"
@@ -79,6 +80,8 @@ _ALWAYS = (
          "{generation.logit_bias}: numbers must be in [-100, 100]"),
     Rule("generation.logit_bias", lambda s: _has_twice([token for token, _ in bias_pairs(s.generation.logit_bias)]),
          "{generation.logit_bias}: an id is given twice"),
+    Rule(_GROUP, lambda s: s.get(_GROUP) is not None and s.get(_BITS) != 4,
+         f"{{{_GROUP}}} has no effect with {_BITS}: {{{_BITS}}}; groups are for 4 bits", (_BITS,)),
     Rule("generation.do_sample", lambda s: s.generation.do_sample and s.generation.num_beams > 1,
          "sampling together with num_beams = {generation.num_beams} is not supported; keep one of both", (_BEAMS,)),
 )  # fmt: skip
@@ -97,6 +100,9 @@ _SHARDED = (
     Rule("do_eval", lambda s: s.is_training() and s.do_eval,
          "True, but no card of a sharded run has the whole network to evaluate; set it to False, and evaluate "
          "merged checkpoints (tools/transform_ckpt.py)", (_MODE,)),
+    Rule(_BITS, lambda s: s.is_training() and s.get(_BITS) is not None,
+         "{model.quantization_bit}, but packed weights are not split over cards; set it to null, or parallel_mode: 0",
+         (_MODE,)),
     Rule(_ADAPTER, lambda s: s.is_training() and s.load_adapter,
          "sharded runs cannot load an adapter; train it with parallel_mode: 0", (_MODE,)),
     Rule("runner_config.gradient_accumulation_steps",
@@ -114,6 +120,11 @@ _SHARDED = (
 )  # fmt: skip
 
 _ADAPTERS = (
+    Rule(_BITS, lambda s: s.is_training() and s.get(_BITS) is not None and s.get(_PET) is None,
+         f"{{{_BITS}}}, but integers cannot be trained; set {_PET} to train an adapter over them, or {_BITS} to null",
+         (_PET,)),
+    Rule(_BITS, lambda s: s.run_mode == "export" and s.get(_BITS) is not None,
+         f"{{{_BITS}}}, but exported files have the weights as they are; set it to null"),
     Rule(_ADAPTER, lambda s: s.is_training() and s.get(_PET) is None and s.load_adapter,
          f"training would change the weights under the adapter; set {_PET} to continue training the adapter, or merge "
          "it first (tools/merge_lora.py) and start from the result", (_PET,)),

@@ -20,6 +20,7 @@ from glm_ms.metrics import METRICS, score_names
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.peft import ADAPTERS, MAX_LORA_ALPHA
+from glm_ms.quant import Quantization, quantization
 from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -187,6 +188,12 @@ class ModelSettings:
     )
     arch: ArchSettings = key(ArchSettings, "the network class")
     pet_config: PetSettings = key(PetSettings, "parameter-efficient finetuning")
+    quantization_bit: Optional[Literal[4, 8]] = key(
+        None, "round the weights of linear layers to 4 or 8 bits when they are loaded; null: as they are in the files"
+    )
+    quantization_group: Optional[Literal[32, 64, 128]] = key(
+        None, "with quantization_bit: 4, inputs that share a scale; null: 32"
+    )
     init: Literal["checkpoint", "random"] = key(
         "checkpoint", "an empty load_checkpoint is an error (checkpoint; not in run_mode train) or allowed (random)"
     )
@@ -534,6 +541,12 @@ def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> Parallel
         split.data_parallel, split.model_parallel, split.pipeline_stage, split.micro_batch_num, split.vocab_emb_dp,
         split.use_seq_parallel, settings.parallel.enable_parallel_optimizer
     )  # fmt: skip
+
+
+def quantization_of(settings: Settings) -> Optional[Quantization]:
+    """How weights are quantized when they are loaded; None: they stay as they are in the files."""
+    bits, group = settings.model.quantization_bit, settings.model.quantization_group
+    return None if bits is None else quantization(bits, group)
 
 
 def training_length(settings: Settings) -> int:

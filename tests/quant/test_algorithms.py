@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from glm_ms.ops import packing
 from glm_ms.ops.packing import dequantise, pack_int4, pack_int8
 from glm_ms.quant import GROUPS, Quantization, QuantizationError, quantization
 from glm_ms.quant.algorithms import nearest, quantize_int4, quantize_int8
@@ -129,6 +130,7 @@ def test_other_bits_and_groups_are_refused(bits: int, group: int | None, message
 
 
 def test_defaults() -> None:
+    assert packing.GROUPS == GROUPS
     assert quantization(4) == Quantization(4, 32)
     assert quantization(8) == Quantization(8, 0)
     assert quantization(4, 128).kind == "int4-group128"

@@ -17,6 +17,8 @@ from glm_ms.settings.schema import BATCH_SIZE_KEYS, allowed, leaf_keys, used_wit
 
 # Keys whose other values depend on further keys.
 _COMPANIONS = {
+    "model.quantization_bit": ["model.pet_config.pet_type=lora", "load_checkpoint=data"],
+    "model.quantization_group": ["model.quantization_bit=4", "model.pet_config.pet_type=lora", "load_checkpoint=data"],
     "lr_schedule.lr_end": ["lr_schedule.type=CosineWithWarmUpLR", "lr_schedule.learning_rate=8"],
     "lr_schedule.num_cycles": ["lr_schedule.type=CosineWithWarmUpLR"],
     "lr_schedule.power": ["lr_schedule.type=PolynomialWithWarmUpLR"],

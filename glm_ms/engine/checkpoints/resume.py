@@ -20,6 +20,7 @@ from glm_ms.engine.checkpoints.manifest import (
 from glm_ms.engine.process import Say
 from glm_ms.peft import ADAPTERS
 from glm_ms.settings import Settings
+from glm_ms.settings.schema import quantization_of
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.run_folder import (
@@ -63,6 +64,8 @@ def position_state(settings: Settings, plan: TrainingPlan, records: str | None =
         "vocabulary": file_sha256(Path(settings.processor.tokenizer.vocab_file)),
         "model_config": {k: v for k, v in whole["model"]["model_config"].items() if k != "padded_vocab_size"},
         "pet_config": {key: pet[key] for key in ("pet_type", *(adapter.keys if adapter else ()))},
+        # None, which checkpoints without this key have, is no quantization.
+        "quantization": quantization_numbers(settings),
         # Of the frozen weights under an adapter; without one the checkpoint contains all weights.
         "base_weights": weights_fingerprint(resolve_checkpoint(settings.load_checkpoint)) if adapter else None,
         "optimizer": whole["optimizer"],
@@ -70,6 +73,12 @@ def position_state(settings: Settings, plan: TrainingPlan, records: str | None =
         "max_grad_norm": wrapper["max_grad_norm"] if wrapper["use_clip_grad"] else None,
         "scale_sense": wrapper["scale_sense"] if wrapper["scale_sense"]["type"] else None,
     }
+
+
+def quantization_numbers(settings: Settings) -> list[int] | None:
+    """Bits and group of the frozen weights, as far as the settings choose them."""
+    chosen = quantization_of(settings)
+    return None if chosen is None else list(chosen.numbers)
 
 
 def check_checkpoint(folder: Path, position: dict[str, Any], verify: bool = True) -> Manifest:

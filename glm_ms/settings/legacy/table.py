@@ -192,7 +192,7 @@ _REFUSED = {
     "model.model_config.rotary_percent": Refused((0.5,), "half of each head is rotated",
         "half of each head is rotated in these models; set it to 0.5"),
     "model.model_config.quantization_bit": Refused((0, None), _SWITCHED_OFF,
-        "quantized networks cannot be trained or run; set it to 0"),
+        "MindFormers never used it; set it to 0, and model.quantization_bit to 4 or 8 for quantized weights"),
     "runner_wrapper.calculate_per_token_loss": Refused((False,), _SWITCHED_OFF,
         "the loss is the mean over the labelled tokens of a batch; remove it"),
     "lr_schedule.warmup_lr_init": Refused((0, None), _SWITCHED_OFF, "the warm-up begins at 0; set it to 0"),
