@@ -18,21 +18,24 @@ MAX_HOPS = 4
 STACK = """
 import json, sys, traceback
 from pathlib import Path
-from glm_ms.model.loss import LabelledLoss
+from glm_ms.model.loss import LabelledLoss, OutputLayerLoss
 
-repository, original = Path(sys.argv[1]), LabelledLoss.construct
+repository = Path(sys.argv[1])
+originals = {cell: cell.construct for cell in (LabelledLoss, OutputLayerLoss)}
 
 def construct(self, *inputs):
     frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()[:-1]]
-    LabelledLoss.construct = original
+    for cell, original in originals.items():
+        cell.construct = original
     print(json.dumps([
         (path.relative_to(repository).as_posix(), name)
         for path, name in frames
         if repository in path.parents and "site-packages" not in path.parts
     ]))
-    return original(self, *inputs)
+    return self.construct(*inputs)
 
-LabelledLoss.construct = construct
+for cell in originals:
+    cell.construct = construct
 import run_glm
 sys.exit(run_glm.main(sys.argv[2:]))
 """

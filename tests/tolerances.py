@@ -14,3 +14,6 @@ METRIC = {"atol": 1e-3, "rtol": 0}
 ROPE = {"atol": 1e-5, "rtol": 0}  # up to position 100
 ROPE_FAR = {"atol": 4e-3, "rtol": 0}  # at position 32767: float32 rounding of the angle
 GGUF_LOGITS = {"F32": 1e-5, "Q8_0": 4e-2}  # logits of llama.cpp, of the largest; its Q8_0 rounds activations to 8 bits
+# Relative, of a curve whose products have operands of bfloat16 against that of float32.
+BF16_LOSS = 5e-3
+BF16_GRAD_NORM = 5e-2

@@ -8,6 +8,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.auto_generate import GatherDGradV2
 
 from glm_ms.model.glm import GLMNetwork
+from glm_ms.model.layers import Linear
+from glm_ms.ops.registry import step_kernel
 
 IGNORED_LABEL = -100
 # The gradient operator of GatherD clears its result with memset_s, which takes less than 2^31 bytes.
@@ -127,6 +129,39 @@ def loss_of(network: GLMNetwork) -> nn.Cell:
     if drops or ms.get_context("device_target") == "Ascend":  # whose graphs want static shapes
         return WholeLoss(network, NextTokenLoss())
     return LabelledLoss(network)
+
+
+class OutputLayerLoss(nn.Cell):
+    """The loss of a network from a kernel that contains the output layer, a plain one in float32.
+
+    `kernel` is (hidden [N, H], weight [V, H], targets [N]) -> (loss sum [1], ...).
+    """
+
+    def __init__(self, network: GLMNetwork, kernel: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.kernel, self.loss = network, kernel, NextTokenLoss()
+        self.is_label, self.cast, self.reshape, self.sum = ops.NotEqual(), ops.Cast(), ops.Reshape(), ops.ReduceSum()
+
+    def construct(self, hidden: Tensor, labels: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `WholeLoss`."""
+        target = self.loss.targets(labels)
+        hidden = self.reshape(hidden, (-1, ops.shape(hidden)[2]))
+        total = self.kernel(hidden, self.network.transformer.output_layer.weight, target)[0]
+        count = self.sum(self.cast(self.is_label(target, IGNORED_LABEL), ms.float32))
+        return self.reshape(total, ()), count
+
+
+def training_loss(network: GLMNetwork, bfloat16: bool = False) -> nn.Cell:
+    """The loss that a training step differentiates: as `loss_of`, by the kernel of this device if it fits.
+
+    Freeze the weights that are not trained, and attach the adapter, before. `bfloat16`: the kernel rounds the operands
+    of its products.
+    """
+    kernel, layer = step_kernel("output loss"), network.transformer.output_layer
+    is_plain = type(layer) is Linear and layer.lora is None and layer.bias is None
+    if kernel is None or not is_plain or (layer.dtype, layer.weight.dtype) != (ms.float32, ms.float32):
+        return loss_of(network)
+    return OutputLayerLoss(network, kernel(layer.weight.requires_grad, bfloat16))
 
 
 class GLMWithLoss(nn.Cell):

@@ -14,9 +14,8 @@ import mindspore as ms
 from mindspore import nn
 
 from glm_ms.ops import ascend, training
-from glm_ms.ops.cpu import library
 from glm_ms.ops.cpu import training as cpu_training
-from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, RMSNormalize
+from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, RMSNormalize, SwiGLU
 
 PORTABLE = "portable"
 
@@ -33,22 +32,31 @@ OPERATORS: dict[tuple[str, str], Any] = {
     ("cached attention", "Ascend"): ascend.PagedFlashAttention,
 }
 
-# (operator, device) -> class, of what a training step has beside its network; `step_operator` chooses among them. A
-# kernel takes the inputs of the portable one and gives its result but for rounding.
+# (operator, device) -> class, of operators of a training step. A kernel takes the inputs of the portable one and gives
+# its result but for rounding; its `usable` says whether this machine can run it.
 STEP_OPERATORS: dict[tuple[str, str], Any] = {
     ("square sum", PORTABLE): training.SquareSum,
     ("square sum", "CPU"): cpu_training.SquareSum,
     ("AdamW", PORTABLE): training.AdamWUpdate,
     ("AdamW", "CPU"): cpu_training.AdamWUpdate,
+    ("RMS norm", "CPU"): cpu_training.RMSNormalize,  # `OPERATORS` has the portable one
+    ("SwiGLU", PORTABLE): SwiGLU,
+    ("SwiGLU", "CPU"): cpu_training.SwiGLU,
+    # glm_ms.model.loss has the portable one, with its output layer; without the other a product is one of float32.
+    ("output loss", "CPU"): cpu_training.OutputLoss,
+    ("bfloat16 product", "CPU"): cpu_training.BFloat16Product,
 }
+
+
+def step_kernel(operator: str) -> Any | None:
+    """The class of the kernel of an operator of `STEP_OPERATORS` on the current device, None if it has none."""
+    kernel = STEP_OPERATORS.get((operator, device()))
+    return kernel if kernel is not None and kernel.usable() else None
 
 
 def step_operator(operator: str) -> nn.Cell:
     """An operator of `STEP_OPERATORS` for the current device: its kernel, or without one the portable cell."""
-    kernel = STEP_OPERATORS.get((operator, device()))
-    if kernel is None or (device() == "CPU" and library.load() is None):
-        kernel = STEP_OPERATORS[operator, PORTABLE]
-    return kernel()
+    return (step_kernel(operator) or STEP_OPERATORS[operator, PORTABLE])()
 
 
 def device() -> str:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 from glm_ms.launch.processes import ascend_cards
 from glm_ms.launch.rank_job import JOB_VARIABLES
+from glm_ms.ops.cpu.blas import has_blas, has_native_bfloat16
 from glm_ms.settings.checks import Rule, placed, violated
 from glm_ms.settings.errors import Problem
-from glm_ms.settings.schema import Settings, is_sharded, parallel_of
+from glm_ms.settings.schema import Settings, is_sharded, parallel_of, rounds_products
 
 # What msrun sets for each rank.
 _MSRUN = ("MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_WORKER_NUM")
 _COUNTS = ("MS_WORKER_NUM", "RANK_SIZE")
 # Variables that are converted to a number somewhere, whether the run is parallel or not.
 _NUMBERS = (*_COUNTS, "RANK_ID", "DEVICE_ID", "DEVICE_NUM", "LOCAL_RANK_SIZE", "MS_NODE_ID", "MS_SCHED_PORT")
-# On a CPU, float16 matrix products convert the weights at every call (7 times slower); bfloat16 has none.
+# On a CPU, float16 matrix products of MindSpore convert the weights at every call (7 times slower); bfloat16 has none.
 _SLOW_ON_CPU = ("float16", "bfloat16")
 _COMPUTE, _STORED = "model.model_config.compute_dtype", "model.model_config.param_init_type"
 # What would be accepted and then computed wrongly, or not at all.
@@ -40,7 +41,8 @@ def machine_problems(
     """Compares settings with the machine: cards, what the device can train, and the number of processes.
 
     With `context.device_target: CPU`, `compute_dtype` and `param_init_type` become float32, with a note for each
-    change. `dev` is the folder of device files.
+    change; but training keeps `compute_dtype: bfloat16` if the CPU kernels are there. `dev` is the folder of device
+    files.
     """
     if settings.context.device_target == "Ascend":
         problems = list(_card(settings, ascend_cards(dev), environment))
@@ -67,7 +69,13 @@ def _card(settings: Settings, cards: list[str], environment: Mapping[str, str]) 
 
 def _fit_to_cpu(settings: Settings) -> None:
     config = settings.model.model_config
+    rounded = rounds_products(settings) and settings.is_training() and has_blas()
+    if rounded and not has_native_bfloat16():
+        remark = "this processor has no instructions for bfloat16; float32 is faster and exact"
+        settings.notes.append(f"{_COMPUTE}: {remark}")
     for name in ("param_init_type", "compute_dtype"):
+        if rounded and name == "compute_dtype":
+            continue
         if getattr(config, name) in _SLOW_ON_CPU:
             change = f"{getattr(config, name)} becomes float32 on CPU; weights are converted while loading"
             settings.notes.append(f"model.model_config.{name}: {change}")

@@ -438,6 +438,8 @@ class Settings:
                 "call resolve_vocab_size(settings, vocab_size) with the size of the tokenizer first"
             )
         del values["type"]  # the family decides about the class
+        if rounds_products(self):
+            values["compute_dtype"] = "float32"
         config = family_of(self.processor.tokenizer.type).config
         return config.from_dict(values, source=self.source or "settings")
 
@@ -530,6 +532,12 @@ def bias_pairs(logit_bias: Optional[list[str]]) -> list[tuple[int, float]]:
 def is_sharded(settings: Settings) -> bool:
     """Whether sharding strategies split the weights, and not only the batch."""
     return settings.use_parallel and settings.parallel.parallel_mode == 1
+
+
+def rounds_products(settings: Settings) -> bool:
+    """Whether the operands of the products of training are rounded to bfloat16 in a network of float32: CPUs have no
+    other operators for bfloat16."""
+    return settings.context.device_target == "CPU" and settings.model.model_config.compute_dtype == "bfloat16"
 
 
 def parallel_of(settings: Settings, num_cards: Optional[int] = None) -> ParallelConfig:

@@ -15,7 +15,7 @@ from engine_helpers import CONFIGS, TRAIN_RECORDS, curve, read_jsonl
 from marks import slow_unless
 from mindspore import Tensor
 from reference import FOLDER, fresh_golden_model
-from tolerances import GRAD_NORM, LOGITS, LOSS, LOSS_CURVE, WEIGHT_NORM
+from tolerances import BF16_GRAD_NORM, BF16_LOSS, GRAD_NORM, LOGITS, LOSS, LOSS_CURVE, WEIGHT_NORM
 
 from glm_ms import GLMConfig, load_pretrained
 from glm_ms.convert.names import to_glm_name
@@ -127,6 +127,38 @@ def test_step_and_optimizer(case: str) -> None:
     model.network.set_train(False)
     check_outputs(case, model)
     check_weights(case, model)
+
+
+def test_products_of_bfloat16_change_the_curve_little() -> None:
+    """The curve of float32 within the rounding of operands to 8 bits."""
+    from glm_ms.engine.step.adamw import GLMAdamW
+    from glm_ms.engine.step.network import TrainingNetwork
+    from glm_ms.engine.step.train_step import GLMTrainOneStep
+    from glm_ms.ops.registry import step_kernel
+
+    if step_kernel("bfloat16 product") is None:
+        pytest.skip("no C++ kernels, or no oneDNN")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    case = "full_ft_clip"
+    expected = golden_case(case)
+    model = fresh_golden_model(model_name(case))
+    network = TrainingNetwork(model.network, SEQ_LENGTH, bfloat16=True)
+    optimizer = GLMAdamW(
+        network.trainable_params(), learning_rate(case), expected["optimizer"]["betas"], expected["optimizer"]["eps"],
+        expected["optimizer"]["weight_decay"]
+    )  # fmt: skip
+    step = GLMTrainOneStep(network, optimizer, expected["optimizer"]["clip_global_norm"])
+    step.set_train()
+    results = np.array(
+        [
+            [float(value.asnumpy()) for value in step(*(Tensor(batch[name]) for name in COLUMNS))]
+            for batch in golden_batches(case)
+        ]
+    )
+    np.testing.assert_allclose(results[:, 0], expected["losses"], rtol=BF16_LOSS)
+    np.testing.assert_allclose(results[:, 1], expected["grad_norms_before_clip"], rtol=BF16_GRAD_NORM)
+    assert not np.allclose(results[:, 0], expected["losses"], rtol=1e-6, atol=0)
+    assert all(weight.dtype == ms.float32 for weight in network.trainable_params())
 
 
 class GoldenRows:

@@ -10,7 +10,16 @@ from reference import graph_mode
 
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.model.loss import IGNORED_LABEL, LabelledLoss, NextTokenLoss, WholeLoss, loss_of
+from glm_ms.model.loss import (
+    IGNORED_LABEL,
+    LabelledLoss,
+    NextTokenLoss,
+    OutputLayerLoss,
+    WholeLoss,
+    loss_of,
+    training_loss,
+)
+from glm_ms.ops import registry
 from glm_ms.peft.lora import LoraConfig
 
 CONFIG = GLMConfig(
@@ -66,8 +75,46 @@ def test_loss_and_gradients(targets: str | None) -> None:
         np.testing.assert_allclose(one, other, **SAME)
 
 
-def test_a_batch_without_labels_has_no_loss() -> None:
-    for value in results(LabelledLoss(network()), np.full_like(LABELS, IGNORED_LABEL), 1):
+def kernel_loss(net: GLMNetwork) -> nn.Cell:
+    """The loss of a training step; skips the test where there is no kernel for it."""
+    if registry.step_kernel("output loss") is None:
+        pytest.skip("no C++ kernels, or no oneDNN")
+    return training_loss(net)
+
+
+def test_loss_and_gradients_of_the_kernel() -> None:
+    net = network()
+    loss = kernel_loss(net)
+    assert isinstance(loss, OutputLayerLoss)
+    for one, other in zip(results(loss, LABELS, 2), results(WholeLoss(net, NextTokenLoss()), LABELS, 1)):
+        np.testing.assert_allclose(one, other, **SAME)
+
+
+def test_the_kernel_without_the_gradient_of_a_frozen_weight() -> None:
+    net = network(".*query_key_value")
+    assert not net.transformer.output_layer.weight.requires_grad
+    loss = kernel_loss(net)
+
+    def part(*inputs: Tensor) -> Tensor:
+        return loss(*inputs)[0] * 0.25
+
+    with graph_mode():
+        value, of_hidden = ms.jit(ops.value_and_grad(part, 0))(Tensor(HIDDEN), Tensor(LABELS))
+    wanted = results(WholeLoss(net, NextTokenLoss()), LABELS, 1)
+    np.testing.assert_allclose(value.asnumpy(), 0.25 * wanted[0], **SAME)
+    np.testing.assert_allclose(of_hidden.asnumpy(), 0.25 * wanted[2], **SAME)
+
+
+def test_the_kernel_is_for_plain_output_layers() -> None:
+    kernel_loss(network())
+    assert isinstance(training_loss(network(".*output_layer")), LabelledLoss)
+    assert isinstance(training_loss(network(".*output_layer", 0.1)), WholeLoss)
+
+
+@pytest.mark.parametrize("kind", ["portable", "kernel"])
+def test_a_batch_without_labels_has_no_loss(kind: str) -> None:
+    loss = LabelledLoss(network()) if kind == "portable" else kernel_loss(network())
+    for value in results(loss, np.full_like(LABELS, IGNORED_LABEL), 1):
         assert not value.any()
 
 

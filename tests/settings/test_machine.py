@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_ms.settings import Settings, SettingsError, ascend_cards, load_settings, machine_problems
+from glm_ms.settings import Settings, SettingsError, ascend_cards, load_settings, machine, machine_problems
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MSRUN = {"MS_ROLE": "MS_WORKER", "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": "8118", "MS_WORKER_NUM": "8"}
@@ -68,8 +68,11 @@ def test_card_that_is_not_there(config: Path, cards: Path) -> None:
         check_machine(settings, cards, {})
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_types_become_float32_on_a_cpu(dtype: str, config: Path, no_cards: Path) -> None:
+@pytest.mark.parametrize(("dtype", "kernels"), [("float16", True), ("bfloat16", False)])
+def test_half_types_become_float32_on_a_cpu(
+    dtype: str, kernels: bool, config: Path, no_cards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "has_blas", lambda: kernels)
     overrides = [f"model.model_config.{name}={dtype}" for name in ("param_init_type", "compute_dtype")]
     settings = load_settings(config, overrides)
     before = len(settings.notes)
@@ -78,6 +81,24 @@ def test_half_types_become_float32_on_a_cpu(dtype: str, config: Path, no_cards: 
     assert settings.model.model_config.compute_dtype == "float32"
     assert len(settings.notes) == before + 2
     assert dtype in settings.notes[before]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_training_on_a_cpu_keeps_bfloat16_for_products(
+    native: bool, config: Path, no_cards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "has_blas", lambda: True)
+    monkeypatch.setattr(machine, "has_native_bfloat16", lambda: native)
+    bfloat16 = "model.model_config.compute_dtype=bfloat16"
+    settings = load_settings(config, [bfloat16, "model.model_config.padded_vocab_size=100"])
+    before = len(settings.notes)
+    check_machine(settings, no_cards, {})
+    assert settings.model.model_config.compute_dtype == "bfloat16"
+    assert settings.glm_config().compute_dtype == "float32"  # of everything but the products
+    assert ["no instructions for bfloat16" in note for note in settings.notes[before:]] == [True] * (not native)
+    predicting = load_settings(config, [bfloat16, "run_mode=predict", "predict_data=x"])
+    check_machine(predicting, no_cards, {})
+    assert predicting.model.model_config.compute_dtype == "float32"
 
 
 SHARDED = ["use_parallel=True", "parallel.parallel_mode=1", "parallel.full_batch=True"]

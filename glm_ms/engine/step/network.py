@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from glm_ms.model.glm import GLMNetwork
-from glm_ms.model.loss import WholeLoss, loss_of
+from glm_ms.model.glm import MLP, GLMNetwork
+from glm_ms.model.layers import Linear, Norm
+from glm_ms.model.loss import WholeLoss, training_loss
+from glm_ms.ops.portable import RMSNormalize, SwiGLU
+from glm_ms.ops.registry import step_kernel
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.layers import VocabularyParallelLoss
 from glm_ms.parallel.strategies import attach_strategies
@@ -17,14 +21,21 @@ class TrainingNetwork(nn.Cell):
     """Loss of a batch of rows of at most `seq_length` tokens; parameter names are those of the network.
 
     `loss` is (input of the output layer, labels, seeds of dropout) -> (loss sum, number of labelled tokens).
+    `bfloat16` is for a network of float32 on a CPU, see `use_bfloat16_products`.
     """
 
-    def __init__(self, network: GLMNetwork, seq_length: int, loss: nn.Cell | None = None) -> None:
+    def __init__(
+        self, network: GLMNetwork, seq_length: int, loss: nn.Cell | None = None, bfloat16: bool = False
+    ) -> None:
         super().__init__(auto_prefix=False)
+        if loss is None and network.config.compute_dtype == "float32":  # strategies are for portable operators
+            fuse_cells(network)
+        if bfloat16:
+            use_bfloat16_products(network)
         self.config = network.config
         self.seq_length = seq_length
         self.network = network
-        self.loss = loss_of(network) if loss is None else loss
+        self.loss = training_loss(network, bfloat16) if loss is None else loss
         self.slots = Tensor(np.arange(seq_length, dtype=np.int32))
 
     def construct(
@@ -58,6 +69,35 @@ class ShardedTrainingNetwork(TrainingNetwork):
         if parallel.pipeline_stages > 1:
             loss.pipeline_stage = parallel.pipeline_stages - 1
         super().__init__(network, seq_length, WholeLoss(network, loss))
+
+
+def fuse_cells(network: GLMNetwork) -> None:
+    """Replaces norms and activations of a float32 network by the kernels of this device, if it has them."""
+    for _, parent in list(network.cells_and_names()):
+        if type(parent) is Norm and parent.weight.dtype == ms.float32:
+            _replace(parent, "normalize", RMSNormalize, "RMS norm")
+        elif type(parent) is MLP and parent.dense_h_to_4h.dtype == ms.float32:
+            _replace(parent, "activation", SwiGLU, "SwiGLU")
+
+
+def _replace(parent: nn.Cell, place: str, portable: type, operator: str) -> None:
+    kernel, cell = step_kernel(operator), getattr(parent, place)
+    if kernel is not None and type(cell) is portable:
+        setattr(parent, place, kernel(cell))
+
+
+def use_bfloat16_products(network: GLMNetwork) -> None:
+    """Makes the plain linear layers of a float32 network round weights, inputs and gradients to bfloat16 as operands.
+
+    Sums, weights and everything between the products stay float32. Quantized layers and updates of LoRA stay as they
+    are. Raises ValueError if the device has no kernel for it.
+    """
+    product = step_kernel("bfloat16 product")
+    if product is None:
+        raise ValueError("compute_dtype bfloat16: only an Ascend card, or a CPU with the C++ kernels, computes in it")
+    for layer in network.linears().values():
+        if type(layer) is Linear:
+            layer.matmul = product()
 
 
 def recompute_blocks(network: GLMNetwork, settings: Settings) -> None:

@@ -27,7 +27,7 @@ from glm_ms.ops.registry import device
 from glm_ms.parallel.partition import OPTIMIZER_SHARD_THRESHOLD_KB
 from glm_ms.settings import Settings
 from glm_ms.settings.optimizers import OPTIMIZERS, SCHEDULES
-from glm_ms.settings.schema import LRScheduleSettings, is_sharded
+from glm_ms.settings.schema import LRScheduleSettings, is_sharded, rounds_products
 
 
 class Training:
@@ -70,7 +70,8 @@ class Training:
 
     def build_network(self, seq_length: int) -> TrainingNetwork:
         """The network with its loss, for rows of `seq_length` tokens."""
-        self.network = TrainingNetwork(self.model.network, seq_length)
+        bfloat16 = rounds_products(self.settings)
+        self.network = TrainingNetwork(self.model.network, seq_length, bfloat16=bfloat16)
         recompute_blocks(self.model.network, self.settings)
         return self.network
 

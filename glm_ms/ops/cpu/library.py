@@ -18,6 +18,8 @@ _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "glm_ms_requested_isa_is_missing": (c_int, ()),
     "glm_ms_threads": (c_int, ()),
     "glm_ms_set_threads": (None, (c_int,)),
+    "glm_ms_open_blas": (c_int, (c_char_p,)),
+    "glm_ms_native_bf16": (c_int, ()),
     "glm_ms_product": (
         None,
         (

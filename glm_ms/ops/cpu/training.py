@@ -5,7 +5,15 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from glm_ms.ops import portable
+from glm_ms.ops.cpu import library
+from glm_ms.ops.cpu.blas import has_blas
 from glm_ms.ops.cpu.custom import custom
+
+
+def has_kernels() -> bool:
+    """Whether there is a library of kernels."""
+    return library.load() is not None
 
 
 class SquareSum(nn.Cell):
@@ -14,9 +22,11 @@ class SquareSum(nn.Cell):
     Blocks are added up in float32, their sums in double.
     """
 
+    usable = staticmethod(has_kernels)
+
     def __init__(self) -> None:
         super().__init__()
-        self.sum = custom("square_sum", (1,), ms.float32)
+        self.sum = custom("square_sum", [ms.float32], [1])
 
     def construct(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """float32 tensors -> float32 scalar."""
@@ -30,9 +40,11 @@ class AdamWUpdate(nn.Cell):
     so weights may differ by 1e-6 of an update and the rounding of the weight.
     """
 
+    usable = staticmethod(has_kernels)
+
     def __init__(self) -> None:
         super().__init__()
-        self.update = custom("adamw", (1,), ms.float32, in_place=True)
+        self.update = custom("adamw", [ms.float32], [1], in_place=True)
 
     def construct(
         self, weight: Parameter, m: Parameter, v: Parameter, gradient: Tensor, rate: Tensor, beta1: Tensor,
@@ -40,3 +52,104 @@ class AdamWUpdate(nn.Cell):
     ) -> Tensor:  # fmt: skip
         """As the portable operator."""
         return self.update(weight, m, v, gradient, rate, beta1, beta2, eps, decay, scale)
+
+
+class OutputLoss(nn.Cell):
+    """Output layer and sum of the cross entropy of the labelled tokens in one, for training.
+
+    Only labelled tokens cost a product, by up to 512 at a time, so that their scores are never all in memory. Loss
+    and gradients are computed together: without the gradients it is wasteful. Needs `has_blas`.
+
+    Args:
+        trains_weight: whether the gradient of the weight is wanted.
+        bfloat16: whether the operands of the products are rounded to bfloat16.
+    """
+
+    usable = staticmethod(has_blas)
+
+    def __init__(self, trains_weight: bool, bfloat16: bool = False) -> None:
+        super().__init__()
+        self.trains_weight = trains_weight
+        name = "output_loss" + "_bf16" * bfloat16 + "_frozen" * (not trains_weight)
+        self.run = custom(name, [ms.float32] * (3 if trains_weight else 2), inputs=3)
+        self.scale_hidden, self.scale_weight = (
+            custom("scale", [ms.float32], inputs=2, in_place=True) for _ in range(2)
+        )
+
+    def construct(self, hidden: Tensor, weight: Parameter, targets: Tensor) -> tuple[Tensor, ...]:
+        """hidden float32 [N, H], weight float32 [V, H], targets int32 [N] in [0, V), or -100 for none -> loss
+        float32 [1]; what follows it is for the derivative."""
+        return self.run(hidden, weight, targets)
+
+    def bprop(
+        self, hidden: Tensor, weight: Parameter, targets: Tensor, out: tuple[Tensor, ...], gradient: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The gradients of the sum times that of the loss, in their memory."""
+        of_hidden = ops.depend(out[1], self.scale_hidden(out[1], gradient[0]))
+        if not self.trains_weight:
+            return of_hidden, ops.zeros_like(weight), ops.zeros_like(targets)
+        of_weight = ops.depend(out[2], self.scale_weight(out[2], gradient[0]))
+        return of_hidden, of_weight, ops.zeros_like(targets)
+
+
+class BFloat16Product(nn.Cell):
+    """x weight^T and its gradients, with operands rounded to bfloat16 and sums of float32. Needs `has_blas`."""
+
+    usable = staticmethod(has_blas)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product, self.input_gradient, self.weight_gradient = (
+            custom(name, [ms.float32], inputs=2)
+            for name in ("bf16_product", "bf16_input_gradient", "bf16_weight_gradient")
+        )
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x float32 [N, K], weight float32 [M, K] -> float32 [N, M]."""
+        return self.product(x, weight)
+
+    def bprop(self, x: Tensor, weight: Tensor, _: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the result, float32 [N, M] -> those of x and weight. What nobody uses is not computed."""
+        return self.input_gradient(gradient, weight), self.weight_gradient(gradient, x)
+
+
+class RMSNormalize(nn.Cell):
+    """As the portable operator `cell`, for float32; each direction is one pass over the rows."""
+
+    usable = staticmethod(has_kernels)
+
+    def __init__(self, cell: portable.RMSNormalize) -> None:
+        super().__init__()
+        self.eps, self.added = cell.eps, Tensor(cell.eps, ms.float32)
+        self.norm = custom("rms_norm", [ms.float32], inputs=3)
+        self.input_gradient = custom("rms_norm_gradient", [ms.float32], inputs=4)
+        self.weight_gradient = custom("rms_norm_weight_gradient", [ms.float32], inputs=4)
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x float32 [..., H], weight float32 [H] -> [..., H]."""
+        return self.norm(x, weight, self.added)
+
+    def bprop(self, x: Tensor, weight: Tensor, _: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the result, [..., H] -> those of x and weight. What nobody uses is not computed."""
+        inputs = x, weight, self.added, gradient
+        return self.input_gradient(*inputs), self.weight_gradient(*inputs)
+
+
+class SwiGLU(nn.Cell):
+    """As the portable operator `cell`, for float32; each direction is one pass."""
+
+    usable = staticmethod(has_kernels)
+
+    def __init__(self, cell: portable.SwiGLU) -> None:
+        super().__init__()
+        self.activate, self.gradient = (
+            custom(name, [ms.float32], inputs=inputs) for name, inputs in (("swiglu", 1), ("swiglu_gradient", 2))
+        )
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x float32 [..., 2F] -> [..., F]."""
+        return self.activate(x)
+
+    def bprop(self, x: Tensor, _: Tensor, gradient: Tensor) -> tuple[Tensor]:
+        """The gradient of the result, [..., F] -> that of x."""
+        return (self.gradient(x, gradient),)

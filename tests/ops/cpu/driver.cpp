@@ -111,6 +111,43 @@ void products() {
         }
 }
 
+void print(const char* name, int64_t size, Array<float>& result) {
+    std::printf("%s n=%d %016llx\n", name, (int)size, (unsigned long long)hash(result.data(), result.size));
+}
+
+void training() {
+    const glm::Kernels& kernels = glm::kernels();
+    for (int64_t n : {1, 15, 16, 17, 64, 100, 1003}) {
+        Array<float> x = random_array(n), w = random_array(n), m = random_array(n), v = random_array(n), y(n);
+        Array<float> pair = random_array(2 * n), of_pair = random_array(2 * n), one = random_array(1);
+        if (n == 17) x.data()[16] = NAN;
+        for (int64_t i = 0; i < n; ++i) v.data()[i] = v.data()[i] * v.data()[i];
+        one.data()[0] = kernels.square_sum(x.data(), n);
+        print("square_sum", n, one);
+        kernels.rms_norm(x.data(), w.data(), n, 1e-5f, y.data());
+        print("rms_norm", n, y);
+        kernels.rms_norm_gradient(x.data(), w.data(), m.data(), n, 1e-5f, y.data());
+        print("rms_norm_gradient", n, y);
+        kernels.rms_norm_weight_gradient(x.data(), m.data(), n, 1e-5f, y.data());
+        print("rms_norm_weight_gradient", n, y);
+        kernels.swiglu(pair.data(), n, y.data());
+        print("swiglu", n, y);
+        kernels.swiglu_gradient(pair.data(), x.data(), n, of_pair.data());
+        print("swiglu_gradient", n, of_pair);
+        kernels.round_to_bf16(x.data(), y.data(), n);
+        print("round_to_bf16", n, y);
+        Array<uint16_t> halves(n);
+        kernels.to_bf16(x.data(), halves.data(), n);
+        for (int64_t i = 0; i < n; ++i) y.data()[i] = (float)halves.data()[i];
+        print("to_bf16", n, y);
+        kernels.adamw(w.data(), m.data(), v.data(), x.data(), n, {1e-2f, 0.9f, 0.999f, 1e-8f, 0.01f, 0.5f});
+        for (Array<float>* result : {&w, &m, &v}) print("adamw", n, *result);
+        one.data()[0] = kernels.cross_entropy(x.data(), n, n / 2);
+        print("cross_entropy", n, one);
+        print("cross_entropy", n, x);
+    }
+}
+
 // Several threads call kernels at once, while parts of one call are shared by the pool.
 void contention() {
     Weight weight(glm::Format::INT8, 64, 256, 0);
@@ -150,6 +187,7 @@ void parts() {
 int main() {
     std::fprintf(stderr, "%s\n", glm::kernels().isa);
     products();
+    training();
     contention();
     parts();
 }

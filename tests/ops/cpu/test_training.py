@@ -5,12 +5,13 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from cpu_kernels import kernels, threads
+from cpu_kernels import bfloat16, from_bfloat16, kernels, threads
 from cpu_operators import call
 from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.ops import registry, training
 from glm_ms.ops.cpu import training as cpu_training
+from glm_ms.ops.portable import RMSNormalize, SwiGLU
 
 SIZES = [1, 15, 16, 17, 1003, 16384, 70001]
 STEP = {"rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decay": 0.01, "scale": 0.37}
@@ -140,8 +141,232 @@ def test_the_registry_takes_the_kernels_where_the_library_is(monkeypatch: pytest
     for operator, cells in (("square sum", "SquareSum"), ("AdamW", "AdamWUpdate")):
         assert type(registry.step_operator(operator)) is getattr(cpu_training, cells)
     with monkeypatch.context() as patch:
-        patch.setattr(registry.library, "load", lambda: None)
+        patch.setattr(cpu_training.library, "load", lambda: None)
         for operator, cells in (("square sum", "SquareSum"), ("AdamW", "AdamWUpdate")):
             assert type(registry.step_operator(operator)) is getattr(training, cells)
     monkeypatch.setattr(registry, "device", lambda: "Ascend")
     assert type(registry.step_operator("AdamW")) is training.AdamWUpdate
+
+
+def output_loss(
+    hidden: np.ndarray, weight: np.ndarray, targets: np.ndarray, trained: bool = True, name: str = "output_loss"
+) -> list[np.ndarray]:
+    """Loss, gradient of hidden, gradient of the weight."""
+    if not cpu_training.has_blas():
+        pytest.skip("no oneDNN")
+    outputs = [np.full(shape, 7, np.float32) for shape in ((1,), hidden.shape, weight.shape)[: 3 if trained else 2]]
+    assert call(name if trained else f"{name}_frozen", hidden, weight, targets, *outputs) == 0
+    return outputs
+
+
+def output_layer(rows: int, width: int, vocabulary: int) -> list[np.ndarray]:
+    """Hidden states, weight and targets, of which some are ignored."""
+    generator = np.random.default_rng(rows)
+    targets = generator.integers(0, vocabulary, rows).astype(np.int32)
+    targets[generator.random(rows) < 0.4] = -100
+    return [gaussian(rows, width), gaussian(vocabulary, width, seed=1) * np.float32(0.3), targets]
+
+
+# One chunk of rows and three; one part of the vocabulary and several, the last of one entry.
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 8, 20), (9, 33, 8193), (1900, 5, 37)])
+def test_output_loss_is_that_of_torch(sizes: tuple[int, int, int]):
+    import torch
+
+    hidden, weight, targets = output_layer(*sizes)
+    targets[-1] = sizes[2] - 1
+    given = [torch.tensor(array.astype(np.float64), requires_grad=True) for array in (hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(
+        given[0] @ given[1].T, torch.tensor(targets.astype(np.int64)), ignore_index=-100, reduction="sum"
+    )
+    expected.backward()
+    found = output_loss(hidden, weight, targets)
+    np.testing.assert_allclose(found[0], expected.item(), rtol=1e-6)
+    for array, tensor in zip(found[1:], given):
+        np.testing.assert_allclose(array, tensor.grad.numpy(), rtol=1e-4, atol=1e-5)
+    for array, other in zip(output_loss(hidden, weight, targets, trained=False), found):
+        np.testing.assert_array_equal(array, other)
+    assert not found[1][targets == -100].any()
+
+
+def test_output_loss_does_not_depend_on_threads():
+    arrays = output_layer(700, 24, 9001)
+    with threads(1):
+        expected = output_loss(*arrays)
+    for count in (2, 3, 4):
+        with threads(count):
+            for found, wanted in zip(output_loss(*arrays), expected):
+                np.testing.assert_array_equal(found, wanted)
+
+
+def test_output_loss_of_nan_infinity_and_nothing():
+    hidden, weight, targets = output_layer(6, 8, 50)
+    targets[:] = [3, -100, 4, 49, 0, 7]
+    bad = hidden.copy()
+    bad[2, 1] = np.nan
+    loss, of_hidden, of_weight = output_loss(bad, weight, targets)
+    assert np.isnan(loss).all()
+    assert np.isnan(of_weight).all()
+    assert np.isnan(of_hidden).any(axis=1).tolist() == [False, False, True, False, False, False]
+    assert all(np.isfinite(array).all() for array in output_loss(hidden * np.float32(1e3), weight, targets))
+    for array in output_loss(hidden, weight, np.full(6, -100, np.int32)):
+        assert not array.any()
+    assert not output_loss(hidden[:0], weight, targets[:0])[0].any()
+
+
+@pytest.mark.parametrize("target", [-1, 50, 2**31 - 1])
+def test_output_loss_refuses_targets_outside_the_vocabulary(target: int):
+    hidden, weight, targets = output_layer(6, 8, 50)
+    targets[4] = target
+    assert call("output_loss", hidden, weight, targets, np.zeros(1, np.float32), hidden.copy()) == 1
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """float64 of the nearest bfloat16."""
+    return from_bfloat16(bfloat16(x)).astype(np.float64)
+
+
+# One tile and several; sizes that no block divides.
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 1, 1), (3, 7, 5), (513, 40, 33), (70, 130, 1030)])
+def test_products_of_bfloat16(n: int, k: int, m: int):
+    if not cpu_training.has_blas():
+        pytest.skip("no oneDNN")
+    x, weight, gradient = gaussian(n, k), gaussian(m, k, seed=1), gaussian(n, m, seed=2)
+    for name, inputs, expected in (
+        ("product", (x, weight), rounded(x) @ rounded(weight).T),
+        ("input_gradient", (gradient, weight), rounded(gradient) @ rounded(weight)),
+        ("weight_gradient", (gradient, x), rounded(gradient).T @ rounded(x)),
+    ):
+        results = []
+        for count in (1, 2, 3, 4):
+            results.append(np.full(expected.shape, np.nan, np.float32))
+            with threads(count):
+                assert call(f"bf16_{name}", *inputs, results[-1]) == 0
+        assert all(np.array_equal(results[0], other) for other in results)
+        np.testing.assert_allclose(results[0], expected, rtol=1e-5, atol=2e-5)
+
+
+def test_products_of_bfloat16_of_nothing_and_of_nan():
+    if not cpu_training.has_blas():
+        pytest.skip("no oneDNN")
+    x, weight = gaussian(4, 6), gaussian(3, 6)
+    x[2, 5] = np.nan
+    y = np.zeros((4, 3), np.float32)
+    assert call("bf16_product", x, weight, y) == 0
+    assert np.isnan(y).all(axis=1).tolist() == [False, False, True, False]
+    of_weight = np.ones((3, 6), np.float32)
+    assert call("bf16_weight_gradient", y[:0], x[:0], of_weight) == 0
+    assert not of_weight.any()
+    assert call("bf16_product", x[:0], weight, y[:0]) == 0
+
+
+class Product(nn.Cell):
+    """x weight^T by the kernel of bfloat16."""
+
+    def __init__(self, weight: np.ndarray) -> None:
+        super().__init__()
+        self.weight, self.product = Parameter(Tensor(weight), name="w"), cpu_training.BFloat16Product()
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight) ** 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_bfloat16_in_a_graph(dynamic: bool):
+    if not cpu_training.has_blas():
+        pytest.skip("no oneDNN")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    x, weight = gaussian(9, 6), gaussian(5, 6)
+    net = Product(weight)
+    if dynamic:
+        net.set_inputs(Tensor(shape=[None, 6], dtype=ms.float32))
+    y = rounded(x) @ rounded(weight).T
+    np.testing.assert_allclose(net(Tensor(x)).asnumpy(), y**2, rtol=1e-5)
+    of_x, (of_weight,) = ms.grad(net, 0, net.trainable_params())(Tensor(x))
+    gradient = rounded((2 * y).astype(np.float32))
+    np.testing.assert_allclose(of_x.asnumpy(), gradient @ rounded(weight), rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(of_weight.asnumpy(), gradient.T @ rounded(x), rtol=1e-2, atol=1e-2)
+
+
+def test_output_loss_of_bfloat16():
+    arrays = output_layer(700, 24, 9001)
+    operands = [from_bfloat16(bfloat16(array)) for array in arrays[:2]]
+    exact, found = output_loss(*operands, arrays[2]), output_loss(*arrays, name="output_loss_bf16")
+    np.testing.assert_array_equal(found[0], exact[0])  # only the gradient of the scores is rounded further
+    for array, other in zip(found[1:], exact[1:]):
+        np.testing.assert_allclose(array, other, rtol=1e-2, atol=1e-2)
+    assert not np.array_equal(found[1], exact[1])
+
+
+def test_scale_in_place():
+    kernels()
+    x = gaussian(40007)
+    for factor in (1.0, 0.3):
+        found = x.copy()
+        assert call("scale", found, np.array(factor, np.float32), np.zeros(1, np.float32)) == 0
+        np.testing.assert_array_equal(found, x * np.float32(factor))
+
+
+class Cells(nn.Cell):
+    """Norm and activation of a row, with a gradient that is not constant."""
+
+    def __init__(self, norm: nn.Cell, activation: nn.Cell, weight: np.ndarray) -> None:
+        super().__init__()
+        self.norm, self.activation, self.weight = norm, activation, Parameter(Tensor(weight), name="w")
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.activation(self.norm(x, self.weight) * 3.0) ** 2
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 1, 34), (2, 67, 130)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_norm_and_activation_are_the_portable_cells(shape: tuple[int, ...], dynamic: bool):
+    kernels()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    x, weight = gaussian(*shape), gaussian(shape[-1], seed=1)
+    portable_cells = RMSNormalize(1e-5), SwiGLU()
+    results = []
+    for cells in (
+        portable_cells,
+        (cpu_training.RMSNormalize(portable_cells[0]), cpu_training.SwiGLU(portable_cells[1])),
+    ):
+        net = Cells(*cells, weight)
+        if dynamic:
+            net.set_inputs(Tensor(shape=[None] * (len(shape) - 1) + [shape[-1]], dtype=ms.float32))
+        y, (of_x, (of_weight,)) = ms.value_and_grad(net, 0, net.trainable_params())(Tensor(x))
+        results.append([y.asnumpy(), of_x.asnumpy(), of_weight.asnumpy()])
+    for found, expected in zip(results[1], results[0]):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_norm_and_activation_do_not_depend_on_threads():
+    x, weight, gradient = gaussian(77, 50), gaussian(50, seed=1), gaussian(77, 50, seed=2)
+    eps = np.array(1e-5, np.float32)
+    found = []
+    for count in (1, 2, 3, 4):
+        of_x, of_weight, activated = np.empty_like(x), np.empty_like(weight), np.empty((77, 25), np.float32)
+        with threads(count):
+            assert call("rms_norm_gradient", x, weight, eps, gradient, of_x) == 0
+            assert call("rms_norm_weight_gradient", x, weight, eps, gradient, of_weight) == 0
+            assert call("swiglu", x, activated) == 0
+        found.append([of_x, of_weight, activated])
+    for other in found[1:]:
+        for one, two in zip(found[0], other):
+            np.testing.assert_array_equal(one, two)
+
+
+def test_norm_and_activation_of_nothing_and_of_extremes():
+    kernels()
+    empty, weight, eps = np.zeros((0, 6), np.float32), np.ones(6, np.float32), np.array(1e-5, np.float32)
+    of_weight = np.full(6, 7, np.float32)
+    assert call("rms_norm", empty, weight, eps, empty) == 0
+    assert call("rms_norm_weight_gradient", empty, weight, eps, empty, of_weight) == 0
+    assert not of_weight.any()
+    x = np.array([[-1e4, -200, 0, 200, 1e4, np.nan] + [1.0] * 6], np.float32)
+    y, of_x = np.empty((1, 6), np.float32), np.empty((1, 12), np.float32)
+    assert call("swiglu", x, y) == 0
+    np.testing.assert_array_equal(y, [[0, 0, 0, 200, 1e4, np.nan]])
+    assert call("swiglu_gradient", x, np.ones((1, 6), np.float32), of_x) == 0
+    np.testing.assert_array_equal(of_x[0, :6], [0, 0, 0.5, 1, 1, np.nan])
+    zeros = np.zeros((1, 6), np.float32)
+    assert call("rms_norm", zeros, weight, eps, zeros) == 0
+    assert not zeros.any()

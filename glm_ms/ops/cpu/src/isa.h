@@ -32,7 +32,11 @@ namespace GLM_ISA {
 #include "int4.h"
 #include "product.h"
 #include "adamw.h"
+#include "bf16.h"
+#include "cross_entropy.h"
 #include "square_sum.h"
+#include "rms_norm.h"
+#include "swiglu.h"
 
 extern const Kernels table;
 const Kernels table = {
