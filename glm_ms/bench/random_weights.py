@@ -49,7 +49,9 @@ def random_ids(config: GLMConfig, count: int, seed: int) -> np.ndarray:
 def training_batch(
     config: GLMConfig, rows: int, length: int, used: float, labelled: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, labels (-100: none) and mask (0: padding on the right) of random rows, int32 [rows, length] each.
+    """Ids, labels (-100: none) and mask (0: padding on the right) of random rows, int32 [rows, longest] each.
+
+    `longest` is the longest row: nobody computes places that are padding in all rows.
 
     Args:
         used: share of the places that are not padding; rows have different lengths if it is below 1.
@@ -62,4 +64,5 @@ def training_batch(
     places = np.arange(length)[None]
     mask = (places < ends[:, None]).astype(np.int32)
     labels = np.where((places >= starts[:, None]) & (mask == 1), ids, _NO_LABEL).astype(np.int32)
-    return ids * mask, labels, mask
+    longest = int(ends.max())
+    return tuple(array[:, :longest] for array in (ids * mask, labels, mask))  # type: ignore[return-value]

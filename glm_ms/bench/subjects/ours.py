@@ -93,8 +93,10 @@ class Ours:
         network = TrainingNetwork(self.model.network, length)
         network.set_train(True)
         self.step = GLMTrainOneStep(network, GLMAdamW(network.trainable_params(), 1e-4), max_grad_norm=1.0)
+        any_length = Tensor(shape=[rows, None], dtype=ms.int32)
+        self.step.set_inputs(*[any_length] * 4)
         ids, labels, mask = training_batch(self.config, rows, length, used, labelled)
-        places = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+        places = np.tile(np.arange(ids.shape[1], dtype=np.int32), (rows, 1))
         self.batch = [Tensor(array) for array in (ids, labels, mask, places)]
         self.train()
 
