@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import mindspore as ms
@@ -25,6 +26,7 @@ from glm_ms.peft.lora import LoraConfig
 from glm_ms.pretrained import load_pretrained
 from glm_ms.quant import quantization
 from glm_ms.quant.network import cells_for, quantized_parameters
+from glm_ms.quant.writer import plan_quantization
 from glm_ms.version import __version__
 
 _QUANTISED = {"int8": quantization(8), "int4": quantization(4)}
@@ -38,13 +40,16 @@ class Ours:
     decoder: PagedDecoder
 
     def build(self, setup: Setup) -> dict[str, Any]:
-        """Random weights in memory."""
+        """Random weights in memory, or quantized ones of an earlier run in files."""
         ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
         self.config = GLMConfig(**setup.config)
         how, weights = _QUANTISED.get(setup.weights), random_weights(self.config)
-        if how is not None:
-            weights = quantized_parameters(weights, expected_shapes(self.config), how)
-        self.model = GLMForCausalLM.from_parameters(self.config, weights, cells_for(how))
+        if how is not None and setup.file(".hf").exists():
+            self.model = load_pretrained(setup.file(".hf"), self.config)
+        else:
+            if how is not None:
+                weights = quantized_parameters(weights, expected_shapes(self.config), how)
+            self.model = GLMForCausalLM.from_parameters(self.config, weights, cells_for(how))
         self.decoders = DecoderPool(self.model.network)
         self.running: list[int] = []
         self.prompts = 0
@@ -120,6 +125,8 @@ class Ours:
 
     def write(self, setup: Setup) -> None:
         """The files that `load` reads."""
-        config = GLMConfig(**setup.config)
-        if not setup.file(".hf").exists():
-            write_hf_folder(setup.file(".hf"), config, expected_shapes(config), "float32", random_weights(config))
+        config, plain = GLMConfig(**setup.config), replace(setup, weights="float32").file(".hf")
+        if not plain.exists():
+            write_hf_folder(plain, config, expected_shapes(config), "float32", random_weights(config))
+        if setup.weights in _QUANTISED and not setup.file(".hf").exists():
+            plan_quantization(plain, setup.file(".hf"), _QUANTISED[setup.weights]).run()
