@@ -10,6 +10,7 @@ import mindspore as ms
 from glm_ms.ascend_hints import host_log_folder, overflow_mode_note
 from glm_ms.kernels.cases import REAL, SMALL
 from glm_ms.ops.ascend import cann_version, soc_version
+from glm_ms.ops.cpu import library
 from glm_ms.ops.registry import device, why_portable
 from glm_ms.selfcheck.golden import MODEL, golden_rows
 from glm_ms.selfcheck.kernels import fused_rows, portable_rows
@@ -69,6 +70,8 @@ def _device_lines() -> Iterator[str]:
     name = f"Ascend card {ms.get_context('device_id')} ({soc})" if soc else target
     cann = f", CANN {cann_version()}" if soc else ""
     yield f"device: {name}, MindSpore {ms.__version__}{cann}"
+    if target == "CPU":
+        yield f"C++ kernels: {library.description()}"
     if soc:
         yield f"host logs: {host_log_folder()}"
     note = overflow_mode_note(soc)

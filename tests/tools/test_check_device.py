@@ -18,6 +18,7 @@ from mindspore import Tensor, nn
 
 from glm_ms.kernels.cases import SMALL
 from glm_ms.ops import registry
+from glm_ms.ops.cpu import library
 from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize
 from glm_ms.selfcheck import device as engine
 from glm_ms.selfcheck.golden import golden_rows
@@ -65,7 +66,8 @@ def test_a_cpu_as_a_user_checks_it(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == f"device: CPU, MindSpore {ms.__version__}"
-    assert lines[1].startswith("Fused kernels are NOT run: the device is CPU")
+    assert lines[1] == f"C++ kernels: {library.description()}"
+    assert lines[2].startswith("Fused kernels are NOT run: the device is CPU")
     assert lines[-1] == "9 of 9 passed"
     rows = table(lines)
     assert [row[0] for row in rows] == [

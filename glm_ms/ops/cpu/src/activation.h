@@ -5,7 +5,7 @@
 // NaN, and so NaN in all of its results.
 
 struct Activation {
-    int64_t k;  // padded inputs of a row, multiple of 128
+    int64_t k;  // padded inputs of a row, an odd multiple of 128
     const int16_t* q;
     const int8_t* high;
     const int8_t* low;
@@ -58,7 +58,7 @@ static inline void quantise_row(
 // Quantises the rows into memory of this thread. The block ends with the next call.
 static Activation quantise(const Rows& rows, int64_t k) {
     Activation to{};
-    to.k = (k + 127) / 128 * 128;
+    to.k = ((k + 127) / 128 | 1) * 128;  // odd: rows that are multiples of 4096 apart would share places in the cache
     int64_t values = rows.count * to.k;
     // Multiples of 128 keep every part aligned.
     char* memory = (char*)scratch(ACTIVATIONS, values * 4 + values / 32 * 4 + rows.count * 4);

@@ -1,20 +1,23 @@
 // Products with int4 weights: exact integer sums in each group, which are added as float32 in order of the groups:
 // total = fma(float(sum of the group), scale of the group, total), then total * scale of the row.
 //
-// `int4_groups<R>` does so for R rows and the 16 outputs of a panel: total[R][16].
+// `int4_groups<R, group>` adds groups [begin, end) to total[R][16], for R rows and the 16 outputs of a panel.
+
+// Many rows: the weights of so many inputs and panels stay in the first cache for all rows.
+constexpr int64_t INT4_BLOCK = 512, INT4_PANELS = 4;
 
 #if defined(GLM_AVX512)
 
 constexpr int INT4_ROWS = 6;
 
-template <int R>
+template <int R, int group>
 static inline void int4_groups(
-    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t groups, int64_t group,
+    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t begin, int64_t end,
     float* total) {
     __m512 sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
+    for (int r = 0; r < R; ++r) sums[r] = _mm512_loadu_ps(total + r * 16);
     const __m512i mask = _mm512_set1_epi8(15);
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = begin; g < end; ++g) {
         __m512i high[R], low[R];
         for (int r = 0; r < R; ++r) high[r] = low[r] = _mm512_setzero_si512();
         for (int64_t i = g * group; i < (g + 1) * group; i += 8) {
@@ -56,35 +59,37 @@ static inline __m256i add_pairs(__m256i sum, __m256i nibbles, __m256i inputs) {
 }
 
 // Sums of 16 bits over 32 inputs: 16 products of at most 15 * 128 a lane. Then 32 bits: 256 high + low.
-template <int R>
+template <int R, int group>
 static inline void int4_groups(
-    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t groups, int64_t group,
+    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t begin, int64_t end,
     float* total) {
     const __m256i mask = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), big = _mm256_set1_epi16(256);
     __m256 sums[R][2];
-    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_ps();
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int r = 0; r < R; ++r)
+        for (int q = 0; q < 2; ++q) sums[r][q] = _mm256_loadu_ps(total + r * 16 + q * 8);
+    for (int64_t g = begin; g < end; ++g) {
         __m256i exact[R][2];
         for (int r = 0; r < R; ++r) exact[r][0] = exact[r][1] = _mm256_setzero_si256();
         for (int64_t part = g * group; part < (g + 1) * group; part += 32) {
             __m256i high[R][2], low[R][2];
             for (int r = 0; r < R; ++r)
                 for (int q = 0; q < 2; ++q) high[r][q] = low[r][q] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-            for (int64_t i = part; i < part + 32; i += 8)
-                for (int half = 0; half < 2; ++half) {
-                    __m256i nibbles[2];
-                    for (int q = 0; q < 2; ++q) {
-                        __m256i bytes = _mm256_loadu_si256((const __m256i*)(w + i * 8 + q * 32));
-                        nibbles[q] = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, mask);
-                    }
-                    for (int r = 0; r < R; ++r) {
-                        __m256i h = broadcast4(x.high_of(row + r) + i + half * 4);
-                        for (int q = 0; q < 2; ++q) high[r][q] = add_pairs(high[r][q], nibbles[q], h);
-                        __m256i l = broadcast4(x.low_of(row + r) + i + half * 4);
-                        for (int q = 0; q < 2; ++q) low[r][q] = add_pairs(low[r][q], nibbles[q], l);
-                    }
+#pragma GCC unroll 8
+            for (int step = 0; step < 8; ++step) {
+                int64_t i = part + step / 2 * 8;
+                int half = step % 2;
+                __m256i nibbles[2];
+                for (int q = 0; q < 2; ++q) {
+                    __m256i bytes = _mm256_loadu_si256((const __m256i*)(w + i * 8 + q * 32));
+                    nibbles[q] = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, mask);
                 }
+                for (int r = 0; r < R; ++r) {
+                    __m256i h = broadcast4(x.high_of(row + r) + i + half * 4);
+                    for (int q = 0; q < 2; ++q) high[r][q] = add_pairs(high[r][q], nibbles[q], h);
+                    __m256i l = broadcast4(x.low_of(row + r) + i + half * 4);
+                    for (int q = 0; q < 2; ++q) low[r][q] = add_pairs(low[r][q], nibbles[q], l);
+                }
+            }
             for (int r = 0; r < R; ++r) {
                 __m256i off = _mm256_set1_epi32(x.sums_of(row + r)[part / 32] * 8);
                 for (int q = 0; q < 2; ++q) {
@@ -125,13 +130,13 @@ static inline int8x16_t broadcast4(const int8_t* p) {
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
 }
 
-template <int R>
+template <int R, int group>
 static inline void int4_groups(
-    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t groups, int64_t group,
+    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t begin, int64_t end,
     float* total) {
     Vec sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = zero();
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int r = 0; r < R; ++r) sums[r] = load(total + r * 16);
+    for (int64_t g = begin; g < end; ++g) {
         int32x4_t high[R][4], low[R][4];
         for (int r = 0; r < R; ++r)
             for (int q = 0; q < 4; ++q) high[r][q] = low[r][q] = vdupq_n_s32(0);
@@ -164,13 +169,13 @@ static inline void int4_groups(
 
 constexpr int INT4_ROWS = 1;
 
-template <int R>
+template <int R, int group>
 static inline void int4_groups(
-    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t groups, int64_t group,
+    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t begin, int64_t end,
     float* total) {
     const int16_t* q16 = x.q_of(row);
-    Vec sum_of_groups = zero();
-    for (int64_t g = 0; g < groups; ++g) {
+    Vec sum_of_groups = load(total);
+    for (int64_t g = begin; g < end; ++g) {
         float exact[16];
         for (int output = 0; output < 16; ++output) {
             int32_t sum_of_group = 0;
@@ -190,33 +195,45 @@ static inline void int4_groups(
 
 template <int R>
 static inline void int4_rows(
-    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t rows, int64_t groups,
+    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t rows, int64_t begin, int64_t end,
     int64_t group, float* total) {
     if constexpr (R > 0) {
-        if (rows >= R) return int4_groups<R>(w, scale, x, row, groups, group, total);
-        int4_rows<R - 1>(w, scale, x, row, rows, groups, group, total);
+        if (rows >= R && group == 32) return int4_groups<R, 32>(w, scale, x, row, begin, end, total);
+        if (rows >= R && group == 64) return int4_groups<R, 64>(w, scale, x, row, begin, end, total);
+        if (rows >= R) return int4_groups<R, 128>(w, scale, x, row, begin, end, total);
+        int4_rows<R - 1>(w, scale, x, row, rows, begin, end, group, total);
     }
 }
 
-static void int4_panel(const Matrix& weight, const Rows& rows, const Activation& x, int64_t panel) {
-    int64_t groups = (weight.k + weight.group - 1) / weight.group;
-    const uint8_t* w = (const uint8_t*)weight.data + panel * groups * weight.group * 8;
-    const uint16_t* scale = (const uint16_t*)weight.scale + panel * groups * 16;
-    int64_t outputs = weight.n - panel * 16 < 16 ? weight.n - panel * 16 : 16;
-    for (int64_t row = 0; row < rows.count; row += INT4_ROWS) {
-        float total[INT4_ROWS * 16];
-        int64_t height = rows.count - row < INT4_ROWS ? rows.count - row : INT4_ROWS;
-        int4_rows<INT4_ROWS>(w, scale, x, row, height, groups, weight.group, total);
-        for (int64_t r = 0; r < height; ++r)
-            for (int64_t output = 0; output < outputs; ++output)
-                finish(rows, row + r, panel * 16 + output, total[r * 16 + output] * x.scale[row + r]);
+// Panels [first, first + panels) of the weight; total has [panels][rows][16] values.
+static void int4_panels(
+    const Matrix& weight, const Rows& rows, const Activation& x, int64_t first, int64_t panels, float* total) {
+    int64_t groups = (weight.k + weight.group - 1) / weight.group, bytes = groups * weight.group * 8;
+    int64_t step = rows.count > INT4_ROWS ? INT4_BLOCK / weight.group : groups;
+    const uint8_t* w = (const uint8_t*)weight.data + first * bytes;
+    const uint16_t* scale = (const uint16_t*)weight.scale + first * groups * 16;
+    std::memset(total, 0, panels * rows.count * 16 * sizeof(float));
+    for (int64_t begin = 0; begin < groups; begin += step) {
+        int64_t end = begin + step < groups ? begin + step : groups;
+        for (int64_t row = 0; row < rows.count; row += INT4_ROWS)
+            for (int64_t panel = 0; panel < panels; ++panel)
+                int4_rows<INT4_ROWS>(
+                    w + panel * bytes, scale + panel * groups * 16, x, row, rows.count - row, begin, end, weight.group,
+                    total + (panel * rows.count + row) * 16);
     }
+    for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t row = 0; row < rows.count; ++row)
+            for (int64_t q = 0; q < 16 && (first + panel) * 16 + q < weight.n; ++q)
+                finish(rows, row, (first + panel) * 16 + q, total[(panel * rows.count + row) * 16 + q] * x.scale[row]);
 }
 
 static void int4_product(const Matrix& weight, const Rows& rows) {
     Activation x = quantise(rows, weight.k);
-    int64_t grain = 1 + (64 << 10) / (8 * weight.k + 1);
+    int64_t together = rows.count > INT4_ROWS ? INT4_PANELS : 1;
+    int64_t grain = together + (64 << 10) / (8 * weight.k + 1) / together * together;
     parallel_for((weight.n + 15) / 16, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel) int4_panel(weight, rows, x, panel);
+        float* total = scratch_of<float>(PARTIALS, together * rows.count * 16);
+        for (int64_t panel = begin; panel < end; panel += together)
+            int4_panels(weight, rows, x, panel, end - panel < together ? end - panel : together, total);
     });
 }

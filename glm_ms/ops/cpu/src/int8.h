@@ -4,6 +4,7 @@
 // panel. The totals are integers in float64, exact up to 2^53: no order changes them.
 
 constexpr int64_t INT8_BLOCK = 512;  // inputs: 512 * 32512 * 127 < 2^31, so sums of 32 bits do not overflow
+constexpr int64_t INT8_PANELS = 2;   // many rows: so many panels of a block stay in the first cache for all rows
 
 #if defined(GLM_AVX512)
 
@@ -183,29 +184,37 @@ static inline void int8_rows(
     }
 }
 
-static void int8_panel(const Matrix& weight, const Rows& rows, const Activation& x, int64_t panel, double* total) {
+// Panels [first, first + panels) of the weight; total has [panels][rows][16] values.
+static void int8_panels(
+    const Matrix& weight, const Rows& rows, const Activation& x, int64_t first, int64_t panels, double* total) {
     int64_t k_blocks = (weight.k + 3) / 4;
-    const int8_t* w = (const int8_t*)weight.data + panel * k_blocks * 64;
-    std::memset(total, 0, rows.count * 16 * sizeof(double));
-    for (int64_t first = 0; first < k_blocks; first += INT8_BLOCK / 4) {
-        int64_t blocks = k_blocks - first < INT8_BLOCK / 4 ? k_blocks - first : INT8_BLOCK / 4;
+    const int8_t* w = (const int8_t*)weight.data + first * k_blocks * 64;
+    std::memset(total, 0, panels * rows.count * 16 * sizeof(double));
+    for (int64_t begin = 0; begin < k_blocks; begin += INT8_BLOCK / 4) {
+        int64_t blocks = k_blocks - begin < INT8_BLOCK / 4 ? k_blocks - begin : INT8_BLOCK / 4;
         for (int64_t row = 0; row < rows.count; row += INT8_ROWS)
-            int8_rows<INT8_ROWS>(w + first * 64, x, row, rows.count - row, first * 4, blocks, total + row * 16);
+            for (int64_t panel = 0; panel < panels; ++panel)
+                int8_rows<INT8_ROWS>(
+                    w + (panel * k_blocks + begin) * 64, x, row, rows.count - row, begin * 4, blocks,
+                    total + (panel * rows.count + row) * 16);
     }
-    int64_t outputs = weight.n - panel * 16 < 16 ? weight.n - panel * 16 : 16;
-    const float* scale = (const float*)weight.scale + panel * 16;
-    for (int64_t row = 0; row < rows.count; ++row)
-        for (int64_t output = 0; output < outputs; ++output) {
-            double both = (double)x.scale[row] * (double)scale[output];
-            finish(rows, row, panel * 16 + output, (float)(total[row * 16 + output] * both));
-        }
+    const float* scale = (const float*)weight.scale;
+    for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t row = 0; row < rows.count; ++row)
+            for (int64_t q = 0; q < 16 && (first + panel) * 16 + q < weight.n; ++q) {
+                int64_t output = (first + panel) * 16 + q;
+                double both = (double)x.scale[row] * (double)scale[output];
+                finish(rows, row, output, (float)(total[(panel * rows.count + row) * 16 + q] * both));
+            }
 }
 
 static void int8_product(const Matrix& weight, const Rows& rows) {
     Activation x = quantise(rows, weight.k);
-    int64_t grain = 1 + (64 << 10) / (16 * weight.k + 1);
+    int64_t together = rows.count > INT8_ROWS ? INT8_PANELS : 1;
+    int64_t grain = together + (64 << 10) / (16 * weight.k + 1) / together * together;
     parallel_for((weight.n + 15) / 16, grain, [&](int64_t begin, int64_t end) {
-        double* total = scratch_of<double>(PARTIALS, rows.count * 16);
-        for (int64_t panel = begin; panel < end; ++panel) int8_panel(weight, rows, x, panel, total);
+        double* total = scratch_of<double>(PARTIALS, together * rows.count * 16);
+        for (int64_t panel = begin; panel < end; panel += together)
+            int8_panels(weight, rows, x, panel, end - panel < together ? end - panel : together, total);
     });
 }
