@@ -89,6 +89,9 @@ def test_the_wheel_has_every_file_of_the_package_the_configurations_and_the_tool
 
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == {"run_glm.py"}.union(*map(expected, FOLDERS))
+    if "glm_ms/ops/cpu/_kernels.so" in names:  # for one platform, but for every Python 3
+        assert "-py3-none-" in wheel.name
+        assert not wheel.name.endswith("-any.whl")
 
 
 def test_every_module_imports(environment, tmp_path):
