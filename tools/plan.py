@@ -25,6 +25,8 @@ if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(REPOSITORY))
 
 from glm_ms.families import build_tokenizer, read_config  # noqa: E402
+from glm_ms.ops.cpu import library  # noqa: E402
+from glm_ms.ops.cpu.rows import STORAGE  # noqa: E402
 from glm_ms.peft.adapter import AdapterError  # noqa: E402
 from glm_ms.peft.rows import bounds_for  # noqa: E402
 from glm_ms.plan import GIB, RunPlan, describe, nearest_fit, plan_run  # noqa: E402
@@ -42,7 +44,7 @@ from glm_ms.tokenizer import VocabularyError  # noqa: E402
 RESERVED = 2 * GIB
 FITS, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
 # Options of a server.
-SERVING = ("slots", "context", "max_adapters", "max_lora_rank", "max_prefix")
+SERVING = ("slots", "context", "kv_cache", "max_adapters", "max_lora_rank", "max_prefix")
 SLOTS = 8
 _LARGEST = 10**9
 
@@ -91,6 +93,8 @@ def _plan_server(parser: Parser, options: argparse.Namespace) -> int:
         context = given.setdefault("context", config.seq_length)
         if context > config.seq_length:
             raise SettingsError(f"--context {context}: {options.model} has seq_length {config.seq_length}")
+        if options.kv_cache and options.device_target != "CPU":
+            raise SettingsError(f"--kv-cache {options.kv_cache}: only of the C++ kernels of a CPU")
     except (FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
@@ -98,7 +102,8 @@ def _plan_server(parser: Parser, options: argparse.Namespace) -> int:
         config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
     bounds = bounds_for([], *(given.get(name) for name in ("max_adapters", "max_lora_rank", "max_prefix")))
     fused = options.device_target != "CPU" and config.compute_dtype != "float32"
-    plan = plan_serving(config, given.get("slots", SLOTS), context, bounds, fused)
+    kept = options.kv_cache or ("float32" if options.device_target == "CPU" and library.reason() is None else None)
+    plan = plan_serving(config, given.get("slots", SLOTS), context, bounds, fused, kv_cache=kept)
     memory = options.memory and max(0, options.memory - RESERVED)
     print(f"{options.model}, a server on {options.device_target}")
     for line in describe_serving(plan, memory):
@@ -259,6 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the file's values")
     server = parser.add_argument_group("a server, with --model")
     server.add_argument("--slots", type=_count, metavar="N", help=f"requests at a time (default: {SLOTS})")
+    server.add_argument(
+        "--kv-cache", choices=tuple(STORAGE), help="type of keys and values of the C++ kernels of a CPU"
+    )
     server.add_argument("--context", type=_count, metavar="N", help="most tokens of one with its answer (seq_length)")
     server.add_argument("--max-adapters", type=_count, metavar="N", help="adapters at a time (0)")
     server.add_argument("--max-lora-rank", type=_count, metavar="N", help="largest rank of LoRA adapters (16)")

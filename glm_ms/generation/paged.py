@@ -2,136 +2,70 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from mindspore import Tensor
 
 from glm_ms.generation.decoder import Decoder
-from glm_ms.generation.graphs import on_graph_thread, run_cell
+from glm_ms.generation.graphs import on_graph_thread
 from glm_ms.generation.inputs import Prompt
-from glm_ms.generation.pages import PAGE, RESERVED, SCRATCH, ZEROS, NoRoom, PagePool, page_keys
-from glm_ms.generation.uniform import uniform_rows
-from glm_ms.model.cache import BlockCache, CopyPages, KVCache, OutputLayer, PagedGLM, WritePage, WritePrefix
-from glm_ms.model.glm import GLMNetwork
+from glm_ms.generation.page_graphs import PageGraphs, pages_of
+from glm_ms.generation.pages import PAGE, ZEROS, NoRoom, PagePool, page_keys
+from glm_ms.ops.cpu.rows import Span
 from glm_ms.peft.adapter import StoredAdapter
-from glm_ms.peft.rows import NO_ADAPTER, AdapterBounds, RowAdapter, RowAdapters
+from glm_ms.peft.rows import NO_ADAPTER, RowAdapter
 
-__all__ = ["CHUNK", "NoRoom", "PagedDecoder", "PagedGraphs"]
-
-# Tokens of a prompt that run at a time: enough to use the arithmetic of a CPU, few enough that running answers wait
-# for only a moment. Pages are found in groups of so many tokens.
-CHUNK = 32
-
-
-def pages_of(tokens: int) -> int:
-    """Pages for so many tokens."""
-    return -(-tokens // PAGE)
-
-
-class PagedGraphs:
-    """The compiled cells for one size. All decoders of this size run them, each with its own memory.
-
-    A graph is compiled for the tables of `cache`, and reads their memory at each run. So a decoder needs no graphs of
-    its own: before it runs, its memory becomes that of the tables, without a copy.
-
-    Args:
-        network: weights; shared, not copied.
-        slots: sequences at a time.
-        capacity: most tokens of one, prompt and new tokens.
-        chunk: tokens of a prompt that run at a time; a multiple of `PAGE`.
-        bounds: adapters that sequences may have; None: only that of the network, if it has one.
-    """
-
-    def __init__(
-        self, network: GLMNetwork, slots: int, capacity: int, chunk: int = CHUNK, bounds: AdapterBounds | None = None
-    ) -> None:
-        if chunk % PAGE:
-            raise ValueError(f"chunk = {chunk}: must be a multiple of {PAGE}, the tokens of a page")
-        self.slots, self.capacity, self.chunk = slots, capacity, chunk
-        self.vocab_size = network.config.padded_vocab_size
-        self.rows = uniform_rows(slots)  # of a step; those beyond the slots are idle
-        encoder = network.transformer.prefix_encoder
-        # A P-Tuning prefix has its own pages, which all sequences share. It ends where a page ends.
-        self.prefix = 0 if encoder is None else encoder.length
-        self.prefix_pages = pages_of(self.prefix)
-        self.first = self.prefix_pages * PAGE - self.prefix  # index of the first token of the prefix
-        self.bounds = bounds or AdapterBounds()
-        other_prefix = pages_of(self.bounds.max_prefix)
-        self.pages_of_slot = self.prefix_pages + other_prefix + pages_of(capacity)
-        self.pages = slots * pages_of(capacity) + self.prefix_pages + self.bounds.max_adapters * other_prefix
-        # `WritePrefix` writes to flat tables.
-        attention = network.transformer.encoder.layers[0].self_attention.cached_attention
-        whole = attention.whole_pages and encoder is None
-        self.cache = (BlockCache if whole else KVCache)(network.config, RESERVED + self.pages, PAGE)
-        self.adapters = RowAdapters(network, self.bounds, PAGE if whole else 1)
-        total = self.pages_of_slot * PAGE
-        self.prefill, self.step = (PagedGLM(network, self.cache, total) for _ in range(2))
-        self.write_prefix = None if encoder is None else WritePrefix(encoder, 1, self.cache)
-        self.output, self.copy = OutputLayer(network), CopyPages(self.cache)
-        self.write_page = WritePage(self.cache)
-        self._memory: list[Tensor] | None = None  # of the tables; None: that they were made with
-        self._owner: Callable[[], PagedDecoder | None] = lambda: None
-        self.sound = True  # whether the memory can serve another decoder
-
-    def serve(self, decoder: PagedDecoder) -> None:
-        """Gives the tables the memory of a decoder; call it in the graph thread, before each use of the cells.
-
-        A new decoder takes the memory of one that has ended and was sound, or gets its own. What others have left
-        there has the weight 0 for its tokens, which hides all numbers but NaN and infinity.
-        """
-        if not decoder.memory:
-            free = self._memory if self._owner() is None and self.sound else None
-            decoder.memory = free or self.cache.zeros()
-            self._set(decoder.memory)
-            if self.write_prefix is not None:
-                indices = np.arange(self.first, self.first + self.prefix)[None]
-                run_cell(self.write_prefix, self.cache.page_rows(RESERVED + indices // PAGE, indices % PAGE))
-        elif decoder.memory is not self._memory:
-            self._set(decoder.memory)
-        self._owner, self.sound = weakref.ref(decoder), decoder.sound
-
-    @on_graph_thread
-    def release(self) -> None:
-        """Frees the memory of the tables if its decoder has ended. Fresh zeros take none before they are written."""
-        if self._memory and self._owner() is None:
-            self._set(self.cache.zeros())
-            self._memory = None
-
-    def _set(self, memory: list[Tensor]) -> None:
-        for table, content in zip(self.cache.tables, memory):
-            table.set_data(content)
-        self._memory = memory
+__all__ = ["NoRoom", "PagedDecoder"]
 
 
 @dataclass
 class _Running:
     """A sequence in a slot. Its tokens have the indices from `start` on."""
 
-    ids: np.ndarray  # int32 [S], the prompt
-    positions: np.ndarray  # int32 [S]
+    prompt: int  # S, tokens of the prompt
+    ids: np.ndarray  # int32 [capacity], the tokens, those of the prompt first
+    positions: np.ndarray  # int32 [capacity]
     first: int  # index of the first key that its tokens see
     start: int
     pages: np.ndarray  # int32 [pages of a slot], the pages of all indices; ZEROS from `count` on
     count: int
-    keys: list[bytes]  # of the full pages of the prompt
+    keys: list[bytes]  # of full pages, those of the prompt at least
+    root: bytes  # of the key of its first page
     adapter: RowAdapter | None
     length: int = 0  # tokens whose keys and values are there
     found: int = 0  # of these, tokens of pages that others have computed
-    position: int = 0  # of the next token
 
     @property
     def ready(self) -> bool:
         """Whether the whole prompt has run."""
-        return self.length >= len(self.ids)
+        return self.length >= self.prompt
 
     @property
     def number(self) -> int:
         """Number of its adapter in the tables of `RowUpdate`."""
         return NO_ADAPTER if self.adapter is None else self.adapter.number
+
+    def span(self, count: int, logits: int) -> Span:
+        """The next tokens, of which the last ones get logits."""
+        end = self.length + count
+        ids, positions = self.ids[self.length : end], self.positions[self.length : end]
+        return Span(ids, positions, self.start + self.length, self.first, self.pages, self.number, logits)
+
+    def append(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Adds tokens behind those that have run, at the positions that follow."""
+        end = self.length + len(tokens)
+        self.ids[self.length : end] = tokens
+        self.positions[self.length : end] = self.positions[self.length - 1] + 1 + np.arange(len(tokens))
+
+    def key(self, number: int) -> bytes:
+        """The key of page `number` of its tokens, which must be full."""
+        while len(self.keys) <= number:
+            begin = len(self.keys) * PAGE
+            root = self.keys[-1] if self.keys else self.root
+            self.keys.extend(page_keys(root, self.ids[begin : begin + PAGE], self.positions[begin : begin + PAGE]))
+        return self.keys[number]
 
 
 class PagedDecoder(Decoder):
@@ -141,25 +75,22 @@ class PagedDecoder(Decoder):
     The pages of prompts are found again by their tokens, by those before them and by the adapter, for as long as no
     other sequence needs the memory.
 
-    A sequence gets the same bits whatever the other slots do and whatever pages were found. For products of matrices
-    differ in the last digits with the number of rows and, for some numbers, with the place of a row. So a chunk always
-    begins at a multiple of its size, where pages are found too: a token of a prompt is always in the same place. A step
-    has a number of rows whose places are equal (`uniform_rows`), and its pages are not found, as a prompt with the same
-    tokens has other digits.
+    A sequence gets the same bits whatever the other slots do and whatever pages were found; `graphs` say what that
+    needs. Where `exact_rows`, the pages of answers are found too.
 
-    While a decoder is in use the weights must not change; `reset` makes it forget everything. A step also runs the
-    slots that it does not append to. These write to a page of nobody.
+    While a decoder is in use the weights must not change; `reset` makes it forget everything.
 
     Attributes:
         slots: sequences at a time.
         capacity: most tokens of a sequence, prompt and new tokens.
+        exact_rows: whether `extend` and `truncate` work, see `PageGraphs`.
         pages_total, pages_used: pages of the cache, and those that sequences use now.
     """
 
-    def __init__(self, graphs: PagedGraphs) -> None:
-        self.graphs, self.cache = graphs, graphs.cache
+    def __init__(self, graphs: PageGraphs) -> None:
+        self.graphs, self.exact_rows = graphs, graphs.exact_rows
         self.slots, self.capacity, self.vocab_size = graphs.slots, graphs.capacity, graphs.vocab_size
-        self.memory: list[Tensor] = []  # of the tables of the cache; set by `PagedGraphs.serve`
+        self.memory: Any = None  # of its pages, as the graphs keep it
         self.sound = True  # no logit was NaN or infinite
         self._running: dict[int, _Running] = {}
         self._prefixes: dict[RowAdapter, list[int]] = {}  # pages of the prefixes of adapters
@@ -168,7 +99,7 @@ class PagedDecoder(Decoder):
     @on_graph_thread
     def reset(self) -> None:
         """Frees every slot and forgets all pages, also those of a prefix."""
-        self.memory = []
+        self.memory = None
         for one in self._running.values():
             self._leave(one)
         self._pool = PagePool(self.graphs.pages)
@@ -196,22 +127,15 @@ class PagedDecoder(Decoder):
         Warns:
             UserWarning: the rows of a step differ on this machine though they run the same token.
         """
-        nobody = np.zeros((1, self.graphs.chunk), np.int32)
-        logits = self._run_step([], np.zeros(0, np.int32))
-        if len({row.tobytes() for row in logits}) > 1:
-            warnings.warn(
-                f"a step of {len(logits)} rows gives the same token other digits in other rows on this machine: by "
-                "rounding answers may depend on what else runs; try another number of slots",
-                UserWarning,
-                stacklevel=2,
-            )
-        scratch = np.full_like(nobody, SCRATCH)
-        _, states = self._run_chunk(nobody, nobody, nobody, 0, self._empty_table(), scratch, NO_ADAPTER, 0)
-        self._logits_of(states, 0, NO_ADAPTER)
-        self._copies.append((ZEROS, SCRATCH))
-        self._copy()
-        if self.graphs.bounds.max_prefix:
-            self._write_page(SCRATCH, np.zeros((len(self.cache.tables), PAGE, self.cache.groups, self.cache.dim)))
+        self.graphs.compile(self)
+
+    @on_graph_thread
+    def serve(self) -> None:
+        """Takes the graphs, with its memory; the copies of pages that are due have been made then."""
+        self.memory = self.graphs.serve(self)
+        copies, self._copies = self._copies, []
+        if copies:
+            self.graphs.copy(copies)
 
     @on_graph_thread
     def load_adapter(self, name: str, stored: StoredAdapter) -> None:
@@ -246,19 +170,21 @@ class PagedDecoder(Decoder):
             ValueError: the prompt is empty or too long, or the adapter is unknown.
         """
         loaded = None if adapter is None else self.graphs.adapters.find(adapter)
-        ids = np.array(ids, np.int32)
-        if not 1 <= len(ids) <= self.capacity:
-            raise ValueError(f"a prompt of {len(ids)} tokens: a slot has room for 1 to {self.capacity}")
+        count = len(ids)
+        if not 1 <= count <= self.capacity:
+            raise ValueError(f"a prompt of {count} tokens: a slot has room for 1 to {self.capacity}")
         slot = self._take_slots(1)[0]
-        positions = np.arange(len(ids), dtype=np.int32) if positions is None else np.array(positions, np.int32)
+        tokens, places = np.zeros((2, self.capacity), np.int32)
+        tokens[:count], places[:count] = ids, np.arange(count) if positions is None else positions
         prefix, first = self._prefix_of(loaded)
         pages = np.full(self.graphs.pages_of_slot, ZEROS, np.int32)
         pages[: len(prefix)] = prefix
         for page in prefix:
             self._pool.share(page)
-        keys = list(page_keys(b"" if loaded is None else b"%d" % loaded.serial, ids, positions))
-        start, position = len(prefix) * PAGE, int(positions[-1]) + 1
-        one = _Running(ids, positions, first, start, pages, len(prefix), keys, loaded, position=position)
+        root = b"" if loaded is None else b"%d" % loaded.serial
+        keys = list(page_keys(root, tokens[:count], places[:count]))
+        start = len(prefix) * PAGE
+        one = _Running(count, tokens, places, first, start, pages, len(prefix), keys, root, loaded)
         if loaded is not None:
             loaded.rows += 1
         self._running[slot] = one
@@ -296,24 +222,16 @@ class PagedDecoder(Decoder):
             one.length = one.found = 0
         elif not all_logits:
             self._find(one)
-        begin, chunk = one.length, self.graphs.chunk
-        end = min(begin + chunk, len(one.ids))
-        count = end - begin
+        alone = not any(other.ready for other in self._running.values())
+        begin, end = one.length, self._chunk_end(one, alone)
         while one.count * PAGE < one.start + end:
             self._add_page(one)
-        ids, positions = np.zeros((2, 1, chunk), np.int32)
-        ids[0, :count], positions[0, :count] = one.ids[begin:end], one.positions[begin:end]
-        # Padding sees what the last token sees, and writes to a page of nobody.
-        indices = np.minimum(np.arange(chunk), count - 1)[None] + (one.start + begin)
-        pages = one.pages[indices // PAGE]
-        pages[0, count:] = SCRATCH
-        logits, states = self._run_chunk(ids, positions, indices, one.first, one.pages, pages, one.number, count - 1)
-        one.length = end
-        if self._note(one, logits):
-            for number in range(begin // PAGE, end // PAGE):
-                self._pool.register(int(one.pages[one.start // PAGE + number]), one.keys[number])
+        wanted = end - begin if all_logits else int(end == one.prompt)
+        self.serve()
+        logits, finite = self.graphs.read(one.span(end - begin, wanted))
+        self._advance(one, end - begin, finite)
         if all_logits:
-            return np.concatenate([*(self._logits_of(states, place, one.number) for place in range(count - 1)), logits])
+            return logits
         return logits[0] if one.ready else None
 
     def add(self, prompts: Sequence[Prompt]) -> tuple[list[int], np.ndarray]:
@@ -332,21 +250,58 @@ class PagedDecoder(Decoder):
     def step(self, slots: Sequence[int], tokens: np.ndarray) -> np.ndarray:
         slots = list(slots)
         for slot in slots:
-            one = self._running[slot]
-            if not one.ready:
-                raise ValueError(f"slot {slot}: its prompt has not run to the end")
-            if one.length >= self.capacity:
-                raise ValueError(f"slot {slot} is full: it has room for {self.capacity} tokens")
-        for slot in slots:
-            self._make_room(self._running[slot])
-        logits = self._run_step(slots, tokens)
-        logits = logits if slots == list(range(len(logits))) else logits[slots]
-        for slot, row in zip(slots, logits):
-            one = self._running[slot]
-            one.length += 1
-            one.position += 1
-            self._note(one, row)
+            self._check_steps(slot, 1)
+        for slot, token in zip(slots, tokens):
+            self._make_room(self._running[slot], 1)
+            self._running[slot].append([token])
+        self.serve()
+        logits, finite = self.graphs.step(slots, [self._running[slot].span(1, 1) for slot in slots])
+        for slot, sound in zip(slots, finite):
+            self._advance(self._running[slot], 1, sound, found=self.exact_rows)
         return logits
+
+    @on_graph_thread
+    def extend(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Appends one or more tokens to each of some slots, in one run; only with `exact_rows`.
+
+        Args:
+            slots: distinct slots in use.
+            tokens: of each slot.
+
+        Returns:
+            For each slot the logits after each of its tokens, float32 [n, V]: the bits of as many steps.
+
+        Raises:
+            ValueError: there are no exact rows, a slot gets no token or has no room, or its prompt has not run.
+        """
+        for slot, some in zip(slots, tokens):
+            self._check_steps(slot, len(some))
+        for slot, some in zip(slots, tokens):
+            self._make_room(self._running[slot], len(some))
+            self._running[slot].append(some)
+        self.serve()
+        logits, finite = self.graphs.extend(
+            [self._running[slot].span(len(some), len(some)) for slot, some in zip(slots, tokens)]
+        )
+        for slot, some, sound in zip(slots, tokens, finite):
+            self._advance(self._running[slot], len(some), sound, found=True)
+        return np.split(logits, np.cumsum([len(some) for some in tokens])[:-1])
+
+    @on_graph_thread
+    def truncate(self, slot: int, count: int) -> None:
+        """Drops the last tokens of a slot, of those behind its prompt.
+
+        Raises:
+            ValueError: there are no exact rows, or fewer such tokens.
+        """
+        one = self._running[slot]
+        if not self.exact_rows:
+            raise ValueError("truncate needs rows with equal bits (the C++ kernels)")
+        if not 0 <= count <= one.length - one.prompt:
+            raise ValueError(f"slot {slot}: has {max(0, one.length - one.prompt)} tokens to drop, not {count}")
+        one.length -= count
+        del one.keys[max(one.prompt, one.length) // PAGE :]
+        self._release_pages(one, pages_of(one.start + one.length))
 
     @on_graph_thread
     def fork(self, slots: Sequence[int]) -> list[int]:
@@ -364,6 +319,32 @@ class PagedDecoder(Decoder):
             self._release_pages(one)
             self._leave(one)
             self._free.append(int(slot))
+
+    def _check_steps(self, slot: int, count: int) -> None:
+        """Raises ValueError if a slot cannot take so many tokens."""
+        one = self._running[slot]
+        if not one.ready:
+            raise ValueError(f"slot {slot}: its prompt has not run to the end")
+        if one.length + count > self.capacity:
+            raise ValueError(f"slot {slot} is full: it has room for {self.capacity} tokens")
+        if count < 1:
+            raise ValueError(f"slot {slot}: gets no token")
+
+    def _chunk_end(self, one: _Running, alone: bool) -> int:
+        """Up to which token the next chunk of a prompt runs; `alone`: no other sequence waits for a step meanwhile."""
+        size = self.graphs.largest_chunk if alone else self.graphs.chunk
+        return min(one.length + size, one.prompt)
+
+    def _advance(self, one: _Running, count: int, finite: bool, found: bool = True) -> None:
+        """Counts tokens that have run. Pages that they have filled are found by others, if `found`."""
+        begin, one.length = one.length, one.length + count
+        if not finite:
+            self.sound = self.graphs.sound = False
+            own = one.pages[one.start // PAGE : one.count].tolist()
+            self._unclean.update(page for page in own if not self._pool.is_registered(page))
+        elif found:
+            for number in range(begin // PAGE, one.length // PAGE):
+                self._pool.register(int(one.pages[one.start // PAGE + number]), one.key(number))
 
     def _prefill_whole(self, slot: int) -> np.ndarray:
         while True:
@@ -385,7 +366,8 @@ class PagedDecoder(Decoder):
             self._pool.share(page)
         if one.adapter is not None:
             one.adapter.rows += 1
-        return replace(one, pages=one.pages.copy())
+        copies = {name: getattr(one, name).copy() for name in ("ids", "positions", "pages", "keys")}
+        return replace(one, **copies)
 
     def _leave(self, one: _Running) -> None:
         """A sequence ends the use of its adapter."""
@@ -414,31 +396,24 @@ class PagedDecoder(Decoder):
         pages = [self._pool.take() for _ in range(pages_of(length))]
         content = np.zeros((len(parts), len(pages) * PAGE, *parts.shape[2:]), np.float32)
         content[:, content.shape[1] - length :] = parts
-        # The tables are those of all keys, then those of all values.
-        content = np.concatenate((content[::2], content[1::2]))
-        self._copy()
+        self.serve()
         for number, page in enumerate(pages):
-            self._write_page(page, content[:, number * PAGE : (number + 1) * PAGE])
+            places = slice(number * PAGE, (number + 1) * PAGE)
+            self.graphs.write(page, content[::2, places], content[1::2, places])
             self._unclean.discard(page)
         self._prefixes[adapter] = pages
 
-    def _write_page(self, page: int, parts: np.ndarray) -> None:
-        """Writes keys and values float32 [tables, PAGE, G, D] to a page."""
-        content = np.ascontiguousarray(self.cache.page_content(parts), np.float32)
-        number = Tensor(np.array([page], np.int32))
-        self.graphs.write_page.compile_and_run(number, Tensor(content, self.cache.keys[0].dtype))
-
     def _find(self, one: _Running) -> None:
         """Takes pages that others have computed. The last token of a prompt always runs: its logits are needed."""
-        chunk = self.graphs.chunk
-        while one.length + chunk < len(one.ids):
-            pages = self._pool.find(one.keys[one.length // PAGE : (one.length + chunk) // PAGE])
+        size = self.graphs.found_in
+        while one.length % size == 0 and one.length + size < one.prompt:
+            pages = self._pool.find(one.keys[one.length // PAGE : (one.length + size) // PAGE])
             if not pages:
                 return
             one.pages[one.count : one.count + len(pages)] = pages
             one.count += len(pages)
-            one.length += chunk
-            one.found += chunk
+            one.length += size
+            one.found += size
 
     def _add_page(self, one: _Running) -> None:
         page = self._pool.take()
@@ -448,18 +423,23 @@ class PagedDecoder(Decoder):
         one.pages[one.count] = page
         one.count += 1
 
-    def _make_room(self, one: _Running) -> None:
-        """Gives the next token a page that no other sequence uses."""
-        number = (one.start + one.length) // PAGE
-        if number == one.count:
+    def _make_room(self, one: _Running, count: int) -> None:
+        """Gives the next tokens pages that no other sequence uses or finds."""
+        begin = one.start + one.length
+        if begin % PAGE:
+            self._own_page(one, begin // PAGE)
+        while one.count * PAGE < begin + count:
             self._add_page(one)
-            return
+
+    def _own_page(self, one: _Running, number: int) -> None:
         page = int(one.pages[number])
         if self._pool.is_shared(page):
             one.pages[number] = self._pool.take()
             self._copies.append((page, int(one.pages[number])))
             self._unclean.discard(int(one.pages[number]))
             self._pool.release(page)
+        elif self._pool.is_registered(page):  # it was full, and tokens were dropped
+            self._pool.forget(page)
 
     def _release_pages(self, one: _Running, start: int = 0) -> None:
         """Ends the use of all pages from number `start` on; the last ones are forgotten first."""
@@ -467,68 +447,3 @@ class PagedDecoder(Decoder):
             self._pool.release(page)
         one.pages[start:] = ZEROS
         one.count = start
-
-    def _note(self, one: _Running, logits: np.ndarray) -> bool:
-        """Whether the logits of a sequence are finite; if not, nobody may take its pages as they are."""
-        if np.isfinite(logits).all():
-            return True
-        self.sound = self.graphs.sound = False
-        own = one.pages[one.start // PAGE : one.count].tolist()
-        self._unclean.update(page for page in own if not self._pool.is_registered(page))
-        return False
-
-    def _empty_table(self) -> np.ndarray:
-        """Pages of a row without a sequence."""
-        pages = np.full(self.graphs.pages_of_slot, ZEROS, np.int32)
-        pages[0] = SCRATCH
-        return pages
-
-    def _copy(self) -> None:
-        """Makes the copies of pages that are due."""
-        self.graphs.serve(self)
-        while self._copies:
-            pairs = np.full((self.slots, 2), SCRATCH)
-            due, self._copies = self._copies[: self.slots], self._copies[self.slots :]
-            pairs[: len(due)] = due
-            run_cell(self.graphs.copy, pairs[:, 0], pairs[:, 1])
-
-    def _run_chunk(
-        self, ids: np.ndarray, positions: np.ndarray, indices: np.ndarray, first: int, table: np.ndarray,
-        pages: np.ndarray, number: int, last: int
-    ) -> tuple[np.ndarray, Tensor]:  # fmt: skip
-        """Logits float32 [1, V] after the token at place `last`, and the input of the output layer for all tokens."""
-        self._copy()
-        rows = self.cache.page_rows(pages, np.where(pages == SCRATCH, 0, indices % PAGE))
-        blocks = self.cache.page_blocks(table[None])
-        arrays = ids, positions, indices, np.array([first]), rows, blocks, self._numbers([number]), np.array([last])
-        logits, states = run_cell(self.graphs.prefill, *arrays)
-        return logits.asnumpy(), states
-
-    def _logits_of(self, states: Tensor, place: int, number: int) -> np.ndarray:
-        """Logits float32 [1, V] of a token of a chunk, with the adapter of this number."""
-        arrays = np.array([place], np.int32), self._numbers([number])
-        inputs = [None if array is None else Tensor(array) for array in arrays]
-        return self.graphs.output.compile_and_run(states, *inputs).asnumpy()
-
-    def _numbers(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray | None:
-        """Numbers of adapters for a graph; None: it has none."""
-        return np.array(numbers, np.int32) if self.graphs.bounds.max_adapters else None
-
-    def _run_step(self, slots: list[int], tokens: np.ndarray) -> np.ndarray:
-        """Logits float32 [rows, V] after the next token of some slots, in the row of each; other rows are idle."""
-        self._copy()
-        count = self.graphs.rows
-        ids, positions, indices, pages = np.zeros((4, count, 1), np.int32)
-        first, numbers = np.zeros(count, np.int32), np.full(count, NO_ADAPTER)
-        tables = np.tile(self._empty_table(), (count, 1))
-        pages[:] = SCRATCH
-        ids[slots, 0] = tokens
-        for slot in slots:
-            one = self._running[slot]
-            index = one.start + one.length
-            positions[slot], indices[slot], first[slot] = one.position, index, one.first
-            pages[slot], tables[slot], numbers[slot] = one.pages[index // PAGE], one.pages, one.number
-        rows = self.cache.page_rows(pages, indices % PAGE)
-        blocks = self.cache.page_blocks(tables)
-        arrays = ids, positions, indices, first, rows, blocks, self._numbers(numbers)
-        return run_cell(self.graphs.step, *arrays).asnumpy()

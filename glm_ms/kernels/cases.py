@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from glm_ms.generation.paged import CHUNK
+from glm_ms.generation.page_graphs import CHUNK
 from glm_ms.generation.pages import PAGE
 from glm_ms.model.cache import BlockCache, KVCache
 from glm_ms.model.config import GLMConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from glm_ms.ascend_hints import essence
-from glm_ms.generation.paged import CHUNK
+from glm_ms.generation.page_graphs import CHUNK
 from glm_ms.kernels.cases import KernelCase, Sizes, attention_case, cached_case, norm_case, rotary_case
 from glm_ms.kernels.compare import DEVICE_ERRORS, against_portable
 from glm_ms.kernels.remembered import Outcome

@@ -43,6 +43,7 @@ class LayerNormalize(nn.Cell):
 
     def __init__(self, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.normalize = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
         self.cast, self.cast_weight = ops.Cast(), ops.Cast()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from glm_ms.generation.decoder import cache_capacity, slot_count
-from glm_ms.generation.paged import CHUNK, pages_of
+from glm_ms.generation.page_graphs import CHUNK, pages_of
 from glm_ms.generation.pages import PAGE, RESERVED
 from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.model.config import GLMConfig

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from glm_ms.convert.names import expected_shapes
-from glm_ms.generation.paged import CHUNK, pages_of
+from glm_ms.generation.kernel_graphs import ROWS
+from glm_ms.generation.page_graphs import CHUNK, pages_of
 from glm_ms.generation.pages import PAGE, RESERVED
 from glm_ms.model.config import GLMConfig
+from glm_ms.ops.cpu.rows import page_bytes
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.peft.lora import linear_names
 from glm_ms.peft.rows import AdapterBounds
@@ -46,8 +48,9 @@ class ServingPlan:
 
 
 def plan_serving(
-    config: GLMConfig, slots: int, context: int, bounds: AdapterBounds, fused: bool = False, chunk: int = CHUNK
-) -> ServingPlan:
+    config: GLMConfig, slots: int, context: int, bounds: AdapterBounds, fused: bool = False, chunk: int = CHUNK,
+    kv_cache: str | None = None
+) -> ServingPlan:  # fmt: skip
     """Plans a server.
 
     Args:
@@ -56,10 +59,14 @@ def plan_serving(
         bounds: adapters that the server has room for.
         fused: attention by a fused kernel, which keeps no scores.
         chunk: tokens of a prompt that run at a time.
+        kv_cache: type of keys and values of the C++ kernels of a CPU; None: the portable cells, or an Ascend card.
     """
     shapes, item = expected_shapes(config), ITEM_BYTES[config.compute_dtype]
     prefixes = bounds.max_adapters * pages_of(bounds.max_prefix)
-    page = 2 * config.num_layers * PAGE * config.num_kv_heads * config.kv_channels * item
+    if kv_cache is None:
+        page = 2 * config.num_layers * PAGE * config.num_kv_heads * config.kv_channels * item
+    else:
+        page = config.num_layers * page_bytes(kv_cache, config.num_kv_heads, config.kv_channels)
     total = (pages_of(bounds.max_prefix) + pages_of(context)) * PAGE
     work = Work(config, ParallelConfig(), slots, 1, prefix=total - 1, fused_kernels=fused)
     reading = replace(work, rows=1, length=chunk, prefix=total - chunk)
@@ -69,9 +76,18 @@ def plan_serving(
         weights=sum(math.prod(shape) for shape in shapes.values()) * ITEM_BYTES[config.param_init_type],
         kv_cache=(RESERVED + slots * pages_of(context) + prefixes) * page,
         adapters=item * _table_elements(shapes, bounds),
-        activations=max(prefill_bytes(work), prefill_bytes(reading)),
+        activations=_kernel_bytes(config, slots) if kv_cache else max(prefill_bytes(work), prefill_bytes(reading)),
         page=page,
     )
+
+
+def _kernel_bytes(config: GLMConfig, slots: int) -> int:
+    """Bytes that the C++ kernels need for a run of all its rows: what MindSpore keeps between them, the largest of
+    their own arrays, and the logits."""
+    hidden, wide = config.hidden_size, 3 * config.ffn_hidden_size
+    attention = hidden + config.qkv_size + config.query_size
+    rows = 3 * hidden + config.query_size + max(attention, hidden + wide)
+    return ITEM_BYTES["float32"] * (ROWS * rows + slots * config.padded_vocab_size)
 
 
 def _table_elements(shapes: Mapping[str, tuple[int, ...]], bounds: AdapterBounds) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from glm_ms.families import family_of
 from glm_ms.generation import GLMForCausalLM
-from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.generation.graph_choice import GraphMaker
+from glm_ms.generation.paged import PagedDecoder
 from glm_ms.kernels.choice import use_kernels
 from glm_ms.kernels.run_checks import Use
 from glm_ms.peft.adapter import StoredAdapter, read_adapter
@@ -20,6 +21,7 @@ from glm_ms.serve.engine import Engine
 from glm_ms.serve.model_arguments import load_model
 from glm_ms.serve.scheduler import Scheduler
 from glm_ms.serve.settings import ServeSettings
+from glm_ms.storage.errors import FileError
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -61,14 +63,18 @@ def build_engine(
         say: takes lines for the user, on an Ascend card those about its kernels.
 
     Raises:
-        FileError: the tokenizer has more ids than the network, or an adapter does not fit.
+        FileError: the tokenizer has more ids than the network, an adapter does not fit, or the type of keys and values
+            needs kernels that are not there.
     """
     check_vocabulary(tokenizer, model.config)
     context = min(settings.context, model.config.seq_length)
     use = Use(slots=settings.slots, context=context)
     use_kernels(model.network, model.config, use, "auto", say)
     bounds = bounds_for(list(adapters.values()), settings.max_adapters, settings.max_lora_rank, settings.max_prefix)
-    decoder = PagedDecoder(PagedGraphs(model.network, settings.slots, context, bounds=bounds))
+    graphs = GraphMaker(model.network)
+    if settings.kv_cache is not None and graphs.why_portable is not None:
+        raise FileError(f"--kv-cache {settings.kv_cache}: needs the C++ kernels of the CPU: {graphs.why_portable}")
+    decoder = PagedDecoder(graphs(settings.slots, context, bounds=bounds, storage=settings.kv_cache))
     decoder.compile()
     scheduler = Scheduler(decoder, tokenizer, settings.max_queue)
     engine = Engine(

@@ -28,7 +28,7 @@ from glm_ms.program import library_imports, program
 from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
 from glm_ms.serve.model_arguments import add_model_arguments
 from glm_ms.serve.names import named_adapters
-from glm_ms.serve.settings import HOST, PORT, ServeSettings
+from glm_ms.serve.settings import HOST, KV_CACHES, PORT, ServeSettings
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import FileError
 
@@ -230,6 +230,8 @@ def _parser() -> Parser:
         default = getattr(_DEFAULTS, flag[2:].replace("-", "_"))
         add(flag, type=kind, default=default, metavar=metavar,
             help=text if default is None else f"{text}; default {default:g}")  # fmt: skip
+    kept = "type of keys and values in memory, for the C++ kernels of a CPU; default float32, which is exact"
+    add("--kv-cache", choices=KV_CACHES, help=kept)
     add("--api-key-file", type=Path, metavar="FILE",
         help=f"keys that open the server, one a line; the variable {KEY_VARIABLE} may have one, too")  # fmt: skip
     add("--insecure", action="store_true", help="no key, although other machines reach --host")

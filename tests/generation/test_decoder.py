@@ -44,14 +44,16 @@ def test_sizes() -> None:
 def test_decoders_of_a_size_share_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = decoder_pool()
     first = pool.decoder(2, 9)
-    monkeypatch.delattr("glm_ms.generation.paged.PagedGraphs.__init__")  # its cache would take memory and time
+    monkeypatch.delattr("glm_ms.generation.page_graphs.PageGraphs.__init__")  # its cache would take memory and time
     assert {pool.decoder(2, 9 + 9 * index).graphs for index in range(4)} == {first.graphs}
 
 
-def test_memory_of_decoders_that_have_ended_is_used_again_or_freed() -> None:
-    pool, ids = decoder_pool(), WORDS[0]
+def test_portable_memory_of_decoders_that_have_ended_is_used_again_or_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLM_MS_CPU_KERNELS", "0")
+    pool, ids = DecoderPool(golden_model("glm3_tiny").network), WORDS[0]
+    assert pool.make_graphs.why_portable == "GLM_MS_CPU_KERNELS=0"
     first, second = pool.decoder(2, 9), pool.decoder(2, 9)
-    table, places = first.cache.keys[0], []
+    table, places = first.graphs.cache.keys[0], []
     for decoder in (first, second):
         slots, logits = start(decoder, ids)
         places.append(table.data_ptr())

@@ -14,8 +14,13 @@ from reference import FOLDER, fresh_golden_model, golden_model
 from tolerances import LOGITS
 
 from glm_ms.generation.graphs import Logits, run_cell
-from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.generation.kernel_graphs import KernelGraphs
+from glm_ms.generation.page_graphs import PageGraphs
+from glm_ms.generation.paged import PagedDecoder
+from glm_ms.generation.paged_graphs import PagedGraphs
 from glm_ms.generation.pages import PAGE
+from glm_ms.model.glm import GLMNetwork
+from glm_ms.ops.cpu import library
 from glm_ms.peft.adapter import AdapterError, StoredAdapter, attach, read_adapter
 from glm_ms.peft.lora import LoraConfig
 from glm_ms.peft.ptuning import PrefixConfig, prefix_shapes
@@ -60,17 +65,26 @@ TRAINED = read_adapter(FOLDER.parent / "train" / "lora" / "final")
 
 
 @cache
-def shared() -> PagedGraphs:
+def shared(kind: str) -> PageGraphs:
     """Graphs with room for adapters, compiled once."""
-    graphs = PagedGraphs(fresh_golden_model("glm2_tiny").network, SLOTS, CAPACITY, CHUNK, BOUNDS)
+    network = fresh_golden_model("glm2_tiny").network
+    graphs = made(kind, network, BOUNDS)
     PagedDecoder(graphs).compile()
     return graphs
 
 
-@pytest.fixture
-def decoder() -> Iterator[PagedDecoder]:
+def made(kind: str, network: GLMNetwork, bounds: AdapterBounds | None = None) -> PageGraphs:
+    if kind == "portable":
+        return PagedGraphs(network, SLOTS, CAPACITY, CHUNK, bounds)
+    if library.reason():
+        pytest.skip(f"no C++ kernels: {library.reason()}")
+    return KernelGraphs(network, SLOTS, CAPACITY, CHUNK, bounds, largest_chunk=CHUNK)
+
+
+@pytest.fixture(params=["portable", "kernels"])
+def decoder(request: pytest.FixtureRequest) -> Iterator[PagedDecoder]:
     """One with all `ADAPTERS`."""
-    found = PagedDecoder(shared())
+    found = PagedDecoder(shared(request.param))
     for name, stored in ADAPTERS.items():
         found.load_adapter(name, stored)
     yield found
@@ -124,7 +138,8 @@ def test_a_sequence_with_an_adapter_is_that_of_the_network_with_it(decoder: Page
 
 def test_a_sequence_without_an_adapter_is_that_of_a_decoder_without(decoder: PagedDecoder) -> None:
     """To the last bit."""
-    plain = PagedDecoder(PagedGraphs(golden_model("glm2_tiny").network, SLOTS, CAPACITY, CHUNK))
+    kind = "kernels" if decoder.exact_rows else "portable"
+    plain = PagedDecoder(made(kind, golden_model("glm2_tiny").network))
     slot, _ = begin(decoder, PROMPT, "large")
     np.testing.assert_array_equal(run_alone(decoder, PROMPT, None), run_alone(plain, PROMPT, None))
     decoder.free([slot])
@@ -169,7 +184,8 @@ def test_the_same_bits_alone_and_in_company(decoder: PagedDecoder) -> None:
 def test_a_page_is_found_only_with_the_same_adapter(decoder: PagedDecoder) -> None:
     for name in ("small", "long", None):
         slots = []
-        for expected in (0, CHUNK):
+        found = (len(PROMPT) * 2 - 1) // PAGE * PAGE if decoder.exact_rows else CHUNK
+        for expected in (0, found):
             slots.append(begin(decoder, PROMPT * 2, name)[0])
             assert decoder.cached(slots[-1]) == expected
         decoder.free(slots)

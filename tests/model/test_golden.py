@@ -16,7 +16,8 @@ from tolerances import GRAD_NORM, LOGITS, LOSS
 from glm_ms.convert.names import to_glm_name
 from glm_ms.generation.graphs import run_cell
 from glm_ms.generation.inputs import Prompt
-from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.generation.paged import PagedDecoder
+from glm_ms.generation.paged_graphs import PagedGraphs
 from glm_ms.generation.pages import PAGE, RESERVED
 from glm_ms.model import loss as loss_module
 from glm_ms.model.loss import GLMWithLoss, NextTokenLoss
@@ -165,7 +166,7 @@ def test_prefill_steps_and_cache(case: str) -> None:
     kept = [layer for layer in range(model.config.num_layers) if f"past_key_layer{layer}" in numbers]
     assert 0 in kept
     for layer in kept:
-        for name, tables in (("key", decoder.cache.keys), ("value", decoder.cache.values)):
+        for name, tables in (("key", decoder.graphs.cache.keys), ("value", decoder.graphs.cache.values)):
             table = tables[layer].asnumpy().reshape(-1, model.config.num_kv_heads, PAGE, model.config.kv_channels)
             for row in range(2):
                 pages = [RESERVED + row, RESERVED + 2 + row]  # the prompts take one page each, then the steps

@@ -16,7 +16,8 @@ from mindspore import Tensor, nn, ops
 from reference import graph_mode
 from tolerances import LOGITS
 
-from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.generation.paged import PagedDecoder
+from glm_ms.generation.paged_graphs import PagedGraphs
 from glm_ms.generation.pages import PAGE
 from glm_ms.kernels.cases import SMALL, KernelCase, OverPages, kernel_cases
 from glm_ms.model.cache import BlockCache, KVCache
@@ -288,7 +289,7 @@ def test_a_decoder_over_whole_pages_is_that_over_flat_tables(monkeypatch: pytest
     prompt, results = rng.integers(3, 60, 40), []
     for network, kind in zip(networks, (KVCache, BlockCache)):
         decoder = PagedDecoder(PagedGraphs(network, 3, 64, 32, AdapterBounds(1, max_prefix=PAGE)))
-        assert type(decoder.cache) is kind
+        assert type(decoder.graphs.cache) is kind
         decoder.load_adapter("prefix", prefix)
         slots, logits = [decoder.open(prompt[:length], name) for length, name in ((40, None), (7, "prefix"))], []
         for slot in slots:

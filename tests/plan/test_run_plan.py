@@ -4,7 +4,7 @@ import pytest
 
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.generation.decoder import cache_capacity
-from glm_ms.generation.paged import PagedGraphs
+from glm_ms.generation.paged_graphs import PagedGraphs
 from glm_ms.plan import RunPlan, nearest_fit, plan_run
 from glm_ms.plan.work import step_flops
 from glm_ms.settings import SettingsError, load_settings

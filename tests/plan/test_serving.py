@@ -7,7 +7,10 @@ import dataclasses
 import pytest
 
 from glm_ms import GLMConfig, GLMForCausalLM
-from glm_ms.generation.paged import PagedGraphs
+from glm_ms.generation.kernel_graphs import KernelGraphs
+from glm_ms.generation.paged import PagedDecoder
+from glm_ms.generation.paged_graphs import PagedGraphs
+from glm_ms.ops.cpu import library
 from glm_ms.peft.rows import AdapterBounds
 from glm_ms.plan.serving import plan_serving
 
@@ -34,6 +37,18 @@ def test_tables_are_those_of_a_decoder(bounds: AdapterBounds) -> None:
     assert found.weights == weights
     assert found.kv_cache == sum(table.nbytes for table in graphs.cache.tables)
     assert found.adapters == sum(parameter.nbytes for parameter in network.get_parameters()) - weights
+    assert found.kv_cache % found.page == 0
+
+
+@pytest.mark.parametrize("kv_cache", ["float32", "bfloat16", "int8"])
+def test_pages_of_the_kernels_are_those_of_a_decoder(kv_cache: str) -> None:
+    if library.reason():
+        pytest.skip(f"no C++ kernels: {library.reason()}")
+    network, bounds = GLMForCausalLM(TINY).network, AdapterBounds(3, 4, max_prefix=20)
+    decoder = PagedDecoder(KernelGraphs(network, 3, 100, 32, bounds, storage=kv_cache))
+    decoder.serve()
+    found = plan_serving(TINY, 3, 100, bounds, kv_cache=kv_cache)
+    assert found.kv_cache == decoder.memory.bytes.nbytes
     assert found.kv_cache % found.page == 0
 
 

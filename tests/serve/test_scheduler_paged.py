@@ -12,7 +12,8 @@ from reference import FOLDER, fresh_golden_model, golden_model
 from tolerances import LOGITS
 
 from glm_ms.generation.config import GenerationConfig
-from glm_ms.generation.paged import PagedDecoder, PagedGraphs
+from glm_ms.generation.paged import PagedDecoder
+from glm_ms.generation.paged_graphs import PagedGraphs
 from glm_ms.generation.sampling import log_softmax
 from glm_ms.peft.adapter import read_adapter
 from glm_ms.peft.rows import AdapterBounds

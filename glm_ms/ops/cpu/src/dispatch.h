@@ -1,6 +1,7 @@
 // The kernels of the best instruction set of this machine.
 #pragma once
 
+#include "call.h"
 #include "matrix.h"
 #include "training.h"
 

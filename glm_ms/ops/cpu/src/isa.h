@@ -14,6 +14,7 @@
 #endif
 
 #include "bits.h"
+#include "call.h"
 #include "dispatch.h"
 #include "matrix.h"
 #include "threads.h"
@@ -37,6 +38,14 @@ namespace GLM_ISA {
 #include "square_sum.h"
 #include "rms_norm.h"
 #include "swiglu.h"
+#include "inputs.h"
+#include "norm.h"
+#include "rope.h"
+#include "pages.h"
+#include "attention.h"
+#include "lowrank.h"
+#include "linear.h"
+#include "decoder.h"
 
 extern const Kernels table;
 const Kernels table = {

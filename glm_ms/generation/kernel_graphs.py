@@ -1,0 +1,167 @@
+"""`KernelGraphs`: runs over pages by the C++ kernels of the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from mindspore import Tensor
+
+from glm_ms.generation.graphs import GRAPHS
+from glm_ms.generation.page_graphs import CHUNK, PageGraphs
+from glm_ms.generation.pages import PAGE, RESERVED
+from glm_ms.model.glm import GLMNetwork, SelfAttention
+from glm_ms.model.kernels import KernelGLM
+from glm_ms.ops.cpu import library
+from glm_ms.ops.cpu.rows import COUNT, POSITION, TOKEN, PageMemory, RunTable, Span, run_table
+from glm_ms.ops.registry import device
+from glm_ms.peft.ptuning import keys_and_values
+from glm_ms.peft.rows import AdapterBounds, RowAdapters
+
+if TYPE_CHECKING:
+    from glm_ms.generation.paged import PagedDecoder
+
+# Most tokens of a run: enough for the products to run at the speed of arithmetic.
+ROWS = 128
+SWITCH = "GLM_MS_CPU_KERNELS"
+
+
+def why_portable(network: GLMNetwork) -> str | None:
+    """Why a network runs its portable cells and not the kernels of the CPU; None if the kernels cover it."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
+    if device() != "CPU":
+        return f"the device is {device()}"
+    if library.load() is None:
+        return library.reason()
+    attention = type(network.transformer.encoder.layers[0].self_attention)
+    if attention is not SelfAttention:
+        return f"the network has attention of the kind {attention.__name__}"
+    return None
+
+
+class KernelGraphs(PageGraphs):
+    """One graph for prompts and steps of every size.
+
+    A row has the same bits in every run. Nothing is computed or written for rows that are not there.
+
+    Args:
+        cell: the network on the kernels, if other graphs of it have made one; with adapters in `bounds` each has its
+            own.
+        largest_chunk: see `PageGraphs`.
+        storage: type of keys and values, a key of `glm_ms.ops.cpu.rows.STORAGE`.
+    """
+
+    exact_rows = True
+
+    def __init__(
+        self, network: GLMNetwork, slots: int, capacity: int, chunk: int = CHUNK, bounds: AdapterBounds | None = None,
+        *, cell: KernelGLM | None = None, largest_chunk: int = ROWS, storage: str = "float32"
+    ) -> None:  # fmt: skip
+        super().__init__(network, slots, capacity, chunk, bounds)
+        self.largest_chunk, self.found_in = max(chunk, largest_chunk), PAGE
+        self.network, self.storage = network, storage
+        self.adapters = RowAdapters(network, self.bounds)
+        self.cell = KernelGLM(network, ROWS) if cell is None or self.bounds.max_adapters else cell
+        self._memory: PageMemory
+
+    def compile(self, decoder: PagedDecoder) -> None:
+        decoder.serve()
+        self._run([])
+
+    def serve(self, decoder: PagedDecoder) -> PageMemory:
+        config = self.network.config
+        memory = decoder.memory
+        if memory is None:
+            sizes = config.num_layers, RESERVED + self.pages, config.num_kv_heads, config.kv_channels
+            memory = self._memory = PageMemory(self.storage, *sizes)
+            self._write_prefix()
+        self._memory = memory
+        return memory
+
+    def release(self) -> None:
+        """Nothing: a decoder takes its memory with it."""
+
+    def _write_prefix(self) -> None:
+        encoder = self.network.transformer.prefix_encoder
+        if encoder is None:
+            return
+        tensors = {parameter.name: parameter.asnumpy() for parameter in encoder.get_parameters()}
+        parts = keys_and_values(tensors, self.network.config)
+        content = np.zeros((len(parts), self.prefix_pages * PAGE, *parts.shape[2:]), np.float32)
+        content[:, self.first :] = parts
+        for number in range(self.prefix_pages):
+            page = content[:, number * PAGE : (number + 1) * PAGE]
+            self.write(RESERVED + number, page[::2], page[1::2])
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            self._memory.copy(source, target)
+
+    def write(self, page: int, keys: np.ndarray, values: np.ndarray) -> None:
+        self._memory.write(page, keys, values)
+
+    def read(self, span: Span) -> tuple[np.ndarray, bool]:
+        logits, finite = self.extend([span])
+        return logits, finite[0]
+
+    def step(self, places: Sequence[int], spans: Sequence[Span]) -> tuple[np.ndarray, Sequence[bool]]:
+        return self.extend(spans)
+
+    def extend(self, spans: Sequence[Span]) -> tuple[np.ndarray, Sequence[bool]]:
+        logits: list[np.ndarray] = []
+        finite: list[bool] = []
+        for some in _runs(spans):
+            run = self._run([span for _, span in some])
+            logits.append(run.logits)
+            row = 0
+            for number, span in some:
+                sound = bool(run.finite[row : row + len(span.ids)].all())
+                row += len(span.ids)
+                if number < len(finite):
+                    finite[number] &= sound
+                else:
+                    finite.append(sound)
+        return logits[0] if len(logits) == 1 else np.concatenate(logits), finite
+
+    def _run(self, spans: Sequence[Span]) -> RunTable:
+        run = run_table(spans, self._memory, self.cell.rows, self.vocab_size)
+        config, rows = self.network.config, run.table[1 : int(run.table[0, COUNT]) + 1]
+        if len(rows) and rows[:, TOKEN].max() >= config.padded_vocab_size:
+            top = config.padded_vocab_size - 1
+            raise ValueError(f"token {rows[:, TOKEN].max()}: the vocabulary has ids 0 to {top}")
+        if len(rows) and rows[:, POSITION].max() >= config.seq_length:
+            top = config.seq_length - 1
+            raise ValueError(
+                f"position {rows[:, POSITION].max()}: the network has positions 0 to {top} (config.seq_length)"
+            )
+        # The run has ended when its result is here.
+        GRAPHS.run(lambda: self.cell.compile_and_run(Tensor(run.table)).asnumpy())
+        return run
+
+
+def _runs(spans: Sequence[Span]) -> Iterator[list[tuple[int, Span]]]:
+    """Spans with their numbers, in groups of at most ROWS tokens; a longer span is divided."""
+    group: list[tuple[int, Span]] = []
+    room = ROWS
+    for number, span in enumerate(spans):
+        for part in _parts(span):
+            if len(part.ids) > room:
+                yield group
+                group, room = [], ROWS
+            group.append((number, part))
+            room -= len(part.ids)
+    if group:
+        yield group
+
+
+def _parts(span: Span) -> Iterator[Span]:
+    count = len(span.ids)
+    for start in range(0, count, ROWS):
+        end = min(start + ROWS, count)
+        wanted = max(0, min(end, count) - max(start, count - span.logits))
+        ids, positions = span.ids[start:end], span.positions[start:end]
+        yield replace(span, ids=ids, positions=positions, index=span.index + start, logits=wanted)
