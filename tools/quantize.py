@@ -14,17 +14,28 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 if __name__ == "__main__":  # runs from a checkout without installation
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from glm_ms.convert.conversion import peak_memory
+from glm_ms.data.formats import FORMATS
 from glm_ms.program import program
 from glm_ms.quant import BITS, GROUPS, quantization
 from glm_ms.storage.arguments import Parser
-from glm_ms.storage.errors import FileError
+from glm_ms.storage.errors import CheckpointError, FileError
+from glm_ms.tokenizer.base import CHAT
+
+if TYPE_CHECKING:
+    from glm_ms.quant.writer import QuantizedCopy
+
+COLUMNS = ("content", "summary")
+RECORDS = 128
+LONGEST = 512  # tokens of a record
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +55,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="PATH", help="folder with config.json, a .json or .yaml; needed for a single file"
     )
+    calibration = parser.add_argument_group("scales that keep the results on real text")
+    calibration.add_argument("--calibration", metavar="FILE", help="records to run through the model")
+    calibration.add_argument(
+        "--format", choices=FORMATS, default="ADGenDataLoader", help="of the records (default: ADGenDataLoader)"
+    )
+    calibration.add_argument(
+        "--columns", nargs=2, default=COLUMNS, metavar="NAME", help="of prompt and answer (default: content summary)"
+    )
+    calibration.add_argument("--records", type=int, default=RECORDS, metavar="N", help=f"at most (default: {RECORDS})")
+    calibration.add_argument(
+        "--tokenizer", metavar="PATH", help="tokenizer.model, or a folder or YAML with it (default: of the model)"
+    )
+    calibration.add_argument(
+        "--model_generation", type=int, choices=(2, 3), help="ChatGLM2 or ChatGLM3, if the tokenizer does not tell"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser
 
@@ -58,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from glm_ms.quant.writer import plan_quantization  # takes seconds
 
         copy = plan_quantization(options.model, options.output, chosen, options.config, options.overwrite)
+        importance = None if options.calibration is None else _importance(options, copy)
         with tqdm(total=copy.total_bytes, unit="B", unit_scale=True, desc="quantizing") as bar:
-            copy.run(on_tensor=lambda _, size: bar.update(size))
+            copy.run(importance, lambda _, size: bar.update(size))
     except (FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -71,6 +98,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"peak memory {peak_memory() / 1e6:,.0f} MB"
     )
     return 0
+
+
+def _importance(options: argparse.Namespace, copy: QuantizedCopy) -> dict[str, np.ndarray]:
+    """Runs the records of --calibration through the model."""
+    from glm_ms.quant.calibration import importance_of
+
+    plan = copy.conversion
+    rows = _rows(options, plan.config.seq_length)
+    highest = max(int(ids.max()) for ids, _ in rows)
+    if highest >= plan.config.padded_vocab_size:
+        raise CheckpointError(f"{options.calibration}: id {highest}: the tokenizer is not that of {options.model}")
+    with tqdm(total=plan.config.num_layers, unit="block", desc="calibrating") as bar:
+        return importance_of(plan.reader, plan.config, rows, lambda _: bar.update())
+
+
+def _rows(options: argparse.Namespace, seq_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and positions of the records in the template of the model, without padding."""
+    from glm_ms.data.datasets import TrainDataset
+    from glm_ms.families import build_encoder
+    from glm_ms.pretrained import find_tokenizer
+    from glm_ms.settings.schema import DataLoaderSettings, TrainDatasetSettings
+
+    family, vocab_file, config = find_tokenizer(options.tokenizer or options.model, options.model_generation)
+    tokenizer = family.tokenizer(vocab_file, template=config.get("template", CHAT))
+    loader = DataLoaderSettings(options.format, options.calibration, origin_columns=list(options.columns))
+    half = min(LONGEST, seq_length) // 2
+    section = TrainDatasetSettings(loader, half, half - 1, 2 * half)
+    data = TrainDataset(options.calibration, build_encoder(section, tokenizer), options.records)
+    print(data.describe(), file=sys.stderr)
+    encoded = [data[index] for index in range(len(data))]
+    kept = [row["attention_mask"] == 1 for row in encoded]
+    return [(row["input_ids"][mask], row["position_ids"][mask]) for row, mask in zip(encoded, kept)]
 
 
 if __name__ == "__main__":

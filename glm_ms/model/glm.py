@@ -28,7 +28,7 @@ from glm_ms.ops.portable import (
 # Each dropout has its own random stream: block index * DROPOUTS_PER_BLOCK + one of these.
 DROPOUTS_PER_BLOCK = 3
 _ATTENTION_WEIGHTS, _AFTER_ATTENTION, _AFTER_MLP = range(DROPOUTS_PER_BLOCK)
-_LINEARS_OF_BLOCK = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+LINEARS_OF_BLOCK = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 OUTPUT_LAYER = "transformer.output_layer"
 # Of dropout, int32 [B]; None: no dropout.
 Seeds = Optional[Tensor]
@@ -247,7 +247,7 @@ class GLMNetwork(nn.Cell):
         """Name -> every linear layer, in the order of the network."""
         found = {}
         for index, layer in enumerate(self.transformer.encoder.layers):
-            for name in _LINEARS_OF_BLOCK:
+            for name in LINEARS_OF_BLOCK:
                 found[f"transformer.encoder.layers.{index}.{name}"] = attrgetter(name)(layer)
         return {**found, OUTPUT_LAYER: self.transformer.output_layer}
 
