@@ -32,6 +32,8 @@ from glm_ms.peft.rows import bounds_for  # noqa: E402
 from glm_ms.plan import GIB, RunPlan, describe, nearest_fit, plan_run  # noqa: E402
 from glm_ms.plan.serving import describe_serving, plan_serving  # noqa: E402
 from glm_ms.program import program  # noqa: E402
+from glm_ms.quant import BITS, GROUPS, from_flags  # noqa: E402
+from glm_ms.quant.checkpoint import described_quantization  # noqa: E402
 from glm_ms.settings import Settings, SettingsError, load_settings, resolve_vocab_size  # noqa: E402
 from glm_ms.settings.loader import repeated  # noqa: E402
 from glm_ms.settings.schema import AUTO, is_sharded  # noqa: E402
@@ -44,7 +46,7 @@ from glm_ms.tokenizer import VocabularyError  # noqa: E402
 RESERVED = 2 * GIB
 FITS, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
 # Options of a server.
-SERVING = ("slots", "context", "kv_cache", "max_adapters", "max_lora_rank", "max_prefix")
+SERVING = ("slots", "context", "kv_cache", "quantize", "quantize_group", "max_adapters", "max_lora_rank", "max_prefix")
 SLOTS = 8
 _LARGEST = 10**9
 
@@ -90,6 +92,7 @@ def _plan_server(parser: Parser, options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in SERVING if getattr(options, name) is not None}
     try:
         config = read_config(options.model)
+        chosen = from_flags(options.quantize, options.quantize_group) or described_quantization(options.model)
         context = given.setdefault("context", config.seq_length)
         if context > config.seq_length:
             raise SettingsError(f"--context {context}: {options.model} has seq_length {config.seq_length}")
@@ -103,7 +106,7 @@ def _plan_server(parser: Parser, options: argparse.Namespace) -> int:
     bounds = bounds_for([], *(given.get(name) for name in ("max_adapters", "max_lora_rank", "max_prefix")))
     fused = options.device_target != "CPU" and config.compute_dtype != "float32"
     kept = options.kv_cache or ("float32" if options.device_target == "CPU" and library.reason() is None else None)
-    plan = plan_serving(config, given.get("slots", SLOTS), context, bounds, fused, kv_cache=kept)
+    plan = plan_serving(config, given.get("slots", SLOTS), context, bounds, fused, kv_cache=kept, quantization=chosen)
     memory = options.memory and max(0, options.memory - RESERVED)
     print(f"{options.model}, a server on {options.device_target}")
     for line in describe_serving(plan, memory):
@@ -268,6 +271,8 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-cache", choices=tuple(STORAGE), help="type of keys and values of the C++ kernels of a CPU"
     )
     server.add_argument("--context", type=_count, metavar="N", help="most tokens of one with its answer (seq_length)")
+    server.add_argument("--quantize", type=int, choices=BITS, help="weights of so many bits (those of the files)")
+    server.add_argument("--quantize-group", type=int, choices=GROUPS, help="with --quantize 4: inputs of a scale (32)")
     server.add_argument("--max-adapters", type=_count, metavar="N", help="adapters at a time (0)")
     server.add_argument("--max-lora-rank", type=_count, metavar="N", help="largest rank of LoRA adapters (16)")
     server.add_argument("--max-prefix", type=_count, metavar="N", help="longest P-Tuning prefix (0)")

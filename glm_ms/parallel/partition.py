@@ -49,7 +49,7 @@ class Slice:
 
 
 def parameter_slices(
-    config: GLMConfig, parallel: ParallelConfig, shapes: Mapping[str, tuple[int, ...]], item_bytes: Mapping[str, int]
+    config: GLMConfig, parallel: ParallelConfig, shapes: Mapping[str, tuple[int, ...]], item_bytes: Mapping[str, float]
 ) -> dict[str, Slice]:
     """The slice of every parameter of a sharded network.
 

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glm_ms.convert.names import expected_shapes
+from glm_ms.convert.tensor_file import TensorInfo
 from glm_ms.model.config import GLMConfig
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.partition import Slice, parameter_slices, sharded_shapes
 from glm_ms.peft import ADAPTERS
 from glm_ms.peft.lora import linear_names, target_names
+from glm_ms.quant import Quantization
+from glm_ms.quant.network import replaced_shapes
 from glm_ms.settings import Settings
-from glm_ms.settings.schema import is_sharded
+from glm_ms.settings.schema import is_sharded, quantization_of
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 FLOAT32 = 4
@@ -25,7 +28,7 @@ class PlannedParameter:
     """A parameter of the network."""
 
     shape: tuple[int, ...]  # of the whole
-    item_bytes: int  # of an element as it is stored
+    item_bytes: float  # of an element as it is stored; a fraction if it is quantized, scales included
     trained: bool  # has a gradient and two moments
 
 
@@ -47,11 +50,25 @@ def planned_parameters(settings: Settings, config: GLMConfig) -> dict[str, Plann
     base_shapes = sharded_shapes(config, shapes) if is_sharded(settings) else shapes
     trained = training and pet.pet_type is None
     result = {name: PlannedParameter(tuple(shape), stored, trained) for name, shape in base_shapes.items()}
+    for name, size in quantized_bytes(shapes, quantization_of(settings)).items():
+        result[name] = PlannedParameter(tuple(shapes[name]), size / math.prod(shapes[name]), False)
     if pet.pet_type is not None:
         adapter = ADAPTERS[pet.pet_type]
         for name, shape in adapter.load().shapes(adapter.config(pet), config, shapes).items():
             result[name] = PlannedParameter(shape, FLOAT32, training)
     return result
+
+
+def quantized_bytes(shapes: Mapping[str, tuple[int, ...]], quantization: Quantization | None) -> dict[str, int]:
+    """Bytes of each weight that is quantized, with its scales; `shapes` are those of the network."""
+    if quantization is None:
+        return {}
+    packed = {name: TensorInfo(*info).nbytes for name, info in replaced_shapes(shapes, quantization).items()}
+    found: dict[str, int] = {}
+    for name, size in packed.items():
+        weight = f"{name.partition('.quantized.')[0]}.weight"
+        found[weight] = found.get(weight, 0) + size
+    return found
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class StoredPart:
     @property
     def stored(self) -> int:
         """Bytes on the card."""
-        return self.elements * self.parameter.item_bytes
+        return round(self.elements * self.parameter.item_bytes)
 
     @property
     def whole(self) -> int:

@@ -15,9 +15,11 @@ from glm_ms.ops.cpu.rows import page_bytes
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.peft.lora import linear_names
 from glm_ms.peft.rows import AdapterBounds
-from glm_ms.plan.planned_parameters import ITEM_BYTES
+from glm_ms.plan.planned_parameters import ITEM_BYTES, quantized_bytes
 from glm_ms.plan.run_plan import size_text
 from glm_ms.plan.work import Work, prefill_bytes
+from glm_ms.quant import Quantization
+from glm_ms.quant.checkpoint import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ServingPlan:
 
 def plan_serving(
     config: GLMConfig, slots: int, context: int, bounds: AdapterBounds, fused: bool = False, chunk: int = CHUNK,
-    kv_cache: str | None = None
+    kv_cache: str | None = None, quantization: Quantization | None = None
 ) -> ServingPlan:  # fmt: skip
     """Plans a server.
 
@@ -60,6 +62,7 @@ def plan_serving(
         fused: attention by a fused kernel, which keeps no scores.
         chunk: tokens of a prompt that run at a time.
         kv_cache: type of keys and values of the C++ kernels of a CPU; None: the portable cells, or an Ascend card.
+        quantization: of the weights of linear layers; None: they have the type of the others.
     """
     shapes, item = expected_shapes(config), ITEM_BYTES[config.compute_dtype]
     prefixes = bounds.max_adapters * pages_of(bounds.max_prefix)
@@ -73,7 +76,7 @@ def plan_serving(
     return ServingPlan(
         slots,
         context,
-        weights=sum(math.prod(shape) for shape in shapes.values()) * ITEM_BYTES[config.param_init_type],
+        weights=_weight_bytes(shapes, config, quantization),
         kv_cache=(RESERVED + slots * pages_of(context) + prefixes) * page,
         adapters=item * _table_elements(shapes, bounds),
         activations=_kernel_bytes(config, slots) if kv_cache else max(prefill_bytes(work), prefill_bytes(reading)),
@@ -88,6 +91,14 @@ def _kernel_bytes(config: GLMConfig, slots: int) -> int:
     attention = hidden + config.qkv_size + config.query_size
     rows = 3 * hidden + config.query_size + max(attention, hidden + wide)
     return ITEM_BYTES["float32"] * (ROWS * rows + slots * config.padded_vocab_size)
+
+
+def _weight_bytes(shapes: Mapping[str, tuple[int, ...]], config: GLMConfig, quantization: Quantization | None) -> int:
+    packed = quantized_bytes(shapes, quantization)
+    items = {name: ITEM_BYTES[config.param_init_type] for name in shapes if name not in packed}
+    if quantization is not None and quantization.embedding is not None:
+        items[EMBEDDING] = ITEM_BYTES[quantization.embedding]
+    return sum(packed.values()) + sum(item * math.prod(shapes[name]) for name, item in items.items())
 
 
 def _table_elements(shapes: Mapping[str, tuple[int, ...]], bounds: AdapterBounds) -> int:

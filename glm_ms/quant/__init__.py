@@ -62,6 +62,13 @@ class Quantization:
         return "int8, a scale for each output" if self.bits == 8 else f"int4, a scale for {self.group} inputs"
 
 
+def from_flags(bits: int | None, group: int | None) -> Quantization | None:
+    """What --quantize and --quantize-group ask for; raises QuantizationError for a group without 4 bits."""
+    if group is not None and bits != 4:
+        raise QuantizationError(f"--quantize-group {group}: is for --quantize 4 only; remove it")
+    return None if bits is None else quantization(bits, group)
+
+
 def quantization(bits: int, group: int | None = None) -> Quantization:
     """The `Quantization` of a number of bits and a group; None or 0: `DEFAULT_GROUP` for 4 bits."""
     return Quantization(bits, group or (DEFAULT_GROUP if bits == 4 else 0))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm_ms.program import library_imports
-from glm_ms.quant import BITS, GROUPS, Quantization, QuantizationError, quantization
+from glm_ms.quant import BITS, GROUPS, from_flags
 from glm_ms.storage.errors import FileError
 
 if TYPE_CHECKING:
@@ -64,15 +64,8 @@ def load_model(
         arguments.lora_alpha,
         arguments.tokenizer,
         arguments.model_generation,
-        _quantization(arguments),
+        from_flags(arguments.quantize, arguments.quantize_group),
     )
-
-
-def _quantization(arguments: Namespace) -> Quantization | None:
-    """Raises QuantizationError for a group without 4 bits."""
-    if arguments.quantize_group is not None and arguments.quantize != 4:
-        raise QuantizationError(f"--quantize-group {arguments.quantize_group}: is for --quantize 4 only; remove it")
-    return None if arguments.quantize is None else quantization(arguments.quantize, arguments.quantize_group)
 
 
 def _open_device(target: str, number: int) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
+from mindspore.nn.utils import no_init_parameters
 
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.generation.kernel_graphs import KernelGraphs
 from glm_ms.generation.paged import PagedDecoder
 from glm_ms.generation.paged_graphs import PagedGraphs
+from glm_ms.model.glm import GLMNetwork
 from glm_ms.ops.cpu import library
 from glm_ms.peft.rows import AdapterBounds
 from glm_ms.plan.serving import plan_serving
+from glm_ms.quant import Quantization, quantization
+from glm_ms.quant.network import cells_for
 
 TINY = GLMConfig(
     num_layers=2, padded_vocab_size=96, hidden_size=32, ffn_hidden_size=48, kv_channels=8, num_attention_heads=4,
@@ -66,3 +71,18 @@ def test_six_billion_parameters() -> None:
     assert found.page == 16 * 28 * 1024
     assert found.kv_cache == (8 * 128 + 2) * found.page
     assert found.weights == 2 * 6_243_584_000
+
+
+@pytest.mark.parametrize(
+    "chosen", [quantization(8), quantization(4, 64), Quantization(4, 128, output_layer=False, embedding="float16")]
+)
+def test_weights_are_those_of_a_quantized_network(chosen: Quantization) -> None:
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "kv_channels": 16, "num_attention_heads": 4}
+    config = GLMConfig(**sizes, padded_vocab_size=320)
+    with no_init_parameters():
+        network = GLMNetwork(config, cells_for(chosen))
+    parameters = list(network.get_parameters())
+    expected = sum(math.prod(parameter.shape) * parameter.itemsize for parameter in parameters)
+    plan = plan_serving(config, 2, 64, AdapterBounds(), quantization=chosen)
+    assert plan.weights == expected
+    assert plan.weights < plan_serving(config, 2, 64, AdapterBounds()).weights
