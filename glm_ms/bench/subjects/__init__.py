@@ -43,7 +43,7 @@ class Kind(NamedTuple):
 _LLAMA_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5}  # with scales of 32 elements
 SUBJECTS = {
     OURS: Kind(
-        "glm_ms.bench.subjects.ours:Ours", {"float32": 32, "int8": 8, "int4": 4.5}, (), ("float32",),
+        "glm_ms.bench.subjects.ours:Ours", {"float32": 32, "int8": 8, "int4": 4.5, "amp": 32}, (), ("float32", "amp"),
         ("float32", "int8", "int4"), ("float32", "int8", "int4"),
     ),
     TORCH: Kind(

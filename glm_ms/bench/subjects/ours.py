@@ -34,7 +34,7 @@ _LORA_TARGETS = ".*query_key_value"
 
 
 class Ours:
-    """See `glm_ms.bench.subjects`."""
+    """See `glm_ms.bench.subjects`. `amp`: float32 weights, products in bfloat16; training only."""
 
     model: GLMForCausalLM
     decoder: PagedDecoder
@@ -42,7 +42,7 @@ class Ours:
     def build(self, setup: Setup) -> dict[str, Any]:
         """Random weights in memory, or quantized ones of an earlier run in files."""
         ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
-        self.config = GLMConfig(**setup.config)
+        self.config, self.amp = GLMConfig(**setup.config), setup.weights == "amp"
         how, weights = _QUANTISED.get(setup.weights), random_weights(self.config)
         if how is not None and setup.file(".hf").exists():
             self.model = load_pretrained(setup.file(".hf"), self.config)
@@ -95,7 +95,7 @@ class Ours:
         """AdamW, clipping at 1; with LoRA of rank 8 on query_key_value, else all weights."""
         if lora:
             self.model.add_adapter(LoraConfig(rank=8, dropout=0.0, target_modules=_LORA_TARGETS))
-        network = TrainingNetwork(self.model.network, length)
+        network = TrainingNetwork(self.model.network, length, bfloat16=self.amp)
         network.set_train(True)
         self.step = GLMTrainOneStep(network, GLMAdamW(network.trainable_params(), 1e-4), max_grad_norm=1.0)
         any_length = Tensor(shape=[rows, None], dtype=ms.int32)
