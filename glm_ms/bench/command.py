@@ -62,32 +62,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
     _check_use(parser, options)
-    machine = describe()
+    groups: list[Group] = []
+    timings: list[Timing] = []
     try:
-        subjects = _subjects(options)
-        with _folder(options.work_dir) as folder:
-            groups = [_group(options, subjects, folder, *sizes) for sizes in _sweep(options)]
-            for group in groups:
-                group.run()
-            timings = list(_timings(options, folder))
-        lines = [*machine_lines(machine, groups), ""]
-        lines += table(groups) if groups else []
-        lines += ["", *timing_table(timings)] if timings and groups else timing_table(timings)
-        print("\n".join(lines))
-        for line in warnings(groups, timings):
-            print(line, file=sys.stderr)
-        command = shlex.join(["glm-ms", "bench", *words])
-        if options.json:
-            values = document(groups, machine, command, options.geometry, timings)
-            replace_text(Path(options.json), json.dumps(values, indent=1, ensure_ascii=False) + "\n", parents=True)
-        if options.table:
-            replace_text(Path(options.table), "\n".join(lines) + "\n", parents=True)
+        try:
+            _measure(options, groups, timings)
+        finally:  # an interrupted run reports what it has
+            if timings or any(group.results for group in groups):
+                _report(options, shlex.join(["glm-ms", "bench", *words]), groups, timings)
         if options.plot:
             draw(groups, Path(options.plot))
     except (BenchError, FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 1 if any(not result.samples for group in groups for result in group.results) else 0
+
+
+def _measure(options: argparse.Namespace, groups: list[Group], timings: list[Timing]) -> None:
+    """Fills both lists while it measures."""
+    subjects = _subjects(options)
+    with _folder(options.work_dir) as folder:
+        for group in [_group(options, subjects, folder, *sizes) for sizes in _sweep(options)]:
+            groups.append(group)
+            group.run()
+        timings.extend(_timings(options, folder))
+
+
+def _report(options: argparse.Namespace, command: str, groups: list[Group], timings: list[Timing]) -> None:
+    """Prints the table and writes the files."""
+    machine = describe()
+    lines = [*machine_lines(machine, groups), ""]
+    lines += table(groups) if groups else []
+    lines += ["", *timing_table(timings)] if timings and groups else timing_table(timings)
+    print("\n".join(lines))
+    for line in warnings(groups, timings):
+        print(line, file=sys.stderr)
+    if options.json:
+        values = document(groups, machine, command, options.geometry, timings)
+        replace_text(Path(options.json), json.dumps(values, indent=1, ensure_ascii=False) + "\n", parents=True)
+    if options.table:
+        replace_text(Path(options.table), "\n".join(lines) + "\n", parents=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

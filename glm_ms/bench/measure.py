@@ -125,12 +125,13 @@ class Group:
     results: list[Result] = field(default_factory=list)
     agreement: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    bandwidth: float = 0.0
 
     def run(self) -> None:
         """Makes all measurements. Raises BenchError if they need more memory than is free, or nothing works."""
         self._check_memory()
         self.say(f"layers {self.config.num_layers}, threads {self.threads}: {', '.join(map(':'.join, self.subjects))}")
-        self.bandwidth = read_bandwidth(self.threads)["best"]
+        self._read()
         together = [case for case in self.cases if case.mode in (DECODE, PREFILL)]
         if together:
             with self._workers(together, Worker.build) as workers:
@@ -146,11 +147,15 @@ class Group:
         skipped = [":".join(pair) for pair in self.subjects if not any(r.name == ":".join(pair) for r in self.results)]
         if skipped:
             self.say(f"  no measurement of these modes: {', '.join(skipped)}")
-        last = read_bandwidth(self.threads)["best"]
-        for result in self.results:
-            result.bandwidth = max(self.bandwidth, last)
+        self._read()
         if not any(result.samples for result in self.results):
             raise BenchError("nothing could be measured: " + "; ".join(result.error for result in self.results[:3]))
+
+    def _read(self) -> None:
+        """Measures how fast memory is read; the best of all times counts for all results."""
+        self.bandwidth = max(self.bandwidth, read_bandwidth(self.threads)["best"])
+        for result in self.results:
+            result.bandwidth = self.bandwidth
 
     def _able(self, cases: Sequence[Case]) -> list[tuple[str, str]]:
         """Subjects that can run cases of one mode."""
@@ -200,7 +205,8 @@ class Group:
     def _result(self, case: Case, worker: Worker, **values: Any) -> Result:
         elements = matrix_elements(self.config) * SUBJECTS[worker.subject].bits[worker.weights] / 8
         sizes = self.config.num_layers, self.threads
-        return Result(case, worker.subject, worker.weights, *sizes, weight_bytes=elements, **values)
+        values = {"weight_bytes": elements, "bandwidth": self.bandwidth, **values}
+        return Result(case, worker.subject, worker.weights, *sizes, **values)
 
     def _compare(self, workers: list[Worker], cases: Sequence[Case]) -> None:
         """Whether all compute the same network."""

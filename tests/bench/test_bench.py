@@ -268,3 +268,17 @@ def test_start_and_tokenise(capfd: pytest.CaptureFixture[str]) -> None:
     printed = capfd.readouterr().out
     for title in ("first token in Python", "glm-ms predict, 16 tokens", "encode, SentencePiece alone"):
         assert f"| {title} |" in printed
+
+
+def test_an_interrupted_run_reports_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(self: Group) -> None:
+        self.results.append(result("glm_ms", "float32", 2, case=self.cases[0]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Group, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        command.main.__wrapped__(["decode", "--json", str(tmp_path / "a.json")])
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["results"][0]["median"] == 2
+    assert "| 2.00 s |" in capsys.readouterr().out
