@@ -23,10 +23,12 @@ class SlotDecoder:
     Attributes:
         slots: as many as a test may need; `vocab_size` is that of the subclass.
         rows: slot -> `Row`; empty after every run that frees what it has added.
+        exact_rows: whether `extend` and `truncate` may be called; set it to True for proposals.
         calls: names of the methods that were called, and `fed`, `positions`: what each step appended.
     """
 
     slots = 1000
+    exact_rows = False
 
     def __init__(self):
         self.rows, self.calls, self.fed, self.positions = {}, [], [], []
@@ -50,6 +52,27 @@ class SlotDecoder:
         self.fed.append(tokens.tolist())
         self.positions.append([row.positions[-1] for row in rows])
         return self.scores(rows)
+
+    def extend(self, slots, tokens):
+        assert self.exact_rows
+        assert len(set(slots)) == len(slots)
+        self.calls.append("extend")
+        blocks = []
+        for slot, some in zip(slots, tokens):
+            one, rows = self.rows[slot], []
+            for token in some:
+                one = replace(one, ids=[*one.ids, token], positions=[*one.positions, one.positions[-1] + 1])
+                rows.append(one)
+            self.rows[slot] = one
+            blocks.append(self.scores(rows))
+        return blocks
+
+    def truncate(self, slot, count):
+        assert self.exact_rows
+        self.calls.append("truncate")
+        one = self.rows[slot]
+        assert 0 < count <= len(one.ids) - one.prompt_length
+        self.rows[slot] = replace(one, ids=one.ids[:-count], positions=one.positions[:-count])
 
     def fork(self, slots):
         self.calls.append("fork")

@@ -98,6 +98,7 @@ class ResultLines:
 def _identity(settings: Settings) -> dict[str, Any]:
     """What determines the results, besides the records."""
     whole = settings.to_dict()
+    whole["generation"].pop("prompt_lookup_num_tokens")  # of no influence on answers
     paths = {key: resolve_checkpoint(path) for key in ("load_checkpoint", "load_adapter") if (path := whole[key])}
     adapter = paths.get("load_adapter")
     configs = [adapter / name for name in ("adapter_config.json", "config.json")] if adapter else []

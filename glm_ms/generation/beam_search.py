@@ -7,13 +7,14 @@ end ids a finished sequence ends with the id that was generated; transformers al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.inputs import Prompt
-from glm_ms.generation.output_rows import OutputRows
+from glm_ms.generation.output_rows import After, Chosen, OutputRows, unknown
 from glm_ms.generation.sampling import History, apply_filters, build_filters, check_scores, largest, log_softmax
 
 # Sum of the copies of a prompt in its first step, when only one of the equal beams may continue.
@@ -62,19 +63,22 @@ class BeamSearch(OutputRows):
         ranked = sorted(self.finished, key=lambda one: one.score)[::-1]
         return ranked[: self.config.num_return_sequences]
 
+    def lengths(self) -> list[int]:
+        return [] if self.complete else [self.generated.shape[1]] * self.config.num_beams
+
     def results(self) -> list[list[int]]:
         return [one.token_ids for one in self.hypotheses()]
 
-    def advance(self, scores: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    def advance(self, scores: Sequence[np.ndarray], after: After = unknown) -> Chosen:
         config, first = self.config, len(scores) == 1
-        scores = np.repeat(scores, config.num_beams, axis=0) if first else scores
+        rows = np.repeat(scores, config.num_beams, axis=0) if first else np.stack(scores)
         if not config.replace_invalid_scores:
-            check_scores(scores, self.generated.shape[1], self.first_row)
-        log_probs = apply_filters(self.filters, log_softmax(scores), self.history)
+            check_scores(rows, self.generated.shape[1], self.first_row)
+        log_probs = apply_filters(self.filters, log_softmax(rows), self.history)
         sums = (log_probs + self.sums[:, None]).ravel()
         # Enough that `num_beams` remain whichever of them are end tokens.
         best = largest(sums, max(2, 1 + len(config.eos_ids)) * config.num_beams)
-        sums, (beams, ids) = sums[best], np.divmod(best, scores.shape[1])
+        sums, (beams, ids) = sums[best], np.divmod(best, rows.shape[1])
         running = []
         for place in range(ids.size):
             if ids[place] not in config.eos_ids:

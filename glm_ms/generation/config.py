@@ -54,6 +54,11 @@ class GenerationConfig:
     eos_token_id: int | list[int] | None = None  # id, or ids, that end a row
     pad_token_id: int = 0  # fills the steps of a finished row in a stream; not part of any returned sequence
     seed: int | None = None  # starts the random streams of sampling; None: different at every call
+    # Most tokens that a step verifies beside its own one: those that followed the last tokens where these occurred
+    # before, in the prompt or in the answer; 0: none. What is generated does not depend on it, but text that repeats
+    # itself comes sooner. It acts where several tokens of a row run at a time with equal bits (C++ kernels for the
+    # CPU), not in beam search.
+    prompt_lookup_num_tokens: int = 10
     # With nan or inf in the scores continue as the chat functions of the original model do, see
     # `sampling.replace_invalid_scores`, instead of raising an error.
     replace_invalid_scores: bool = False
@@ -165,7 +170,7 @@ class GenerationConfig:
 
 _LEAST_INT = dict(
     max_new_tokens=1, min_new_tokens=0, num_beams=1, num_return_sequences=1, top_k=0, pad_token_id=0, seed=0,
-    max_length=2,
+    max_length=2, prompt_lookup_num_tokens=0,
 )  # fmt: skip
 _OPTIONAL = ("seed", "max_length")
 # Wider than any use, narrow enough that neither float32 scores nor the power of a length overflow.

@@ -26,7 +26,7 @@ def stream(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[Genera
     Yields:
         int32 [rows]: the next token of each row. A row ends with the first of its `eos_ids`, which is yielded, or at
         its `max_new_tokens` or `max_length`; from then on it has its `pad_token_id`. The stream ends with the last
-        row. The network computes a step only when its token is asked for.
+        row. The network computes a step only when a row needs its token.
 
     Raises:
         ValueError: beam search, or an end or padding id outside the vocabulary.
@@ -38,16 +38,19 @@ def stream(decoder: Decoder, prompts: Sequence[Prompt], configs: Sequence[Genera
     pads = np.array([c.pad_token_id for c in configs for _ in range(c.num_return_sequences)], np.int32)
     with closing(Batch(decoder)) as batch:
         batch.join(every)
-        for step in range(max(one.limit for one in every)):
+        step = 0
+        while True:
             sequences = [sequence for one in every for sequence in one.results()]
             tokens = pads.copy()
             for row, sequence in enumerate(sequences):
                 if len(sequence) > step:
                     tokens[row] = sequence[step]
             yield tokens
-            if not batch.running:
+            step += 1
+            while batch.running and batch.shortest <= step:
+                batch.step()
+            if not any(len(sequence) > step for one in every for sequence in one.results()):
                 return
-            batch.step()
 
 
 def check_streamable(config: GenerationConfig) -> None:

@@ -21,10 +21,12 @@ class Decoder(Protocol):
     Attributes:
         slots: sequences at a time.
         vocab_size: V.
+        exact_rows: whether `extend` and `truncate` work: a token gets the same bits in a step of any size.
     """
 
     slots: int
     vocab_size: int
+    exact_rows: bool = False
 
     def add(self, prompts: Sequence[Prompt]) -> tuple[list[int], np.ndarray]:
         """Runs prompts in free slots. Returns those, and float32 [len(prompts), V], the logits after the last tokens.
@@ -46,6 +48,29 @@ class Decoder(Protocol):
         Raises:
             ValueError: a slot is full.
         """
+
+    def extend(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Appends one or more tokens to each of some slots, with the results of as many steps.
+
+        Args:
+            slots: distinct slots in use.
+            tokens: of each slot.
+
+        Returns:
+            For each slot the logits after each of its tokens, float32 [n, V].
+
+        Raises:
+            ValueError: a slot is full, or there are no exact rows.
+        """
+        raise ValueError("extend: this decoder takes one token of a slot at a time")
+
+    def truncate(self, slot: int, count: int) -> None:
+        """Drops the last tokens of a slot, of those that `step` and `extend` have appended.
+
+        Raises:
+            ValueError: there are fewer, or no exact rows.
+        """
+        raise ValueError("truncate: this decoder keeps the tokens of a slot")
 
     def fork(self, slots: Sequence[int]) -> list[int]:
         """Copies slots, each as often as it is given, to free slots; returns those.

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Callable
 
 import numpy as np
 
 from glm_ms.generation.config import GenerationConfig
 from glm_ms.generation.inputs import Prompt
 from glm_ms.generation.sampling import RowSampler, row_generator
+
+# (number of a sequence in a step, its next token) -> float32 [V], the logits after that, if they are there already
+After = Callable[[int, int], "np.ndarray | None"]
+# The tokens of the sequences that still run, int32 [m], and for each of them which of those before it continues.
+Chosen = tuple[np.ndarray, list[int]]
+
+
+def unknown(number: int, token: int) -> None:
+    """The `After` of a step without proposals."""
 
 
 class OutputRows(ABC):
@@ -26,16 +37,21 @@ class OutputRows(ABC):
         self.prompt, self.config, self.number, self.limit = prompt, config, number, limit
 
     @abstractmethod
-    def advance(self, scores: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    def advance(self, scores: Sequence[np.ndarray], after: After = unknown) -> Chosen:
         """Takes a step.
 
         Args:
-            scores: float32 [n, V], of the sequences that run; the first time of the prompt, n = 1.
+            scores: n times float32 [V], of the sequences that run; the first time of the prompt, n = 1.
+            after: for sequences that may take several tokens at a time. It is asked after each token that ends none.
 
         Returns:
             The tokens of those that still run, int32 [m], and for each of them which of the n it continues. With m = 0
             all have ended.
         """
+
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """Generated tokens so far of each sequence that runs."""
 
     @abstractmethod
     def results(self) -> list[list[int]]:
@@ -68,17 +84,26 @@ class SampledRows(OutputRows):
             for row in self._running
         ]
 
-    def advance(self, scores: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    def advance(self, scores: Sequence[np.ndarray], after: After = unknown) -> Chosen:
         places = range(len(self._running)) if len(scores) == len(self._running) else [0] * len(self._running)
-        tokens = [self._samplers[row](scores[place]) for row, place in zip(self._running, places)]
-        alive = []
-        for index, (row, token) in enumerate(zip(self._running, tokens)):
-            self.sequences[row].append(token)
-            if token not in self.config.eos_ids and len(self.sequences[row]) < self.limit:
-                alive.append(index)
-        self._running = [self._running[index] for index in alive]
-        self.width = len(alive)
-        return np.array([tokens[index] for index in alive], np.int32), [places[index] for index in alive]
+        running, tokens, sources = list[int](), list[int](), list[int]()
+        for row, place in zip(self._running, places):
+            following: np.ndarray | None = scores[place]
+            while following is not None:
+                token = self._samplers[row](following)
+                self.sequences[row].append(token)
+                if token in self.config.eos_ids or len(self.sequences[row]) == self.limit:
+                    break
+                following = after(place, token)
+            else:
+                running.append(row)
+                tokens.append(token)
+                sources.append(place)
+        self._running, self.width = running, len(running)
+        return np.array(tokens, np.int32), sources
+
+    def lengths(self) -> list[int]:
+        return [len(self.sequences[row]) for row in self._running]
 
     def results(self) -> list[list[int]]:
         return self.sequences

@@ -92,6 +92,9 @@ class _OfScheduler(Collector):
             ("generation_tokens", "Generated tokens.", stats.generated_tokens),
             ("prefix_cache_queries", "Tokens of prompts that were looked up in the cache.", stats.prompt_tokens),
             ("prefix_cache_hits", "Of these, tokens that were found.", stats.cached_tokens),
+            ("spec_decode_num_drafts", "Proposals of prompt lookup.", stats.speculation.proposals),
+            ("spec_decode_num_draft_tokens", "Tokens of these.", stats.speculation.proposed),
+            ("spec_decode_num_accepted_tokens", "Of these, tokens that were right.", stats.speculation.accepted),
             ("request_failures", "Requests whose computation failed.", stats.failed),
         ):
             yield self._with_value(CounterMetricFamily(f"glm_ms:{key}", text, labels=["model_name"]), value)

@@ -12,15 +12,17 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from glm_ms.generation.decode import check_streamable
 from glm_ms.generation.inputs import Prompt, checked_rows, new_token_limits
+from glm_ms.generation.lookup import Lookup
 from glm_ms.generation.pages import NoRoom
 from glm_ms.generation.sampling import RowSampler, largest, log_softmax, row_samplers
+from glm_ms.generation.speculation import Row, Speculation, Step, Totals
 from glm_ms.serve.answer import Answer, Event, Guide, Job, TokenScore
 from glm_ms.serve.text import AnswerText
 from glm_ms.tokenizer import SentencePieceTokenizer
@@ -37,6 +39,7 @@ class SlotDecoder(Protocol):
     slots: int  # sequences at a time
     capacity: int  # most tokens of one, prompt and answer
     vocab_size: int
+    exact_rows: bool  # whether `extend` and `truncate` work
 
     @property
     def pages_total(self) -> int: ...
@@ -51,6 +54,10 @@ class SlotDecoder(Protocol):
     def prefill(self, slot: int, all_logits: bool = False) -> np.ndarray | None: ...
 
     def step(self, slots: Sequence[int], tokens: np.ndarray) -> np.ndarray: ...
+
+    def extend(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[np.ndarray]: ...
+
+    def truncate(self, slot: int, count: int) -> None: ...
 
     def fork(self, slots: Sequence[int]) -> list[int]: ...
 
@@ -82,6 +89,7 @@ class Stats:
     generated_tokens: int
     finished: dict[str, int]  # choices by `Event.finish`
     failed: int  # jobs
+    speculation: Totals
 
 
 @dataclass(eq=False)
@@ -96,6 +104,7 @@ class _Row:
     text: AnswerText
     count: int = 0  # of generated tokens
     token: int = 0  # the last of them
+    lookup: Lookup | None = None  # for tokens that may follow; None: there is no use
     unsent: list[TokenScore] = field(default_factory=list)
 
 
@@ -138,6 +147,7 @@ class Scheduler:
 
     def __init__(self, decoder: SlotDecoder, tokenizer: SentencePieceTokenizer, max_queue: int = 64) -> None:
         self._decoder, self._tokenizer, self._max_queue = decoder, tokenizer, max_queue
+        self._speculation = Speculation(decoder)
         self._changed = threading.Condition(threading.RLock())  # guards what follows
         self._waiting: deque[_Run] = deque()
         self._active: list[_Run] = []  # with slots
@@ -219,6 +229,7 @@ class Scheduler:
             return Stats(
                 len(self._active), len(self._waiting), decoder.pages_total, decoder.pages_used,
                 tokens["prompt"], tokens["cached"], tokens["generated"], dict(self._finished), self._failed,
+                replace(self._speculation.totals),
             )  # fmt: skip
 
     def round(self) -> bool:
@@ -366,25 +377,34 @@ class Scheduler:
         run.slot = None
         for row in [*run.rows]:
             self._take(row, logits)
+            most, limit = job.config.prompt_lookup_num_tokens, len(job.ids) + run.limit
+            row.lookup = self._speculation.lookup([*job.ids, row.token], most, limit)
 
     def _step(self) -> None:
-        """Computes the next token of every choice."""
+        """Computes the next token of every choice, and of some more than one."""
         rows = [row for run in self._active for row in run.rows]
         if not rows:
             return
-        tokens = np.array([row.token for row in rows], np.int32)
         try:
-            scores = self._decoder.step([row.slot for row in rows], tokens)
+            step = self._speculation.step([Row(row.slot, row.token, row.lookup) for row in rows])
         except Exception as error:
             self._fail(list(dict.fromkeys(row.run for row in rows)), error, "the step of the whole batch")
             return
-        for row, own in zip(rows, scores):
+        for number, row in enumerate(rows):
             if row not in row.run.rows:  # another choice of its job has failed
                 continue
             try:
-                self._take(row, own)
+                self._take_all(step, number, row)
             except Exception as error:
                 self._fail([row.run], error)
+
+    def _take_all(self, step: Step, number: int, row: _Row) -> None:
+        """Chooses the next tokens of a choice, which is row `number` of a step."""
+        scores: np.ndarray | None = step.scores[number]
+        while scores is not None:
+            self._take(row, scores)
+            scores = step.after(number, row.token) if row in row.run.rows else None
+        self._speculation.settle(step, number, runs=row in row.run.rows)
 
     def _take(self, row: _Row, scores: np.ndarray) -> None:
         """Chooses the next token of a choice from scores float32 [V], and sends what is news."""

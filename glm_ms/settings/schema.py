@@ -341,6 +341,10 @@ class GenerationSettings:
     length_penalty: float = key(1.0, "beam scores are divided by length to this power")
     early_stopping: bool = key(False, "stop when num_beams answers are finished")
     num_return_sequences: int = key(1, "answers per prompt", at_least=1, at_most=1024)
+    prompt_lookup_num_tokens: int = key(
+        10, "most tokens of a step that are taken from earlier text and verified: faster, same answers; 0: none",
+        at_least=0, at_most=1024
+    )  # fmt: skip
 
 
 @dataclass

@@ -35,7 +35,9 @@ class FakeDecoder:
         pages: of 4 tokens; fewer than slots and capacity need make `open` and `fork` raise NoRoom.
 
     Attributes:
-        calls: ("open", slot), ("prefill", slot), ("step", slots), ("fork", slots), ("free", slot), in order.
+        calls: ("open", slot), ("prefill", slot), ("step", slots), ("extend", slots, tokens), ("truncate", slot, count),
+            ("fork", slots), ("free", slot), in order.
+        exact_rows: whether `extend` and `truncate` may be called; set it to True for proposals.
         running: slot -> `Held`.
         broken: slots whose `prefill` raises, and names of methods that raise.
     """
@@ -55,6 +57,7 @@ class FakeDecoder:
         self.calls: list[tuple] = []
         self.running: dict[int, Held] = {}
         self.broken: set = set()
+        self.exact_rows = False
         self.found: set[tuple] = set()  # prompts that have run: their full chunks are found again
 
     @property
@@ -125,6 +128,30 @@ class FakeDecoder:
             one.ids.append(token)
             rows.append(self._scores(one.ids, one.adapter))
         return np.stack(rows)
+
+    def extend(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        assert self.exact_rows
+        assert len(set(slots)) == len(slots)
+        assert all(tokens)
+        self.calls.append(("extend", list(slots), [list(some) for some in tokens]))
+        self._check("step")
+        blocks = []
+        for slot, some in zip(slots, tokens):
+            one, rows = self.running[slot], []
+            assert one.run == one.prompt, "a step before the end of the prompt"
+            assert len(one.ids) + len(some) <= self.capacity, "a full slot"
+            for token in some:
+                one.ids.append(token)
+                rows.append(self._scores(one.ids, one.adapter))
+            blocks.append(np.stack(rows))
+        return blocks
+
+    def truncate(self, slot: int, count: int) -> None:
+        assert self.exact_rows
+        self.calls.append(("truncate", slot, count))
+        one = self.running[slot]
+        assert 0 < count <= len(one.generated)
+        del one.ids[-count:]
 
     def fork(self, slots: Sequence[int]) -> list[int]:
         self.calls.append(("fork", list(slots)))

@@ -248,6 +248,10 @@ def test_metrics_count(tokenizer):
         label = '{model_name="tiny"}'
         assert float(numbers[f"glm_ms:prompt_tokens_total{label}"]) == len(tokenizer.encode(PROMPT))
         assert 2 <= float(numbers[f"glm_ms:generation_tokens_total{label}"]) <= 10
+        proposed, right = (
+            float(numbers[f"glm_ms:spec_decode_num_{name}_tokens_total{label}"]) for name in ("draft", "accepted")
+        )
+        assert 0 <= right <= proposed
         assert float(numbers[f"glm_ms:num_requests_running{label}"]) == 0
         assert float(numbers[f"glm_ms:time_to_first_token_seconds_count{label}"]) == 1
         assert float(numbers[f"glm_ms:e2e_request_latency_seconds_count{label}"]) == 1
