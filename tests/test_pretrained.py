@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -52,6 +53,20 @@ def test_logits_of_a_loaded_network() -> None:
     numbers = golden_numbers(CASE)
     logits = load_pretrained(FOLDER / CASE)(numbers["input_ids"], numbers["attention_mask"]).asnumpy()
     np.testing.assert_allclose(logits, numbers["logits"], **LOGITS)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self/maps")
+def test_stored_float32_weights_are_the_memory_of_their_file(tmp_path: Path) -> None:
+    """And stay so when nothing but the model refers to them."""
+    folder = tmp_path / "copy"
+    shutil.copytree(FOLDER / CASE, folder)
+    model = load_pretrained(folder)
+    gc.collect()
+    spans = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors")]
+    places = [tuple(int(end, 16) for end in span[0].split("-")) for span in spans if str(folder) in span[-1]]
+    parameters = list(model.parameters().values())
+    assert all(any(first <= one.data_ptr() < last for first, last in places) for one in parameters)
+    check_parameters(model, golden_weights(CASE))
 
 
 def test_sharded_bin() -> None:

@@ -17,8 +17,9 @@ from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.convert.tensor_file import TensorFile, described_slice
 from glm_ms.convert.torch_file import TorchFile
 from glm_ms.model.config import GLMConfig
+from glm_ms.storage.background import Background
 from glm_ms.storage.errors import CheckpointError, capped
-from glm_ms.storage.integrity import check_listed
+from glm_ms.storage.integrity import check_all_listed, check_listed
 from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import read_object
 from glm_ms.storage.suggest import did_you_mean, misspelled
@@ -69,6 +70,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         self._parts: dict[str, int] = {}
         self._open: TensorFile | None = None
         self._verified: set[Path] = set()
+        self._listed: set[Path] = set()  # compared with the manifest beside them, or about to be
         for file in files:
             self.slice = self.slice or described_slice(file)
             for stored in file.entries:
@@ -108,10 +110,11 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         """Every file that has parameters."""
         return list(dict.fromkeys(file.path for home in self._home.values() for file, _ in home.values()))
 
-    def read(self, name: str, dtype: str | None = None) -> np.ndarray:
+    def read(self, name: str, dtype: str | None = None, mapped: bool = False) -> np.ndarray:
         """A new array with one parameter, as "float32", "float16", "bfloat16" or, without `dtype`, as it is stored.
 
-        NumPy has no bfloat16: its elements are uint16 bit patterns (`bfloat16_to_float32` converts them).
+        NumPy has no bfloat16: its elements are uint16 bit patterns (`bfloat16_to_float32` converts them). With `mapped`
+        a parameter that is stored in this type is a `np.memmap` where the file allows it, see `TensorFile.map`.
 
         Raises:
             CheckpointError: unknown name, unreadable file, a file that differs from the manifest beside it or from its
@@ -123,7 +126,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
                 self.close()
             self._open = file
             self._verify(file)
-            piece = file.read(stored)
+            piece = file.map(stored) if mapped and file.entries[stored].dtype == dtype else file.read(stored)
             check_finite(piece, file.entries[stored].dtype, f"{file.path}: {name}")
             if dtype is not None:
                 piece = convert_dtype(piece, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
@@ -144,10 +147,27 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         check_finite(array, file.entries[stored].dtype, f"{file.path}: {name}")
         return array
 
+    def verified(self, parameters: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+        """Gives `parameters`, which are read from this checkpoint, while a thread compares its files with the manifest
+        beside them. None of them may be used if an error comes after the last one.
+
+        Raises CheckpointError: a file differs, and what reading them raises.
+        """
+        files = self.files()
+        self._listed.update(files)
+        comparison = Background(lambda: check_all_listed(files))
+        try:
+            yield from parameters
+        except CheckpointError:
+            comparison.wait()  # that the file is damaged says more than what was found in it
+            raise
+        comparison.wait()
+
     def _verify(self, file: TensorFile) -> None:
         """Compares a file with its checksums, once and before its first tensor is used."""
         if file.path not in self._verified:
-            check_listed(file.path)
+            if file.path not in self._listed:
+                check_listed(file.path)
             file.verify()
             self._verified.add(file.path)
 
@@ -389,12 +409,12 @@ def _why_other_names(reader: CheckpointReader, found: list[str], expected: Mappi
 
 
 def load_parameters(
-    reader: CheckpointReader, config: GLMConfig, dtype: str, with_adapter: bool = False
+    reader: CheckpointReader, config: GLMConfig, dtype: str, with_adapter: bool = False, mapped: bool = False
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Checks a checkpoint with a config, then gives (glm_ms name, array) of every parameter, in the order of the files.
 
     `dtype` is "float32", "float16" or "bfloat16"; the last as uint16 bit patterns. `with_adapter` as of
-    `check_names_and_shapes`; the tensors of the adapter are not given.
+    `check_names_and_shapes`; the tensors of the adapter are not given. `mapped` as of `CheckpointReader.read`.
 
     Raises:
         CheckpointError: at once if names or shapes do not fit or `dtype` is unknown; during the iteration if a tensor
@@ -402,4 +422,4 @@ def load_parameters(
     """
     check_float_type(dtype)
     check_names_and_shapes(config, reader, with_adapter)
-    return ((name, reader.read(name, dtype)) for name in reader.base_names())
+    return ((name, reader.read(name, dtype, mapped)) for name in reader.base_names())

@@ -86,7 +86,7 @@ class TensorFile:
     def map(self, name: str) -> np.ndarray:
         """As `read`; where the format stores a tensor in one piece, a `numpy.memmap` whose pages are read when they are
         used and are shared with other processes. Writing to it does not change the file."""
-        pieces, info = self.spans[name], self.entries[name]
+        pieces, info = self.spans.get(name, []), self.entries[name]
         if len(pieces) != 1 or info.dtype not in DTYPES or info.nbytes == 0:
             return self.read(name)
         storage = DTYPES[info.dtype].storage

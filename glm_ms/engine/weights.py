@@ -203,7 +203,9 @@ def _base_model(
         config = _config_for(settings, vocab_size, checkpoint, reader)
         for line in filter(None, (f"weights: {checkpoint}", remark)):
             say(line)
-        model = GLMForCausalLM.from_checkpoint(reader, config, quantization_of(settings))
+        # Training overwrites its weights, so it has them in memory of its own.
+        mapped = not settings.is_training()
+        model = GLMForCausalLM.from_checkpoint(reader, config, quantization_of(settings), mapped)
     if model.quantization is not None:
         _check_use_of_integers(settings, checkpoint)
         say(f"weights of linear layers: {model.quantization}")

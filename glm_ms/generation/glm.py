@@ -103,17 +103,19 @@ class GLMForCausalLM:
 
     @classmethod
     def from_checkpoint(
-        cls, reader: CheckpointReader, config: GLMConfig, quantization: Quantization | None = None
+        cls, reader: CheckpointReader, config: GLMConfig, quantization: Quantization | None = None, mapped: bool = True
     ) -> GLMForCausalLM:
         """Builds a model around the weights of a checkpoint, quantized if they are, or while they are read.
 
         Args:
             quantization: how to quantize weights that are not; None: not at all.
+            mapped: weights of safetensors files in the type of the parameters are used in the memory of the file, which
+                must not be overwritten.
 
         Raises:
             CheckpointError: see `glm_ms.quant.checkpoint.weights_of`.
         """
-        cells, parameters, found = weights_of(reader, config, quantization)
+        cells, parameters, found = weights_of(reader, config, quantization, mapped)
         model = cls.from_parameters(config, parameters, cells)
         model.quantization = found
         return model
@@ -222,8 +224,9 @@ class GLMForCausalLM:
             parameter = missing.pop(name)
             if tuple(value.shape) != tuple(parameter.shape):
                 raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
-            if isinstance(value, np.memmap):
-                parameter.set_data(Tensor.from_numpy(value), slice_shape=True)
+            viewed = Tensor.from_numpy(value) if isinstance(value, np.memmap) else None
+            if viewed is not None and viewed.dtype == parameter.dtype:
+                parameter.set_data(viewed, slice_shape=True)
             else:
                 parameter.set_data(Tensor(value, parameter.dtype))
         if missing:

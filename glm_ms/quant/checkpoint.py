@@ -28,7 +28,7 @@ _OWN_WEIGHT, _OFFICIAL_SCALE = f".{WEIGHT}", f".{OFFICIAL_SCALE}"
 
 
 def weights_of(
-    reader: CheckpointReader, config: GLMConfig, wanted: Quantization | None = None
+    reader: CheckpointReader, config: GLMConfig, wanted: Quantization | None = None, mapped: bool = False
 ) -> tuple[Cells | None, Iterator[tuple[str, np.ndarray]], Quantization | None]:
     """What a network is built of: its classes, its parameters, and how its weights are quantized, None if they are not.
 
@@ -37,6 +37,7 @@ def weights_of(
 
     Args:
         config: its `param_init_type` is the type of all parameters that are not quantized.
+        mapped: parameters that are stored in this type stay in the memory of their file, see `CheckpointReader.read`.
 
     Raises:
         CheckpointError: at once if names, shapes or types do not fit the config, if `config.json` says that weights are
@@ -46,7 +47,7 @@ def weights_of(
     found, dtype = stored_quantization(reader, config), _read_as(config)
     if found is None:
         _check_description(reader)
-        parameters = load_parameters(reader, config, dtype, with_adapter=True)
+        parameters = reader.verified(load_parameters(reader, config, dtype, with_adapter=True, mapped=mapped))
         if wanted is not None:
             parameters = quantized_parameters(parameters, expected_shapes(config), wanted)
         return cells_for(wanted), parameters, wanted
@@ -57,7 +58,7 @@ def weights_of(
         )
     own = any(name.endswith(_OWN_WEIGHT) for name in reader.base_names())
     read = _own_parameters if own else _official_parameters
-    return cells_for(found), read(reader, config, found, dtype), found
+    return cells_for(found), reader.verified(read(reader, config, found, dtype)), found
 
 
 def stored_quantization(reader: CheckpointReader, config: GLMConfig) -> Quantization | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,12 @@ def check_listed(path: Path, added: bool = False) -> None:
             f"{path}: is not in {MANIFEST} beside it, so it was added later; remove it, or the manifest if the file "
             "is right"
         )
+
+
+def check_all_listed(paths: Iterable[Path]) -> None:
+    """`check_listed` for several files."""
+    for path in paths:
+        check_listed(path)
 
 
 def json_sha256(values: Any) -> str:
