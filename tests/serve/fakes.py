@@ -10,6 +10,7 @@ from typing import Callable
 import numpy as np
 
 from glm_ms.generation.pages import NoRoom
+from glm_ms.serve.answer import Answer
 
 
 @dataclass
@@ -180,3 +181,12 @@ def scripted(vocab_size: int, prompt: Sequence[int], answer: Sequence[int]) -> C
         return np.eye(vocab_size, dtype=np.float32)[answer[min(place, len(answer) - 1)]] * 50
 
     return scores
+
+
+def collected(answer: Answer) -> dict[int, str]:
+    """Of each choice its text, its tokens with their scores, its end and the reason, as text: nan equals nan there."""
+    choices: dict[int, tuple] = {}
+    for event in answer.events():
+        text, tokens, _, _ = choices.get(event.choice, ("", (), None, None))
+        choices[event.choice] = text + event.text, tokens + event.tokens, event.finish, event.stop_reason
+    return {choice: repr(one) for choice, one in choices.items()}

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from serve.fakes import FakeDecoder
+from serve.fakes import FakeDecoder, collected
 
 from glm_ms.generation import speculation
 from glm_ms.generation.config import GenerationConfig
@@ -77,14 +77,7 @@ def run(decoder: FakeDecoder, tokenizer, some: list[Job]) -> tuple[list[dict], S
     for _ in range(3000):
         if not scheduler.round():
             break
-    found = []
-    for answer in answers:
-        choices: dict[int, tuple] = {}
-        for event in answer.events():
-            text, tokens, _, _ = choices.get(event.choice, ("", (), None, None))
-            choices[event.choice] = text + event.text, tokens + event.tokens, event.finish, event.stop_reason
-        found.append({choice: repr(one) for choice, one in choices.items()})  # nan is not equal to itself
-    return found, scheduler
+    return [collected(answer) for answer in answers], scheduler
 
 
 def decoder_of(vocab_size: int, exact_rows: bool, noise: float = 0.6) -> FakeDecoder:
