@@ -146,7 +146,8 @@ static inline void narrow_tiles(
     constexpr int64_t stride = TILE_OUTPUTS * LANES;
     if constexpr (R > 0) {
         int64_t row = 0;
-        for (; row + R <= rows; row += R) {
+        // Not R rows and then a single one, which would wait for its own sums: rather two smaller tiles.
+        for (; row + R <= rows && (R <= 2 || rows - row != R + 1); row += R) {
             ahead.step();
             tile<R>(x + row * width, w, width, partial + row * stride, stride, fresh);
         }
