@@ -13,6 +13,7 @@
 
 #include "dispatch.h"
 #include "threads.h"
+#include "training.h"
 
 namespace {
 
@@ -148,6 +149,40 @@ void training() {
     }
 }
 
+void line(const char* name, int64_t width, Array<float>& result) {
+    std::printf("%s width=%d %016llx\n", name, (int)width, (unsigned long long)hash(result.data(), result.size));
+}
+
+// Kernels of rows of floats, those of the network and of a training step.
+void rows_of_floats() {
+    const glm::Kernels& kernels = glm::kernels();
+    for (int64_t width : {1, 15, 16, 33, 500}) {
+        Array<float> x = random_array(width), weight = random_array(width), gradient = random_array(width);
+        Array<float> gated = random_array(2 * width), y = random_array(width), of_gated = random_array(2 * width);
+        kernels.rms_norm(x.data(), weight.data(), width, 1e-5f, y.data());
+        line("rms_norm", width, y);
+        kernels.rms_norm_gradient(x.data(), weight.data(), gradient.data(), width, 1e-5f, y.data());
+        line("rms_norm_gradient", width, y);
+        kernels.rms_norm_weight_gradient(x.data(), gradient.data(), width, 1e-5f, y.data());
+        line("rms_norm_weight_gradient", width, y);
+        kernels.swiglu(gated.data(), width, y.data());
+        line("swiglu", width, y);
+        kernels.swiglu_gradient(gated.data(), gradient.data(), width, of_gated.data());
+        line("swiglu_gradient", width, of_gated);
+        kernels.round_to_bf16(x.data(), y.data(), width);
+        line("round_to_bf16", width, y);
+        Array<float> sum = random_array(1), m = random_array(width), v = random_array(width);
+        sum.data()[0] = kernels.square_sum(x.data(), width);
+        line("square_sum", width, sum);
+        for (int64_t i = 0; i < width; ++i) v.data()[i] = std::fabs(v.data()[i]);
+        kernels.adamw(
+            weight.data(), m.data(), v.data(), gradient.data(), width, {1e-2f, 0.9f, 0.95f, 1e-8f, 1e-3f, 0.5f});
+        line("adamw weight", width, weight), line("adamw m", width, m), line("adamw v", width, v);
+        kernels.cross_entropy(x.data(), width, width / 2);
+        line("cross_entropy", width, x);
+    }
+}
+
 // Several threads call kernels at once, while parts of one call are shared by the pool.
 void contention() {
     Weight weight(glm::Format::INT8, 64, 256, 0);
@@ -187,6 +222,7 @@ void parts() {
 int main() {
     std::fprintf(stderr, "%s\n", glm::kernels().isa);
     products();
+    rows_of_floats();
     training();
     contention();
     parts();
