@@ -74,14 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         flags = {"run_mode": "eval", "load_checkpoint": options.load_checkpoint}
         settings = load_settings(options.config, options.overrides, flags)
-        lines = list(table(settings, options))
+        lines = []
+        for line in table(settings, options):
+            print(line, flush=True)
+            lines.append(line)
+        if options.output is not None:
+            Path(options.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
     except (FileError, SettingsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = "\n".join(lines) + "\n"
-    if options.output is not None:
-        Path(options.output).write_text(text, encoding="utf-8")
-    print(text, end="")
     return 0
 
 
