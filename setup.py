@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 folders = [Path("configs"), *(path for path in sorted(Path("configs").rglob("*")) if path.is_dir())]
 configs = [".".join(("glm_ms", *path.parts)) for path in folders]
