@@ -114,7 +114,10 @@ int attend_rows(const Call& call) {
     const int64_t per_group = sizes.heads / sizes.groups;
     const int64_t part = count * sizes.groups >= 4 * threads() ? per_group : smaller(per_group, HEADS);
     const int64_t parts = (per_group + part - 1) / part, of_row = sizes.groups * parts;
-    parallel_for(count * of_row, 1, [&](int64_t begin, int64_t end) {
+    // A thread is worth waking for about 20 us of work.
+    constexpr int64_t worth = 200000;
+    const int64_t of_part = 2 * part * dim * (rows[count > 0 ? count - 1 : 0].index + 1);
+    parallel_for(count * of_row, 1 + worth / (1 + of_part), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = i / of_row, group = i % of_row / parts, first = i % parts * part;
             const int64_t at = row * width + (group * per_group + first) * dim;
