@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
-from reference import fresh_golden_model, golden_model
+from reference import CASES, fresh_golden_model, golden_model, golden_numbers
 from tolerances import LOGITS
 
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.generation.graph_choice import GraphMaker
+from glm_ms.generation.inputs import Prompt
 from glm_ms.generation.kernel_graphs import ROWS, KernelGraphs
 from glm_ms.generation.paged import PagedDecoder
 from glm_ms.generation.paged_graphs import PagedGraphs
@@ -91,6 +94,17 @@ def test_logits_are_those_of_the_network(changes: dict) -> None:
     np.testing.assert_allclose(np.concatenate((found, *steps)), expected, **LOGITS)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_golden_prompts_and_steps(case: str) -> None:
+    numbers = golden_numbers(case)
+    rows = list(zip(*(numbers[name] for name in ("input_ids", "position_ids", "attention_mask"))))
+    decoder = decoder_of(golden_model(case), 2, 32)
+    slots, logits = decoder.add([Prompt(ids[:16][mask[:16] == 1], at[:16][mask[:16] == 1]) for ids, at, mask in rows])
+    np.testing.assert_allclose(logits, numbers["prefill_logits_last"], **LOGITS)
+    steps = [decoder.step(slots, numbers["input_ids"][:, i]) for i in range(16, 24)]
+    np.testing.assert_allclose(steps, numbers["incremental_logits"], **LOGITS)
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 def test_weights_are_read_in_the_type_they_have(stored: str) -> None:
     half = random_model(2, param_init_type=stored)
@@ -101,6 +115,22 @@ def test_weights_are_read_in_the_type_they_have(stored: str) -> None:
         parameter.set_data(rounded.astype(ms.float32))
     expected = whole(ids).asnumpy()[0]
     np.testing.assert_allclose(read(decoder_of(half), ids, True)[1], expected, **LOGITS)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 32)])
+def test_quantized_layers(bits: int, group: int | None) -> None:
+    """Their inputs are rounded to 16 bits, which the portable layers do not do."""
+    model, ids = random_model(3, hidden_size=48), words(40)
+    whole = model(ids).asnumpy()[0]
+    model.quantize(bits, group)
+    expected = model(ids).asnumpy()[0]
+    decoder = decoder_of(model)
+    slot, found = read(decoder, ids[:30], True)
+    steps = [decoder.step([slot], ids[i : i + 1]) for i in range(30, 40)]
+    error = np.abs(np.concatenate((found, *steps)) - expected).max()
+    print(f"{bits} bits: {error:.2g} of logits up to {np.abs(expected).max():.2g}")
+    assert error < 1e-3 * np.abs(expected).max()
+    assert np.abs(expected - whole).max() > 10 * error
 
 
 def test_a_token_has_the_same_bits_in_chunks_of_any_size(model: GLMForCausalLM) -> None:
@@ -254,6 +284,26 @@ def test_smaller_keys_and_values(model: GLMForCausalLM, storage: str, room: floa
     _, chunked = read(decoder_of(model, storage=storage, largest_chunk=16, chunk=16), ids, True)
     assert chunked.tobytes() == found.tobytes()
     assert small.memory.bytes.nbytes < 0.8 * decoder_of(model).graphs.serve(decoder_of(model)).bytes.nbytes
+
+
+def test_a_long_prompt_needs_no_memory_but_its_pages() -> None:
+    """The scores of the whole prompt would be 32 x 2000 x 2000 x 4 bytes, 512 MB."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        pytest.skip("the peak of the memory is measured by /proc")
+    model = random_model(4, num_layers=4, num_attention_heads=32, seq_length=2048)
+    decoder = decoder_of(model, 1, 2048)
+    decoder.compile()
+
+    def memory(kind: str) -> int:
+        return int(re.search(rf"{kind}:\s*(\d+) kB", status.read_text())[1]) << 10
+
+    reset.write_text("5")
+    before = memory("VmRSS")
+    read(decoder, words(2000))
+    grown = memory("VmHWM") - before
+    print(f"{grown / 2**20:.1f} MiB for 2000 tokens; pages: {decoder.memory.bytes.nbytes / 2**20:.1f} MiB")
+    assert grown < decoder.memory.bytes.nbytes + (32 << 20)
 
 
 def test_ids_and_positions_that_the_network_has_not(decoder: PagedDecoder) -> None:
