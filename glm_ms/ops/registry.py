@@ -39,7 +39,9 @@ STEP_OPERATORS: dict[tuple[str, str], Any] = {
     ("square sum", "CPU"): cpu_training.SquareSum,
     ("AdamW", PORTABLE): training.AdamWUpdate,
     ("AdamW", "CPU"): cpu_training.AdamWUpdate,
-    ("RMS norm", "CPU"): cpu_training.RMSNormalize,  # `OPERATORS` has the portable one
+    # `OPERATORS` has the portable ones of these two.
+    ("RMS norm", "CPU"): cpu_training.RMSNormalize,
+    ("attention", "CPU"): cpu_training.GroupedAttention,
     ("SwiGLU", PORTABLE): SwiGLU,
     ("SwiGLU", "CPU"): cpu_training.SwiGLU,
     # glm_ms.model.loss has the portable one, with its output layer; without the other a product is one of float32.

@@ -6,10 +6,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from glm_ms.model.glm import MLP, GLMNetwork
+from glm_ms.model.glm import MLP, GLMNetwork, SelfAttention
 from glm_ms.model.layers import Linear, Norm
 from glm_ms.model.loss import WholeLoss, training_loss
-from glm_ms.ops.portable import RMSNormalize, SwiGLU
+from glm_ms.ops.portable import GroupedAttention, RMSNormalize, SwiGLU
 from glm_ms.ops.registry import step_kernel
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.layers import VocabularyParallelLoss
@@ -72,12 +72,14 @@ class ShardedTrainingNetwork(TrainingNetwork):
 
 
 def fuse_cells(network: GLMNetwork) -> None:
-    """Replaces norms and activations of a float32 network by the kernels of this device, if it has them."""
+    """Replaces norms, activations and attention of a float32 network by the kernels of this device, if it has them."""
     for _, parent in list(network.cells_and_names()):
         if type(parent) is Norm and parent.weight.dtype == ms.float32:
             _replace(parent, "normalize", RMSNormalize, "RMS norm")
         elif type(parent) is MLP and parent.dense_h_to_4h.dtype == ms.float32:
             _replace(parent, "activation", SwiGLU, "SwiGLU")
+        elif type(parent) is SelfAttention and parent.attention.dropout is None:
+            _replace(parent, "attention", GroupedAttention, "attention")
 
 
 def _replace(parent: nn.Cell, place: str, portable: type, operator: str) -> None:

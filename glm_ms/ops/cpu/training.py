@@ -153,3 +153,42 @@ class SwiGLU(nn.Cell):
     def bprop(self, x: Tensor, _: Tensor, gradient: Tensor) -> tuple[Tensor]:
         """The gradient of the result, [..., F] -> that of x."""
         return (self.gradient(x, gradient),)
+
+
+class Attention(nn.Cell):
+    """softmax(query key^T / sqrt(D) + bias) value of groups of heads, without memory for all scores.
+
+    Scores of 128 queries of a head are in memory together, and computed again for the gradients. Keys behind the last
+    one that such a block sees cost nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = custom("attention", [ms.float32], inputs=4)
+        self.gradients = custom("attention_gradient", [ms.float32] * 3, inputs=6)
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """As `GroupedAttention`."""
+        return self.attend(query, key, value, bias)
+
+    def bprop(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, result: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The gradient of the result -> those of query, key and value; the bias is constant."""
+        of_query, of_key, of_value = self.gradients(query, key, value, bias, result, gradient)
+        return of_query, of_key, of_value, ops.zeros_like(bias)
+
+
+class GroupedAttention(nn.Cell):
+    """As the portable operator `cell`, which must have no dropout, for float32. Needs `has_blas`."""
+
+    usable = staticmethod(has_blas)
+
+    def __init__(self, cell: portable.GroupedAttention) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, _: Tensor | None = None) -> Tensor:
+        """query float32 [B, S, N, D]; key, value float32 [B, G, T, D]; bias float32 [B or 1, 1, S, T], 0 where a query
+        sees a key, else `HIDDEN_SCORE` -> [B, S, N * D]."""
+        return self.attention(query, key, value, bias)

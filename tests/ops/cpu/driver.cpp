@@ -141,6 +141,12 @@ void training() {
         kernels.to_bf16(x.data(), halves.data(), n);
         for (int64_t i = 0; i < n; ++i) y.data()[i] = (float)halves.data()[i];
         print("to_bf16", n, y);
+        kernels.attention_softmax(y.data(), w.data(), n, 0.3f);
+        print("attention_softmax", n, y);
+        kernels.attention_gradient(y.data(), m.data(), n, 0.3f, 0.1f);
+        print("attention_gradient", n, y);
+        one.data()[0] = kernels.dot_product(w.data(), m.data(), n);
+        print("dot_product", n, one);
         kernels.adamw(w.data(), m.data(), v.data(), x.data(), n, {1e-2f, 0.9f, 0.999f, 1e-8f, 0.01f, 0.5f});
         for (Array<float>* result : {&w, &m, &v}) print("adamw", n, *result);
         one.data()[0] = kernels.cross_entropy(x.data(), n, n / 2);

@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.ops import registry, training
 from glm_ms.ops.cpu import training as cpu_training
-from glm_ms.ops.portable import RMSNormalize, SwiGLU
+from glm_ms.ops.portable import HIDDEN_SCORE, GroupedAttention, RMSNormalize, SwiGLU
 
 SIZES = [1, 15, 16, 17, 1003, 16384, 70001]
 STEP = {"rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decay": 0.01, "scale": 0.37}
@@ -370,3 +370,71 @@ def test_norm_and_activation_of_nothing_and_of_extremes():
     zeros = np.zeros((1, 6), np.float32)
     assert call("rms_norm", zeros, weight, eps, zeros) == 0
     assert not zeros.any()
+
+
+def attention_inputs(batch: int, length: int, past: int, heads: int, groups: int, dim: int) -> list[np.ndarray]:
+    """Query, key, value, and a bias with keys in the future, padding, queries that see all and one that sees none."""
+    total = past + length
+    query, key = gaussian(batch, length, heads, dim), gaussian(batch, groups, total, dim, seed=1)
+    value = gaussian(batch, groups, total, dim, seed=2)
+    hidden = np.broadcast_to(np.arange(total) > past + np.arange(length)[:, None], (batch, 1, length, total)).copy()
+    hidden[0, :, :, : min(3, past)] = True
+    hidden[-1, :, 0] = False
+    hidden[0, :, length // 2] = True
+    return [query, key, value, np.where(hidden, np.float32(HIDDEN_SCORE), np.float32(0))]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 0, 1, 1, 3), (2, 7, 4, 4, 2, 16), (3, 150, 5, 2, 1, 8)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_attention_is_the_portable_cell(sizes: tuple[int, ...], dynamic: bool):
+    if not cpu_training.has_blas():
+        pytest.skip("no oneDNN")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    inputs = [Tensor(array) for array in attention_inputs(*sizes)]
+    weights = Tensor(gaussian(sizes[0], sizes[1], sizes[3] * sizes[5], seed=3))
+    portable_cell = GroupedAttention(*sizes[3:])
+    results = []
+    for cell in (portable_cell, cpu_training.GroupedAttention(portable_cell)):
+        net = Weighted(cell)
+        if dynamic:
+            net.set_inputs(
+                *(Tensor(shape=[None] * 3 + [x.shape[3]], dtype=ms.float32) for x in inputs[:3]),
+                *[Tensor(shape=[None] * x.ndim, dtype=ms.float32) for x in (inputs[3], weights)],
+            )
+        results.append([array.asnumpy() for array in ms.grad(net, (0, 1, 2))(*inputs, weights)])
+        results[-1].append(cell(*inputs).asnumpy())
+    for found, expected in zip(results[1], results[0]):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+class Weighted(nn.Cell):
+    """Sum of the results of an attention with weights."""
+
+    def __init__(self, attention: nn.Cell) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
+        return ops.ReduceSum()(self.attention(query, key, value, bias) * weights)
+
+
+def test_attention_does_not_depend_on_threads_and_shows_nan():
+    if not cpu_training.has_blas():
+        pytest.skip("no oneDNN")
+    query, key, value, bias = attention_inputs(2, 140, 3, 4, 2, 8)
+    value[1, 0, 5, 2] = np.nan
+    found = []
+    for count in (1, 2, 3, 4):
+        result = np.empty((2, 140, 32), np.float32)
+        gradients = [np.empty_like(array) for array in (query, key, value)]
+        with threads(count):
+            assert call("attention", query, key, value, bias, result) == 0
+            assert call("attention_gradient", query, key, value, bias, result, query, *gradients) == 0
+        found.append([result, *gradients])
+    for other in found[1:]:
+        for one, two in zip(found[0], other):
+            np.testing.assert_array_equal(one, two)
+    # Heads 0 and 1 of the second row of the batch use that value, hidden ones with the weight 0.
+    wrong = np.isnan(found[0][0]).reshape(2, 140, 4, 8)
+    assert wrong[1, :, :2, 2].all()
+    assert wrong.sum() == 2 * 140

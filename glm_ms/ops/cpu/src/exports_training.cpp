@@ -11,6 +11,7 @@
 #include "operators.h"
 #include "output_loss.h"
 #include "threads.h"
+#include "train_attention.h"
 
 namespace {
 
@@ -274,4 +275,40 @@ GLM_EXPORT int glm_ms_op_swiglu_gradient(int, void** data, int* ranks, int64_t**
 
 GLM_EXPORT Shape glm_ms_op_swiglu_gradientInferShape(int* ranks, int64_t** shapes, void*) {
     return shape_of(ranks, shapes, 0);
+}
+
+namespace {
+
+// Operands query [B, S, N, D], key and value [B, G, T, D], bias [B or 1, 1, S, T].
+glm::Attention attention_of(const glm::Operands& operands) {
+    const int64_t *query = operands.shapes[0], *key = operands.shapes[1];
+    return {operands.at<float>(0), operands.at<float>(1), operands.at<float>(2), operands.at<float>(3), query[0],
+            query[1], query[2], query[3], key[1], key[2], operands.shapes[3][0] == 1};
+}
+
+}  // namespace
+
+// Inputs: query float32 [B, S, N, D], key and value float32 [B, G, T, D], bias float32 [B or 1, 1, S, T]. Output: the
+// attention [B, S, N * D].
+GLM_EXPORT int glm_ms_op_attention(int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
+    const glm::Operands operands{data, ranks, shapes};
+    return status([&] { return glm::attention(attention_of(operands), operands.at<float>(4)); });
+}
+
+GLM_EXPORT Shape glm_ms_op_attentionInferShape(int*, int64_t** shapes, void*) {
+    return {shapes[0][0], shapes[0][1], shapes[0][2] * shapes[0][3]};
+}
+
+// Inputs: as before, the attention and its gradient. Outputs: gradients of query, key and value.
+GLM_EXPORT int glm_ms_op_attention_gradient(
+    int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
+    const glm::Operands operands{data, ranks, shapes};
+    const glm::AttentionGradients gradients{
+        operands.at<float>(4), operands.at<float>(5), operands.at<float>(6), operands.at<float>(7),
+        operands.at<float>(8)};
+    return status([&] { return glm::attention_gradients(attention_of(operands), gradients); });
+}
+
+GLM_EXPORT std::vector<Shape> glm_ms_op_attention_gradientInferShape(int* ranks, int64_t** shapes, void*) {
+    return {shape_of(ranks, shapes, 0), shape_of(ranks, shapes, 1), shape_of(ranks, shapes, 2)};
 }

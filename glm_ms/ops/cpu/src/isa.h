@@ -33,6 +33,7 @@ namespace GLM_ISA {
 #include "int4.h"
 #include "product.h"
 #include "adamw.h"
+#include "attention_row.h"
 #include "bf16.h"
 #include "cross_entropy.h"
 #include "square_sum.h"
