@@ -8,18 +8,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from glm_ms.generation.graphs import GRAPHS
 from glm_ms.generation.page_graphs import CHUNK, PageGraphs
 from glm_ms.generation.pages import PAGE, RESERVED
-from glm_ms.model.glm import GLMNetwork, SelfAttention
+from glm_ms.model.glm import MLP, GLMBlock, GLMEncoder, GLMNetwork, GLMTransformer, SelfAttention
 from glm_ms.model.kernels import KernelGLM
+from glm_ms.model.layers import Embedding, Linear, Norm
 from glm_ms.ops.cpu import library
 from glm_ms.ops.cpu.rows import COUNT, POSITION, TOKEN, PageMemory, RunTable, Span, run_table
 from glm_ms.ops.registry import device
-from glm_ms.peft.ptuning import keys_and_values
-from glm_ms.peft.rows import AdapterBounds, RowAdapters
+from glm_ms.peft.lora import LowRankUpdate
+from glm_ms.peft.ptuning import PrefixEncoder, keys_and_values
+from glm_ms.peft.rows import AdapterBounds, RowAdapters, RowUpdate
+from glm_ms.quant.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from glm_ms.generation.paged import PagedDecoder
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
 # Most tokens of a run: enough for the products to run at the speed of arithmetic.
 ROWS = 128
 SWITCH = "GLM_MS_CPU_KERNELS"
+# The classes that kernels compute. Not their subclasses, which may compute something else.
+COVERED = (
+    GLMNetwork, GLMTransformer, GLMEncoder, GLMBlock, SelfAttention, MLP, Embedding, Norm, Linear, QuantizedLinear,
+    LowRankUpdate, RowUpdate, PrefixEncoder,
+)  # fmt: skip
 
 
 def why_portable(network: GLMNetwork) -> str | None:
@@ -37,10 +45,25 @@ def why_portable(network: GLMNetwork) -> str | None:
         return f"the device is {device()}"
     if library.load() is None:
         return library.reason()
-    attention = type(network.transformer.encoder.layers[0].self_attention)
-    if attention is not SelfAttention:
-        return f"the network has attention of the kind {attention.__name__}"
+    for cell in _replaced_cells(network):
+        if type(cell) not in COVERED:
+            return f"the network has a cell of the class {type(cell).__name__}, which no kernel computes"
     return None
+
+
+def _replaced_cells(network: GLMNetwork) -> Iterator[nn.Cell]:
+    """The cells that kernels run in place of."""
+    net = network.transformer
+    yield from (network, net, net.embedding, net.encoder)
+    for block in net.encoder.layers:
+        yield from (block, block.input_layernorm, block.self_attention, block.post_attention_layernorm, block.mlp)
+    for cell in (net.encoder.final_layernorm, net.prefix_encoder):
+        if cell is not None:
+            yield cell
+    for linear in network.linears().values():
+        yield linear
+        if linear.lora is not None:
+            yield linear.lora
 
 
 class KernelGraphs(PageGraphs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import mindspore as ms
@@ -324,3 +325,11 @@ def test_why_a_network_runs_its_portable_cells(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(library, "load", lambda: None)
     monkeypatch.setattr(library, "reason", lambda: "no library")
     assert GraphMaker(network).why_portable == "no library"
+
+
+@pytest.mark.parametrize("place", ["input_layernorm", "mlp", "self_attention.dense"])
+def test_cells_of_other_classes_run_as_they_are(place: str) -> None:
+    network = random_model().network
+    cell = attrgetter(place)(network.transformer.encoder.layers[1])
+    cell.__class__ = type("Own", (type(cell),), {})
+    assert GraphMaker(network).why_portable == "the network has a cell of the class Own, which no kernel computes"

@@ -16,9 +16,11 @@ from engine_helpers import SMALL_NETWORK
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("glm_ms", "configs", "tools")
+# Without those that run in the interpreter of another program, with its packages.
 MODULES = sorted(
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
     for path in (REPOSITORY / "glm_ms").rglob("*.py")
+    if not path.name.endswith("_peer.py")
 )
 IMPORT_ALL = """
 import importlib, sys
