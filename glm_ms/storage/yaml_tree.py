@@ -154,6 +154,7 @@ class _Builder:
             elif isinstance(node, yaml.SequenceNode):
                 value = [self.entry(item) for item in node.value]
             else:
+                self.check_text(node)
                 value = self.loader.construct_object(node)
                 if value == 0 and isinstance(value, float) and not is_zero(node.value):
                     raise _problem(f"{node.value} is too small for a number, it would be 0", node.start_mark)
@@ -175,6 +176,15 @@ class _Builder:
             what = repr(node.value) if scalar else f"a {node.id}"
             tag = node.tag.replace(_CORE, "!!")
             raise _problem(f"no constructor of the tag {tag} for {what}; remove the tag", node.start_mark)
+
+    def check_text(self, node: yaml.ScalarNode) -> None:
+        """Refuses half of a surrogate pair, which an escape can name: no file can have it."""
+        half = re.search("[\ud800-\udfff]", node.value)
+        if half:
+            raise _problem(
+                f"{half.group()!r} is half of a surrogate pair; remove it, or write the character itself",
+                node.start_mark,
+            )
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Entry]:
         merged: dict[str, Entry] = {}

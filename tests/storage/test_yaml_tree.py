@@ -41,6 +41,12 @@ def test_tags_that_do_not_fit(text: str) -> None:
         parse_yaml(text, "typed", CheckpointError)
 
 
+@pytest.mark.parametrize("text", ['a: "\\ud800"', '"x\\udfff": 1', 'a: ["\\ud83d\\ude00"]'])
+def test_half_a_character(text: str) -> None:
+    with pytest.raises(FileError, match=r"run.yaml:1.*half of a surrogate pair"):
+        parse_yaml(text, "run.yaml", lines=True)
+
+
 def test_shared_values_are_converted_once() -> None:
     text = "a0: &a0 [x]\n" + "\n".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))
     value = parse_yaml(text, "typed").plain()
