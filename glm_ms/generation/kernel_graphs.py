@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 # Most tokens of a run: enough for the products to run at the speed of arithmetic.
 ROWS = 128
-SWITCH = "GLM_MS_CPU_KERNELS"
 # The classes that kernels compute. Not their subclasses, which may compute something else.
 COVERED = (
     GLMNetwork, GLMTransformer, GLMEncoder, GLMBlock, SelfAttention, MLP, Embedding, Norm, Linear, QuantizedLinear,
@@ -39,8 +37,6 @@ COVERED = (
 
 def why_portable(network: GLMNetwork) -> str | None:
     """Why a network runs its portable cells and not the kernels of the CPU; None if the kernels cover it."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
     if device() != "CPU":
         return f"the device is {device()}"
     if library.load() is None:

@@ -16,6 +16,7 @@ from glm_ms.engine.step.adamw import GLMAdamW
 from glm_ms.engine.step.network import ShardedTrainingNetwork, TrainingNetwork, recompute_blocks
 from glm_ms.engine.step.train_step import GLMTrainOneStep
 from glm_ms.engine.weights import adapter_config
+from glm_ms.model.loss import NextTokenLoss, WholeLoss
 from glm_ms.parallel.layers import sharded_glm
 from glm_ms.settings import load_settings
 from glm_ms.settings.schema import is_sharded, parallel_of, training_length
@@ -32,7 +33,8 @@ if is_sharded(settings):  # on one card its operators do the whole work
     network = ShardedTrainingNetwork(model.network, parallel_of(settings), length)
     use_portable_rotary(model.network)
 else:
-    network = TrainingNetwork(model.network, length)
+    # The loss of a card, which computes all scores.
+    network = TrainingNetwork(model.network, length, WholeLoss(model.network, NextTokenLoss()))
 recompute_blocks(model.network, settings)
 step = GLMTrainOneStep(network, GLMAdamW(model.network.trainable_params(), 1e-3), 1.0)
 step.set_train()

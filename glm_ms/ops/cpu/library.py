@@ -11,6 +11,8 @@ from pathlib import Path
 
 from glm_ms.ops.cpu.build import LIBRARY, sources_digest
 
+SWITCH = "GLM_MS_CPU_KERNELS"  # an environment variable: 0 for the portable operators
+_SWITCHED_OFF = f"{SWITCH}=0"
 _BUILD = "build it with `python -m glm_ms.ops.cpu.build` (it needs a C++ compiler)"
 # Function -> type of its result, types of its arguments; src/exports*.cpp has them.
 _PROTOTYPES: dict[str, tuple[type | None, tuple[type, ...]]] = {
@@ -41,24 +43,29 @@ def is_built() -> bool:
 
 
 def load() -> ctypes.CDLL | None:
-    """The library, or None where there is none: `reason` says why. The first call without it warns."""
-    library, why = _load()
-    if why is not None:
-        _warn(why)
+    """The library, or None where there is none: `reason` says why. The first call without it warns, unless the
+    environment asks for portable operators."""
+    library, why = _state()
+    if why not in (None, _SWITCHED_OFF):
+        _warn(str(why))
     return library
 
 
 def reason() -> str | None:
     """Why `load` returns None, and the remedy; None if it returns the library."""
-    return _load()[1]
+    return _state()[1]
 
 
 def description() -> str:
     """One line for the user: the instruction set, threads and file of the kernels, or why there are none."""
-    library, why = _load()
+    library, why = _state()
     if library is None:
         return f"none: {why}"
     return f"{library.glm_ms_isa().decode()}, {library.glm_ms_threads()} threads, {path()}"
+
+
+def _state() -> tuple[ctypes.CDLL | None, str | None]:
+    return (None, _SWITCHED_OFF) if os.environ.get(SWITCH) == "0" else _load()
 
 
 @lru_cache(maxsize=1)
