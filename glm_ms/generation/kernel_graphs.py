@@ -149,17 +149,21 @@ class KernelGraphs(PageGraphs):
     def _run(self, spans: Sequence[Span]) -> RunTable:
         run = run_table(spans, self._memory, self.cell.rows, self.vocab_size)
         config, rows = self.network.config, run.table[1 : int(run.table[0, COUNT]) + 1]
-        if len(rows) and rows[:, TOKEN].max() >= config.padded_vocab_size:
-            top = config.padded_vocab_size - 1
-            raise ValueError(f"token {rows[:, TOKEN].max()}: the vocabulary has ids 0 to {top}")
-        if len(rows) and rows[:, POSITION].max() >= config.seq_length:
-            top = config.seq_length - 1
+        # The kernels read memory at these places.
+        for token in _outside(rows[:, TOKEN], config.padded_vocab_size):
+            raise ValueError(f"token {token}: the vocabulary has ids 0 to {config.padded_vocab_size - 1}")
+        for position in _outside(rows[:, POSITION], config.seq_length):
             raise ValueError(
-                f"position {rows[:, POSITION].max()}: the network has positions 0 to {top} (config.seq_length)"
+                f"position {position}: the network has positions 0 to {config.seq_length - 1} (config.seq_length)"
             )
         # The run has ended when its result is here.
         GRAPHS.run(lambda: self.cell.compile_and_run(Tensor(run.table)).asnumpy())
         return run
+
+
+def _outside(values: np.ndarray, count: int) -> np.ndarray:
+    """Those values that are not in [0, count)."""
+    return values[(values < 0) | (values >= count)]
 
 
 def _runs(spans: Sequence[Span]) -> Iterator[list[tuple[int, Span]]]:

@@ -307,11 +307,22 @@ def test_a_long_prompt_needs_no_memory_but_its_pages() -> None:
     assert grown < decoder.memory.bytes.nbytes + (32 << 20)
 
 
-def test_ids_and_positions_that_the_network_has_not(decoder: PagedDecoder) -> None:
-    with pytest.raises(ValueError, match="token 96: the vocabulary has ids 0 to 95"):
-        decoder.prefill(decoder.open([5, 96]))
-    with pytest.raises(ValueError, match=r"position 512: the network has positions 0 to 511 \(config.seq_length\)"):
-        decoder.prefill(decoder.open([5, 6], positions=np.array([511, 512])))
+@pytest.mark.parametrize(
+    ("ids", "positions", "message"),
+    [
+        ([5, 96], [0, 1], "token 96: the vocabulary has ids 0 to 95"),
+        ([-1, 5], [0, 1], "token -1: the vocabulary has ids 0 to 95"),
+        ([5, 6], [511, 512], r"position 512: the network has positions 0 to 511 \(config.seq_length\)"),
+        ([5, 6], [-1, 0], r"position -1: the network has positions 0 to 511 \(config.seq_length\)"),
+    ],
+)
+def test_ids_and_positions_that_the_network_has_not(
+    decoder: PagedDecoder, ids: list[int], positions: list[int], message: str
+) -> None:
+    slot = decoder.open(ids, positions=np.array(positions))
+    with pytest.raises(ValueError, match=message):
+        decoder.prefill(slot)
+    decoder.free([slot])
 
 
 def test_why_a_network_runs_its_portable_cells(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ class SquareSum(nn.Cell):
         self.sum = custom("square_sum", [ms.float32], [1])
 
     def construct(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """float32 tensors -> float32 scalar."""
-        return ops.reshape(self.sum(*tensors), ())
+        """Tensors -> float32 scalar; those of another type are converted."""
+        return ops.reshape(self.sum(*[ops.cast(tensor, ms.float32) for tensor in tensors]), ())
 
 
 class AdamWUpdate(nn.Cell):

@@ -35,6 +35,14 @@ def test_square_sum(size: int):
     np.testing.assert_allclose(square_sum(x), (x.astype(np.float64) ** 2).sum(), rtol=3e-7)
 
 
+def test_square_sum_of_other_types():
+    """In a compiled graph, as in a training step: gradients of float16 are not read as float32."""
+    parts = gaussian(100).astype(np.float16), gaussian(33)
+    kernels()
+    found = cpu_training.SquareSum().compile_and_run(tuple(map(Tensor, parts))).asnumpy()
+    np.testing.assert_allclose(found, sum((part.astype(np.float64) ** 2).sum() for part in parts), rtol=1e-6)
+
+
 def test_square_sum_of_all_gradients_does_not_depend_on_threads():
     gradients = [gaussian(3, 40007), gaussian(5), np.zeros((0, 3), np.float32), gaussian(1, seed=1), gaussian(7, 9, 11)]
     expected = sum((g.astype(np.float64) ** 2).sum() for g in gradients)
