@@ -6,6 +6,7 @@ digits: MindSpore's on x86 takes 6 rows, and 1, 2 or 3 that are left over differ
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import mindspore as ms
@@ -24,10 +25,22 @@ def uniform_rows(count: int) -> int:
     """The smallest number of rows from `count` on whose places are equal; `count` if there is none near it.
 
     Only tried on CPU. Other devices have `count`.
+
+    Warns:
+        UserWarning: there is none near it.
     """
     if count == 1 or ms.get_context("device_target") != "CPU":
         return count
-    return next((rows for rows in range(count, count + _MOST_IDLE) if GRAPHS.run(_places_are_equal, rows)), count)
+    for rows in range(count, count + _MOST_IDLE):
+        if GRAPHS.run(_places_are_equal, rows):
+            return rows
+    warnings.warn(
+        f"products of {count} to {count + _MOST_IDLE - 1} rows give equal rows other digits on this machine: by "
+        "rounding an answer may depend on what else runs; try another number of slots",
+        UserWarning,
+        stacklevel=2,
+    )
+    return count
 
 
 def _places_are_equal(rows: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +12,7 @@ from glm_ms.serve import adapters, chat_completions, completions, demo, messages
 from glm_ms.serve.auth import Keys
 from glm_ms.serve.engine import Engine
 from glm_ms.serve.errors import add_error_handlers
-from glm_ms.serve.guards import CheckBody, RequireKey
+from glm_ms.serve.guards import CheckBody, CheckHost, RequireKey
 from glm_ms.serve.web_page import ChatPage
 from glm_ms.version import __version__
 
@@ -26,6 +26,7 @@ def create_app(
     keys: Keys | None = None,
     cors_origins: Sequence[str] = (),
     web: bool = False,
+    allowed_hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -34,6 +35,7 @@ def create_app(
         keys: open the server; None or none: everybody may use it.
         cors_origins: web pages of these origins may use the server, as `https://chat.example.org`.
         web: `GET /` is the chat page.
+        allowed_hosts: requests must name one of them, or this machine, as their host; None: they may name any.
     """
     app = FastAPI(title="glm_ms", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.engine, app.state.keys = engine, keys or Keys()
@@ -48,4 +50,6 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], **headers)
     if web:
         app.add_middleware(ChatPage)
+    if allowed_hosts is not None:
+        app.add_middleware(CheckHost, allowed=allowed_hosts, public=PUBLIC)
     return app

@@ -1,8 +1,9 @@
-"""What is checked before the application sees a request: its key, and the bounds of its body."""
+"""What is checked before the application sees a request: its host, its key, and the bounds of its body."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 from collections.abc import Collection
 from typing import Any
@@ -17,6 +18,50 @@ from glm_ms.storage.readers import parse_json
 
 MAX_BODY = 4 << 20  # bytes
 BODY_SECONDS = 60.0  # from the first to the last byte of a body
+
+
+class CheckHost:
+    """ASGI middleware: requests name this machine, or one of some hosts, in their Host header.
+
+    A web page whose name its owner lets point to 127.0.0.1 (DNS rebinding) may read all answers of a server there: for
+    the browser both are one origin. Its requests still have the name of the page.
+
+    Args:
+        allowed: hosts besides `localhost` and the loopback addresses, in lower case.
+        public: paths that are not checked.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Collection[str], public: Collection[str]) -> None:
+        self.app, self.allowed, self.public = app, frozenset(allowed), frozenset(public)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self.public:
+            await self.app(scope, receive, send)
+            return
+        host = host_name(Headers(scope=scope).get("host", ""))
+        if not host or host in self.allowed or _is_this_machine(host):
+            await self.app(scope, receive, send)
+            return
+        message = (
+            f"Host {host[:100]!r}: this server has no key and answers requests to this machine only; ask for 127.0.0.1 "
+            "or localhost, or start it with --allowed-hosts"
+        )
+        await error_response(APIError(403, message, code="foreign_host"), scope["path"])(scope, receive, send)
+
+
+def host_name(header: str) -> str:
+    """The host of a Host header, without port, brackets and the dot at the end, in lower case."""
+    header = header.strip().lower()
+    if header.startswith("["):
+        return header[1:].partition("]")[0]
+    return header.partition(":")[0].rstrip(".")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")  # RFC 6761: never of another machine
 
 
 class RequireKey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 if TYPE_CHECKING:
     from glm_ms.serve.engine import Engine
 
+_LOG = logging.getLogger(__name__)
 _FORCED = 5  # seconds in which connections end after their answers have been cancelled
 
 
@@ -29,7 +31,12 @@ class Server(uvicorn.Server):
         bound: a listening socket.
         drain_seconds: most time for answers that have begun, after the first signal.
         say: takes lines for the user.
+
+    Attributes:
+        failure: the error that has ended the scheduler, and with it the server.
     """
+
+    failure: Exception | None = None
 
     def __init__(self, app: FastAPI, bound: socket.socket, drain_seconds: float, say: Callable[[str], None]) -> None:
         limit = int(drain_seconds) + _FORCED
@@ -41,7 +48,7 @@ class Server(uvicorn.Server):
         self._error: BaseException | None = None  # of loading
 
     def serve_engine(self, load: Callable[[], Engine]) -> None:
-        """Serves until a signal comes, or `should_exit` is set. Raises what `load` raises."""
+        """Serves until a signal comes, the scheduler fails, or `should_exit` is set. Raises what `load` raises."""
         loader = threading.Thread(target=self._load, args=(load,), name="glm_ms loader", daemon=True)
         loader.start()
         self.run(sockets=[self.bound])
@@ -59,9 +66,15 @@ class Server(uvicorn.Server):
         except BaseException as error:  # the main thread raises it again
             self._error, self.should_exit = error, True
             return
+        engine.scheduler.on_failure = self._fail
         self.app.state.engine = engine
         names = ", ".join([engine.name, *engine.adapters])
         self.say(f"{self.url}/v1 is ready; models: {names}; up to {engine.context} tokens of prompt and answer")
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the server, so that who watches the process starts it again: nothing here repairs a decoder."""
+        _LOG.critical("the scheduler has failed; the server ends", exc_info=error)
+        self.failure, self.should_exit = error, True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler: the first signal ends the server after its answers, a second one ends the answers, too.

@@ -29,20 +29,21 @@ Say = Callable[[str], None]
 
 
 def load_engine(
-    arguments: Namespace, name: str | None, adapters: Mapping[str, Path], settings: ServeSettings, say: Say = _LOG.info
-) -> Engine:
+    arguments: Namespace, name: str | None, adapters: Mapping[str, tuple[Path, float | None]], settings: ServeSettings,
+    say: Say = _LOG.info
+) -> Engine:  # fmt: skip
     """Loads weights, tokenizer and adapters; see `build_engine`.
 
     Args:
         arguments: of `add_model_arguments`.
         name: of the model for clients; None: that of the folder of the weights.
-        adapters: name for clients -> path, see `read_adapter`.
+        adapters: name for clients -> path and alpha, see `read_adapter`.
         say: takes lines for the user.
 
     Raises:
         FileError: a file cannot be used, or files do not fit each other.
     """
-    stored = {label: read_adapter(path, arguments.lora_alpha) for label, path in adapters.items()}
+    stored = {label: read_adapter(path, alpha) for label, (path, alpha) in adapters.items()}
     model, tokenizer = load_model(arguments)
     return build_engine(model, tokenizer, name or Path(arguments.model).resolve().name, stored, settings, say)
 

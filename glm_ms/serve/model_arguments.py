@@ -20,8 +20,11 @@ class DeviceError(FileError):
     """A device of the command line cannot be used; the message says why."""
 
 
-def add_model_arguments(parser: ArgumentParser) -> None:
-    """The flags that say which model is meant; `load_model` reads them."""
+def add_model_arguments(parser: ArgumentParser, named_adapters: bool = False) -> None:
+    """The flags that say which model is meant; `load_model` reads them.
+
+    With `named_adapters` --lora-alpha is a list of texts, see `glm_ms.serve.names.lora_alphas`.
+    """
     model = "Hugging Face folder, output folder of a run, .ckpt or .safetensors file"
     tokenizer = "tokenizer.model, or the folder or YAML that has it (default: beside the model)"
     generation = "2 for ChatGLM2, 3 for ChatGLM3, where nothing beside the model tells"
@@ -30,7 +33,11 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--config", metavar="PATH", help="config.json or YAML of the network, for a file of weights")
     parser.add_argument("--tokenizer", metavar="PATH", help=tokenizer)
     parser.add_argument("--model-generation", type=int, choices=(2, 3), help=generation)
-    parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", help=alpha)
+    if named_adapters:
+        alpha += "; NAME=ALPHA: of one of --adapter"
+        parser.add_argument("--lora-alpha", nargs="+", default=[], metavar="[NAME=]ALPHA", help=alpha)
+    else:
+        parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", help=alpha)
     parser.add_argument("--quantize", type=int, choices=BITS, help="round weights to so many bits when they are loaded")
     group = "with --quantize 4: inputs that share a scale (default: 32)"
     parser.add_argument("--quantize-group", type=int, choices=GROUPS, help=group)

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -143,7 +143,12 @@ class Scheduler:
 
     Args:
         max_queue: most jobs that wait for slots.
+
+    Attributes:
+        on_failure: called in the thread after an error that has ended it and all jobs.
     """
+
+    on_failure: Callable[[Exception], None] = staticmethod(lambda error: None)
 
     def __init__(self, decoder: SlotDecoder, tokenizer: SentencePieceTokenizer, max_queue: int = 64) -> None:
         self._decoder, self._tokenizer, self._max_queue = decoder, tokenizer, max_queue
@@ -251,6 +256,7 @@ class Scheduler:
                 self.round()
             except Exception as error:  # the decoder is in an unknown state
                 self._break(error)
+                self.on_failure(error)
                 return
 
     def _break(self, error: Exception) -> None:

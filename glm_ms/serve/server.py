@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from glm_ms.program import library_imports, program
 from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
 from glm_ms.serve.model_arguments import add_model_arguments
-from glm_ms.serve.names import named_adapters
+from glm_ms.serve.names import lora_alphas, named_adapters
 from glm_ms.serve.settings import HOST, KV_CACHES, PORT, ServeSettings
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import FileError
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_packages()
         adapters = named_adapters(options.adapter)
+        alphas = lora_alphas(options.lora_alpha, adapters)
+        options.lora_alpha = alphas.get(None)  # of the weights, if they have an adapter
         for origin in options.cors_origin:
             check_origin(origin)
         keys = read_keys(options.api_key_file, os.environ)
@@ -66,9 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def load() -> Engine:
         from glm_ms.serve.loading import load_engine
 
-        return load_engine(options, options.served_model_name, adapters, settings, _show)
+        named = {name: (path, alphas.get(name, alphas.get(None))) for name, path in adapters.items()}
+        return load_engine(options, options.served_model_name, named, settings, _show)
 
-    app = {"keys": keys, "cors_origins": options.cors_origin, "web": options.web}
+    allowed = hosts_for(options.host, keys, options.allowed_hosts)
+    app = {"keys": keys, "cors_origins": options.cors_origin, "web": options.web, "allowed_hosts": allowed}
     try:
         serve(bound, load, settings.drain_seconds, **app)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -111,7 +115,7 @@ def launch_server(
 
         return build_engine(model, tokenizer, name, {}, chosen, _show)
 
-    serve(bound, load, chosen.drain_seconds, keys=keys, web=web)
+    serve(bound, load, chosen.drain_seconds, keys=keys, web=web, allowed_hosts=hosts_for(host, keys, ()))
 
 
 def _show(line: str) -> None:
@@ -119,9 +123,10 @@ def _show(line: str) -> None:
 
 
 def serve(bound: socket.socket, load: Callable[[], Engine], drain_seconds: float, **app: Any) -> None:
-    """Serves an engine at a listening socket until a signal comes; `app` is for `create_app`. Raises what `load` does.
+    """Serves an engine at a listening socket until a signal comes; `app` is for `create_app`.
 
-    Beside an event loop, as notebooks have one, it uses a thread of its own.
+    Beside an event loop, as notebooks have one, it uses a thread of its own. Raises what `load` does, and ServerError
+    after a failure that ends all answers.
     """
     os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it on import: errors only
     from glm_ms.serve.http_server import Server, address, signals_end_at_once
@@ -133,14 +138,20 @@ def serve(bound: socket.socket, load: Callable[[], Engine], drain_seconds: float
         from glm_ms.serve.app import create_app  # imports MindSpore
 
     server = Server(create_app(**app), bound, drain_seconds, _show)
-    if not _in_event_loop():
+
+    def run_server() -> None:
         server.serve_engine(load)
+        if server.failure is not None:
+            raise ServerError(f"the server has failed: {server.failure}; start it again") from server.failure
+
+    if not _in_event_loop():
+        run_server()
         return
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            server.serve_engine(load)
+            run_server()
         except BaseException as error:
             errors.append(error)
 
@@ -183,6 +194,14 @@ def check_host(host: str, keys: Keys, insecure: bool) -> None:
         )
 
 
+def hosts_for(host: str, keys: Keys, allowed: Sequence[str]) -> frozenset[str] | None:
+    """The hosts that requests may name besides this machine; None: any. A key protects from web pages as well, and the
+    names of a server for other machines are known to their users only."""
+    if not allowed and (keys or not is_loopback(host)):
+        return None
+    return frozenset(name.lower().rstrip(".") for name in [*allowed, host])
+
+
 def check_origin(origin: str) -> None:
     """Raises ServerError if this is not an origin of web pages."""
     parts = urlsplit(origin)
@@ -211,7 +230,7 @@ def bind(host: str, port: int) -> socket.socket:
 def _parser() -> Parser:
     parser = Parser(prog="glm-ms serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_model_arguments(parser)
+    add_model_arguments(parser, named_adapters=True)
     add("--adapter", nargs="+", default=[], metavar="NAME=PATH", help="adapters, by the name that requests give")
     add("--served-model-name", metavar="NAME", help="of the model without adapter; default: the folder of --model")
     add("--host", default=HOST, help=f"address to listen on; default {HOST}: this machine only")
@@ -235,6 +254,8 @@ def _parser() -> Parser:
     add("--api-key-file", type=Path, metavar="FILE",
         help=f"keys that open the server, one a line; the variable {KEY_VARIABLE} may have one, too")  # fmt: skip
     add("--insecure", action="store_true", help="no key, although other machines reach --host")
+    add("--allowed-hosts", nargs="+", default=[], metavar="HOST",
+        help="host names of requests; default: any with a key or another --host, else this machine")  # fmt: skip
     add("--cors-origin", nargs="+", default=[], metavar="URL", help="web pages of these origins may use the server")
     return parser
 

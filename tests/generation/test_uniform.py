@@ -29,6 +29,7 @@ def test_equal_rows_have_equal_products(count: int) -> None:
 def test_the_number_itself_without_a_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
     monkeypatch.setattr(uniform, "_places_are_equal", lambda rows: bool(tried.append(rows)))
-    assert uniform.uniform_rows(1000) == 1000
+    with pytest.warns(UserWarning, match="products of 1000 to 1011 rows .* try another number of slots"):
+        assert uniform.uniform_rows(1000) == 1000
     assert tried == list(range(1000, 1012))
     uniform.uniform_rows.cache_clear()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from serve.fakes import FakeDecoder
 from serve.service import PADDING, client_of, running_engine
 
 from glm_ms.peft.adapter import AdapterError
 from glm_ms.serve.auth import Keys
-from glm_ms.serve.names import named_adapters
+from glm_ms.serve.names import lora_alphas, named_adapters
 from glm_ms.storage.errors import FileError
 
 KEY = "0123456789abcdef"
@@ -120,3 +122,25 @@ def test_adapters_of_the_command_line():
     for items in (["a"], ["a="], ["=x"], ["a=x", "a=y"], ["a b=x"]):
         with pytest.raises(FileError, match="--adapter"):
             named_adapters(items)
+
+
+def test_an_alpha_of_each_adapter():
+    assert lora_alphas([], ["a"]) == {}
+    assert lora_alphas(["16", "b=32.5"], ["a", "b"]) == {None: 16.0, "b": 32.5}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["chatt=8"], "--lora-alpha chatt=8: there is no adapter chatt; did you mean chat"),
+        (["x=8"], "there is no adapter x; it names one of --adapter"),
+        (["chat=0"], "--lora-alpha chat=0: must be ALPHA or NAME=ALPHA, with a number above 0"),
+        (["many"], "--lora-alpha many: must be ALPHA or NAME=ALPHA"),
+        (["nan"], "must be ALPHA"),
+        (["8", "9"], "--lora-alpha 9: it is given twice"),
+        (["chat=8", "chat=9"], "--lora-alpha chat=9: that of chat is given twice"),
+    ],
+)
+def test_alphas_that_cannot_be_used(items, message):
+    with pytest.raises(FileError, match=re.escape(message)):
+        lora_alphas(items, ["chat"])

@@ -9,8 +9,10 @@ import pytest
 from serve.service import client_of
 
 from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
+from glm_ms.serve.server import hosts_for
 from glm_ms.storage.errors import FileError
 
+HOSTS = frozenset({"models.example.org"})
 KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 
 
@@ -127,3 +129,38 @@ def test_web_pages_of_named_origins_are_welcome():
         assert unauthorised.headers["access-control-allow-origin"] == "https://chat.example.org"
         refused = client.options("/v1/completions", headers={**preflight, "Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in refused.headers
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8000", 200), ("localhost", 200), ("LOCALHOST.:80", 200), ("[::1]:8000", 200), ("a.localhost", 200),
+        ("127.1.2.3", 200), ("models.example.org:443", 200), ("", 200),
+        ("evil.example.org", 403), ("127.0.0.1.evil.example.org:8000", 403), ("192.168.1.7:8000", 403),
+        ("localhost.evil.example.org", 403), ("[::2]", 403), ("evil.example.org#localhost", 403),
+    ],
+)  # fmt: skip
+def test_a_foreign_host_is_refused(host, status):
+    """Web pages whose names point to this machine send their own name."""
+    with client_of(None, allowed_hosts=HOSTS) as client:
+        answer = client.get("/version", headers={"Host": host})
+        assert answer.status_code == status
+        assert client.get("/health", headers={"Host": host}).status_code == 200
+    if status == 403:
+        error = answer.json()["error"]
+        assert error["code"] == "foreign_host"
+        assert "--allowed-hosts" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "allowed", "wanted"),
+    [
+        ("127.0.0.1", [], [], {"127.0.0.1"}),
+        ("localhost", [], ["Models.Example.org."], {"localhost", "models.example.org"}),
+        ("127.0.0.1", [KEY], [], None),
+        ("0.0.0.0", [], [], None),
+        ("0.0.0.0", [KEY], ["models.example.org"], {"0.0.0.0", "models.example.org"}),
+    ],
+)
+def test_which_hosts_a_server_answers(host, keys, allowed, wanted):
+    assert hosts_for(host, Keys(keys), allowed) == wanted

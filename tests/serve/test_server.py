@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve.service import wait_until
+from serve.fakes import FakeDecoder
+from serve.service import PADDING, make_engine, wait_until
 
 from glm_ms.serve import server
 from glm_ms.serve.auth import KEY_VARIABLE
@@ -65,6 +66,7 @@ def test_a_port_in_use(refused):
         (["--cors-origin", "*"], "https://"),
         (["--cors-origin", "https://a.example/path"], "without a path"),
         (["--adapter", "x"], "NAME=PATH"),
+        (["--lora-alpha", "x=8"], "there is no adapter x"),
         (["--api-key-file", "/nowhere/keys"], "no such file"),
         (["--slot", "4"], "unrecognized"),
     ],
@@ -227,3 +229,28 @@ def test_a_server_from_start_to_end(chat_tokenizer):
         assert any('"finish_reason":"length"' in line for line in found)
         assert alone["choices"][0]["finish_reason"] == "length"
         assert KEY not in output + messages
+
+
+def test_a_failure_ends_the_server(tokenizer, caplog):
+    """Who watches the process starts it again; the request that meets the failure still gets its answer."""
+    decoder = FakeDecoder(tokenizer.vocab_size + PADDING, capacity=128)
+    bound, errors = server.bind("127.0.0.1", 0), []
+
+    def run():
+        try:
+            server.serve(bound, lambda: make_engine(tokenizer, decoder), 1.0)
+        except server.ServerError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}", timeout=20) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        decoder.broken.add("free")
+        answer = client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2, "ignore_eos": True})
+        assert answer.status_code == 500
+        assert "free is broken" in answer.json()["error"]["message"]
+    thread.join(20)
+    assert not thread.is_alive()
+    assert errors == ["the server has failed: free is broken; start it again"]
+    assert "the scheduler has failed; the server ends" in caplog.text
