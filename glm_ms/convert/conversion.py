@@ -145,19 +145,8 @@ def plan_conversion(
         raise CheckpointError(problem)
     output = Path(output)
     target = _target(output, target)
-    is_file = target in _FILES
-    if (tokenizer is not None) != (target in NEED_TOKENIZER):
-        needed = " and ".join(NEED_TOKENIZER)
-        raise CheckpointError(f"target {target!r}: a tokenizer is needed for {needed}, and for these only")
-    if max_shard_size is not None and (is_file or max_shard_size < 1):
-        raise CheckpointError(
-            f"max_shard_size = {max_shard_size}: must be positive, and is for Hugging Face output only; "
-            f"a {' or '.join(_FILES[target if is_file else 'mindspore'])} is one file"
-        )
-    _check_type_of_file(target, dtype, gguf_type)
-    if dtype is not None:
-        check_float_type(dtype)
-    check_target(output, folder=not is_file, overwrite=overwrite)
+    _check_options(target, tokenizer, max_shard_size, dtype, gguf_type)
+    check_target(output, folder=target not in _FILES, overwrite=overwrite)
     reader = open_checkpoint(source)
     for file in reader.files():  # overwriting must not delete the input
         if output.resolve() in (file.resolve(), *file.resolve().parents):
@@ -186,6 +175,25 @@ def plan_conversion(
         tokenizer=tokenizer,
         gguf_type=(gguf_type or "F16") if target == GGUF else "",
     )
+
+
+def _check_options(
+    target: str, tokenizer: SentencePieceTokenizer | None, max_shard_size: int | None, dtype: str | None,
+    gguf_type: str | None
+) -> None:  # fmt: skip
+    """Raises CheckpointError for options that this target does not take, or that are missing for it."""
+    if (tokenizer is not None) != (target in NEED_TOKENIZER):
+        needed = " and ".join(NEED_TOKENIZER)
+        raise CheckpointError(f"target {target!r}: a tokenizer is needed for {needed}, and for these only")
+    is_file = target in _FILES
+    if max_shard_size is not None and (is_file or max_shard_size < 1):
+        raise CheckpointError(
+            f"max_shard_size = {max_shard_size}: must be positive, and is for Hugging Face output only; "
+            f"a {' or '.join(_FILES[target if is_file else 'mindspore'])} is one file"
+        )
+    _check_type_of_file(target, dtype, gguf_type)
+    if dtype is not None:
+        check_float_type(dtype)
 
 
 def _check_type_of_file(target: str, dtype: str | None, gguf_type: str | None) -> None:

@@ -57,11 +57,16 @@ class TensorFile:
         self.spans: dict[str, list[tuple[int, int]]] = {}
         self._file: BinaryIO | None = None
 
-    def read(self, name: str) -> np.ndarray:
-        """A new array with a tensor, in the storage type of its dtype; raises CheckpointError if it cannot be read."""
+    def readable(self, name: str) -> TensorInfo:
+        """Shape and type of a tensor; raises CheckpointError if NumPy has no such type."""
         info = self.entries[name]
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{self.path}: {name}: type {info.dtype} cannot be read")
+        return info
+
+    def read(self, name: str) -> np.ndarray:
+        """A new array with a tensor, in the storage type of its dtype; raises CheckpointError if it cannot be read."""
+        info = self.readable(name)
         try:
             array = np.empty(info.shape, DTYPES[info.dtype].storage)
         except (ValueError, OverflowError) as error:  # more dimensions, or a longer one, than NumPy has

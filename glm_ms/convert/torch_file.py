@@ -8,7 +8,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.tensor_file import TensorFile, TensorInfo, describe_content
 from glm_ms.storage.errors import CheckpointError, capped
 
@@ -54,8 +53,7 @@ class TorchFile(TensorFile):
 
         if self._state is None:
             self._state = self._load()
-        if self.entries[name].dtype not in DTYPES:
-            raise CheckpointError(f"{self.path}: {name}: type {self.entries[name].dtype} cannot be read")
+        self.readable(name)
         tensor = self._state[name].detach().contiguous()
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(np.uint16).copy()

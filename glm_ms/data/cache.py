@@ -128,15 +128,7 @@ def cached_rows(
     file = JsonFile(path)
     # Before the lock: it raises an error in a process started here, which would wait for the lock for ever.
     num_processes = processes_for(file.num_bytes, request.num_workers)
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "records": file_sha256(file.path),
-        "vocabulary": hashlib.sha256(encoder.tokenizer.sp.serialized_model_proto()).hexdigest(),
-        "tokenizer": type(encoder.tokenizer).__name__,
-        "template": encoder.tokenizer.template,
-        "num_samples": num_samples,
-        **encoder.identity(),
-    }
+    identity = _identity(file, encoder, num_samples)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()[:32]
     folder = Path(request.folder) / digest
     try:
@@ -149,14 +141,12 @@ def cached_rows(
             rows = _found(folder, say)
             if rows is not None:
                 return rows
-            work = functools.partial(_encoded, encoder, file.path)
             with staged(folder, folder=True) as partial:
                 if num_processes > 1:
                     say(f"{path}: preparing its rows in {num_processes} processes")
-                about = _write(partial, map_values(work, file.raw_values(), num_processes), num_samples)
-                about = {**about, "path": str(path), "made_of": identity}
-                text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
-                (partial / _ABOUT).write_text(text, encoding="utf-8")
+                work = functools.partial(_encoded, encoder, file.path)
+                written = _write(partial, map_values(work, file.raw_values(), num_processes), num_samples)
+                _describe(partial, {**written, "path": str(path), "made_of": identity})
     except _NoRows:
         return None
     except OSError as error:
@@ -170,6 +160,24 @@ def cached_rows(
             f"{cause.strerror or cause}; choose another folder, or cache_dir: null for none"
         ) from error
     return CachedRows(folder, verify=False)
+
+
+def _identity(file: JsonFile, encoder: Encoder, num_samples: int | None) -> dict[str, Any]:
+    """All that the rows of a file depend on."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "records": file_sha256(file.path),
+        "vocabulary": hashlib.sha256(encoder.tokenizer.sp.serialized_model_proto()).hexdigest(),
+        "tokenizer": type(encoder.tokenizer).__name__,
+        "template": encoder.tokenizer.template,
+        "num_samples": num_samples,
+        **encoder.identity(),
+    }
+
+
+def _describe(folder: Path, about: dict[str, Any]) -> None:
+    text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
+    (folder / _ABOUT).write_text(text, encoding="utf-8")
 
 
 def _found(folder: Path, say: Say | None = None) -> CachedRows | None:

@@ -26,7 +26,7 @@ from glm_ms.convert.cluster.rank_folders import (
     rank_folders,
     read_rank_manifests,
 )
-from glm_ms.convert.cluster.strategy_file import read_strategy
+from glm_ms.convert.cluster.strategy_file import Strategy, read_strategy
 from glm_ms.convert.cluster.tensor_plan import TensorPlan, plan_tensors
 from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.names import is_training_state
@@ -210,22 +210,11 @@ def plan_resharding(
             f"{src_ckpt_dir}: nothing to do without a strategy; give --src_ckpt_strategy to merge, "
             "--dst_ckpt_strategy to split, or both"
         )
-    if not prefix or Path(prefix).name != prefix:
-        raise CheckpointError(f"--prefix {prefix!r}: must be the start of a file name, such as checkpoint_")
-    if kind is not None and kind not in FORMATS:
-        raise CheckpointError(f"--format {kind!r}: must be {' or '.join(FORMATS)}")
     output = Path(dst_ckpt_dir)
-    if output.is_dir() and not _is_empty(output):
-        raise CheckpointError(f"{output}: exists already and is not empty; choose another folder or remove it")
-    check_target(output, folder=True, overwrite=_is_empty(output))
+    _check_output(output, prefix, kind)
     src = read_strategy(src_strategy) if src_strategy is not None else None
     dst = read_strategy(dst_strategy) if dst_strategy is not None else None
-    path = Path(src_ckpt_dir)
-    if src is None:
-        path = resolve_checkpoint(path) if path.is_dir() and not rank_folders(path) else path
-    elif path.is_dir() and not rank_folders(path) and (path / SLICES).is_dir():
-        path = path / SLICES  # of the output folder of a run
-    source = [open_whole(path, step, say)] if src is None else open_ranks(path, src.ranks, step, say)
+    source = _open_source(Path(src_ckpt_dir), src, step, say)
     folders = [rank.place for rank in source]
     known, companions = read_rank_manifests(folders), common_companions(folders)
     if dst is None:
@@ -238,6 +227,28 @@ def plan_resharding(
             file = plan.holders[0].file(plan.name)
             raise CheckpointError(f"{file}: {plan.name}: type {plan.whole.dtype} cannot be read")
     return Resharding(source, output, placement, tensors, companions, known, verify)
+
+
+def _check_output(output: Path, prefix: str, kind: str | None) -> None:
+    """Raises CheckpointError if files of these names cannot be written there."""
+    if not prefix or Path(prefix).name != prefix:
+        raise CheckpointError(f"--prefix {prefix!r}: must be the start of a file name, such as checkpoint_")
+    if kind is not None and kind not in FORMATS:
+        raise CheckpointError(f"--format {kind!r}: must be {' or '.join(FORMATS)}")
+    if output.is_dir() and not _is_empty(output):
+        raise CheckpointError(f"{output}: exists already and is not empty; choose another folder or remove it")
+    check_target(output, folder=True, overwrite=_is_empty(output))
+
+
+def _open_source(path: Path, strategy: Strategy | None, step: Step, say: Say) -> list[RankCheckpoint]:
+    """The checkpoint of every rank of a strategy, in the folder of ranks or the output folder of a run; without a
+    strategy a whole one."""
+    if strategy is None:
+        path = resolve_checkpoint(path) if path.is_dir() and not rank_folders(path) else path
+        return [open_whole(path, step, say)]
+    if path.is_dir() and not rank_folders(path) and (path / SLICES).is_dir():
+        path = path / SLICES
+    return open_ranks(path, strategy.ranks, step, say)
 
 
 def _placement_of_merged(
