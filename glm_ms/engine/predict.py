@@ -14,7 +14,7 @@ from glm_ms.data.prompts import read_prompts
 from glm_ms.engine.answers import answers_in_order
 from glm_ms.engine.from_settings import generation_options
 from glm_ms.engine.process import Say
-from glm_ms.engine.ranks import check_equal_on_ranks, ranks_of
+from glm_ms.engine.ranks import Ranks, check_equal_on_ranks, ranks_of
 from glm_ms.engine.results import ResultLines, result_folder
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.settings import Settings
@@ -53,10 +53,7 @@ def predict(
     ranks = ranks_of(settings)
     check_equal_on_ranks(model.network.get_parameters(), ranks)
     options = generation_options(settings, tokenizer, say)
-    read = read_prompts(settings.predict_data, say)
-    texts, prompts = [prompt.text for prompt in read], [prompt.ids(tokenizer) for prompt in read]
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    ranks.agree("predict_data", {"number of prompts": len(texts), "SHA-256 of the prompts": digest})
+    texts, prompts, digest = _prompts(settings, tokenizer, ranks, say)
     check_prompt_lengths(prompts, options, model.config.seq_length)
     size = settings.predict_batch_size
     streamed = len(texts) == 1 and options["num_beams"] == 1 and options["num_return_sequences"] == 1
@@ -86,6 +83,17 @@ def predict(
                 display.show("".join(f"{text}\n -> {one}\n" for one in found))
             display.check()
     return results
+
+
+def _prompts(
+    settings: Settings, tokenizer: SentencePieceTokenizer, ranks: Ranks, say: Say
+) -> tuple[list[str], list[list[int]], str]:
+    """Text and ids of every prompt, and the SHA-256 of all ids, which is the same on all ranks."""
+    read = read_prompts(settings.predict_data, say)
+    prompts = [prompt.ids(tokenizer) for prompt in read]
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    ranks.agree("predict_data", {"number of prompts": len(read), "SHA-256 of the prompts": digest})
+    return [prompt.text for prompt in read], prompts, digest
 
 
 class _Display:
