@@ -38,6 +38,7 @@ def load_pretrained(
     adapter: str | Path | None = None,
     lora_alpha: float | None = None,
     quantization: Quantization | None = None,
+    kv_cache: str | None = None,
 ) -> GLMForCausalLM:
     """Loads a model. On a CPU its weights are float32, the only type that is fast there; elsewhere as the config says.
 
@@ -50,6 +51,7 @@ def load_pretrained(
         lora_alpha: see `GLMForCausalLM.load_adapter`.
         quantization: how to quantize the weights while they are read (`glm_ms.quant.quantization`); None: they stay as
             they are in the file.
+        kv_cache: see `GLMForCausalLM.kv_cache`.
 
     An answer ends at the stop tokens of the tokenizer in the folder of the weights or of their run, if there is one.
 
@@ -57,6 +59,7 @@ def load_pretrained(
         CheckpointError: the checkpoint is missing or damaged, or its tensors do not fit the config.
         AdapterError: the adapter cannot be used.
         ConfigError: the config cannot be used.
+        StorageError: keys and values cannot have this type here.
     """
     path, given = resolve_checkpoint(path), Path(path)
     if is_adapter_folder(path):
@@ -75,6 +78,7 @@ def load_pretrained(
         if ms.get_context("device_target") == "CPU":
             config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
         model = GLMForCausalLM.from_checkpoint(reader, config, quantization)
+        model.kv_cache = kv_cache
         adapter = adapter_with(reader, adapter)
     model.stop_token_ids = _stop_token_ids(given, path, config)
     if adapter is not None:
@@ -90,6 +94,7 @@ def load_with_tokenizer(
     tokenizer: str | Path | None = None,
     generation: int | None = None,
     quantization: Quantization | None = None,
+    kv_cache: str | None = None,
 ) -> tuple[GLMForCausalLM, SentencePieceTokenizer]:
     """A model, see `load_pretrained`, and its tokenizer.
 
@@ -107,7 +112,7 @@ def load_with_tokenizer(
     beside = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
     family, vocab_file, options = find_tokenizer(tokenizer or beside, generation)
     made = family.tokenizer(vocab_file, template=options.get("template", CHAT))
-    model = load_pretrained(path, config, adapter, lora_alpha, quantization)
+    model = load_pretrained(path, config, adapter, lora_alpha, quantization, kv_cache)
     check_vocabulary(made, model.config)
     return model, made
 

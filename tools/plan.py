@@ -26,7 +26,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 
 from glm_ms.families import build_tokenizer, read_config  # noqa: E402
 from glm_ms.ops.cpu import library  # noqa: E402
-from glm_ms.ops.cpu.rows import STORAGE  # noqa: E402
+from glm_ms.ops.cpu.storage import STORAGE  # noqa: E402
 from glm_ms.peft.adapter import AdapterError  # noqa: E402
 from glm_ms.peft.rows import bounds_for  # noqa: E402
 from glm_ms.plan import GIB, RunPlan, describe, nearest_fit, plan_run  # noqa: E402

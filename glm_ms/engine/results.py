@@ -109,6 +109,7 @@ def _identity(settings: Settings) -> dict[str, Any]:
         "tokenizer": settings.processor.tokenizer.type,
         "template": settings.processor.tokenizer.template,
         "model_config": whole["model"]["model_config"],
+        **{key: whole["model"][key] for key in ("quantization_bit", "quantization_group", "kv_cache")},
         "generation": whole["generation"],
         "seed": settings.seed,
         "batch_size": settings.batch_size(),

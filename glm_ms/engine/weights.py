@@ -42,6 +42,7 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
         CheckpointError: the weights cannot be read, do not belong to the configured network, or were trained with
             another vocabulary.
         SettingsError: the vocabulary does not fit the tokenizer, or there is no adapter to evaluate.
+        StorageError: keys and values cannot have the type of the settings.
     """
     check_vocabulary(settings, say)
     adapter = adapter_config(settings)
@@ -49,6 +50,7 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
     if base is None and settings.load_checkpoint:
         base = resolve_checkpoint(settings.load_checkpoint)
     model, named = _base_model(settings, vocab_size, say, base)
+    model.kv_cache = settings.model.kv_cache
     if adapter is not None and checkpoint is not None:
         # With its stored config: it may be an adapter from `peft` that the settings cannot express.
         model.restore_adapter(_checked_against_settings(model, read_adapter(checkpoint), adapter))

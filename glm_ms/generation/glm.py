@@ -78,6 +78,7 @@ class GLMForCausalLM:
         self.adapter: Adapter | None = None
         self.stop_token_ids: list[int] | None = None
         self.quantization: Quantization | None = None
+        self._kv_cache: str | None = None
         self.network.set_train(False)
         self._build_cells()
 
@@ -128,7 +129,22 @@ class GLMForCausalLM:
         self._with_loss = GLMWithLoss(network)
         self._with_loss.set_train(False)
         self._with_loss.set_inputs(MATRIX, MATRIX, MATRIX, MATRIX, VECTOR)
-        self._decoders = DecoderPool(network)
+        self._decoders = DecoderPool(network, self._kv_cache)
+
+    @property
+    def kv_cache(self) -> str | None:
+        """Type of keys and values in memory: "float32", which is exact, "bfloat16" (half the memory) or "int8" (about a
+        quarter), of the C++ kernels of a CPU; None, the default: that of the arithmetic.
+
+        Raises:
+            StorageError: when it is set to an unknown type, or the network runs without these kernels.
+        """
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, storage: str | None) -> None:
+        self._decoders = DecoderPool(self.network, storage)
+        self._kv_cache = storage
 
     def parameters(self) -> dict[str, Parameter]:
         """Name -> parameter of every weight, without those of an adapter."""

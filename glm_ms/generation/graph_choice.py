@@ -9,18 +9,38 @@ from glm_ms.generation.page_graphs import CHUNK, PageGraphs
 from glm_ms.generation.paged_graphs import PagedGraphs
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.kernels import KernelGLM
+from glm_ms.ops.cpu.storage import STORAGE
 from glm_ms.peft.rows import AdapterBounds
+from glm_ms.storage.errors import FileError
+
+
+class StorageError(FileError):
+    """Keys and values cannot be stored as asked; the message says why and what to do."""
 
 
 class GraphMaker:
     """Makes graphs for a network, all of the same kind, which is chosen at the first one.
 
     Graphs of the kernels share what they compile.
+
+    Args:
+        storage: type of keys and values, of the kernels only, see `KernelGraphs`; None: that of the arithmetic.
+
+    Raises:
+        StorageError: an unknown type, or the network runs its portable cells.
     """
 
-    def __init__(self, network: GLMNetwork) -> None:
+    def __init__(self, network: GLMNetwork, storage: str | None = None) -> None:
         self.network = network
         self._cell: KernelGLM | None = None
+        self._storage = storage or "float32"
+        if self._storage not in STORAGE:
+            raise StorageError(f"kv_cache = {storage!r}: must be one of {', '.join(STORAGE)}")
+        if storage is not None and self.why_portable is not None:
+            raise StorageError(
+                f"kv_cache = {storage}: needs the C++ kernels of the CPU, which do not run: {self.why_portable}; "
+                "leave kv_cache out"
+            )
 
     @cached_property
     def why_portable(self) -> str | None:
@@ -28,17 +48,11 @@ class GraphMaker:
         return why_portable(self.network)
 
     def __call__(
-        self, slots: int, capacity: int, chunk: int = CHUNK, bounds: AdapterBounds | None = None,
-        storage: str | None = None
+        self, slots: int, capacity: int, chunk: int = CHUNK, bounds: AdapterBounds | None = None
     ) -> PageGraphs:  # fmt: skip
-        """Graphs of this size; arguments as of `PageGraphs`.
-
-        Args:
-            storage: type of keys and values, for the kernels only, see `KernelGraphs`; None: float32.
-        """
+        """Graphs of this size; arguments as of `PageGraphs`."""
         if self.why_portable is not None:
             return PagedGraphs(self.network, slots, capacity, chunk, bounds)
-        kept = storage or "float32"
-        graphs = KernelGraphs(self.network, slots, capacity, chunk, bounds, cell=self._cell, storage=kept)
+        graphs = KernelGraphs(self.network, slots, capacity, chunk, bounds, cell=self._cell, storage=self._storage)
         self._cell = graphs.cell
         return graphs

@@ -71,7 +71,7 @@ class KernelGraphs(PageGraphs):
         cell: the network on the kernels, if other graphs of it have made one; with adapters in `bounds` each has its
             own.
         largest_chunk: see `PageGraphs`.
-        storage: type of keys and values, a key of `glm_ms.ops.cpu.rows.STORAGE`.
+        storage: type of keys and values, a key of `glm_ms.ops.cpu.storage.STORAGE`.
     """
 
     exact_rows = True

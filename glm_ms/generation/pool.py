@@ -13,12 +13,15 @@ class DecoderPool:
     """Makes decoders. Those of a size share compiled graphs, so that only the first one of a size compiles; with the
     C++ kernels only the first one of all.
 
+    Args:
+        storage: type of keys and values, see `GraphMaker`, which raises StorageError.
+
     Attributes:
         make_graphs: makes the graphs, and says of which kind they are.
     """
 
-    def __init__(self, network: GLMNetwork) -> None:
-        self.make_graphs = GraphMaker(network)
+    def __init__(self, network: GLMNetwork, storage: str | None = None) -> None:
+        self.make_graphs = GraphMaker(network, storage)
         self._graphs: dict[tuple[int, int], PageGraphs] = {}
 
     def decoder(self, rows: int, length: int) -> PagedDecoder:

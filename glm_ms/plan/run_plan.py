@@ -11,6 +11,7 @@ from glm_ms.generation.page_graphs import CHUNK, pages_of
 from glm_ms.generation.pages import PAGE, RESERVED
 from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.model.config import GLMConfig
+from glm_ms.ops.cpu.rows import page_bytes
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.plan import work as costs
 from glm_ms.plan.planned_parameters import FLOAT32, StoredPart, lora_targets, planned_parameters, stored_parts
@@ -218,7 +219,10 @@ def _generation(settings: Settings, config: GLMConfig) -> dict[str, int]:
             settings.eval_dataset.max_source_length + settings.eval_dataset.max_target_length, config.seq_length
         )
         passes.append(replace(passes[0], rows=batch, length=length, prefix=prefix))
-    cache = 2 * config.num_layers * tokens * config.num_kv_heads * config.kv_channels * passes[0].item
+    token = 2 * config.num_kv_heads * config.kv_channels * passes[0].item
+    if (kept := settings.model.kv_cache) is not None:
+        token = page_bytes(kept, config.num_kv_heads, config.kv_channels) // PAGE
+    cache = config.num_layers * tokens * token
     return {"kv_cache": cache, "activations": max(map(costs.prefill_bytes, passes))}
 
 

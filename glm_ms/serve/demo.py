@@ -81,4 +81,5 @@ def _config(engine: Engine, body: DemoRequest, prompt: int) -> GenerationConfig:
         top_p=float(body.top_p or _TOP_P),
         temperature=max(float(body.temperature or _TEMPERATURE), 1e-6),
         eos_token_id=[token for token in engine.tokenizer.stop_token_ids if token < engine.vocab_size] or None,
+        prompt_lookup_num_tokens=engine.prompt_lookup_num_tokens,
     )

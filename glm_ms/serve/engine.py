@@ -14,6 +14,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from glm_ms.families import Family
+from glm_ms.generation.config import GenerationConfig
 from glm_ms.peft.adapter import StoredAdapter
 from glm_ms.serve.answer import Answer, Event, Job
 from glm_ms.serve.errors import APIError
@@ -50,6 +51,7 @@ class Engine:
         context: most tokens of a prompt and its answer together.
         vocab_size: of the network; at least that of the tokenizer.
         choices: most answers to one prompt at a time.
+        prompt_lookup_num_tokens: of every answer, see `GenerationConfig`.
         seconds: after so many an answer ends as it is; None: no limit.
         adapters: name of an adapter, as clients write it as the model -> where it came from.
         created: time of the start, for lists of models.
@@ -65,6 +67,7 @@ class Engine:
     vocab_size: int
     choices: int
     seconds: float | None = None
+    prompt_lookup_num_tokens: int = GenerationConfig.prompt_lookup_num_tokens
     adapters: dict[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     decoder: AdapterDecoder | None = None

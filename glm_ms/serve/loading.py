@@ -21,7 +21,6 @@ from glm_ms.serve.engine import Engine
 from glm_ms.serve.model_arguments import load_model
 from glm_ms.serve.scheduler import Scheduler
 from glm_ms.serve.settings import ServeSettings
-from glm_ms.storage.errors import FileError
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -64,23 +63,21 @@ def build_engine(
         say: takes lines for the user, on an Ascend card those about its kernels.
 
     Raises:
-        FileError: the tokenizer has more ids than the network, an adapter does not fit, or the type of keys and values
-            needs kernels that are not there.
+        FileError: the tokenizer has more ids than the network, or an adapter does not fit.
     """
     check_vocabulary(tokenizer, model.config)
     context = min(settings.context, model.config.seq_length)
     use = Use(slots=settings.slots, context=context)
     use_kernels(model.network, model.config, use, "auto", say)
     bounds = bounds_for(list(adapters.values()), settings.max_adapters, settings.max_lora_rank, settings.max_prefix)
-    graphs = GraphMaker(model.network)
-    if settings.kv_cache is not None and graphs.why_portable is not None:
-        raise FileError(f"--kv-cache {settings.kv_cache}: needs the C++ kernels of the CPU: {graphs.why_portable}")
-    decoder = PagedDecoder(graphs(settings.slots, context, bounds=bounds, storage=settings.kv_cache))
+    graphs = GraphMaker(model.network, model.kv_cache)
+    decoder = PagedDecoder(graphs(settings.slots, context, bounds=bounds))
     decoder.compile()
     scheduler = Scheduler(decoder, tokenizer, settings.max_queue)
     engine = Engine(
         scheduler, tokenizer, family_of(tokenizer), name, context, model.config.padded_vocab_size, settings.slots,
-        seconds=settings.max_seconds, decoder=decoder if bounds.max_adapters else None,
+        seconds=settings.max_seconds, prompt_lookup_num_tokens=settings.prompt_lookup_num_tokens,
+        decoder=decoder if bounds.max_adapters else None,
     )  # fmt: skip
     for label, stored in adapters.items():
         add(engine, label, stored)

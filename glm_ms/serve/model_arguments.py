@@ -7,6 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glm_ms.ops.cpu.storage import STORAGE
 from glm_ms.program import library_imports
 from glm_ms.quant import BITS, GROUPS, from_flags
 from glm_ms.storage.errors import FileError
@@ -41,6 +42,8 @@ def add_model_arguments(parser: ArgumentParser, named_adapters: bool = False) ->
     parser.add_argument("--quantize", type=int, choices=BITS, help="round weights to so many bits when they are loaded")
     group = "with --quantize 4: inputs that share a scale (default: 32)"
     parser.add_argument("--quantize-group", type=int, choices=GROUPS, help=group)
+    kept = "type of keys and values in memory, for the C++ kernels of a CPU; default float32, which is exact"
+    parser.add_argument("--kv-cache", choices=tuple(STORAGE), help=kept)
     parser.add_argument("--device-target", choices=("CPU", "Ascend"), help="device (default: that of MindSpore)")
     parser.add_argument("--device-id", type=int, metavar="N", help="number of the card (default: 0)")
 
@@ -72,6 +75,7 @@ def load_model(
         arguments.tokenizer,
         arguments.model_generation,
         from_flags(arguments.quantize, arguments.quantize_group),
+        arguments.kv_cache,
     )
 
 

@@ -121,6 +121,7 @@ class Sampling(Body):
             "max_new_tokens": max_new_tokens,
             "num_return_sequences": choices,
             "eos_token_id": self._ends(engine) or None,
+            "prompt_lookup_num_tokens": engine.prompt_lookup_num_tokens,
             **self._drawing(choices),
         }
         # Only what differs from the default: options without effect would be reported.

@@ -28,7 +28,7 @@ from glm_ms.program import library_imports, program
 from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
 from glm_ms.serve.model_arguments import add_model_arguments
 from glm_ms.serve.names import lora_alphas, named_adapters
-from glm_ms.serve.settings import HOST, KV_CACHES, PORT, ServeSettings
+from glm_ms.serve.settings import HOST, PORT, ServeSettings
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import FileError
 
@@ -242,6 +242,7 @@ def _parser() -> Parser:
         ("--max-queue", _number(0, 1 << 20), "N", "requests that wait for slots; more get status 429"),
         ("--max-seconds", _seconds, "S", "after so long an answer ends as it is, waiting included"),
         ("--drain-seconds", _seconds, "S", "for answers that have begun when the server is told to stop"),
+        ("--prompt-lookup-num-tokens", _number(0, 1024), "N", "tokens of a step that repeat earlier text; 0: none"),
         ("--max-adapters", _number(0, 1024), "N", "adapters at a time; default: those of --adapter"),
         ("--max-lora-rank", _number(1, 1024), "N", "of adapters loaded later; default: what --adapter needs, or 16"),
         ("--max-prefix", _number(0, 8192), "N", "positions of P-Tuning prefixes; default: what --adapter needs"),
@@ -249,8 +250,6 @@ def _parser() -> Parser:
         default = getattr(_DEFAULTS, flag[2:].replace("-", "_"))
         add(flag, type=kind, default=default, metavar=metavar,
             help=text if default is None else f"{text}; default {default:g}")  # fmt: skip
-    kept = "type of keys and values in memory, for the C++ kernels of a CPU; default float32, which is exact"
-    add("--kv-cache", choices=KV_CACHES, help=kept)
     add("--api-key-file", type=Path, metavar="FILE",
         help=f"keys that open the server, one a line; the variable {KEY_VARIABLE} may have one, too")  # fmt: skip
     add("--insecure", action="store_true", help="no key, although other machines reach --host")

@@ -32,7 +32,7 @@ _ANSWER_ROOM = 256
 # Options of generation that are flags, with their types.
 _OPTIONS = {
     "max_length": int, "max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int,
-    "repetition_penalty": float, "seed": int,
+    "repetition_penalty": float, "seed": int, "prompt_lookup_num_tokens": int,
 }  # fmt: skip
 
 

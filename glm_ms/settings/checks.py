@@ -24,7 +24,7 @@ from glm_ms.settings.schema import (
 )
 
 _MODE, _PET = "parallel.parallel_mode", "model.pet_config.pet_type"
-_BITS, _GROUP = "model.quantization_bit", "model.quantization_group"
+_BITS, _GROUP, _KEPT = "model.quantization_bit", "model.quantization_group", "model.kv_cache"
 _SEQ_LENGTH = "model.model_config.seq_length"
 _BASE, _ADAPTER, _STAGE = "load_checkpoint", "load_adapter", "parallel_config.pipeline_stage"
 _BEAMS, _ANSWERS = "generation.num_beams", "generation.num_return_sequences"
@@ -82,6 +82,9 @@ _ALWAYS = (
          "{generation.logit_bias}: an id is given twice"),
     Rule(_GROUP, lambda s: s.get(_GROUP) is not None and s.get(_BITS) != 4,
          f"{{{_GROUP}}} has no effect with {_BITS}: {{{_BITS}}}; groups are for 4 bits", (_BITS,)),
+    Rule(_KEPT, lambda s: s.get(_KEPT) is not None and s.context.device_target != "CPU",
+         f"{{{_KEPT}}}, but only the C++ kernels of a CPU have other types; set it to null",
+         ("context.device_target",)),
     Rule("generation.do_sample", lambda s: s.generation.do_sample and s.generation.num_beams > 1,
          "sampling together with num_beams = {generation.num_beams} is not supported; keep one of both", (_BEAMS,)),
 )  # fmt: skip
@@ -125,6 +128,8 @@ _ADAPTERS = (
          (_PET,)),
     Rule(_BITS, lambda s: s.run_mode == "export" and s.get(_BITS) is not None,
          f"{{{_BITS}}}, but exported files have the weights as they are; set it to null"),
+    Rule(_KEPT, lambda s: s.run_mode == "export" and s.get(_KEPT) is not None,
+         f"{{{_KEPT}}}, but the cache of exported graphs has the type of the arithmetic; set it to null"),
     Rule(_ADAPTER, lambda s: s.is_training() and s.get(_PET) is None and s.load_adapter,
          f"training would change the weights under the adapter; set {_PET} to continue training the adapter, or merge "
          "it first (tools/merge_lora.py) and start from the result", (_PET,)),

@@ -18,6 +18,7 @@ from glm_ms.data.formats import FORMATS, formats_with_max_seq_length
 from glm_ms.families import family_of, tokenizer_names
 from glm_ms.metrics import METRICS, score_names
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+from glm_ms.ops.cpu.storage import STORAGE
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.peft import ADAPTERS, MAX_LORA_ALPHA
 from glm_ms.quant import Quantization, quantization
@@ -194,6 +195,10 @@ class ModelSettings:
     quantization_group: Optional[Literal[32, 64, 128]] = key(
         None, "with quantization_bit: 4, inputs that share a scale; null: 32"
     )
+    kv_cache: Optional[str] = key(
+        None, "type of keys and values in generation, of the C++ kernels of a CPU; null: that of the arithmetic",
+        choices=tuple(STORAGE)
+    )  # fmt: skip
     init: Literal["checkpoint", "random"] = key(
         "checkpoint", "an empty load_checkpoint is an error (checkpoint; not in run_mode train) or allowed (random)"
     )
@@ -480,7 +485,7 @@ class Flag(NamedTuple):
     key: Optional[str]  # None: --batch_size, whose key depends on the run mode
     value: str  # placeholder in the help
     bare: bool = False  # the flag alone means True
-    former: str = ""  # its name in run_mindformer.py, which is accepted too
+    former: str = ""  # another spelling, as in run_mindformer.py or glm-ms chat, which is accepted too
     about: str = ""
 
 
@@ -492,6 +497,7 @@ FLAGS = {
     "train_dataset": Flag(_RECORDS.format("train"), "PATH", False, "train_dataset_dir", "training records: "),
     "eval_dataset": Flag(_RECORDS.format("eval"), "PATH", False, "eval_dataset_dir", "evaluation records: "),
     "predict_data": Flag("predict_data", "TEXT"),
+    "kv_cache": Flag("model.kv_cache", f"{{{','.join(STORAGE)}}}", False, "kv-cache"),
     "device_target": Flag("context.device_target", "{CPU,Ascend}"),
     "device_id": Flag("context.device_id", "N"),
     "use_parallel": Flag("use_parallel", "BOOL", bare=True),

@@ -129,6 +129,8 @@ def test_prediction_continues(predict, folder: Path) -> None:
     assert model.calls == 2
     with pytest.raises(CheckpointError, match=r"predict_run.json: .* another job \(seed: 0 then, 1 now\)"):
         predict("--resume", "--seed", 1)
+    with pytest.raises(CheckpointError, match=r"another job \(kv_cache: None then, int8 now\)"):
+        predict("--resume", "--kv_cache", "int8")
     with pytest.raises(CheckpointError, match="number of prompts: 5 then, 1 now"):
         predict("--resume", "--predict_data", PROMPTS[0])
     assert file.read_bytes() == content

@@ -4,7 +4,10 @@ import pytest
 
 from glm_ms import GLMConfig, GLMForCausalLM
 from glm_ms.generation.decoder import cache_capacity
+from glm_ms.generation.graph_choice import GraphMaker
+from glm_ms.generation.paged import PagedDecoder
 from glm_ms.generation.paged_graphs import PagedGraphs
+from glm_ms.ops.cpu import library
 from glm_ms.plan import RunPlan, nearest_fit, plan_run
 from glm_ms.plan.work import step_flops
 from glm_ms.settings import SettingsError, load_settings
@@ -86,6 +89,19 @@ def test_cache_is_that_of_a_decoder() -> None:
     assert found.card.kv_cache == sum(table.nbytes for table in graphs.cache.tables)
     assert found.card.optimizer == found.card.gradients == found.rows == 0
     assert plan("generation.num_beams=2", **flags).card.kv_cache > 0
+
+
+def test_cache_of_smaller_keys_and_values_is_that_of_a_decoder() -> None:
+    if library.reason():
+        pytest.skip(f"no C++ kernels: {library.reason()}")
+    flags = {"run_mode": "predict", "load_checkpoint": "x", "predict_data": "x", "device_target": "CPU"}
+    options = ("generation.max_new_tokens=10", "predict_batch_size=3")
+    network = GLMForCausalLM(load_settings(CONFIG, SIZES, check_files=False).glm_config()).network
+    for storage in ("bfloat16", "int8"):
+        found = plan(*options, **flags, kv_cache=storage)
+        decoder = PagedDecoder(GraphMaker(network, storage)(3, cache_capacity(64)))
+        decoder.serve()
+        assert found.card.kv_cache == decoder.memory.bytes.nbytes
 
 
 def test_flops_of_six_billion_parameters() -> None:

@@ -21,6 +21,7 @@ TYPED = {
     "train_dataset": ("data/dev.json", "data/dev.json"),
     "eval_dataset": ("data/train.json", "data/train.json"),
     "predict_data": ("类型#裙 # 1", "类型#裙 # 1"),
+    "kv_cache": ("int8", "int8"),
     "device_target": ("Ascend", "Ascend"),
     "device_id": ("3", 3),
     "use_parallel": ("True", True),

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from glm_ms.ops.cpu.storage import STORAGE
+
 # Tokens of a page of keys and values.
 PAGE = 16
 FIELDS = 8
 # Columns of the line of a run, and of that of a row.
 COUNT, CACHE, LAYER_BYTES, STORED, FINITE = range(5)
 TOKEN, POSITION, INDEX, FIRST, PAGES, ADAPTER, LOGITS = range(7)
-# Storage of keys and values -> its number, bytes of an item.
-STORAGE = {"float32": (0, 4), "bfloat16": (1, 2), "int8": (2, 1)}
 # A vector of the kernels, in items; the channels of values are padded to it.
 LANES = 16
 
