@@ -146,7 +146,11 @@ def rotary_case(sizes: Sizes, rng: np.random.Generator) -> KernelCase:
 
 def attention_case(sizes: Sizes, rng: np.random.Generator, length: int) -> KernelCase:
     """The last `length` tokens look at all of them; the first keys of the last row are padding."""
-    keys = (sizes.batch, sizes.groups, sizes.length, sizes.dim)
+
+    def exact(query: np.ndarray, key: np.ndarray, value: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        return _attended(sizes, query, key.swapaxes(1, 2), value.swapaxes(1, 2), bias)
+
+    keys = (sizes.batch, sizes.length, sizes.groups, sizes.dim)
     shape = (sizes.batch, length, sizes.heads, sizes.dim)
     slots = np.arange(sizes.length)
     hidden = np.repeat((slots > slots[sizes.length - length :, None])[None, None], sizes.batch, axis=0)
@@ -160,7 +164,7 @@ def attention_case(sizes: Sizes, rng: np.random.Generator, length: int) -> Kerne
         name, "attention", f"{_by(*shape)}, {sizes.groups}x{sizes.length}",
         lambda _: GroupedAttention(sizes.heads, sizes.groups, sizes.dim),
         (normal(rng, *shape), normal(rng, *keys), normal(rng, *keys), bias), (3,),
-        (0, 1, 2) if length > 1 else (), partial(_attended, sizes), (*shape[:2], sizes.heads * sizes.dim), 4
+        (0, 1, 2) if length > 1 else (), exact, (*shape[:2], sizes.heads * sizes.dim), 4
     )  # fmt: skip
 
 
@@ -189,7 +193,7 @@ class OverPages(nn.Cell):
         rows = cache.page_rows(np.take_along_axis(tables, indices // PAGE, 1), indices % PAGE)
         self.cell, self.block, (self.keys, self.values) = cell, PAGE, cache.tables
         self.rows, self.blocks = Tensor(rows), Tensor(cache.page_blocks(tables))
-        self.lengths = Tensor(np.full(batch, total, np.int32)) if length == 1 else None
+        self.lengths = Tensor(indices.reshape(-1) + 1, ms.int32)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """query [B, S, N, D]; key, value [B, S, G, D]; bias float32 [B, 1, S, T] -> [B, S, N * D]."""

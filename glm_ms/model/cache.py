@@ -187,7 +187,7 @@ class PagedGLM(CachedLayers):
         """
         before = self.earlier(self.key_indices, self.reshape(first, (-1, 1, 1, 1)))
         hidden = self.either(self.comes_later(indices), before)
-        lengths = self.reshape(indices, (-1,)) + 1 if last is None else None
+        lengths = self.reshape(indices, (-1,)) + 1
         x = self.run_layers(input_ids, position_ids, hidden, rows, blocks, adapters, lengths)
         if last is None:
             return self.output(x, adapters)

@@ -37,8 +37,8 @@ Prefix = Optional[tuple[Tensor, Tensor]]
 # Tables of keys and values, [rows, D] each (`glm_ms.model.cache`); the row int32 [B * S * G] that each new key belongs
 # to; blocks of rows, int32, which one after the other are all B * G * T rows (None: the whole table is); their size;
 # number of the adapter of each row of x, int32 [B] (`glm_ms.peft.rows`), None: there are no adapters; number of keys up
-# to that of each row of x, int32 [B], None: S is above 1, or the blocks are None. With tables of whole pages, rows and
-# blocks are those of `BlockCache`.
+# to that of each token, int32 [B * S], None: the blocks are None. With tables of whole pages, rows and blocks are those
+# of `BlockCache`.
 Cache = Optional[tuple[Parameter, Parameter, Tensor, Optional[Tensor], int, Optional[Tensor], Optional[Tensor]]]
 
 
@@ -86,7 +86,6 @@ class SelfAttention(nn.Cell):
             return self.dense(self.cached_attention(query, key, value, bias, cache), per_row)
         if prefix is not None:
             key, value = self.prepend((prefix[0], key)), self.prepend((prefix[1], value))
-        key, value = self.transpose(key, (0, 2, 1, 3)), self.transpose(value, (0, 2, 1, 3))
         return self.dense(self.attention(query, key, value, bias, seeds), per_row)
 
 

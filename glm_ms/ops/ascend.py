@@ -144,14 +144,14 @@ class FlashAttention(nn.Cell):
 
     HEAD_DIM_UNIT, MAX_HEAD_DIM = 16, 512
     DTYPES = (ms.float16, ms.bfloat16)
+    LAYOUT = "BSND"
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.width = num_heads * head_dim
         scale = 1.0 / math.sqrt(head_dim)
-        self.attention = FlashAttentionScore(head_num=num_heads, scale_value=scale, input_layout="BNSD")
+        self.attention = FlashAttentionScore(head_num=num_heads, scale_value=scale, input_layout=self.LAYOUT)
         self.hidden, self.reshape, self.cast = ops.Less(), ops.Reshape(), ops.Cast()
-        self.split_heads, self.merge_heads = ops.Transpose(), ops.Transpose()
 
     @staticmethod
     def replacing(cell: HeadGroups, dtype: ms.Type) -> FlashAttention | str:
@@ -165,21 +165,41 @@ class FlashAttention(nn.Cell):
         return FlashAttention(cell.num_heads, cell.head_dim)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """query [B, S, N, D]; key, value [B, G, T, D], all float16 or all bfloat16; bias float32 [B or 1, 1, S, T];
+        """query [B, S, N, D]; key, value [B, T, G, D], all float16 or all bfloat16; bias float32 [B or 1, 1, S, T];
         seeds: not read -> [B, S, N * D]."""
         batch, length = ops.shape(query)[0], ops.shape(query)[1]
-        query = self.split_heads(query, (0, 2, 1, 3))
+        return self.reshape(self.mixed(query, key, value, bias), (batch, length, self.width))
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Inputs and result in the order of axes of `LAYOUT`, the bias as in `construct`."""
         mask = self.cast(self.hidden(bias, 0.0), ms.uint8)  # 1 hides
         # Inputs after value: real_shift, drop_mask, padding_mask, attn_mask, prefix, lengths of packed sequences.
-        mixed = self.attention(query, key, value, None, None, None, mask, None, None, None)[3]
+        return self.attention(query, key, value, None, None, None, mask, None, None, None)[3]
+
+
+class FlashTables(FlashAttention):
+    """`FlashAttention` over keys and values as flat tables have them, groups before tokens."""
+
+    LAYOUT = "BNSD"
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__(num_heads, head_dim)
+        self.split_heads, self.merge_heads = ops.Transpose(), ops.Transpose()
+
+    def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """key, value [B, G, T, D]; others as of `FlashAttention`."""
+        batch, length = ops.shape(query)[0], ops.shape(query)[1]
+        mixed = self.mixed(self.split_heads(query, (0, 2, 1, 3)), key, value, bias)
         return self.reshape(self.merge_heads(mixed, (0, 2, 1, 3)), (batch, length, self.width))
 
 
 class PagedFlashAttention(CachedAttention):
     """`CachedAttention` by ReshapeAndCache and PagedAttention, which reads the pages in place.
 
-    These kernels need tables [pages, page, G, D], see `glm_ms.model.cache.BlockCache`. Several tokens of a row, a chunk
-    of a prompt, look at gathered pages by `FlashAttention`; so do all with flat tables.
+    These kernels need tables [pages, page, G, D], see `glm_ms.model.cache.BlockCache`. The tokens of a chunk of a
+    prompt are rows of the kernel, each with the pages of its sequence and its own number of keys: so no keys are
+    gathered, no mask is made, and prompts run the kernel of the steps. With flat tables `FlashTables` looks at all
+    keys.
     """
 
     MAX_HEAD_DIM = 256
@@ -187,10 +207,9 @@ class PagedFlashAttention(CachedAttention):
 
     def __init__(self, num_heads: int, num_groups: int, head_dim: int) -> None:
         super().__init__(num_heads, num_groups, head_dim)
-        self.flash = FlashAttention(num_heads, head_dim)
+        self.flash = FlashTables(num_heads, head_dim)
         self.store, self.paged = ReshapeAndCache(), PagedAttention(num_heads, self.scale, num_groups)
         self.query_width, self.key_width = num_heads * head_dim, num_groups * head_dim
-        self.order = ops.Transpose()
 
     @staticmethod
     def replacing(cell: CachedAttention, dtype: ms.Type) -> PagedFlashAttention | str:
@@ -200,11 +219,6 @@ class PagedFlashAttention(CachedAttention):
         if cell.head_dim > largest:
             return f"kv_channels {cell.head_dim} is above {largest}"
         return PagedFlashAttention(cell.num_heads, cell.num_groups, cell.head_dim)
-
-    def gathered(self, table: Tensor, pages: Tensor, batch: int) -> Tensor:
-        """Keys or values of the pages int32 [B, P] of each row: [B, G, T, D]."""
-        found = self.gather(table, self.reshape(pages, (-1,)), 0)
-        return self.order(self.reshape(found, (batch, -1, self.num_groups, self.head_dim)), (0, 2, 1, 3))
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, cache: tuple) -> Tensor:
         """As `CachedAttention.construct`, in float16 or bfloat16. For tables of whole pages see `BlockCache`; the keys
@@ -219,8 +233,9 @@ class PagedFlashAttention(CachedAttention):
         key = self.reshape(key, (batch, length, self.key_width))
         value = self.reshape(value, (batch, length, self.key_width))
         stored = self.store(key, value, keys, values, rows)
-        if length == 1:
-            query = self.reshape(ops.depend(query, stored), (batch, 1, self.query_width))
-            return self.paged(query, keys, values, blocks, cache[6])
-        blocks = ops.depend(blocks, stored)
-        return self.flash(query, self.gathered(keys, blocks, batch), self.gathered(values, blocks, batch), bias)
+        if length > 1:
+            pages = ops.shape(blocks)[1]
+            blocks = self.reshape(ops.broadcast_to(ops.expand_dims(blocks, 1), (batch, length, pages)), (-1, pages))
+        query = self.reshape(ops.depend(query, stored), (batch * length, 1, self.query_width))
+        mixed = self.paged(query, keys, values, blocks, cache[6])
+        return self.reshape(mixed, (batch, length, self.query_width))

@@ -187,8 +187,13 @@ class HeadGroups(nn.Cell):
 class GroupedAttention(HeadGroups):
     """Attention over given keys and values; arguments as of `HeadGroups`."""
 
+    def __init__(self, num_heads: int, num_groups: int, head_dim: int, dropout: float = 0.0, stream: int = 0) -> None:
+        super().__init__(num_heads, num_groups, head_dim, dropout, stream)
+        self.split_key, self.split_value = ops.Transpose(), ops.Transpose()
+
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """As `HeadGroups.attend`."""
+        """key, value [B, T, G, D]; others as `HeadGroups.attend`."""
+        key, value = self.split_key(key, (0, 2, 1, 3)), self.split_value(value, (0, 2, 1, 3))
         return self.attend(query, key, value, bias, seeds)
 
 

@@ -129,7 +129,6 @@ class ShardedAttention(SelfAttention):
         super().__init__(config, index, linear, copies)
         dtype = DTYPES[config.compute_dtype]
         self.rotary, self.rotary_key = HeadRotary(self.dim, dtype), HeadRotary(self.dim, dtype)
-        self.split_key, self.split_value = ops.Transpose(), ops.Transpose()
         self.prepend_key, self.prepend_value = ops.Concat(axis=1), ops.Concat(axis=1)
         self.repeat_key: Any = RepeatHeads(copies) if copies > 1 else None
         self.repeat_value: Any = RepeatHeads(copies) if copies > 1 else None
@@ -150,7 +149,6 @@ class ShardedAttention(SelfAttention):
             key, value = self.prepend_key((prefix[0], key)), self.prepend_value((prefix[1], value))
         if self.repeat_key is not None:
             key, value = self.repeat_key(key), self.repeat_value(value)
-        key, value = self.split_key(key, (0, 2, 1, 3)), self.split_value(value, (0, 2, 1, 3))
         mixed = self.attention(query, key, value, bias, seeds)
         return self.dense(self.reshape(mixed, (-1, self.heads * self.dim)), seeds)
 

@@ -108,8 +108,7 @@ class _Strategies:
         self.parted(cell.query_key_value, (self.m, own, own))
         self.rotary(cell.rotary, self.m)
         self.rotary(cell.rotary_key, own)
-        heads = (self.d, 1, self.m, 1)
-        _shard(cell, prepend_key=(keys, keys), prepend_value=(keys, keys), split_key=(heads,), split_value=(heads,))
+        _shard(cell, prepend_key=(keys, keys), prepend_value=(keys, keys))
         for repeat in (cell.repeat_key, cell.repeat_value):
             if repeat is not None:  # whole heads go in; what follows takes its own
                 _shard(repeat, tile=((self.d, 1, 1, 1, 1),))
@@ -124,8 +123,9 @@ class _Strategies:
     def attention(self, cell: GroupedAttention) -> None:
         heads, scores = (self.d, 1, self.m, 1), (self.d, self.m, 1, 1)
         _shard(
-            cell, multiply=(heads, ()), split_heads=(heads,), scores=(scores, scores), mix=(scores, scores),
-            cast=(scores,), add_bias=(scores, (self.d, 1, 1, 1)), softmax=(scores,), merge_heads=(scores,)
+            cell, split_key=(heads,), split_value=(heads,), multiply=(heads, ()), split_heads=(heads,),
+            scores=(scores, scores), mix=(scores, scores), cast=(scores,), add_bias=(scores, (self.d, 1, 1, 1)),
+            softmax=(scores,), merge_heads=(scores,)
         )  # fmt: skip
         if cell.dropout is not None:
             self.dropout(cell.dropout, 4, scores)

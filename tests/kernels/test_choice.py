@@ -236,7 +236,7 @@ def test_sizes_and_types_of_a_training() -> None:
     check = run_checks(config, use)[2]
     case = check.build()
     assert case.inputs[0].shape == (2, 512, 32, 128)
-    assert case.inputs[1].shape == (2, 2, 640, 128)
+    assert case.inputs[1].shape == (2, 640, 2, 128)
 
 
 def test_sizes_and_types_of_a_server() -> None:

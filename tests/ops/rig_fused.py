@@ -54,7 +54,7 @@ def cases(dtype: ms.Type) -> list[tuple[str, type, tuple, tuple[Tensor, ...]]]:
     half = dtype != ms.float32
     rows = (BATCH, LENGTH, HIDDEN)
     heads, table = (BATCH, LENGTH, HEADS, DIM), (BATCH, LENGTH, 1, DIM)
-    keys = (BATCH, GROUPS, LENGTH, DIM)
+    keys = (BATCH, LENGTH, GROUPS, DIM)
     found = [
         (
             "norm", ascend.FusedRMSNormalize, (1e-5,),

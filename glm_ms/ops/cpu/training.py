@@ -189,6 +189,6 @@ class GroupedAttention(nn.Cell):
         self.attention = Attention()
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, _: Tensor | None = None) -> Tensor:
-        """query float32 [B, S, N, D]; key, value float32 [B, G, T, D]; bias float32 [B or 1, 1, S, T], 0 where a query
+        """query float32 [B, S, N, D]; key, value float32 [B, T, G, D]; bias float32 [B or 1, 1, S, T], 0 where a query
         sees a key, else `HIDDEN_SCORE` -> [B, S, N * D]."""
         return self.attention(query, key, value, bias)

@@ -383,8 +383,8 @@ def test_norm_and_activation_of_nothing_and_of_extremes():
 def attention_inputs(batch: int, length: int, past: int, heads: int, groups: int, dim: int) -> list[np.ndarray]:
     """Query, key, value, and a bias with keys in the future, padding, queries that see all and one that sees none."""
     total = past + length
-    query, key = gaussian(batch, length, heads, dim), gaussian(batch, groups, total, dim, seed=1)
-    value = gaussian(batch, groups, total, dim, seed=2)
+    query, key = gaussian(batch, length, heads, dim), gaussian(batch, total, groups, dim, seed=1)
+    value = gaussian(batch, total, groups, dim, seed=2)
     hidden = np.broadcast_to(np.arange(total) > past + np.arange(length)[:, None], (batch, 1, length, total)).copy()
     hidden[0, :, :, : min(3, past)] = True
     hidden[-1, :, 0] = False
@@ -430,7 +430,7 @@ def test_attention_does_not_depend_on_threads_and_shows_nan():
     if not cpu_training.has_blas():
         pytest.skip("no oneDNN")
     query, key, value, bias = attention_inputs(2, 140, 3, 4, 2, 8)
-    value[1, 0, 5, 2] = np.nan
+    value[1, 5, 0, 2] = np.nan
     found = []
     for count in (1, 2, 3, 4):
         result = np.empty((2, 140, 32), np.float32)

@@ -279,16 +279,16 @@ GLM_EXPORT Shape glm_ms_op_swiglu_gradientInferShape(int* ranks, int64_t** shape
 
 namespace {
 
-// Operands query [B, S, N, D], key and value [B, G, T, D], bias [B or 1, 1, S, T].
+// Operands query [B, S, N, D], key and value [B, T, G, D], bias [B or 1, 1, S, T].
 glm::Attention attention_of(const glm::Operands& operands) {
     const int64_t *query = operands.shapes[0], *key = operands.shapes[1];
     return {operands.at<float>(0), operands.at<float>(1), operands.at<float>(2), operands.at<float>(3), query[0],
-            query[1], query[2], query[3], key[1], key[2], operands.shapes[3][0] == 1};
+            query[1], query[2], query[3], key[2], key[1], operands.shapes[3][0] == 1};
 }
 
 }  // namespace
 
-// Inputs: query float32 [B, S, N, D], key and value float32 [B, G, T, D], bias float32 [B or 1, 1, S, T]. Output: the
+// Inputs: query float32 [B, S, N, D], key and value float32 [B, T, G, D], bias float32 [B or 1, 1, S, T]. Output: the
 // attention [B, S, N * D].
 GLM_EXPORT int glm_ms_op_attention(int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
     const glm::Operands operands{data, ranks, shapes};

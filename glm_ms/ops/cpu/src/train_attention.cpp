@@ -25,9 +25,9 @@ struct Head {
     float scale() const { return 1.0f / std::sqrt((float)work.dim); }
     // From token `token` on, in an array [B, S, N, D].
     int64_t at(int64_t token) const { return (row * work.length + token) * stride() + head * work.dim; }
-    // In an array [B, G, T, D].
+    // In an array [B, T, G, D].
     int64_t group() const {
-        return (row * work.groups + head / (work.heads / work.groups)) * work.keys * work.dim;
+        return (row * work.keys * work.groups + head / (work.heads / work.groups)) * work.dim;
     }
     const float* bias(int64_t token) const {
         return work.bias + ((work.one_bias ? 0 : row) * work.length + token) * work.keys;
@@ -47,7 +47,7 @@ struct Head {
     }
 
     Operand rows(const float* array, int64_t token) const { return {array + at(token), stride(), false}; }
-    Operand keys(const float* array, bool transposed) const { return {array + group(), work.dim, transposed}; }
+    Operand keys(const float* array, bool transposed) const { return {array + group(), work.groups * work.dim, transposed}; }
 
     // scores [count, keys] of a block, by `limit` keys a row.
     bool scores(int64_t token, int64_t count, int64_t limit, float* scores) const {
@@ -131,16 +131,19 @@ bool attention_gradients(const Attention& work, const AttentionGradients& gradie
         return backward(head, gradients, scores, scores + size, of_key.get() + i * part, of_value.get() + i * part);
     });
     parallel_for(work.batch * work.groups, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t group = begin; group < end; ++group)
+        for (int64_t group = begin; group < end; ++group) {
+            const int64_t first = Head{work, group / work.groups, group % work.groups * per_group}.group();
             for (int64_t i = 0; i < part; ++i) {
                 float key = 0.0f, value = 0.0f;
                 for (int64_t head = group * per_group; head < (group + 1) * per_group; ++head) {
                     key += of_key[head * part + i];
                     value += of_value[head * part + i];
                 }
-                gradients.of_key[group * part + i] = key;
-                gradients.of_value[group * part + i] = value;
+                const int64_t at = first + i / work.dim * work.groups * work.dim + i % work.dim;
+                gradients.of_key[at] = key;
+                gradients.of_value[at] = value;
             }
+        }
     });
     return good;
 }

@@ -5,7 +5,7 @@
 
 namespace glm {
 
-// softmax(query key^T / sqrt(D) + bias) value: query [B, S, N, D]; key, value [B, G, T, D]; bias [B or 1, 1, S, T], 0
+// softmax(query key^T / sqrt(D) + bias) value: query [B, S, N, D]; key, value [B, T, G, D]; bias [B or 1, 1, S, T], 0
 // where a query sees a key, or HIDDEN. Query head n uses group n / (N / G).
 struct Attention {
     const float *query, *key, *value, *bias;
