@@ -157,15 +157,15 @@ class Comparison:
     def run(self) -> str:
         """Trains and measures everything; returns the table."""
         self._train("base", COLUMNS, self.options.pretrain_steps, "base", ("lr_schedule.learning_rate=3e-3",))
-        before = self._evaluate("base", ())
+        base = f"load_checkpoint={self.folder / 'base'}"
+        before = self._evaluate("base", (base,))
         rows = [("the base as it is", 0, None, before)]
         backwards = COLUMNS[::-1]
-        base = str(self.folder / "base")
         for key, way in WAYS.items():
-            settings = (*way.settings, f"load_checkpoint={base}")
-            seconds = self._train(key, backwards, self.options.steps, "train", settings)
-            load = "load_checkpoint" if key == "full" else "load_adapter"
-            rows.append((way.name, self._trained(key), seconds, self._evaluate(key, (f"{load}={self.folder / key}",))))
+            seconds = self._train(key, backwards, self.options.steps, "train", (*way.settings, base))
+            trained = self.folder / key
+            load = (f"load_checkpoint={trained}",) if key == "full" else (base, f"load_adapter={trained}")
+            rows.append((way.name, self._trained(key), seconds, self._evaluate(key, load)))
         return self._table(rows)
 
     def _train(self, name: str, columns: Sequence[str], steps: int, part: str, settings: Sequence[str]) -> float:
@@ -179,7 +179,7 @@ class Comparison:
 
     def _evaluate(self, name: str, load: Sequence[str]) -> dict[str, float]:
         arguments = (
-            f"load_checkpoint={self.folder / 'base'}", *load, "eval_dataset.batch_size=20",
+            *load, "eval_dataset.batch_size=20",
             f"eval_dataset.data_loader.dataset_dir={self._records('held_out')}",
             f"eval_dataset.data_loader.origin_columns=[{','.join(COLUMNS[::-1])}]",
         )  # fmt: skip

@@ -26,7 +26,7 @@ TRAINING = (
     "model.model_config.hidden_dropout=0.1", "model.model_config.attention_dropout=0.1",
     "runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell", "runner_wrapper.scale_sense.scale_window=5",
     # Overflows in float32, so that skipped steps are among those that are repeated.
-    "runner_wrapper.scale_sense.loss_scale_value=5.e+37",
+    "runner_wrapper.scale_sense.loss_scale_value=3.e+38",
 )  # fmt: skip
 KINDS = {
     "full": (

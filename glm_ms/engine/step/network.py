@@ -48,9 +48,13 @@ class TrainingNetwork(nn.Cell):
     ) -> tuple[Tensor, Tensor]:
         """All int32 [B, S], seeds int32 [B] or None for no dropout -> (loss sum, number of labelled tokens),
         float32 scalars."""
-        slots = self.slots[: ops.shape(input_ids)[1]]
+        slots = self.key_slots(input_ids)
         hidden = self.network.transformer(input_ids, attention_mask, position_ids, slots, dropout_seeds)
         return self.loss(hidden, labels, dropout_seeds)
+
+    def key_slots(self, input_ids: Tensor) -> Tensor:
+        """int32 [S], the places of the tokens of a row. Batches are cut at their longest row."""
+        return self.slots[: ops.shape(input_ids)[1]]
 
     def get_model_parameters(self, only_trainable: bool = True) -> list[Parameter]:
         """MindFormers lists the parameters in its log through this method."""
@@ -69,6 +73,10 @@ class ShardedTrainingNetwork(TrainingNetwork):
         if parallel.pipeline_stages > 1:
             loss.pipeline_stage = parallel.pipeline_stages - 1
         super().__init__(network, seq_length, WholeLoss(network, loss))
+
+    def key_slots(self, input_ids: Tensor) -> Tensor:
+        """int32 [S]. Rows are not cut here: the compiler would divide a slice among the cards and gather it again."""
+        return self.slots
 
 
 def fuse_cells(network: GLMNetwork) -> None:
