@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -16,6 +16,7 @@ from glm_ms.generation.pages import PAGE
 from glm_ms.model.cache import BlockCache, KVCache
 from glm_ms.model.config import GLMConfig
 from glm_ms.ops import registry
+from glm_ms.ops.packing import GROUPS, dequantise, pack_int4, pack_int8
 from glm_ms.ops.portable import (
     HIDDEN_SCORE,
     ApplyRotary,
@@ -24,6 +25,7 @@ from glm_ms.ops.portable import (
     RMSNormalize,
     rotary_tables,
 )
+from glm_ms.ops.quantized import Int4Product, Int8Product, QuantizedProduct
 
 _EPS_OF_NORM = 1e-5
 
@@ -91,19 +93,24 @@ class KernelCase:
     def fused(self, dtype: str) -> nn.Cell:
         """The kernel of this device; ValueError if it cannot take these sizes or this type."""
         kernel, kind = registry.operators_of(registry.device())[self.operator], getattr(ms, dtype)
-        cell = kernel.replacing(self.portable(kind), kind)
-        if isinstance(cell, str):
-            raise ValueError(cell)
-        return self.around(cell, kind)
+        cell = self.portable(kind)
+        why = kernel.why_not(cell, kind)
+        if why is not None:
+            raise ValueError(why)
+        return self.around(kernel.replacing(cell, kind), kind)
 
 
 def kernel_cases(sizes: Sizes) -> list[KernelCase]:
     """Every operator at the given sizes, with seeded normal inputs; attention also for a single new token, and over the
-    pages of a cache."""
+    pages of a cache; products as of queries, keys and values."""
     rng = np.random.default_rng(0)
     attention = (attention_case(sizes, rng, length) for length in (sizes.length, 1))
     cached = (cached_case(sizes, rng, length) for length in (min(sizes.length, CHUNK), 1))
-    return [norm_case(sizes, rng), rotary_case(sizes, rng), *attention, *cached]
+    outputs, rows = (sizes.heads + 2 * sizes.groups) * sizes.dim, sizes.batch * sizes.length
+    products = (
+        product_case(Product(bits, sizes.hidden, outputs, group), rows, rng) for bits, group in ((8, 0), (4, GROUPS[0]))
+    )
+    return [norm_case(sizes, rng), rotary_case(sizes, rng), *attention, *cached, *products]
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -113,6 +120,42 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def _by(*sizes: int) -> str:
     return "x".join(map(str, sizes))
+
+
+class Product(NamedTuple):
+    """Sizes of a `glm_ms.ops.quantized.QuantizedProduct`."""
+
+    bits: int
+    inputs: int
+    outputs: int
+    group: int
+
+
+def product_case(product: Product, rows: int, rng: np.random.Generator) -> KernelCase:
+    """Integers over their whole range, scales that are those of real weights in size, `rows` of x."""
+    shape, group = (product.outputs, product.inputs), product.group or product.inputs
+    largest_weights = rng.uniform(0.05, 0.15, (product.outputs, -(-product.inputs // group)))
+    if product.bits == 8:
+        integers = rng.integers(-127, 127, shape, np.int8, endpoint=True)
+        packed = pack_int8(integers, largest_weights[:, 0].astype(np.float32) / 127)
+    else:
+        packed = pack_int4(rng.integers(-8, 7, shape, np.int8, endpoint=True), largest_weights / 8, product.group)
+
+    def portable(dtype: ms.Type) -> nn.Cell:
+        cell: QuantizedProduct = (
+            Int8Product(product.inputs, product.outputs, dtype)
+            if product.bits == 8
+            else Int4Product(product.inputs, product.outputs, product.group, dtype)
+        )
+        cell.weight.set_data(Tensor(packed.data))
+        cell.scale.set_data(Tensor(packed.scale))
+        return cell
+
+    name = f"int{product.bits} product"
+    return KernelCase(
+        name, name, f"{_by(rows, product.inputs)} to {product.outputs}", portable,
+        (normal(rng, rows, product.inputs),), (), (), lambda x: x @ dequantise(packed).T, (rows, product.outputs), 4
+    )  # fmt: skip
 
 
 def norm_case(sizes: Sizes, rng: np.random.Generator, weight_float32: bool = False) -> KernelCase:

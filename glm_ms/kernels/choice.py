@@ -14,10 +14,10 @@ from mindspore import nn
 
 from glm_ms.generation.graphs import GRAPHS
 from glm_ms.kernels.remembered import Outcome, cache_folder, file_for, outcomes
-from glm_ms.kernels.run_checks import RunCheck, Use, run_checks
+from glm_ms.kernels.run_checks import RunCheck, Use, products_of, run_checks
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.layers import DTYPES
-from glm_ms.ops import ascend, portable, registry
+from glm_ms.ops import ascend, packing, portable, quantized, registry
 from glm_ms.version import __version__
 
 AUTO = "auto"
@@ -46,16 +46,17 @@ def use_kernels(
     dtype = DTYPES[config.compute_dtype]
     if wanted is False or (wanted == AUTO and not registry.operators_of(registry.device())):
         return
+    refused = {name: "it has no gradient" for name in registry.without_gradient()} if use.trains else {}
     if wanted is True or registry.why_portable() is not None:
-        for line in registry.fuse_kernels(network, dtype):
+        for line in registry.fuse_kernels(network, dtype, refused):
             say(line)
         return
-    present = registry.fusable(network, dtype)
-    checks = [check for check in run_checks(config, use) if check.operator in present]
+    present = registry.fusable(network, dtype) - refused.keys()
+    checks = [check for check in run_checks(config, use, products_of(network)) if check.operator in present]
     if not present:
         return
     found, remark = on_first(lambda: GRAPHS.run(_compared, checks, say))
-    refused = {name: "not needed by this run" for name in present - {check.operator for check in checks}}
+    refused.update({name: "not needed by this run" for name in present - {check.operator for check in checks}})
     for check in checks:
         agrees, why = found[check.name]
         if not agrees:
@@ -66,7 +67,7 @@ def use_kernels(
 def machine() -> str:
     """What outcomes belong to: card, versions, and the code of the operators."""
     code = hashlib.sha256()
-    for module in (ascend, portable):
+    for module in (ascend, packing, portable, quantized):
         code.update(Path(str(module.__file__)).read_bytes())
     cann = ascend.cann_version()
     parts = [

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from mindspore import nn
 
 from glm_ms.ascend_hints import essence
 from glm_ms.generation.page_graphs import CHUNK
-from glm_ms.kernels.cases import KernelCase, Sizes, attention_case, cached_case, norm_case, rotary_case
+from glm_ms.kernels.cases import (
+    KernelCase,
+    Product,
+    Sizes,
+    attention_case,
+    cached_case,
+    norm_case,
+    product_case,
+    rotary_case,
+)
 from glm_ms.kernels.compare import DEVICE_ERRORS, against_portable
 from glm_ms.kernels.remembered import Outcome
 from glm_ms.model.config import GLMConfig
+from glm_ms.ops.quantized import QuantizedProduct
 
-# Sizes above these are not compared: rows are computed one by one, longer sequences in the same blocks, and the scores
-# of the portable attention take batch * heads * length^2 numbers.
-_MOST_ROWS, _MOST_TOKENS, _MOST_SLOTS = 2, 2048, 16
+# Sizes above these are not compared: rows and outputs are computed one by one, longer sequences in the same blocks, and
+# the scores of the portable attention take batch * heads * length^2 numbers.
+_MOST_ROWS, _MOST_TOKENS, _MOST_SLOTS, _MOST_OUTPUTS = 2, 2048, 16, 16384
 # Longest text of an error that is remembered.
 _LONGEST_ERROR = 200
 
@@ -72,9 +83,15 @@ class RunCheck:
         return Outcome(True, "; ".join(texts))
 
 
-def run_checks(config: GLMConfig, use: Use) -> list[RunCheck]:
-    """The comparisons for all operators that a run uses."""
-    return [*_whole_sequences(config, use), *_generation(config, use)]
+def products_of(network: nn.Cell) -> set[Product]:
+    """Sizes of all quantized products of a network."""
+    cells = (cell for _, cell in network.cells_and_names() if isinstance(cell, QuantizedProduct))
+    return {Product(cell.bits, cell.in_features, cell.out_features, cell.group) for cell in cells}
+
+
+def run_checks(config: GLMConfig, use: Use, products: Collection[Product] = ()) -> list[RunCheck]:
+    """The comparisons for all operators that a run uses; `products` are the quantized ones of its network."""
+    return [*_whole_sequences(config, use), *_generation(config, use), *_products(config, use, products)]
 
 
 def _whole_sequences(config: GLMConfig, use: Use) -> Iterator[RunCheck]:
@@ -99,6 +116,26 @@ def _generation(config: GLMConfig, use: Use) -> Iterator[RunCheck]:
         yield _check(config, "RMS norm", "RMS norm", short, length, False)
         yield _check(config, "rotary embedding", "rotary embedding", short, length, False)
         yield _check(config, "attention over pages", "cached attention", whole, length, False)
+
+
+def _products(config: GLMConfig, use: Use, products: Collection[Product]) -> Iterator[RunCheck]:
+    """Products of a batch, of a chunk of a prompt, and of a step of all slots."""
+    rows = {min(use.rows, _MOST_ROWS) * min(use.length, _MOST_TOKENS)}
+    if use.slots:
+        rows |= {min(CHUNK, use.context), min(use.slots, _MOST_SLOTS)}
+    sizes = {product._replace(outputs=min(product.outputs, _MOST_OUTPUTS)) for product in products}
+    for product in sorted(sizes):
+        for count in sorted(rows - {0}):
+            yield _product_check(config.compute_dtype, product, count)
+
+
+def _product_check(dtype: str, product: Product, rows: int) -> RunCheck:
+    group = f", groups of {product.group}" if product.group else ""
+    name = f"int{product.bits} product of {rows}x{product.inputs} to {product.outputs}{group}, {dtype}"
+    return RunCheck(
+        name, f"int{product.bits} product", dtype, False,
+        lambda: product_case(product, rows, np.random.default_rng(0))
+    )  # fmt: skip
 
 
 def _sizes(config: GLMConfig, rows: int, length: int) -> Sizes:

@@ -1,7 +1,8 @@
 """Ascend kernels: the only file that names them. None of them runs on a CPU.
 
 Limits of shapes and types are those of CANN's operator reference (aclnnRmsNorm, aclnnRotaryPositionEmbedding,
-aclnnFlashAttentionScore) and of its transformer library ATB (ReshapeAndCacheOperation, PagedAttentionOperation).
+aclnnFlashAttentionScore, aclnnWeightQuantBatchMatmulV2) and of its transformer library ATB (ReshapeAndCacheOperation,
+PagedAttentionOperation).
 `tools/check_device.py` compares each cell on a card with the portable one.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore._c_expression import MSContext
 from mindspore.ops.auto_generate import (
     FlashAttentionScore,
@@ -20,10 +23,13 @@ from mindspore.ops.auto_generate import (
     ReshapeAndCache,
     RmsNorm,
     RotaryPositionEmbedding,
+    WeightQuantBatchMatmul,
 )
 from mindspore.ops.operations.math_ops import NPUClearFloatStatusV2, NPUGetFloatStatusV2
 
+from glm_ms.ops.packing import pairs_of_outputs, unpack_int8, unpack_scales
 from glm_ms.ops.portable import ApplyRotary, CachedAttention, HeadGroups, RMSNormalize
+from glm_ms.ops.quantized import Int4Product, Int8Product, QuantizedProduct
 
 # Words of the float status register.
 _WORDS = 8
@@ -31,6 +37,8 @@ _WORDS = 8
 _FIRST_GENERATION = "ascend910"
 # Mode of RotaryPositionEmbedding that turns channels (2i, 2i + 1); 0 would pair i with i + D/2.
 _INTERLEAVED = 1
+# Types of attention and of products with integers.
+HALF_TYPES = (ms.float16, ms.bfloat16)
 
 
 def soc_version() -> str:
@@ -67,6 +75,10 @@ def why_not_fused() -> str | None:
     return "this card (910A) lacks them, cards from 800T A2 on have them" if first else None
 
 
+def _wrong_type(dtype: ms.Type) -> str:
+    return f"compute_dtype {str(dtype).lower()}; the kernel takes float16 and bfloat16"
+
+
 class FloatStatus(nn.Cell):
     """Reads the float status register and clears it. `depend` orders these operators, which share no data."""
 
@@ -95,6 +107,10 @@ class FusedRMSNormalize(nn.Cell):
         self.normalize, self.cast = RmsNorm(eps), ops.Cast()
 
     @staticmethod
+    def why_not(cell: RMSNormalize, dtype: ms.Type) -> None:
+        return None
+
+    @staticmethod
     def replacing(cell: RMSNormalize, dtype: ms.Type) -> FusedRMSNormalize:
         return FusedRMSNormalize(cell.eps)
 
@@ -121,9 +137,12 @@ class FusedRotary(nn.Cell):
         self.turn, self.reshape = RotaryPositionEmbedding(), ops.Reshape()
 
     @staticmethod
-    def replacing(cell: ApplyRotary, dtype: ms.Type) -> FusedRotary | str:
-        if cell.head_dim > FusedRotary.MAX_HEAD_DIM:
-            return f"kv_channels {cell.head_dim} is above {FusedRotary.MAX_HEAD_DIM}"
+    def why_not(cell: ApplyRotary, dtype: ms.Type) -> str | None:
+        largest = FusedRotary.MAX_HEAD_DIM
+        return f"kv_channels {cell.head_dim} is above {largest}" if cell.head_dim > largest else None
+
+    @staticmethod
+    def replacing(cell: ApplyRotary, dtype: ms.Type) -> FusedRotary:
         return FusedRotary()
 
     def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -143,7 +162,6 @@ class FlashAttention(nn.Cell):
     """
 
     HEAD_DIM_UNIT, MAX_HEAD_DIM = 16, 512
-    DTYPES = (ms.float16, ms.bfloat16)
     LAYOUT = "BSND"
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
@@ -154,14 +172,18 @@ class FlashAttention(nn.Cell):
         self.hidden, self.reshape, self.cast = ops.Less(), ops.Reshape(), ops.Cast()
 
     @staticmethod
-    def replacing(cell: HeadGroups, dtype: ms.Type) -> FlashAttention | str:
+    def why_not(cell: HeadGroups, dtype: ms.Type) -> str | None:
         unit, largest = FlashAttention.HEAD_DIM_UNIT, FlashAttention.MAX_HEAD_DIM
-        if dtype not in FlashAttention.DTYPES:
-            return f"compute_dtype {str(dtype).lower()}; the kernel takes float16 and bfloat16"
+        if dtype not in HALF_TYPES:
+            return _wrong_type(dtype)
         if cell.dropout is not None:
             return "attention_dropout is above 0"
         if cell.head_dim % unit or cell.head_dim > largest:
             return f"kv_channels {cell.head_dim}; must be a multiple of {unit} up to {largest}"
+        return None
+
+    @staticmethod
+    def replacing(cell: HeadGroups, dtype: ms.Type) -> FlashAttention:
         return FlashAttention(cell.num_heads, cell.head_dim)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, seeds: Tensor | None = None) -> Tensor:
@@ -212,12 +234,14 @@ class PagedFlashAttention(CachedAttention):
         self.query_width, self.key_width = num_heads * head_dim, num_groups * head_dim
 
     @staticmethod
-    def replacing(cell: CachedAttention, dtype: ms.Type) -> PagedFlashAttention | str:
-        largest, reason = PagedFlashAttention.MAX_HEAD_DIM, FlashAttention.replacing(cell, dtype)
-        if isinstance(reason, str):
-            return reason
-        if cell.head_dim > largest:
+    def why_not(cell: CachedAttention, dtype: ms.Type) -> str | None:
+        largest, reason = PagedFlashAttention.MAX_HEAD_DIM, FlashAttention.why_not(cell, dtype)
+        if reason is None and cell.head_dim > largest:
             return f"kv_channels {cell.head_dim} is above {largest}"
+        return reason
+
+    @staticmethod
+    def replacing(cell: CachedAttention, dtype: ms.Type) -> PagedFlashAttention:
         return PagedFlashAttention(cell.num_heads, cell.num_groups, cell.head_dim)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, cache: tuple) -> Tensor:
@@ -239,3 +263,77 @@ class PagedFlashAttention(CachedAttention):
         query = self.reshape(ops.depend(query, stored), (batch * length, 1, self.query_width))
         mixed = self.paged(query, keys, values, blocks, cache[6])
         return self.reshape(mixed, (batch, length, self.query_width))
+
+
+class FusedProduct(nn.Cell):
+    """`QuantizedProduct` by WeightQuantBatchMatmul, which reads the integers and multiplies them by scales inside.
+
+    It has the integers in the order of the kernel, and scales of the type of x: those of 8 bits are rounded from
+    float32. It has no gradient.
+
+    Args:
+        weight, scale: as `product`, a WeightQuantBatchMatmul, takes them.
+        dtype: type of the product.
+    """
+
+    trains = False
+    LARGEST = 65535  # inputs and outputs
+
+    def __init__(self, product: Any, weight: Tensor, scale: np.ndarray, dtype: ms.Type) -> None:
+        super().__init__()
+        self.product, self.dtype = product, dtype
+        self.weight = Parameter(weight, name="weight", requires_grad=False)
+        self.scale = Parameter(Tensor(scale, dtype), name="scale", requires_grad=False)
+        self.cast = ops.Cast()
+
+    @classmethod
+    def why_not(cls, cell: QuantizedProduct, dtype: ms.Type) -> str | None:
+        if dtype not in HALF_TYPES:
+            return _wrong_type(dtype)
+        if max(cell.in_features, cell.out_features) > cls.LARGEST:
+            return f"{cell.in_features} inputs and {cell.out_features} outputs; the kernel takes up to {cls.LARGEST}"
+        return None
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [M, in] -> [M, out] of the type `dtype`."""
+        return self.product(self.cast(x, self.dtype), self.weight, self.scale, None, None, None, None)
+
+
+class FusedInt8Product(FusedProduct):
+    """Integers int8 [out, in], a scale for each output."""
+
+    # Normal numbers of float16; smaller ones lose digits.
+    SCALES = 2.0**-14, 65504.0
+
+    @classmethod
+    def why_not(cls, cell: QuantizedProduct, dtype: ms.Type) -> str | None:
+        reason = super().why_not(cell, dtype)
+        if reason is None and dtype == ms.float16:
+            scale, (smallest, largest) = cell.scale.asnumpy(), cls.SCALES
+            if scale[scale != 0].min(initial=1.0) < smallest or scale.max(initial=0.0) > largest:
+                return "a scale is no normal number of float16; compute in bfloat16"
+        return reason
+
+    @staticmethod
+    def replacing(cell: Int8Product, dtype: ms.Type) -> FusedInt8Product:
+        integers, scale = unpack_int8(cell.packed())
+        return FusedInt8Product(WeightQuantBatchMatmul(transpose_weight=True), Tensor(integers), scale, dtype)
+
+
+class FusedInt4Product(FusedProduct):
+    """Integers of 4 bits [in, out], two outputs in a byte; scales [in / group, out]."""
+
+    @classmethod
+    def why_not(cls, cell: QuantizedProduct, dtype: ms.Type) -> str | None:
+        reason = super().why_not(cell, dtype)
+        if reason is None and cell.out_features % 2:
+            return f"{cell.out_features} outputs; the kernel takes even numbers"
+        if reason is None and cell.group >= cell.in_features:
+            return f"groups of {cell.group} of {cell.in_features} inputs; the kernel takes smaller groups"
+        return reason
+
+    @staticmethod
+    def replacing(cell: Int4Product, dtype: ms.Type) -> FusedInt4Product:
+        packed, product = cell.packed(), WeightQuantBatchMatmul(antiquant_group_size=cell.group)
+        scale = np.ascontiguousarray(unpack_scales(packed).T)
+        return FusedInt4Product(product, Tensor(pairs_of_outputs(packed), ms.qint4x2), scale, dtype)

@@ -83,8 +83,34 @@ def unpack_int4(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
     panels, blocks = packed.data.shape[:2]
     values = np.concatenate([packed.data & 15, packed.data >> 4], axis=-1).astype(np.int8) - 8
     rows = values.transpose(0, 2, 1, 3).reshape(panels * PANEL, blocks * 8)
-    scales = packed.scale.transpose(0, 2, 1).reshape(panels * PANEL, -1)
-    return np.ascontiguousarray(rows[:n, :k]), np.ascontiguousarray(scales[:n])
+    return np.ascontiguousarray(rows[:n, :k]), unpack_scales(packed)
+
+
+def unpack_scales(packed: Packed) -> np.ndarray:
+    """Float16 scales [n, ceil(k / group)] of `pack_int4`."""
+    panels, groups = packed.scale.shape[:2]
+    scales = packed.scale.transpose(0, 2, 1).reshape(panels * PANEL, groups)
+    return np.ascontiguousarray(scales[: packed.shape[0]])
+
+
+def pairs_of_outputs(packed: Packed) -> np.ndarray:
+    """The integers of `pack_int4` as int8 [k, n / 2] in two's complement: output 2i in the low nibble of byte i, output
+    2i + 1 in the high one. Raises ValueError for an odd n."""
+    n, k = packed.shape
+    if n % 2:
+        raise ValueError(f"{n} outputs: an odd number has no pairs")
+    panels, blocks = packed.data.shape[:2]
+    words, low = packed.data.view(np.uint32)[..., 0], np.uint32(0x0F0F0F0F)  # four bytes at a time
+    even, odd = words[:, :, 0::2], words[:, :, 1::2]
+    both = np.empty((panels, blocks, 2, 8), np.uint32)  # inputs j and j + 4 of a block
+    both[:, :, 0] = even & low | (odd & low) << np.uint32(4)
+    both[:, :, 1] = even >> np.uint32(4) & low | odd & ~low
+    values = both.view(np.uint8).reshape(panels, blocks, 2, 8, 4)
+    rows = np.empty((blocks, 2, 4, panels, 8), np.uint8)
+    for j in range(4):
+        rows[:, :, j] = values[..., j].transpose(1, 2, 0, 3)
+    wanted = rows.reshape(blocks * 8, panels * PANEL // 2)[:k, : n // 2]
+    return np.ascontiguousarray(wanted ^ 0x88).view(np.int8)  # u = q + 8 -> q
 
 
 def dequantise(packed: Packed) -> np.ndarray:

@@ -13,7 +13,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from glm_ms.ops.packing import PANEL
+from glm_ms.ops.packing import PANEL, Packed
 
 Shape = tuple[int, ...]
 _TYPES = {"int8": ms.int8, "uint8": ms.uint8, "float32": ms.float32, "float16": ms.float16}
@@ -49,6 +49,11 @@ class QuantizedProduct(nn.Cell):
         self.scale = Parameter(initializer("zeros", scale, _TYPES[floats]), requires_grad=False)
         self.matmul, self.cast, self.cast_weight = ops.MatMul(transpose_b=True), ops.Cast(), ops.Cast()
         self.unpack, self.order, self.reshape, self.scale_up = ops.Cast(), ops.Transpose(), ops.Reshape(), ops.Mul()
+
+    def packed(self) -> Packed:
+        """The arrays of the parameters."""
+        shape = self.out_features, self.in_features
+        return Packed(self.weight.asnumpy(), self.scale.asnumpy(), shape, self.group)
 
     def matrix(self) -> Tensor:
         """W, float32 [out, in]."""

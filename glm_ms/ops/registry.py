@@ -16,11 +16,13 @@ from mindspore import nn
 from glm_ms.ops import ascend, training
 from glm_ms.ops.cpu import training as cpu_training
 from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, RMSNormalize, SwiGLU
+from glm_ms.ops.quantized import Int4Product, Int8Product
 
 PORTABLE = "portable"
 
 # (operator, device) -> class of the cell. A fused one takes the inputs of the portable one and gives its result but for
-# rounding. `replacing(cell, dtype)` returns the one for a portable cell and its compute type, or why there is none.
+# rounding. `why_not(cell, dtype)` says why it cannot replace a portable cell in a compute type, None if it can, and
+# `replacing(cell, dtype)` returns the one that does; `trains` False: it has no gradient.
 OPERATORS: dict[tuple[str, str], Any] = {
     ("RMS norm", PORTABLE): RMSNormalize,
     ("RMS norm", "Ascend"): ascend.FusedRMSNormalize,
@@ -30,6 +32,10 @@ OPERATORS: dict[tuple[str, str], Any] = {
     ("attention", "Ascend"): ascend.FlashAttention,
     ("cached attention", PORTABLE): CachedAttention,
     ("cached attention", "Ascend"): ascend.PagedFlashAttention,
+    ("int8 product", PORTABLE): Int8Product,
+    ("int8 product", "Ascend"): ascend.FusedInt8Product,
+    ("int4 product", PORTABLE): Int4Product,
+    ("int4 product", "Ascend"): ascend.FusedInt4Product,
 }
 
 # (operator, device) -> class, of operators of a training step. A kernel takes the inputs of the portable one and gives
@@ -71,6 +77,11 @@ def operators_of(name: str) -> dict[str, Any]:
     return {operator: cell for (operator, place), cell in OPERATORS.items() if place == name}
 
 
+def without_gradient() -> set[str]:
+    """Operators whose kernel of the current device cannot train."""
+    return {operator for operator, kernel in operators_of(device()).items() if not getattr(kernel, "trains", True)}
+
+
 def why_portable() -> str | None:
     """Why the current device runs portable operators; None if it has fused kernels."""
     name = device()
@@ -84,16 +95,17 @@ def fusable(network: nn.Cell, compute_dtype: ms.Type) -> set[str]:
     """Operators of a network that the current device has a kernel for, in their sizes and this type."""
     return {
         operator
-        for _, _, operator, kernel in _replacements(network, compute_dtype)
-        if not isinstance(kernel, str)
-    }  # fmt: skip
+        for parent, place, operator, kernel in _replacements(network)
+        if kernel.why_not(getattr(parent, place), compute_dtype) is None
+    }
 
 
 def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type, refused: Mapping[str, str] | None = None) -> list[str]:
     """Replaces every portable operator in a network by its fused kernel, if device and sizes allow it.
 
-    Parameters, their names and the results (but for rounding) stay as they are. Call it before the network is
-    compiled. Strategies of `glm_ms.parallel` are for portable operators: do not fuse a sharded network.
+    Names of parameters and the results (but for rounding) stay as they are; so do the parameters, but for those of
+    quantized products, which get the order of the kernel. Call it before the network is compiled. Strategies of
+    `glm_ms.parallel` are for portable operators: do not fuse a sharded network.
 
     Args:
         refused: operators that stay portable, and why.
@@ -106,12 +118,13 @@ def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type, refused: Mapping[str,
         return [f"portable operators: {reason}"]
     fused: Counter[str] = Counter()
     kept: Counter[tuple[str, str]] = Counter()
-    for parent, place, operator, kernel in list(_replacements(network, compute_dtype)):
-        why = kernel if isinstance(kernel, str) else (refused or {}).get(operator)
+    for parent, place, operator, kernel in list(_replacements(network)):
+        cell = getattr(parent, place)
+        why = kernel.why_not(cell, compute_dtype) or (refused or {}).get(operator)
         if why is not None:
             kept[operator, why] += 1
         else:
-            setattr(parent, place, kernel)
+            _replace(parent, place, kernel.replacing(cell, compute_dtype))
             fused[operator] += 1
     lines = [f"{operator}: fused kernel in {_cells(count)}" for operator, count in sorted(fused.items())]
     lines += [
@@ -120,16 +133,23 @@ def fuse_kernels(network: nn.Cell, compute_dtype: ms.Type, refused: Mapping[str,
     return lines or ["portable operators: the network has none that can be fused"]
 
 
-def _replacements(network: nn.Cell, compute_dtype: ms.Type) -> Iterator[tuple[nn.Cell, str, str, nn.Cell | str]]:
-    """Parent, attribute and name of every portable operator that the device has a kernel for, and that kernel or why it
-    does not fit."""
+def _replace(parent: nn.Cell, place: str, cell: nn.Cell) -> None:
+    """Puts a cell there; its parameters get the names of those in the same places of the one before."""
+    names = [parameter.name for parameter in getattr(parent, place).get_parameters()]
+    setattr(parent, place, cell)
+    for parameter, name in zip(cell.get_parameters(), names):
+        parameter.name = name
+
+
+def _replacements(network: nn.Cell) -> Iterator[tuple[nn.Cell, str, str, Any]]:
+    """Parent, attribute and name of every portable operator that the device has a kernel for, and its class."""
     kernels = operators_of(device())
     operators = {cell: name for name, cell in operators_of(PORTABLE).items() if name in kernels}
     for _, parent in network.cells_and_names():
         for place, cell in parent.name_cells().items():
             operator = operators.get(type(cell))
             if operator is not None:
-                yield parent, place, operator, kernels[operator].replacing(cell, compute_dtype)
+                yield parent, place, operator, kernels[operator]
 
 
 def _cells(count: int) -> str:

@@ -90,8 +90,8 @@ class ContextSettings:
         pattern=r"\d+(\.\d+)?GB", example="58GB"
     )  # fmt: skip
     use_fused_kernels: Union[Literal["auto"], bool] = key(
-        AUTO, "Ascend kernels for norm, rotation, attention; auto: those that agree with the portable operators on "
-        "this card in the sizes of this run, compared once; True: all, see tools/check_device.py"
+        AUTO, "Ascend kernels for norm, rotation, attention, quantized products; auto: those that agree with the "
+        "portable operators on this card in the sizes of this run, compared once; True: all, see tools/check_device.py"
     )  # fmt: skip
 
 

@@ -15,13 +15,17 @@ from mindspore import Tensor, nn, ops
 
 from glm_ms.engine.weights import kernel_use
 from glm_ms.kernels import choice
+from glm_ms.kernels.cases import Product
 from glm_ms.kernels.choice import machine, use_kernels
 from glm_ms.kernels.remembered import file_for
-from glm_ms.kernels.run_checks import Use, run_checks
+from glm_ms.kernels.run_checks import Use, products_of, run_checks
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.ops import ascend, registry
 from glm_ms.ops.portable import ApplyRotary, RMSNormalize
+from glm_ms.ops.quantized import Int8Product
+from glm_ms.quant import Quantization
+from glm_ms.quant.network import quantize_network
 from glm_ms.settings import load_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -30,6 +34,7 @@ CONFIG = GLMConfig(
     num_layers=2, padded_vocab_size=64, hidden_size=64, ffn_hidden_size=96, kv_channels=16, num_attention_heads=4,
     multi_query_group_num=2, seq_length=32
 )  # fmt: skip
+PRODUCTS = [Product(8, 64, 96, 0), Product(4, 64, 96, 32)]
 TRAINING, SERVING = Use(rows=4, length=16, trains=True), Use(slots=3, context=32)
 
 
@@ -42,8 +47,12 @@ class Kernel(nn.Cell):
         super().__init__()
         self.eps, self.scale = eps, self.factor
 
+    @staticmethod
+    def why_not(cell: RMSNormalize, dtype: ms.Type) -> str | None:
+        return None
+
     @classmethod
-    def replacing(cls, cell: RMSNormalize, dtype: ms.Type) -> nn.Cell | str:
+    def replacing(cls, cell: RMSNormalize, dtype: ms.Type) -> nn.Cell:
         return cls(cell.eps)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -59,10 +68,6 @@ class NotANumber(Kernel):
 
 
 class Raises(Kernel):
-    @classmethod
-    def replacing(cls, cell: RMSNormalize, dtype: ms.Type) -> nn.Cell | str:
-        return cls(cell.eps)
-
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         raise RuntimeError("Unsupported op [RmsNorm]\n----\n- C++ Call Stack: x.cc:1")
 
@@ -76,15 +81,34 @@ class WrongGradient(Kernel):
 
 
 class Refuses(Kernel):
-    @classmethod
-    def replacing(cls, cell: RMSNormalize, dtype: ms.Type) -> nn.Cell | str:
+    @staticmethod
+    def why_not(cell: RMSNormalize, dtype: ms.Type) -> str | None:
         return "float16 only"
 
 
 class SameRotary(ApplyRotary):
     @staticmethod
-    def replacing(cell: ApplyRotary, dtype: ms.Type) -> nn.Cell | str:
+    def why_not(cell: ApplyRotary, dtype: ms.Type) -> None:
+        return None
+
+    @staticmethod
+    def replacing(cell: ApplyRotary, dtype: ms.Type) -> nn.Cell:
         return SameRotary(cell.head_dim, dtype)
+
+
+class SameInt8(Int8Product):
+    trains = False
+
+    @staticmethod
+    def why_not(cell: Int8Product, dtype: ms.Type) -> None:
+        return None
+
+    @staticmethod
+    def replacing(cell: Int8Product, dtype: ms.Type) -> nn.Cell:
+        same = SameInt8(cell.in_features, cell.out_features, dtype)
+        for one, other in zip(same.get_parameters(), cell.get_parameters()):
+            one.set_data(other)
+        return same
 
 
 class Chosen:
@@ -98,9 +122,13 @@ class Chosen:
         """Makes the CPU a device that has this kernel."""
         self.monkeypatch.setitem(registry.OPERATORS, (operator, "CPU"), cell)
 
-    def __call__(self, use: Use = SERVING, wanted: Any = "auto", **options: Any) -> list[type]:
+    def __call__(
+        self, use: Use = SERVING, wanted: Any = "auto", quantization: Quantization | None = None, **options: Any
+    ) -> list[type]:
         """Kinds of the cells of a network; its lines replace those of the one before."""
         network = GLMNetwork(CONFIG)
+        if quantization is not None:
+            quantize_network(network, quantization)
         self.lines.clear()
         use_kernels(network, CONFIG, use, wanted, self.lines.append, **options)
         return [type(cell) for _, cell in network.cells_and_names()]
@@ -251,10 +279,35 @@ def test_sizes_and_types_of_a_server() -> None:
     ]
 
 
+def test_quantized_products_of_a_network() -> None:
+    network = GLMNetwork(CONFIG)
+    assert products_of(network) == set()
+    quantize_network(network, Quantization(4, 32))
+    products = products_of(network)
+    assert products == {
+        Product(4, 64, 128, 32), Product(4, 64, 64, 32), Product(4, 64, 192, 32), Product(4, 96, 64, 32)
+    }  # fmt: skip
+    found = [check for check in run_checks(CONFIG, Use(slots=3, context=200), products) if "int4" in check.operator]
+    assert len(found) == 8
+    assert found[0].name == "int4 product of 3x64 to 64, groups of 32, float32"
+    assert found[1].build().inputs[0].shape == (32, 64)
+    wide = run_checks(CONFIG, Use(rows=8, length=100), [Product(8, 64, 65024, 0)])[-1]
+    assert wide.name == "int8 product of 200x64 to 16384, float32"
+
+
+@pytest.mark.parametrize("wanted", ["auto", True])
+def test_a_kernel_without_gradient_does_not_train(chosen: Chosen, wanted: Any) -> None:
+    chosen.kernel(SameInt8, "int8 product")
+    assert chosen(SERVING, wanted, Quantization(8)).count(SameInt8) == 9
+    kinds = chosen(TRAINING, wanted, Quantization(8))
+    assert (kinds.count(SameInt8), kinds.count(Int8Product)) == (0, 9)
+    assert not chosen.lines or chosen.lines == ["int8 product: portable operator in 9 cells (it has no gradient)"]
+
+
 def test_every_operator_is_compared() -> None:
     """A kernel without a comparison would never be used."""
     use = Use(rows=1, length=4, slots=1, context=4)
-    assert {check.operator for check in run_checks(CONFIG, use)} == set(registry.operators_of("Ascend"))
+    assert {check.operator for check in run_checks(CONFIG, use, PRODUCTS)} == set(registry.operators_of("Ascend"))
 
 
 @pytest.mark.parametrize("operator", slow_unless(["rotary embedding"], sorted(registry.operators_of("Ascend"))))
@@ -263,12 +316,16 @@ def test_comparisons_of_every_operator_run(chosen: Chosen, operator: str) -> Non
 
     class Same:
         @staticmethod
+        def why_not(cell: nn.Cell, dtype: ms.Type) -> None:
+            return None
+
+        @staticmethod
         def replacing(cell: nn.Cell, dtype: ms.Type) -> nn.Cell:
             return cell
 
     chosen.kernel(Same, operator)
     use = Use(rows=2, length=8, prefix=3, trains=True, slots=2, context=40)
-    for check in run_checks(CONFIG, use):
+    for check in run_checks(CONFIG, use, PRODUCTS):
         if check.operator == operator:
             outcome = check.run()
             assert outcome.agrees, outcome

@@ -8,14 +8,17 @@ import rig
 from mindspore import Tensor, nn, ops
 
 from glm_ms.generation.pages import PAGE
-from glm_ms.kernels.cases import OverPages
+from glm_ms.kernels.cases import OverPages, Product, product_case
 from glm_ms.model.cache import BlockCache, CopyPages, KVCache, PagedGLM, WritePage
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.model.loss import GLMWithLoss
 from glm_ms.ops import ascend
-from glm_ms.ops.registry import fuse_kernels
+from glm_ms.ops.registry import OPERATORS, fuse_kernels
+from glm_ms.quant import Quantization
+from glm_ms.quant.network import quantize_network
 
+ALIVE: list[nn.Cell] = []  # the graph parser knows cells by their address
 BATCH, LENGTH, HEADS, GROUPS, DIM, HIDDEN, CAPACITY = 2, 6, 4, 2, 16, 64, 16
 
 
@@ -50,7 +53,7 @@ class Step(nn.Cell):
 
 
 def cases(dtype: ms.Type) -> list[tuple[str, type, tuple, tuple[Tensor, ...]]]:
-    """Name, class, arguments, inputs."""
+    """Name, class or what makes the cell, arguments, inputs."""
     half = dtype != ms.float32
     rows = (BATCH, LENGTH, HIDDEN)
     heads, table = (BATCH, LENGTH, HEADS, DIM), (BATCH, LENGTH, 1, DIM)
@@ -85,6 +88,12 @@ def cases(dtype: ms.Type) -> list[tuple[str, type, tuple, tuple[Tensor, ...]]]:
                 tensor(BATCH, 1, length, 2 * PAGE, dtype=ms.float32)
             )
         ))  # fmt: skip
+    for product in (Product(8, HIDDEN, 96, 0), Product(4, HIDDEN, 96, 32)):
+        case = product_case(product, BATCH * LENGTH, np.random.default_rng(0))
+        fused = OPERATORS[case.operator, "Ascend"].replacing(case.portable(dtype), dtype)
+        found.append(
+            (f"int{product.bits}", lambda cell: cell, (fused,), (tensor(BATCH * LENGTH, HIDDEN, dtype=dtype),))
+        )
     query = tensor(BATCH, 1, HEADS, DIM, dtype=dtype)
     bias = tensor(BATCH, 1, 1, LENGTH, dtype=ms.float32)
     found.append(("flash_step", ascend.FlashAttention, (HEADS, DIM), (query, *qkv[1:], bias)))
@@ -127,6 +136,25 @@ def compile_networks() -> None:
         print(f"OK paged {name}", flush=True)
 
 
+def compile_quantized() -> None:
+    """Networks with quantized weights. In float32, which the kernel does not take, products stay portable."""
+    for name in ("float32", "float16", "bfloat16"):
+        for quantization in (Quantization(8), Quantization(4, 32)):
+            config = GLMConfig(
+                num_layers=2, padded_vocab_size=64, hidden_size=HIDDEN, ffn_hidden_size=96, kv_channels=DIM,
+                num_attention_heads=HEADS, multi_query_group_num=GROUPS, seq_length=32, compute_dtype=name
+            )  # fmt: skip
+            network = GLMNetwork(config)
+            quantize_network(network, quantization)
+            lines = fuse_kernels(network, getattr(ms, name))
+            fused = f"int{quantization.bits} product: fused kernel in 9 cells" in lines
+            assert fused == (name != "float32"), lines
+            ids, slots = Tensor(np.ones((BATCH, LENGTH), np.int32)), Tensor(np.arange(LENGTH, dtype=np.int32))
+            ALIVE.append(network)
+            network.compile(ids, ids, ids, slots)
+            print(f"OK int{quantization.bits} {name}", flush=True)
+
+
 def compile_pages(network: GLMNetwork, config: GLMConfig) -> list[nn.Cell]:
     """A chunk of a prompt, a step, a copy and a write over the pages of a cache."""
     whole = config.compute_dtype != "float32"
@@ -155,9 +183,10 @@ for dtype in (ms.float32, ms.float16, ms.bfloat16):
     for name, kind, arguments, inputs in cases(dtype):
         kind(*arguments).compile(*inputs)
         print(f"OK forward {name} {dtype}", flush=True)
-        if kind is OverPages:
+        if kind is OverPages or name.startswith("int"):
             continue
         Gradients(kind(*arguments)).compile(*inputs)
         print(f"OK backward {name} {dtype}", flush=True)
 compile_networks()
+compile_quantized()
 rig.done()

@@ -17,6 +17,8 @@ from glm_ms.model.cache import BlockCache, PagedGLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.ops.registry import fuse_kernels
+from glm_ms.quant import Quantization
+from glm_ms.quant.network import quantize_network
 
 BATCH, LENGTH = 2, 6
 SIZES = {
@@ -63,12 +65,17 @@ def prefill(network: GLMNetwork) -> tuple[nn.Cell, list[Tensor | None]]:
 
 rig.start()
 alive = []  # the graph parser knows cells by their address
-for weights in ("float32", "float16"):
-    for build in (step, prefill, training):
+for weights, quantization in (
+    ("float32", None), ("float16", None), ("int8", Quantization(8)), ("int4", Quantization(4, 32))
+):  # fmt: skip
+    for build in (step, prefill, training) if quantization is None else (step,):
         counts: list[Counter[str]] = []
         for layers in (1, 2):
-            config = GLMConfig(num_layers=layers, compute_dtype="float16", param_init_type=weights, **SIZES)
+            kind = "float16" if quantization else weights
+            config = GLMConfig(num_layers=layers, compute_dtype="float16", param_init_type=kind, **SIZES)
             network = GLMNetwork(config)
+            if quantization is not None:
+                quantize_network(network, quantization)
             fuse_kernels(network, ms.float16)
             cell, inputs = build(network)
             folder = Path("graphs").resolve() / f"{weights}_{build.__name__}_{layers}"

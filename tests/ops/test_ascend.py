@@ -25,9 +25,12 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.ops import ascend, registry
 from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, RMSNormalize
+from glm_ms.ops.quantized import Int4Product, Int8Product
 from glm_ms.peft.adapter import AdapterError, StoredAdapter
 from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.peft.rows import AdapterBounds
+from glm_ms.quant import Quantization
+from glm_ms.quant.network import quantize_network
 from glm_ms.selfcheck.kernels import fused_rows
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -115,6 +118,30 @@ class PagedByFormula(nn.Cell):
         return ops.matmul(ops.softmax(scores, -1), value).reshape(query.shape)
 
 
+class WeightByFormula(nn.Cell):
+    """aclnnWeightQuantBatchMatmulV2 without offsets: x times weight * scale. The weight is int8 [out, in], told to be
+    transposed, with scales [out]; or int4 [in, out], of two outputs the first in the low nibble, with scales
+    [in / group, out]."""
+
+    def __init__(self, kernel: nn.Cell) -> None:
+        super().__init__()
+        assert not kernel.transpose_x
+        self.transposed, self.group = kernel.transpose_weight, kernel.antiquant_group_size
+
+    def construct(self, x: Tensor, weight: Tensor, scale: Tensor, *unused: None) -> Tensor:
+        assert unused == (None,) * 4
+        assert scale.dtype == x.dtype
+        values, factors = weight.asnumpy(), scale.asnumpy()
+        if self.transposed:
+            assert (weight.dtype, self.group, factors.shape) == (ms.int8, 0, values.shape[:1])
+            matrix = values.T * factors
+        else:
+            assert weight.dtype == ms.qint4x2
+            values = np.stack([(values << 4) >> 4, values >> 4], -1).reshape(len(values), -1)
+            matrix = values * np.repeat(factors, self.group, axis=0)[: len(values)]
+        return ops.matmul(x, Tensor(matrix.astype(np.float32)))
+
+
 def with_stand_in(cell: nn.Cell) -> nn.Cell:
     """A fused cell whose kernel is replaced by its formula, told what the cell told the kernel."""
     if isinstance(cell, OverPages):
@@ -137,6 +164,10 @@ def with_stand_in(cell: nn.Cell) -> nn.Cell:
         assert kernel.keep_prob == 1.0
         del cell.attention
         cell.attention = FlashByFormula(kernel.head_num, kernel.scale_value, cell.LAYOUT)
+    elif isinstance(cell, ascend.FusedProduct):
+        kernel = cell.product
+        del cell.product
+        cell.product = WeightByFormula(kernel)
     return cell
 
 
@@ -168,7 +199,7 @@ class Weighed(nn.Cell):
 def test_fused_cell_is_the_portable_operator(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layouts, scale, mask and modes that the fused cell passes on, forward and backward."""
     monkeypatch.setattr(registry, "device", lambda: "Ascend")
-    monkeypatch.setattr(ascend.FlashAttention, "DTYPES", (ms.float32,))
+    monkeypatch.setattr(ascend, "HALF_TYPES", (ms.float32,))
     inputs = case.tensors("float32")
     portable, fused = case.reference("float32"), with_stand_in(case.fused("float32"))
     expected, found = portable(*inputs), fused(*inputs)
@@ -250,7 +281,7 @@ def test_fusing_replaces_operators_and_keeps_parameters(monkeypatch: pytest.Monk
 def test_a_fused_network_gives_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network runs the cells that were put in, with the formulas in place of the kernels."""
     monkeypatch.setattr(registry, "device", lambda: "Ascend")
-    monkeypatch.setattr(ascend.FlashAttention, "DTYPES", (ms.float32,))
+    monkeypatch.setattr(ascend, "HALF_TYPES", (ms.float32,))
     network = tiny_network()
     ids = Tensor(np.random.default_rng(0).integers(0, 64, (2, 12)), ms.int32)
     mask = Tensor(np.array([[1] * 12, [0] * 5 + [1] * 7], np.int32))
@@ -268,11 +299,56 @@ def test_a_fused_network_gives_the_same_hidden_states(monkeypatch: pytest.Monkey
     np.testing.assert_allclose(found, expected, **LOGITS)
 
 
+@pytest.mark.usefixtures("call_by_call")
+@pytest.mark.parametrize("quantization", [Quantization(8), Quantization(4, 32)], ids=str)
+def test_a_fused_quantized_network_gives_the_same_hidden_states(
+    monkeypatch: pytest.MonkeyPatch, quantization: Quantization
+) -> None:
+    monkeypatch.setattr(registry, "device", lambda: "Ascend")
+    network = tiny_network()
+    quantize_network(network, quantization)
+    names = [parameter.name for parameter in network.get_parameters()]
+    ids, slots = Tensor(np.arange(12).reshape(2, 6) + 3, ms.int32), Tensor(np.arange(6), ms.int32)
+    inputs = ids, ops.ones_like(ids), Tensor(np.tile(np.arange(6, dtype=np.int32), (2, 1))), slots
+    expected = network(*inputs).asnumpy()
+    monkeypatch.setattr(ascend, "HALF_TYPES", (ms.float32,))
+    operator = f"int{quantization.bits} product"
+    assert f"{operator}: fused kernel in 9 cells" in registry.fuse_kernels(network, ms.float32)
+    assert [parameter.name for parameter in network.get_parameters()] == names
+    for _, cell in list(network.cells_and_names()):
+        if type(cell).__module__ == ascend.__name__:
+            with_stand_in(cell)
+    np.testing.assert_allclose(network(*inputs).asnumpy(), expected, **LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("product", "scale", "dtype", "reason"),
+    [
+        ((64, 32), 1.0, ms.float32, "compute_dtype float32; the kernel takes float16 and bfloat16"),
+        ((8, 65536), 1.0, ms.float16, "8 inputs and 65536 outputs; the kernel takes up to 65535"),
+        ((8, 16), 2.0**-15, ms.float16, "a scale is no normal number of float16; compute in bfloat16"),
+        ((8, 16), 65536.0, ms.float16, "a scale is no normal number of float16; compute in bfloat16"),
+        ((8, 16), 0.0, ms.float16, None),
+        ((8, 16), 2.0**-15, ms.bfloat16, None),
+        ((64, 33, 32), 1.0, ms.float16, "33 outputs; the kernel takes even numbers"),
+        ((64, 32, 64), 1.0, ms.float16, "groups of 64 of 64 inputs; the kernel takes smaller groups"),
+        ((65, 32, 64), 1.0, ms.float16, None),
+    ],
+)
+def test_products_that_the_kernel_cannot_take(
+    product: tuple[int, ...], scale: float, dtype: ms.Type, reason: str | None
+) -> None:
+    cell = (Int8Product if len(product) == 2 else Int4Product)(*product, dtype)
+    cell.scale.set_data(Tensor(np.full(cell.scale.shape, scale), cell.scale.dtype))
+    kernel = ascend.FusedInt8Product if len(product) == 2 else ascend.FusedInt4Product
+    assert kernel.why_not(cell, dtype) == reason
+
+
 @pytest.mark.slow
 def test_a_decoder_over_whole_pages_is_that_over_flat_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in chunks, steps, copies of pages, LoRA and a prefix, with the formulas in place of the kernels."""
     monkeypatch.setattr(registry, "device", lambda: "Ascend")
-    monkeypatch.setattr(ascend.FlashAttention, "DTYPES", (ms.float32,))
+    monkeypatch.setattr(ascend, "HALF_TYPES", (ms.float32,))
     networks = [tiny_network(seq_length=128) for _ in range(2)]
     rng = np.random.default_rng(0)
     for one, other in zip(*(network.get_parameters() for network in networks)):
@@ -341,8 +417,12 @@ class ToyNorm(nn.Cell):
         self.eps = eps
 
     @staticmethod
-    def replacing(cell: RMSNormalize, dtype: ms.Type) -> nn.Cell | str:
-        return ToyNorm(cell.eps) if dtype == ms.float32 else "float32 only"
+    def why_not(cell: RMSNormalize, dtype: ms.Type) -> str | None:
+        return None if dtype == ms.float32 else "float32 only"
+
+    @staticmethod
+    def replacing(cell: RMSNormalize, dtype: ms.Type) -> nn.Cell:
+        return ToyNorm(cell.eps)
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
         return x * ops.rsqrt((x * x).mean(-1, True) + self.eps) * weight
@@ -403,12 +483,12 @@ def test_mindspore_accepts_the_kernels(tmp_path: Path) -> None:
     passed = {line[3:] for line in result.stdout.splitlines() if line.startswith("OK ")}
     both = [f"{way} {name}" for way in ("forward", "backward") for name in ("norm", "norm_mixed", "rotary")]
     half = [f"{way} {name}" for way in ("forward", "backward") for name in ("flash", "flash_one_mask", "flash_step")]
-    half += ["forward pages", "forward pages_step"]
+    half += ["forward pages", "forward pages_step", "forward int8", "forward int4"]
     expected = {f"{name} {dtype}" for name in both for dtype in ("Float32", "Float16", "BFloat16")}
     expected |= {f"{name} {dtype}" for name in half for dtype in ("Float16", "BFloat16")}
     expected |= {
         f"{way} {dtype}"
-        for way in ("network", "prefill", "step", "paged")
+        for way in ("network", "prefill", "step", "paged", "int8", "int4")
         for dtype in ("float32", "float16", "bfloat16")
     }
     assert passed == expected

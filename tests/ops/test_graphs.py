@@ -24,6 +24,8 @@ _MOVES = ("Cast", "Transpose", "Reshape", "StridedSlice", "BroadcastTo", "Gather
 LIMITS = {
     ("float32", "step"): {"Cast": 9, "Reshape": 13, "StridedSlice": 4},
     ("float16", "step"): {"Reshape": 13, "StridedSlice": 4},
+    ("int8", "step"): {"Reshape": 13, "StridedSlice": 4},
+    ("int4", "step"): {"Reshape": 13, "StridedSlice": 4},
     ("float32", "prefill"): {"Cast": 9, "Reshape": 11, "StridedSlice": 4},
     ("float16", "prefill"): {"Reshape": 11, "StridedSlice": 4},
     ("float32", "training"): {"Cast": 18, "Reshape": 20, "StridedSlice": 4, "Concat": 1, "StridedSliceGrad": 4},
@@ -81,3 +83,6 @@ def test_a_block_has_no_more_operators_than_it_needs(tmp_path: Path) -> None:
         assert not over, f"{graph}, weights {weights}: more than {limits}: {over}"
         assert all(counts[name] == 1 for name in KERNELS[graph]), counts
         assert counts["RmsNorm"] == 2
+        if weights.startswith("int"):
+            assert counts["WeightQuantBatchMatmul"] == 4
+            assert "MatMul" not in counts

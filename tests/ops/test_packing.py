@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from glm_ms.ops.packing import dequantise, pack_int4, pack_int8, unpack_int4, unpack_int8
+from glm_ms.ops.packing import dequantise, pack_int4, pack_int8, pairs_of_outputs, unpack_int4, unpack_int8
 
 SHAPES = [(1, 1), (16, 4), (17, 5), (40, 96), (33, 130)]
 
@@ -40,6 +40,18 @@ def test_int4_is_found_again(shape: tuple[int, int], group: int):
     assert (byte >> 4 if last % 8 >= 4 else byte & 15) == values[-1, -1] + 8
     expected = values * np.repeat(scale.astype(np.float16).astype(np.float32), group, axis=1)[:, :k]
     np.testing.assert_array_equal(dequantise(packed), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (16, 32), (34, 130)])
+def test_pairs_of_outputs(shape: tuple[int, int]):
+    values = np.random.default_rng(2).integers(-8, 8, shape, dtype=np.int8)
+    packed = pack_int4(values, np.ones((shape[0], -(-shape[1] // 32))), 32)
+    pairs = pairs_of_outputs(packed)
+    assert (pairs.dtype, pairs.shape) == (np.int8, (shape[1], shape[0] // 2))
+    np.testing.assert_array_equal((pairs << 4) >> 4, values[0::2].T)  # shifts of int8 keep the sign
+    np.testing.assert_array_equal(pairs >> 4, values[1::2].T)
+    with pytest.raises(ValueError, match="1 outputs: an odd number"):
+        pairs_of_outputs(pack_int4(values[:1], np.ones((1, -(-shape[1] // 32))), 32))
 
 
 @pytest.mark.parametrize(
