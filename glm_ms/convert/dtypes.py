@@ -83,7 +83,9 @@ def check_finite(array: np.ndarray, dtype: str, what: str) -> None:
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     """Values (float32) of bfloat16 bit patterns (uint16), exact, same shape."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    values = bits.astype(np.uint32)
+    values <<= 16  # in place: a large weight is not in memory twice
+    return values.view(np.float32)
 
 
 def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:

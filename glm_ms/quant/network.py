@@ -10,16 +10,19 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
+from glm_ms.convert.dtypes import bfloat16_to_float32
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import OUTPUT_LAYER, Cells, GLMNetwork
 from glm_ms.model.layers import Embedding, Linear, build_linear
-from glm_ms.ops.packing import Packed, pack_int4, pack_int8
+from glm_ms.ops.packing import PANEL, Packed, pack_int4, pack_int8
 from glm_ms.ops.quantized import packed_shapes
 from glm_ms.quant import Quantization, QuantizationError
 from glm_ms.quant.algorithms import quantize_int4, quantize_int8
 from glm_ms.quant.linear import QuantizedLinear
 
 WEIGHT, SCALE = "quantized.weight", "quantized.scale"
+# Outputs that are quantized and packed at a time: whole panels.
+_OUTPUTS = 64 * PANEL
 Importance = Mapping[str, np.ndarray]  # layer -> h of each of its inputs, see `glm_ms.quant.algorithms`
 
 
@@ -59,11 +62,28 @@ def replaced_shapes(
 def quantized_weight(
     name: str, weight: np.ndarray, quantization: Quantization, importance: np.ndarray | None = None
 ) -> Packed:
-    """The packed weight, of a weight [N, K]; for `importance` see `glm_ms.quant.algorithms`.
+    """The packed weight, of a weight [N, K] of a floating type or of bit patterns of bfloat16 (uint16).
+
+    Outputs are quantized and packed some at a time, so that the integers of all are never in memory besides. For
+    `importance` see `glm_ms.quant.algorithms`.
 
     Raises:
         QuantizationError: values are too large for float16 scales; the message says `name`.
     """
+    (rows, width), group = weight.shape, quantization.group
+    data, scale = (np.empty(*kind) for kind in packed_shapes(rows, width, *quantization.numbers))
+    for start in range(0, rows, _OUTPUTS):
+        part = weight[start : start + _OUTPUTS]
+        part = bfloat16_to_float32(part) if part.dtype == np.uint16 else part
+        packed = _packed(name, part, quantization, importance)
+        place = start // PANEL
+        data[place : place + len(packed.data)] = packed.data
+        place = place if group else start  # scales of 8 bits are not in panels
+        scale[place : place + len(packed.scale)] = packed.scale
+    return Packed(data, scale, (rows, width), group)
+
+
+def _packed(name: str, weight: np.ndarray, quantization: Quantization, importance: np.ndarray | None) -> Packed:
     if quantization.bits == 8:
         return pack_int8(*quantize_int8(weight, importance))
     q, scale = quantize_int4(weight, quantization.group, importance)
@@ -81,7 +101,7 @@ def quantized_parameters(
     """Name and array of every parameter, those of linear layers quantized; one weight in memory at a time.
 
     Args:
-        parameters: floating point, of a network with these `shapes`.
+        parameters: floating point, or bit patterns of bfloat16, of a network with these `shapes`.
 
     Raises QuantizationError as `quantized_weight`.
     """

@@ -75,7 +75,7 @@ class QuantizedCopy:
         document["quantization"] = description(self.quantization)
         with plan.reader, atomic_output(plan.output, folder=True, overwrite=plan.overwrite, parents=True) as work:
             check_space(work, plan.output, self.total_bytes)
-            read = ((name, plan.reader.read(name, self._read_as(name))) for name in plan.shapes)
+            read = ((name, plan.reader.read(name, self._read_as(name), mapped=True)) for name in plan.shapes)
             with (work / WEIGHTS).open("xb") as file:
                 write_header(file, tensors, {"format": "ms"}, _ALIGNMENT)
                 for name, array in quantized_parameters(read, plan.shapes, self.quantization, importance):
@@ -89,10 +89,10 @@ class QuantizedCopy:
         return self.quantization.embedding or "float32" if name == EMBEDDING else "float32"
 
     def _read_as(self, name: str) -> str:
-        """Large weights are read as they are stored, if NumPy has the type: in float32 they would take twice the
-        memory."""
+        """Weights to quantize are read as they are stored: in float32 they would take twice the memory."""
         if is_quantized(name, self.quantization, self.conversion.shapes):
-            return "float16" if self.conversion.reader.dtype(name) == "float16" else "float32"
+            stored = self.conversion.reader.dtype(name)
+            return stored if stored in ("float16", "bfloat16") else "float32"
         return self._stored_as(name)
 
 
