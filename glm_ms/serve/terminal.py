@@ -196,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_options(options, parser)
             if first and "system" not in tokenizer.roles:
                 parser.error(f"--system, --tools: {type(tokenizer).__name__} knows neither; leave them out")
+            _use_kernels(model)
             title = Path(given.model).resolve().name + (f" with {name}" if name else "")
             begin = rounds_of(model, tokenizer, options)
             terminal = Terminal(begin, first, bool(tokenizer.tools_of(first)), sys.stdout)
@@ -208,6 +209,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _use_kernels(model: GLMForCausalLM) -> None:
+    """Installs the fused kernels of the device that agree with the portable operators, for one answer at a time."""
+    from glm_ms.kernels.choice import AUTO, use_kernels
+    from glm_ms.kernels.run_checks import Use
+
+    use = Use(slots=1, context=model.config.seq_length)
+    use_kernels(model.network, model.config, use, AUTO, lambda line: print(line, file=sys.stderr))
 
 
 def check_options(options: dict[str, Any], parser: Parser) -> None:

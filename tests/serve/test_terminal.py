@@ -17,10 +17,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mindspore as ms
 import pytest
+from mindspore import nn
 from safetensors.numpy import load_file, save_file
 
 from glm_ms.generation.chat import ConversationTooLongError
+from glm_ms.ops import registry
+from glm_ms.ops.portable import RMSNormalize
 from glm_ms.serve import terminal
 from glm_ms.serve.terminal import Terminal, main, without_oldest_round
 from glm_ms.tokenizer import ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -260,6 +264,33 @@ def test_a_pipe(model_folder: Path) -> None:
     assert done.stdout.endswith("[cut at 3 tokens]\n")
     assert "Type a message" not in done.stdout
     assert done.stderr == ""
+
+
+def test_kernels_of_the_device_are_used(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Kernel(RMSNormalize):
+        calls = 0
+
+        @staticmethod
+        def why_not(cell: RMSNormalize, dtype: ms.Type) -> None:
+            return None
+
+        @staticmethod
+        def replacing(cell: RMSNormalize, dtype: ms.Type) -> nn.Cell:
+            Kernel.calls += 1
+            return Kernel(cell.eps)
+
+    monkeypatch.setitem(registry.OPERATORS, ("RMS norm", "CPU"), Kernel)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode())))
+    assert main(["--model", str(model_folder), "--greedy", "--max-new-tokens", "2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.endswith("[cut at 2 tokens]\n")
+    compared, chosen = shown.err.splitlines()
+    assert compared.startswith("comparing fused kernels with the portable operators")
+    norms = int(re.match(r"RMS norm: fused kernel in (\d+) cells; ", chosen)[1])
+    assert Kernel.calls == norms + 2  # and one in each comparison: of a chunk, and of a step
 
 
 @pytest.mark.parametrize("options", [{"max_new_tokens": -5}, {"temperature": float("nan")}, {"top_p": 2.0}])
