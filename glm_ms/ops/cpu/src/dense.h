@@ -7,17 +7,22 @@ struct WeightF32 {
     using Type = float;
     static Vec get(const float* p) { return load(p); }
     static Vec get(const float* p, int64_t count) { return load(p, count); }
+    static Part part(const float* p) { return part_load(p); }
 };
 struct WeightBF16 {
     using Type = uint16_t;
     static Vec get(const uint16_t* p) { return load_bf16(p); }
     static Vec get(const uint16_t* p, int64_t count) { return load_bf16(p, count); }
+    static Part part(const uint16_t* p) { return part_load_bf16(p); }
 };
 struct WeightF16 {
     using Type = uint16_t;
     static Vec get(const uint16_t* p) { return load_f16(p); }
     static Vec get(const uint16_t* p, int64_t count) { return load_f16(p, count); }
+    static Part part(const uint16_t* p) { return part_load_f16(p); }
 };
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline void finish(const Rows& rows, int64_t row, int64_t output, float value) {
     float* y = rows.y + row * rows.y_stride + output;
@@ -64,58 +69,50 @@ static inline void few_rows(const Matrix& weight, const Rows& rows) {
     });
 }
 
-constexpr int64_t K_BLOCK = 512;      // inputs for which a tile stays in the first cache
+// Inputs of a block: those of one part of some tiles stay in the first cache.
+constexpr int64_t K_BLOCK = PARTS > 1 ? 1024 : 512;
+constexpr int64_t GROUP = 2;          // tiles of outputs that share a tile of rows there
 constexpr int64_t OUTPUT_BLOCK = 48;  // outputs and rows whose weights, inputs and partial sums fit into the second
 constexpr int64_t ROW_BLOCK = 48;
-constexpr int64_t NARROW = 24;        // rows up to which the weight is not copied in blocks for several rows
-constexpr int64_t SLAB = 8 << 20;  // floats of the copy of x
+constexpr int64_t NARROW = 24;      // rows up to which the weight is not copied
+constexpr int64_t SLAB = 8 << 20;   // floats of the copy of x
 
-// Copies rows of `source`, `stride` apart, into [rows][width] of float32 for inputs [begin, begin + width).
+// Inputs [begin, begin + width) of `rows` rows, `stride` apart, as an operand of a tile that has `of` rows; the last
+// `of - rows` are zero, and so are inputs from k on. Parts are `part_stride` apart.
 template <class W>
-static inline void copy_block(
-    const typename W::Type* source, int64_t stride, int64_t rows, int64_t begin, int64_t width, int64_t k, float* to) {
-    int64_t whole = (begin + width <= k ? width : k - begin) / LANES * LANES;
-    for (int64_t row = 0; row < rows; ++row) {
+static inline void pack(
+    const typename W::Type* source, int64_t stride, int64_t rows, int64_t of, int64_t begin, int64_t width, int64_t k,
+    float* to, int64_t part_stride) {
+    const int64_t steps = width / LANES, known = smaller(width, k - begin) / LANES;
+    const auto put = [&](int64_t row, int64_t step, Vec value) {
+        for (int part = 0; part < PARTS; ++part)
+            part_store(to + part * part_stride + (step * of + row) * PART, part_of(value, part));
+    };
+    for (int64_t row = 0; row < of; ++row) {
         const typename W::Type* from = source + row * stride + begin;
-        for (int64_t i = 0; i < whole; i += LANES) store(to + row * width + i, W::get(from + i));
-        if (whole < width) store(to + row * width + whole, W::get(from + whole, k - begin - whole));
+        int64_t step = 0;
+        if (row < rows) {
+            for (; step < known; ++step) put(row, step, W::get(from + step * LANES));
+            if (step < steps) put(row, step, W::get(from + step * LANES, k - begin - step * LANES)), ++step;
+        }
+        for (; step < steps; ++step) put(row, step, zero());
     }
 }
 
-template <int R>
-static inline void tiles(
-    const float* x, const float* w, int64_t outputs, int64_t width, float* partial, bool fresh, int64_t rows) {
-    constexpr int64_t stride = OUTPUT_BLOCK * LANES;
-    for (int64_t output = 0; output < outputs; output += TILE_OUTPUTS)
-        for (int64_t row = 0; row < rows; row += R)
-            tile<R>(x + row * width, w + output * width, width, partial + row * stride + output * LANES, stride, fresh);
-}
-
-// Rows in pairs of tiles: the outputs of a tile are read once from the second cache for both.
-static inline void row_tiles(
-    const float* x, const float* w, int64_t rows, int64_t outputs, int64_t width, float* partial, bool fresh) {
-    constexpr int64_t stride = OUTPUT_BLOCK * LANES;
-    int64_t row = 0;
-    while (rows - row >= TILE_ROWS) {
-        int64_t take = rows - row >= 2 * TILE_ROWS ? 2 * TILE_ROWS : TILE_ROWS;
-        tiles<TILE_ROWS>(x + row * width, w, outputs, width, partial + row * stride, fresh, take);
-        row += take;
-    }
-    const float* rest = x + row * width;
-    float* to = partial + row * stride;
-    if (rows - row == 3) tiles<3>(rest, w, outputs, width, to, fresh, 3);
-    if (rows - row == 2) tiles<2>(rest, w, outputs, width, to, fresh, 2);
-    if (rows - row == 1) tiles<1>(rest, w, outputs, width, to, fresh, 1);
-}
-
-// The rows [0, count) of x in blocks [k / K_BLOCK][count][width], as `blocked` takes them.
+// The rows of x in blocks of K_BLOCK inputs and of ROW_BLOCK rows: [part][tile of rows].
 static inline void copy_rows(const Rows& rows, int64_t count, int64_t k, int64_t k_padded, float* to) {
-    parallel_for(count, 4, [&](int64_t begin, int64_t end) {
-        for (int64_t first = 0; first < k_padded; first += K_BLOCK) {
-            int64_t width = k_padded - first < K_BLOCK ? k_padded - first : K_BLOCK;
-            const float* source = rows.x + begin * rows.x_stride;
-            float* block = to + first * count + begin * width;
-            copy_block<WeightF32>(source, rows.x_stride, end - begin, first, width, k, block);
+    int64_t k_blocks = (k_padded + K_BLOCK - 1) / K_BLOCK, row_blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
+    parallel_for(k_blocks * row_blocks, 1 + 8 / count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            int64_t first = i / row_blocks * K_BLOCK, top = i % row_blocks * ROW_BLOCK;
+            int64_t height = smaller(count - top, ROW_BLOCK), width = smaller(k_padded - first, K_BLOCK);
+            float* block = to + first * count + top * width;
+            const float* x = rows.x + top * rows.x_stride;
+            for (int64_t row = 0, take; row < height; row += take) {
+                take = tile_rows(height - row);
+                pack<WeightF32>(x + row * rows.x_stride, rows.x_stride, take, take, first, width, k,
+                                block + row * (width / PARTS), height * (width / PARTS));
+            }
         }
     });
 }
@@ -140,18 +137,44 @@ struct Ahead {
     }
 };
 
-template <int R>
-static inline void narrow_tiles(
-    const float* x, const float* w, int64_t rows, int64_t width, float* partial, bool fresh, Ahead& ahead) {
-    constexpr int64_t stride = TILE_OUTPUTS * LANES;
-    if constexpr (R > 0) {
-        int64_t row = 0;
-        // Not R rows and then a single one, which would wait for its own sums: rather two smaller tiles.
-        for (; row + R <= rows && (R <= 2 || rows - row != R + 1); row += R) {
-            ahead.step();
-            tile<R>(x + row * width, w, width, partial + row * stride, stride, fresh);
+// Weights of one part of a tile as the network has them, `stride` apart.
+template <class W>
+struct RowMajor {
+    const typename W::Type* w;
+    int64_t stride;
+    Part at(int64_t step, int output) const { return W::part(w + output * stride + step * LANES); }
+};
+
+// `group` tiles of outputs for `rows` rows and `width` inputs. x: [part][tile of rows], partial: [part][tile of rows]
+// [tile of outputs], weights(part, tile): an operand of `tile`.
+template <class F>
+static inline void tiles(
+    const float* x, int64_t rows, int64_t group, int64_t width, float* partial, bool fresh, Ahead& ahead,
+    const F& weights) {
+    for (int part = 0; part < PARTS; ++part)
+        for (int64_t row = 0, take; row < rows; row += take) {
+            take = tile_rows(rows - row);
+            for (int64_t i = 0; i < group; ++i, partial += take * TILE_OUTPUTS * PART) {
+                ahead.step();
+                any_tile(take, x, weights(part, i), width / LANES, partial, fresh);
+            }
+            x += take * (width / PARTS);
         }
-        narrow_tiles<R - 1>(x + row * width, w, rows - row, width, partial + row * stride, fresh, ahead);
+}
+
+// Adds the partial sums of `tiles` and writes the results.
+static inline void finish_tiles(
+    const Rows& to, int64_t first, int64_t rows, int64_t output, int64_t outputs, int64_t group, const float* partial) {
+    const int64_t part_stride = rows * group * TILE_OUTPUTS * PART;
+    for (int64_t row = 0, take; row < rows; row += take) {
+        take = tile_rows(rows - row);
+        for (int64_t i = 0; i < group; ++i)
+            for (int64_t r = 0; r < take; ++r, partial += TILE_OUTPUTS * PART) {
+                float sums[TILE_OUTPUTS];
+                sum_outputs(partial, part_stride, sums);
+                for (int64_t q = i * TILE_OUTPUTS; q < smaller((i + 1) * TILE_OUTPUTS, outputs); ++q)
+                    finish(to, first + row + r, output + q, sums[q - i * TILE_OUTPUTS]);
+            }
     }
 }
 
@@ -164,22 +187,28 @@ static void narrow_outputs(
     constexpr int64_t size = sizeof(*source);
     float* w = scratch_of<float>(WEIGHTS, TILE_OUTPUTS * K_BLOCK);
     float* partial = scratch_of<float>(PARTIALS, rows.count * TILE_OUTPUTS * LANES);
-    int64_t steps = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t steps = (rows.count + TILE_ROWS - 1) / TILE_ROWS * PARTS;
     for (int64_t first = 0; first < k_padded; first += K_BLOCK) {
-        int64_t width = k_padded - first < K_BLOCK ? k_padded - first : K_BLOCK;
-        copy_block<W>(source, weight.k, outputs, first, width, weight.k, w);
-        std::memset(w + outputs * width, 0, (TILE_OUTPUTS - outputs) * width * sizeof(float));
+        int64_t width = smaller(k_padded - first, K_BLOCK);
+        // A copy of the weight would cost as much as the products of a few rows: only borders are copied.
+        bool straight = outputs == TILE_OUTPUTS && first + width <= weight.k;
+        int64_t of_part = TILE_OUTPUTS * (width / PARTS);
+        if (!straight) pack<W>(source, weight.k, outputs, TILE_OUTPUTS, first, width, weight.k, w, of_part);
         int64_t left = weight.k - first - width;
         bool last = left <= 0;  // then the first piece of the next outputs
-        int64_t ahead_k = last ? weight.k : left;
         Ahead ahead(
             last ? source + outputs * weight.k : source + first + width, weight.k * size,
-            (ahead_k < K_BLOCK ? ahead_k : K_BLOCK) * size, last ? next : outputs, steps);
-        narrow_tiles<TILE_ROWS>(x + first * rows.count, w, rows.count, width, partial, first == 0, ahead);
+            smaller(last ? weight.k : left, K_BLOCK) * size, last ? next : outputs, steps);
+        const float* of_x = x + first * rows.count;
+        if (straight)
+            tiles(of_x, rows.count, 1, width, partial, first == 0, ahead, [&](int part, int64_t) {
+                return RowMajor<W>{source + first + part * PART, weight.k};
+            });
+        else
+            tiles(of_x, rows.count, 1, width, partial, first == 0, ahead,
+                  [&](int part, int64_t) { return Packed{w + part * of_part}; });
     }
-    for (int64_t row = 0; row < rows.count; ++row)
-        for (int64_t q = 0; q < outputs; ++q)
-            finish(rows, row, output + q, sum(load(partial + (row * TILE_OUTPUTS + q) * LANES)));
+    finish_tiles(rows, 0, rows.count, output, outputs, 1, partial);
 }
 
 template <class W>
@@ -204,25 +233,40 @@ template <class W>
 static void output_block(
     const Matrix& weight, const Rows& rows, const float* x, int64_t count, int64_t k_padded, int64_t output,
     int64_t outputs, int64_t begin, int64_t end) {
+    constexpr int64_t of_group = GROUP * TILE_OUTPUTS;
     const auto* source = (const typename W::Type*)weight.data + output * weight.k;
     int64_t padded = (outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS * TILE_OUTPUTS;
     bool once = end - begin <= ROW_BLOCK;  // a block of the weight is used once: it need not be kept
     float* w = scratch_of<float>(WEIGHTS, OUTPUT_BLOCK * (once ? K_BLOCK : k_padded));
     float* partial = scratch_of<float>(PARTIALS, ROW_BLOCK * OUTPUT_BLOCK * LANES);
     for (int64_t row = begin; row < end; row += ROW_BLOCK) {
-        int64_t height = end - row < ROW_BLOCK ? end - row : ROW_BLOCK;
+        int64_t height = smaller(end - row, ROW_BLOCK);
         for (int64_t first = 0; first < k_padded; first += K_BLOCK) {
-            int64_t width = k_padded - first < K_BLOCK ? k_padded - first : K_BLOCK;
+            int64_t width = smaller(k_padded - first, K_BLOCK);
             float* block = w + (once ? 0 : first * padded);
-            if (row == begin) {
-                copy_block<W>(source, weight.k, outputs, first, width, weight.k, block);
-                std::memset(block + outputs * width, 0, (padded - outputs) * width * sizeof(float));
+            for (int64_t place = 0; place < padded; place += of_group) {
+                int64_t group = smaller(padded - place, of_group) / TILE_OUTPUTS;
+                for (int64_t i = 0; row == begin && i < group; ++i) {
+                    int64_t at = place + i * TILE_OUTPUTS, of_tile = TILE_OUTPUTS * (width / PARTS);
+                    pack<W>(source + at * weight.k, weight.k, smaller(outputs - at, TILE_OUTPUTS), TILE_OUTPUTS, first,
+                            width, weight.k, block + place * width + i * of_tile, group * of_tile);
+                }
+                // The weights that are copied next.
+                int64_t next = place + of_group < padded ? place + of_group : 0, next_k = next ? first : first + width;
+                Ahead ahead(
+                    source + next * weight.k + next_k, weight.k * sizeof(*source),
+                    smaller(weight.k - next_k, K_BLOCK) * (int64_t)sizeof(*source),
+                    row == begin ? smaller(outputs - next, of_group) : 0,
+                    group * PARTS * ((height + TILE_ROWS - 1) / TILE_ROWS));
+                tiles(x + first * count + row * width, height, group, width, partial + place * height * LANES,
+                      first == 0, ahead, [&](int part, int64_t i) {
+                          return Packed{block + place * width + (part * group + i) * TILE_OUTPUTS * (width / PARTS)};
+                      });
             }
-            row_tiles(x + first * count + row * width, block, height, padded, width, partial, first == 0);
         }
-        for (int64_t r = 0; r < height; ++r)
-            for (int64_t q = 0; q < outputs; ++q)
-                finish(rows, row + r, output + q, sum(load(partial + (r * OUTPUT_BLOCK + q) * LANES)));
+        for (int64_t place = 0; place < padded; place += of_group)
+            finish_tiles(rows, row, height, output + place, smaller(outputs - place, of_group),
+                         smaller(padded - place, of_group) / TILE_OUTPUTS, partial + place * height * LANES);
     }
 }
 

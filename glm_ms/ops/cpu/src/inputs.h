@@ -53,8 +53,6 @@ private:
     const double* next_;
 };
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // An array of any float type, read as float32; lanes from `count` on are zero.
 static inline Vec load_as(const Array& array, int64_t at, int64_t count) {
     switch (array.type) {
