@@ -30,6 +30,14 @@ static inline void finish(const Rows& rows, int64_t row, int64_t output, float v
     *y = rows.add ? *y + value : value;
 }
 
+// 16 outputs of a row, the first of which is `output`; those behind the last one are padding.
+static inline void finish_panel(const Rows& rows, int64_t row, int64_t output, int64_t outputs, Vec values) {
+    float* y = rows.y + row * rows.y_stride + output;
+    const int64_t count = smaller(outputs - output, LANES);
+    if (rows.bias) values = values + load(rows.bias + output, count);
+    store(y, rows.add ? load(y, count) + values : values, count);
+}
+
 // M rows times R outputs straight from the weight.
 template <class W, int M, int R>
 static inline void few_outputs(const Matrix& weight, const Rows& rows, int64_t row, int64_t output) {
@@ -55,7 +63,7 @@ static inline void few_outputs(const Matrix& weight, const Rows& rows, int64_t r
 }
 
 // Weight rows that are read at the same time, for M rows.
-constexpr int streams(int m) { return m == 1 ? 4 : m == 2 ? 3 : 2; }
+constexpr int streams(int m) { return m == 1 ? (PARTS > 2 ? 4 : 8) : m == 2 ? 3 : 2; }
 
 template <class W, int M>
 static inline void few_rows(const Matrix& weight, const Rows& rows) {

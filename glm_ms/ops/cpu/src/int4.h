@@ -46,7 +46,12 @@ static inline void int4_groups(
 
 #elif defined(GLM_AVX2)
 
-constexpr int INT4_ROWS = 2;
+constexpr int INT4_ROWS = PAIR_ROWS;
+
+// One row waits for memory: pieces of two panels in turn, see int8.h.
+constexpr int64_t INT4_PIECE = INT4_BLOCK, INT4_STREAMS = 2;
+constexpr bool INT4_IN_PAIRS = true;  // three rows and more
+constexpr int64_t INT4_FEW = 12;      // rows up to which panels are read as a whole
 
 static inline __m256i broadcast4(const int8_t* p) {
     int32_t four;
@@ -54,13 +59,14 @@ static inline __m256i broadcast4(const int8_t* p) {
     return _mm256_set1_epi32(four);
 }
 
-static inline __m256i add_pairs(__m256i sum, __m256i nibbles, __m256i inputs) {
+static inline __m256i add_bytes(__m256i sum, __m256i nibbles, __m256i inputs) {
     return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(nibbles, inputs)));
 }
 
+// One or two rows: bytes of x, high and low, with nibbles.
 // Sums of 16 bits over 32 inputs: 16 products of at most 15 * 128 a lane. Then 32 bits: 256 high + low.
 template <int R, int group>
-static inline void int4_groups(
+static inline void int4_bytes(
     const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t begin, int64_t end,
     float* total) {
     const __m256i mask = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), big = _mm256_set1_epi16(256);
@@ -74,6 +80,7 @@ static inline void int4_groups(
             __m256i high[R][2], low[R][2];
             for (int r = 0; r < R; ++r)
                 for (int q = 0; q < 2; ++q) high[r][q] = low[r][q] = _mm256_setzero_si256();
+            for (int line = 0; R == 1 && line < 4; ++line) __builtin_prefetch(w + (part + INT4_PIECE) * 8 + line * 64);
 #pragma GCC unroll 8
             for (int step = 0; step < 8; ++step) {
                 int64_t i = part + step / 2 * 8;
@@ -85,17 +92,17 @@ static inline void int4_groups(
                 }
                 for (int r = 0; r < R; ++r) {
                     __m256i h = broadcast4(x.high_of(row + r) + i + half * 4);
-                    for (int q = 0; q < 2; ++q) high[r][q] = add_pairs(high[r][q], nibbles[q], h);
+                    for (int q = 0; q < 2; ++q) high[r][q] = add_bytes(high[r][q], nibbles[q], h);
                     __m256i l = broadcast4(x.low_of(row + r) + i + half * 4);
-                    for (int q = 0; q < 2; ++q) low[r][q] = add_pairs(low[r][q], nibbles[q], l);
+                    for (int q = 0; q < 2; ++q) low[r][q] = add_bytes(low[r][q], nibbles[q], l);
                 }
             }
             for (int r = 0; r < R; ++r) {
-                __m256i off = _mm256_set1_epi32(x.sums_of(row + r)[part / 32] * 8);
+                __m256i off = _mm256_set1_epi32(x.sums_of(row + r)[part / 32] * -8);
                 for (int q = 0; q < 2; ++q) {
                     __m256i both = _mm256_madd_epi16(high[r][q], big);
                     both = _mm256_add_epi32(both, _mm256_madd_epi16(low[r][q], one));
-                    exact[r][q] = _mm256_add_epi32(exact[r][q], _mm256_sub_epi32(both, off));
+                    exact[r][q] = _mm256_add_epi32(_mm256_add_epi32(exact[r][q], off), both);
                 }
             }
         }
@@ -107,6 +114,88 @@ static inline void int4_groups(
     }
     for (int r = 0; r < R; ++r)
         for (int q = 0; q < 2; ++q) _mm256_storeu_ps(total + r * 16 + q * 8, sums[r][q]);
+}
+
+// Weights of outputs 0 to 7 and 8 to 15 as 16 bits: inputs 0 and 2 of each four, or 1 and 3. In this order nibbles
+// become 16 bits by a mask and a shift; x has it too.
+struct Pairs {
+    __m256i low, high;
+};
+
+static inline __m256i pair_of(__m256i bytes, int pair) {
+    const __m256i mask = _mm256_set1_epi16(15);
+    if (pair == 0) return _mm256_and_si256(bytes, mask);
+    if (pair == 1) return _mm256_and_si256(_mm256_srli_epi16(bytes, 8), mask);
+    if (pair == 2) return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+    return _mm256_srli_epi16(bytes, 12);
+}
+
+// w + 8 of the inputs 0 and 2, 1 and 3, 4 and 6, 5 and 7 of a block of 8.
+static inline Pairs weights_of(const uint8_t* block, int pair) {
+    const auto* from = (const __m256i*)block;
+    return {pair_of(_mm256_loadu_si256(from), pair), pair_of(_mm256_loadu_si256(from + 1), pair)};
+}
+
+// sum + two products of 16 bits in each lane. As one piece: compilers otherwise move sums between registers.
+static inline __m256i plus_products(__m256i sum, __m256i weights, __m256i inputs) {
+    __m256i products;
+    asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(weights), "x"(inputs));
+    return sum;
+}
+
+// Sums of a tile of R rows with 16 outputs.
+template <int R>
+struct PairSums {
+    __m256i low[R], high[R];
+
+    // Adds the products of two inputs of each row, at `q`.
+    void add(const Pairs& weights, const int16_t* q) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            int32_t two;
+            std::memcpy(&two, q + r * 2, 4);
+            __m256i inputs = _mm256_set1_epi32(two);
+            low[r] = plus_products(low[r], weights.low, inputs);
+            high[r] = plus_products(high[r], weights.high, inputs);
+        }
+    }
+};
+
+// More rows: sums of 32 bits, which begin with what the 8 in each weight adds too much.
+template <int R, int group>
+static inline void int4_pairs(
+    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t begin, int64_t end,
+    float* total) {
+    constexpr int64_t parts = group / 32;
+    const int16_t* q = x.q_of(row) + begin * group * R;
+    const int32_t* off = x.sums_of(row) + begin * parts * R;
+    for (int64_t g = begin; g < end; ++g, off += parts * R) {
+        PairSums<R> sums;
+        for (int r = 0; r < R; ++r) {
+            __m256i all = _mm256_set1_epi32(off[r]);
+            for (int64_t i = 1; i < parts; ++i) all = _mm256_add_epi32(all, _mm256_set1_epi32(off[i * R + r]));
+            sums.low[r] = sums.high[r] = all;
+        }
+        for (int64_t b = g * group / 8; b < (g + 1) * group / 8; ++b)
+#pragma GCC unroll 4
+            for (int pair = 0; pair < 4; ++pair, q += 2 * R) sums.add(weights_of(w + b * 64, pair), q);
+        Vec factor = load_f16(scale + g * 16);
+        for (int r = 0; r < R; ++r) {
+            Vec exact = {_mm256_cvtepi32_ps(sums.low[r]), _mm256_cvtepi32_ps(sums.high[r])};
+            store(total + r * 16, fma(exact, factor, load(total + r * 16)));
+        }
+        asm("" ::: "memory");  // no copy of the totals elsewhere: there are no registers for them
+    }
+}
+
+template <int R, int group>
+static inline void int4_groups(
+    const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t begin, int64_t end,
+    float* total) {
+    if constexpr (R <= 2)
+        int4_bytes<R, group>(w, scale, x, row, begin, end, total);
+    else
+        int4_pairs<R, group>(w, scale, x, row, begin, end, total);
 }
 
 #elif defined(GLM_NEON)
@@ -193,6 +282,17 @@ static inline void int4_groups(
 
 #endif
 
+#if !defined(GLM_AVX2)
+constexpr int64_t INT4_PIECE = INT4_BLOCK, INT4_STREAMS = 1;
+constexpr bool INT4_IN_PAIRS = false;
+constexpr int64_t INT4_FEW = INT4_ROWS;
+#endif
+
+// Rows of the tile that begins with `row`.
+static inline int64_t int4_tile(int64_t row, int64_t rows) {
+    return INT4_IN_PAIRS ? pair_rows(row, rows) : smaller(rows - row, INT4_ROWS);
+}
+
 template <int R>
 static inline void int4_rows(
     const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t rows, int64_t begin, int64_t end,
@@ -209,27 +309,31 @@ static inline void int4_rows(
 static void int4_panels(
     const Matrix& weight, const Rows& rows, const Activation& x, int64_t first, int64_t panels, float* total) {
     int64_t groups = (weight.k + weight.group - 1) / weight.group, bytes = groups * weight.group * 8;
-    int64_t step = rows.count > INT4_ROWS ? INT4_BLOCK / weight.group : groups;
+    int64_t step = groups;
+    if (rows.count > INT4_FEW) step = INT4_BLOCK / weight.group;
+    if (rows.count == 1 && INT4_STREAMS > 1) step = INT4_PIECE / weight.group;
     const uint8_t* w = (const uint8_t*)weight.data + first * bytes;
     const uint16_t* scale = (const uint16_t*)weight.scale + first * groups * 16;
     std::memset(total, 0, panels * rows.count * 16 * sizeof(float));
     for (int64_t begin = 0; begin < groups; begin += step) {
         int64_t end = begin + step < groups ? begin + step : groups;
-        for (int64_t row = 0; row < rows.count; row += INT4_ROWS)
+        for (int64_t row = 0, take; row < rows.count; row += take) {
+            take = int4_tile(row, rows.count);
             for (int64_t panel = 0; panel < panels; ++panel)
                 int4_rows<INT4_ROWS>(
-                    w + panel * bytes, scale + panel * groups * 16, x, row, rows.count - row, begin, end, weight.group,
+                    w + panel * bytes, scale + panel * groups * 16, x, row, take, begin, end, weight.group,
                     total + (panel * rows.count + row) * 16);
+        }
     }
     for (int64_t panel = 0; panel < panels; ++panel)
         for (int64_t row = 0; row < rows.count; ++row)
-            for (int64_t q = 0; q < 16 && (first + panel) * 16 + q < weight.n; ++q)
-                finish(rows, row, (first + panel) * 16 + q, total[(panel * rows.count + row) * 16 + q] * x.scale[row]);
+            finish_panel(rows, row, (first + panel) * 16, weight.n,
+                         load(total + (panel * rows.count + row) * 16) * set1(x.scale[row]));
 }
 
 static void int4_product(const Matrix& weight, const Rows& rows) {
-    Activation x = quantise(rows, weight.k);
-    int64_t together = rows.count > INT4_ROWS ? INT4_PANELS : 1;
+    Activation x = quantise(rows, weight.k, INT4_IN_PAIRS && rows.count > 2);
+    int64_t together = rows.count > INT4_FEW ? INT4_PANELS : rows.count == 1 ? INT4_STREAMS : 1;
     int64_t grain = together + (64 << 10) / (8 * weight.k + 1) / together * together;
     parallel_for((weight.n + 15) / 16, grain, [&](int64_t begin, int64_t end) {
         float* total = scratch_of<float>(PARTIALS, together * rows.count * 16);

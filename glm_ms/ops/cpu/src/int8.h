@@ -53,6 +53,10 @@ static inline void int8_block(
 
 constexpr int INT8_ROWS = 6;
 
+// One or two rows wait for memory: they read pieces of so many inputs of some panels in turn, as several streams arrive
+// faster than one, and ask for the next piece of each.
+constexpr int64_t INT8_PIECE = 64, INT8_STREAMS = 4;
+
 // The sum as it is. Compilers otherwise compute many products first and add them in a tree, for which there are not
 // enough registers.
 static inline __m256i in_order(__m256i sum) {
@@ -71,6 +75,7 @@ static inline void int8_block(
         for (int r = 0; r < R; ++r)
             for (int q = 0; q < Q; ++q) sums[r][q] = _mm256_setzero_si256();
         for (int64_t b = 0; b < blocks; ++b) {
+            if (R <= 2) __builtin_prefetch(w + (b + INT8_PIECE / 4) * 64);
             __m256i weights[Q];
             for (int q = 0; q < Q; ++q)
                 weights[q] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + b * 64 + (part + q) * 16)));
@@ -175,6 +180,10 @@ static inline void int8_block(
 
 #endif
 
+#if !defined(GLM_AVX2)
+constexpr int64_t INT8_PIECE = INT8_BLOCK, INT8_STREAMS = 1;
+#endif
+
 template <int R>
 static inline void int8_rows(
     const int8_t* w, const Activation& x, int64_t row, int64_t rows, int64_t first, int64_t blocks, double* total) {
@@ -190,27 +199,31 @@ static void int8_panels(
     int64_t k_blocks = (weight.k + 3) / 4;
     const int8_t* w = (const int8_t*)weight.data + first * k_blocks * 64;
     std::memset(total, 0, panels * rows.count * 16 * sizeof(double));
-    for (int64_t begin = 0; begin < k_blocks; begin += INT8_BLOCK / 4) {
-        int64_t blocks = k_blocks - begin < INT8_BLOCK / 4 ? k_blocks - begin : INT8_BLOCK / 4;
+    const int64_t step = (rows.count <= 2 ? INT8_PIECE : INT8_BLOCK) / 4;
+    for (int64_t begin = 0; begin < k_blocks; begin += step) {
+        int64_t blocks = smaller(k_blocks - begin, step);
         for (int64_t row = 0; row < rows.count; row += INT8_ROWS)
             for (int64_t panel = 0; panel < panels; ++panel)
                 int8_rows<INT8_ROWS>(
                     w + (panel * k_blocks + begin) * 64, x, row, rows.count - row, begin * 4, blocks,
                     total + (panel * rows.count + row) * 16);
     }
-    const float* scale = (const float*)weight.scale;
-    for (int64_t panel = 0; panel < panels; ++panel)
-        for (int64_t row = 0; row < rows.count; ++row)
-            for (int64_t q = 0; q < 16 && (first + panel) * 16 + q < weight.n; ++q) {
-                int64_t output = (first + panel) * 16 + q;
-                double both = (double)x.scale[row] * (double)scale[output];
-                finish(rows, row, output, (float)(total[(panel * rows.count + row) * 16 + q] * both));
-            }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+        int64_t output = (first + panel) * 16;
+        float scale[16];
+        store(scale, load((const float*)weight.scale + output, weight.n - output));
+        for (int64_t row = 0; row < rows.count; ++row) {
+            const double* exact = total + (panel * rows.count + row) * 16;
+            float values[16];
+            for (int q = 0; q < 16; ++q) values[q] = (float)(exact[q] * ((double)x.scale[row] * (double)scale[q]));
+            finish_panel(rows, row, output, weight.n, load(values));
+        }
+    }
 }
 
 static void int8_product(const Matrix& weight, const Rows& rows) {
     Activation x = quantise(rows, weight.k);
-    int64_t together = rows.count > INT8_ROWS ? INT8_PANELS : 1;
+    int64_t together = rows.count > INT8_ROWS ? INT8_PANELS : rows.count <= 2 ? INT8_STREAMS : 1;
     int64_t grain = together + (64 << 10) / (16 * weight.k + 1) / together * together;
     parallel_for((weight.n + 15) / 16, grain, [&](int64_t begin, int64_t end) {
         double* total = scratch_of<double>(PARTIALS, together * rows.count * 16);
