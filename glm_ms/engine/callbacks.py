@@ -108,17 +108,21 @@ class UpdateCallback(Callback):
     def _record(self, step: int, outputs: tuple[Any, ...], scale: LossScale | None) -> StepRecord:
         loss, norm, rate, _ = (float(value.asnumpy()) for value in outputs)
         skipped = scale is not None and scale.skipped()
-        tokens = self._plan.rows_per_step * self._run.rows.seq_length
         return StepRecord(
             step=step,
             epoch=round(step / self._plan.steps_per_epoch, 4),
             loss=math.nan if skipped else loss,
             learning_rate=rate,
             grad_norm=norm,
-            tokens_per_second=round(tokens / self._log.seconds(), 1),
+            tokens_per_second=round(self._tokens(step) / self._log.seconds(), 1),
             overflow=None if scale is None else skipped,
             loss_scale=None if scale is None else scale.value(),
         )
+
+    def _tokens(self, step: int) -> int:
+        """Tokens of an update that are not padding, in all micro batches and on all ranks."""
+        rows, indices = self._run.rows, self._plan.rows_of(step - 1)
+        return sum(int(np.count_nonzero(rows[int(index)]["attention_mask"])) for index in indices if index >= 0)
 
     def _stop_if_diverged(self, record: StepRecord, scale: LossScale | None) -> None:
         """Raises FloatingPointError if the run has diverged; nothing has been saved since the last good checkpoint."""

@@ -245,6 +245,8 @@ class GLMForCausalLM:
                 parameter.set_data(viewed, slice_shape=True)
             else:
                 parameter.set_data(Tensor(value, parameter.dtype))
+            # Else a copy, such as the moments of an optimizer, first draws the random values that nobody needs.
+            parameter.init_mode = None
         if missing:
             raise ValueError(f"{len(missing)} parameters are missing: {', '.join(list(missing)[:5])} ...")
 

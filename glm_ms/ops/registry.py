@@ -45,14 +45,16 @@ STEP_OPERATORS: dict[tuple[str, str], Any] = {
     ("square sum", "CPU"): cpu_training.SquareSum,
     ("AdamW", PORTABLE): training.AdamWUpdate,
     ("AdamW", "CPU"): cpu_training.AdamWUpdate,
-    # `OPERATORS` has the portable ones of these two.
+    # `OPERATORS` has the portable ones of these three.
     ("RMS norm", "CPU"): cpu_training.RMSNormalize,
+    ("rotary embedding", "CPU"): cpu_training.ApplyRotary,
     ("attention", "CPU"): cpu_training.GroupedAttention,
     ("SwiGLU", PORTABLE): SwiGLU,
     ("SwiGLU", "CPU"): cpu_training.SwiGLU,
     # glm_ms.model.loss has the portable one, with its output layer; without the other a product is one of float32.
     ("output loss", "CPU"): cpu_training.OutputLoss,
     ("bfloat16 product", "CPU"): cpu_training.BFloat16Product,
+    ("bias", "CPU"): cpu_training.AddBias,  # in place of ops.Add
 }
 
 

@@ -102,6 +102,27 @@ def test_graph_mode_in_every_step(finetune, tmp_path: Path, monkeypatch: pytest.
     assert modes == [ms.GRAPH_MODE] * 6
 
 
+def test_tokens_per_second_counts_no_padding(finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glm_ms.engine.callbacks import UpdateCallback
+    from glm_ms.engine.report.progress import ProgressLog
+
+    rates, places, original = [], [], UpdateCallback.on_train_step_end
+
+    def recorded(self: UpdateCallback, context: ms.RunContext) -> None:
+        original(self, context)
+        rates.append(self.last.tokens_per_second)
+        if not places:
+            rows = self._run.rows
+            places.extend(int(rows[index]["position_ids"].max()) + 1 for index in range(len(rows)))
+            assert rows.seq_length > min(places)
+
+    monkeypatch.setattr(UpdateCallback, "on_train_step_end", recorded)
+    monkeypatch.setattr(ProgressLog, "seconds", lambda self: 0.5)
+    finetune(tmp_path, "runner_config.epochs=1")
+    assert len(set(rates)) > 1
+    assert sum(rates) == 2 * sum(places)  # an epoch takes every row once
+
+
 def test_equal_runs_are_equal_to_the_last_digit(finetune, tmp_path: Path) -> None:
     runs = [finetune(tmp_path / name, "runner_config.epochs=1") for name in ("a", "b")]
     assert curve(runs[0]) == curve(runs[1])

@@ -36,7 +36,7 @@ class StepRecord:
         loss: mean over the labelled tokens of the step; NaN if the update was skipped.
         learning_rate: of this update.
         grad_norm: global norm before clipping.
-        tokens_per_second: positions computed (rows x sequence length) over the wall time of the step.
+        tokens_per_second: tokens of the step that are not padding, over its wall time.
         overflow: the update was skipped because of an overflow; None without loss scaling.
         loss_scale: of the next step; None without loss scaling.
     """

@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from glm_ms.model.glm import MLP, GLMNetwork, SelfAttention
 from glm_ms.model.layers import Linear, Norm
 from glm_ms.model.loss import WholeLoss, training_loss
-from glm_ms.ops.portable import GroupedAttention, RMSNormalize, SwiGLU
+from glm_ms.ops.portable import ApplyRotary, GroupedAttention, RMSNormalize, SwiGLU
 from glm_ms.ops.registry import step_kernel
 from glm_ms.parallel.config import ParallelConfig
 from glm_ms.parallel.layers import VocabularyParallelLoss
@@ -80,14 +80,21 @@ class ShardedTrainingNetwork(TrainingNetwork):
 
 
 def fuse_cells(network: GLMNetwork) -> None:
-    """Replaces norms, activations and attention of a float32 network by the kernels of this device, if it has them."""
+    """Replaces norms, activations, rotation, attention and biases of a float32 network by the kernels of this device,
+    if it has them."""
     for _, parent in list(network.cells_and_names()):
         if type(parent) is Norm and parent.weight.dtype == ms.float32:
             _replace(parent, "normalize", RMSNormalize, "RMS norm")
         elif type(parent) is MLP and parent.dense_h_to_4h.dtype == ms.float32:
             _replace(parent, "activation", SwiGLU, "SwiGLU")
-        elif type(parent) is SelfAttention and parent.attention.dropout is None:
-            _replace(parent, "attention", GroupedAttention, "attention")
+        elif type(parent) is SelfAttention:
+            _replace(parent, "rotary", ApplyRotary, "rotary embedding")
+            if parent.attention.dropout is None:
+                _replace(parent, "attention", GroupedAttention, "attention")
+    add_bias = step_kernel("bias")
+    for layer in network.linears().values():
+        if add_bias is not None and type(getattr(layer, "bias_add", None)) is ops.Add and layer.dtype == ms.float32:
+            layer.bias_add = add_bias()
 
 
 def _replace(parent: nn.Cell, place: str, portable: type, operator: str) -> None:

@@ -155,6 +155,44 @@ class SwiGLU(nn.Cell):
         return (self.gradient(x, gradient),)
 
 
+class AddBias(nn.Cell):
+    """The sum of rows and a bias. MindSpore's Add keeps an index of 8 bytes for each element between steps."""
+
+    usable = staticmethod(has_kernels)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add = custom("add_bias", [ms.float32], inputs=2)
+        self.sum = ops.ReduceSum()
+
+    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x float32 [N, M], bias float32 [M] -> [N, M]."""
+        return self.add(x, bias)
+
+    def bprop(self, x: Tensor, bias: Tensor, _: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the result, [N, M] -> those of x and bias. What nobody uses is not computed."""
+        return gradient, self.sum(gradient, 0)
+
+
+class ApplyRotary(nn.Cell):
+    """As the portable operator `cell`, for float32, with the same bits; each direction is one pass."""
+
+    usable = staticmethod(has_kernels)
+
+    def __init__(self, cell: portable.ApplyRotary) -> None:
+        super().__init__()
+        self.turn = custom("rotary", [ms.float32], inputs=3)
+        self.turn_back = custom("rotary_gradient", [ms.float32], inputs=3)
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x float32 [B, S, N, D], cos and sin float32 [B, S, 1, D] -> [B, S, N, D]."""
+        return self.turn(x, cos, sin)
+
+    def bprop(self, x: Tensor, cos: Tensor, sin: Tensor, _: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of the result -> that of x; the angles are constant."""
+        return self.turn_back(gradient, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
+
+
 class Attention(nn.Cell):
     """softmax(query key^T / sqrt(D) + bias) value of groups of heads, without memory for all scores.
 

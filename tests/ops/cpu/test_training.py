@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from glm_ms.ops import registry, training
 from glm_ms.ops.cpu import training as cpu_training
-from glm_ms.ops.portable import HIDDEN_SCORE, GroupedAttention, RMSNormalize, SwiGLU
+from glm_ms.ops.portable import HIDDEN_SCORE, ApplyRotary, GroupedAttention, RMSNormalize, SwiGLU, rotary_tables
 
 SIZES = [1, 15, 16, 17, 1003, 16384, 70001]
 STEP = {"rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decay": 0.01, "scale": 0.37}
@@ -378,6 +378,54 @@ def test_norm_and_activation_of_nothing_and_of_extremes():
     zeros = np.zeros((1, 6), np.float32)
     assert call("rms_norm", zeros, weight, eps, zeros) == 0
     assert not zeros.any()
+
+
+class Turned(nn.Cell):
+    """Rows with a bias, rotated, with a gradient that is not constant."""
+
+    def __init__(self, add: nn.Cell, rotary: nn.Cell, bias: np.ndarray) -> None:
+        super().__init__()
+        self.add, self.rotary, self.bias = add, rotary, Parameter(Tensor(bias), name="b")
+
+    def construct(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, heads, dim = ops.shape(x)
+        y = self.add(ops.reshape(x, (-1, heads * dim)), self.bias)
+        return self.rotary(ops.reshape(y, (batch, length, heads, dim)), cos, sin) ** 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 5, 3, 12), (3, 67, 4, 32)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_bias_and_rotation_have_the_bits_of_the_portable_operators(shape: tuple[int, ...], dynamic: bool):
+    kernels()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    batch, length, heads, dim = shape
+    x, bias = gaussian(*shape), gaussian(heads * dim, seed=1)
+    places = np.random.default_rng(2).integers(0, 90, (batch, length))
+    angles = [table[places][:, :, None] for table in rotary_tables(90, dim)]
+    portable_rotary, results = ApplyRotary(dim, ms.float32), []
+    for cells in (
+        (ops.Add(), portable_rotary),
+        (cpu_training.AddBias(), cpu_training.ApplyRotary(portable_rotary)),
+    ):
+        net = Turned(*cells, bias)
+        if dynamic:
+            net.set_inputs(
+                Tensor(shape=[batch, None, heads, dim], dtype=ms.float32),
+                *[Tensor(shape=[batch, None, 1, dim], dtype=ms.float32)] * 2,
+            )
+        inputs = [Tensor(array) for array in (x, *angles)]
+        y, (of_x, (of_bias,)) = ms.value_and_grad(net, 0, net.trainable_params())(*inputs)
+        results.append([y.asnumpy(), of_x.asnumpy(), of_bias.asnumpy()])
+    for found, expected in zip(results[1], results[0]):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_bias_and_rotation_of_nothing():
+    kernels()
+    empty = np.zeros((0, 6), np.float32)
+    assert call("add_bias", empty, np.ones(6, np.float32), empty) == 0
+    empty, angles = np.zeros((2, 0, 3, 4), np.float32), np.zeros((2, 0, 1, 4), np.float32)
+    assert call("rotary", empty, angles, angles, empty) == 0
 
 
 def attention_inputs(batch: int, length: int, past: int, heads: int, groups: int, dim: int) -> list[np.ndarray]:

@@ -277,6 +277,60 @@ GLM_EXPORT Shape glm_ms_op_swiglu_gradientInferShape(int* ranks, int64_t** shape
     return shape_of(ranks, shapes, 0);
 }
 
+// Inputs: x float32 [N, M], bias float32 [M]. Output: x + bias.
+GLM_EXPORT int glm_ms_op_add_bias(int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
+    const glm::Operands operands{data, ranks, shapes};
+    const int64_t width = shapes[1][0];
+    const float* bias = operands.at<float>(1);
+    for_rows(operands, 0, [&](int64_t row) {
+        const float* x = operands.at<float>(0) + row * width;
+        float* y = operands.at<float>(2) + row * width;
+        for (int64_t i = 0; i < width; ++i) y[i] = x[i] + bias[i];
+    });
+    return 0;
+}
+
+GLM_EXPORT Shape glm_ms_op_add_biasInferShape(int* ranks, int64_t** shapes, void*) {
+    return shape_of(ranks, shapes, 0);
+}
+
+namespace {
+
+// Turns the pairs of neighbouring channels of all heads by the angles of their token, or back.
+int rotary(const glm::Operands& operands, bool back) {
+    const int64_t heads = operands.shapes[0][2], dim = operands.shapes[0][3];
+    for_rows(operands, 0, [&](int64_t row) {
+        const float *x = operands.at<float>(0) + row * dim, *cosines = operands.at<float>(1) + row / heads * dim;
+        const float* sines = operands.at<float>(2) + row / heads * dim;
+        float* y = operands.at<float>(3) + row * dim;
+        for (int64_t i = 0; i < dim; i += 2) {
+            const float first = back ? x[i + 1] * sines[i + 1] : -x[i + 1] * sines[i];
+            const float second = back ? -x[i] * sines[i] : x[i] * sines[i + 1];
+            y[i] = x[i] * cosines[i] + first;
+            y[i + 1] = x[i + 1] * cosines[i + 1] + second;
+        }
+    });
+    return 0;
+}
+
+}  // namespace
+
+// Inputs: x float32 [B, S, N, D], cosines and sines float32 [B, S, 1, D] of its tokens. Output: x rotated.
+GLM_EXPORT int glm_ms_op_rotary(int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
+    return rotary({data, ranks, shapes}, false);
+}
+
+GLM_EXPORT Shape glm_ms_op_rotaryInferShape(int* ranks, int64_t** shapes, void*) { return shape_of(ranks, shapes, 0); }
+
+// Inputs: gradient of the rotated x, cosines and sines as before. Output: gradient of x.
+GLM_EXPORT int glm_ms_op_rotary_gradient(int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
+    return rotary({data, ranks, shapes}, true);
+}
+
+GLM_EXPORT Shape glm_ms_op_rotary_gradientInferShape(int* ranks, int64_t** shapes, void*) {
+    return shape_of(ranks, shapes, 0);
+}
+
 namespace {
 
 // Operands query [B, S, N, D], key and value [B, T, G, D], bias [B or 1, 1, S, T].
