@@ -44,8 +44,9 @@ class Case:
 
     @property
     def tokens_of_sample(self) -> int:
-        """Tokens that one sample computes; 0 where a rate means nothing."""
-        return {DECODE: self.rows, PREFILL: self.tokens, TRAIN: self.rows * self.tokens}.get(self.mode, 0)
+        """Tokens of one sample, without padding; 0 where a rate means nothing."""
+        trained = round(self.rows * self.tokens * self.used)
+        return {DECODE: self.rows, PREFILL: self.tokens, TRAIN: trained}.get(self.mode, 0)
 
     def title(self) -> str:
         if self.mode == DECODE:

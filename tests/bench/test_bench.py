@@ -122,6 +122,7 @@ def test_training_batches() -> None:
     assert (labels == ids).all()
     assert mask.all()
     ids, labels, mask = training_batch(TINY, 4, 200, 0.64, 0.41)
+    assert Case(TRAIN, 4, 200, used=0.64, labelled=0.41).tokens_of_sample == mask.sum()
     assert abs(mask.sum() / 800 - 0.64) < 0.01
     assert abs((labels >= 0).sum() / 800 - 0.41) < 0.01
     assert ids.shape[1] == mask.sum(1).max() < 200
