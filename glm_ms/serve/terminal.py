@@ -213,11 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _use_kernels(model: GLMForCausalLM) -> None:
     """Installs the fused kernels of the device that agree with the portable operators, for one answer at a time."""
-    from glm_ms.kernels.choice import AUTO, use_kernels
+    from glm_ms.kernels.choice import use_kernels
     from glm_ms.kernels.run_checks import Use
 
     use = Use(slots=1, context=model.config.seq_length)
-    use_kernels(model.network, model.config, use, AUTO, lambda line: print(line, file=sys.stderr))
+    use_kernels(model.network, model.config, use, "auto", lambda line: print(line, file=sys.stderr))
 
 
 def check_options(options: dict[str, Any], parser: Parser) -> None:
