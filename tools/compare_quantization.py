@@ -3,8 +3,9 @@
     python tools/compare_quantization.py --config configs/tiny/eval_glm3_tiny.yaml \
         --load_checkpoint output/tiny/glm3_finetune --prompts 8
 
-The settings, those of run_mode eval, name the model and the records to measure on. Weights with calibration are
-quantized by `glm-ms quantize --calibration FILE`: name the folders with --quantized.
+The settings, those of run_mode eval, name the model and the records to measure on. Everything is computed as in
+generation, on a CPU by the C++ kernels. Weights with calibration are quantized by `glm-ms quantize --calibration FILE`:
+name the folders with --quantized.
 """
 
 from __future__ import annotations
@@ -28,16 +29,45 @@ from glm_ms.storage.arguments import Parser
 from glm_ms.storage.errors import FileError
 
 if TYPE_CHECKING:
+    from glm_ms.data.rows import Row
     from glm_ms.generation import GLMForCausalLM
 
 # (bits, group) of the forms that are made of the weights in memory.
 FORMS = ((8, None), (4, 32), (4, 64), (4, 128))
-_HEADINGS = ("weights", "perplexity", "change", "mean change of a logit", "same likeliest token", "same greedy tokens")
+# Types of keys and values that are compared with those of the arithmetic, over the original weights.
+SMALLER_CACHES = ("bfloat16", "int8")
+_HEADINGS = (
+    "weights", "keys and values", "perplexity", "change", "change of logits", "same likeliest token",
+    "same greedy tokens", "same until the first other one", "equal answers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of the model.
+
+    Attributes:
+        weights: their name in the table.
+        path: of the files.
+        quantization: of weights that are not quantized in the files; None: they stay as they are.
+        kv_cache: type of keys and values; None: that of the arithmetic.
+    """
+
+    weights: str
+    path: Path
+    quantization: Quantization | None = None
+    kv_cache: str | None = None
+
+    def load(self) -> GLMForCausalLM:
+        """The model."""
+        from glm_ms.pretrained import load_pretrained
+
+        return load_pretrained(self.path, quantization=self.quantization, kv_cache=self.kv_cache)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one form of the weights gives.
+    """What a form gives.
 
     Attributes:
         perplexity: on the answers of the records.
@@ -87,62 +117,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(settings: Settings, options: argparse.Namespace) -> Iterator[str]:
-    """The lines of a Markdown table, one form of the weights after another in memory."""
+    """The lines of a Markdown table, one form of the model after another in memory."""
     from glm_ms.families import build_tokenizer
-    from glm_ms.pretrained import load_pretrained
+    from glm_ms.generation.graph_choice import GraphMaker
 
     tokenizer = build_tokenizer(settings.processor.tokenizer)
     rows, prompts = records(settings, tokenizer, options.prompts)
-    plain = load_pretrained(options.load_checkpoint)
     limits = {"max_new_tokens": options.new_tokens, "eos_token_id": list(tokenizer.stop_token_ids)}
-    expected = measure(plain, rows, prompts, limits)
+    path = Path(options.load_checkpoint)
+    plain = Form("", path).load()
+    caches = SMALLER_CACHES if GraphMaker(plain.network).why_portable is None else ()
+    original, expected = plain.config.param_init_type, measure(plain, rows, prompts, limits)
+    del plain
     yield f"| {' | '.join(_HEADINGS)} |"
     yield "|" + "---|" * len(_HEADINGS)
-    yield f"| {plain.config.param_init_type} | {expected.perplexity:.3f} | | | | |"
-    forms: list[tuple[str, Any]] = [(str(form), form) for form in (quantization(*numbers) for numbers in FORMS)]
-    forms += [(f"{Path(folder).name}", Path(folder)) for folder in options.quantized]
-    for name, form in forms:
-        made = isinstance(form, Quantization)
-        model = load_pretrained(options.load_checkpoint if made else form, quantization=form if made else None)
-        yield described(name, measure(model, rows, prompts, limits), expected)
+    yield f"| {original} | | {expected.perplexity:.3f} |" + " |" * (len(_HEADINGS) - 3)
+    forms = [Form(str(chosen), path, chosen) for chosen in (quantization(*numbers) for numbers in FORMS)]
+    forms += [Form(Path(folder).name, Path(folder)) for folder in options.quantized]
+    forms += [Form(original, path, kv_cache=cache) for cache in caches]
+    for form in forms:
+        yield described(form, measure(form.load(), rows, prompts, limits), expected)
 
 
-def records(settings: Settings, tokenizer: Any, number: int) -> tuple[list[Any], list[list[int]]]:
-    """Rows with labels of all records, and the prompts of the first ones."""
+def records(settings: Settings, tokenizer: Any, number: int) -> tuple[list[Row], list[list[int]]]:
+    """Rows with labels of all records, without padding, and the prompts of the first ones."""
+    from glm_ms.data.rows import shortened
     from glm_ms.engine.from_settings import labelled_rows, prompts_with_references
 
     data = labelled_rows(settings.eval_dataset, tokenizer)
     asked = prompts_with_references(settings.eval_dataset, tokenizer, settings.generation)
     prompts = [asked[index]["input_ids"].tolist() for index in range(min(number, len(asked)))]
-    return [data[index] for index in range(len(data))], prompts
+    return [shortened(data[index]) for index in range(len(data))], prompts
 
 
-def measure(model: GLMForCausalLM, rows: list[Any], prompts: list[list[int]], limits: dict[str, Any]) -> Measured:
+def measure(model: GLMForCausalLM, rows: list[Row], prompts: list[list[int]], limits: dict[str, Any]) -> Measured:
     """Runs all rows, and the prompts greedily."""
-    names = ("input_ids", "labels", "attention_mask", "position_ids")
-    loss, tokens, logits = 0.0, 0, []
+    from glm_ms.generation.graph_choice import GraphMaker
+    from glm_ms.generation.paged import PagedDecoder
+
+    decoder = PagedDecoder(GraphMaker(model.network, model.kv_cache)(1, max(len(row["input_ids"]) for row in rows)))
+    loss, tokens, kept = 0.0, 0, []
     for place, row in enumerate(rows):
-        batch = tuple(row[name][None] for name in names)
-        total, count = model.loss_sum(batch)
-        loss, tokens = loss + total, tokens + count
+        labelled = row["labels"][1:] >= 0
+        scores = logits_of(decoder, row)[:-1][labelled]
+        loss += loss_of(scores, row["labels"][1:][labelled])
+        tokens += len(scores)
         if place < len(prompts):
-            scores = model(batch[0], batch[2], batch[3]).asnumpy()[0, :-1]
-            logits.append(scores[row["labels"][1:] >= 0])
+            kept.append(scores)
     answers = [ids[len(prompt) :] for prompt, ids in zip(prompts, model.generate(prompts, **limits))]
-    return Measured(float(np.exp(loss / tokens)), np.concatenate(logits), answers)
+    return Measured(float(np.exp(loss / tokens)), np.concatenate(kept), answers)
 
 
-def described(name: str, found: Measured, expected: Measured) -> str:
-    """A line of the table.
+def logits_of(decoder: Any, row: Row) -> np.ndarray:
+    """The logits after every token of a row, float32 [S, V]."""
+    slot, found = decoder.open(row["input_ids"], positions=row["position_ids"]), []
+    while not decoder.ready(slot):
+        found.append(decoder.prefill(slot, all_logits=True))
+    decoder.free([slot])
+    return np.concatenate(found)
 
-    A token is the same if it is at the same place of the answer; after the first other one most are not.
-    """
+
+def loss_of(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Sum of the cross entropy of logits [n, V] and labels [n]."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(shifted, labels[:, None], -1)[:, 0]
+    return float((np.log(np.exp(shifted).sum(-1)) - chosen).sum())
+
+
+def described(form: Form, found: Measured, expected: Measured) -> str:
+    """A line of the table; see "What is lost" in docs/quantization.md for the meaning of its numbers."""
     change = found.perplexity / expected.perplexity - 1
-    logits = np.abs(found.logits - expected.logits).mean()
+    logits = np.sqrt(np.square(found.logits - expected.logits).mean()) / expected.logits.std()
     likeliest = (found.logits.argmax(-1) == expected.logits.argmax(-1)).mean()
     pairs = list(zip(found.answers, expected.answers))
-    same = sum(sum(a == b for a, b in zip(*pair)) for pair in pairs) / sum(max(map(len, pair)) for pair in pairs)
-    return f"| {name} | {found.perplexity:.3f} | {change:+.3%} | {logits:.4f} | {likeliest:.2%} | {same:.2%} |"
+    tokens = sum(max(map(len, pair)) for pair in pairs)
+    same = sum(sum(a == b for a, b in zip(*pair)) for pair in pairs) / tokens
+    until = sum(common(*pair) for pair in pairs) / tokens
+    equal = sum(a == b for a, b in pairs)
+    return (
+        f"| {form.weights} | {form.kv_cache or ''} | {found.perplexity:.3f} | {change:+.3%} | {logits:.2%} | "
+        f"{likeliest:.2%} | {same:.2%} | {until:.2%} | {equal} of {len(pairs)} |"
+    )
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens at the start that two answers share."""
+    for place, (a, b) in enumerate(zip(first, second)):
+        if a != b:
+            return place
+    return min(len(first), len(second))
 
 
 if __name__ == "__main__":
