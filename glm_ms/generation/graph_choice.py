@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from glm_ms.generation.graphs import FixedGraph
 from glm_ms.generation.kernel_graphs import KernelGraphs, why_portable
 from glm_ms.generation.page_graphs import CHUNK, PageGraphs
 from glm_ms.generation.paged_graphs import PagedGraphs
 from glm_ms.model.glm import GLMNetwork
-from glm_ms.model.kernels import KernelGLM
 from glm_ms.ops.cpu.storage import STORAGE
 from glm_ms.peft.rows import AdapterBounds
 from glm_ms.storage.errors import FileError
@@ -32,7 +32,7 @@ class GraphMaker:
 
     def __init__(self, network: GLMNetwork, storage: str | None = None) -> None:
         self.network = network
-        self._cell: KernelGLM | None = None
+        self._graph: FixedGraph | None = None
         self._storage = storage or "float32"
         if self._storage not in STORAGE:
             raise StorageError(f"kv_cache = {storage!r}: must be one of {', '.join(STORAGE)}")
@@ -53,6 +53,6 @@ class GraphMaker:
         """Graphs of this size; arguments as of `PageGraphs`."""
         if self.why_portable is not None:
             return PagedGraphs(self.network, slots, capacity, chunk, bounds)
-        graphs = KernelGraphs(self.network, slots, capacity, chunk, bounds, cell=self._cell, storage=self._storage)
-        self._cell = graphs.cell
+        graphs = KernelGraphs(self.network, slots, capacity, chunk, bounds, graph=self._graph, storage=self._storage)
+        self._graph = graphs.graph
         return graphs

@@ -13,6 +13,7 @@ from typing import Any, Callable, TypeVar
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
+from mindspore.graph.api import _cell_graph_executor
 
 from glm_ms.model.glm import GLMNetwork
 
@@ -99,6 +100,25 @@ def run_cell(cell: nn.Cell, *arrays: np.ndarray | None) -> Any:
     """Runs a cell as a compiled graph on int32 copies of `arrays`, in PyNative programs too. None stays None."""
     tensors = [None if array is None else Tensor(np.ascontiguousarray(array, np.int32)) for array in arrays]
     return GRAPHS.run(cell.compile_and_run, *tensors)
+
+
+class FixedGraph:
+    """A cell that compiles once, for inputs of the shapes and types of the first call.
+
+    `compile_and_run` looks for the graph of its inputs every time, and marks every cell inside meanwhile: for 28 layers
+    that takes longer than to run their operators.
+    """
+
+    def __init__(self, cell: nn.Cell) -> None:
+        self.cell = cell
+        self._compiled = False
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the cell returns; call it in the thread of `GRAPHS`."""
+        if not self._compiled:
+            self.cell.compile(*inputs)
+            self._compiled = True
+        return _cell_graph_executor(self.cell, *inputs, phase=self.cell.phase)
 
 
 class Logits(nn.Cell):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mindspore import Tensor, nn
 
-from glm_ms.generation.graphs import GRAPHS
+from glm_ms.generation.graphs import GRAPHS, FixedGraph
 from glm_ms.generation.page_graphs import CHUNK, PageGraphs
 from glm_ms.generation.pages import PAGE, RESERVED
 from glm_ms.model.glm import MLP, GLMBlock, GLMEncoder, GLMNetwork, GLMTransformer, SelfAttention
@@ -68,8 +68,7 @@ class KernelGraphs(PageGraphs):
     A row has the same bits in every run. Nothing is computed or written for rows that are not there.
 
     Args:
-        cell: the network on the kernels, if other graphs of it have made one; with adapters in `bounds` each has its
-            own.
+        graph: of the `KernelGLM` of the network, if others have made one; with adapters in `bounds` each has its own.
         largest_chunk: see `PageGraphs`.
         storage: type of keys and values, a key of `glm_ms.ops.cpu.storage.STORAGE`.
     """
@@ -78,13 +77,13 @@ class KernelGraphs(PageGraphs):
 
     def __init__(
         self, network: GLMNetwork, slots: int, capacity: int, chunk: int = CHUNK, bounds: AdapterBounds | None = None,
-        *, cell: KernelGLM | None = None, largest_chunk: int = ROWS, storage: str = "float32"
+        *, graph: FixedGraph | None = None, largest_chunk: int = ROWS, storage: str = "float32"
     ) -> None:  # fmt: skip
         super().__init__(network, slots, capacity, chunk, bounds)
         self.largest_chunk, self.found_in = max(chunk, largest_chunk), PAGE
         self.network, self.storage = network, storage
         self.adapters = RowAdapters(network, self.bounds)
-        self.cell = KernelGLM(network, ROWS) if cell is None or self.bounds.max_adapters else cell
+        self.graph = FixedGraph(KernelGLM(network, ROWS)) if graph is None or self.bounds.max_adapters else graph
         self._memory: PageMemory
 
     def compile(self, decoder: PagedDecoder) -> None:
@@ -147,7 +146,7 @@ class KernelGraphs(PageGraphs):
         return logits[0] if len(logits) == 1 else np.concatenate(logits), finite
 
     def _run(self, spans: Sequence[Span]) -> RunTable:
-        run = run_table(spans, self._memory, self.cell.rows, self.vocab_size)
+        run = run_table(spans, self._memory, ROWS, self.vocab_size)
         config, rows = self.network.config, run.table[1 : int(run.table[0, COUNT]) + 1]
         # The kernels read memory at these places.
         for token in _outside(rows[:, TOKEN], config.padded_vocab_size):
@@ -157,7 +156,7 @@ class KernelGraphs(PageGraphs):
                 f"position {position}: the network has positions 0 to {config.seq_length - 1} (config.seq_length)"
             )
         # The run has ended when its result is here.
-        GRAPHS.run(lambda: self.cell.compile_and_run(Tensor(run.table)).asnumpy())
+        GRAPHS.run(lambda: self.graph(Tensor(run.table)).asnumpy())
         return run
 
 

@@ -21,6 +21,8 @@ COUNT, CACHE, LAYER_BYTES, STORED, FINITE = range(5)
 TOKEN, POSITION, INDEX, FIRST, PAGES, ADAPTER, LOGITS = range(7)
 # A vector of the kernels, in items; the channels of values are padded to it.
 LANES = 16
+# Bytes that a processor reads from memory at a time; the pages begin at a multiple.
+CACHE_LINE = 64
 
 
 def page_bytes(storage: str, groups: int, dim: int) -> int:
@@ -44,7 +46,11 @@ class PageMemory:
 
     def __init__(self, storage: str, layers: int, pages: int, groups: int, dim: int) -> None:
         self.storage, self.groups, self.dim = storage, groups, dim
-        self.bytes = np.zeros((layers, pages, page_bytes(storage, groups, dim)), np.uint8)
+        shape = layers, pages, page_bytes(storage, groups, dim)
+        size = int(np.prod(shape))
+        whole = np.zeros(size + CACHE_LINE, np.uint8)
+        begin = -whole.ctypes.data % CACHE_LINE
+        self.bytes = whole[begin : begin + size].reshape(shape)
 
     def copy(self, source: int, target: int) -> None:
         """Page `target` becomes what page `source` is, in all layers."""

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "call.h"
 #include "dispatch.h"
 #include "threads.h"
 #include "training.h"
@@ -189,6 +190,103 @@ void rows_of_floats() {
     }
 }
 
+// Sizes of a network and of its cache.
+struct Network {
+    int64_t heads, groups, dim, hidden;
+    glm::Stored stored;
+
+    int64_t page_bytes() const {
+        const int64_t padded = blocks(dim, 16) * 16, items[] = {4, 2, 1};
+        const int64_t scales = stored == glm::Stored::INT8 ? 2 * glm::PAGE * 4 : 0;
+        return groups * (glm::PAGE * (dim + padded) * items[(int64_t)stored] + scales);
+    }
+};
+
+// Tokens [from, to) of a sequence, which see the keys from `first` on.
+struct Sequence {
+    int64_t first, from, to;
+};
+
+// A layer of attention with random weights, and its cache.
+class Attention {
+public:
+    Attention(const Network& net, int64_t pages, int64_t longest)
+        : net_(net), out_((net.heads + 2 * net.groups) * net.dim), cache_(pages * net.page_bytes()), pages_(pages),
+          angles_(random_array(longest * (net.dim / 2))), weight_(random_array(out_ * net.hidden)),
+          norm_(random_array(net.hidden)) {
+        std::memset(cache_.data(), 0, cache_.size);
+        for (int64_t i = 0; i < pages; ++i) pages_.data()[i] = (int32_t)(pages - 1 - i);
+    }
+
+    // Runs the tokens of all sequences; returns the hash of what they get.
+    uint64_t run(const std::vector<Sequence>& sequences) {
+        int64_t count = 0, row = 1, page = 0;
+        for (const Sequence& one : sequences) count += one.to - one.from;
+        Array<glm::Row> table(count + 1);  // the first one is the line of the run
+        std::memset((void*)table.data(), 0, table.size * sizeof(glm::Row));
+        glm::Run& run = *(glm::Run*)table.data();
+        run.count = count, run.cache = cache_.data(), run.stored = net_.stored;
+        for (const Sequence& one : sequences) {
+            for (int64_t index = one.from; index < one.to; ++index, ++row) {
+                glm::Row& to = table.data()[row];
+                to.position = to.index = index, to.first = one.first, to.pages = pages_.data() + page;
+            }
+            page += blocks(one.to, glm::PAGE);
+        }
+        Array<float> x = random_array(count * net_.hidden), mixed(count * net_.heads * net_.dim);
+        double sizes[] = {0, (double)net_.heads, (double)net_.groups, (double)net_.dim, 0, 1e-5, (double)net_.hidden,
+                          (double)out_, 1};
+        bool absent = false;
+        void* params[] = {table.data(), x.data(), angles_.data(), sizes, norm_.data(), &absent, weight_.data(),
+                          &absent, &absent, &absent, &absent, mixed.data()};
+        int dims[12] = {};
+        int64_t* shapes[12] = {};
+        const char* types[12] = {"int64", "float32", "float32", "float64", "float32", "bool", "float32", "bool", "bool",
+                                 "bool", "bool", "float32"};
+        glm::kernels().attend_rows({params, dims, shapes, types});
+        return hash(mixed.data(), mixed.size);
+    }
+
+private:
+    Network net_;
+    int64_t out_;
+    Array<char> cache_;
+    Array<int32_t> pages_;
+    Array<float> angles_, weight_, norm_;
+};
+
+// All tokens of the sequences, then the last ones again, with all keys before them.
+void attention_case(const char* name, const Network& net, const std::vector<Sequence>& sequences) {
+    std::vector<Sequence> whole;
+    int64_t pages = 0, longest = 0;
+    for (const Sequence& one : sequences) {
+        whole.push_back({0, 0, one.to});
+        pages += blocks(one.to, glm::PAGE), longest = one.to > longest ? one.to : longest;
+    }
+    Attention layer(net, pages, longest);
+    const uint64_t first = layer.run(whole), second = layer.run(sequences);
+    std::printf("attention %s %016llx %016llx\n", name, (unsigned long long)first, (unsigned long long)second);
+}
+
+// The same bits for any number of threads, which decides how the keys are divided.
+void attention() {
+    const std::vector<Sequence> one = {{0, 600, 601}}, chunk = {{3, 250, 290}};
+    const std::vector<Sequence> several = {{0, 0, 1}, {17, 513, 516}, {0, 40, 41}};
+    const uint64_t before = state;
+    for (int threads : {1, 2, 5}) {
+        glm::set_threads(threads);
+        state = before;
+        for (glm::Stored stored : {glm::Stored::F32, glm::Stored::BF16, glm::Stored::INT8}) {
+            for (const auto* rows : {&one, &chunk, &several}) {
+                attention_case("groups of 5", {10, 2, 12, 8, stored}, *rows);
+                attention_case("heads", {3, 3, 16, 8, stored}, *rows);
+                attention_case("wide", {24, 1, 64, 8, stored}, *rows);
+            }
+        }
+    }
+    glm::set_threads(0);
+}
+
 // Several threads call kernels at once, while parts of one call are shared by the pool.
 void contention() {
     Weight weight(glm::Format::INT8, 64, 256, 0);
@@ -230,6 +328,7 @@ int main() {
     products();
     rows_of_floats();
     training();
+    attention();
     contention();
     parts();
 }

@@ -65,15 +65,17 @@ struct AttentionSizes {
     }
 };
 
-// Rotates and scales the queries of a row into `query` [heads, D], and stores its keys and values.
+// Rotates and scales the queries of a row, and stores its keys and values. The heads of a group follow one another in
+// `query`, whose groups are `step` apart.
 static inline void store_row(const AttentionSizes& sizes, const Row& row, const float* table, float* qkv, float* query,
-                             const Pages& pages) {
-    const int64_t dim = sizes.dim;
+                             int64_t step, const Pages& pages) {
+    const int64_t dim = sizes.dim, per_group = sizes.heads / sizes.groups;
     const float scale = (float)(1.0 / std::sqrt((double)dim));
     for (int64_t head = 0; head < sizes.heads; ++head) {
         float* from = qkv + sizes.place(0, head);
         rotate(from, table, dim);
-        for (int64_t d = 0; d < dim; ++d) query[head * dim + d] = from[d] * scale;
+        float* to = query + head / per_group * step + head % per_group * dim;
+        for (int64_t d = 0; d < dim; ++d) to[d] = from[d] * scale;
     }
     for (int64_t group = 0; group < sizes.groups; ++group) {
         float* key = qkv + sizes.place(1, group);
@@ -99,31 +101,26 @@ int attend_rows(const Call& call) {
     float* mixed = inputs.data<float>();
 
     const int64_t count = run.count, dim = sizes.dim, width = sizes.heads * dim;
+    if (count == 0) return 0;
     float* normed = scratch_of<float>(OPERATOR, count * (linear.in + linear.out + width));
     float *qkv = normed + count * linear.in, *query = qkv + count * linear.out;
     normalize_rows(norm, count, x, normed, linear.in);
     apply(linear, run, normed, qkv);
     const Pages pages(run, sizes.layer, sizes.groups, dim);
-    const Row* rows = run.rows();
-    parallel_for(count, 4, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-            store_row(sizes, rows[row], angles + rows[row].position * (dim / 2), qkv + row * linear.out,
-                      query + row * width, pages);
-    });
-    // Few rows: parts of HEADS heads, so that every thread has one. Many: whole groups, which read a key only once.
-    const int64_t per_group = sizes.heads / sizes.groups;
-    const int64_t part = count * sizes.groups >= 4 * threads() ? per_group : smaller(per_group, HEADS);
-    const int64_t parts = (per_group + part - 1) / part, of_row = sizes.groups * parts;
-    // A thread is worth waking for about 20 us of work.
-    constexpr int64_t worth = 200000;
-    const int64_t of_part = 2 * part * dim * (rows[count > 0 ? count - 1 : 0].index + 1);
-    parallel_for(count * of_row, 1 + worth / (1 + of_part), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t row = i / of_row, group = i % of_row / parts, first = i % parts * part;
-            const int64_t at = row * width + (group * per_group + first) * dim;
-            attend_heads(rows[row], pages, group, smaller(part, per_group - first), dim, query + at, mixed + at);
+    int64_t* places = scratch_of<int64_t>(ROWS, 2 * count);
+    Tiles tiles = {run.rows(), places, places + count, 0, sizes.heads / sizes.groups, sizes.groups, dim, query};
+    divide_rows(count, tiles);
+    parallel_for(tiles.count, 1 + 3 * tiles.count / count, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+            const int64_t first = tiles.first[tile], size = tiles.size[tile], step = tiles.heads * dim;
+            for (int64_t i = 0; i < size; ++i) {
+                const Row& row = tiles.rows[first + i];
+                store_row(sizes, row, angles + row.position * (dim / 2), qkv + (first + i) * linear.out,
+                          query + first * width + i * step, size * step, pages);
+            }
         }
     });
+    attend_tiles(tiles, pages, mixed);
     return 0;
 }
 

@@ -26,7 +26,10 @@ void parallel_for(int64_t count, int64_t grain, const F& f) {
 
 // Memory of the calling thread, aligned to 64 bytes, one block for each use; its content is lost at the next call for
 // the same use. A caller of parallel_for may share its block with the workers: they have blocks of their own.
-enum Scratch { ACTIVATIONS, BLOCK, PARTIALS, WEIGHTS, OPERATOR, ATTENTION, ADAPTER, GRADIENT, SCRATCH_USES };
+enum Scratch {
+    ACTIVATIONS, BLOCK, PARTIALS, WEIGHTS, OPERATOR, ROWS, ATTENTION, SCORES, PIECES, MIXTURES, ADAPTER, GRADIENT,
+    SCRATCH_USES
+};
 void* scratch(Scratch use, int64_t bytes);
 
 template <class T>
