@@ -12,12 +12,14 @@ constexpr int64_t TILE = 64;
 
 static_assert(PAGE == LANES, "a vector has the scores of a page");
 
-// Scores [N][stride] of N queries [N][dim] and the keys [dim][PAGE] of a page.
+// Scores [N][stride] of N queries [N][dim] and the keys [dim][PAGE] of a page. `following`: the next page that is read.
 template <int N>
-static inline void page_scores(const float* query, int64_t dim, const float* keys, float* scores, int64_t stride) {
+static inline void page_scores(const float* query, int64_t dim, const float* keys, float* scores, int64_t stride,
+                               Following following) {
     Vec total[N];
     for (int q = 0; q < N; ++q) total[q] = zero();
     for (int64_t d = 0; d < dim; ++d) {
+        following.prefetch(d);
         const Vec key = load(keys + d * PAGE);
         for (int q = 0; q < N; ++q) total[q] = fma(set1(query[q * dim + d]), key, total[q]);
     }
@@ -25,13 +27,15 @@ static inline void page_scores(const float* query, int64_t dim, const float* key
 }
 
 // Adds weights [N][stride] times values [PAGE][width] of the places from `begin` to `end` to mixed [N][width].
+// `following` as above.
 template <int N>
 static inline void page_mix(const float* weights, int64_t stride, const float* values, int64_t begin, int64_t end,
-                            int64_t width, float* mixed) {
+                            int64_t width, float* mixed, Following following) {
     for (int64_t i = 0; i < width; i += LANES) {
         Vec total[N];
         for (int q = 0; q < N; ++q) total[q] = load(mixed + q * width + i);
         for (int64_t t = begin; t < end; ++t) {
+            following.prefetch(i + t);
             const Vec value = load(values + t * width + i);
             for (int q = 0; q < N; ++q) total[q] = fma(set1(weights[q * stride + t]), value, total[q]);
         }
@@ -133,13 +137,19 @@ static inline void attend_block(const Tile& tile, const Pages& pages, int64_t bl
     float* scores = scratch_of<float>(SCORES, queries * BLOCK_KEYS + PAGE * (dim + width));
     float *key_room = scores + queries * BLOCK_KEYS, *value_room = key_room + PAGE * dim;
     const auto pages_of = tile.rows[0].pages;
+    // The queries bring the next page into the cache: of keys, then the first one of values, then of values.
+    const auto following = [&](int64_t number, bool values) {
+        const int64_t next = number < high ? number + 1 : values ? number : low;
+        return pages.following(pages_of[next], tile.group, values || number == high);
+    };
     for (int64_t number = low; number <= high; ++number) {
         const float* keys = pages.keys(pages_of[number], tile.group, key_room);
         const float* scales = pages.scales(pages_of[number], tile.group);
         float* at = scores + number * PAGE - start;
         const int64_t from = tile.first_query(number * PAGE);
+        const Following next = following(number, false);
         by_queries(from, queries, [&](int64_t q, auto n) {
-            page_scores<n>(tile.query + q * dim, dim, keys, at + q * BLOCK_KEYS, BLOCK_KEYS);
+            page_scores<n>(tile.query + q * dim, dim, keys, at + q * BLOCK_KEYS, BLOCK_KEYS, next);
         });
         if (scales)
             for (int64_t q = from; q < queries; ++q)
@@ -159,14 +169,15 @@ static inline void attend_block(const Tile& tile, const Pages& pages, int64_t bl
         if (scales)
             for (int64_t q = from; q < queries; ++q)
                 store(at + q * BLOCK_KEYS, load(at + q * BLOCK_KEYS) * load(scales + PAGE));
+        const Following next = following(number, true);
         by_queries(from, queries, [&](int64_t q, auto n) {
             float *weights = at + q * BLOCK_KEYS, *mixed = to.mixed + q * width;
             const int64_t end = tile.places(q, key);
             if (end == tile.places(q + n - 1, key))
-                return page_mix<n>(weights, BLOCK_KEYS, values, skipped, end, width, mixed);
+                return page_mix<n>(weights, BLOCK_KEYS, values, skipped, end, width, mixed, next);
             for (int i = 0; i < n; ++i)
                 page_mix<1>(weights + i * BLOCK_KEYS, BLOCK_KEYS, values, skipped, tile.places(q + i, key), width,
-                            mixed + i * width);
+                            mixed + i * width, next);
         });
     }
 }

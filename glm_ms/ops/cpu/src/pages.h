@@ -6,6 +6,14 @@
 
 static inline int64_t item_bytes(Stored stored) { return stored == Stored::F32 ? 4 : stored == Stored::BF16 ? 2 : 1; }
 
+// The keys or values of a page that is read soon: LANES of them are `step` bytes.
+struct Following {
+    const char* data;
+    int64_t step;
+
+    void prefetch(int64_t number) const { __builtin_prefetch(data + number * step); }
+};
+
 class Pages {
   public:
     Pages(const Run& run, int64_t layer, int64_t groups, int64_t dim)
@@ -41,6 +49,11 @@ class Pages {
     // Values [PAGE][padded(D)].
     const float* values(int64_t page, int64_t group, float* room) const {
         return expand(at(page, group) + PAGE * dim_ * item_bytes(stored_), PAGE * padded_, room);
+    }
+
+    Following following(int64_t page, int64_t group, bool values) const {
+        const int64_t size = item_bytes(stored_);
+        return {at(page, group) + (values ? PAGE * dim_ * size : 0), LANES * size};
     }
 
     // Scales of keys and of values, [2][PAGE]; null without any.
