@@ -202,7 +202,7 @@ struct Network {
     }
 };
 
-// Tokens [from, to) of a sequence, which see the keys from `first` on.
+// Tokens [from, to) of a sequence, which see the keys from `first` on; first < 0: only their own.
 struct Sequence {
     int64_t first, from, to;
 };
@@ -229,7 +229,8 @@ public:
         for (const Sequence& one : sequences) {
             for (int64_t index = one.from; index < one.to; ++index, ++row) {
                 glm::Row& to = table.data()[row];
-                to.position = to.index = index, to.first = one.first, to.pages = pages_.data() + page;
+                to.position = to.index = index, to.pages = pages_.data() + page;
+                to.first = one.first < 0 ? index : one.first;
             }
             page += blocks(one.to, glm::PAGE);
         }
@@ -255,12 +256,12 @@ private:
     Array<float> angles_, weight_, norm_;
 };
 
-// All tokens of the sequences, then the last ones again, with all keys before them.
+// Writes the keys of all tokens, then runs those of the sequences.
 void attention_case(const char* name, const Network& net, const std::vector<Sequence>& sequences) {
     std::vector<Sequence> whole;
     int64_t pages = 0, longest = 0;
     for (const Sequence& one : sequences) {
-        whole.push_back({0, 0, one.to});
+        whole.push_back({-1, 0, one.to});
         pages += blocks(one.to, glm::PAGE), longest = one.to > longest ? one.to : longest;
     }
     Attention layer(net, pages, longest);

@@ -31,7 +31,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     assert len(found) > 300
     assert all(line.endswith(" wrong=0") for line in found if line.startswith("parts"))
     assert len({line for line in found if line.startswith("contention")}) == 1
-    attention = [line for line in found if line.startswith("attention")]
+    attention = [line for line in found if line.startswith("attention ")]
     assert attention[: len(attention) // 3] * 3 == attention, "with 1, 2 and 5 threads"
     assert len(set(attention)) == len(attention) // 3 == 27
     return found
