@@ -40,7 +40,8 @@ def load_pretrained(
     quantization: Quantization | None = None,
     kv_cache: str | None = None,
 ) -> GLMForCausalLM:
-    """Loads a model. On a CPU its weights are float32, the only type that is fast there; elsewhere as the config says.
+    """Loads a model. A CPU computes in float32; weights of float16 and bfloat16 keep their type in memory if the C++
+    kernels are there, else they become float32. Elsewhere all types are as the config says.
 
     Args:
         path: Hugging Face folder (safetensors, or .bin shards), MindSpore `.ckpt` or `.safetensors`, or the
@@ -76,7 +77,7 @@ def load_pretrained(
         if not isinstance(config, GLMConfig):
             config = read_config(config, with_prefix=bool(reader.adapter_names()))
         if ms.get_context("device_target") == "CPU":
-            config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
+            config = dataclasses.replace(config, compute_dtype="float32")
         model = GLMForCausalLM.from_checkpoint(reader, config, quantization)
         model.kv_cache = kv_cache
         adapter = adapter_with(reader, adapter)

@@ -19,6 +19,7 @@ from glm_ms import GLMConfig, GLMForCausalLM, load_pretrained
 from glm_ms.convert.conversion import plan_conversion
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.model.config import ConfigError
+from glm_ms.ops.cpu.library import SWITCH
 from glm_ms.peft.adapter import read_adapter
 from glm_ms.pretrained import find_tokenizer, load_with_tokenizer
 from glm_ms.settings import SettingsError, load_settings
@@ -36,11 +37,11 @@ def check_network(path: Path, case: str = CASE, config: object = None) -> None:
 
 
 def check_parameters(model: GLMForCausalLM, weights: dict[str, np.ndarray]) -> None:
-    """float32, and equal bit for bit."""
+    """Equal in type, and bit for bit."""
     parameters = model.parameters()
     assert set(parameters) == set(weights)
     for name, value in weights.items():
-        assert parameters[name].dtype == ms.float32
+        assert parameters[name].asnumpy().dtype == value.dtype
         np.testing.assert_array_equal(parameters[name].asnumpy(), value, name)
 
 
@@ -74,11 +75,46 @@ def test_sharded_bin() -> None:
     check_network(FOLDER / CASE / "sharded")
 
 
-def test_half_precision_shards() -> None:
-    """A CPU computes in float32."""
+@pytest.mark.parametrize("kernels", [True, False])
+def test_half_precision_shards(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU computes in float32; only its kernels read float16."""
     pytest.importorskip("torch")
-    rounded = {name: w.astype(np.float16).astype(np.float32) for name, w in golden_weights("glm3_tiny").items()}
-    check_parameters(load_pretrained(FOLDER / "glm3_tiny" / "sharded_fp16"), rounded)
+    if not kernels:
+        monkeypatch.setenv(SWITCH, "0")
+    model = load_pretrained(FOLDER / "glm3_tiny" / "sharded_fp16")
+    assert (model.config.param_init_type, model.config.compute_dtype) == (
+        "float16" if kernels else "float32",
+        "float32",
+    )
+    rounded = {name: w.astype(np.float16) for name, w in golden_weights("glm3_tiny").items()}
+    stored = rounded if kernels else {name: w.astype(np.float32) for name, w in rounded.items()}
+    check_parameters(model, stored)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_16_bits_give_the_numbers_of_float32(dtype: str, tmp_path: Path) -> None:
+    """The same bits, also when they are quantized; in half the memory."""
+    plan_conversion(FOLDER / CASE, tmp_path / dtype, dtype=dtype).run()
+    plan_conversion(tmp_path / dtype, tmp_path / "float32", dtype="float32").run()
+    half, whole = (load_pretrained(tmp_path / name) for name in (dtype, "float32"))
+    types = {name: str(parameter.dtype).lower() for name, parameter in half.parameters().items()}
+    embedding = types.pop("transformer.embedding.embedding_table")
+    assert set(types.values()) == {dtype}
+    assert embedding == ("float16" if dtype == "float16" else "float32")  # MindSpore gathers no bfloat16 on a CPU
+    ids = list(range(5, 25))
+    for change in (lambda model: None, lambda model: model.quantize(8)):
+        for model in (half, whole):
+            change(model)
+        answers = [model.generate(ids, max_new_tokens=12) for model in (half, whole)]
+        np.testing.assert_array_equal(*answers)
+        np.testing.assert_array_equal(half([ids]).asnumpy(), whole([ids]).asnumpy())
+
+
+def test_weights_of_another_type_than_the_config_says_stay_exact(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / CASE, tmp_path / "copy")
+    file = tmp_path / "copy" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "torch_dtype": "float16"}))
+    check_parameters(load_pretrained(tmp_path / "copy"), golden_weights(CASE))
 
 
 def test_mindspore_ckpt_of_mindspore_itself(tmp_path: Path) -> None:

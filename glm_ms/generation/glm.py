@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ from glm_ms.generation.pool import DecoderPool
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import Cells, GLMNetwork
 from glm_ms.model.loss import IGNORED_LABEL, GLMWithLoss
+from glm_ms.ops.registry import device
 from glm_ms.peft.adapter import Adapter, AdapterConfig, AdapterError, StoredAdapter, attach, read_adapter
 from glm_ms.quant import Quantization, quantization
-from glm_ms.quant.checkpoint import weights_of
+from glm_ms.quant.checkpoint import storage_on_cpu, weights_of
 from glm_ms.quant.network import quantize_network
 from glm_ms.tokenizer import SentencePieceTokenizer
 
@@ -116,6 +118,8 @@ class GLMForCausalLM:
         Raises:
             CheckpointError: see `glm_ms.quant.checkpoint.weights_of`.
         """
+        if device() == "CPU":
+            config = dataclasses.replace(config, param_init_type=storage_on_cpu(reader, config))
         cells, parameters, found = weights_of(reader, config, quantization, mapped)
         model = cls.from_parameters(config, parameters, cells)
         model.quantization = found

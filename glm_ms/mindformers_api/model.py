@@ -22,6 +22,7 @@ from glm_ms.mindformers_api.generation import default_generation, generation_arg
 from glm_ms.mindformers_api.released import expected_files, is_name
 from glm_ms.mindformers_api.run_yaml import yaml_in
 from glm_ms.mindformers_api.tokenizer import ChatGLMTokenizer
+from glm_ms.model.config import GLMConfig
 from glm_ms.model.loss import NextTokenLoss
 from glm_ms.pretrained import load_pretrained
 from glm_ms.storage.errors import CheckpointError
@@ -221,7 +222,7 @@ class MindFormersGLM(PreTrainedModel):
             if source is None:
                 raise CheckpointError(f"{path}: no config.json here; give config=, a MindFormersGLMConfig or a path")
             config = MindFormersGLMConfig.from_pretrained(str(source), **kwargs)
-        core = load_pretrained(path, config.architecture(), lora_alpha=config.lora_alpha)
+        core = load_pretrained(path, _trainable(config.architecture()), lora_alpha=config.lora_alpha)
         return cls(config, core=core, weights_from=str(path))
 
     from_pretrained_experimental_mode = from_pretrained  # AutoModel calls this one for folders with a config.json
@@ -282,8 +283,15 @@ class MindFormersGLM(PreTrainedModel):
         return self.trainable_params() if only_trainable else list(self.get_parameters())
 
 
+def _trainable(architecture: GLMConfig) -> GLMConfig:
+    """On a CPU with weights of float32, as the model may be trained there."""
+    if ms.get_context("device_target") != "CPU":
+        return architecture
+    return dataclasses.replace(architecture, param_init_type="float32", compute_dtype="float32")
+
+
 def _build(config: MindFormersGLMConfig) -> GLMForCausalLM:
-    architecture = config.architecture()
+    architecture = _trainable(config.architecture())
     if config.checkpoint_name_or_path:
         path = resolve_checkpoint(config.checkpoint_name_or_path)
         check_config_beside(path, architecture, config.name_or_path or type(config).__name__, has_adapter(path))
@@ -291,6 +299,4 @@ def _build(config: MindFormersGLMConfig) -> GLMForCausalLM:
     if config.load_adapter:
         needed = "needs load_checkpoint, the weights it was trained on"
         raise CheckpointError(f"load_adapter: {config.load_adapter}: {needed}")
-    if ms.get_context("device_target") == "CPU":  # float32 is the only type that is fast there
-        architecture = dataclasses.replace(architecture, param_init_type="float32", compute_dtype="float32")
     return GLMForCausalLM(architecture)

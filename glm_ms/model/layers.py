@@ -11,6 +11,7 @@ from mindspore.common.initializer import Initializer, Normal, initializer
 
 from glm_ms.model.config import GLMConfig
 from glm_ms.ops.portable import LayerNormalize, RMSNormalize
+from glm_ms.ops.registry import device
 
 # Standard deviation of random weights, for networks trained from scratch.
 INIT_STD = 0.02
@@ -27,11 +28,15 @@ def new_parameter(shape: tuple[int, ...], dtype: str, init: str | Initializer | 
 
 
 class Embedding(nn.Cell):
-    """Rows of `embedding_table` [V, H] by token id."""
+    """Rows of `embedding_table` [V, H] by token id. Its type is that of the config, but float32 for bfloat16 on a CPU,
+    whose MindSpore gathers no bfloat16."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        self.embedding_table = new_parameter((config.padded_vocab_size, config.hidden_size), config.param_init_type)
+        stored = config.param_init_type
+        if stored == "bfloat16" and device() == "CPU":
+            stored = "float32"
+        self.embedding_table = new_parameter((config.padded_vocab_size, config.hidden_size), stored)
         self.dtype = DTYPES[config.compute_dtype]
         self.gather, self.cast = ops.Gather(), ops.Cast()
 

@@ -14,6 +14,7 @@ from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, load_parameters
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import OUTPUT_LAYER, Cells
+from glm_ms.ops.cpu import library
 from glm_ms.ops.packing import pack_int4, pack_int8
 from glm_ms.quant import GROUPS, Quantization, QuantizationError
 from glm_ms.quant.network import SCALE, WEIGHT, cells_for, is_quantized, quantized_parameters, replaced_shapes
@@ -59,6 +60,18 @@ def weights_of(
     own = any(name.endswith(_OWN_WEIGHT) for name in reader.base_names())
     read = _own_parameters if own else _official_parameters
     return cells_for(found), reader.verified(read(reader, config, found, dtype)), found
+
+
+def storage_on_cpu(reader: CheckpointReader, config: GLMConfig) -> str:
+    """The type in which a CPU keeps the weights of a checkpoint, all of them exactly.
+
+    That of the config if it is float16 or bfloat16, all tensors of the file have it, and the C++ kernels, which read
+    it, are there; else float32.
+    """
+    wanted = config.param_init_type
+    if library.load() is None or any(reader.dtype(name) != wanted for name in reader.base_names()):
+        return "float32"
+    return wanted
 
 
 def stored_quantization(reader: CheckpointReader, config: GLMConfig) -> Quantization | None:

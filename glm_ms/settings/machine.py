@@ -9,6 +9,7 @@ from pathlib import Path
 
 from glm_ms.launch.processes import ascend_cards
 from glm_ms.launch.rank_job import JOB_VARIABLES
+from glm_ms.ops.cpu import library
 from glm_ms.ops.cpu.blas import has_blas, has_native_bfloat16
 from glm_ms.settings.checks import Rule, placed, violated
 from glm_ms.settings.errors import Problem
@@ -41,8 +42,8 @@ def machine_problems(
     """Compares settings with the machine: cards, what the device can train, and the number of processes.
 
     With `context.device_target: CPU`, `compute_dtype` and `param_init_type` become float32, with a note for each
-    change; but training keeps `compute_dtype: bfloat16` if the CPU kernels are there. `dev` is the folder of device
-    files.
+    change. If the CPU kernels are there, training keeps `compute_dtype: bfloat16`, and other runs keep
+    `param_init_type`. `dev` is the folder of device files.
     """
     if settings.context.device_target == "Ascend":
         problems = list(_card(settings, ascend_cards(dev), environment))
@@ -73,8 +74,9 @@ def _fit_to_cpu(settings: Settings) -> None:
     if rounded and not has_native_bfloat16():
         remark = "this processor has no instructions for bfloat16; float32 is faster and exact"
         settings.notes.append(f"{_COMPUTE}: {remark}")
+    kept = {"compute_dtype": rounded, "param_init_type": not settings.is_training() and library.load() is not None}
     for name in ("param_init_type", "compute_dtype"):
-        if rounded and name == "compute_dtype":
+        if kept[name]:
             continue
         if getattr(config, name) in _SLOW_ON_CPU:
             change = f"{getattr(config, name)} becomes float32 on CPU; weights are converted while loading"

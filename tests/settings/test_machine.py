@@ -83,6 +83,18 @@ def test_half_types_become_float32_on_a_cpu(
     assert dtype in settings.notes[before]
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_half_weights_that_are_not_trained_keep_their_type_for_the_kernels(
+    kernels: bool, config: Path, no_cards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.library, "load", lambda: object() if kernels else None)
+    overrides = [f"model.model_config.{name}=float16" for name in ("param_init_type", "compute_dtype")]
+    settings = load_settings(config, [*overrides, "run_mode=predict", "predict_data=x"])
+    check_machine(settings, no_cards, {})
+    assert settings.model.model_config.param_init_type == ("float16" if kernels else "float32")
+    assert settings.model.model_config.compute_dtype == "float32"
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_training_on_a_cpu_keeps_bfloat16_for_products(
     native: bool, config: Path, no_cards: Path, monkeypatch: pytest.MonkeyPatch

@@ -43,8 +43,9 @@ class Kind(NamedTuple):
 _LLAMA_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5}  # with scales of 32 elements
 SUBJECTS = {
     OURS: Kind(
-        "glm_ms.bench.subjects.ours:Ours", {"float32": 32, "int8": 8, "int4": 4.5, "amp": 32}, (), ("float32", "amp"),
-        ("float32", "int8", "int4"), ("float32", "int8", "int4"),
+        "glm_ms.bench.subjects.ours:Ours",
+        {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4.5, "amp": 32}, (), ("float32", "amp"),
+        ("float32", "int8", "int4"), ("float32", "bfloat16", "float16", "int8", "int4"),
     ),
     TORCH: Kind(
         "glm_ms.bench.subjects.torch_peer:TorchPeer", {"float32": 32, "bfloat16": 16, "amp": 32},

@@ -43,6 +43,8 @@ class Ours:
         """Random weights in memory, or quantized ones of an earlier run in files."""
         ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
         self.config, self.amp = GLMConfig(**setup.config), setup.weights == "amp"
+        if setup.weights in ("float16", "bfloat16"):
+            self.config = replace(self.config, param_init_type=setup.weights)
         how, weights = _QUANTISED.get(setup.weights), random_weights(self.config)
         if how is not None and setup.file(".hf").exists():
             self.model = load_pretrained(setup.file(".hf"), self.config)
