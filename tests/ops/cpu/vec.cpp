@@ -1,5 +1,5 @@
-// Every function of vec.h over many values, one line each: its name and a hash of the results. `-DGLM_AVX2` and the like
-// select the instruction set. The last lines are errors of `exp` and `silu` against float64.
+// Every function of vec.h over many values, one line each: its name and a hash of the results. `-DGLM_AVX2` and the
+// like select the instruction set. The last lines are errors of `exp` and `silu` against float64.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

@@ -65,12 +65,12 @@ GLM_EXPORT int glm_ms_op_adamw(int, void** data, int* ranks, int64_t** shapes, c
 // Looks for the matrix products of oneDNN in a shared library; 1 if it has them.
 GLM_EXPORT int glm_ms_open_blas(const char* file) { return glm::open_blas(file); }
 
+// Whether this processor multiplies bfloat16 faster than float32; call glm_ms_open_blas before.
+GLM_EXPORT int glm_ms_native_bf16() { return glm::native_bf16(); }
+
 // MindSpore asks a function "<operator>InferShape" for the shapes of the outputs in a graph where those of the inputs
 // are not known before it runs; then sizes are -1 at first.
 using Shape = std::vector<int64_t>;
-
-// Whether this processor multiplies bfloat16 faster than float32; call glm_ms_open_blas before.
-GLM_EXPORT int glm_ms_native_bf16() { return glm::native_bf16(); }
 
 namespace {
 

@@ -12,7 +12,8 @@ struct Update {
 
 static inline float dot_as(const Array& array, int64_t at, const float* x, int64_t size) {
     Vec total = zero();
-    for (int64_t i = 0; i < size; i += LANES) total = fma(load_as(array, at + i, size - i), load(x + i, size - i), total);
+    for (int64_t i = 0; i < size; i += LANES)
+        total = fma(load_as(array, at + i, size - i), load(x + i, size - i), total);
     return sum(total);
 }
 

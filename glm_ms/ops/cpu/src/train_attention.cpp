@@ -47,7 +47,9 @@ struct Head {
     }
 
     Operand rows(const float* array, int64_t token) const { return {array + at(token), stride(), false}; }
-    Operand keys(const float* array, bool transposed) const { return {array + group(), work.groups * work.dim, transposed}; }
+    Operand keys(const float* array, bool transposed) const {
+        return {array + group(), work.groups * work.dim, transposed};
+    }
 
     // scores [count, keys] of a block, by `limit` keys a row.
     bool scores(int64_t token, int64_t count, int64_t limit, float* scores) const {
