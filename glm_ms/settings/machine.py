@@ -22,6 +22,8 @@ _COUNTS = ("MS_WORKER_NUM", "RANK_SIZE")
 _NUMBERS = (*_COUNTS, "RANK_ID", "DEVICE_ID", "DEVICE_NUM", "LOCAL_RANK_SIZE", "MS_NODE_ID", "MS_SCHED_PORT")
 # On a CPU, float16 matrix products of MindSpore convert the weights at every call (7 times slower); bfloat16 has none.
 _SLOW_ON_CPU = ("float16", "bfloat16")
+# Run modes of the C++ kernels, which read weights of 16 bits. Exported graphs have operators of MindSpore.
+_WITH_KERNELS = ("eval", "predict")
 _COMPUTE, _STORED = "model.model_config.compute_dtype", "model.model_config.param_init_type"
 # What would be accepted and then computed wrongly, or not at all.
 _UNSUPPORTED = (
@@ -42,7 +44,7 @@ def machine_problems(
     """Compares settings with the machine: cards, what the device can train, and the number of processes.
 
     With `context.device_target: CPU`, `compute_dtype` and `param_init_type` become float32, with a note for each
-    change. If the CPU kernels are there, training keeps `compute_dtype: bfloat16`, and other runs keep
+    change. If the CPU kernels are there, training keeps `compute_dtype: bfloat16`, and evaluation and prediction keep
     `param_init_type`. `dev` is the folder of device files.
     """
     if settings.context.device_target == "Ascend":
@@ -74,11 +76,12 @@ def _fit_to_cpu(settings: Settings) -> None:
     if rounded and not has_native_bfloat16():
         remark = "this processor has no instructions for bfloat16; float32 is faster and exact"
         settings.notes.append(f"{_COMPUTE}: {remark}")
-    kept = {"compute_dtype": rounded, "param_init_type": not settings.is_training() and library.load() is not None}
-    for name in ("param_init_type", "compute_dtype"):
-        if kept[name]:
-            continue
-        if getattr(config, name) in _SLOW_ON_CPU:
+    kept = {
+        "param_init_type": settings.run_mode in _WITH_KERNELS and library.load() is not None,
+        "compute_dtype": rounded,
+    }
+    for name, keeps in kept.items():
+        if getattr(config, name) in _SLOW_ON_CPU and not keeps:
             change = f"{getattr(config, name)} becomes float32 on CPU; weights are converted while loading"
             settings.notes.append(f"model.model_config.{name}: {change}")
             setattr(config, name, "float32")

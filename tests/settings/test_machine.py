@@ -83,15 +83,22 @@ def test_half_types_become_float32_on_a_cpu(
     assert dtype in settings.notes[before]
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_half_weights_that_are_not_trained_keep_their_type_for_the_kernels(
-    kernels: bool, config: Path, no_cards: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mode", "kernels", "stored"),
+    [
+        (["run_mode=predict", "predict_data=x"], True, "float16"),
+        (["run_mode=predict", "predict_data=x"], False, "float32"),
+        (["run_mode=export", "load_checkpoint=data"], True, "float32"),
+    ],
+)
+def test_half_weights_keep_their_type_where_the_kernels_read_them(
+    mode: list[str], kernels: bool, stored: str, config: Path, no_cards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine.library, "load", lambda: object() if kernels else None)
     overrides = [f"model.model_config.{name}=float16" for name in ("param_init_type", "compute_dtype")]
-    settings = load_settings(config, [*overrides, "run_mode=predict", "predict_data=x"])
+    settings = load_settings(config, [*overrides, *mode])
     check_machine(settings, no_cards, {})
-    assert settings.model.model_config.param_init_type == ("float16" if kernels else "float32")
+    assert settings.model.model_config.param_init_type == stored
     assert settings.model.model_config.compute_dtype == "float32"
 
 
