@@ -13,9 +13,13 @@ from typing import Any, Callable, TypeVar
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
-from mindspore.graph.api import _cell_graph_executor
 
 from glm_ms.model.glm import GLMNetwork
+
+try:  # what `Cell.compile_and_run` calls in the end; not of MindSpore's interface
+    from mindspore.graph.api import _cell_graph_executor as EXECUTOR
+except ImportError:
+    EXECUTOR = None
 
 T = TypeVar("T")
 
@@ -106,7 +110,7 @@ class FixedGraph:
     """A cell that compiles once, for inputs of the shapes and types of the first call.
 
     `compile_and_run` looks for the graph of its inputs every time, and marks every cell inside meanwhile: for 28 layers
-    that takes longer than to run their operators.
+    that takes longer than to run their operators. A MindSpore without `EXECUTOR` does so.
     """
 
     def __init__(self, cell: nn.Cell) -> None:
@@ -115,10 +119,12 @@ class FixedGraph:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """What the cell returns; call it in the thread of `GRAPHS`."""
+        if EXECUTOR is None:
+            return self.cell.compile_and_run(*inputs)
         if not self._compiled:
             self.cell.compile(*inputs)
             self._compiled = True
-        return _cell_graph_executor(self.cell, *inputs, phase=self.cell.phase)
+        return EXECUTOR(self.cell, *inputs, phase=self.cell.phase)
 
 
 class Logits(nn.Cell):

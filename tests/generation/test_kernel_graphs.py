@@ -16,6 +16,7 @@ from reference import CASES, fresh_golden_model, golden_model, golden_numbers
 from tolerances import LOGITS
 
 from glm_ms import GLMConfig, GLMForCausalLM
+from glm_ms.generation import graphs
 from glm_ms.generation.graph_choice import GraphMaker
 from glm_ms.generation.inputs import Prompt
 from glm_ms.generation.kernel_graphs import ROWS, KernelGraphs
@@ -270,6 +271,13 @@ def test_decoders_of_all_sizes_share_one_graph(model: GLMForCausalLM, monkeypatc
         slot, _ = read(decoder, words(capacity - 1))
         decoder.step([slot], np.array([5], np.int32))
     assert [len(new) for new in compiled] == [1], "nobody looks for the graph again"
+
+
+def test_a_mindspore_that_looks_for_its_graph(model: GLMForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected = read(decoder_of(model), words(20))
+    monkeypatch.setattr(graphs, "EXECUTOR", None)
+    _, found = read(decoder_of(model), words(20))
+    assert found.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(("storage", "room"), [("bfloat16", 0.03), ("int8", 0.06)])
