@@ -2,8 +2,7 @@
 
 Limits of shapes and types are those of CANN's operator reference (aclnnRmsNorm, aclnnRotaryPositionEmbedding,
 aclnnFlashAttentionScore, aclnnWeightQuantBatchMatmulV2) and of its transformer library ATB (ReshapeAndCacheOperation,
-PagedAttentionOperation).
-`tools/check_device.py` compares each cell on a card with the portable one.
+PagedAttentionOperation). `tools/check_device.py` compares each cell on a card with the portable one.
 """
 
 from __future__ import annotations
@@ -268,8 +267,8 @@ class PagedFlashAttention(CachedAttention):
 class FusedProduct(nn.Cell):
     """`QuantizedProduct` by WeightQuantBatchMatmul, which reads the integers and multiplies them by scales inside.
 
-    It has the integers in the order of the kernel, and scales of the type of x: those of 8 bits are rounded from
-    float32. It has no gradient.
+    It has the integers in the order of the kernel, and scales of the type of the product, to which they are rounded. It
+    has no gradient.
 
     Args:
         weight, scale: as `product`, a WeightQuantBatchMatmul, takes them.
