@@ -25,13 +25,14 @@ if __name__ == "__main__":  # runs from a checkout without installation
 from glm_ms.program import program
 from glm_ms.quant import Quantization, quantization
 from glm_ms.settings import Settings, SettingsError, load_settings
-from glm_ms.storage.arguments import Parser
+from glm_ms.storage.arguments import Parser, whole_number
 from glm_ms.storage.errors import FileError
 
 if TYPE_CHECKING:
     from glm_ms.data.rows import Row
     from glm_ms.generation import GLMForCausalLM
 
+_COUNT = whole_number(1, 1 << 20)
 # (bits, group) of the forms that are made of the weights in memory.
 FORMS = ((8, None), (4, 32), (4, 64), (4, 128))
 # Types of keys and values that are compared with those of the arithmetic, over the original weights.
@@ -89,9 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--quantized", nargs="*", default=[], metavar="FOLDER", help="further forms, of glm-ms quantize"
     )
     parser.add_argument(
-        "--prompts", type=int, default=32, metavar="N", help="records with greedy answers (default: 32)"
+        "--prompts", type=_COUNT, default=32, metavar="N", help="records with greedy answers (default: 32)"
     )
-    parser.add_argument("--new_tokens", type=int, default=64, metavar="N", help="of an answer (default: 64)")
+    parser.add_argument("--new_tokens", type=_COUNT, default=64, metavar="N", help="of an answer (default: 64)")
     parser.add_argument("--output", metavar="FILE", help="also write the table here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of values of the file")
     return parser

@@ -37,7 +37,7 @@ from glm_ms.quant.checkpoint import described_quantization  # noqa: E402
 from glm_ms.settings import Settings, SettingsError, load_settings, resolve_vocab_size  # noqa: E402
 from glm_ms.settings.loader import repeated  # noqa: E402
 from glm_ms.settings.schema import AUTO, is_sharded  # noqa: E402
-from glm_ms.storage.arguments import Parser  # noqa: E402
+from glm_ms.storage.arguments import Parser, whole_number  # noqa: E402
 from glm_ms.storage.errors import FileError  # noqa: E402
 from glm_ms.storage.yaml_tree import parse_yaml  # noqa: E402
 from glm_ms.tokenizer import VocabularyError  # noqa: E402
@@ -48,7 +48,7 @@ FITS, UNUSABLE, DOES_NOT_FIT = 0, 2, 3
 # Options of a server.
 SERVING = ("slots", "context", "kv_cache", "quantize", "quantize_group", "max_adapters", "max_lora_rank", "max_prefix")
 SLOTS = 8
-_LARGEST = 10**9
+_COUNT = whole_number(1, 10**9)
 
 
 @program
@@ -251,12 +251,6 @@ def _cards(text: str) -> int:
     return int(text)
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:10]) <= _LARGEST):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to {_LARGEST}")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -266,16 +260,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=_memory, metavar="32GB", help="of a card; a GB has 2^30 bytes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the file's values")
     server = parser.add_argument_group("a server, with --model")
-    server.add_argument("--slots", type=_count, metavar="N", help=f"requests at a time (default: {SLOTS})")
+    server.add_argument("--slots", type=_COUNT, metavar="N", help=f"requests at a time (default: {SLOTS})")
     server.add_argument(
         "--kv-cache", choices=tuple(STORAGE), help="type of keys and values of the C++ kernels of a CPU"
     )
-    server.add_argument("--context", type=_count, metavar="N", help="most tokens of one with its answer (seq_length)")
+    server.add_argument("--context", type=_COUNT, metavar="N", help="most tokens of one with its answer (seq_length)")
     server.add_argument("--quantize", type=int, choices=BITS, help="weights of so many bits (those of the files)")
     server.add_argument("--quantize-group", type=int, choices=GROUPS, help="with --quantize 4: inputs of a scale (32)")
-    server.add_argument("--max-adapters", type=_count, metavar="N", help="adapters at a time (0)")
-    server.add_argument("--max-lora-rank", type=_count, metavar="N", help="largest rank of LoRA adapters (16)")
-    server.add_argument("--max-prefix", type=_count, metavar="N", help="longest P-Tuning prefix (0)")
+    server.add_argument("--max-adapters", type=_COUNT, metavar="N", help="adapters at a time (0)")
+    server.add_argument("--max-lora-rank", type=_COUNT, metavar="N", help="largest rank of LoRA adapters (16)")
+    server.add_argument("--max-prefix", type=_COUNT, metavar="N", help="longest P-Tuning prefix (0)")
     server.add_argument(
         "--device_target", choices=("CPU", "Ascend"), default="Ascend", help="on a CPU all is float32 (Ascend)"
     )

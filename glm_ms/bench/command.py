@@ -31,7 +31,7 @@ from glm_ms.bench.subjects import OURS, SUBJECTS
 from glm_ms.bench.timings import Timing, start_timings, tokenise_timings
 from glm_ms.bench.workers import BenchError
 from glm_ms.program import program
-from glm_ms.storage.arguments import Parser
+from glm_ms.storage.arguments import Parser, whole_number
 from glm_ms.storage.atomic import replace_text
 from glm_ms.storage.errors import FileError
 
@@ -52,7 +52,7 @@ _WITHOUT_NETWORK = ("start", "tokenise")
 _ROWS = {"decode": (1,), "batch": (1, 4, 8, 16), "context": (1,), "train": (4,), "train-lora": (4,)}
 _CONTEXT = {"decode": (64,), "batch": (64,), "context": (64, 256, 1024, 2048, 4096, 8192)}
 _LENGTH = {"prefill": (512,), "train": (192,), "train-lora": (192,)}
-_MOST = 1 << 20
+_COUNT = whole_number(1, 1 << 20)
 
 
 @program
@@ -113,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--geometry", default="tiny", metavar="NAME", help=f"{', '.join(GEOMETRIES)}, or a config (default: tiny)"
     )
     for name in SIZES:
-        parser.add_argument(f"--{name}", type=_count, metavar="N", help="in place of that of the geometry")
+        parser.add_argument(f"--{name}", type=_COUNT, metavar="N", help="in place of that of the geometry")
     parser.add_argument(
         "--weights", nargs="+", choices=tuple(SUBJECTS[OURS].bits), default=["float32"], help="of glm_ms (float32)"
     )
@@ -122,13 +122,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="torch or llamacpp, with all its types of weights or one: torch:bfloat16, llamacpp:int4"
     )  # fmt: skip
     parser.add_argument("--peer-python", metavar="PATH", help="interpreter that has the other programs (this one)")
-    parser.add_argument("--rows", nargs="+", type=_count, metavar="N", help="sequences at a time")
-    parser.add_argument("--context", nargs="+", type=_count, metavar="N", help="tokens at the end of the steps")
-    parser.add_argument("--length", nargs="+", type=_count, metavar="N", help="tokens of a prompt, or of training rows")
-    parser.add_argument("--layers", nargs="+", type=_count, metavar="N", help="measure with each number of layers")
-    parser.add_argument("--threads", nargs="+", type=_count, metavar="N", help="measure with each number (all cores)")
-    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="turns of each program (5)")
-    parser.add_argument("--steps", type=_count, default=16, metavar="N", help="steps in a turn (16)")
+    parser.add_argument("--rows", nargs="+", type=_COUNT, metavar="N", help="sequences at a time")
+    parser.add_argument("--context", nargs="+", type=_COUNT, metavar="N", help="tokens at the end of the steps")
+    parser.add_argument("--length", nargs="+", type=_COUNT, metavar="N", help="tokens of a prompt, or of training rows")
+    parser.add_argument("--layers", nargs="+", type=_COUNT, metavar="N", help="measure with each number of layers")
+    parser.add_argument("--threads", nargs="+", type=_COUNT, metavar="N", help="measure with each number (all cores)")
+    parser.add_argument("--rounds", type=_COUNT, default=5, metavar="N", help="turns of each program (5)")
+    parser.add_argument("--steps", type=_COUNT, default=16, metavar="N", help="steps in a turn (16)")
     parser.add_argument(
         "--used", type=_share, default=1.0, metavar="SHARE", help="of training rows that is not padding (1)"
     )
@@ -236,12 +236,6 @@ def _folder(given: str | None) -> Iterator[Path]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:10]) <= _MOST):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 to {_MOST}")
-    return int(text)
 
 
 def _share(text: str) -> float:

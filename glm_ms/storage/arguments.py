@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -36,3 +36,14 @@ class Parser(argparse.ArgumentParser):
             if action is not None:
                 seen[id(action)] = name
         return super().parse_known_args(words, namespace)
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `least` to `most`."""
+
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) <= 20 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r:.60}: must be a whole number from {least} to {most}")
+        return int(text)
+
+    return number

@@ -141,7 +141,7 @@ def test_training_batches() -> None:
         ("decode --used 0.5", "--used, --labelled: are for train and train-lora"),
         ("train --used 0.5", "padding has no labels"),
         ("decode --threads 100000", "--threads 100000: this process may use"),
-        ("decode --rows 0", "expected a whole number from 1"),
+        ("decode --rows 0", "must be a whole number from 1"),
         ("decode --layers 1 2 --num_layers 3", "give one of them"),
         ("decod", "invalid choice: 'decod'"),
     ],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
-from glm_ms.storage.arguments import Parser
+from glm_ms.storage.arguments import Parser, whole_number
 
 
 @pytest.fixture
@@ -44,3 +45,11 @@ def test_twice_or_empty(parser: Parser, arguments: list[str], message: str, caps
         parser.parse_args(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_whole_numbers() -> None:
+    number = whole_number(1, 10**9)
+    assert [number(text) for text in ("1", "007", "1000000000")] == [1, 7, 10**9]
+    for text in ("0", "-1", "1.0", "x", "", "\u0661", "10000000000", "9" * 5000):
+        with pytest.raises(ArgumentTypeError, match="must be a whole number from 1 to 1000000000"):
+            number(text)

@@ -50,6 +50,13 @@ def test_measured_as_in_generation() -> None:
     assert found.answers == [ids[len(prompt) :] for prompt, ids in zip(prompts, whole)]
 
 
+@pytest.mark.parametrize("flag", ["--prompts", "--new_tokens"])
+def test_numbers_that_measure_nothing(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        TOOL.build_parser().parse_args(["--config", "x.yaml", "--load_checkpoint", "x", flag, "0"])
+    assert f"{flag}: '0': must be a whole number from 1 to" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_8_and_4_bits_on_genuine_records(adgen_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A network trained on genuine records, measured on others: perplexity within 0.1 % with 8 bits and 2 % with 4 bits

@@ -176,7 +176,7 @@ SERVER = {
         "--context 99999: configs/glm3/predict_glm3_6b_800_32G.yaml has seq_leng",
         "",
     ),
-    "a number": (("--slots", "0"), 2, "expected a whole number from 1 to", ""),
+    "a number": (("--slots", "0"), 2, "must be a whole number from 1 to", ""),
     "overrides": (("a.b=1",), 2, "--model: takes no key=value", ""),
 }
 
