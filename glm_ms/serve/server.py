@@ -15,7 +15,9 @@ import argparse
 import asyncio
 import dataclasses
 import importlib.util
+import ipaddress
 import os
+import re
 import socket
 import sys
 import threading
@@ -29,7 +31,7 @@ from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
 from glm_ms.serve.model_arguments import add_model_arguments
 from glm_ms.serve.names import lora_alphas, named_adapters
 from glm_ms.serve.settings import HOST, PORT, ServeSettings
-from glm_ms.storage.arguments import Parser
+from glm_ms.storage.arguments import Parser, whole_number
 from glm_ms.storage.errors import FileError
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.lora_alpha = alphas.get(None)  # of the weights, if they have an adapter
         for origin in options.cors_origin:
             check_origin(origin)
+        for name in options.allowed_hosts:
+            check_name_of_host(name)
         keys = read_keys(options.api_key_file, os.environ)
         check_host(options.host, keys, options.insecure)
         bound = bind(options.host, options.port)
@@ -202,6 +206,17 @@ def hosts_for(host: str, keys: Keys, allowed: Sequence[str]) -> frozenset[str] |
     return frozenset(name.lower().rstrip(".") for name in [*allowed, host])
 
 
+def check_name_of_host(name: str) -> None:
+    """Raises ServerError if no Host header can have this as its host, as of a URL or of a name with a port."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        if re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", name, re.ASCII) is None:
+            raise ServerError(
+                f"--allowed-hosts {name}: must be a name like models.example.org or an address, without scheme and port"
+            ) from None
+
+
 def check_origin(origin: str) -> None:
     """Raises ServerError if this is not an origin of web pages."""
     parts = urlsplit(origin)
@@ -234,18 +249,18 @@ def _parser() -> Parser:
     add("--adapter", nargs="+", default=[], metavar="NAME=PATH", help="adapters, by the name that requests give")
     add("--served-model-name", metavar="NAME", help="of the model without adapter; default: the folder of --model")
     add("--host", default=HOST, help=f"address to listen on; default {HOST}: this machine only")
-    add("--port", type=_number(0, 65535), default=PORT, help=f"0: any free one; default {PORT}")
+    add("--port", type=whole_number(0, 65535), default=PORT, help=f"0: any free one; default {PORT}")
     add("--web", action="store_true", help="the address shows a chat page")
     for flag, kind, metavar, text in (
-        ("--slots", _number(1, 1024), "N", "answers at a time"),
-        ("--context", _number(16, 1 << 20), "N", "most tokens of a prompt and its answer, at most that of the model"),
-        ("--max-queue", _number(0, 1 << 20), "N", "requests that wait for slots; more get status 429"),
+        ("--slots", whole_number(1, 1024), "N", "answers at a time"),
+        ("--context", whole_number(16, 1 << 20), "N", "most tokens of prompt and answer, at most that of the model"),
+        ("--max-queue", whole_number(0, 1 << 20), "N", "requests that wait for slots; more get status 429"),
         ("--max-seconds", _seconds, "S", "after so long an answer ends as it is, waiting included"),
         ("--drain-seconds", _seconds, "S", "for answers that have begun when the server is told to stop"),
-        ("--prompt-lookup-num-tokens", _number(0, 1024), "N", "tokens of a step that repeat earlier text; 0: none"),
-        ("--max-adapters", _number(0, 1024), "N", "adapters at a time; default: those of --adapter"),
-        ("--max-lora-rank", _number(1, 1024), "N", "of adapters loaded later; default: what --adapter needs, or 16"),
-        ("--max-prefix", _number(0, 8192), "N", "positions of P-Tuning prefixes; default: what --adapter needs"),
+        ("--prompt-lookup-num-tokens", whole_number(0, 1024), "N", "tokens of a step that repeat earlier text, or 0"),
+        ("--max-adapters", whole_number(0, 1024), "N", "adapters at a time; default: those of --adapter"),
+        ("--max-lora-rank", whole_number(1, 1024), "N", "of later adapters; default: what --adapter needs, or 16"),
+        ("--max-prefix", whole_number(0, 8192), "N", "positions of P-Tuning prefixes; default: what --adapter needs"),
     ):
         default = getattr(_DEFAULTS, flag[2:].replace("-", "_"))
         add(flag, type=kind, default=default, metavar=metavar,
@@ -257,15 +272,6 @@ def _parser() -> Parser:
         help="host names of requests; default: any with a key or another --host, else this machine")  # fmt: skip
     add("--cors-origin", nargs="+", default=[], metavar="URL", help="web pages of these origins may use the server")
     return parser
-
-
-def _number(least: int, most: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not (text.isascii() and text.isdecimal()) or not least <= int(text[:20]) <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must be a whole number from {least} to {most}")
-        return int(text)
-
-    return whole
 
 
 def _seconds(text: str) -> float:

@@ -9,7 +9,7 @@ import pytest
 from serve.service import client_of
 
 from glm_ms.serve.auth import KEY_VARIABLE, Keys, is_loopback, read_keys
-from glm_ms.serve.server import hosts_for
+from glm_ms.serve.server import ServerError, check_name_of_host, hosts_for
 from glm_ms.storage.errors import FileError
 
 HOSTS = frozenset({"models.example.org"})
@@ -164,3 +164,11 @@ def test_a_foreign_host_is_refused(host, status):
 )
 def test_which_hosts_a_server_answers(host, keys, allowed, wanted):
     assert hosts_for(host, Keys(keys), allowed) == wanted
+
+
+def test_names_of_hosts():
+    for name in ("models.example.org", "Models.Example.org.", "my_server", "192.168.1.7", "fe80::1"):
+        check_name_of_host(name)
+    for name in ("https://models.example.org", "models.example.org:443", "a.example/x", "[fe80::1]", "*", ".", "a..b"):
+        with pytest.raises(ServerError, match="without scheme and port"):
+            check_name_of_host(name)

@@ -65,6 +65,8 @@ def test_a_port_in_use(refused):
         (["--host", "no.such.host.invalid"], "no such address"),
         (["--cors-origin", "*"], "https://"),
         (["--cors-origin", "https://a.example/path"], "without a path"),
+        (["--allowed-hosts", "models.example.org:443"], "without scheme and port"),
+        (["--allowed-hosts", "*"], "must be a name"),
         (["--adapter", "x"], "NAME=PATH"),
         (["--lora-alpha", "x=8"], "there is no adapter x"),
         (["--api-key-file", "/nowhere/keys"], "no such file"),
