@@ -128,7 +128,7 @@ class TrainingPlan:
                 f"batch_size {self.batch_size} x gradient_accumulation_steps {self.accumulation_steps} x "
                 f"{self.num_ranks} ranks); lower one of them or set train_dataset.drop_remainder: False"
             )
-        rows = self.total_steps * self.batch_size * self.accumulation_steps
+        rows = self.total_steps * self.rows_per_rank
         if rows > _MOST_ROWS:
             raise DataError(
                 f"{self.total_steps:,} steps with {rows:,} rows on each rank: the data pipeline lists at most "
@@ -136,9 +136,14 @@ class TrainingPlan:
             )
 
     @property
+    def rows_per_rank(self) -> int:
+        """Of a step."""
+        return self.batch_size * self.accumulation_steps
+
+    @property
     def rows_per_step(self) -> int:
         """All ranks together."""
-        return self.batch_size * self.accumulation_steps * self.num_ranks
+        return self.rows_per_rank * self.num_ranks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -155,7 +160,7 @@ class TrainingPlan:
     def rows_of(self, step: int) -> np.ndarray:
         """Row indices of a step (from 0), int64 [rows_per_step]; -1 for a row without loss."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.num_rows, self.seed, epoch, self.shuffle)
+        order = _order(self.num_rows, self.seed, epoch, self.shuffle)
         rows = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
         return np.pad(rows, (0, self.rows_per_step - len(rows)), constant_values=-1)
 
@@ -169,6 +174,14 @@ class TrainingPlan:
         for value in (self.seed, step, place):
             mixed = _splitmix64(mixed ^ value)
         return (mixed >> 32) - 2**31
+
+
+@lru_cache(maxsize=2)  # the pipeline reads ahead, into the next epoch
+def _order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """As `epoch_order`: for many rows, every step would wait for it."""
+    order = epoch_order(num_rows, seed, epoch, shuffle)
+    order.flags.writeable = False
+    return order
 
 
 def _splitmix64(value: int) -> int:
@@ -185,7 +198,7 @@ class _Rows:
 
     def __init__(self, rows: TrainingRows, plan: TrainingPlan, start: int, rank: int, shorten: bool) -> None:
         self._rows, self._plan, self._start, self._shorten = rows, plan, start, shorten
-        self._per_rank = plan.batch_size * plan.accumulation_steps
+        self._per_rank = plan.rows_per_rank
         self._first = rank * self._per_rank
         self._rows_of = lru_cache(maxsize=1)(plan.rows_of)
 

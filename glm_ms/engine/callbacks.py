@@ -119,10 +119,16 @@ class UpdateCallback(Callback):
             loss_scale=None if scale is None else scale.value(),
         )
 
-    def _tokens(self, step: int) -> int:
-        """Tokens of an update that are not padding, in all micro batches and on all ranks."""
-        rows, indices = self._run.rows, self._plan.rows_of(step - 1)
-        return sum(int(np.count_nonzero(rows[int(index)]["attention_mask"])) for index in indices if index >= 0)
+    def _tokens(self, step: int) -> float:
+        """Tokens of an update that are not padding, in all micro batches and on all ranks.
+
+        A row is encoded to count its tokens. So with several ranks those of the first one stand for all.
+        """
+        indices = self._plan.rows_of(step - 1)
+        indices = indices[indices >= 0]
+        counted = indices[: self._plan.rows_per_rank].tolist()
+        tokens = sum(np.count_nonzero(self._run.rows[index]["attention_mask"]) for index in counted)
+        return float(tokens) * len(indices) / len(counted)
 
     def _stop_if_diverged(self, record: StepRecord, scale: LossScale | None) -> None:
         """Raises FloatingPointError if the run has diverged; nothing has been saved since the last good checkpoint."""
@@ -208,7 +214,6 @@ def _report_divergence(run: TrainingRun, record: StepRecord, reason: str) -> str
 
 def _describe_row(run: TrainingRun, place: int, index: int) -> dict[str, Any]:
     row, plan = run.rows[index], run.plan
-    per_rank = plan.batch_size * plan.accumulation_steps
 
     def text(ids: np.ndarray) -> str:
         """Shows special tokens, but no padding at the end."""
@@ -219,8 +224,8 @@ def _describe_row(run: TrainingRun, place: int, index: int) -> dict[str, Any]:
 
     return {
         "place": place,
-        "rank": place // per_rank,
-        "micro_batch": place % per_rank // plan.batch_size,
+        "rank": place // plan.rows_per_rank,
+        "micro_batch": place % plan.rows_per_rank // plan.batch_size,
         "row": index,
         "text": text(row["input_ids"][row["attention_mask"] != 0]),
         "text_with_loss": text(row["labels"][row["labels"] != IGNORED]),

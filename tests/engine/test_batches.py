@@ -72,6 +72,16 @@ def test_rows_follow_the_order_of_each_epoch() -> None:
     np.testing.assert_array_equal(make_plan(shuffle=False).rows_of(6), [4, 5, 6, 7])
 
 
+def test_the_order_of_an_epoch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from glm_ms.engine import batches
+
+    made: list[int] = []
+    monkeypatch.setattr(batches, "epoch_order", lambda *given: made.append(given[2]) or epoch_order(*given))
+    plan = make_plan(seed=71)
+    rows_of_run(plan)
+    assert made == [0, 1, 2]
+
+
 def test_every_row_once_without_drop_remainder() -> None:
     rows = rows_of_run(make_plan(drop_remainder=False, epochs=2))
     counts = Counter(rows.tolist())

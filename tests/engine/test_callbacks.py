@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from engine_helpers import SMALL_TRAINING, read_jsonl, run_here, tiny_arguments
 
@@ -86,3 +88,26 @@ def test_a_new_run_moves_what_the_diverged_one_left(vocabulary: Path, tmp_path: 
     moved = tmp_path / "earlier_runs" / "1"
     assert sorted(path.name for path in moved.iterdir()) == ["metrics.jsonl", "nan_step_00000002.json"]
     assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_tokens_of_the_other_ranks_are_not_counted() -> None:
+    """Counting encodes rows. Row i has i + 1 tokens; the last step has 3 rows of 8."""
+    from glm_ms.engine.batches import TrainingPlan
+    from glm_ms.engine.callbacks import UpdateCallback
+
+    read: list[int] = []
+
+    class Rows:
+        def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+            read.append(index)
+            return {"attention_mask": np.arange(16) <= index}
+
+    def tokens(step: int, ranks: int) -> float:
+        plan = TrainingPlan(11, 2, 4 // ranks, ranks, 1, None, 0, shuffle=False, drop_remainder=False)
+        return UpdateCallback(SimpleNamespace(rows=Rows(), plan=plan), None, None)._tokens(step)
+
+    assert (tokens(1, 1), tokens(2, 1)) == (sum(range(1, 9)), 9 + 10 + 11)
+    assert read == list(range(11))
+    read.clear()
+    assert (tokens(1, 4), tokens(2, 4)) == ((1 + 2) * 4, (9 + 10) * 3 / 2)
+    assert read == [0, 1, 8, 9]
