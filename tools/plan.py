@@ -92,7 +92,8 @@ def _plan_server(parser: Parser, options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in SERVING if getattr(options, name) is not None}
     try:
         config = read_config(options.model)
-        chosen = from_flags(options.quantize, options.quantize_group) or described_quantization(options.model)
+        stored = described_quantization(options.model)
+        chosen = from_flags(options.quantize, options.quantize_group) or stored
         context = given.setdefault("context", config.seq_length)
         if context > config.seq_length:
             raise SettingsError(f"--context {context}: {options.model} has seq_length {config.seq_length}")
@@ -101,11 +102,14 @@ def _plan_server(parser: Parser, options: argparse.Namespace) -> int:
     except (FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
-    if options.device_target == "CPU":
-        config = dataclasses.replace(config, param_init_type="float32", compute_dtype="float32")
+    on_cpu = options.device_target == "CPU"
+    kept = options.kv_cache or ("float32" if on_cpu and library.reason() is None else None)
+    if on_cpu:
+        config = dataclasses.replace(config, compute_dtype="float32")
+    if on_cpu and (kept is None or stored is not None):  # else the kernels read weights of 16 bits
+        config = dataclasses.replace(config, param_init_type="float32")
     bounds = bounds_for([], *(given.get(name) for name in ("max_adapters", "max_lora_rank", "max_prefix")))
-    fused = options.device_target != "CPU" and config.compute_dtype != "float32"
-    kept = options.kv_cache or ("float32" if options.device_target == "CPU" and library.reason() is None else None)
+    fused = not on_cpu and config.compute_dtype != "float32"
     plan = plan_serving(config, given.get("slots", SLOTS), context, bounds, fused, kv_cache=kept, quantization=chosen)
     memory = options.memory and max(0, options.memory - RESERVED)
     print(f"{options.model}, a server on {options.device_target}")
@@ -271,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--max-lora-rank", type=_COUNT, metavar="N", help="largest rank of LoRA adapters (16)")
     server.add_argument("--max-prefix", type=_COUNT, metavar="N", help="longest P-Tuning prefix (0)")
     server.add_argument(
-        "--device_target", choices=("CPU", "Ascend"), default="Ascend", help="on a CPU all is float32 (Ascend)"
+        "--device_target", choices=("CPU", "Ascend"), default="Ascend", help="a CPU computes in float32 (Ascend)"
     )
     return parser
 

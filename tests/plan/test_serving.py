@@ -86,3 +86,10 @@ def test_weights_are_those_of_a_quantized_network(chosen: Quantization) -> None:
     plan = plan_serving(config, 2, 64, AdapterBounds(), quantization=chosen)
     assert plan.weights == expected
     assert plan.weights < plan_serving(config, 2, 64, AdapterBounds()).weights
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_weights_of_16_bits_on_the_kernels(stored: str) -> None:
+    config = dataclasses.replace(TINY, param_init_type=stored, compute_dtype="float32")
+    expected = sum(math.prod(p.shape) * p.itemsize for p in GLMNetwork(config).get_parameters())
+    assert plan_serving(config, 2, 64, AdapterBounds(), kv_cache="float32").weights == expected

@@ -168,7 +168,12 @@ def test_memory_that_is_none(text: str, capsys: pytest.CaptureFixture[str]) -> N
 SERVER = {
     "fits": (("--slots", "16", "--context", "2048", "--memory", "32GB"), 0, "2,050 pages of 16 tokens", "fits: "),
     "too small": (("--slots", "64", "--memory", "16GB"), 3, "64 sequences at a time, each of up to", "does not fit: "),
-    "on a CPU": (("--device_target", "CPU"), 0, "24,974,336,000 bytes", "8 sequences at a time"),
+    "on a CPU": (
+        ("--device_target", "CPU", "--kv-cache", "float32"),
+        0,
+        "12,487,168,000 bytes",
+        "8 sequences at a time",
+    ),
     "adapters": (("--max-adapters", "4", "--max-lora-rank", "8"), 0, "LoRA matrices", "adapters"),
     "context": (
         ("--context", "99999"),
@@ -191,6 +196,15 @@ def test_plans_of_servers(name: str, capsys: pytest.CaptureFixture[str], monkeyp
     assert found == status, out + err
     for text in texts:
         assert text in (out if status != 2 else err)
+
+
+def test_a_cpu_without_kernels_has_weights_of_float32(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLM_MS_CPU_KERNELS", "0")
+    found, out, err = run("--model", PREDICT, "--device_target", "CPU", capsys=capsys, monkeypatch=monkeypatch)
+    assert found == 0, err
+    assert "24,974,336,000 bytes" in out
 
 
 def test_options_of_servers_need_a_model(
