@@ -13,7 +13,7 @@ from glm_ms.families import FAMILIES, Family, family_of, read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import is_adapter_folder
-from glm_ms.peft.adapter import adapter_with
+from glm_ms.peft.adapter import AdapterError, adapter_with
 from glm_ms.quant import Quantization
 from glm_ms.settings.loader import unchecked_settings
 from glm_ms.storage.errors import CheckpointError, FileError
@@ -78,9 +78,13 @@ def load_pretrained(
             config = read_config(config, with_prefix=bool(reader.adapter_names()))
         if ms.get_context("device_target") == "CPU":
             config = dataclasses.replace(config, compute_dtype="float32")
+        adapter = adapter_with(reader, adapter)
+        if adapter is None and lora_alpha is not None:
+            raise AdapterError(
+                f"lora_alpha = {lora_alpha}: {path} has no adapter, and none is given; remove lora_alpha"
+            )
         model = GLMForCausalLM.from_checkpoint(reader, config, quantization)
         model.kv_cache = kv_cache
-        adapter = adapter_with(reader, adapter)
     model.stop_token_ids = _stop_token_ids(given, path, config)
     if adapter is not None:
         model.load_adapter(adapter, lora_alpha)

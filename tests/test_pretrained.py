@@ -20,7 +20,7 @@ from glm_ms.convert.conversion import plan_conversion
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.model.config import ConfigError
 from glm_ms.ops.cpu.library import SWITCH
-from glm_ms.peft.adapter import read_adapter
+from glm_ms.peft.adapter import AdapterError, read_adapter
 from glm_ms.pretrained import find_tokenizer, load_with_tokenizer
 from glm_ms.settings import SettingsError, load_settings
 from glm_ms.storage.errors import CheckpointError
@@ -108,6 +108,11 @@ def test_weights_of_16_bits_give_the_numbers_of_float32(dtype: str, tmp_path: Pa
         answers = [model.generate(ids, max_new_tokens=12) for model in (half, whole)]
         np.testing.assert_array_equal(*answers)
         np.testing.assert_array_equal(half([ids]).asnumpy(), whole([ids]).asnumpy())
+
+
+def test_an_alpha_without_an_adapter_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"lora_alpha = 16: .*glm2_tiny has no adapter"):
+        load_pretrained(FOLDER / CASE, lora_alpha=16)
 
 
 def test_weights_of_another_type_than_the_config_says_stay_exact(tmp_path: Path) -> None:

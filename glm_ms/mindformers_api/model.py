@@ -222,7 +222,8 @@ class MindFormersGLM(PreTrainedModel):
             if source is None:
                 raise CheckpointError(f"{path}: no config.json here; give config=, a MindFormersGLMConfig or a path")
             config = MindFormersGLMConfig.from_pretrained(str(source), **kwargs)
-        core = load_pretrained(path, _trainable(config.architecture()), lora_alpha=config.lora_alpha)
+        alpha = config.lora_alpha if has_adapter(path) else None
+        core = load_pretrained(path, _trainable(config.architecture()), lora_alpha=alpha)
         return cls(config, core=core, weights_from=str(path))
 
     from_pretrained_experimental_mode = from_pretrained  # AutoModel calls this one for folders with a config.json
@@ -295,7 +296,8 @@ def _build(config: MindFormersGLMConfig) -> GLMForCausalLM:
     if config.checkpoint_name_or_path:
         path = resolve_checkpoint(config.checkpoint_name_or_path)
         check_config_beside(path, architecture, config.name_or_path or type(config).__name__, has_adapter(path))
-        return load_pretrained(path, architecture, config.load_adapter or None, config.lora_alpha)
+        alpha = config.lora_alpha if config.load_adapter or has_adapter(path) else None
+        return load_pretrained(path, architecture, config.load_adapter or None, alpha)
     if config.load_adapter:
         needed = "needs load_checkpoint, the weights it was trained on"
         raise CheckpointError(f"load_adapter: {config.load_adapter}: {needed}")

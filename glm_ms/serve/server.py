@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_packages()
         adapters = named_adapters(options.adapter)
         alphas = lora_alphas(options.lora_alpha, adapters)
-        options.lora_alpha = alphas.get(None)  # of the weights, if they have an adapter
+        options.lora_alpha = None if adapters else alphas.get(None)  # of the adapter in the files of the weights
         for origin in options.cors_origin:
             check_origin(origin)
         for name in options.allowed_hosts:
