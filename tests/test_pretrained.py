@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -108,6 +109,14 @@ def test_weights_of_16_bits_give_the_numbers_of_float32(dtype: str, tmp_path: Pa
         answers = [model.generate(ids, max_new_tokens=12) for model in (half, whole)]
         np.testing.assert_array_equal(*answers)
         np.testing.assert_array_equal(half([ids]).asnumpy(), whole([ids]).asnumpy())
+
+
+def test_a_config_of_16_bits_takes_the_type_of_the_file() -> None:
+    """Configs name bfloat16 for float16 releases too, as cards compute in it."""
+    pytest.importorskip("torch")
+    folder = FOLDER / "glm3_tiny" / "sharded_fp16"
+    config = dataclasses.replace(GLMConfig.from_pretrained(folder), param_init_type="bfloat16")
+    assert load_pretrained(folder, config).config.param_init_type == "float16"
 
 
 def test_an_alpha_without_an_adapter_is_refused() -> None:

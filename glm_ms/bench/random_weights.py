@@ -60,6 +60,7 @@ def training_batch(
     ids = random_ids(config, rows * length, 0).reshape(rows, length)
     spread = min(_SPREAD, 1 / used - 1)
     ends = np.rint(np.linspace(1 - spread, 1 + spread, rows) * used * length) if rows > 1 else np.rint([used * length])
+    ends = np.maximum(ends, 1)
     starts = np.rint(ends * (1 - labelled / used))
     places = np.arange(length)[None]
     mask = (places < ends[:, None]).astype(np.int32)

@@ -188,7 +188,10 @@ def _base_model(
         config, chosen = _config_for(settings, vocab_size), quantization_of(settings)
         say("weights: random")
         model = GLMForCausalLM(config)
-        return model if chosen is None else model.quantize(*chosen.numbers), settings.load_adapter
+        if chosen is not None:
+            model.quantize(*chosen.numbers)
+            say(f"weights of linear layers: {model.quantization}")
+        return model, settings.load_adapter
     if is_adapter_folder(checkpoint):
         raise CheckpointError(
             f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter, not weights; "

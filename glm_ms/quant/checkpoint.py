@@ -52,6 +52,12 @@ def weights_of(
         if wanted is not None:
             parameters = quantized_parameters(parameters, expected_shapes(config), wanted)
         return cells_for(wanted), parameters, wanted
+    told = described_quantization(_folder(reader))
+    if told is not None and told.numbers != found.numbers:
+        raise QuantizationError(
+            f"{_folder(reader) / 'config.json'}: says {told}, but the weights of {reader.path} are {found}; fetch or "
+            "quantize them again"
+        )
     if wanted is not None and wanted.numbers != found.numbers:
         raise QuantizationError(
             f"{reader.path}: these weights are quantized already ({found}), so they cannot become {wanted}; leave "
@@ -65,13 +71,13 @@ def weights_of(
 def storage_on_cpu(reader: CheckpointReader, config: GLMConfig) -> str:
     """The type in which a CPU keeps the weights of a checkpoint, all of them exactly.
 
-    That of the config if it is float16 or bfloat16, all tensors of the file have it, and the C++ kernels, which read
-    it, are there; else float32.
+    That of the file if all its tensors are float16 or all are bfloat16, the config has one of both, and the C++
+    kernels, which read them, are there; else float32.
     """
-    wanted = config.param_init_type
-    if library.load() is None or any(reader.dtype(name) != wanted for name in reader.base_names()):
+    stored = {reader.dtype(name) for name in reader.base_names()}
+    if config.param_init_type == "float32" or library.load() is None or stored not in ({"float16"}, {"bfloat16"}):
         return "float32"
-    return wanted
+    return stored.pop()
 
 
 def stored_quantization(reader: CheckpointReader, config: GLMConfig) -> Quantization | None:
@@ -147,8 +153,12 @@ def description(quantization: Quantization) -> dict[str, Any]:
     return {key: value for key, value in vars(quantization).items() if value is not None}
 
 
+def _folder(reader: CheckpointReader) -> Path:
+    return reader.path if reader.path.is_dir() else reader.path.parent
+
+
 def _check_description(reader: CheckpointReader) -> None:
-    folder = reader.path if reader.path.is_dir() else reader.path.parent
+    folder = _folder(reader)
     told = described_quantization(folder)
     if told is not None:
         raise QuantizationError(

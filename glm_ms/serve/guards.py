@@ -43,8 +43,8 @@ class CheckHost:
             await self.app(scope, receive, send)
             return
         message = (
-            f"Host {host[:100]!r}: this server has no key and answers requests to this machine only; ask for 127.0.0.1 "
-            "or localhost, or start it with --allowed-hosts"
+            f"Host {host[:100]!r}: this server does not answer for it; ask for 127.0.0.1 or localhost, or start the "
+            "server with --allowed-hosts and this name"
         )
         await error_response(APIError(403, message, code="foreign_host"), scope["path"])(scope, receive, send)
 

@@ -82,7 +82,12 @@ class Terminal:
                 self._show("\x1b[2J\x1b[H" if self.interactive else "")
                 self._note("the conversation is forgotten")
             elif text.strip():
-                role = self._answer(text, role)
+                try:
+                    role = self._answer(text, role)
+                except KeyboardInterrupt:  # before the answer has begun, when `stop_key` does not take Ctrl-C yet
+                    if not self.interactive:
+                        raise
+                    self._note("stopped")
 
     def _answer(self, text: str, role: str) -> str:
         """Shows the answer to a message; returns the role of the next one."""

@@ -25,6 +25,8 @@ _SLOW_ON_CPU = ("float16", "bfloat16")
 # Run modes of the C++ kernels, which read weights of 16 bits. Exported graphs have operators of MindSpore.
 _WITH_KERNELS = ("eval", "predict")
 _COMPUTE, _STORED = "model.model_config.compute_dtype", "model.model_config.param_init_type"
+# What a note adds about a changed type.
+_ON_CPU = {"compute_dtype": "", "param_init_type": "; weights are converted while loading"}
 # What would be accepted and then computed wrongly, or not at all.
 _UNSUPPORTED = (
     Rule("parallel.parallel_mode", lambda s: is_sharded(s) and s.context.device_target == "CPU",
@@ -82,7 +84,7 @@ def _fit_to_cpu(settings: Settings) -> None:
     }
     for name, keeps in kept.items():
         if getattr(config, name) in _SLOW_ON_CPU and not keeps:
-            change = f"{getattr(config, name)} becomes float32 on CPU; weights are converted while loading"
+            change = f"{getattr(config, name)} becomes float32 on CPU{_ON_CPU[name]}"
             settings.notes.append(f"model.model_config.{name}: {change}")
             setattr(config, name, "float32")
 

@@ -151,6 +151,14 @@ def test_damaged_files_are_refused_by_name(damaged: Path, changes: dict[str, Any
         stored(damaged)
 
 
+def test_a_config_of_other_bits_is_refused(damaged: Path) -> None:
+    file = damaged / "config.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "quantization": {**document["quantization"], "bits": 8, "group": 0}}))
+    with pytest.raises(QuantizationError, match=r"config\.json: says int8.*but the weights of .* are int4"):
+        load_pretrained(damaged)
+
+
 def test_an_unknown_kind_is_refused(damaged: Path) -> None:
     tensors = load_file(damaged / FILES[0])
     kept = {name: value.astype(np.int16) if value.dtype == np.uint8 else value for name, value in tensors.items()}

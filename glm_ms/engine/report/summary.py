@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from glm_ms.metrics import LOSS, TEXT, takes
+from glm_ms.quant.checkpoint import described_quantization
 from glm_ms.settings import Settings, SettingsError, parse_args, read_settings
 from glm_ms.settings.schema import is_sharded
 from glm_ms.storage import run_folder
@@ -63,7 +64,7 @@ def _commands(settings: Settings, result: Path) -> Iterator[tuple[str, list[str]
     short = _answer_length(settings, max(settings.model.model_config.seq_length // 2, 1))
     yield "to evaluate", [*_run(settings, "eval"), *weights, *_evaluation_flags(settings)]
     yield "to predict", [*_run(settings, "predict"), *weights, "--predict_data", _PROMPT, *short]
-    if settings.model.pet_config.pet_type == "lora":
+    if settings.model.pet_config.pet_type == "lora" and not _is_quantized(settings):  # integers take no update
         base = settings.load_checkpoint
         config = run_folder.resolve_checkpoint(base) / "config.json"
         command = [
@@ -73,6 +74,13 @@ def _commands(settings: Settings, result: Path) -> Iterator[tuple[str, list[str]
         if not config.is_file():  # weights do not describe the network
             command += ["--config", str(Path(settings.output_dir) / run_folder.SETTINGS_FILE)]
         yield "to merge", command
+
+
+def _is_quantized(settings: Settings) -> bool:
+    """Whether the base of an adapter has weights of 8 or 4 bits, in its files or while it is loaded."""
+    return bool(settings.model.quantization_bit) or (
+        described_quantization(run_folder.resolve_checkpoint(settings.load_checkpoint)) is not None
+    )
 
 
 def _program() -> Path:

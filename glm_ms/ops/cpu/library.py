@@ -12,6 +12,7 @@ from pathlib import Path
 from glm_ms.ops.cpu.build import LIBRARY, sources_digest
 
 SWITCH = "GLM_MS_CPU_KERNELS"  # an environment variable: 0 for the portable operators
+_OFF = ("0", "false", "no", "off")
 _SWITCHED_OFF = f"{SWITCH}=0"
 _BUILD = "build it with `python -m glm_ms.ops.cpu.build` (it needs a C++ compiler)"
 # Function -> type of its result, types of its arguments; src/exports*.cpp has them.
@@ -65,7 +66,7 @@ def description() -> str:
 
 
 def _state() -> tuple[ctypes.CDLL | None, str | None]:
-    return (None, _SWITCHED_OFF) if os.environ.get(SWITCH) == "0" else _load()
+    return (None, _SWITCHED_OFF) if os.environ.get(SWITCH, "").lower() in _OFF else _load()
 
 
 @lru_cache(maxsize=1)
