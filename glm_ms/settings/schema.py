@@ -37,6 +37,8 @@ BATCH_SIZE_KEYS = {
     **dict.fromkeys(("predict", "export"), "predict_batch_size"),
 }
 _WIDEST = 131072  # sizes beyond it are mistakes, which would only fail when memory is asked for
+# More is a mistake in any factor, norm or exponent.
+_LARGEST = 10**9
 _VOCAB_KEY = "model.model_config.padded_vocab_size"
 _NETWORK, _DROPOUT = GLMConfig, {"at_least": 0, "below": 1}
 # Keys that decide whether others have an effect, and with which values; see `used_with` in `key`.
@@ -241,7 +243,7 @@ class LossScaleSettings:
 class WrapperSettings:
     type: Literal["GLMTrainOneStep"] = key("GLMTrainOneStep", "training step")
     use_clip_grad: bool = key(True, "clip the global norm of the gradients")
-    max_grad_norm: float = key(1.0, "largest global norm with use_clip_grad", above=0)
+    max_grad_norm: float = key(1.0, "largest global norm with use_clip_grad", above=0, at_most=_LARGEST)
     scale_sense: LossScaleSettings = key(LossScaleSettings, "loss scaling, against float16 gradients that become zero")
 
 
@@ -249,19 +251,23 @@ class WrapperSettings:
 class OptimizerSettings:
     type: str = key("GLMAdamW", "AdamW with decoupled weight decay", choices=OPTIMIZERS)
     betas: list[float] = key([0.9, 0.999], "decay rates of both moments", length=(2,), **_DROPOUT)
-    eps: float = key(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = key(0.01, "decoupled decay, on every trainable parameter", at_least=0)
+    eps: float = key(1e-8, "added to the root of the second moment", above=0, at_most=_LARGEST)
+    weight_decay: float = key(0.01, "decoupled decay, on every trainable parameter", at_least=0, at_most=_LARGEST)
 
 
 @dataclass
 class LRScheduleSettings:
     type: str = key("LinearWithWarmUpLR", "decay after the warm-up", choices=SCHEDULES)
-    learning_rate: float = key(5e-5, "highest learning rate, reached at the end of the warm-up", at_least=0)
-    lr_end: float = key(0.0, "learning rate of the last step", at_least=0, used_with=_TO_LR_END)
+    learning_rate: float = key(
+        5e-5, "highest learning rate, reached at the end of the warm-up", at_least=0, at_most=_LARGEST
+    )
+    lr_end: float = key(0.0, "learning rate of the last step", at_least=0, at_most=_LARGEST, used_with=_TO_LR_END)
     warmup_steps: int = key(0, "steps of linear rise from 0", at_least=0)
     warmup_ratio: Optional[float] = key(None, "the same as a share of all steps", at_least=0, at_most=1)
-    power: float = key(1.0, "exponent of the decay", above=0, used_with=_POLYNOMIAL)
-    num_cycles: float = key(0.5, "cosine waves; 0.5 falls once from top to end", above=0, used_with=_COSINE)
+    power: float = key(1.0, "exponent of the decay", above=0, at_most=_LARGEST, used_with=_POLYNOMIAL)
+    num_cycles: float = key(
+        0.5, "cosine waves; 0.5 falls once from top to end", above=0, at_most=_LARGEST, used_with=_COSINE
+    )
     total_steps: int = key(-1, "steps of the decay; -1: all steps of the run", at_least=-1)
 
 
@@ -326,13 +332,15 @@ class GenerationSettings:
     max_new_tokens: int = key(128, "longest answer in tokens", at_least=1)
     max_length: Optional[int] = key(None, "longest prompt and answer together; null: no limit", at_least=2)
     do_sample: bool = key(False, "draw from the distribution (False: greedy or beam search)")
-    temperature: float = key(1.0, "divides the logits", above=0, used_with=_SAMPLED)
+    temperature: float = key(1.0, "divides the logits", above=0, at_most=_LARGEST, used_with=_SAMPLED)
     top_k: int = key(0, "keep the k most likely tokens; 0: all", at_least=0, used_with=_SAMPLED)
     top_p: float = key(1.0, "keep the smallest set with this probability", above=0, at_most=1, used_with=_SAMPLED)
     min_p: float = key(
         0.0, "remove tokens less likely than min_p times the likeliest one", at_least=0, at_most=1, used_with=_SAMPLED
     )
-    repetition_penalty: float = key(1.0, "above 1 makes tokens that occurred less likely; 1: none", above=0)
+    repetition_penalty: float = key(
+        1.0, "above 1 makes tokens that occurred less likely; 1: none", above=0, at_most=_LARGEST
+    )
     presence_penalty: float = key(
         0.0, "subtracted from the scores of tokens that the answer has already", at_least=-2, at_most=2
     )
@@ -343,7 +351,9 @@ class GenerationSettings:
     )  # fmt: skip
     min_new_tokens: int = key(0, "shortest answer in tokens, the end token not counted", at_least=0)
     num_beams: int = key(1, "beams of the beam search; 1: none", at_least=1, at_most=1024)
-    length_penalty: float = key(1.0, "beam scores are divided by length to this power")
+    length_penalty: float = key(
+        1.0, "beam scores are divided by length to this power", at_least=-_LARGEST, at_most=_LARGEST
+    )
     early_stopping: bool = key(False, "stop when num_beams answers are finished")
     num_return_sequences: int = key(1, "answers per prompt", at_least=1, at_most=1024)
     prompt_lookup_num_tokens: int = key(
