@@ -38,7 +38,7 @@ BATCH_SIZE_KEYS = {
 }
 _WIDEST = 131072  # sizes beyond it are mistakes, which would only fail when memory is asked for
 # More is a mistake in any factor, norm or exponent.
-_LARGEST = 10**9
+_LARGEST = 10**20
 _VOCAB_KEY = "model.model_config.padded_vocab_size"
 _NETWORK, _DROPOUT = GLMConfig, {"at_least": 0, "below": 1}
 # Keys that decide whether others have an effect, and with which values; see `used_with` in `key`.
