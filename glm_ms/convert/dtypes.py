@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm_ms.model.config import FLOAT_TYPES
+from glm_ms.ops.packing import float32_to_bfloat16
 from glm_ms.storage.errors import CheckpointError
 
 # Elements converted at a time, so that temporaries fit the cache.
@@ -86,16 +87,6 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     values = bits.astype(np.uint32)
     values <<= 16  # in place: a large weight is not in memory twice
     return values.view(np.float32)
-
-
-def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Bit patterns (uint16) of float32 values rounded to the nearest bfloat16, ties to even, same shape."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    nan = np.isnan(values)
-    if nan.any():  # rounding would turn some NaNs into numbers; write a quiet NaN with the same sign
-        rounded = np.where(nan, ((bits >> 16) & 0x8000 | 0x7FC0).astype(np.uint16), rounded)
-    return rounded
 
 
 def convert_dtype(array: np.ndarray, source: str, target: str, what: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Union
 
 import numpy as np
 
-from glm_ms.convert.dtypes import float32_to_bfloat16
+from glm_ms.ops.packing import float32_to_bfloat16
 from glm_ms.storage.errors import CheckpointError
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32

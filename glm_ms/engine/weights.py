@@ -211,6 +211,8 @@ def _base_model(
         # Training overwrites its weights, so it has them in memory of its own.
         mapped = not settings.is_training()
         model = GLMForCausalLM.from_checkpoint(reader, config, quantization_of(settings), mapped)
+    if model.quantization is None and model.config.param_init_type != config.param_init_type:
+        say(f"weights are {model.config.param_init_type} in memory, not {config.param_init_type}")
     if model.quantization is not None:
         _check_use_of_integers(settings, checkpoint)
         say(f"weights of linear layers: {model.quantization}")

@@ -138,7 +138,7 @@ class GLMForCausalLM:
     @property
     def kv_cache(self) -> str | None:
         """Type of keys and values in memory: "float32", which is exact, "bfloat16" (half the memory) or "int8" (about a
-        quarter), of the C++ kernels of a CPU; None, the default: that of the arithmetic.
+        quarter), of the C++ kernels of a CPU; None, the default: the type in which the network computes.
 
         Raises:
             StorageError: when it is set to an unknown type, or the network runs without these kernels.

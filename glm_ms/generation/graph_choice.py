@@ -24,7 +24,7 @@ class GraphMaker:
     Graphs of the kernels share what they compile.
 
     Args:
-        storage: type of keys and values, of the kernels only, see `KernelGraphs`; None: that of the arithmetic.
+        storage: type of keys and values, of the kernels only, see `KernelGraphs`; None: float32.
 
     Raises:
         StorageError: an unknown type, or the network runs its portable cells.

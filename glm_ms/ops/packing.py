@@ -113,6 +113,16 @@ def pairs_of_outputs(packed: Packed) -> np.ndarray:
     return np.ascontiguousarray(wanted ^ 0x88).view(np.int8)  # u = q + 8 -> q
 
 
+def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bit patterns (uint16) of float32 values rounded to the nearest bfloat16, ties to even, same shape."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    nan = np.isnan(values)
+    if nan.any():  # rounding would turn some NaNs into numbers; write a quiet NaN with the same sign
+        rounded = np.where(nan, ((bits >> 16) & 0x8000 | 0x7FC0).astype(np.uint16), rounded)
+    return rounded
+
+
 def dequantise(packed: Packed) -> np.ndarray:
     """Float32 [n, k]: the weight that the packed one stands for."""
     if packed.group == 0:

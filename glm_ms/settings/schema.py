@@ -198,7 +198,7 @@ class ModelSettings:
         None, "with quantization_bit: 4, inputs that share a scale; null: 32"
     )
     kv_cache: Optional[str] = key(
-        None, "type of keys and values in generation, of the C++ kernels of a CPU; null: that of the arithmetic",
+        None, "type of keys and values in generation, of the C++ kernels of a CPU; null: compute_dtype",
         choices=tuple(STORAGE)
     )  # fmt: skip
     init: Literal["checkpoint", "random"] = key(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from glm_ms.convert.conversion import parse_size
-from glm_ms.convert.dtypes import bfloat16_to_float32, convert_dtype, float32_to_bfloat16
+from glm_ms.convert.dtypes import bfloat16_to_float32, convert_dtype
+from glm_ms.ops.packing import float32_to_bfloat16
 from glm_ms.storage.errors import CheckpointError
 
 

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from glm_ms import GLMConfig
-from glm_ms.convert.dtypes import bfloat16_to_float32, float32_to_bfloat16
+from glm_ms.convert.dtypes import bfloat16_to_float32
 from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.safetensors_file import write_safetensors
-from glm_ms.ops.packing import Packed, pack_int4, pack_int8
+from glm_ms.ops.packing import Packed, float32_to_bfloat16, pack_int4, pack_int8
 from glm_ms.quant import Quantization, quantization
 from glm_ms.quant.algorithms import quantize_int4, quantize_int8
 from glm_ms.quant.network import _OUTPUTS, quantized_weight

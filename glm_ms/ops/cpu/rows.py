@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from glm_ms.ops.cpu.storage import STORAGE
+from glm_ms.ops.packing import float32_to_bfloat16
 
 # Tokens of a page of keys and values.
 PAGE = 16
@@ -80,15 +81,9 @@ def _divided(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return np.divide(x, scales, out=np.zeros_like(x), where=scales > 0)
 
 
-def _bfloat16(x: np.ndarray) -> np.ndarray:
-    """Bits of bfloat16, rounded to nearest even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
 _STORED = {
     "float32": lambda x: np.ascontiguousarray(x, np.float32),
-    "bfloat16": _bfloat16,
+    "bfloat16": float32_to_bfloat16,
     "int8": lambda x: np.ascontiguousarray(np.rint(x), np.int8),
 }
 
