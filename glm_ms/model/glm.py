@@ -218,18 +218,24 @@ class GLMTransformer(nn.Cell):
 
         `slots` int32 [S] is 0, 1, ..., S - 1. All dropouts of a row follow from its seed, int32 [B]; None: no dropout.
         """
+        if self.prefix_encoder is None:
+            bias = self.attention_bias(slots, slots, attention_mask, attention_mask)
+            return self.run_blocks(input_ids, position_ids, bias, seeds)
         cos, sin = self.rotation(position_ids)
         x = self.embedding(input_ids)
         layers = self.encoder.layers
-        if self.prefix_encoder is None:
-            bias = self.attention_bias(slots, slots, attention_mask, attention_mask)
-            for layer in layers:
-                x = layer(x, cos, sin, bias, seeds)
-        else:
-            bias = self.prefixed_bias(attention_mask, slots)
-            prefix = self.prefix_encoder(ops.shape(input_ids)[0], seeds)
-            for i in range(len(layers)):
-                x = layers[i](x, cos, sin, bias, seeds, prefix[i])
+        bias = self.prefixed_bias(attention_mask, slots)
+        prefix = self.prefix_encoder(ops.shape(input_ids)[0], seeds)
+        for i in range(len(layers)):
+            x = layers[i](x, cos, sin, bias, seeds, prefix[i])
+        return self.encoder.finish(x)
+
+    def run_blocks(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor, seeds: Seeds = None) -> Tensor:
+        """As `construct`, for a given attention bias [B, 1, S, S] and no prefix."""
+        cos, sin = self.rotation(position_ids)
+        x = self.embedding(input_ids)
+        for layer in self.encoder.layers:
+            x = layer(x, cos, sin, bias, seeds)
         return self.encoder.finish(x)
 
 

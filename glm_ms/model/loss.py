@@ -113,11 +113,14 @@ class LabelledLoss(nn.Cell):
 
     def construct(self, hidden: Tensor, labels: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `WholeLoss`, without dropout in the output layer."""
-        target = self.loss.targets(labels)
+        return self.of_targets(self.reshape(hidden, (-1, ops.shape(hidden)[2])), self.loss.targets(labels))
+
+    def of_targets(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [N, H], the token to predict from each int32 [N], -100 for none -> as `construct`."""
         # The first entry is always kept, because there are no products of 0 rows; without a label its weight is 0.
         kept = self.join((self.first, self.is_label(target[1:], IGNORED_LABEL)))
         places = self.reshape(self.find(kept), (-1,))
-        hidden = self.gather(self.reshape(hidden, (-1, ops.shape(hidden)[2])), places, 0)
+        hidden = self.gather(hidden, places, 0)
         loss, weight = self.loss.cross_entropy(self.network.logits(hidden), self.gather(target, places, 0))
         return self.sum(loss), self.sum(weight)
 
@@ -144,8 +147,10 @@ class OutputLayerLoss(nn.Cell):
 
     def construct(self, hidden: Tensor, labels: Tensor, _: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `WholeLoss`."""
-        target = self.loss.targets(labels)
-        hidden = self.reshape(hidden, (-1, ops.shape(hidden)[2]))
+        return self.of_targets(self.reshape(hidden, (-1, ops.shape(hidden)[2])), self.loss.targets(labels))
+
+    def of_targets(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """As that of `LabelledLoss`."""
         total = self.kernel(hidden, self.network.transformer.output_layer.weight, target)[0]
         count = self.sum(self.cast(self.is_label(target, IGNORED_LABEL), ms.float32))
         return self.reshape(total, ()), count

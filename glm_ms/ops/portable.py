@@ -266,11 +266,17 @@ class SeededDropout(nn.Cell):
         return self.reshape(numbers, before + (size,) + after)  # noqa: RUF005
 
     def construct(self, x: Tensor, seeds: Tensor) -> Tensor:
-        """x [B, ...] of at least two axes, seeds int32 [B] -> [B, ...], type of x."""
+        """x [B, ...] of at least two axes, seeds int32 [B] -> [B, ...], type of x.
+
+        Of packed rows x is [tokens, 1, ...] and seeds are int32 [tokens, 2]: that of the row, place in the row."""
         shape = ops.shape(x)
-        h = self.add_stream(self.reshape(seeds, (shape[0],) + (1,) * (len(shape) - 1)), self.offset)
-        h = self.mix(h)
-        for axis in range(1, len(shape)):
+        column = (shape[0],) + (1,) * (len(shape) - 1)
+        packed = len(ops.shape(seeds)) == 2
+        seed = seeds[:, 0] if packed else seeds
+        h = self.mix(self.add_stream(self.reshape(seed, column), self.offset))
+        if packed:
+            h = self.mix(self.add_place(h, (self.reshape(seeds[:, 1], column) + 1) * _STRIDE))
+        for axis in range(2 if packed else 1, len(shape)):
             # One axis at a time: the places along it are few numbers, and the hash grows by broadcasting.
             places = self.places(shape[axis], (1,) * axis, (1,) * (len(shape) - 1 - axis))
             h = self.mix(self.add_place(h, places))

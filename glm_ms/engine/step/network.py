@@ -6,6 +6,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from glm_ms.engine.step.packing import PackRows, packs
 from glm_ms.model.glm import MLP, GLMNetwork, SelfAttention
 from glm_ms.model.layers import Linear, Norm
 from glm_ms.model.loss import WholeLoss, training_loss
@@ -36,6 +37,7 @@ class TrainingNetwork(nn.Cell):
         self.seq_length = seq_length
         self.network = network
         self.loss = training_loss(network, bfloat16) if loss is None else loss
+        self.pack_rows = PackRows() if packs(network, self.loss) else None
         self.slots = Tensor(np.arange(seq_length, dtype=np.int32))
 
     def construct(
@@ -48,9 +50,18 @@ class TrainingNetwork(nn.Cell):
     ) -> tuple[Tensor, Tensor]:
         """All int32 [B, S], seeds int32 [B] or None for no dropout -> (loss sum, number of labelled tokens),
         float32 scalars."""
+        if self.pack_rows is not None:
+            return self.packed_loss(*self.pack_rows(input_ids, labels, attention_mask, position_ids, dropout_seeds))
         slots = self.key_slots(input_ids)
         hidden = self.network.transformer(input_ids, attention_mask, position_ids, slots, dropout_seeds)
         return self.loss(hidden, labels, dropout_seeds)
+
+    def packed_loss(
+        self, input_ids: Tensor, position_ids: Tensor, targets: Tensor, rows: Tensor, seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What `PackRows` gives -> as `construct`."""
+        hidden = self.network.transformer.run_blocks(input_ids, position_ids, rows, seeds)
+        return self.loss.of_targets(ops.reshape(hidden, (-1, self.config.hidden_size)), targets)
 
     def key_slots(self, input_ids: Tensor) -> Tensor:
         """int32 [S], the places of the tokens of a row. Batches are cut at their longest row."""
@@ -89,7 +100,7 @@ def fuse_cells(network: GLMNetwork) -> None:
             _replace(parent, "activation", SwiGLU, "SwiGLU")
         elif type(parent) is SelfAttention:
             _replace(parent, "rotary", ApplyRotary, "rotary embedding")
-            if parent.attention.dropout is None:
+            if getattr(parent.attention, "dropout", None) is None:  # the kernel has none
                 _replace(parent, "attention", GroupedAttention, "attention")
     add_bias = step_kernel("bias")
     for layer in network.linears().values():

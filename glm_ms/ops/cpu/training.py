@@ -197,13 +197,14 @@ class Attention(nn.Cell):
     """softmax(query key^T / sqrt(D) + bias) value of groups of heads, without memory for all scores.
 
     Scores of 128 queries of a head are in memory together, and computed again for the gradients. Keys behind the last
-    one that such a block sees cost nothing.
+    one that such a block sees cost nothing. `operator` is the name of the C++ operator, which says what it takes in
+    place of the bias.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operator: str = "attention") -> None:
         super().__init__()
-        self.attend = custom("attention", [ms.float32], inputs=4)
-        self.gradients = custom("attention_gradient", [ms.float32] * 3, inputs=6)
+        self.attend = custom(operator, [ms.float32], inputs=4)
+        self.gradients = custom(f"{operator}_gradient", [ms.float32] * 3, inputs=6)
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """As `GroupedAttention`."""
@@ -221,12 +222,17 @@ class GroupedAttention(nn.Cell):
     """As the portable operator `cell`, which must have no dropout, for float32. Needs `has_blas`."""
 
     usable = staticmethod(has_blas)
+    # Whether it takes packed rows too.
+    packs = True
 
     def __init__(self, cell: portable.GroupedAttention) -> None:
         super().__init__()
-        self.attention = Attention()
+        self.attention, self.packed_attention = Attention(), Attention("packed_attention")
 
     def construct(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, _: Tensor | None = None) -> Tensor:
         """query float32 [B, S, N, D]; key, value float32 [B, T, G, D]; bias float32 [B or 1, 1, S, T], 0 where a query
-        sees a key, else `HIDDEN_SCORE` -> [B, S, N * D]."""
+        sees a key, else `HIDDEN_SCORE` -> [B, S, N * D]. Of packed rows B is the number of tokens, S and T are 1, and
+        their row numbers, int32 [B], are in place of the bias: see `glm_ms.engine.step.packing`."""
+        if bias.ndim == 1:
+            return self.packed_attention(query, key, value, bias)
         return self.attention(query, key, value, bias)

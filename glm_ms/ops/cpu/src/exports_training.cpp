@@ -336,8 +336,28 @@ namespace {
 // Operands query [B, S, N, D], key and value [B, T, G, D], bias [B or 1, 1, S, T].
 glm::Attention attention_of(const glm::Operands& operands) {
     const int64_t *query = operands.shapes[0], *key = operands.shapes[1];
-    return {operands.at<float>(0), operands.at<float>(1), operands.at<float>(2), operands.at<float>(3), query[0],
-            query[1], query[2], query[3], key[2], key[1], operands.shapes[3][0] == 1};
+    const int64_t length = query[1], keys = key[1], step = operands.shapes[3][0] == 1 ? 0 : length * keys;
+    glm::Attention work{
+        operands.at<float>(0), operands.at<float>(1), operands.at<float>(2), query[2], query[3], key[2], {}};
+    for (int64_t row = 0; row < query[0]; ++row)
+        work.rows.push_back({row * length, length, row * keys, keys, operands.at<float>(3) + row * step, keys});
+    return work;
+}
+
+// Operands query [T, 1, N, D], key and value [T, 1, G, D].
+glm::Attention attention_of(const glm::Operands& operands, const glm::PackedRows& rows) {
+    return {operands.at<float>(0), operands.at<float>(1), operands.at<float>(2), operands.shapes[0][2],
+            operands.shapes[0][3], operands.shapes[1][2], rows.rows()};
+}
+
+// Operands after the four of an attention: the result, its gradient, gradients of query, key and value.
+glm::AttentionGradients gradients_of(const glm::Operands& operands) {
+    return {operands.at<float>(4), operands.at<float>(5), operands.at<float>(6), operands.at<float>(7),
+            operands.at<float>(8)};
+}
+
+std::vector<Shape> attention_gradient_shapes(int* ranks, int64_t** shapes) {
+    return {shape_of(ranks, shapes, 0), shape_of(ranks, shapes, 1), shape_of(ranks, shapes, 2)};
 }
 
 }  // namespace
@@ -357,12 +377,38 @@ GLM_EXPORT Shape glm_ms_op_attentionInferShape(int*, int64_t** shapes, void*) {
 GLM_EXPORT int glm_ms_op_attention_gradient(
     int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
     const glm::Operands operands{data, ranks, shapes};
-    const glm::AttentionGradients gradients{
-        operands.at<float>(4), operands.at<float>(5), operands.at<float>(6), operands.at<float>(7),
-        operands.at<float>(8)};
-    return status([&] { return glm::attention_gradients(attention_of(operands), gradients); });
+    return status([&] { return glm::attention_gradients(attention_of(operands), gradients_of(operands)); });
 }
 
 GLM_EXPORT std::vector<Shape> glm_ms_op_attention_gradientInferShape(int* ranks, int64_t** shapes, void*) {
-    return {shape_of(ranks, shapes, 0), shape_of(ranks, shapes, 1), shape_of(ranks, shapes, 2)};
+    return attention_gradient_shapes(ranks, shapes);
+}
+
+// Inputs: query float32 [T, 1, N, D], key and value float32 [T, 1, G, D] of tokens of packed rows, their numbers int32
+// [T] (see glm::PackedRows). Output: the attention [T, 1, N * D].
+GLM_EXPORT int glm_ms_op_packed_attention(
+    int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
+    const glm::Operands operands{data, ranks, shapes};
+    return status([&] {
+        const glm::PackedRows rows(operands.at<int32_t>(3), shapes[3][0]);
+        return glm::attention(attention_of(operands, rows), operands.at<float>(4));
+    });
+}
+
+GLM_EXPORT Shape glm_ms_op_packed_attentionInferShape(int*, int64_t** shapes, void*) {
+    return {shapes[0][0], shapes[0][1], shapes[0][2] * shapes[0][3]};
+}
+
+// Inputs: as before, the attention and its gradient. Outputs: gradients of query, key and value.
+GLM_EXPORT int glm_ms_op_packed_attention_gradient(
+    int, void** data, int* ranks, int64_t** shapes, const char**, void*, void*) {
+    const glm::Operands operands{data, ranks, shapes};
+    return status([&] {
+        const glm::PackedRows rows(operands.at<int32_t>(3), shapes[3][0]);
+        return glm::attention_gradients(attention_of(operands, rows), gradients_of(operands));
+    });
+}
+
+GLM_EXPORT std::vector<Shape> glm_ms_op_packed_attention_gradientInferShape(int* ranks, int64_t** shapes, void*) {
+    return attention_gradient_shapes(ranks, shapes);
 }
