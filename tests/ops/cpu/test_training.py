@@ -393,6 +393,38 @@ class Turned(nn.Cell):
         return self.rotary(ops.reshape(y, (batch, length, heads, dim)), cos, sin) ** 2
 
 
+def test_packed_attention_has_the_bits_of_its_rows():
+    """Rows of 1, 130 and 2 tokens; the last token of the third is padding, which sees its row and is hidden."""
+    if not cpu_training.has_blas():
+        pytest.skip("no oneDNN")
+    lengths, padding = (1, 130, 2), {132}
+    query, key, value, _ = attention_inputs(1, sum(lengths), 0, 4, 2, 8)
+    numbers = np.repeat(np.arange(3, dtype=np.int32), lengths)
+    numbers[list(padding)] = -1 - numbers[list(padding)]
+    packed = [array.reshape(-1, 1, *array.shape[2:]) for array in (query, key, value)]
+    for count in (1, 3):
+        result = np.empty((sum(lengths), 1, 32), np.float32)
+        gradients = [np.empty_like(array) for array in packed]
+        with threads(count):
+            assert call("packed_attention", *packed, numbers, result) == 0
+            assert call("packed_attention_gradient", *packed, numbers, result, packed[0], *gradients) == 0
+        for begin, length in zip((0, 1, 131), lengths):
+            place = slice(begin, begin + length)
+            row = [np.ascontiguousarray(array[:, place]) for array in (query, key, value)]
+            later = np.triu(np.ones((length, length), bool), 1)
+            for token in padding & set(range(begin, begin + length)):
+                later[:, token - begin] = True
+                later[token - begin] = False
+            bias = np.where(later, np.finfo(np.float32).min, 0).astype(np.float32)[None, None]
+            expected = np.empty((1, length, 32), np.float32)
+            expected_gradients = [np.empty_like(array) for array in row]
+            assert call("attention", *row, bias, expected) == 0
+            assert call("attention_gradient", *row, bias, expected, row[0], *expected_gradients) == 0
+            np.testing.assert_array_equal(result[place, 0], expected[0])
+            for mine, other in zip(gradients, expected_gradients):
+                np.testing.assert_array_equal(mine[place, 0], other[0])
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 5, 3, 12), (3, 67, 4, 32)])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_bias_and_rotation_have_the_bits_of_the_portable_operators(shape: tuple[int, ...], dynamic: bool):
