@@ -49,7 +49,7 @@ def test_kernels_of_a_step_that_trains_one_block(tmp_path: Path) -> None:
     assert found["output_loss_frozen"] == 1, found
     assert found["MatMul"] == PRODUCTS - 2 - (NUM_LAYERS + 2), found
     assert (found["rotary"], found["rotary_gradient"], found["add_bias"]) == (NUM_LAYERS, 2, NUM_LAYERS), found
-    assert (found["attention"], found["attention_gradient"]) == (NUM_LAYERS, 2), found
+    assert (found["packed_attention"], found["packed_attention_gradient"]) == (NUM_LAYERS, 2), found
     assert (found["swiglu"], found["swiglu_gradient"]) == (NUM_LAYERS, 2), found
     # Two norms in a block and the last one; that before the qkv layer of block 1 needs no gradient of its input.
     norms = found["rms_norm"], found["rms_norm_gradient"], found["rms_norm_weight_gradient"]
