@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from glm_ms.convert.dtypes import DTYPES, convert_dtype
 from glm_ms.convert.names import expected_shapes
 from glm_ms.model.config import GLMConfig
 
@@ -17,27 +18,28 @@ _NO_LABEL = -100
 _SPREAD = 0.28
 
 
-def random_weights(config: GLMConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, float32 array) of every parameter, in the order of the network, one at a time.
+def random_weights(config: GLMConfig, dtype: str = "float32") -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array of a type of `glm_ms.convert.dtypes`) of every parameter, in the order of the network, one at a
+    time.
 
     Matrices and biases are uniform with a standard deviation of 0.02; norms are 1 plus such numbers.
     """
     for name, shape in expected_shapes(config).items():
-        yield name, random_tensor(name, shape)
+        yield name, random_tensor(name, shape, dtype)
 
 
-def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor of this name, float32."""
+def random_tensor(name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
+    """The tensor of this name; one of 16 bits is drawn some rows at a time, so that it is never all in float32."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    values = np.empty(shape, np.float32)
-    width = np.float32(_STD * 12**0.5)
+    values = np.empty(shape, DTYPES[dtype].storage)
+    width, shift = np.float32(_STD * 12**0.5), "layernorm" in name and name.endswith("weight")
     for start in range(0, shape[0], _ROWS):
-        part = values[start : start + _ROWS]
-        rng.random(part.shape, np.float32, out=part)
+        part = rng.random(values[start : start + _ROWS].shape, np.float32)
         part -= np.float32(0.5)
         part *= width
-    if "layernorm" in name and name.endswith("weight"):
-        values += 1
+        if shift:
+            part += 1
+        values[start : start + _ROWS] = convert_dtype(part, "float32", dtype, name)
     return values
 
 

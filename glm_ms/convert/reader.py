@@ -14,7 +14,7 @@ from glm_ms.convert.dtypes import DTYPES, check_finite, check_float_type, conver
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, expected_shapes, is_training_state, joint_of, part_names, to_glm_name
 from glm_ms.convert.safetensors_file import SafetensorsFile
-from glm_ms.convert.tensor_file import TensorFile, described_slice
+from glm_ms.convert.tensor_file import TensorFile, described_slice, forget_pages
 from glm_ms.convert.torch_file import TorchFile
 from glm_ms.model.config import GLMConfig
 from glm_ms.storage.background import Background
@@ -128,6 +128,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
             self._verify(file)
             piece = file.map(stored) if mapped and file.entries[stored].dtype == dtype else file.read(stored)
             check_finite(piece, file.entries[stored].dtype, f"{file.path}: {name}")
+            forget_pages(piece)
             if dtype is not None:
                 piece = convert_dtype(piece, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
             pieces.append(piece)
@@ -145,6 +146,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         self._verify(file)
         array = file.map(stored)
         check_finite(array, file.entries[stored].dtype, f"{file.path}: {name}")
+        forget_pages(array)
         return array
 
     def verified(self, parameters: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:

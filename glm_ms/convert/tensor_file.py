@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,13 @@ class TensorFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Takes the pages of a mapped array, which nobody has written to, out of the memory of the process. They stay in
+    the cache of the system, and come back when they are used."""
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def slice_metadata(rank: int, ranks: int) -> dict[str, str]:

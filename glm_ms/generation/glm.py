@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
+from mindspore.common import np_dtype
 from mindspore.nn.utils import no_init_parameters
 
+from glm_ms.convert.dtypes import bfloat16_to_float32
 from glm_ms.convert.reader import CheckpointReader
 from glm_ms.families import family_of
 from glm_ms.generation.chat import Round
@@ -86,14 +89,16 @@ class GLMForCausalLM:
 
     @classmethod
     def from_parameters(
-        cls, config: GLMConfig, parameters: Iterable[tuple[str, np.ndarray]], cells: Cells | None = None
-    ) -> GLMForCausalLM:
+        cls, config: GLMConfig, parameters: Iterable[tuple[str, np.ndarray]], cells: Cells | None = None,
+        share: bool = False
+    ) -> GLMForCausalLM:  # fmt: skip
         """Builds a model around given weights without drawing random ones first.
 
         Args:
-            parameters: (name, array) of every parameter, each used once and then dropped. Memory-mapped arrays are not
-                copied.
+            parameters: (name, array) of every parameter, each used once and then dropped; uint16: bit patterns of
+                bfloat16. Memory-mapped arrays of the type of their parameter are not copied.
             cells: the classes of the network; None: the plain ones.
+            share: other arrays are not copied either; nobody else may use them.
 
         Raises:
             ValueError: a name or shape does not fit, or a parameter is missing.
@@ -101,7 +106,7 @@ class GLMForCausalLM:
         with no_init_parameters():
             network = family_of(config).build_network(config, cells)
         model = cls(config, network)
-        model.load_parameters(parameters)
+        model.load_parameters(parameters, share)
         return model
 
     @classmethod
@@ -121,7 +126,7 @@ class GLMForCausalLM:
         if device() == "CPU":
             config = dataclasses.replace(config, param_init_type=storage_on_cpu(reader, config))
         cells, parameters, found = weights_of(reader, config, quantization, mapped)
-        model = cls.from_parameters(config, parameters, cells)
+        model = cls.from_parameters(config, parameters, cells, share=mapped)
         model.quantization = found
         return model
 
@@ -235,7 +240,7 @@ class GLMForCausalLM:
         places = np.arange(length)
         return run_cell(Logits(self.network), ids, np.ones_like(ids), places[None], places).asnumpy()
 
-    def load_parameters(self, parameters: Iterable[tuple[str, np.ndarray]]) -> None:
+    def load_parameters(self, parameters: Iterable[tuple[str, np.ndarray]], share: bool = False) -> None:
         """Overwrites all weights; see `from_parameters`."""
         missing = self.parameters()
         for name, value in parameters:
@@ -244,7 +249,8 @@ class GLMForCausalLM:
             parameter = missing.pop(name)
             if tuple(value.shape) != tuple(parameter.shape):
                 raise ValueError(f"{name}: shape {tuple(value.shape)}, expected {tuple(parameter.shape)}")
-            viewed = Tensor.from_numpy(value) if isinstance(value, np.memmap) else None
+            value = _typed(value, parameter.dtype)
+            viewed = Tensor.from_numpy(value) if share or isinstance(value, np.memmap) else None
             if viewed is not None and viewed.dtype == parameter.dtype:
                 parameter.set_data(viewed, slice_shape=True)
             else:
@@ -449,6 +455,15 @@ class GLMForCausalLM:
                     f"exceed config.seq_length = {self.config.seq_length}; shorten one, or raise seq_length"
                 )
         return prompts, configs
+
+
+def _typed(value: np.ndarray, dtype: ms.Type) -> np.ndarray:
+    """An array whose uint16 are bit patterns of bfloat16 as one that MindSpore takes for a parameter of this type."""
+    if value.dtype != np.uint16:
+        return value
+    if dtype == ms.bfloat16 and np_dtype.bfloat16 is not None:
+        return value.view(np_dtype.bfloat16)
+    return bfloat16_to_float32(value)
 
 
 def _decoder_size(prompts: list[Prompt], configs: Sequence[GenerationConfig]) -> tuple[int, int]:

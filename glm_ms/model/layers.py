@@ -11,7 +11,7 @@ from mindspore.common.initializer import Initializer, Normal, initializer
 
 from glm_ms.model.config import GLMConfig
 from glm_ms.ops.portable import LayerNormalize, RMSNormalize
-from glm_ms.ops.registry import device
+from glm_ms.ops.registry import device, step_kernel
 
 # Standard deviation of random weights, for networks trained from scratch.
 INIT_STD = 0.02
@@ -28,17 +28,18 @@ def new_parameter(shape: tuple[int, ...], dtype: str, init: str | Initializer | 
 
 
 class Embedding(nn.Cell):
-    """Rows of `embedding_table` [V, H] by token id. Its type is that of the config, but float32 for bfloat16 on a CPU,
-    whose MindSpore gathers no bfloat16."""
+    """Rows of `embedding_table` [V, H] by token id. Its type is that of the config, but float32 for bfloat16 on a CPU
+    without the C++ kernels, where nothing gathers bfloat16."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        stored = config.param_init_type
+        stored, gather = config.param_init_type, ops.Gather
         if stored == "bfloat16" and device() == "CPU":
-            stored = "float32"
+            kernel = step_kernel("bfloat16 rows")
+            stored, gather = ("float32", gather) if kernel is None else (stored, kernel)
         self.embedding_table = new_parameter((config.padded_vocab_size, config.hidden_size), stored)
         self.dtype = DTYPES[config.compute_dtype]
-        self.gather, self.cast = ops.Gather(), ops.Cast()
+        self.gather, self.cast = gather(), ops.Cast()
 
     def construct(self, input_ids: Tensor) -> Tensor:
         """input_ids int32 [B, S] -> [B, S, H] of the compute type."""

@@ -15,6 +15,7 @@ from mindspore import nn
 
 from glm_ms.ops import ascend, training
 from glm_ms.ops.cpu import training as cpu_training
+from glm_ms.ops.cpu.embedding import BFloat16Rows
 from glm_ms.ops.portable import ApplyRotary, CachedAttention, GroupedAttention, RMSNormalize, SwiGLU
 from glm_ms.ops.quantized import Int4Product, Int8Product
 
@@ -55,6 +56,7 @@ STEP_OPERATORS: dict[tuple[str, str], Any] = {
     ("output loss", "CPU"): cpu_training.OutputLoss,
     ("bfloat16 product", "CPU"): cpu_training.BFloat16Product,
     ("bias", "CPU"): cpu_training.AddBias,  # in place of ops.Add
+    ("bfloat16 rows", "CPU"): BFloat16Rows,  # in place of ops.Gather
 }
 
 

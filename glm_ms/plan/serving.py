@@ -76,7 +76,7 @@ def plan_serving(
     return ServingPlan(
         slots,
         context,
-        weights=_weight_bytes(shapes, config, quantization, on_cpu=kv_cache is not None),
+        weights=_weight_bytes(shapes, config, quantization),
         kv_cache=(RESERVED + slots * pages_of(context) + prefixes) * page,
         adapters=item * _table_elements(shapes, bounds),
         activations=_kernel_bytes(config, slots) if kv_cache else max(prefill_bytes(work), prefill_bytes(reading)),
@@ -93,13 +93,9 @@ def _kernel_bytes(config: GLMConfig, slots: int) -> int:
     return ITEM_BYTES["float32"] * (ROWS * rows + slots * config.padded_vocab_size)
 
 
-def _weight_bytes(
-    shapes: Mapping[str, tuple[int, ...]], config: GLMConfig, quantization: Quantization | None, on_cpu: bool
-) -> int:
+def _weight_bytes(shapes: Mapping[str, tuple[int, ...]], config: GLMConfig, quantization: Quantization | None) -> int:
     packed = quantized_bytes(shapes, quantization)
     items = {name: ITEM_BYTES[config.param_init_type] for name in shapes if name not in packed}
-    if on_cpu and config.param_init_type == "bfloat16":  # see `glm_ms.model.layers.Embedding`
-        items[EMBEDDING] = ITEM_BYTES["float32"]
     if quantization is not None and quantization.embedding is not None:
         items[EMBEDDING] = ITEM_BYTES[quantization.embedding]
     return sum(packed.values()) + sum(item * math.prod(shapes[name]) for name, item in items.items())

@@ -27,7 +27,7 @@ class Quantization:
         bits: 8 or 4.
         group: inputs that share a scale, for 4 bits one of `GROUPS`; 0 for 8 bits: all inputs of an output share one.
         output_layer: the output layer is quantized too; the official files of ChatGLM2 and ChatGLM3 leave it as it is.
-        embedding: storage type of the embedding, "float32" or "float16"; None: that of the other parameters.
+        embedding: storage type of the embedding, a floating one; None: that of the other parameters.
 
     Raises:
         QuantizationError: a value that is not allowed.

@@ -12,7 +12,7 @@ import numpy as np
 
 from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, load_parameters
-from glm_ms.model.config import GLMConfig
+from glm_ms.model.config import FLOAT_TYPES, GLMConfig
 from glm_ms.model.glm import OUTPUT_LAYER, Cells
 from glm_ms.ops.cpu import library
 from glm_ms.ops.packing import pack_int4, pack_int8
@@ -45,7 +45,7 @@ def weights_of(
             quantized and they are not, or if they are quantized in another way than `wanted`; during the iteration as
             `glm_ms.convert.reader.load_parameters`.
     """
-    found, dtype = stored_quantization(reader, config), _read_as(config)
+    found, dtype = stored_quantization(reader, config), config.param_init_type
     if found is None:
         _check_description(reader)
         parameters = reader.verified(load_parameters(reader, config, dtype, with_adapter=True, mapped=mapped))
@@ -101,7 +101,7 @@ def stored_quantization(reader: CheckpointReader, config: GLMConfig) -> Quantiza
             "quantize, and the official ones of ChatGLM2 and ChatGLM3"
         )
     embedding = reader.dtype(EMBEDDING) if EMBEDDING in names else None
-    kept = embedding if embedding in ("float16", "float32") else None
+    kept = embedding if embedding in FLOAT_TYPES else None
     return Quantization(*numbers, OUTPUT_LAYER in modules, kept)
 
 
@@ -165,11 +165,6 @@ def _check_description(reader: CheckpointReader) -> None:
             f"{folder / 'config.json'}: says that the weights are quantized ({told}), but those of {reader.path} are "
             "not; remove quantization_bit from it, or fetch the quantized weights"
         )
-
-
-def _read_as(config: GLMConfig) -> str:
-    """The type in which parameters are read: NumPy has no bfloat16, such weights pass through float32."""
-    return "float16" if config.param_init_type == "float16" else "float32"
 
 
 def _own_parameters(

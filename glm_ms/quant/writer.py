@@ -12,6 +12,7 @@ from glm_ms.convert.conversion import Conversion, plan_conversion
 from glm_ms.convert.safetensors_file import write_header, write_tensor
 from glm_ms.convert.tensor_file import TensorInfo
 from glm_ms.convert.writers import check_space, copy_files
+from glm_ms.model.config import FLOAT_TYPES
 from glm_ms.quant import Quantization
 from glm_ms.quant.checkpoint import EMBEDDING, description
 from glm_ms.quant.network import Importance, is_quantized, quantized_parameters, replaced_shapes
@@ -28,7 +29,7 @@ class QuantizedCopy:
 
     The output is a folder with `config.json`, which has a section `quantization`, one `model.safetensors`, and the
     files of the tokenizer. Its tensors are the parameters of the quantized network under their names: packed weights,
-    which programs map into memory, the embedding as in the input (bfloat16 becomes float32), all else float32.
+    which programs map into memory, the embedding as in the input, all else float32.
 
     Attributes:
         conversion: the input, the output and its configuration.
@@ -102,5 +103,6 @@ def plan_quantization(
 ) -> QuantizedCopy:  # fmt: skip
     """Opens the input and checks names, shapes, types and the output; arguments and errors as of `plan_conversion`."""
     plan = plan_conversion(source, output, config=config, dtype="float32", target="hf", overwrite=overwrite)
-    embedding = "float16" if plan.reader.dtype(EMBEDDING) == "float16" else "float32"
+    stored = plan.reader.dtype(EMBEDDING)
+    embedding = stored if stored in FLOAT_TYPES else "float32"
     return QuantizedCopy(plan, dataclasses.replace(quantization, embedding=embedding))

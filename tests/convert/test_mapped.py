@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,22 @@ def test_the_numbers_are_those_that_are_read(folder: Path) -> None:
         assert isinstance(value, np.memmap)
         assert not isinstance(read[name], np.memmap)
         np.testing.assert_array_equal(value, read[name], name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
+def test_no_page_is_in_memory_before_it_is_used(folder: Path) -> None:
+    """Although every number has been checked."""
+
+    def resident() -> int:
+        parts = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+        found = [part for part in parts if str(folder) in part.splitlines()[0]]
+        assert found
+        return sum(int(re.search(r"^Rss:\s*(\d+)", part, re.M)[1]) << 10 for part in found)
+
+    arrays = load(folder)
+    assert resident() == 0
+    assert all(np.isfinite(value).all() for value in arrays.values())
+    assert resident() >= sum(value.nbytes for value in arrays.values())
 
 
 def test_another_type_is_converted(folder: Path) -> None:

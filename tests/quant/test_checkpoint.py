@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import Tensor
 from reference import FOLDER, fresh_golden_model, golden_numbers, golden_weights
 from safetensors.numpy import load_file, save_file
 
@@ -18,6 +20,7 @@ from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.reader import open_checkpoint
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
+from glm_ms.ops.cpu.library import SWITCH
 from glm_ms.ops.packing import Packed, dequantise
 from glm_ms.quant import Quantization, QuantizationError, quantization
 from glm_ms.quant.checkpoint import described_quantization, weights_of
@@ -108,14 +111,23 @@ def test_files_of_a_quantized_folder(int4: Path) -> None:
     assert sorted(name.rpartition("dense.")[2] for name in names) == ["quantized.scale", "quantized.weight"]
 
 
-def test_the_embedding_keeps_its_type(tmp_path: Path) -> None:
-    half = tmp_path / "half"
-    assert glm_ms(["convert", "--input", str(FOLDER / CASE), "--output", str(half), "--dtype", "float16"]) == 0
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_embedding_keeps_its_type(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the file, and in memory where something reads it there: the portable operators read no bfloat16."""
+    half, name = tmp_path / "half", "transformer.embedding.embedding_table"
+    assert glm_ms(["convert", "--input", str(FOLDER / CASE), "--output", str(half), "--dtype", dtype]) == 0
     assert glm_ms(["quantize", "--model", str(half), "--bits", "8", "--output", str(tmp_path / "int8")]) == 0
-    found, original = stored(tmp_path / "int8"), golden_weights(CASE)
-    table = found["transformer.embedding.embedding_table"]
-    assert table.dtype == np.float16
-    np.testing.assert_array_equal(table, original["transformer.embedding.embedding_table"].astype(np.float16))
+    found, expected = stored(tmp_path / "int8"), Tensor(golden_weights(CASE)[name], getattr(ms, dtype))
+    table = found[name].view(np.uint16)
+    np.testing.assert_array_equal(table, expected.asnumpy().view(np.uint16))
+    assert described_quantization(tmp_path / "int8").embedding == dtype
+    numbers = [golden_numbers(CASE)[name] for name in NAMES]
+    with_kernels = load_pretrained(tmp_path / "int8")
+    assert with_kernels.parameters()[name].dtype == getattr(ms, dtype)
+    monkeypatch.setenv(SWITCH, "0")
+    portable = load_pretrained(tmp_path / "int8")
+    assert portable.parameters()[name].dtype == (ms.float16 if dtype == "float16" else ms.float32)
+    np.testing.assert_array_equal(with_kernels(*numbers).asnumpy(), portable(*numbers).asnumpy())
     norm = "transformer.encoder.final_layernorm.weight"
     assert found[norm].dtype == np.float32
 

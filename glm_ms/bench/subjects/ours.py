@@ -45,13 +45,13 @@ class Ours:
         self.config, self.amp = GLMConfig(**setup.config), setup.weights == "amp"
         if setup.weights in ("float16", "bfloat16"):
             self.config = replace(self.config, param_init_type=setup.weights)
-        how, weights = _QUANTISED.get(setup.weights), random_weights(self.config)
+        how, weights = _QUANTISED.get(setup.weights), random_weights(self.config, self.config.param_init_type)
         if how is not None and setup.file(".hf").exists():
             self.model = load_pretrained(setup.file(".hf"), self.config)
         else:
             if how is not None:
                 weights = quantized_parameters(weights, expected_shapes(self.config), how)
-            self.model = GLMForCausalLM.from_parameters(self.config, weights, cells_for(how))
+            self.model = GLMForCausalLM.from_parameters(self.config, weights, cells_for(how), share=True)
         self.decoders = DecoderPool(self.model.network)
         self.running: list[int] = []
         self.prompts = 0
