@@ -1,4 +1,4 @@
-"""`glm-ms bench`: speed and memory of this machine, alone or side by side with PyTorch and llama.cpp.
+"""`glm-ms bench`: speed and memory of this machine, alone or side by side with PyTorch, llama.cpp and OpenVINO.
 
     glm-ms bench decode prefill --geometry m265
     glm-ms bench decode --geometry w6b-l4 --against torch:bfloat16 llamacpp --peer-python peers/bin/python
@@ -16,7 +16,7 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -24,16 +24,16 @@ from typing import Any
 
 from glm_ms.bench.geometry import GEOMETRIES, SIZES, geometry
 from glm_ms.bench.machine import cores, describe
-from glm_ms.bench.measure import DECODE, LOAD, PREFILL, TRAIN, Case, Group, check_subject
-from glm_ms.bench.plots import draw
+from glm_ms.bench.measure import DECODE, LOAD, PREFILL, TRAIN, Case, Group, Result, check_subject, why_not
+from glm_ms.bench.plots import check_plottable, draw
 from glm_ms.bench.report import document, machine_lines, table, timing_table, warnings
 from glm_ms.bench.subjects import OURS, SUBJECTS
 from glm_ms.bench.timings import Timing, start_timings, tokenise_timings
 from glm_ms.bench.workers import BenchError
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser, whole_number
-from glm_ms.storage.atomic import replace_text
-from glm_ms.storage.errors import FileError
+from glm_ms.storage.atomic import check_target, replace_text
+from glm_ms.storage.errors import FileError, WriteError, not_written
 
 # Mode -> what it measures.
 MODES = {
@@ -48,6 +48,12 @@ MODES = {
     "tokenise": "encoding and decoding of text",
 }
 _WITHOUT_NETWORK = ("start", "tokenise")
+# Mode with a network -> that of its cases.
+_CASE_MODES = {
+    "decode": DECODE, "batch": DECODE, "context": DECODE, "prefill": PREFILL, "train": TRAIN, "train-lora": TRAIN,
+    "load": LOAD,
+}  # fmt: skip
+_OUTPUTS = ("json", "table", "plot")
 # Option -> its default, the modes that use it.
 _ROWS = {"decode": (1,), "batch": (1, 4, 8, 16), "context": (1,), "train": (4,), "train-lora": (4,)}
 _CONTEXT = {"decode": (64,), "batch": (64,), "context": (64, 256, 1024, 2048, 4096, 8192)}
@@ -64,23 +70,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _check_use(parser, options)
     groups: list[Group] = []
     timings: list[Timing] = []
+    lost: list[str] = []
     try:
+        subjects = _subjects(parser, options)
+        _check_outputs(options)
         try:
-            _measure(options, groups, timings)
+            _measure(options, subjects, groups, timings)
         finally:  # an interrupted run reports what it has
             if timings or any(group.results for group in groups):
-                _report(options, shlex.join(["glm-ms", "bench", *words]), groups, timings)
-        if options.plot:
-            draw(groups, Path(options.plot))
+                lost = _report(options, shlex.join(["glm-ms", "bench", *words]), groups, timings)
     except (BenchError, FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 1 if any(not result.samples for group in groups for result in group.results) else 0
+    return 1 if lost or any(not result.samples for group in groups for result in group.results) else 0
 
 
-def _measure(options: argparse.Namespace, groups: list[Group], timings: list[Timing]) -> None:
+def _measure(
+    options: argparse.Namespace, subjects: list[tuple[str, str]], groups: list[Group], timings: list[Timing]
+) -> None:
     """Fills both lists while it measures."""
-    subjects = _subjects(options)
     with _folder(options.work_dir) as folder:
         for group in [_group(options, subjects, folder, *sizes) for sizes in _sweep(options)]:
             groups.append(group)
@@ -88,8 +96,8 @@ def _measure(options: argparse.Namespace, groups: list[Group], timings: list[Tim
         timings.extend(_timings(options, folder))
 
 
-def _report(options: argparse.Namespace, command: str, groups: list[Group], timings: list[Timing]) -> None:
-    """Prints the table and writes the files."""
+def _report(options: argparse.Namespace, command: str, groups: list[Group], timings: list[Timing]) -> list[str]:
+    """Prints the table and writes the files. Returns what could not be written, each of which is printed too."""
     machine = describe()
     lines = [*machine_lines(machine, groups), ""]
     lines += table(groups) if groups else []
@@ -97,11 +105,52 @@ def _report(options: argparse.Namespace, command: str, groups: list[Group], timi
     print("\n".join(lines))
     for line in warnings(groups, timings):
         print(line, file=sys.stderr)
-    if options.json:
-        values = document(groups, machine, command, options.geometry, timings)
-        replace_text(Path(options.json), json.dumps(values, indent=1, ensure_ascii=False) + "\n", parents=True)
-    if options.table:
-        replace_text(Path(options.table), "\n".join(lines) + "\n", parents=True)
+    values = document(groups, machine, command, options.geometry, timings)
+    writers: dict[str, Callable[[Path], None]] = {
+        "json": lambda path: replace_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n", parents=True),
+        "table": lambda path: replace_text(path, "\n".join(lines) + "\n", parents=True),
+        "plot": lambda path: draw(groups, path),
+    }
+    lost = []
+    for name, write in writers.items():
+        try:
+            if path := getattr(options, name):
+                write(Path(path))
+        except (BenchError, FileError, OSError) as error:  # the other files are still written
+            lost.append(f"--{name}: {error}")
+            print(f"error: {lost[-1]}", file=sys.stderr)
+    return lost
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raises FileError or BenchError, before anything is measured, if an output cannot be written or drawn."""
+    given = {name: getattr(options, name) for name in _OUTPUTS if getattr(options, name)}
+    places = {name: Path(path).resolve() for name, path in given.items()}
+    for name, path in given.items():
+        same = [f"--{other}" for other in given if places[other] == places[name]]
+        if len(same) > 1:
+            raise WriteError(f"{path}: is the file of {' and '.join(same)}; give each its own")
+        check_target(path, overwrite=True, error=WriteError)
+        _check_folder(Path(path).absolute().parent)
+    if options.work_dir is not None:
+        check_target(Path(options.work_dir, "weights"), overwrite=True, error=WriteError)
+        _check_folder(Path(options.work_dir))
+    if options.plot is not None:
+        planned = [
+            Result(case, OURS, "", layers or 0, threads, [1.0])
+            for layers, threads in _sweep(options) for case in cases(options)
+        ]  # fmt: skip
+        check_plottable(planned)
+
+
+def _check_folder(folder: Path) -> None:
+    """Makes a folder and writes a file there that goes away at once."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WriteError(not_written(folder, error)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,11 +164,15 @@ def build_parser() -> argparse.ArgumentParser:
     for name in SIZES:
         parser.add_argument(f"--{name}", type=_COUNT, metavar="N", help="in place of that of the geometry")
     parser.add_argument(
-        "--weights", nargs="+", choices=tuple(SUBJECTS[OURS].bits), default=["float32"], help="of glm_ms (float32)"
+        "--weights",
+        nargs="+",
+        choices=tuple(SUBJECTS[OURS].bits),
+        default=["float32"],
+        help="of glm_ms (float32); amp, for training: float32 with products in bfloat16",
     )
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="PROGRAM",
-        help="torch or llamacpp, with all its types of weights or one: torch:bfloat16, llamacpp:int4"
+        help="torch, llamacpp or openvino, with all its types of weights or one: torch:bfloat16, llamacpp:int4"
     )  # fmt: skip
     parser.add_argument("--peer-python", metavar="PATH", help="interpreter that has the other programs (this one)")
     parser.add_argument("--rows", nargs="+", type=_COUNT, metavar="N", help="sequences at a time")
@@ -189,11 +242,17 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return list(found)
 
 
-def _subjects(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """glm_ms first."""
-    found = dict.fromkeys((OURS, kind) for kind in options.weights)
-    for text in options.against:
-        found.update(dict.fromkeys(check_subject(text)))
+def _subjects(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[tuple[str, str]]:
+    """glm_ms first. Ends the program if one of them has no use in any of the modes; raises BenchError if unknown."""
+    asked = [(f"--weights {kind}", [(OURS, kind)]) for kind in dict.fromkeys(options.weights)]
+    asked += [(f"--against {text}", check_subject(text)) for text in dict.fromkeys(options.against)]
+    modes = [_CASE_MODES[mode] for mode in options.modes if mode not in _WITHOUT_NETWORK]
+    found = dict[tuple[str, str], None]()
+    for words, pairs in asked:
+        reasons = [why_not(mode, *pairs[0]) for mode in modes]
+        if modes and all(why_not(mode, *pair) for mode in modes for pair in pairs):
+            parser.error(f"{words}: {'; '.join(dict.fromkeys(reasons))}")
+        found.update(dict.fromkeys(pairs))
     return list(found)
 
 

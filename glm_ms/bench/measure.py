@@ -145,9 +145,9 @@ class Group:
                     self._take_turns(case, workers, prepare, sample)
             elif case.mode == LOAD:
                 self._load(case)
-        skipped = [":".join(pair) for pair in self.subjects if not any(r.name == ":".join(pair) for r in self.results)]
-        if skipped:
-            self.say(f"  no measurement of these modes: {', '.join(skipped)}")
+        for mode in dict.fromkeys(case.mode for case in self.cases):
+            for reason in filter(None, (why_not(mode, *pair) for pair in self.subjects)):
+                self.say(f"  not measured: {reason}")
         self._read()
         if not any(result.samples for result in self.results):
             raise BenchError("nothing could be measured: " + "; ".join(result.error for result in self.results[:3]))
@@ -160,8 +160,7 @@ class Group:
 
     def _able(self, cases: Sequence[Case]) -> list[tuple[str, str]]:
         """Subjects that can run cases of one mode."""
-        wanted = {TRAIN: "trains", LOAD: "loads"}.get(cases[0].mode, "runs")
-        return [(name, kind) for name, kind in self.subjects if kind in getattr(SUBJECTS[name], wanted)]
+        return [pair for pair in self.subjects if not why_not(cases[0].mode, *pair)]
 
     def _setup(self, weights: str) -> Setup:
         return Setup(self.config.to_dict(), weights, self.threads, self.folder)
@@ -237,24 +236,27 @@ class Group:
                 self._failed(worker, [case], error)
         running = [worker for worker in workers if worker.name in found]
         loads: dict[str, list[float]] = {name: [] for name in found}
-        for number in range(self.rounds):
-            turn = number % max(1, len(running))
-            for worker in running[turn:] + running[:turn]:
-                load = Load([each.process.pid for each in workers])
-                try:
-                    found[worker.name].samples.append(statistics.median(sample(worker, case)))
-                except NotMeasuredError as error:
-                    found[worker.name].error = str(error)
-                    self.say(f"  {error}")
-                    running.remove(worker)
-                    continue
-                found[worker.name].peak_memory = worker.peak_memory
-                share = load.foreign()
-                loads[worker.name] += [] if share is None else [share]
-        for name, result in found.items():
-            result.foreign_load = statistics.fmean(loads[name]) if loads[name] else None
-            self.results.append(result)
-            self._tell(result)
+        try:
+            for number in range(self.rounds):
+                turn = number % max(1, len(running))
+                for worker in running[turn:] + running[:turn]:
+                    load = Load([each.process.pid for each in workers])
+                    try:
+                        found[worker.name].samples.append(statistics.median(sample(worker, case)))
+                    except NotMeasuredError as error:
+                        found[worker.name].error = str(error)
+                        self.say(f"  {error}")
+                        running.remove(worker)
+                        continue
+                    found[worker.name].peak_memory = worker.peak_memory
+                    share = load.foreign()
+                    loads[worker.name] += [] if share is None else [share]
+        finally:  # an interrupt keeps the rounds so far
+            for name, result in found.items():
+                if result.samples or result.error:
+                    result.foreign_load = statistics.fmean(loads[name]) if loads[name] else None
+                    self.results.append(result)
+                    self._tell(result)
 
     def _load(self, case: Case) -> None:
         """Every sample in a process of its own, with files that are in the memory of the system."""
@@ -290,6 +292,15 @@ class Group:
             f"  {result.case.title()}: {result.name}: {result.median * 1e3:.2f} ms "
             f"({low * 1e3:.2f} to {high * 1e3:.2f}){note}"
         )
+
+
+def why_not(mode: str, subject: str, weights: str) -> str:
+    """Why a program does not run cases of a mode with a type of weights; empty if it does."""
+    verb = {TRAIN: "train", LOAD: "load"}.get(mode, "run")
+    able = getattr(SUBJECTS[subject], f"{verb}s")
+    if weights in able:
+        return ""
+    return f"{subject} does not {verb} {weights} weights here; it {verb}s {', '.join(able) or 'none'}"
 
 
 def prepare(worker: Worker, case: Case) -> None:

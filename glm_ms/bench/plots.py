@@ -36,10 +36,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
     Raises:
         BenchError: nothing has several values, or the file cannot be written.
     """
-    results = [result for group in groups for result in group.results if result.samples]
-    panels = {title: curves for title in _PANELS if (curves := curves_of(title, results))}
-    if not panels:
-        raise BenchError("nothing to plot: give several values of --context, --rows, --length, --layers or --threads")
+    panels = check_plottable([result for group in groups for result in group.results if result.samples])
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # seconds of imports
     from matplotlib.figure import Figure
 
@@ -52,6 +49,17 @@ def draw(groups: Sequence[Group], path: Path) -> None:
         figure.savefig(path, format="png", dpi=_DPI)
     except OSError as error:
         raise BenchError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def check_plottable(results: Sequence[Result]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Title -> curves of every panel. Raises BenchError if nothing has several values."""
+    panels = {title: curves for title in _PANELS if (curves := curves_of(title, results))}
+    if not panels:
+        raise BenchError(
+            "nothing to plot: decode, batch or context needs several values of --context, --rows, --layers or "
+            "--threads, prefill several of --length"
+        )
+    return panels
 
 
 def curves_of(title: str, results: Sequence[Result]) -> dict[str, list[tuple[int, float]]]:

@@ -56,7 +56,8 @@ def main() -> int:
                 arguments = {**arguments, "setup": Setup(**arguments["setup"])}
             answer = {"value": _plain(getattr(subject, call["method"])(**arguments)), "peak_memory": peak_memory()}
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}", "kind": type(error).__name__}
+            said = " ".join(str(error).split())  # a message of several lines would break the table
+            answer = {"error": f"{type(error).__name__}: {said}", "kind": type(error).__name__}
             traceback.print_exc()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

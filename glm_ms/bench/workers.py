@@ -85,6 +85,9 @@ class Worker:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        except KeyboardInterrupt:  # it would work to the end of the call
+            self.process.kill()
+            raise
         if not line:
             raise NotMeasuredError(f"{self.name}: {self._end_of_process()}")
         self._signal(signal.SIGSTOP)

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +146,16 @@ def test_training_batches() -> None:
         ("decode --rows 0", "must be a whole number from 1"),
         ("decode --layers 1 2 --num_layers 3", "give one of them"),
         ("decod", "invalid choice: 'decod'"),
+        ("train --weights int8", "--weights int8: glm_ms does not train int8 weights here; it trains float32, amp"),
+        ("decode --weights float32 amp", "--weights amp: glm_ms does not run amp weights here; it runs float32, bf"),
+        (
+            "train --against llamacpp",
+            "--against llamacpp: llamacpp does not train float32 weights here; it trains no",
+        ),
+        (
+            "load prefill --against torch:amp",
+            "torch does not load amp weights here; it loads float32, bfloat16; torc",
+        ),
     ],
 )
 def test_wrong_usage(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +168,7 @@ def test_wrong_usage(line: str, words: str, capsys: pytest.CaptureFixture[str]) 
     ("line", "words"),
     [
         ("decode --geometry tinny", "geometry 'tinny': unknown; did you mean tiny"),
-        ("decode --against tensorflow", "tensorflow: unknown program; known: torch, llamacpp"),
+        ("decode --against tensorflow", "tensorflow: unknown program; known: torch, llamacpp, openvino"),
         ("decode --against torch:int4", "torch has no such weights; it has float32, bfloat16"),
         ("decode --geometry 6b --num_layers 1000", "do not fit in"),
         ("tokenise --tokenizer nowhere", "nowhere"),
@@ -165,6 +177,60 @@ def test_wrong_usage(line: str, words: str, capsys: pytest.CaptureFixture[str]) 
 def test_refusals(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(line.split()) == 1
     assert words in capsys.readouterr().err
+
+
+def test_outputs_are_tried_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Group, "run", lambda self: pytest.fail("measures"))
+    (tmp_path / "file").write_text("kept")
+    for line, words in {
+        "--json {0}/file/b.json": "is a file, not a folder",
+        "--table {0}": "is a folder, but a file is to be written",
+        "--plot /proc/nothing/c.png --context 8 16": "/proc/nothing: ",
+        "--work-dir {0}/file": "is a file, not a folder",
+        "--json {0}/a --table {0}/../{1}/a": "is the file of --json and --table; give each its own",
+        "--plot {0}/c.png": "nothing to plot: decode, batch or context needs several values of --context",
+    }.items():
+        assert command.main(["decode", *line.format(tmp_path, tmp_path.name).split()]) == 1
+        assert words in capsys.readouterr().err, line
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_file_that_is_lost_does_not_lose_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(self: Group) -> None:
+        self.results.append(result("glm_ms", "float32", 2, case=self.cases[0]))
+        (tmp_path / "a.json").mkdir()  # somebody takes the name meanwhile
+
+    monkeypatch.setattr(Group, "run", run)
+    assert command.main(["decode", "--json", str(tmp_path / "a.json"), "--table", str(tmp_path / "a.md")]) == 1
+    assert "| 2.00 s |" in (tmp_path / "a.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr()
+    assert "error: --json: " in printed.err
+    assert "| 2.00 s |" in printed.out
+
+
+def test_an_interrupt_keeps_the_rounds_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds, and an interrupt in the third one."""
+    worker: Any = SimpleNamespace(
+        name="glm_ms:float32", subject="glm_ms", weights="float32", peak_memory=1,
+        process=SimpleNamespace(pid=os.getpid()),
+    )  # fmt: skip
+    times = iter([1.0, 3.0])
+
+    def sample(worker: Worker, case: Case) -> list[float]:
+        value = next(times, None)
+        if value is None:
+            raise KeyboardInterrupt
+        return [value]
+
+    made = group([result("glm_ms", "float32", 1)])
+    made.results = []
+    with pytest.raises(KeyboardInterrupt):
+        made._take_turns(Case(DECODE), [worker], lambda worker, case: None, sample)
+    assert made.results[0].samples == [1, 3]
 
 
 def test_cases_of_modes() -> None:
@@ -245,22 +311,35 @@ def test_curves_change_one_thing() -> None:
         draw([group(results[:1])], Path("never.png"))
 
 
+PEERS = {
+    "torch": ("torch, transformers", {"torch:float32": 1e-5, "torch:bfloat16": 0.1}),
+    "llamacpp": ("llama_cpp", {"llamacpp:float32": 2e-3, "llamacpp:int8": 0.05}),
+    "openvino": ("openvino", {"openvino:float32": 1e-5, "openvino:float16": 2e-3, "openvino:int8": 0.05}),
+}
+
+
 @pytest.mark.slow
-def test_peers_compute_the_same_network(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = subprocess.run([PEER, "-c", "import llama_cpp, torch, transformers"], capture_output=True, check=False)
-    if found.returncode:
-        pytest.skip(f"llama_cpp, torch or transformers is not installed for {PEER} (GLM_MS_PEER_PYTHON)")
+@pytest.mark.parametrize("peer", PEERS)
+def test_peers_compute_the_same_network(peer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    packages, allowed = PEERS[peer]
+    if subprocess.run([PEER, "-c", f"import {packages}"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{packages} is not installed for {PEER} (GLM_MS_PEER_PYTHON)")
     file = tmp_path / "bench.json"
-    line = f"decode prefill load --rounds 1 --steps 4 --json {file} --against torch llamacpp --peer-python {PEER}"
-    assert command.main([*line.split(), "--ffn_hidden_size", "352"]) == 0
+    line = f"decode prefill load --rounds 1 --steps 4 --json {file} --against {peer} --peer-python {PEER}"
+    assert command.main([*line.split(), "--ffn_hidden_size", "352", "--rows", "1", "3"]) == 0
     values = json.loads(file.read_text(encoding="utf-8"))
-    agreement = values["agreement"][0]
-    allowed = {"torch:float32": 1e-5, "torch:bfloat16": 0.1, "llamacpp:float32": 2e-3, "llamacpp:int8": 0.05}
     for name, most in allowed.items():
-        assert agreement[name] < most, name
+        assert values["agreement"][0][name] < most, name
     assert all(each["samples"] for each in values["results"])
-    line = f"train train-lora --rounds 1 --length 16 --against torch --peer-python {PEER}"
+
+
+@pytest.mark.slow
+def test_training_beside_torch(capfd: pytest.CaptureFixture[str]) -> None:
+    if subprocess.run([PEER, "-c", "import torch, transformers"], capture_output=True, check=False).returncode:
+        pytest.skip(f"torch or transformers is not installed for {PEER} (GLM_MS_PEER_PYTHON)")
+    line = f"train train-lora --weights float32 amp --rounds 1 --length 16 --against torch --peer-python {PEER}"
     assert command.main(line.split()) == 0
+    assert "| glm_ms | amp |" in capfd.readouterr().out
 
 
 @pytest.mark.slow

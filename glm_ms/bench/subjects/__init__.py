@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OURS, TORCH, LLAMA_CPP = "glm_ms", "torch", "llamacpp"
+OURS, TORCH, LLAMA_CPP, OPENVINO = "glm_ms", "torch", "llamacpp", "openvino"
 
 
 class Kind(NamedTuple):
@@ -40,6 +40,7 @@ class Kind(NamedTuple):
     runs: tuple[str, ...] = ()
 
 
+_OPENVINO_BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4.5}
 _LLAMA_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8.5, "int4": 4.5}  # with scales of 32 elements
 SUBJECTS = {
     OURS: Kind(
@@ -55,6 +56,10 @@ SUBJECTS = {
     LLAMA_CPP: Kind(
         "glm_ms.bench.subjects.llama_peer:LlamaPeer", _LLAMA_BITS, ("llama_cpp", "numpy", "sentencepiece", "yaml"), (),
         tuple(_LLAMA_BITS), tuple(_LLAMA_BITS),
+    ),
+    OPENVINO: Kind(
+        "glm_ms.bench.subjects.openvino_peer:OpenVinoPeer", _OPENVINO_BITS,
+        ("openvino", "numpy", "sentencepiece", "yaml"), (), tuple(_OPENVINO_BITS), tuple(_OPENVINO_BITS),
     ),
 }  # fmt: skip
 
