@@ -46,8 +46,9 @@ MODES = {
     "load": "a checkpoint on disk to the first logits",
     "start": "whole processes of a tiny network",
     "tokenise": "encoding and decoding of text",
+    "schedule": "what the server does for a step beside the network",
 }
-_WITHOUT_NETWORK = ("start", "tokenise")
+_WITHOUT_NETWORK = ("start", "tokenise", "schedule")
 # Mode with a network -> that of its cases.
 _CASE_MODES = {
     "decode": DECODE, "batch": DECODE, "context": DECODE, "prefill": PREFILL, "train": TRAIN, "train-lora": TRAIN,
@@ -55,7 +56,14 @@ _CASE_MODES = {
 }  # fmt: skip
 _OUTPUTS = ("json", "table", "plot")
 # Option -> its default, the modes that use it.
-_ROWS = {"decode": (1,), "batch": (1, 4, 8, 16), "context": (1,), "train": (4,), "train-lora": (4,)}
+_ROWS = {
+    "decode": (1,),
+    "batch": (1, 4, 8, 16),
+    "context": (1,),
+    "train": (4,),
+    "train-lora": (4,),
+    "schedule": (1, 16),
+}
 _CONTEXT = {"decode": (64,), "batch": (64,), "context": (64, 256, 1024, 2048, 4096, 8192)}
 _LENGTH = {"prefill": (512,), "train": (192,), "train-lora": (192,)}
 _COUNT = whole_number(1, 1 << 20)
@@ -188,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labelled", type=_share, default=1.0, metavar="SHARE", help="of training rows that has labels (1)"
     )
-    parser.add_argument("--tokenizer", metavar="PATH", help="for tokenise: tokenizer.model or its folder")
+    parser.add_argument("--tokenizer", metavar="PATH", help="for tokenise, schedule: tokenizer.model or its folder")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     parser.add_argument("--table", metavar="FILE", help="write the table (Markdown)")
     parser.add_argument("--plot", metavar="FILE", help="write curves (PNG)")
@@ -201,7 +209,7 @@ def _check_use(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     chosen = set(options.modes)
     training = {"train", "train-lora"}
     users = {
-        "rows": set(_ROWS), "context": set(_CONTEXT), "length": set(_LENGTH), "tokenizer": {"tokenise"},
+        "rows": set(_ROWS), "context": set(_CONTEXT), "length": set(_LENGTH), "tokenizer": {"tokenise", "schedule"},
         "layers": chosen - set(_WITHOUT_NETWORK), "threads": chosen - set(_WITHOUT_NETWORK),
         "against": chosen - set(_WITHOUT_NETWORK), "plot": chosen - set(_WITHOUT_NETWORK),
         **dict.fromkeys(SIZES, chosen - set(_WITHOUT_NETWORK)),
@@ -280,6 +288,11 @@ def _timings(options: argparse.Namespace, folder: Path) -> Iterator[Timing]:
         yield from start_timings(folder, options.rounds)
     if "tokenise" in options.modes:
         yield from tokenise_timings(options.tokenizer, options.rounds, folder)
+    if "schedule" in options.modes:
+        from glm_ms.bench.scheduling import schedule_timings  # seconds of imports
+
+        rows = options.rows or _ROWS["schedule"]
+        yield from schedule_timings(options.tokenizer, rows, options.rounds, options.steps, folder)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.writers import write_hf_folder
 from glm_ms.resources import resource
 from glm_ms.storage.errors import FileError
-from glm_ms.tokenizer import ChatGLM3Tokenizer
+from glm_ms.tokenizer import ChatGLM3Tokenizer, SentencePieceTokenizer
 
 _SAMPLE = "configs/tiny/sample/train.json"
 _CONFIG = "configs/tiny/predict_glm3_tiny.yaml"
@@ -111,23 +111,10 @@ def _run(command: Sequence[str]) -> tuple[float, float]:
 def tokenise_timings(tokenizer: str | None, rounds: int, folder: Path) -> Iterator[Timing]:
     """Encoding and decoding of the sample texts, by the tokenizer and by SentencePiece alone.
 
-    `tokenizer` is a tokenizer.model or a folder; None: a vocabulary that is trained on the sample.
-
-    Raises:
-        BenchError: the tokenizer cannot be used.
+    `tokenizer` and errors as of `chosen_tokenizer`.
     """
     texts = [str(record["content"]) + str(record["summary"]) for record in _records()][:_TEXTS]
-    if tokenizer is None:
-        train_vocabulary(folder / "tokenizer.model")
-        made: Any = ChatGLM3Tokenizer(folder / "tokenizer.model")
-    else:
-        from glm_ms.pretrained import find_tokenizer  # seconds of imports
-
-        try:
-            family, vocabulary, _ = find_tokenizer(tokenizer, 3)
-            made = family.tokenizer(vocabulary)
-        except FileError as error:
-            raise BenchError(str(error)) from None
+    made: Any = chosen_tokenizer(tokenizer, folder)
     ids = [made.encode(text) for text in texts]
     tokens = sum(map(len, ids))
     jobs: dict[str, Callable[[], Any]] = {
@@ -148,6 +135,24 @@ def tokenise_timings(tokenizer: str | None, rounds: int, folder: Path) -> Iterat
     for timing in timings.values():
         timing.foreign_load = share
         yield timing
+
+
+def chosen_tokenizer(tokenizer: str | None, folder: Path) -> SentencePieceTokenizer:
+    """The tokenizer of a tokenizer.model or a folder; None: one with a vocabulary that is trained on the sample.
+
+    Raises:
+        BenchError: the tokenizer cannot be used.
+    """
+    if tokenizer is None:
+        train_vocabulary(folder / "tokenizer.model")
+        return ChatGLM3Tokenizer(folder / "tokenizer.model")
+    from glm_ms.pretrained import find_tokenizer  # seconds of imports
+
+    try:
+        family, vocabulary, _ = find_tokenizer(tokenizer, 3)
+        return family.tokenizer(vocabulary)
+    except FileError as error:
+        raise BenchError(str(error)) from None
 
 
 def _records() -> list[dict[str, Any]]:

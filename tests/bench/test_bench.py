@@ -20,6 +20,8 @@ from glm_ms.bench.measure import DECODE, PREFILL, TRAIN, Case, Group, Result, ch
 from glm_ms.bench.plots import curves_of, draw
 from glm_ms.bench.random_weights import random_tensor, random_weights, training_batch
 from glm_ms.bench.report import memory_ratio, ratio, table, warnings
+from glm_ms.bench.scheduling import running_scheduler, schedule_timings
+from glm_ms.bench.timings import chosen_tokenizer
 from glm_ms.bench.workers import BenchError, NotMeasuredError, Worker
 from glm_ms.convert.names import expected_shapes
 from glm_ms.model.config import ConfigError
@@ -340,6 +342,24 @@ def test_training_beside_torch(capfd: pytest.CaptureFixture[str]) -> None:
     line = f"train train-lora --weights float32 amp --rounds 1 --length 16 --against torch --peer-python {PEER}"
     assert command.main(line.split()) == 0
     assert "| glm_ms | amp |" in capfd.readouterr().out
+
+
+def test_the_rounds_of_the_scheduler(tmp_path: Path) -> None:
+    """Every round gives every row a token; greedy and sampled rows differ."""
+    made = chosen_tokenizer(None, tmp_path)
+    chosen = []
+    for options in ({}, {"do_sample": True, "top_p": 0.8, "temperature": 0.8}):
+        scheduler = running_scheduler(made, 3, dict(options), 5)
+        before = scheduler.stats.generated_tokens
+        for _ in range(5):
+            assert scheduler.round()
+        assert scheduler.stats.running == 3
+        assert scheduler.stats.generated_tokens == before + 15
+        chosen.append([run.rows[0].token for run in scheduler._active])
+    assert chosen[0] != chosen[1]
+    titles = [timing.title for timing in schedule_timings(None, [1, 2], 2, 2, tmp_path)]
+    assert titles[:2] == ["schedule, 1 row, greedy", "schedule, 1 row, sampled, top_p 0.8"]
+    assert len(titles) == 4
 
 
 @pytest.mark.slow
