@@ -1,42 +1,4 @@
-// Products with weights of float32, bfloat16 and float16, row-major.
-//
-// The definition of a result: lane l of 16 adds x[k] w[k] for k = l, l + 16, ... in order, one fma each; inputs behind
-// the end are zero; `sum` adds the lanes. Both ways below compute it, so a row has the same bits in any number of rows.
-
-struct WeightF32 {
-    using Type = float;
-    static Vec get(const float* p) { return load(p); }
-    static Vec get(const float* p, int64_t count) { return load(p, count); }
-    static Part part(const float* p) { return part_load(p); }
-};
-struct WeightBF16 {
-    using Type = uint16_t;
-    static Vec get(const uint16_t* p) { return load_bf16(p); }
-    static Vec get(const uint16_t* p, int64_t count) { return load_bf16(p, count); }
-    static Part part(const uint16_t* p) { return part_load_bf16(p); }
-};
-struct WeightF16 {
-    using Type = uint16_t;
-    static Vec get(const uint16_t* p) { return load_f16(p); }
-    static Vec get(const uint16_t* p, int64_t count) { return load_f16(p, count); }
-    static Part part(const uint16_t* p) { return part_load_f16(p); }
-};
-
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static inline void finish(const Rows& rows, int64_t row, int64_t output, float value) {
-    float* y = rows.y + row * rows.y_stride + output;
-    if (rows.bias) value = value + rows.bias[output];
-    *y = rows.add ? *y + value : value;
-}
-
-// 16 outputs of a row, the first of which is `output`; those behind the last one are padding.
-static inline void finish_panel(const Rows& rows, int64_t row, int64_t output, int64_t outputs, Vec values) {
-    float* y = rows.y + row * rows.y_stride + output;
-    const int64_t count = smaller(outputs - output, LANES);
-    if (rows.bias) values = values + load(rows.bias + output, count);
-    store(y, rows.add ? load(y, count) + values : values, count);
-}
+// Products with weights of float32, bfloat16 and float16: one or two rows, and many; narrow.h has those between.
 
 // M rows times R outputs straight from the weight.
 template <class W, int M, int R>
@@ -63,7 +25,7 @@ static inline void few_outputs(const Matrix& weight, const Rows& rows, int64_t r
 }
 
 // Weight rows that are read at the same time, for M rows.
-constexpr int streams(int m) { return m == 1 ? (PARTS > 2 ? 4 : 8) : m == 2 ? 3 : 2; }
+constexpr int streams(int m) { return m == 1 ? (PARTS > 2 ? 4 : 8) : 3; }
 
 template <class W, int M>
 static inline void few_rows(const Matrix& weight, const Rows& rows) {
@@ -82,30 +44,7 @@ constexpr int64_t K_BLOCK = PARTS > 1 ? 1024 : 512;
 constexpr int64_t GROUP = 2;          // tiles of outputs that share a tile of rows there
 constexpr int64_t OUTPUT_BLOCK = 48;  // outputs and rows whose weights, inputs and partial sums fit into the second
 constexpr int64_t ROW_BLOCK = 48;
-constexpr int64_t NARROW = 24;      // rows up to which the weight is not copied
 constexpr int64_t SLAB = 8 << 20;   // floats of the copy of x
-
-// Inputs [begin, begin + width) of `rows` rows, `stride` apart, as an operand of a tile that has `of` rows; the last
-// `of - rows` are zero, and so are inputs from k on. Parts are `part_stride` apart.
-template <class W>
-static inline void pack(
-    const typename W::Type* source, int64_t stride, int64_t rows, int64_t of, int64_t begin, int64_t width, int64_t k,
-    float* to, int64_t part_stride) {
-    const int64_t steps = width / LANES, known = smaller(width, k - begin) / LANES;
-    const auto put = [&](int64_t row, int64_t step, Vec value) {
-        for (int part = 0; part < PARTS; ++part)
-            part_store(to + part * part_stride + (step * of + row) * PART, part_of(value, part));
-    };
-    for (int64_t row = 0; row < of; ++row) {
-        const typename W::Type* from = source + row * stride + begin;
-        int64_t step = 0;
-        if (row < rows) {
-            for (; step < known; ++step) put(row, step, W::get(from + step * LANES));
-            if (step < steps) put(row, step, W::get(from + step * LANES, k - begin - step * LANES)), ++step;
-        }
-        for (; step < steps; ++step) put(row, step, zero());
-    }
-}
 
 // The rows of x in blocks of K_BLOCK inputs and of ROW_BLOCK rows: [part][tile of rows].
 static inline void copy_rows(const Rows& rows, int64_t count, int64_t k, int64_t k_padded, float* to) {
@@ -145,14 +84,6 @@ struct Ahead {
     }
 };
 
-// Weights of one part of a tile as the network has them, `stride` apart.
-template <class W>
-struct RowMajor {
-    const typename W::Type* w;
-    int64_t stride;
-    Part at(int64_t step, int output) const { return W::part(w + output * stride + step * LANES); }
-};
-
 // `group` tiles of outputs for `rows` rows and `width` inputs. x: [part][tile of rows], partial: [part][tile of rows]
 // [tile of outputs], weights(part, tile): an operand of `tile`.
 template <class F>
@@ -184,56 +115,6 @@ static inline void finish_tiles(
                     finish(to, first + row + r, output + q, sums[q - i * TILE_OUTPUTS]);
             }
     }
-}
-
-// TILE_OUTPUTS outputs for all rows: the weight is read once, row by row; x, in blocks, stays in the second cache.
-template <class W>
-static void narrow_outputs(
-    const Matrix& weight, const Rows& rows, const float* x, int64_t k_padded, int64_t output, int64_t outputs,
-    int64_t next) {
-    const auto* source = (const typename W::Type*)weight.data + output * weight.k;
-    constexpr int64_t size = sizeof(*source);
-    float* w = scratch_of<float>(WEIGHTS, TILE_OUTPUTS * K_BLOCK);
-    float* partial = scratch_of<float>(PARTIALS, rows.count * TILE_OUTPUTS * LANES);
-    int64_t steps = (rows.count + TILE_ROWS - 1) / TILE_ROWS * PARTS;
-    for (int64_t first = 0; first < k_padded; first += K_BLOCK) {
-        int64_t width = smaller(k_padded - first, K_BLOCK);
-        // A copy of the weight would cost as much as the products of a few rows: only borders are copied.
-        bool straight = outputs == TILE_OUTPUTS && first + width <= weight.k;
-        int64_t of_part = TILE_OUTPUTS * (width / PARTS);
-        if (!straight) pack<W>(source, weight.k, outputs, TILE_OUTPUTS, first, width, weight.k, w, of_part);
-        int64_t left = weight.k - first - width;
-        bool last = left <= 0;  // then the first piece of the next outputs
-        Ahead ahead(
-            last ? source + outputs * weight.k : source + first + width, weight.k * size,
-            smaller(last ? weight.k : left, K_BLOCK) * size, last ? next : outputs, steps);
-        const float* of_x = x + first * rows.count;
-        if (straight)
-            tiles(of_x, rows.count, 1, width, partial, first == 0, ahead, [&](int part, int64_t) {
-                return RowMajor<W>{source + first + part * PART, weight.k};
-            });
-        else
-            tiles(of_x, rows.count, 1, width, partial, first == 0, ahead,
-                  [&](int part, int64_t) { return Packed{w + part * of_part}; });
-    }
-    finish_tiles(rows, 0, rows.count, output, outputs, 1, partial);
-}
-
-template <class W>
-static void narrow(const Matrix& weight, const Rows& rows) {
-    int64_t k_padded = (weight.k + LANES - 1) / LANES * LANES;
-    float* x = scratch_of<float>(ACTIVATIONS, rows.count * k_padded);
-    copy_rows(rows, rows.count, weight.k, k_padded, x);
-    int64_t bytes = TILE_OUTPUTS * weight.k * (int64_t)sizeof(typename W::Type);
-    int64_t groups = (weight.n + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
-    parallel_for(groups, 1 + (128 << 10) / bytes, [&](int64_t begin, int64_t end) {
-        for (int64_t group = begin; group < end; ++group) {
-            int64_t output = group * TILE_OUTPUTS, left = weight.n - output;
-            int64_t outputs = left < TILE_OUTPUTS ? left : TILE_OUTPUTS, next = left - outputs;
-            next = group + 1 == end ? 0 : next < TILE_OUTPUTS ? next : TILE_OUTPUTS;
-            narrow_outputs<W>(weight, rows, x, k_padded, output, outputs, next);
-        }
-    });
 }
 
 // Outputs [output, output + outputs) for rows [begin, end) of a slab of `count` rows.
@@ -309,7 +190,6 @@ template <class W>
 static void dense_product(const Matrix& weight, const Rows& rows) {
     if (rows.count == 1) return few_rows<W, 1>(weight, rows);
     if (rows.count == 2) return few_rows<W, 2>(weight, rows);
-    if (rows.count == 3) return few_rows<W, 3>(weight, rows);
     if (weight.k > 0) return rows.count <= NARROW ? narrow<W>(weight, rows) : blocked<W>(weight, rows);
     for (int64_t row = 0; row < rows.count; ++row)
         for (int64_t output = 0; output < weight.n; ++output) finish(rows, row, output, 0.0f);

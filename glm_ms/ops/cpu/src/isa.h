@@ -27,6 +27,8 @@ namespace GLM_ISA {
 
 #include "vec.h"
 #include "tile.h"
+#include "dense_weight.h"
+#include "narrow.h"
 #include "dense.h"
 #include "activation.h"
 #include "int8.h"
