@@ -53,57 +53,74 @@ constexpr int64_t INT4_PIECE = INT4_BLOCK, INT4_STREAMS = 2;
 constexpr bool INT4_IN_PAIRS = true;  // three rows and more
 constexpr int64_t INT4_FEW = 12;      // rows up to which panels are read as a whole
 
-static inline __m256i broadcast4(const int8_t* p) {
+static inline __m256i broadcast4(const void* p) {
     int32_t four;
     std::memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
 }
 
-static inline __m256i add_bytes(__m256i sum, __m256i nibbles, __m256i inputs) {
-    return in_order(_mm256_add_epi16(sum, _mm256_maddubs_epi16(nibbles, inputs)));
-}
+// Products of 32 inputs of a row: bytes of x, high and low, times nibbles. Two sums of 16 bits for 8 outputs each, which
+// do not overflow: 16 products of at most 15 * 128 a lane.
+struct ByteSums {
+    __m256i high[2], low[2];
 
-// One or two rows: bytes of x, high and low, with nibbles.
-// Sums of 16 bits over 32 inputs: 16 products of at most 15 * 128 a lane. Then 32 bits: 256 high + low.
+    // `first`: the sums have no value yet.
+    void add(__m256i nibbles0, __m256i nibbles1, const int8_t* xh, const int8_t* xl, bool first) {
+        const __m256i nibbles[2] = {nibbles0, nibbles1};
+        const __m256i h = broadcast4(xh), l = broadcast4(xl);
+        for (int q = 0; q < 2; ++q) {
+            __m256i of_high = _mm256_maddubs_epi16(nibbles[q], h), of_low = _mm256_maddubs_epi16(nibbles[q], l);
+            high[q] = first ? of_high : in_order(_mm256_add_epi16(high[q], of_high));
+            low[q] = first ? of_low : in_order(_mm256_add_epi16(low[q], of_low));
+        }
+    }
+
+    // 256 high + low, 32 bits.
+    __m256i whole(int q) const {
+        __m256i of_high = _mm256_madd_epi16(high[q], _mm256_set1_epi16(256));
+        return _mm256_add_epi32(of_high, _mm256_madd_epi16(low[q], _mm256_set1_epi16(1)));
+    }
+};
+
+// One or two rows. Not inline: compilers find registers for it only as a function of its own.
 template <int R, int group>
-static inline void int4_bytes(
+__attribute__((noinline)) static void int4_bytes(
     const uint8_t* w, const uint16_t* scale, const Activation& x, int64_t row, int64_t begin, int64_t end,
     float* total) {
-    const __m256i mask = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), big = _mm256_set1_epi16(256);
+    const __m256i mask = _mm256_set1_epi8(15);
+    const int8_t *xh[R], *xl[R];
+    const int32_t* off[R];  // sums of x: the 8 in each weight adds so much
     __m256 sums[R][2];
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
+        xh[r] = x.high_of(row + r) + begin * group, xl[r] = x.low_of(row + r) + begin * group;
+        off[r] = x.sums_of(row + r) + begin * (group / 32);
         for (int q = 0; q < 2; ++q) sums[r][q] = _mm256_loadu_ps(total + r * 16 + q * 8);
+    }
+    w += begin * group * 8;
     for (int64_t g = begin; g < end; ++g) {
         __m256i exact[R][2];
-        for (int r = 0; r < R; ++r) exact[r][0] = exact[r][1] = _mm256_setzero_si256();
-        for (int64_t part = g * group; part < (g + 1) * group; part += 32) {
-            __m256i high[R][2], low[R][2];
-            for (int r = 0; r < R; ++r)
-                for (int q = 0; q < 2; ++q) high[r][q] = low[r][q] = _mm256_setzero_si256();
-            for (int line = 0; R == 1 && line < 4; ++line) __builtin_prefetch(w + (part + INT4_PIECE) * 8 + line * 64);
-#pragma GCC unroll 8
-            for (int step = 0; step < 8; ++step) {
-                int64_t i = part + step / 2 * 8;
-                int half = step % 2;
-                __m256i nibbles[2];
-                for (int q = 0; q < 2; ++q) {
-                    __m256i bytes = _mm256_loadu_si256((const __m256i*)(w + i * 8 + q * 32));
-                    nibbles[q] = _mm256_and_si256(half ? _mm256_srli_epi16(bytes, 4) : bytes, mask);
-                }
-                for (int r = 0; r < R; ++r) {
-                    __m256i h = broadcast4(x.high_of(row + r) + i + half * 4);
-                    for (int q = 0; q < 2; ++q) high[r][q] = add_bytes(high[r][q], nibbles[q], h);
-                    __m256i l = broadcast4(x.low_of(row + r) + i + half * 4);
-                    for (int q = 0; q < 2; ++q) low[r][q] = add_bytes(low[r][q], nibbles[q], l);
-                }
+#pragma GCC unroll 1
+        for (int part = 0; part < group / 32; ++part, w += 256) {
+            ByteSums products[R];
+            for (int line = 0; R == 1 && line < 4; ++line) __builtin_prefetch(w + INT4_PIECE * 8 + line * 64);
+#pragma GCC unroll 4
+            for (int i = 0; i < 32; i += 8) {
+                const auto* from = (const __m256i*)(w + i * 8);
+                // Each is loaded once: `in_order` keeps compilers from a second load.
+                const __m256i a = in_order(_mm256_loadu_si256(from)), b = in_order(_mm256_loadu_si256(from + 1));
+                const __m256i a0 = _mm256_and_si256(a, mask), b0 = _mm256_and_si256(b, mask);
+                for (int r = 0; r < R; ++r) products[r].add(a0, b0, xh[r] + i, xl[r] + i, i == 0);
+                const __m256i a1 = _mm256_and_si256(_mm256_srli_epi16(a, 4), mask);
+                const __m256i b1 = _mm256_and_si256(_mm256_srli_epi16(b, 4), mask);
+                for (int r = 0; r < R; ++r) products[r].add(a1, b1, xh[r] + i + 4, xl[r] + i + 4, false);
             }
             for (int r = 0; r < R; ++r) {
-                __m256i off = _mm256_set1_epi32(x.sums_of(row + r)[part / 32] * -8);
+                const __m256i eights = _mm256_slli_epi32(broadcast4(off[r]), 3);
                 for (int q = 0; q < 2; ++q) {
-                    __m256i both = _mm256_madd_epi16(high[r][q], big);
-                    both = _mm256_add_epi32(both, _mm256_madd_epi16(low[r][q], one));
-                    exact[r][q] = _mm256_add_epi32(_mm256_add_epi32(exact[r][q], off), both);
+                    __m256i both = _mm256_sub_epi32(products[r].whole(q), eights);
+                    exact[r][q] = part ? _mm256_add_epi32(exact[r][q], both) : both;
                 }
+                xh[r] += 32, xl[r] += 32, ++off[r];
             }
         }
         for (int q = 0; q < 2; ++q) {
