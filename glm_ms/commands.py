@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from glm_ms import spelling
 from glm_ms.program import program
 from glm_ms.resources import resource
 from glm_ms.storage.arguments import Parser
+from glm_ms.storage.errors import not_written
 from glm_ms.storage.suggest import did_you_mean
 from glm_ms.version import __version__
 
@@ -76,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = words[0], words[1:]
     # argparse and the usage messages of the tools show this name.
     sys.argv = [f"glm-ms {command}", *rest]
+    spelling.register_commands({Path(file).stem: f"glm-ms {name}" for name, (file, _) in TOOLS.items()})
     if command in RUN_MODES and any(word.split("=")[0] in ("--run_mode", "run_mode") for word in rest):
         return _fail(f"glm-ms {command}: sets run_mode; remove it from the arguments")
     run = _find(command)
@@ -147,7 +150,7 @@ def _copy(root: Path, names: Sequence[str], to: str) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         except OSError as error:
-            return _fail(f"{target}: cannot be written: {error.strerror}", status=1)
+            return _fail(not_written(target, error), status=1)
         print(target)
     return 0
 

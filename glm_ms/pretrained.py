@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from glm_ms.families import FAMILIES, Family, family_of, read_config
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.model.config import GLMConfig
 from glm_ms.peft import is_adapter_folder
-from glm_ms.peft.adapter import AdapterError, adapter_with
+from glm_ms.peft.adapter import AdapterError, adapter_with, base_remark, replaced_adapter
 from glm_ms.quant import Quantization
 from glm_ms.settings.loader import unchecked_settings
+from glm_ms.spelling import argument, given
 from glm_ms.storage.errors import CheckpointError, FileError
 from glm_ms.storage.paths import exists, path_problem
 from glm_ms.storage.readers import read_object
@@ -32,6 +35,10 @@ _RELEASED = {name: family.generation for family in FAMILIES.values() for name in
 _PUBLISHERS = ("THUDM", "zai-org", "ZhipuAI")
 
 
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=3)
+
+
 def load_pretrained(
     path: str | Path,
     config: GLMConfig | str | Path | None = None,
@@ -39,6 +46,7 @@ def load_pretrained(
     lora_alpha: float | None = None,
     quantization: Quantization | None = None,
     kv_cache: str | None = None,
+    say: Callable[[str], None] = _warn,
 ) -> GLMForCausalLM:
     """Loads a model. A CPU computes in float32; weights of float16 and bfloat16 keep their type in memory if the C++
     kernels are there, else they become float32. Elsewhere all types are as the config says.
@@ -53,6 +61,7 @@ def load_pretrained(
         quantization: how to quantize the weights while they are read (`glm_ms.quant.quantization`); None: they stay as
             they are in the file.
         kv_cache: see `GLMForCausalLM.kv_cache`.
+        say: takes remarks for the user, by default as warnings.
 
     An answer ends at the stop tokens of the tokenizer in the folder of the weights or of their run, if there is one.
 
@@ -62,7 +71,7 @@ def load_pretrained(
         ConfigError: the config cannot be used.
         StorageError: keys and values cannot have this type here.
     """
-    path, given = resolve_checkpoint(path), Path(path)
+    path, asked = resolve_checkpoint(path), Path(path)
     if is_adapter_folder(path):
         raise CheckpointError(
             f"{path}: an adapter, not weights; give the base it was trained on as the model, and this as its adapter"
@@ -70,7 +79,7 @@ def load_pretrained(
     if config is None:
         if not (path / "config.json").is_file():
             raise CheckpointError(
-                f"{path}: no config.json here; give the config.json or YAML of the network as config (--config)"
+                f"{path}: no config.json here; give the config.json or YAML of the network as {argument('config')}"
             )
         config = path
     with open_checkpoint(path) as reader:
@@ -78,16 +87,19 @@ def load_pretrained(
             config = read_config(config, with_prefix=bool(reader.adapter_names()))
         if ms.get_context("device_target") == "CPU":
             config = dataclasses.replace(config, compute_dtype="float32")
-        adapter = adapter_with(reader, adapter)
+        named, adapter = adapter, adapter_with(reader, adapter)
         if adapter is None and lora_alpha is not None:
             raise AdapterError(
-                f"lora_alpha = {lora_alpha}: {path} has no adapter, and none is given; remove lora_alpha"
+                f"{given('lora_alpha', f'{lora_alpha:g}')}: {path} has no adapter, and none is given; remove it"
             )
         model = GLMForCausalLM.from_checkpoint(reader, config, quantization)
         model.kv_cache = kv_cache
-    model.stop_token_ids = _stop_token_ids(given, path, config)
+    model.stop_token_ids = _stop_token_ids(asked, path, config)
     if adapter is not None:
         model.load_adapter(adapter, lora_alpha)
+    for remark in (replaced_adapter(reader, named), base_remark(named, path)) if named is not None else ():
+        if remark:
+            say(remark)
     return model
 
 
@@ -100,6 +112,7 @@ def load_with_tokenizer(
     generation: int | None = None,
     quantization: Quantization | None = None,
     kv_cache: str | None = None,
+    say: Callable[[str], None] = _warn,
 ) -> tuple[GLMForCausalLM, SentencePieceTokenizer]:
     """A model, see `load_pretrained`, and its tokenizer.
 
@@ -109,15 +122,15 @@ def load_with_tokenizer(
     Raises:
         FileError: a file cannot be used, or the tokenizer is of another model.
     """
-    for given in (tokenizer, config, adapter):
-        if isinstance(given, (str, Path)) and not exists(given):
-            raise CheckpointError(f"{given}: no such file or folder")
+    for named in (tokenizer, config, adapter):
+        if isinstance(named, (str, Path)) and not exists(named):
+            raise CheckpointError(f"{named}: no such file or folder")
     checkpoint = resolve_checkpoint(path)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     beside = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
     family, vocab_file, options = find_tokenizer(tokenizer or beside, generation)
     made = family.tokenizer(vocab_file, template=options.get("template", CHAT))
-    model = load_pretrained(path, config, adapter, lora_alpha, quantization, kv_cache)
+    model = load_pretrained(path, config, adapter, lora_alpha, quantization, kv_cache, say)
     check_vocabulary(made, model.config)
     return model, made
 
@@ -172,7 +185,7 @@ def find_tokenizer(
     if found is None:
         raise VocabularyError(
             f"{path}: ChatGLM2 and ChatGLM3 have the same {TOKENIZER_FILE}, and {TOKENIZER_CONFIG} does not tell which "
-            f"one this is; give {GENERATION_KEY}=2 or {GENERATION_KEY}=3 (--model-generation)"
+            f"one this is; give {given(GENERATION_KEY, 2)} or {given(GENERATION_KEY, 3)}"
         )
     if type(found) is not int or found not in GENERATIONS:
         allowed = " or ".join(map(str, GENERATIONS))

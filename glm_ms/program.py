@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from glm_ms import spelling
+
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 _WAKE_UP = signal.SIGURG  # by default ignored, and of no use without sockets
@@ -37,7 +39,8 @@ def program(main: Callable[..., int]) -> Callable[..., int]:
         _replace_characters()
         try:
             try:
-                return main(*arguments)
+                with spelling.of_program():
+                    return main(*arguments)
             finally:
                 sys.stdout.flush()  # also after SystemExit, which argparse raises
         except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,16 @@ def cpu_library() -> None:
             build.build()
         except build.BuildError as error:
             print(f"tests run without C++ kernels: {error}")
+
+
+@pytest.fixture(autouse=True)
+def no_flags_of_other_programs() -> Iterator[None]:
+    """Messages name the flags of the program that runs: each test begins without one."""
+    from glm_ms import spelling
+
+    with spelling.of_program():
+        spelling.register_flags({})
+        yield
 
 
 @pytest.fixture(scope="session")

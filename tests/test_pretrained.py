@@ -122,7 +122,7 @@ def test_a_config_of_16_bits_takes_the_type_of_the_file() -> None:
 
 
 def test_an_alpha_without_an_adapter_is_refused() -> None:
-    with pytest.raises(AdapterError, match=r"lora_alpha = 16: .*glm2_tiny has no adapter"):
+    with pytest.raises(AdapterError, match=r"lora_alpha=16: .*glm2_tiny has no adapter"):
         load_pretrained(FOLDER / CASE, lora_alpha=16)
 
 

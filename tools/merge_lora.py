@@ -24,7 +24,7 @@ if __name__ == "__main__":  # runs from a checkout without installation
 from glm_ms.convert.conversion import Conversion, parse_size, plan_conversion
 from glm_ms.model.config import FLOAT_TYPES, ConfigError
 from glm_ms.peft import is_adapter_folder
-from glm_ms.peft.adapter import AdapterError, StoredAdapter, read_adapter, replaced_adapter
+from glm_ms.peft.adapter import AdapterError, StoredAdapter, base_remark, read_adapter, replaced_adapter
 from glm_ms.peft.lora import check_complete, linear_names, lora_deltas
 from glm_ms.program import program
 from glm_ms.storage.arguments import Parser
@@ -88,8 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    remark = replaced_adapter(conversion.reader, options.adapter)
-    if remark:
+    remarks = [replaced_adapter(conversion.reader, options.adapter)]
+    if not options.remove:  # else the base is the merged one, which has other weights
+        remarks.append(base_remark(options.adapter, conversion.reader.path))
+    for remark in filter(None, remarks):
         print(remark)
     done = "removed from" if options.remove else "merged into"
     print(

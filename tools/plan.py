@@ -98,7 +98,10 @@ def _plan_server(parser: Parser, options: argparse.Namespace) -> int:
         if context > config.seq_length:
             raise SettingsError(f"--context {context}: {options.model} has seq_length {config.seq_length}")
         if options.kv_cache and options.device_target != "CPU":
-            raise SettingsError(f"--kv-cache {options.kv_cache}: only of the C++ kernels of a CPU")
+            raise SettingsError(
+                f"--kv-cache {options.kv_cache}: only the C++ kernels of a CPU have types of their own; add "
+                "--device_target CPU, or leave it out"
+            )
     except (FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE

@@ -24,7 +24,8 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where nothing is installed
 
-from glm_ms.program import program
+from glm_ms.program import command_name, program
+from glm_ms.spelling import given
 from glm_ms.storage.arguments import Parser
 from glm_ms.storage.atomic import replace_bytes
 from glm_ms.storage.errors import FileError, WriteError
@@ -146,7 +147,7 @@ def train_vocabulary(
         raise VocabularyError("no text to train on")
     if vocab_size <= _NUM_FIXED_PIECES:
         raise VocabularyError(
-            f"vocab_size = {vocab_size}: must be above {_NUM_FIXED_PIECES}, the control pieces and the bytes"
+            f"{given('vocab_size', vocab_size)}: must be above {_NUM_FIXED_PIECES}, the control pieces and the bytes"
         )
     model = io.BytesIO()
     try:
@@ -171,13 +172,13 @@ def _explain(message: str, vocab_size: int) -> str:
     too_large = re.search(r"value <= (\d+)", message)
     if too_large:
         return (
-            f"vocab_size = {vocab_size}: too large for this text; the largest possible is {too_large[1]} "
+            f"{given('vocab_size', vocab_size)}: too large for this text; the largest possible is {too_large[1]} "
             "(or give more text)"
         )
     too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if too_small:
         return (
-            f"vocab_size = {vocab_size}: too small; bytes, chat prompt and the characters of this text "
+            f"{given('vocab_size', vocab_size)}: too small; bytes, chat prompt and the characters of this text "
             f"take {too_small[1]}; give at least that, or a smaller --character_coverage, which writes the "
             "rarest characters as bytes"
         )
@@ -250,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processor = check_vocabulary(model, options.vocab_size)
         write_whole(options.output, model)
     except VocabularyError as error:
-        print(f"train_vocab: error: {error}", file=sys.stderr)
+        print(f"{command_name('train_vocab')}: error: {error}", file=sys.stderr)
         return 1
     seconds = time.perf_counter() - start
     print(f"{options.vocab_size} pieces from {len(texts)} texts in {seconds:.1f} s")

@@ -19,6 +19,7 @@ from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, open
 from glm_ms.convert.writers import DEFAULT_SHARD_SIZE, FILE_ENDINGS, Shapes, size_in_bytes, write_file, write_hf_folder
 from glm_ms.families import read_config
 from glm_ms.model.config import FLOAT_TYPES, GLMConfig
+from glm_ms.spelling import argument, given
 from glm_ms.storage.atomic import check_target
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.paths import path_problem
@@ -153,7 +154,7 @@ def plan_conversion(
             raise CheckpointError(f"{output}: would replace the input {file}; choose another output")
     if config is None and not source.is_dir():
         raise CheckpointError(
-            f"{source}: a single file does not have the architecture; give its config (--config): "
+            f"{source}: a single file does not have the architecture; give its {argument('config')}: "
             "a folder with config.json, a .json or a .yaml"
         )
     glm_config = read_config(source if config is None else config)
@@ -188,7 +189,7 @@ def _check_options(
     is_file = target in _FILES
     if max_shard_size is not None and (is_file or max_shard_size < 1):
         raise CheckpointError(
-            f"max_shard_size = {max_shard_size}: must be positive, and is for Hugging Face output only; "
+            f"{given('max_shard_size', max_shard_size)}: must be positive, and is for Hugging Face output only; "
             f"a {' or '.join(_FILES[target if is_file else 'mindspore'])} is one file"
         )
     _check_type_of_file(target, dtype, gguf_type)
@@ -199,9 +200,9 @@ def _check_options(
 def _check_type_of_file(target: str, dtype: str | None, gguf_type: str | None) -> None:
     """Raises CheckpointError for a type that is unknown or not of the target."""
     if target == GGUF and dtype is not None:
-        raise CheckpointError(f"dtype {dtype!r}: the type of a GGUF file is given by gguf_type (--gguf_type)")
+        raise CheckpointError(f"{given('dtype', dtype)}: the type of a GGUF file is given by {argument('gguf_type')}")
     if target != GGUF and gguf_type is not None:
-        raise CheckpointError(f"gguf_type {gguf_type!r} (--gguf_type): is for --to {GGUF} only; remove it")
+        raise CheckpointError(f"{given('gguf_type', gguf_type)}: is for {given('to', GGUF)} only; remove it")
     if gguf_type is not None and gguf_type not in GGUF_TYPES:
         raise CheckpointError(f"gguf_type {gguf_type!r}: must be one of {', '.join(GGUF_TYPES)}")
 
@@ -256,7 +257,7 @@ def _common_dtype(reader: CheckpointReader) -> str:
     found = sorted({reader.dtype(name) for name in reader.base_names()})
     if len(found) != 1 or found[0] not in FLOAT_TYPES:
         raise CheckpointError(
-            f"{reader.path}: has {' and '.join(found)}; choose the type of the output (--dtype): "
+            f"{reader.path}: has {' and '.join(found)}; choose the type of the output, {argument('dtype')}: "
             f"{', '.join(FLOAT_TYPES)}"
         )
     return found[0]

@@ -17,6 +17,7 @@ from glm_ms.convert.safetensors_file import SafetensorsFile
 from glm_ms.convert.tensor_file import TensorFile, described_slice, forget_pages
 from glm_ms.convert.torch_file import TorchFile
 from glm_ms.model.config import GLMConfig
+from glm_ms.spelling import argument, tool
 from glm_ms.storage.background import Background
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.integrity import check_all_listed, check_listed
@@ -248,7 +249,7 @@ def _open_folder(folder: Path) -> CheckpointReader:
         return _open_folder(ranks[0])
     if not found and ranks:
         raise CheckpointError(
-            f"{folder}: has the slices of {len(ranks)} ranks; merge them with tools/transform_ckpt.py, or give one of "
+            f"{folder}: has the slices of {len(ranks)} ranks; merge them with {tool('transform_ckpt')}, or give one of "
             "the folders if every rank has the whole checkpoint"
         )
     if not found:
@@ -321,7 +322,9 @@ def check_names_and_shapes(
             one.
     """
     _check_adapter(reader, with_adapter)
-    expected = expected_shapes(config) if expected is None else expected
+    if expected is None:
+        expected = expected_shapes(config)
+        _check_not_quantized(reader, expected)
     found, types = reader.base_names(), types or {}
     known = set(found)
     absent = [name for name in expected if name not in known]
@@ -353,7 +356,7 @@ def check_names_and_shapes(
         if remark:
             listed.append(f"\n  {remark}")
         if reader.slice is not None:
-            listed.append(f"\n  It is the slice of {reader.slice}: merge all slices with tools/transform_ckpt.py")
+            listed.append(f"\n  It is the slice of {reader.slice}: merge all slices with {tool('transform_ckpt')}")
         raise CheckpointError(
             f"{reader.path}: {len(found)} parameters do not fit the config, which expects {len(expected)}"
             + "".join(listed)
@@ -374,26 +377,32 @@ def _check_adapter(reader: CheckpointReader, allowed: bool) -> None:
     tuned = reader.adapter_names()
     if tuned and not reader.base_names():
         raise CheckpointError(
-            f"{reader.path}: contains an adapter, not weights; give the weights that it was trained on "
-            "(--load_checkpoint), and this as adapter (--load_adapter)"
+            f"{reader.path}: contains an adapter, not weights; give the weights that it was trained on, and "
+            f"this as {argument('adapter')}"
         )
     if tuned and not allowed:
         use = "use it in a run, as load_checkpoint alone"
         if owner_of(tuned[0]) is LORA:
-            use = "merge it first: tools/merge_lora.py with this as --base and --adapter"
-        use += ", or convert the weights alone with --without_adapter"
+            use = f"merge it first: {tool('merge_lora')} with this as --base and --adapter"
+        use += f", or convert the weights alone: {tool('convert_weight')} --without_adapter"
         raise CheckpointError(f"{reader.path}: contains weights and an adapter ({capped(tuned)}); {use}")
+
+
+def _check_not_quantized(reader: CheckpointReader, expected: Mapping[str, object]) -> None:
+    """Raises CheckpointError for integers where the network has floating point weights; a list of names, of which none
+    fits, would hide the reason."""
+    names = reader.base_names()
+    small = any(reader.dtype(name) in ("int8", "uint8") for name in names if name in expected)
+    if small or any(part in f"{name}." for name in names for part in _QUANTIZED):
+        raise CheckpointError(
+            f"{reader.path}: quantized weights (int4 or int8), and floating point weights are needed here: give the "
+            "unquantized release. Only eval, predict, chat, serve and finetuning of adapters take quantized ones, "
+            "those of glm-ms quantize and the official ones of ChatGLM2 and ChatGLM3"
+        )
 
 
 def _why_other_names(reader: CheckpointReader, found: list[str], expected: Mapping[str, object]) -> str:
     """What a checkpoint is that does not fit, for the error message; empty if that is not known."""
-    small = {"int8", "uint8"} & {reader.dtype(name) for name in found if name in expected}
-    if small or any(part in f"{name}." for name in found for part in _QUANTIZED):
-        return (
-            "These are quantized weights (int4 or int8). Those of glm-ms quantize and the official ones of ChatGLM2 "
-            "and ChatGLM3 are for eval, predict, chat, serve and finetuning of adapters; all else, and quantized "
-            "weights of another program, need the unquantized release"
-        )
     if "transformer.word_embeddings.weight" in found:
         return "This is ChatGLM-6B of the first generation, another network: use ChatGLM2-6B or ChatGLM3-6B"
     if any(".base_layer." in name for name in found):

@@ -13,6 +13,7 @@ from glm_ms.data.cache import CachedRows, CacheRequest, cached_rows
 from glm_ms.data.encoder import Encoder, Messages
 from glm_ms.data.records import no_records
 from glm_ms.data.rows import Row
+from glm_ms.spelling import given
 from glm_ms.storage.errors import DataError, capped
 from glm_ms.storage.json_lines import JsonFile
 
@@ -199,7 +200,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool = True) -> n
 
 def _check_num_samples(num_samples: int | None) -> None:
     if num_samples is not None and num_samples < 1:
-        raise DataError(f"num_samples = {num_samples}: must be at least 1, or null for all records")
+        raise DataError(f"{given('num_samples', num_samples)}: must be at least 1")
 
 
 def _within(index: int, length: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from glm_ms.data.rows import Row
+from glm_ms.spelling import argument
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.json_lines import RawValue, parse_value
 
@@ -49,13 +50,13 @@ class Columns(NamedTuple):
         Raises:
             DataError: `origin_columns` has not two or three names, or a name has two meanings.
         """
-        names = loader.origin_columns
+        names, key = loader.origin_columns, argument("origin_columns")
         if isinstance(names, str) or len(names) not in (2, 3):
-            raise DataError(f"origin_columns = {names!r}: must name prompt and response, optionally history")
+            raise DataError(f"{key}: {names!r}: must name prompt and response, optionally history")
         others = {kind: getattr(loader, f"{kind}_column") for kind in cls._fields[2:]}
         if len(names) == 3:
             if others["history"] not in (None, names[2]):
-                raise DataError(f"origin_columns names {names[2]!r} for the history, too; keep it, or history_column")
+                raise DataError(f"{key} names {names[2]!r} for the history, too; keep it, or history_column")
             others["history"] = names[2]
         columns = cls(*names[:2], **others)
         given = [name for name in columns if name is not None]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.data.encoder import Columns, Message, Messages
+from glm_ms.spelling import argument
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.suggest import did_you_mean, misspelled
 from glm_ms.tokenizer.answers import ToolCallError, parse_tool_call
@@ -72,7 +73,7 @@ def read_prompt_and_answer(value: Any, place: str, columns: Columns) -> Messages
         if name in columns[:2] or misspelled(name, others):
             raise DataError(
                 f"{place}: no column {name!r}, the record has {_names(value)}{did_you_mean(name, others).rstrip('?')}; "
-                "name the columns of the file in origin_columns"
+                f"name the columns of the file in {argument('origin_columns')}"
             )
     for name, remedy in _CONTEXT.items():
         if name not in columns and _is_filled(value.get(name)):

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glm_ms.engine.checkpoints.manifest import differences, weights_fingerprint
+from glm_ms.engine.checkpoints.manifest import differences
 from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import Ranks
+from glm_ms.quant import quantization
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import replace_bytes, replace_text
 from glm_ms.storage.errors import CheckpointError, DataError
+from glm_ms.storage.fingerprint import weights_fingerprint
 from glm_ms.storage.growing import GrowingFile, read_lines
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.lock import run_lock
@@ -116,9 +118,27 @@ def _identity(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _in_full(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity with the values that null means, and that keys have which an earlier version did not know."""
+    known = Settings().to_dict()
+    defaults = {"generation": known["generation"], "model_config": known["model"]["model_config"]}
+    sections = {name: _filled(identity.get(name), values) for name, values in defaults.items()}
+    bits, group = identity.get("quantization_bit"), identity.get("quantization_group")
+    return {
+        **identity,
+        **sections,
+        "quantization_group": None if bits is None else quantization(bits, group).group,
+        "kv_cache": identity.get("kv_cache") or "float32",
+    }
+
+
+def _filled(section: Any, defaults: Mapping[str, Any]) -> Any:
+    return {**defaults, **section} if isinstance(section, Mapping) else section
+
+
 def _check_same_job(path: Path, identity: Mapping[str, Any]) -> None:
     then = read_object(path, CheckpointError, "no such file: there are no results to continue; start without resume")
-    changed = differences(then, identity)
+    changed = differences(_in_full(then), _in_full(identity))
     if changed:
         raise CheckpointError(
             f"{path}: the results there are of another job ({'; '.join(changed)}); restore these settings, or start "

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from glm_ms.convert.reader import CheckpointReader, check_names_and_shapes, open_checkpoint
-from glm_ms.engine.checkpoints.manifest import weights_fingerprint
 from glm_ms.engine.process import Say
 from glm_ms.engine.ranks import ranks_of
 from glm_ms.families import read_config
@@ -19,11 +18,20 @@ from glm_ms.metrics import LOSS, TEXT, takes
 from glm_ms.model.config import FREE_FIELDS, GLMConfig
 from glm_ms.parallel.layers import sharded_glm
 from glm_ms.peft import ADAPTERS, is_adapter_folder
-from glm_ms.peft.adapter import AdapterConfig, AdapterError, StoredAdapter, adapter_with, read_adapter, replaced_adapter
+from glm_ms.peft.adapter import (
+    AdapterConfig,
+    AdapterError,
+    StoredAdapter,
+    adapter_with,
+    base_remark,
+    read_adapter,
+    replaced_adapter,
+)
 from glm_ms.settings import Settings, SettingsError, resolve_vocab_size
 from glm_ms.settings.schema import AUTO, parallel_of, quantization_of, training_length
+from glm_ms.spelling import tool
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.integrity import file_sha256, manifest_beside
+from glm_ms.storage.integrity import file_sha256, position_beside
 from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer.base import CHAT
 
@@ -61,7 +69,8 @@ def build_model(settings: Settings, vocab_size: int, say: Say, checkpoint: Path 
         if adapter is not None:
             stored = _checked_against_settings(model, stored, adapter)
         say(str(model.load_adapter(stored)))
-        _remark_on_base(stored, base, say)
+        if base is not None and (remark := base_remark(stored.path, base)):
+            say(remark)
     elif adapter is not None and settings.is_training():
         model.add_adapter(adapter, settings.seed)
     else:
@@ -94,7 +103,7 @@ def check_vocabulary(settings: Settings, say: Say) -> None:
     tokenizer = settings.processor.tokenizer
     vocab_file = tokenizer.vocab_file
     for path in (settings.load_checkpoint, settings.load_adapter):
-        position = _position(resolve_checkpoint(path)) if path else {}
+        position = position_beside(resolve_checkpoint(path)) if path else {}
         if not position:
             continue
         template = position.get("template") or CHAT
@@ -106,12 +115,6 @@ def check_vocabulary(settings: Settings, say: Say) -> None:
                 f"{vocab_file}: not the vocabulary with which {path} was trained (SHA-256 {then}); give that one as "
                 "processor.tokenizer.vocab_file, or set processor.tokenizer.allow_other_vocab=True"
             )
-
-
-def _position(path: Path) -> dict[str, Any]:
-    """What the manifest beside weights says about their run; empty without one of this project."""
-    position = (manifest_beside(path) or {}).get("position")
-    return position if isinstance(position, dict) else {}
 
 
 def fuse(settings: Settings, model: GLMForCausalLM, say: Say) -> None:
@@ -167,19 +170,6 @@ def _checked_against_settings(model: GLMForCausalLM, stored: StoredAdapter, want
     return dataclasses.replace(stored, config=ADAPTERS[wanted.kind].load().renewed(then, wanted))
 
 
-def _remark_on_base(stored: StoredAdapter, base: Path | None, say: Say) -> None:
-    """Remarks if an adapter was trained on other base weights.
-
-    Not an error: the fingerprint also changes if the same weights are stored in another format.
-    """
-    then = _position(stored.path).get("base_weights")
-    if base is not None and then is not None and then != weights_fingerprint(base):
-        say(
-            f"note: {stored.path.parent} was trained on other weights than {base}, or on the same in another format; "
-            "unless they were only converted, the adapter does not fit them"
-        )
-
-
 def _base_model(
     settings: Settings, vocab_size: int, say: Say, checkpoint: Path | None
 ) -> tuple[GLMForCausalLM, str | Path | None]:
@@ -203,7 +193,8 @@ def _base_model(
             raise CheckpointError(
                 f"{settings.where('load_checkpoint')}: load_checkpoint: {checkpoint} contains an adapter beside the "
                 "weights, and training would change the weights under it; set model.pet_config.pet_type to continue "
-                "training the adapter, or merge it first (tools/merge_lora.py) and start from the result"
+                "training the adapter, or merge it "
+                f"first ({tool('merge_lora')}) and start from the result"
             )
         config = _config_for(settings, vocab_size, checkpoint, reader)
         for line in filter(None, (f"weights: {checkpoint}", remark)):

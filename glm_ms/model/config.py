@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from glm_ms.spelling import argument
 from glm_ms.storage.errors import FileError
 from glm_ms.storage.integrity import check_listed
 from glm_ms.storage.paths import path_problem
@@ -216,7 +217,7 @@ class GLMConfig:
         if values.pop("pre_seq_len", None) and not with_prefix:
             raise ConfigError(
                 f"{path}: pre_seq_len is set, so this belongs to a P-Tuning prefix, and no weights of one are beside "
-                "it; give a prefix as adapter (--load_adapter), and the model it was trained on as weights"
+                f"it; give a prefix as {argument('adapter')}, and the model it was trained on as weights"
             )
         dtype = values.get("torch_dtype", values.get("dtype"))
         values = {key: value for key, value in values.items() if key not in _HF_KEYS_WITHOUT_EFFECT}

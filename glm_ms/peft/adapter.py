@@ -18,8 +18,10 @@ from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.peft import ADAPTERS, weights_files
+from glm_ms.spelling import given
 from glm_ms.storage.errors import CheckpointError, capped
-from glm_ms.storage.integrity import check_listed
+from glm_ms.storage.fingerprint import weights_fingerprint
+from glm_ms.storage.integrity import check_listed, position_beside
 from glm_ms.storage.run_folder import WEIGHT_ENDINGS, resolve_checkpoint
 
 
@@ -96,6 +98,11 @@ class Adapter(ABC):
     @abstractmethod
     def stored_config(cls, path: Path, tensors: Mapping[str, np.ndarray]) -> Any:
         """Settings of a stored adapter, from its tensors and the files beside them; AdapterError if not supported."""
+
+    @classmethod
+    def lacks_alpha(cls, path: Path) -> bool:
+        """Whether a stored adapter is read with `lora_alpha` only, because its files do not have it."""
+        return False
 
     @classmethod
     @abstractmethod
@@ -235,14 +242,26 @@ def read_adapter(path: str | Path, lora_alpha: float | None = None) -> StoredAda
             config = kind.stored_config(path, tensors, lora_alpha=lora_alpha)  # type: ignore[call-arg]
         else:
             raise AdapterError(
-                f"{path}: lora_alpha was given, but this is a {kind.kind} adapter; leave it out, or correct "
-                "model.pet_config.pet_type"
+                f"{path}: {given('lora_alpha', f'{lora_alpha:g}')} was given, but this is a {kind.kind} adapter; leave "
+                "it out, or correct model.pet_config.pet_type in the YAML"
             )
     except AdapterError:
         raise
     except CheckpointError as error:
         raise AdapterError(str(error)) from None
     return StoredAdapter(path, config, tensors, beside)
+
+
+def lacks_alpha(path: str | Path) -> bool:
+    """Whether an adapter is LoRA whose files do not have its `lora_alpha`, so that `read_adapter` needs it.
+
+    Raises AdapterError as `read_adapter`, as far as the names of tensors tell.
+    """
+    path = _weights_file(resolve_checkpoint(path))
+    with open_checkpoint(path) as reader:
+        adapter = ADAPTERS[_kind_of(path, reader.names())].load()
+        own = next(name for name in reader.names() if ADAPTERS[adapter.kind].files.owns(name))
+        return adapter.lacks_alpha(reader.file(own))
 
 
 def adapter_with(reader: CheckpointReader, named: str | Path | None) -> str | Path | None:
@@ -256,6 +275,22 @@ def replaced_adapter(reader: CheckpointReader, named: str | Path | None) -> str:
     if not named or not reader.adapter_names() or resolve_checkpoint(named).resolve() in own:
         return ""
     return f"note: {reader.path} contains an adapter too; {named} is used in its place"
+
+
+def base_remark(adapter: str | Path, base: str | Path) -> str:
+    """A line for the user if an adapter of this project was trained on other weights than `base`; else empty.
+
+    Not an error: the fingerprint also changes if the same weights are stored in another format. `adapter` is a path
+    that `read_adapter` takes, `base` one that `open_checkpoint` takes, or the output folder of a run.
+    """
+    adapter, base = resolve_checkpoint(adapter), resolve_checkpoint(base)
+    then = position_beside(adapter).get("base_weights")
+    if then is None or then == weights_fingerprint(base):
+        return ""
+    return (
+        f"note: {adapter if adapter.is_dir() else adapter.parent} was trained on other weights than {base}, or on the "
+        "same in another format; unless they were only converted, the adapter does not fit them"
+    )
 
 
 def _weights_file(path: Path) -> Path:

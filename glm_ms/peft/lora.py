@@ -24,6 +24,7 @@ from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
 from glm_ms.ops.portable import SeededDropout
 from glm_ms.peft import MAX_LORA_ALPHA
 from glm_ms.peft.adapter import Adapter, AdapterError, StoredAdapter
+from glm_ms.spelling import given
 from glm_ms.storage.errors import capped
 from glm_ms.storage.readers import read_object
 
@@ -145,6 +146,10 @@ class LoraAdapter(Adapter):
         return name
 
     @classmethod
+    def lacks_alpha(cls, path: Path) -> bool:
+        return _config_file(path) is None
+
+    @classmethod
     def stored_config(
         cls, path: Path, tensors: Mapping[str, np.ndarray], lora_alpha: float | None = None
     ) -> LoraConfig:
@@ -153,7 +158,7 @@ class LoraAdapter(Adapter):
         Without one the tensors give everything except `lora_alpha`, the numerator of the scale.
         """
         if lora_alpha is not None and not _is_alpha(lora_alpha):
-            raise AdapterError(f"{path}: lora_alpha = {lora_alpha!r}: must be {_ALPHA}")
+            raise AdapterError(f"{path}: {given('lora_alpha', lora_alpha)}: must be {_ALPHA}")
         file = _config_file(path)
         if file is None and lora_alpha is not None:
             ranks = [value.shape[0] for name, value in tensors.items() if name.endswith(A) and value.ndim == 2]
@@ -163,8 +168,8 @@ class LoraAdapter(Adapter):
             config = _read_config(file or path.parent / LORA.config)
         if lora_alpha not in (None, config.alpha):
             raise AdapterError(
-                f"{file}: lora_alpha = {config.alpha:g}, but {lora_alpha:g} was given (model.pet_config.lora_alpha, "
-                "--lora_alpha); they must be equal"
+                f"{file}: lora_alpha = {config.alpha:g}, but {given('lora_alpha', f'{lora_alpha:g}')} was given; "
+                "they must be equal"
             )
         for name, value in tensors.items():
             rank = value.shape[0 if name.endswith(A) else -1] if value.ndim == 2 else None
@@ -373,7 +378,7 @@ def _read_config(path: Path) -> LoraConfig:
     """Reads an `adapter_config.json`; AdapterError for every value that cannot be reproduced exactly."""
     remedy = (
         "missing; without it the scale of the adapter is not known; copy it here, or give the lora_alpha of its "
-        "training (model.pet_config with pet_type: lora, --lora_alpha, lora_alpha=)"
+        f"training ({given('lora_alpha', 'ALPHA')}, in a YAML beside pet_type: lora)"
     )
     document = read_object(path, AdapterError, remedy)
     if document.get("peft_type") != "LORA":

@@ -18,6 +18,7 @@ from glm_ms.ops.cpu import library
 from glm_ms.ops.packing import pack_int4, pack_int8
 from glm_ms.quant import GROUPS, Quantization, QuantizationError
 from glm_ms.quant.network import SCALE, WEIGHT, cells_for, is_quantized, quantized_parameters, replaced_shapes
+from glm_ms.spelling import argument
 from glm_ms.storage.readers import read_object
 
 EMBEDDING = "transformer.embedding.embedding_table"
@@ -61,7 +62,7 @@ def weights_of(
     if wanted is not None and wanted.numbers != found.numbers:
         raise QuantizationError(
             f"{reader.path}: these weights are quantized already ({found}), so they cannot become {wanted}; leave "
-            "quantization_bit (--quantize) out, or give the unquantized release"
+            f"{argument('quantization_bit')} out, or give the unquantized release"
         )
     own = any(name.endswith(_OWN_WEIGHT) for name in reader.base_names())
     read = _own_parameters if own else _official_parameters

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
-from glm_ms.peft.adapter import StoredAdapter, read_adapter
+from glm_ms.peft.adapter import StoredAdapter, base_remark, read_adapter
 from glm_ms.serve.engine import Engine, engine_of
 from glm_ms.serve.errors import APIError
 from glm_ms.serve.names import FORM, NAME
@@ -53,7 +53,8 @@ async def load(body: LoadRequest, engine: Annotated[Engine, Depends(engine_of)])
         await asyncio.shield(run_in_threadpool(add, engine, body.lora_name, stored))
     except FileError as error:
         raise APIError(400, str(error), "lora_path") from None
-    return {"status": "loaded", "model": body.lora_name}
+    remark = base_remark(stored.path, engine.base) if engine.base is not None else ""
+    return {"status": "loaded", "model": body.lora_name, **({"note": remark.removeprefix("note: ")} if remark else {})}
 
 
 @router.post("/v1/unload_lora_adapter", summary="Unload an adapter", dependencies=[Depends(with_key)])

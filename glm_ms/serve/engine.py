@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -56,6 +57,7 @@ class Engine:
         adapters: name of an adapter, as clients write it as the model -> where it came from.
         created: time of the start, for lists of models.
         decoder: loads and unloads adapters; None: there are none.
+        base: where the weights came from; None: not from a path.
         metrics: numbers for /metrics.
     """
 
@@ -71,6 +73,7 @@ class Engine:
     adapters: dict[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     decoder: AdapterDecoder | None = None
+    base: Path | None = None
     stopping: bool = False  # running answers end, new ones are refused
 
     def __post_init__(self) -> None:

@@ -7,13 +7,14 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from glm_ms.convert.reader import has_adapter
 from glm_ms.families import family_of
 from glm_ms.generation import GLMForCausalLM
 from glm_ms.generation.graph_choice import GraphMaker
 from glm_ms.generation.paged import PagedDecoder
 from glm_ms.kernels.choice import use_kernels
 from glm_ms.kernels.run_checks import Use
-from glm_ms.peft.adapter import StoredAdapter, read_adapter
+from glm_ms.peft.adapter import StoredAdapter, base_remark, lacks_alpha, read_adapter
 from glm_ms.peft.rows import bounds_for
 from glm_ms.pretrained import check_vocabulary
 from glm_ms.serve.adapters import add
@@ -21,10 +22,38 @@ from glm_ms.serve.engine import Engine
 from glm_ms.serve.model_arguments import load_model
 from glm_ms.serve.scheduler import Scheduler
 from glm_ms.serve.settings import ServeSettings
+from glm_ms.storage.run_folder import resolve_checkpoint
 from glm_ms.tokenizer import SentencePieceTokenizer
 
 _LOG = logging.getLogger(__name__)
 Say = Callable[[str], None]
+
+
+def adapters_with_alpha(
+    model: Path, adapters: Mapping[str, Path], alphas: Mapping[str | None, float]
+) -> tuple[float | None, dict[str, tuple[Path, float | None]]]:
+    """The alpha of an adapter beside the weights, and path and alpha of each named one, for `load_engine`.
+
+    Args:
+        model: the weights.
+        adapters: name for clients -> path.
+        alphas: see `glm_ms.serve.names.lora_alphas`. One without a name is for the adapters whose files do not have
+            their own; if all have it, for all, which must agree with it.
+
+    Raises:
+        FileError: an adapter cannot be read.
+    """
+    shared = alphas.get(None)
+    if shared is None:
+        return None, {name: (path, alphas.get(name)) for name, path in adapters.items()}
+    paths: dict[str | None, Path] = {name: path for name, path in adapters.items() if name not in alphas}
+    base = resolve_checkpoint(model)
+    if has_adapter(base):
+        paths[None] = base
+    takers = [name for name, path in paths.items() if lacks_alpha(path)] or list(paths)
+    named = {name: (path, alphas.get(name, shared if name in takers else None)) for name, path in adapters.items()}
+    # Without an adapter that could take it `load_pretrained` refuses the alpha.
+    return shared if None in takers or not paths else None, named
 
 
 def load_engine(
@@ -43,8 +72,13 @@ def load_engine(
         FileError: a file cannot be used, or files do not fit each other.
     """
     stored = {label: read_adapter(path, alpha) for label, (path, alpha) in adapters.items()}
-    model, tokenizer = load_model(arguments)
-    return build_engine(model, tokenizer, name or Path(arguments.model).resolve().name, stored, settings, say)
+    model, tokenizer = load_model(arguments, say=say)
+    for adapter in stored.values():
+        if remark := base_remark(adapter.path, arguments.model):
+            say(remark)
+    engine = build_engine(model, tokenizer, name or Path(arguments.model).resolve().name, stored, settings, say)
+    engine.base = Path(arguments.model)
+    return engine
 
 
 def build_engine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,9 +50,9 @@ def add_model_arguments(parser: ArgumentParser, named_adapters: bool = False) ->
 
 
 def load_model(
-    arguments: Namespace, adapter: str | Path | None = None
+    arguments: Namespace, adapter: str | Path | None = None, say: Callable[[str], None] = print
 ) -> tuple[GLMForCausalLM, SentencePieceTokenizer]:
-    """The model with its tokenizer, and with an adapter if one is given.
+    """The model with its tokenizer, and with an adapter if one is given. `say` takes remarks for the user.
 
     Raises:
         DeviceError: the device cannot be used.
@@ -76,6 +77,7 @@ def load_model(
         arguments.model_generation,
         from_flags(arguments.quantize, arguments.quantize_group),
         arguments.kv_cache,
+        say,
     )
 
 

@@ -33,7 +33,6 @@ from glm_ms.serve.names import lora_alphas, named_adapters
 from glm_ms.serve.settings import HOST, PORT, ServeSettings
 from glm_ms.storage.arguments import Parser, whole_number
 from glm_ms.storage.errors import FileError
-from glm_ms.storage.run_folder import resolve_checkpoint
 
 if TYPE_CHECKING:
     from glm_ms.generation import GLMForCausalLM
@@ -58,7 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_packages()
         adapters = named_adapters(options.adapter)
         alphas = lora_alphas(options.lora_alpha, adapters)
-        options.lora_alpha = alphas.get(None)
         for origin in options.cors_origin:
             check_origin(origin)
         for name in options.allowed_hosts:
@@ -71,12 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNUSABLE
 
     def load() -> Engine:
-        from glm_ms.convert.reader import has_adapter
-        from glm_ms.serve.loading import load_engine
+        from glm_ms.serve.loading import adapters_with_alpha, load_engine
 
-        if adapters and not has_adapter(resolve_checkpoint(options.model)):
-            options.lora_alpha = None  # it is for those of --adapter alone
-        named = {name: (path, alphas.get(name, alphas.get(None))) for name, path in adapters.items()}
+        options.lora_alpha, named = adapters_with_alpha(Path(options.model), adapters, alphas)
         return load_engine(options, options.served_model_name, named, settings, _show)
 
     allowed = hosts_for(options.host, keys, options.allowed_hosts)

@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = _first_messages(given.system, given.tools)
         name, path = name_and_path(given.adapter) if given.adapter else ("", None)
         with signal_thread() as loaded:
-            model, tokenizer = load_model(given, path)
+            model, tokenizer = load_model(given, path, _remark)
             check_options(options, parser)
             if first and "system" not in tokenizer.roles:
                 parser.error(f"--system, --tools: {type(tokenizer).__name__} knows neither; leave them out")
@@ -216,13 +216,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _remark(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _use_kernels(model: GLMForCausalLM) -> None:
     """Installs the fused kernels of the device that agree with the portable operators, for one answer at a time."""
     from glm_ms.kernels.choice import use_kernels
     from glm_ms.kernels.run_checks import Use
 
     use = Use(slots=1, context=model.config.seq_length)
-    use_kernels(model.network, model.config, use, "auto", lambda line: print(line, file=sys.stderr))
+    use_kernels(model.network, model.config, use, "auto", _remark)
 
 
 def check_options(options: dict[str, Any], parser: Parser) -> None:

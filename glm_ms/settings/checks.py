@@ -22,6 +22,7 @@ from glm_ms.settings.schema import (
     training_length,
     unused_keys,
 )
+from glm_ms.spelling import TOOLS
 
 _MODE, _PET = "parallel.parallel_mode", "model.pet_config.pet_type"
 _BITS, _GROUP, _KEPT = "model.quantization_bit", "model.quantization_group", "model.kv_cache"
@@ -99,10 +100,10 @@ _SHARDED = (
          "1 (PyNative), but sharding needs graph mode; set it to 0", (_MODE,)),
     Rule(_MODE, lambda s: not s.is_training(),
          "1, but run_mode: {run_mode} needs whole weights on every card; merge the checkpoint with "
-         "tools/transform_ckpt.py and set parallel_mode: 0, which splits the records over the cards"),
+         "{tools[transform_ckpt]} and set parallel_mode: 0, which splits the records over the cards"),
     Rule("do_eval", lambda s: s.is_training() and s.do_eval,
          "True, but no card of a sharded run has the whole network to evaluate; set it to False, and evaluate "
-         "merged checkpoints (tools/transform_ckpt.py)", (_MODE,)),
+         "merged checkpoints ({tools[transform_ckpt]})", (_MODE,)),
     Rule(_BITS, lambda s: s.is_training() and s.get(_BITS) is not None,
          "{model.quantization_bit}, but packed weights are not split over cards; set it to null, or parallel_mode: 0",
          (_MODE,)),
@@ -132,7 +133,7 @@ _ADAPTERS = (
          f"{{{_KEPT}}}, but the cache of exported graphs has the type of the arithmetic; set it to null"),
     Rule(_ADAPTER, lambda s: s.is_training() and s.get(_PET) is None and s.load_adapter,
          f"training would change the weights under the adapter; set {_PET} to continue training the adapter, or merge "
-         "it first (tools/merge_lora.py) and start from the result", (_PET,)),
+         "it first ({tools[merge_lora]}) and start from the result", (_PET,)),
     Rule(_PET, lambda s: s.is_training() and s.get(_PET) is not None and not s.load_checkpoint,
          f"{{{_PET}}} trains an adapter for given base weights, and random ones are lost after the run; name the base "
          "(--load_checkpoint PATH)", (_BASE,)),
@@ -177,6 +178,9 @@ def settle(settings: Settings) -> None:
             for key, where in settings.origins.items()
             if key.startswith(("parallel.", "parallel_config.")) and where.startswith("command line")
         ]
+    if settings.get(_KEPT) is not None and settings.is_training() and not settings.do_eval:
+        value = f"{_KEPT}: {settings.get(_KEPT)}"
+        settings.notes.append(f"{settings.where(_KEPT)}: {value} has no effect in training without do_eval")
     cores, dataset = usable_cores(), settings.train_dataset
     if dataset.num_parallel_workers > cores:
         lowered = f"lowered from {dataset.num_parallel_workers} to {cores}, the cores of this machine"
@@ -189,7 +193,7 @@ def violated(settings: Settings, rules: Iterable[Rule]) -> Iterator[Problem]:
     """The problems of the rules that apply."""
     for key, applies, message, depends_on in rules:
         if applies(settings):
-            yield Problem(key, message.format(**vars(settings)), depends_on)
+            yield Problem(key, message.format(**vars(settings), tools=TOOLS), depends_on)
 
 
 def _of_run_mode(settings: Settings, check_files: bool) -> Iterator[Problem]:

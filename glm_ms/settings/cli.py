@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from glm_ms import spelling
 from glm_ms.program import command_name
 from glm_ms.settings.errors import Problem, SettingsError
 from glm_ms.settings.loader import read_settings, repeated
@@ -59,6 +61,7 @@ def parse_args(argv: Sequence[str]) -> Arguments:
     their text and exit with status 0. Raises SettingsError for an unknown flag, a flag without its value, a flag or key
     that is given twice, no --config.
     """
+    spelling.register_flags(_argument_names())
     known, problems = _unambiguous(argv)
     values = vars(build_parser().parse_args(known))
     problems += repeated(values["overrides"])
@@ -152,6 +155,14 @@ def _unambiguous(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return known, problems
 
 
+def _argument_names() -> dict[str, str]:
+    """Last part of a key -> how a message names it: its flag, or else the whole key if no other one ends so."""
+    keys = list(leaf_keys())
+    ends = Counter(key.rpartition(".")[2] for key in keys)
+    whole = {end: key for key in keys if ends[end := key.rpartition(".")[2]] == 1}
+    return {**whole, **{name: f"--{name}" for name in FLAGS}}
+
+
 def _flag_hint(name: str) -> str:
     if name in FLAGS_GONE:
         return f"; {FLAGS_GONE[name]}"
@@ -178,7 +189,7 @@ def settings_from_command_line(argv: Sequence[str] | None = None) -> Settings:
         if problems:
             raise SettingsError(problems)
     except SettingsError as error:
-        report = "".join(f"{PROGRAM}: error: {problem}\n" for problem in error.problems)
+        report = "".join(f"{command_name(PROGRAM)}: error: {problem}\n" for problem in error.problems)
         sys.stderr.write(f"{report}Try: {_command()} --help\n")
         raise SystemExit(2) from None
     return settings

@@ -14,6 +14,7 @@ from glm_ms.families import FAMILIES, encoder_of, family_of
 from glm_ms.metrics import LOSS, METRICS, TEXT, takes
 from glm_ms.settings.errors import Problem
 from glm_ms.settings.schema import Settings, parts_in_use, unused_keys
+from glm_ms.spelling import tool
 from glm_ms.storage.errors import DataError
 from glm_ms.storage.paths import exists, pattern_hint
 from glm_ms.tokenizer.base import PLAIN
@@ -151,7 +152,7 @@ def _folder_problems(key: str, folder: str) -> Iterator[Problem]:
 def vocab_file_problems(settings: Settings) -> Iterator[Problem]:
     """The problems of the file of the tokenizer."""
     key, path = "processor.tokenizer.vocab_file", settings.processor.tokenizer.vocab_file
-    advice = "give the tokenizer.model of the weights, or train one with tools/train_vocab.py"
+    advice = f"give the tokenizer.model of the weights, or train one with {tool('train_vocab')}"
     if not path:
         yield Problem(key, f"missing; {advice}")
     elif Path(path).is_dir():

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from glm_ms import spelling
+
 
 class Parser(argparse.ArgumentParser):
     """Flags may not be shortened, and each is given once: argparse itself would drop all values but the last.
 
     An empty value is refused: a path would mean the current folder, which an unset variable of a shell should not.
+    Messages of the program name these flags, see `glm_ms.spelling`.
     """
 
     def __init__(self, **keywords: Any) -> None:
@@ -35,6 +38,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{name} is given twice{also}; remove one")
             if action is not None:
                 seen[id(action)] = name
+        known = (action for action in self._actions if action.option_strings)
+        spelling.register_flags({action.dest: action.option_strings[-1] for action in known})
         return super().parse_known_args(words, namespace)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from glm_ms.spelling import given
 from glm_ms.storage.errors import CheckpointError, FileError, WriteError, not_written
 from glm_ms.storage.lock import locked
 from glm_ms.storage.paths import path_problem
@@ -105,7 +106,7 @@ def check_target(
         kinds = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
         raise error(f"{path}: is {kinds[0]}, but {kinds[1]} is to be written; choose another name")
     if not overwrite:
-        raise error(f"{path}: exists already; choose another name, or add --overwrite (overwrite=True)")
+        raise error(f"{path}: exists already; choose another name, or add {given('overwrite')}")
     items = list(path.iterdir()) if folder else []
     # A typing error in a path must not delete a folder of other files.
     if items and not ((path / "config.json").is_file() and all(item.is_file() for item in items)):

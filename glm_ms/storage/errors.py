@@ -16,6 +16,7 @@ _REMEDIES = {
     errno.ENOENT: "its folder does not exist, or has been removed or renamed",
     errno.EACCES: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that you may write to",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 

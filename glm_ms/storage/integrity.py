@@ -42,6 +42,12 @@ def manifest_beside(path: Path) -> dict[str, Any] | None:
     return read_manifest_values(folder)
 
 
+def position_beside(path: Path) -> dict[str, Any]:
+    """What the manifest beside weights says about their run; empty without one of this project."""
+    position = (manifest_beside(path) or {}).get("position")
+    return position if isinstance(position, dict) else {}
+
+
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> {"bytes", "sha256"} of every file of a folder."""
     return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())}

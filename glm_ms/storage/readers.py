@@ -179,6 +179,8 @@ def parse_json(
         if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
             raise RecursionError
     except json.JSONDecodeError as problem:
+        if not text.strip("\ufeff \t\r\n"):
+            raise error(f"{place}: empty; expected a JSON value{remedy}") from None
         place = f"{source}:{(line or 1) + problem.lineno - 1}"
         raise error(f"{place}: not valid JSON: {problem.msg} at column {problem.colno}{remedy}") from None
     except RecursionError:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from glm_ms.spelling import tool
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import read_object
@@ -102,7 +103,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if list((path / SLICES).glob("rank_*")):
         raise CheckpointError(
             f"{path}: is the output of a sharded run, which has slices of every rank; merge them first: python "
-            f"tools/transform_ckpt.py --src_ckpt_strategy {path / STRATEGIES} --src_ckpt_dir {path / SLICES} "
+            f"{tool('transform_ckpt')} --src_ckpt_strategy {path / STRATEGIES} --src_ckpt_dir {path / SLICES} "
             f"--dst_ckpt_dir {path}_merged"
         )
     if list((path / CHECKPOINTS).glob("rank_*")) or _weights_in(path / CHECKPOINTS):

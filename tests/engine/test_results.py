@@ -129,11 +129,19 @@ def test_prediction_continues(predict, folder: Path) -> None:
     assert model.calls == 2
     with pytest.raises(CheckpointError, match=r"predict_run.json: .* another job \(seed: 0 then, 1 now\)"):
         predict("--resume", "--seed", 1)
-    with pytest.raises(CheckpointError, match=r"another job \(kv_cache: None then, int8 now\)"):
+    with pytest.raises(CheckpointError, match=r"another job \(kv_cache: float32 then, int8 now\)"):
         predict("--resume", "--kv_cache", "int8")
     with pytest.raises(CheckpointError, match="number of prompts: 5 then, 1 now"):
         predict("--resume", "--predict_data", PROMPTS[0])
-    assert file.read_bytes() == content
+    assert predict("--resume", "--kv_cache", "float32", model=model) == whole  # what null means
+    identity = folder / "predict_run.json"
+    earlier = json.loads(identity.read_text())
+    del earlier["generation"]["min_p"], earlier["kv_cache"]  # as a version without these keys wrote it
+    identity.write_text(json.dumps(earlier))
+    with pytest.raises(CheckpointError, match=r"do_sample: False then, True now; generation.min_p: 0.0 then"):
+        predict("--resume", "generation.do_sample=True", "generation.min_p=0.1")
+    assert predict("--resume", model=model) == whole
+    assert (file.read_bytes(), model.calls) == (content, 2)
 
 
 def test_nothing_to_continue(predict) -> None:

@@ -16,10 +16,12 @@ from reference import FOLDER, fresh_golden_model, golden_model
 from safetensors.numpy import load_file, save_file
 
 from glm_ms import GLMForCausalLM, load_pretrained
-from glm_ms.peft.adapter import AdapterError, attach, read_adapter
+from glm_ms.peft.adapter import AdapterError, attach, base_remark, read_adapter
 from glm_ms.peft.lora import LoraConfig, check_complete
 from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.fingerprint import weights_fingerprint
+from glm_ms.storage.integrity import write_manifest_values
 
 LORA = FOLDER.parent / "train" / "lora" / "final"
 PREFIX = FOLDER.parent / "train" / "ptuning_v2_proj" / "final.safetensors"
@@ -242,6 +244,20 @@ def test_files_that_are_missing_or_broken(lora: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_another_base_is_remarked_on(lora: Path, tmp_path: Path) -> None:
+    base, other = FOLDER / "glm2_tiny", tmp_path / "other"
+    assert base_remark(lora, base) == ""  # nothing tells its base
+    write_manifest_values(lora, {"format_version": 1, "position": {"base_weights": weights_fingerprint(base)}})
+    assert base_remark(lora, base) == ""
+    shutil.copytree(base, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["transformer.output_layer.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors")
+    assert base_remark(lora, other).startswith(f"note: {lora} was trained on other weights than {other}")
+    with pytest.warns(UserWarning, match="was trained on other weights"):
+        load_pretrained(other, adapter=lora)
+
+
 def test_an_official_prefix_checkpoint(tmp_path: Path) -> None:
     """As the original P-Tuning code leaves it: a pickle of the encoder alone beside the config."""
     torch = pytest.importorskip("torch")
@@ -255,7 +271,7 @@ def test_an_official_prefix_checkpoint(tmp_path: Path) -> None:
     reference = fresh_golden_model("glm2_tiny")
     reference.load_adapter(PREFIX)
     np.testing.assert_allclose(model(IDS).asnumpy(), reference(IDS).asnumpy(), atol=2e-2, rtol=0)
-    with pytest.raises(ValueError, match="--load_adapter"):
+    with pytest.raises(ValueError, match="give a prefix as adapter"):
         load_pretrained(tmp_path)
 
 

@@ -86,7 +86,7 @@ def test_the_tensors_are_found(kind: str, whole: bool, tmp_path: Path) -> None:
 def test_the_scale_is_asked_for(tmp_path: Path) -> None:
     """MindFormers 1.5 writes it into its output folder; earlier versions write it nowhere."""
     path = write(tmp_path / "checkpoint" / "rank_0" / "glm.ckpt", tensors_of("lora"))
-    with pytest.raises(AdapterError, match=r"the scale of the adapter is not known.*--lora_alpha"):
+    with pytest.raises(AdapterError, match=r"the scale of the adapter is not known.*lora_alpha=ALPHA"):
         read_adapter(path)
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": ALPHA, "target_modules": [".*query_key_value"],
               "base_model_name_or_path": "none", "bias": "none", "lora_bias": False, "lora_dropout": 0.1}  # fmt: skip

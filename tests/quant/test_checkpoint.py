@@ -195,7 +195,9 @@ def test_other_tools_refuse_quantized_weights_by_name(
 ) -> None:
     dtype = ["--dtype", "float32"] if tool == "convert" else []
     assert glm_ms([tool, flag, str(int4), "--output", str(tmp_path / "out"), *more, *dtype]) == 1
-    assert "These are quantized weights" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{int4}: quantized weights (int4 or int8), and floating point weights are needed here" in shown
+    assert "missing" not in shown
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 from serve.fakes import FakeDecoder
@@ -10,8 +11,10 @@ from serve.service import PADDING, client_of, running_engine
 
 from glm_ms.peft.adapter import AdapterError
 from glm_ms.serve.auth import Keys
+from glm_ms.serve.loading import adapters_with_alpha
 from glm_ms.serve.names import lora_alphas, named_adapters
 from glm_ms.storage.errors import FileError
+from glm_ms.storage.integrity import write_manifest_values
 
 KEY = "0123456789abcdef"
 PROMPT = {"prompt": "hello there", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -39,10 +42,16 @@ class WithAdapters(FakeDecoder):
 
 
 @pytest.fixture
-def client(tokenizer):
+def engine(tokenizer):
     decoder = WithAdapters(tokenizer.vocab_size + PADDING)
-    with running_engine(tokenizer, decoder) as engine, client_of(engine, keys=Keys([KEY])) as client:
+    with running_engine(tokenizer, decoder) as engine:
         engine.decoder = decoder
+        yield engine
+
+
+@pytest.fixture
+def client(engine):
+    with client_of(engine, keys=Keys([KEY])) as client:
         client.headers["Authorization"] = f"Bearer {KEY}"
         yield client
 
@@ -78,6 +87,14 @@ def test_an_adapter_is_served_by_its_name(client, adapter):
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "shop/ads"}).status_code == 200
     assert names(client) == ["tiny"]
     assert client.post("/v1/completions", json={**PROMPT, "model": "shop/ads"}).status_code == 404
+
+
+def test_one_of_another_base_is_remarked_on(client, engine, adapter, tmp_path, golden):
+    folder = tmp_path / "ads"
+    shutil.copytree(adapter, folder)
+    write_manifest_values(folder, {"format_version": 1, "position": {"base_weights": "of another one"}})
+    engine.base = golden / "models" / "glm3_tiny"
+    assert "was trained on other weights than" in load(client, "ads", folder).json()["note"]
 
 
 def test_what_cannot_be_loaded(client, adapter, tmp_path):
@@ -127,6 +144,21 @@ def test_adapters_of_the_command_line():
 def test_an_alpha_of_each_adapter():
     assert lora_alphas([], ["a"]) == {}
     assert lora_alphas(["16", "b=32.5"], ["a", "b"]) == {None: 16.0, "b": 32.5}
+
+
+def test_an_alpha_without_a_name_is_for_adapters_without_their_own(golden, adapter, tmp_path):
+    base, bare = golden / "models" / "glm2_tiny", tmp_path / "adapter_model.safetensors"
+    prefix = golden / "train" / "ptuning_v2_proj" / "final.safetensors"
+    shutil.copyfile(adapter / bare.name, bare)
+    mixed = {"own": adapter, "bare": bare, "named": bare, "prefix": prefix}
+    alone, named = adapters_with_alpha(base, mixed, {None: 16.0, "named": 8.0})
+    assert alone is None
+    assert {name: alpha for name, (_, alpha) in named.items()} == {
+        "own": None, "bare": 16.0, "named": 8.0, "prefix": None,
+    }  # fmt: skip
+    assert adapters_with_alpha(base, {"own": adapter}, {None: 16.0}) == (None, {"own": (adapter, 16.0)})
+    assert adapters_with_alpha(base, {}, {None: 16.0}) == (16.0, {})
+    assert adapters_with_alpha(base, mixed, {})[1]["bare"] == (bare, None)
 
 
 @pytest.mark.parametrize(

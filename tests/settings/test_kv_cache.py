@@ -26,6 +26,13 @@ def test_what_is_refused(config: Path, overrides: list[str], message: str) -> No
     assert len(caught.value.problems) == 1
 
 
+def test_training_without_evaluation_says_that_it_has_no_effect(config: Path) -> None:
+    for evaluates in (False, True):
+        settings = load_settings(config, ["model.kv_cache=int8", f"do_eval={evaluates}"], check_files=False)
+        said = [note for note in settings.notes if "model.kv_cache: int8 has no effect" in note]
+        assert len(said) == (not evaluates)
+
+
 def test_the_flag_has_both_spellings(config: Path) -> None:
     for flag in ("--kv_cache", "--kv-cache"):
         arguments = parse_args(["--config", str(config), flag, "int8"])

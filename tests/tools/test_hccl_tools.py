@@ -118,7 +118,7 @@ def test_an_existing_file_stays_unless_told(run, conf, tmp_path):
     (tmp_path / "folder" / "a.json").write_text("mine")
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: a.json: exists already; choose another name, or add --overwrite (overwrite=True)\n"
+    assert done.stderr == "error: a.json: exists already; choose another name, or add --overwrite\n"
     assert (tmp_path / "folder" / "a.json").read_text() == "mine"
     assert run(*arguments, "--overwrite").returncode == 0
     assert read_rank_table(tmp_path / "folder" / "a.json").rank_size == 8

@@ -133,7 +133,7 @@ def test_size_limits_named_in_errors_are_exact(tool, sample):
     assert tool.check_vocabulary(tool.train_vocabulary(texts, smallest), smallest)
     with pytest.raises(tool.VocabularyError, match="too small"):
         tool.train_vocabulary(texts, smallest - 1)
-    with pytest.raises(tool.VocabularyError, match="vocab_size = 259: must be above 259"):
+    with pytest.raises(tool.VocabularyError, match="vocab_size=259: must be above 259"):
         tool.train_vocabulary(texts, 259)
 
 

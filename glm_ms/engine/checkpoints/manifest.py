@@ -13,15 +13,13 @@ import mindspore
 from glm_ms.peft import is_adapter_folder
 from glm_ms.storage import integrity
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.integrity import MANIFEST, file_sha256
-from glm_ms.storage.run_folder import WEIGHT_ENDINGS
+from glm_ms.storage.fingerprint import is_weight_file
+from glm_ms.storage.integrity import MANIFEST
 from glm_ms.version import __version__
 
 FORMAT_VERSION = 1
 NO_FILES = hashlib.sha256().hexdigest()  # the fingerprint of no weights
 _EARLIER_FORMAT = "state.json"
-# Of a file above this size only some blocks are read for a fingerprint.
-_FINGERPRINT_WHOLE, _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 1 << 26, 64, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -83,30 +81,6 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         integrity.check_file(folder / name, known)
 
 
-def weights_fingerprint(path: Path) -> str:
-    """Identifies weights by their content, in seconds even for a 6B network.
-
-    SHA-256 over names, sizes and contents of the weight files; of a file above 64 MB only 64 blocks of 64 KiB are read,
-    spread evenly from its first to its last byte. Training changes every weight, so weights of another training differ
-    in every block. `path` is a file, or a folder with weight files, as MindFormers also in folders rank_N.
-    """
-    files = [path] if path.is_file() else [item for item in sorted(path.iterdir()) if _is_weight_file(item)]
-    files = files or [item for item in sorted(path.glob("rank_*/*")) if _is_weight_file(item)]
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        name = file.name if path.is_dir() else "weights"
-        digest.update(f"{name}:{size}:".encode())
-        if size <= _FINGERPRINT_WHOLE:
-            digest.update(file_sha256(file).encode())
-            continue
-        with file.open("rb") as opened:
-            for number in range(_FINGERPRINT_BLOCKS):
-                opened.seek((size - _FINGERPRINT_BLOCK) * number // (_FINGERPRINT_BLOCKS - 1))
-                digest.update(opened.read(_FINGERPRINT_BLOCK))
-    return digest.hexdigest()
-
-
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """`key: old then, new now` for every key of `now` whose value has changed; nested keys are dotted."""
     found = []
@@ -115,17 +89,14 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             found += differences(before, value, f"{prefix}{key}.")
         elif before != value:
-            found.append(f"{prefix}{key}: {before} then, {value} now")
+            old, new = ("null" if one is None else one for one in (before, value))
+            found.append(f"{prefix}{key}: {old} then, {new} now")
     return found
 
 
 def weights_flag(folder: Path) -> str:
     """The flag that starts a new run from a checkpoint."""
     return "--load_adapter" if is_adapter_folder(folder) else "--load_checkpoint"
-
-
-def _is_weight_file(path: Path) -> bool:
-    return path.suffix in WEIGHT_ENDINGS and path.name != "optimizer.safetensors"
 
 
 def _why_no_manifest(folder: Path) -> str:
@@ -135,7 +106,7 @@ def _why_no_manifest(folder: Path) -> str:
             f"{folder}: written by an earlier version of glm_ms ({_EARLIER_FORMAT} in place of {MANIFEST}), which "
             f"cannot be resumed; {start}"
         )
-    if folder.is_file() or any(_is_weight_file(path) for path in folder.iterdir()):
+    if folder.is_file() or any(is_weight_file(path) for path in folder.iterdir()):
         return f"{folder}: not a training checkpoint, only weights (no {MANIFEST}); {start}"
     return (
         f"{folder}: not a training checkpoint ({MANIFEST} is missing); a run resumes from a folder such as "

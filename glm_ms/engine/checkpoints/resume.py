@@ -14,7 +14,6 @@ from glm_ms.engine.checkpoints.manifest import (
     differences,
     read_manifest,
     verify_files,
-    weights_fingerprint,
     weights_flag,
 )
 from glm_ms.engine.process import Say
@@ -22,6 +21,7 @@ from glm_ms.peft import ADAPTERS
 from glm_ms.settings import Settings
 from glm_ms.settings.schema import quantization_of
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.fingerprint import weights_fingerprint
 from glm_ms.storage.integrity import file_sha256
 from glm_ms.storage.run_folder import (
     CHECKPOINTS,

@@ -71,6 +71,8 @@ class Training:
     def build_network(self, seq_length: int) -> TrainingNetwork:
         """The network with its loss, for rows of `seq_length` tokens."""
         bfloat16 = rounds_products(self.settings)
+        if bfloat16 and self.model.quantization is not None:
+            self.say("model.model_config.compute_dtype: bfloat16 has no effect on quantized layers")
         self.network = TrainingNetwork(self.model.network, seq_length, bfloat16=bfloat16)
         recompute_blocks(self.model.network, self.settings)
         return self.network

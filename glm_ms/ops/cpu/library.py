@@ -11,6 +11,7 @@ from pathlib import Path
 
 from glm_ms.ops.cpu.build import LIBRARY, sources_digest
 
+_SETS = "avx512, avx2, neondot, neon, scalar, as far as the processor has them"
 SWITCH = "GLM_MS_CPU_KERNELS"  # an environment variable: 0 for the portable operators
 _OFF = ("0", "false", "no", "off")
 _SWITCHED_OFF = f"{SWITCH}=0"
@@ -84,7 +85,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, f"{file}: not usable ({error}); {_BUILD}"
     if library.glm_ms_requested_isa_is_missing():
-        return None, f"GLM_MS_ISA={os.environ.get('GLM_MS_ISA')}: not an instruction set of this machine; unset it"
+        wanted = os.environ.get("GLM_MS_ISA")
+        return None, f"GLM_MS_ISA={wanted}: not an instruction set of this machine ({_SETS}); unset it"
     return library, None
 
 

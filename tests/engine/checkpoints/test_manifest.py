@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, the fingerprint of weights, the lock of an output folder."""
+"""The manifest of a checkpoint, the lock of an output folder."""
 
 from __future__ import annotations
 
@@ -56,37 +56,10 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
             read_manifest(path)
 
 
-def test_a_fingerprint_is_that_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glm_ms.engine.checkpoints import manifest
-
-    monkeypatch.setattr(manifest, "_FINGERPRINT_WHOLE", 1 << 20)  # so that 5 MB are sampled
-    one, other = tmp_path / "one", tmp_path / "other"
-    for folder in (one, other):
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(bytes(5 << 20))
-        (folder / "optimizer.safetensors").write_bytes(folder.name.encode())  # is no weight
-        (folder / "config.json").write_text(folder.name)
-    whole = manifest.weights_fingerprint(one)
-    assert manifest.weights_fingerprint(other) == whole
-    file = one / "model.safetensors"
-    assert manifest.weights_fingerprint(file) == manifest.weights_fingerprint(file.rename(tmp_path / "x.ckpt"))
-    for place in (0, (5 << 20) - 1, (5 << 20) // 63):  # first, last and second block
-        content = bytearray(5 << 20)
-        content[place] = 1
-        (other / "model.safetensors").write_bytes(content)
-        assert manifest.weights_fingerprint(other) != whole
-    (other / "model.safetensors").write_bytes(bytes((5 << 20) + 1))
-    assert manifest.weights_fingerprint(other) != whole
-    mindformers = tmp_path / "checkpoint"
-    (mindformers / "rank_0").mkdir(parents=True)
-    nothing = manifest.weights_fingerprint(mindformers)
-    (mindformers / "rank_0" / "glm3.ckpt").write_bytes(b"weights")
-    assert manifest.weights_fingerprint(mindformers) != nothing
-
-
 def test_runs_of_an_earlier_version_resume_on_weights_in_folders_of_ranks(tmp_path: Path) -> None:
-    from glm_ms.engine.checkpoints.manifest import weights_fingerprint, write_manifest
+    from glm_ms.engine.checkpoints.manifest import write_manifest
     from glm_ms.engine.checkpoints.resume import check_checkpoint
+    from glm_ms.storage.fingerprint import weights_fingerprint
 
     folder, base = tmp_path / "step_00000007", tmp_path / "base"
     for path in (folder, base / "rank_0"):

@@ -157,12 +157,12 @@ def test_training_on_from_a_finished_run(unbroken: Path, finetune, tmp_path: Pat
         ("optimizer.weight_decay=0.5", "weight_decay"),
         ("runner_wrapper.max_grad_norm=2.0", "max_grad_norm: 1.0 then, 2.0 now"),
         ("train_dataset.data_loader.shuffle=False", "shuffle: True then, False now"),
-        ("train_dataset.data_loader.history_column=h", "history_column: None then, h now"),
-        ("processor.tokenizer.template=plain", "template: None then, plain now"),
+        ("train_dataset.data_loader.history_column=h", "history_column: null then, h now"),
+        ("processor.tokenizer.template=plain", "template: null then, plain now"),
         ("train_dataset.num_samples=23", "num_rows: 24 then, 23 now"),
         ("train_dataset.drop_remainder=False", "drop_remainder"),
         ("model.model_config.hidden_dropout=0.2", "model_config.hidden_dropout: 0.1 then, 0.2 now"),
-        ("runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell", "scale_sense: None then"),
+        ("runner_wrapper.scale_sense.type=DynamicLossScaleUpdateCell", "scale_sense: null then"),
     ],
 )
 def test_another_curve_is_refused(broken: Path, resume, change: str, key: str) -> None:
