@@ -14,6 +14,7 @@ from contextlib import contextmanager
 _ALSO = {
     "adapter": ("load_adapter",),
     "quantization_bit": ("quantize",),
+    "target": ("to",),
     "num_samples": ("records",),
     "origin_columns": ("columns",),
 }

@@ -202,7 +202,7 @@ def _check_type_of_file(target: str, dtype: str | None, gguf_type: str | None) -
     if target == GGUF and dtype is not None:
         raise CheckpointError(f"{given('dtype', dtype)}: the type of a GGUF file is given by {argument('gguf_type')}")
     if target != GGUF and gguf_type is not None:
-        raise CheckpointError(f"{given('gguf_type', gguf_type)}: is for {given('to', GGUF)} only; remove it")
+        raise CheckpointError(f"{given('gguf_type', gguf_type)}: is for {given('target', GGUF)} only; remove it")
     if gguf_type is not None and gguf_type not in GGUF_TYPES:
         raise CheckpointError(f"gguf_type {gguf_type!r}: must be one of {', '.join(GGUF_TYPES)}")
 

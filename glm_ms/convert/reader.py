@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from glm_ms.convert.adapter_files import LORA, PREFIX_POSITIONS, owner_of
+from glm_ms.convert.adapter_files import LORA, OPTIMIZER, PREFIX_POSITIONS, owner_of
 from glm_ms.convert.dtypes import DTYPES, check_finite, check_float_type, convert_dtype, is_floating
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, expected_shapes, is_training_state, joint_of, part_names, to_glm_name
@@ -244,6 +244,7 @@ def _open_folder(folder: Path) -> CheckpointReader:
     if name is not None:
         return CheckpointReader(folder, [open_file(folder / name)])
     found = sorted(item for item in folder.iterdir() if item.suffix in _BY_ENDING and item.is_file())
+    found = [item for item in found if item.name != OPTIMIZER] or found  # beside an adapter
     ranks = sorted(item for item in folder.glob("rank_*") if item.is_dir())
     if not found and len(ranks) == 1:  # as tools/transform_ckpt.py makes it
         return _open_folder(ranks[0])
@@ -376,9 +377,10 @@ def _check_adapter(reader: CheckpointReader, allowed: bool) -> None:
     """Raises CheckpointError for a checkpoint that is an adapter, or contains one that is not allowed."""
     tuned = reader.adapter_names()
     if tuned and not reader.base_names():
+        merge = f", or merge both first ({tool('merge_lora')})" if owner_of(tuned[0]) is LORA else ""
         raise CheckpointError(
             f"{reader.path}: contains an adapter, not weights; give the weights that it was trained on, and "
-            f"this as {argument('adapter')}"
+            f"this as {argument('adapter')}{merge}"
         )
     if tuned and not allowed:
         use = "use it in a run, as load_checkpoint alone"

@@ -240,7 +240,7 @@ def test_refusals(golden: Path, checkpoint: Path, vocabulary: Path, tmp_path: Pa
         plan_conversion(checkpoint, tmp_path / "b", tokenizer=tokenizer, target=GGUF)
     with pytest.raises(CheckpointError, match="a tokenizer is needed for hf-glm and gguf, and for these only"):
         plan_conversion(checkpoint, output)
-    with pytest.raises(CheckpointError, match=r"gguf_type 'F16'.*is for --to gguf only"):
+    with pytest.raises(CheckpointError, match="gguf_type=F16: is for target=gguf only"):
         plan_conversion(checkpoint, tmp_path / "b", gguf_type="F16")
     assert not output.exists()
 

@@ -134,7 +134,7 @@ def test_num_samples_reads_no_further(records_file, any_tokenizer):
     assert len(adgen_prompts(path, any_tokenizer, COLUMNS, 32, 32, num_samples=1)) == 1
     with pytest.raises(DataError, match=r"records\.json:3: not valid JSON"):
         adgen_rows(path, any_tokenizer, COLUMNS, 32, 32, num_samples=3)
-    with pytest.raises(DataError, match="num_samples = 0"):
+    with pytest.raises(DataError, match="num_samples=0: must be at least 1"):
         adgen_rows(path, any_tokenizer, COLUMNS, 32, 32, num_samples=0)
 
 

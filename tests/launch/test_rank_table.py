@@ -296,7 +296,7 @@ def test_a_misspelt_key_is_recognized(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", ":1: not valid JSON: Expecting value at column 1"),
+        (b"", ": empty; expected a JSON value"),
         (b'{"version": "1.0",\n "status" "completed"}', ":2: not valid JSON: .* at column 11"),
         (b"\xff\xfe{\x00}\x00", ": is UTF-16 text, not UTF-8"),
         (b"[]", "a list, but an object is needed"),
@@ -343,7 +343,7 @@ def test_only_the_first_problems_are_told():
 def test_writing_replaces_only_when_told(tmp_path):
     path = tmp_path / "a.json"
     write_rank_table(table_of(1), path)
-    with pytest.raises(RankTableError, match=r"a\.json: exists already; choose another name, or add --overwrite"):
+    with pytest.raises(RankTableError, match=r"a\.json: exists already; choose another name, or add overwrite=True"):
         write_rank_table(table_of(2), path)
     assert read_rank_table(path) == table_of(1)
     write_rank_table(table_of(2), path, overwrite=True)

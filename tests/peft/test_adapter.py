@@ -21,7 +21,7 @@ from glm_ms.peft.lora import LoraConfig, check_complete
 from glm_ms.peft.ptuning import PrefixConfig
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.fingerprint import weights_fingerprint
-from glm_ms.storage.integrity import write_manifest_values
+from glm_ms.storage.integrity import describe_files, write_manifest_values
 
 LORA = FOLDER.parent / "train" / "lora" / "final"
 PREFIX = FOLDER.parent / "train" / "ptuning_v2_proj" / "final.safetensors"
@@ -247,7 +247,8 @@ def test_files_that_are_missing_or_broken(lora: Path, tmp_path: Path) -> None:
 def test_another_base_is_remarked_on(lora: Path, tmp_path: Path) -> None:
     base, other = FOLDER / "glm2_tiny", tmp_path / "other"
     assert base_remark(lora, base) == ""  # nothing tells its base
-    write_manifest_values(lora, {"format_version": 1, "position": {"base_weights": weights_fingerprint(base)}})
+    position = {"base_weights": weights_fingerprint(base)}
+    write_manifest_values(lora, {"format_version": 1, "position": position, "files": describe_files(lora)})
     assert base_remark(lora, base) == ""
     shutil.copytree(base, other)
     tensors = load_file(other / "model.safetensors")
@@ -271,7 +272,7 @@ def test_an_official_prefix_checkpoint(tmp_path: Path) -> None:
     reference = fresh_golden_model("glm2_tiny")
     reference.load_adapter(PREFIX)
     np.testing.assert_allclose(model(IDS).asnumpy(), reference(IDS).asnumpy(), atol=2e-2, rtol=0)
-    with pytest.raises(ValueError, match="give a prefix as adapter"):
+    with pytest.raises(ValueError, match=r"contains an adapter, not weights; .* this as adapter$"):
         load_pretrained(tmp_path)
 
 

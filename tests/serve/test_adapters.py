@@ -14,7 +14,7 @@ from glm_ms.serve.auth import Keys
 from glm_ms.serve.loading import adapters_with_alpha
 from glm_ms.serve.names import lora_alphas, named_adapters
 from glm_ms.storage.errors import FileError
-from glm_ms.storage.integrity import write_manifest_values
+from glm_ms.storage.integrity import describe_files, write_manifest_values
 
 KEY = "0123456789abcdef"
 PROMPT = {"prompt": "hello there", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -92,7 +92,8 @@ def test_an_adapter_is_served_by_its_name(client, adapter):
 def test_one_of_another_base_is_remarked_on(client, engine, adapter, tmp_path, golden):
     folder = tmp_path / "ads"
     shutil.copytree(adapter, folder)
-    write_manifest_values(folder, {"format_version": 1, "position": {"base_weights": "of another one"}})
+    position = {"base_weights": "of another one"}
+    write_manifest_values(folder, {"format_version": 1, "position": position, "files": describe_files(folder)})
     engine.base = golden / "models" / "glm3_tiny"
     assert "was trained on other weights than" in load(client, "ads", folder).json()["note"]
 

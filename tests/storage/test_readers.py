@@ -35,7 +35,7 @@ def test_byte_order_mark_and_line_ends(file) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", ":1: not valid JSON: Expecting value at column 1"),
+        (b"", ": empty; expected a JSON value"),
         (b'{"a": 1,\n "b" 2}', ":2: not valid JSON: .* at column 6"),
         (b'{"a": 1, "b": {"c": 1, "c": 1}}', ': not valid JSON: key "c" twice in one object'),
         (b'{"a":\n"\xff"}', ":2: not UTF-8 .byte 0xff.; convert the file"),
