@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -30,6 +31,7 @@ def program(main: Callable[..., int]) -> Callable[..., int]:
     * SIGINT: the line "interrupted" and status 130. SIGTERM: status 143, after all `finally` blocks.
     * A reader that closes the output (`| head`): status 141, no message.
     * An OSError that `main` does not catch, such as a full disk behind standard output: its text and status 1.
+    * A warning is one line, without its place in the code.
     * A character that the encoding of the terminal lacks is replaced; it never ends a program.
     """
 
@@ -39,7 +41,7 @@ def program(main: Callable[..., int]) -> Callable[..., int]:
         _replace_characters()
         try:
             try:
-                with spelling.of_program():
+                with spelling.of_program(), _plain_warnings():
                     return main(*arguments)
             finally:
                 sys.stdout.flush()  # also after SystemExit, which argparse raises
@@ -144,6 +146,16 @@ def restore_signal_handlers() -> None:
 def command_name(otherwise: str) -> str:
     """The command that the user typed, for usage messages: `glm-ms eval`, or `otherwise`."""
     return sys.argv[0] if sys.argv[0].startswith("glm-ms ") else otherwise
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """A warning is a line for the user, without its place in the code."""
+    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _end_on_sigterm() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import mindspore as ms
 
 from glm_ms.ascend_hints import overflow_mode_note
+from glm_ms.data.prompts import read_prompts
 from glm_ms.engine import device
 from glm_ms.engine.evaluate import evaluate
 from glm_ms.engine.export import export
@@ -122,6 +124,8 @@ def _check_prompts(settings: Settings) -> None:
             f"{settings.where('predict_data')}: predict_data: -: the ranks of msrun get no standard input; put the "
             "prompts into a .txt or .jsonl file, or run one process with --use_parallel False"
         )
+    if settings.run_mode == "predict" and os.path.isfile(settings.predict_data):
+        read_prompts(settings.predict_data, lambda _: None)  # its errors come before the weights are loaded
 
 
 def _shared(settings: dict[str, Any], section: str = "") -> dict[str, Any]:

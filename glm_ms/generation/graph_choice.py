@@ -11,6 +11,7 @@ from glm_ms.generation.paged_graphs import PagedGraphs
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.ops.cpu.storage import STORAGE
 from glm_ms.peft.rows import AdapterBounds
+from glm_ms.spelling import given
 from glm_ms.storage.errors import FileError
 
 
@@ -35,11 +36,11 @@ class GraphMaker:
         self._graph: FixedGraph | None = None
         self._storage = storage or "float32"
         if self._storage not in STORAGE:
-            raise StorageError(f"kv_cache = {storage!r}: must be one of {', '.join(STORAGE)}")
+            raise StorageError(f"{given('kv_cache', storage)}: must be one of {', '.join(STORAGE)}")
         if storage is not None and self.why_portable is not None:
             raise StorageError(
-                f"kv_cache = {storage}: needs the C++ kernels of the CPU, which do not run: {self.why_portable}; "
-                "leave kv_cache out"
+                f"{given('kv_cache', storage)}: needs the C++ kernels of the CPU, which do not run: "
+                f"{self.why_portable}; or leave it out"
             )
 
     @cached_property

@@ -315,5 +315,7 @@ def _kind_of(path: Path, names: Sequence[str]) -> str:
             raise AdapterError(f"{path}: {len(foreign)} tensors are not of a {kind} adapter: {capped(foreign)}")
         return kind
     shown = f"contains {capped(names)}" if names else "is empty"
+    if whole:
+        shown = "contains the weights of a network"
     marks = " or ".join(f"*{mark}*" for adapter in ADAPTERS.values() for mark in adapter.files.marks)
     raise AdapterError(f"{path}: no adapter: {shown}; expected tensors {marks}")

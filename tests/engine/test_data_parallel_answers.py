@@ -10,6 +10,7 @@ from engine_helpers import DEV_RECORDS, TRAINED_NETWORK, read_jsonl, run_here, t
 from engine_ranks import RankJob
 
 from glm_ms.settings import SettingsError, settings_from_command_line
+from glm_ms.storage.errors import DataError
 
 PROMPTS = [record["content"] for record in read_jsonl(DEV_RECORDS)[:5]]
 SAMPLING = ("generation.do_sample=True", "generation.top_k=20", "seed=3")
@@ -60,13 +61,17 @@ def test_one_prompt_is_streamed_by_the_first_rank(
     assert capsys.readouterr().out.strip() in job.log(0)
 
 
-def test_standard_input_is_refused(vocabulary: Path, tmp_path: Path) -> None:
+def test_prompts_are_checked_first(vocabulary: Path, tmp_path: Path) -> None:
     from glm_ms.engine.run import _check_prompts
 
     files = ("--output_dir", tmp_path, "--load_checkpoint", tmp_path)
     line = tiny_arguments("predict", vocabulary, "--predict_data", "-", *files)
     settings = settings_from_command_line(line)
     _check_prompts(settings)
-    settings.use_parallel = True
+    settings.predict_data = str(tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").write_text('"whole"\n{"prompt"\n')
+    with pytest.raises(DataError, match=r"prompts.jsonl:2: not valid JSON"):  # before the weights are loaded
+        _check_prompts(settings)
+    settings.use_parallel, settings.predict_data = True, "-"
     with pytest.raises(SettingsError, match=r"predict_data: -: the ranks of msrun get no standard input; put"):
         _check_prompts(settings)

@@ -11,6 +11,7 @@ from engine_helpers import SMALL_TRAINING, run_here, tiny_arguments
 
 from glm_ms import load_pretrained
 from glm_ms.commands import main as glm_ms
+from glm_ms.ops.cpu.blas import has_blas
 from glm_ms.storage.run_folder import SCORES_FILE
 
 LORA = ("model.pet_config.pet_type=lora", "model.pet_config.lora_rank=2")
@@ -50,8 +51,14 @@ def test_scores_of_quantized_weights(base: Path, int4: Path, vocabulary: Path, t
     assert 0 < abs(once / plain - 1) < 2e-2
 
 
-def test_an_adapter_trains_over_quantized_weights(finetune, base: Path, int4: Path, tmp_path: Path) -> None:
-    output = finetune(tmp_path / "lora", "--load_checkpoint", int4, *LORA)
+def test_an_adapter_trains_over_quantized_weights(
+    finetune, base: Path, int4: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = finetune(
+        tmp_path / "lora", "--load_checkpoint", int4, *LORA, "model.model_config.compute_dtype=bfloat16"
+    )  # fmt: skip
+    remark = "has no effect on quantized layers" if has_blas() else "becomes float32 on CPU"
+    assert f"compute_dtype: bfloat16 {remark}" in capsys.readouterr().err
     losses = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()
     # An adapter that changes nothing would be refused.
