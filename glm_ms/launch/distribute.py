@@ -23,6 +23,7 @@ from glm_ms.launch.rank_job import (
     say,
 )
 from glm_ms.launch.rank_table import RankTable, Server, name_numbers, read_rank_table
+from glm_ms.spelling import tool
 
 USAGE = """\
 usage: run_distribute.sh RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE RUN_STATUS [RANK_SIZE] [--flag value ...]
@@ -152,7 +153,7 @@ def check_cards(request: Request, table: RankTable, server: Server) -> None:
         as_ranks = f" (ranks {name_numbers(ranks)})" if several else ""
         raise LaunchError(
             f"DEVICE_RANGE names {name_numbers(wanted)}, but in {table.source} server {server.server_id} has the cards "
-            f"{name_numbers(cards)}{as_ranks}; make a table of other cards with tools/hccl_tools.py --device_num"
+            f"{name_numbers(cards)}{as_ranks}; make a table of other cards with {tool('hccl_tools')} --device_num"
         )
 
 

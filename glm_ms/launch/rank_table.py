@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
+from glm_ms.spelling import tool
 from glm_ms.storage.atomic import check_target, replace_text
 from glm_ms.storage.errors import FileError, WriteError
 from glm_ms.storage.readers import read_json
@@ -257,7 +258,7 @@ def write_rank_table(table: RankTable, path: str | Path, *, overwrite: bool = Fa
 def read_rank_table(path: str | Path) -> RankTable:
     """Reads and checks the file of a table of version 1.0, and sorts it by rank; RankTableError names file and key."""
     place = f"{path}: "
-    document = read_json(Path(path), RankTableError, "no such file; make it with tools/hccl_tools.py")
+    document = read_json(Path(path), RankTableError, f"no such file; make it with {tool('hccl_tools')}")
     table = _object(document, str(path))
     _check_template(table, place)
     servers = [_server(*item) for item in _objects(table, "server_list", place)]
@@ -272,7 +273,9 @@ def read_rank_table(path: str | Path) -> RankTable:
 
 def _check_template(table: dict[str, Any], place: str) -> None:
     if "group_list" in table:
-        raise RankTableError(f"{place}a rank table of template 2 (group_list); make a new one with tools/hccl_tools.py")
+        raise RankTableError(
+            f"{place}a rank table of template 2 (group_list); make a new one with {tool('hccl_tools')}"
+        )
     if not table.keys() & {*_TABLE_KEYS}:
         raise RankTableError(f"{place}not a rank table: none of the keys {', '.join(_TABLE_KEYS)}")
     version = _value(table, "version", str, place)

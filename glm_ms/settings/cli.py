@@ -30,7 +30,7 @@ _EXAMPLES = """examples:
   msrun --worker_num 8 --local_worker_num 8 run_glm.py \\
       --config configs/glm3/run_glm3_6b_finetune_800T_A2_64G.yaml
 """
-# Flags of run_mindformer.py that do not exist here.
+# Flags of run_mindformer.py that do not exist here; `tools` as of `spelling.TOOLS`.
 FLAGS_GONE = {
     "options": "write the overrides alone, key.sub=value",
     "sink_mode": "every step runs by itself; remove it",
@@ -165,7 +165,7 @@ def _argument_names() -> dict[str, str]:
 
 def _flag_hint(name: str) -> str:
     if name in FLAGS_GONE:
-        return f"; {FLAGS_GONE[name]}"
+        return f"; {FLAGS_GONE[name].format(tools=spelling.TOOLS)}"
     near = nearest(name.replace("-", "_"), ["config", "help", "help_keys", *_SPELLINGS])
     if near:
         return f"; did you mean {' or '.join(f'--{known}' for known in near)}?"
