@@ -21,21 +21,22 @@ from pathlib import Path
 from glm_ms.model.loss import LabelledLoss, OutputLayerLoss
 
 repository = Path(sys.argv[1])
-originals = {cell: cell.construct for cell in (LabelledLoss, OutputLayerLoss)}
+names = ("construct", "of_targets")  # of_targets: batches without padding
+originals = {(cell, name): getattr(cell, name) for cell in (LabelledLoss, OutputLayerLoss) for name in names}
 
-def construct(self, *inputs):
-    frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()[:-1]]
-    for cell, original in originals.items():
-        cell.construct = original
+def loss(name, self, *inputs):
+    frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()[:-2]]
+    for (cell, method), original in originals.items():
+        setattr(cell, method, original)
     print(json.dumps([
         (path.relative_to(repository).as_posix(), name)
         for path, name in frames
         if repository in path.parents and "site-packages" not in path.parts
     ]))
-    return self.construct(*inputs)
+    return getattr(self, name)(*inputs)
 
-for cell in originals:
-    cell.construct = construct
+for cell, name in originals:
+    setattr(cell, name, lambda self, *inputs, name=name: loss(name, self, *inputs))
 import run_glm
 sys.exit(run_glm.main(sys.argv[2:]))
 """
