@@ -34,6 +34,8 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # What a folder may have, in the order of preference.
 _FOLDER_CONTENT = (_INDEXES[0], "model.safetensors", _INDEXES[1], "pytorch_model.bin")
 _NEW_LINE = "\n    "
+# Numbers of a mapped tensor that are checked before its pages are given back.
+_CHECKED = 1 << 24
 # Parts of names that quantization adds: ChatGLM's own, GPTQ and AWQ, bitsandbytes.
 _QUANTIZED = (".quantized.", ".weight_scale.", ".quantized_weight.", ".qweight.", ".absmax.", ".quant_state.", ".SCB.")
 # What a name begins with that was saved with the network around it.
@@ -128,8 +130,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
             self._open = file
             self._verify(file)
             piece = file.map(stored) if mapped and file.entries[stored].dtype == dtype else file.read(stored)
-            check_finite(piece, file.entries[stored].dtype, f"{file.path}: {name}")
-            forget_pages(piece)
+            _check_finite(piece, file.entries[stored].dtype, f"{file.path}: {name}")
             if dtype is not None:
                 piece = convert_dtype(piece, file.entries[stored].dtype, dtype, f"{file.path}: {name}")
             pieces.append(piece)
@@ -146,8 +147,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         file, stored = found[0]
         self._verify(file)
         array = file.map(stored)
-        check_finite(array, file.entries[stored].dtype, f"{file.path}: {name}")
-        forget_pages(array)
+        _check_finite(array, file.entries[stored].dtype, f"{file.path}: {name}")
         return array
 
     def verified(self, parameters: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -304,6 +304,14 @@ def _read_index(index: Path) -> tuple[dict[str, str], Any]:
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{index}: metadata = {metadata!r:.60}: must be an object")
     return shard_of, metadata.get("total_size")
+
+
+def _check_finite(array: np.ndarray, dtype: str, what: str) -> None:
+    """As `check_finite`; a mapped array is never all in memory meanwhile, and not at all afterwards."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _CHECKED):
+        check_finite(flat[start : start + _CHECKED], dtype, what)
+        forget_pages(array)
 
 
 def check_names_and_shapes(
