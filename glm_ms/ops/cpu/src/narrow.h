@@ -2,8 +2,8 @@
 //
 // The rows are divided into tiles of about the same size. Their inputs are copied to [block of inputs][part][tile]
 // [step][row][PART], where a step is LANES inputs, so that a tile reads them as one stream. Some outputs run through all
-// tiles of a block: their weights come from memory for the first tile, from the first cache for the others, and each
-// tile asks for a share of the next block meanwhile.
+// tiles of a block: their weights come from memory for the first tile, from the first cache for the others. The processor
+// itself reads ahead in rows of float32; of 16-bit rows, half as long, each tile asks for a share of the next block.
 
 #if defined(GLM_AVX512) || defined(GLM_NEON)
 constexpr int NARROW_TILE = 8;  // most rows of a tile: sums, weights and an input fit into 32 registers
@@ -27,6 +27,7 @@ struct NarrowBlock {
     int64_t stride, steps;
     int64_t ahead;  // where the weights of the next block are, from `w`
 
+    static constexpr bool FETCH = sizeof(typename W::Type) < 4;
     // Steps after which a part asks for the next lines. All parts together read a line in so many of them.
     static constexpr int64_t PERIOD = 64 / (int64_t)(LANES * sizeof(typename W::Type)) * PARTS;
 };
@@ -67,8 +68,8 @@ static inline void narrow_parts(
     int64_t rows, const float* x, int64_t of_part, const NarrowBlock<W>& block, int64_t from, int64_t to, float* sums) {
     if (R > 1 && rows < R) return narrow_parts<W, (R > 1 ? R - 1 : 1)>(rows, x, of_part, block, from, to, sums);
     for (int part = 0; part < PARTS; ++part, x += of_part, sums += R * NARROW_OUTPUTS * PART)
-        if (from <= part && part < to)
-            narrow_tile<W, R, true>(x, block, part, sums);
+        if (NarrowBlock<W>::FETCH && from <= part && part < to)
+            narrow_tile<W, R, NarrowBlock<W>::FETCH>(x, block, part, sums);
         else
             narrow_tile<W, R, false>(x, block, part, sums);
 }
