@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from tqdm import tqdm
 
 if __name__ == "__main__":  # runs from a checkout without installation
@@ -26,16 +25,22 @@ from glm_ms.convert.conversion import peak_memory
 from glm_ms.data.formats import FORMATS
 from glm_ms.program import program
 from glm_ms.quant import BITS, GROUPS, quantization
-from glm_ms.storage.arguments import Parser
+from glm_ms.storage.arguments import Parser, whole_number
 from glm_ms.storage.errors import CheckpointError, FileError
 from glm_ms.tokenizer.base import CHAT
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from glm_ms.quant.calibration import Calibration
     from glm_ms.quant.writer import QuantizedCopy
 
+FORMAT = "ADGenDataLoader"
 COLUMNS = ("content", "summary")
 RECORDS = 128
 LONGEST = 512  # tokens of a record
+# Options that say how to read the records of --calibration.
+OF_RECORDS = ("format", "columns", "records", "tokenizer", "model_generation")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,15 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="PATH", help="folder with config.json, a .json or .yaml; needed for a single file"
     )
-    calibration = parser.add_argument_group("scales that keep the results on real text")
+    calibration = parser.add_argument_group("rounding that keeps the results on real text")
     calibration.add_argument("--calibration", metavar="FILE", help="records to run through the model")
+    calibration.add_argument("--format", choices=FORMATS, help=f"of the records (default: {FORMAT})")
     calibration.add_argument(
-        "--format", choices=FORMATS, default="ADGenDataLoader", help="of the records (default: ADGenDataLoader)"
+        "--columns", nargs=2, metavar="NAME", help=f"of prompt and answer (default: {' '.join(COLUMNS)})"
     )
     calibration.add_argument(
-        "--columns", nargs=2, default=COLUMNS, metavar="NAME", help="of prompt and answer (default: content summary)"
+        "--records", type=whole_number(1, 1 << 20), metavar="N", help=f"at most (default: {RECORDS})"
     )
-    calibration.add_argument("--records", type=int, default=RECORDS, metavar="N", help=f"at most (default: {RECORDS})")
     calibration.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer.model, or a folder or YAML with it (default: of the model)"
     )
@@ -80,13 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     start = time.monotonic()
     try:
+        _check(options)
         chosen = quantization(options.bits, options.group)
         from glm_ms.quant.writer import plan_quantization  # takes seconds
 
         copy = plan_quantization(options.model, options.output, chosen, options.config, options.overwrite)
-        importance = None if options.calibration is None else _importance(options, copy)
+        inputs_of = None if options.calibration is None else _calibration(options, copy).inputs_of
         with tqdm(total=copy.total_bytes, unit="B", unit_scale=True, desc="quantizing") as bar:
-            copy.run(importance, lambda _, size: bar.update(size))
+            copy.run(inputs_of, lambda _, size: bar.update(size))
     except (FileError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -100,17 +106,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _importance(options: argparse.Namespace, copy: QuantizedCopy) -> dict[str, np.ndarray]:
-    """Runs the records of --calibration through the model."""
-    from glm_ms.quant.calibration import importance_of
+def _check(options: argparse.Namespace) -> None:
+    """Raises CheckpointError for an option that would have no effect."""
+    for name in OF_RECORDS:
+        if options.calibration is None and getattr(options, name) is not None:
+            raise CheckpointError(f"--{name}: is for --calibration FILE only; add that or remove --{name}")
+
+
+def _calibration(options: argparse.Namespace, copy: QuantizedCopy) -> Calibration:
+    """Of the records of --calibration."""
+    from glm_ms.quant.calibration import Calibration
 
     plan = copy.conversion
     rows = _rows(options, plan.config.seq_length)
     highest = max(int(ids.max()) for ids, _ in rows)
     if highest >= plan.config.padded_vocab_size:
         raise CheckpointError(f"{options.calibration}: id {highest}: the tokenizer is not that of {options.model}")
-    with tqdm(total=plan.config.num_layers, unit="block", desc="calibrating") as bar:
-        return importance_of(plan.reader, plan.config, rows, lambda _: bar.update())
+    return Calibration(plan.reader, plan.config, rows)
 
 
 def _rows(options: argparse.Namespace, seq_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -122,10 +134,12 @@ def _rows(options: argparse.Namespace, seq_length: int) -> list[tuple[np.ndarray
 
     family, vocab_file, config = find_tokenizer(options.tokenizer or options.model, options.model_generation)
     tokenizer = family.tokenizer(vocab_file, template=config.get("template", CHAT))
-    loader = DataLoaderSettings(options.format, options.calibration, origin_columns=list(options.columns))
+    loader = DataLoaderSettings(
+        options.format or FORMAT, options.calibration, origin_columns=list(options.columns or COLUMNS)
+    )
     half = min(LONGEST, seq_length) // 2
     section = TrainDatasetSettings(loader, half, half - 1, 2 * half)
-    data = TrainDataset(options.calibration, build_encoder(section, tokenizer), options.records)
+    data = TrainDataset(options.calibration, build_encoder(section, tokenizer), options.records or RECORDS)
     print(data.describe(), file=sys.stderr)
     encoded = [data[index] for index in range(len(data))]
     kept = [row["attention_mask"] == 1 for row in encoded]

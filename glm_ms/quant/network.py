@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -18,12 +18,13 @@ from glm_ms.ops.packing import PANEL, Packed, pack_int4, pack_int8
 from glm_ms.ops.quantized import packed_shapes
 from glm_ms.quant import Quantization, QuantizationError
 from glm_ms.quant.algorithms import quantize_int4, quantize_int8
+from glm_ms.quant.compensation import Inputs
 from glm_ms.quant.linear import QuantizedLinear
 
 WEIGHT, SCALE = "quantized.weight", "quantized.scale"
 # Outputs that are quantized and packed at a time: whole panels.
 _OUTPUTS = 64 * PANEL
-Importance = Mapping[str, np.ndarray]  # layer -> h of each of its inputs, see `glm_ms.quant.algorithms`
+InputsOf = Callable[[str], Inputs]  # layer -> its inputs on real text
 
 
 def cells_for(quantization: Quantization | None) -> Cells | None:
@@ -59,13 +60,13 @@ def replaced_shapes(
     return found
 
 
-def quantized_weight(
-    name: str, weight: np.ndarray, quantization: Quantization, importance: np.ndarray | None = None
-) -> Packed:
+def quantized_weight(name: str, weight: np.ndarray, quantization: Quantization, inputs: Inputs | None = None) -> Packed:
     """The packed weight, of a weight [N, K] of a floating type or of bit patterns of bfloat16 (uint16).
 
-    Outputs are quantized and packed some at a time, so that the integers of all are never in memory besides. For
-    `importance` see `glm_ms.quant.algorithms`.
+    Outputs are quantized and packed some at a time, so that the integers of all are never in memory besides.
+
+    Args:
+        inputs: of the layer, see `glm_ms.quant.algorithms`.
 
     Raises:
         QuantizationError: values are too large for float16 scales; the message says `name`.
@@ -75,7 +76,7 @@ def quantized_weight(
     for start in range(0, rows, _OUTPUTS):
         part = weight[start : start + _OUTPUTS]
         part = bfloat16_to_float32(part) if part.dtype == np.uint16 else part
-        packed = _packed(name, part, quantization, importance)
+        packed = _packed(name, part, quantization, inputs)
         place = start // PANEL
         data[place : place + len(packed.data)] = packed.data
         place = place if group else start  # scales of 8 bits are not in panels
@@ -83,10 +84,10 @@ def quantized_weight(
     return Packed(data, scale, (rows, width), group)
 
 
-def _packed(name: str, weight: np.ndarray, quantization: Quantization, importance: np.ndarray | None) -> Packed:
+def _packed(name: str, weight: np.ndarray, quantization: Quantization, inputs: Inputs | None) -> Packed:
     if quantization.bits == 8:
-        return pack_int8(*quantize_int8(weight, importance))
-    q, scale = quantize_int4(weight, quantization.group, importance)
+        return pack_int8(*quantize_int8(weight, inputs))
+    q, scale = quantize_int4(weight, quantization.group, inputs)
     if not np.isfinite(scale).all():
         raise QuantizationError(f"{name}: has values too large for 4 bits with float16 scales; use 8 bits")
     return pack_int4(q, scale, quantization.group)
@@ -96,12 +97,13 @@ def quantized_parameters(
     parameters: Iterable[tuple[str, np.ndarray]],
     shapes: Mapping[str, tuple[int, ...]],
     quantization: Quantization,
-    importance: Importance | None = None,
+    inputs_of: InputsOf | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and array of every parameter, those of linear layers quantized; one weight in memory at a time.
 
     Args:
         parameters: floating point, or bit patterns of bfloat16, of a network with these `shapes`.
+        inputs_of: called with the name of each layer before it is quantized; None: without calibration.
 
     Raises QuantizationError as `quantized_weight`.
     """
@@ -110,7 +112,8 @@ def quantized_parameters(
             yield name, value
             continue
         module = name.removesuffix("weight")
-        packed = quantized_weight(name, value, quantization, (importance or {}).get(module.removesuffix(".")))
+        inputs = None if inputs_of is None else inputs_of(module.removesuffix("."))
+        packed = quantized_weight(name, value, quantization, inputs)
         del value
         yield module + WEIGHT, packed.data
         yield module + SCALE, packed.scale

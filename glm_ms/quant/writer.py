@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_ms.convert.conversion import Conversion, plan_conversion
+from glm_ms.convert.names import expected_shapes
 from glm_ms.convert.safetensors_file import write_header, write_tensor
 from glm_ms.convert.tensor_file import TensorInfo
 from glm_ms.convert.writers import check_space, copy_files
 from glm_ms.model.config import FLOAT_TYPES
 from glm_ms.quant import Quantization
 from glm_ms.quant.checkpoint import EMBEDDING, description
-from glm_ms.quant.network import Importance, is_quantized, quantized_parameters, replaced_shapes
+from glm_ms.quant.network import InputsOf, is_quantized, quantized_parameters, replaced_shapes
 from glm_ms.storage.atomic import atomic_output
 
 WEIGHTS = "model.safetensors"
@@ -59,12 +60,12 @@ class QuantizedCopy:
         return sum(info.nbytes for info in self.tensors.values())
 
     def run(
-        self, importance: Importance | None = None, on_tensor: Callable[[str, int], None] = lambda name, size: None
+        self, inputs_of: InputsOf | None = None, on_tensor: Callable[[str, int], None] = lambda name, size: None
     ) -> None:
         """Reads, quantizes and writes the tensors one by one.
 
         Args:
-            importance: of the inputs of the layers, see `glm_ms.quant.calibration`.
+            inputs_of: `glm_ms.quant.calibration.Calibration.inputs_of` of the input.
             on_tensor: called with the name and the bytes of each tensor that is written.
 
         Raises:
@@ -79,7 +80,7 @@ class QuantizedCopy:
             read = ((name, plan.reader.read(name, self._read_as(name), mapped=True)) for name in plan.shapes)
             with (work / WEIGHTS).open("xb") as file:
                 write_header(file, tensors, {"format": "ms"}, _ALIGNMENT)
-                for name, array in quantized_parameters(read, plan.shapes, self.quantization, importance):
+                for name, array in quantized_parameters(read, plan.shapes, self.quantization, inputs_of):
                     write_tensor(file, array)
                     on_tensor(name, array.nbytes)
                     del array
@@ -101,8 +102,12 @@ def plan_quantization(
     source: str | Path, output: str | Path, quantization: Quantization, config: str | Path | None = None,
     overwrite: bool = False
 ) -> QuantizedCopy:  # fmt: skip
-    """Opens the input and checks names, shapes, types and the output; arguments and errors as of `plan_conversion`."""
+    """Opens the input and checks names, shapes, types and the output; arguments and errors as of `plan_conversion`.
+
+    The tensors have the order of the network, in which a calibration knows the inputs of its layers.
+    """
     plan = plan_conversion(source, output, config=config, dtype="float32", target="hf", overwrite=overwrite)
+    plan = dataclasses.replace(plan, shapes={name: plan.shapes[name] for name in expected_shapes(plan.config)})
     stored = plan.reader.dtype(EMBEDDING)
     embedding = stored if stored in FLOAT_TYPES else "float32"
     return QuantizedCopy(plan, dataclasses.replace(quantization, embedding=embedding))

@@ -18,12 +18,12 @@ def heavy_tailed(rows: int, width: int, seed: int = 0) -> np.ndarray:
     return (0.02 * np.random.default_rng(seed).standard_t(4, (rows, width))).astype(np.float32)
 
 
-def int8(weight: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    return dequantise(pack_int8(*quantize_int8(weight, importance)))
+def int8(weight: np.ndarray) -> np.ndarray:
+    return dequantise(pack_int8(*quantize_int8(weight)))
 
 
-def int4(weight: np.ndarray, group: int, importance: np.ndarray | None = None) -> np.ndarray:
-    return dequantise(pack_int4(*quantize_int4(weight, group, importance), group))
+def int4(weight: np.ndarray, group: int) -> np.ndarray:
+    return dequantise(pack_int4(*quantize_int4(weight, group), group))
 
 
 def rounded_to_largest(weight: np.ndarray, group: int, low: int, high: int) -> np.ndarray:
@@ -72,28 +72,6 @@ def test_a_smaller_group_has_a_smaller_error() -> None:
     assert errors == sorted(errors)
 
 
-def correlated_inputs(width: int, rows: int = 2000) -> np.ndarray:
-    """Activations of which every sixteenth is 20 times as large, as of a language model."""
-    generator = np.random.default_rng(1)
-    size = np.where(np.arange(width) % 16 == 3, 20, 1) * generator.uniform(0.5, 1.5, width)
-    return (generator.normal(size=(rows, width)) * size).astype(np.float32)
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_importance_lowers_the_error_of_the_result_of_4_bits(group: int) -> None:
-    weight, x = heavy_tailed(64, 384), correlated_inputs(384)
-    importance = np.square(x).mean(0)
-    aware = mean_square(x @ (int4(weight, group, importance) - weight).T)
-    unaware = mean_square(x @ (int4(weight, group) - weight).T)
-    assert aware < 0.8 * unaware
-
-
-def test_importance_lowers_the_error_of_the_result_of_8_bits() -> None:
-    weight, x = heavy_tailed(64, 384), correlated_inputs(384)
-    aware = mean_square(x @ (int8(weight, np.square(x).mean(0)) - weight).T)
-    assert aware < mean_square(x @ (int8(weight) - weight).T)
-
-
 def test_integers_times_a_scale_are_exact() -> None:
     generator = np.random.default_rng(0)
     q8, q4 = generator.integers(-127, 128, (20, 64)), generator.integers(-7, 8, (20, 64))
@@ -102,10 +80,10 @@ def test_integers_times_a_scale_are_exact() -> None:
     np.testing.assert_array_equal(int4(q4 * np.float32(-0.25), 32), q4 * -0.25)
 
 
-def test_zeros_and_inputs_without_importance() -> None:
+def test_zeros() -> None:
     weight = heavy_tailed(20, 64)
     weight[3], weight[:, 32:] = 0, 0
-    for found in (int8(weight), int4(weight, 32), int4(weight, 32, np.zeros(64, np.float32))):
+    for found in (int8(weight), int4(weight, 32)):
         assert np.isfinite(found).all()
         assert not found[3].any()
         assert not found[:, 32:].any()

@@ -26,21 +26,21 @@ WIDE = GLMConfig(
 )  # fmt: skip
 
 
-def whole(weight: np.ndarray, chosen: Quantization, importance: np.ndarray) -> Packed:
+def whole(weight: np.ndarray, chosen: Quantization) -> Packed:
     if chosen.bits == 8:
-        return pack_int8(*quantize_int8(weight, importance))
-    return pack_int4(*quantize_int4(weight, chosen.group, importance), chosen.group)
+        return pack_int8(*quantize_int8(weight))
+    return pack_int4(*quantize_int4(weight, chosen.group), chosen.group)
 
 
 @pytest.mark.parametrize("chosen", [quantization(8), quantization(4), quantization(4, 128)], ids=str)
 @pytest.mark.parametrize("outputs", [1, _OUTPUTS, 2 * _OUTPUTS + 7])
 def test_parts_make_the_whole(chosen: Quantization, outputs: int) -> None:
     rng = np.random.default_rng(outputs)
-    weight, importance = rng.normal(0, 0.1, (outputs, 70)).astype(np.float32), rng.random(70)
+    weight = rng.normal(0, 0.1, (outputs, 70)).astype(np.float32)
     bits = float32_to_bfloat16(weight)
     for given, values in ((weight, weight), (bits, bfloat16_to_float32(bits))):
-        found = quantized_weight("w", given, chosen, importance)
-        expected = whole(values, chosen, importance)
+        found = quantized_weight("w", given, chosen)
+        expected = whole(values, chosen)
         np.testing.assert_array_equal(found.data, expected.data)
         np.testing.assert_array_equal(found.scale, expected.scale)
         assert found[2:] == expected[2:]
