@@ -103,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     options = build_parser().parse_intermixed_args(arguments)
     try:
+        for folder in options.quantized:  # not only after all else is measured
+            if not Path(folder).is_dir():
+                raise FileError(f"--quantized {folder}: no such folder; give key=value before --quantized")
         flags = {"run_mode": "eval", "load_checkpoint": options.load_checkpoint}
         settings = load_settings(options.config, options.overrides, flags)
         lines = []

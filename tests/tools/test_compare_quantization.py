@@ -57,6 +57,12 @@ def test_numbers_that_measure_nothing(flag: str, capsys: pytest.CaptureFixture[s
     assert f"{flag}: '0': must be a whole number from 1 to" in capsys.readouterr().err
 
 
+def test_what_is_not_a_folder_is_said_first(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--config", "x.yaml", "--load_checkpoint", "x", "--quantized", "model.quantization_bit=8"]
+    assert TOOL.main(given) == 1
+    assert "--quantized model.quantization_bit=8: no such folder; give key=value before" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_8_and_4_bits_on_genuine_records(adgen_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A network trained on genuine records, measured on others: perplexity within 0.1 % with 8 bits and 2 % with 4 bits
