@@ -74,10 +74,8 @@ def _cells(result: Result, results: Sequence[Result]) -> list[str]:
     low, high = result.spread
     tokens = result.case.tokens_of_sample
     rate = f"{tokens / result.median:.1f}" if tokens else "-"
-    disturbed = result.foreign_load is not None and result.foreign_load > DISTURBED
     return [
-        result.subject, result.weights,
-        f"{_time(result.median)}{' (disturbed)' if disturbed else ''}", f"{_time(low)} to {_time(high)}", rate,
+        result.subject, result.weights, _median(result), f"{_time(low)} to {_time(high)}", rate,
         _number(ratio(result, results)), _number(memory_ratio(result)), f"{result.peak_memory / 2**30:.2f} GiB",
     ]  # fmt: skip
 
@@ -88,9 +86,9 @@ def timing_table(timings: Sequence[Timing]) -> list[str]:
         return []
     lines = [_row(("measurement", "median", "least", "most", "tokens/s")), _row(["---"] * 5)]
     for timing in timings:
-        times = timing.median, min(timing.samples), max(timing.samples)
         rate = f"{timing.tokens / timing.median:,.0f}" if timing.tokens else "-"
-        lines.append(_row([timing.title, *map(_time, times), rate]))
+        extremes = min(timing.samples), max(timing.samples)
+        lines.append(_row([timing.title, _median(timing), *map(_time, extremes), rate]))
     return lines
 
 
@@ -113,6 +111,11 @@ def machine_lines(machine: dict[str, Any], groups: Sequence[Group]) -> list[str]
     read = f", memory read at {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s" if rates else ""
     sets = ", ".join(machine["instruction_sets"]) or "no known vector instructions"
     return [f"{machine['processor']}, {machine['cores']} cores ({sets}){read}, {machine['date']}"]
+
+
+def _median(measured: Result | Timing) -> str:
+    disturbed = measured.foreign_load is not None and measured.foreign_load > DISTURBED
+    return f"{_time(measured.median)}{' (disturbed)' if disturbed else ''}"
 
 
 def _row(cells: Sequence[str]) -> str:

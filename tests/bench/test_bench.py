@@ -19,9 +19,9 @@ from glm_ms.bench.machine import Load, describe, read_bandwidth
 from glm_ms.bench.measure import DECODE, PREFILL, TRAIN, Case, Group, Result, check_subject
 from glm_ms.bench.plots import curves_of, draw
 from glm_ms.bench.random_weights import random_tensor, random_weights, training_batch
-from glm_ms.bench.report import memory_ratio, ratio, table, warnings
+from glm_ms.bench.report import memory_ratio, ratio, table, timing_table, warnings
 from glm_ms.bench.scheduling import running_scheduler, schedule_timings
-from glm_ms.bench.timings import chosen_tokenizer
+from glm_ms.bench.timings import Timing, chosen_tokenizer
 from glm_ms.bench.workers import BenchError, NotMeasuredError, Worker
 from glm_ms.convert.names import expected_shapes
 from glm_ms.model.config import ConfigError
@@ -74,6 +74,8 @@ def test_foreign_load_is_told() -> None:
     assert warnings([group([calm])]) == []
     assert "up to 30% of the cores during 1 of 2 measurements" in warnings([group([calm, disturbed])])[0]
     assert "(disturbed)" in table([group([disturbed])])[2]
+    times = [Timing("calm", [1.0], 0, 0.0), Timing("not calm", [1.0], 0, 0.3)]
+    assert ["(disturbed)" in line for line in timing_table(times)[2:]] == [False, True]
 
 
 def test_foreign_load_sees_a_program_that_is_not_ours() -> None:
@@ -336,10 +338,11 @@ def test_peers_compute_the_same_network(peer: str, tmp_path: Path, capfd: pytest
 
 
 @pytest.mark.slow
-def test_training_beside_torch(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("mode", TRAINING)
+def test_training_beside_torch(mode: str, capfd: pytest.CaptureFixture[str]) -> None:
     if subprocess.run([PEER, "-c", "import torch, transformers"], capture_output=True, check=False).returncode:
         pytest.skip(f"torch or transformers is not installed for {PEER} (GLM_MS_PEER_PYTHON)")
-    line = f"train train-lora --weights float32 amp --rounds 1 --length 16 --against torch --peer-python {PEER}"
+    line = f"{mode} --weights float32 amp --rounds 1 --rows 1 --length 16 --against torch --peer-python {PEER}"
     assert command.main(line.split()) == 0
     assert "| glm_ms | amp |" in capfd.readouterr().out
 
