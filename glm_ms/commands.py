@@ -75,9 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_USAGE.format("\n".join(f"  {name:20}{text}" for name, text in _descriptions().items())))
         return 0
-    command, rest = words[0], words[1:]
+    before = sys.argv
     # argparse and the usage messages of the tools show this name.
-    sys.argv = [f"glm-ms {command}", *rest]
+    sys.argv = [f"glm-ms {words[0]}", *words[1:]]
+    try:
+        return _run(words[0], words[1:])
+    finally:
+        sys.argv = before
+
+
+def _run(command: str, rest: Sequence[str]) -> int:
     spelling.register_commands({Path(file).stem: f"glm-ms {name}" for name, (file, _) in TOOLS.items()})
     if command in RUN_MODES and any(word.split("=")[0] in ("--run_mode", "run_mode") for word in rest):
         return _fail(f"glm-ms {command}: sets run_mode; remove it from the arguments")

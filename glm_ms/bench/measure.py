@@ -19,6 +19,7 @@ from glm_ms.model.config import GLMConfig
 
 DECODE, PREFILL, TRAIN, LOAD = "decode", "prefill", "train", "load"
 _PROBE = 16
+_READ_BYTES = 1 << 28  # of a round
 _COPIES_TO_TRAIN = 4  # weights, gradients, two moments
 Say = Callable[[str], None]
 
@@ -132,7 +133,7 @@ class Group:
         """Makes all measurements. Raises BenchError if they need more memory than is free, or nothing works."""
         self._check_memory()
         self.say(f"layers {self.config.num_layers}, threads {self.threads}: {', '.join(map(':'.join, self.subjects))}")
-        self._read()
+        self.bandwidth = read_bandwidth(self.threads)["best"]
         together = [case for case in self.cases if case.mode in (DECODE, PREFILL)]
         if together:
             with self._workers(together, Worker.build) as workers:
@@ -148,15 +149,8 @@ class Group:
         for mode in dict.fromkeys(case.mode for case in self.cases):
             for reason in filter(None, (why_not(mode, *pair) for pair in self.subjects)):
                 self.say(f"  not measured: {reason}")
-        self._read()
         if not any(result.samples for result in self.results):
             raise BenchError("nothing could be measured: " + "; ".join(result.error for result in self.results[:3]))
-
-    def _read(self) -> None:
-        """Measures how fast memory is read; the best of all times counts for all results."""
-        self.bandwidth = max(self.bandwidth, read_bandwidth(self.threads)["best"])
-        for result in self.results:
-            result.bandwidth = self.bandwidth
 
     def _able(self, cases: Sequence[Case]) -> list[tuple[str, str]]:
         """Subjects that can run cases of one mode."""
@@ -236,8 +230,11 @@ class Group:
                 self._failed(worker, [case], error)
         running = [worker for worker in workers if worker.name in found]
         loads: dict[str, list[float]] = {name: [] for name in found}
+        rates: list[float] = []
         try:
             for number in range(self.rounds):
+                if case.mode == DECODE:
+                    rates.append(read_bandwidth(self.threads, _READ_BYTES)["best"])
                 turn = number % max(1, len(running))
                 for worker in running[turn:] + running[:turn]:
                     load = Load([each.process.pid for each in workers])
@@ -255,6 +252,7 @@ class Group:
             for name, result in found.items():
                 if result.samples or result.error:
                     result.foreign_load = statistics.fmean(loads[name]) if loads[name] else None
+                    result.bandwidth = statistics.median(rates) if rates else result.bandwidth
                     self.results.append(result)
                     self._tell(result)
 

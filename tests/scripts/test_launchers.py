@@ -181,7 +181,7 @@ def test_logs_that_cannot_be_written(project: Path):
         ("one.json X.yaml", "2 arguments; RANK_TABLE_FILE CONFIG_PATH DEVICE_RANGE RUN_STATUS are needed"),
         ("no.json X.yaml [0,2) eval", "RANK_TABLE_FILE no.json: no such file in "),
         ("one.json Y.yaml [0,2) eval", "CONFIG_PATH Y.yaml: no such file in "),
-        ("X.yaml X.yaml [0,2) eval", "X.yaml:1: not valid JSON"),
+        ("X.yaml X.yaml [0,2) eval", "X.yaml: empty; expected a JSON value"),
         (
             "X.yaml one.json [0,2) eval",
             "RANK_TABLE_FILE comes before CONFIG_PATH; did you mean one.json X.yaml?",

@@ -108,7 +108,7 @@ def test_a_body_that_is_not_an_object(client, body):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"", "not valid JSON"),
+        (b"", "empty"),
         (b"{", "not valid JSON"),
         (b'{"prompt": "a", "prompt": "b"}', "twice"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),
