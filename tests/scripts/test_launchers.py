@@ -40,7 +40,7 @@ def project(tmp_path: Path) -> Path:
     """A project in a folder with a space in its name, with a configuration and rank tables."""
     folder = tmp_path / "my project"
     shutil.copytree(REPOSITORY / "scripts", folder / "scripts")
-    for name in ("glm_ms/launch", "glm_ms/storage", "glm_ms/__init__.py", "glm_ms/version.py"):
+    for name in ("glm_ms/launch", "glm_ms/storage", "glm_ms/__init__.py", "glm_ms/spelling.py", "glm_ms/version.py"):
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         (folder / name).parent.mkdir(exist_ok=True)
         copy(REPOSITORY / name, folder / name)
