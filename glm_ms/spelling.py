@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 # Argument -> its other names, as parsers have them.
 _ALSO = {
@@ -20,6 +21,7 @@ _ALSO = {
 }
 _flags: dict[str, str] = {}
 _commands: dict[str, str] = {}
+_in_request: ContextVar[bool] = ContextVar("in_request", default=False)
 
 
 @contextmanager
@@ -32,6 +34,16 @@ def of_program() -> Iterator[None]:
         for table, old in zip((_flags, _commands), before):
             table.clear()
             table.update(old)
+
+
+@contextmanager
+def of_request() -> Iterator[None]:
+    """For a request of a client, also in threads that work for it: its fields have the names of Python."""
+    token = _in_request.set(True)
+    try:
+        yield
+    finally:
+        _in_request.reset(token)
 
 
 def register_flags(flags: Mapping[str, str]) -> None:
@@ -47,6 +59,8 @@ def register_commands(commands: Mapping[str, str]) -> None:
 
 def argument(name: str) -> str:
     """An argument as the user of this program writes it; `name` itself if the program has no such flag, as Python."""
+    if _in_request.get():
+        return name
     return next((_flags[one] for one in (name, *_ALSO.get(name, ())) if one in _flags), name)
 
 
@@ -61,6 +75,11 @@ def given(name: str, value: object = True) -> str:
 def tool(name: str) -> str:
     """The command of a tool: `glm-ms merge-lora`, or `tools/merge_lora.py` for a user of the repository."""
     return _commands.get(name, f"tools/{name}.py")
+
+
+def tool_call(name: str) -> str:
+    """What starts a tool in a shell: `glm-ms merge-lora`, or `python tools/merge_lora.py`."""
+    return _commands.get(name, f"python tools/{name}.py")
 
 
 class _Tools:

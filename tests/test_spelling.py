@@ -70,14 +70,14 @@ def test_the_generation(program, words: str, tmp_path: Path) -> None:
     [
         (as_chat, "--lora-alpha ALPHA"),
         (as_merge, "--lora_alpha ALPHA"),
-        (as_run, "model.pet_config.lora_alpha=ALPHA"),
+        (as_run, "model.pet_config.lora_alpha=ALPHA, in a YAML beside pet_type: lora"),
         (as_python, "lora_alpha=ALPHA"),
     ],
 )
 def test_the_scale_of_an_adapter(program, words: str, tmp_path: Path) -> None:
     shutil.copyfile(LORA, tmp_path / LORA.name)
     program()
-    with pytest.raises(AdapterError, match=rf"give the lora_alpha of its training \({words}, "):
+    with pytest.raises(AdapterError, match=rf"give the lora_alpha of its training \({words}\)"):
         read_adapter(tmp_path)
 
 

@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(words)
     _check_use(parser, options)
+    options.weights = options.weights or ["float32"]
     groups: list[Group] = []
     timings: list[Timing] = []
     lost: list[str] = []
@@ -175,7 +176,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--weights",
         nargs="+",
         choices=tuple(SUBJECTS[OURS].bits),
-        default=["float32"],
         help="of glm_ms (float32); amp, for training: float32 with products in bfloat16",
     )
     parser.add_argument(
@@ -208,16 +208,17 @@ def _check_use(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     """Ends the program if an option would have no effect or has a value that cannot be."""
     chosen = set(options.modes)
     training = {"train", "train-lora"}
+    networks = chosen - set(_WITHOUT_NETWORK)
     users = {
         "rows": set(_ROWS), "context": set(_CONTEXT), "length": set(_LENGTH), "tokenizer": {"tokenise", "schedule"},
-        "layers": chosen - set(_WITHOUT_NETWORK), "threads": chosen - set(_WITHOUT_NETWORK),
-        "against": chosen - set(_WITHOUT_NETWORK), "plot": chosen - set(_WITHOUT_NETWORK),
-        **dict.fromkeys(SIZES, chosen - set(_WITHOUT_NETWORK)),
+        **dict.fromkeys(("weights", "layers", "threads", "against", "plot", *SIZES), networks),
     }  # fmt: skip
     for name, modes in users.items():
         if getattr(options, name) and not modes & chosen:
             known = ", ".join(sorted(modes)) or "modes with a network"
             parser.error(f"--{name}: has no effect here; it is for {known}")
+    if options.peer_python and not options.against:
+        parser.error("--peer-python: has no effect without --against")
     if (options.used, options.labelled) != (1.0, 1.0) and not training & chosen:
         parser.error("--used, --labelled: are for train and train-lora")
     if options.labelled > options.used:

@@ -18,7 +18,7 @@ from glm_ms.convert.safetensors_file import write_safetensors
 from glm_ms.model.config import GLMConfig
 from glm_ms.model.glm import GLMNetwork
 from glm_ms.peft import ADAPTERS, weights_files
-from glm_ms.spelling import given
+from glm_ms.spelling import argument, given
 from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.fingerprint import weights_fingerprint
 from glm_ms.storage.integrity import check_listed, position_beside
@@ -241,15 +241,23 @@ def read_adapter(path: str | Path, lora_alpha: float | None = None) -> StoredAda
         elif kind.kind == "lora":
             config = kind.stored_config(path, tensors, lora_alpha=lora_alpha)  # type: ignore[call-arg]
         else:
+            other = ", or correct model.pet_config.pet_type in the YAML" if "." in argument("lora_alpha") else ""
             raise AdapterError(
                 f"{path}: {given('lora_alpha', f'{lora_alpha:g}')} was given, but this is a {kind.kind} adapter; leave "
-                "it out, or correct model.pet_config.pet_type in the YAML"
+                f"it out{other}"
             )
     except AdapterError:
         raise
     except CheckpointError as error:
         raise AdapterError(str(error)) from None
     return StoredAdapter(path, config, tensors, beside)
+
+
+def kind_of(path: str | Path) -> str:
+    """The kind of a stored adapter, a key of `ADAPTERS`. Raises AdapterError as `lacks_alpha`."""
+    path = _weights_file(resolve_checkpoint(path))
+    with open_checkpoint(path) as reader:
+        return _kind_of(path, reader.names())
 
 
 def lacks_alpha(path: str | Path) -> bool:

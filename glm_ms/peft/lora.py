@@ -24,7 +24,7 @@ from glm_ms.model.glm import DROPOUTS_PER_BLOCK, GLMNetwork
 from glm_ms.ops.portable import SeededDropout
 from glm_ms.peft import MAX_LORA_ALPHA
 from glm_ms.peft.adapter import Adapter, AdapterError, StoredAdapter
-from glm_ms.spelling import given
+from glm_ms.spelling import argument, given
 from glm_ms.storage.errors import capped
 from glm_ms.storage.readers import read_object
 
@@ -376,9 +376,10 @@ def _config_file(path: Path) -> Path | None:
 
 def _read_config(path: Path) -> LoraConfig:
     """Reads an `adapter_config.json`; AdapterError for every value that cannot be reproduced exactly."""
+    where = ", in a YAML beside pet_type: lora" if "." in argument("lora_alpha") else ""
     remedy = (
         "missing; without it the scale of the adapter is not known; copy it here, or give the lora_alpha of its "
-        f"training ({given('lora_alpha', 'ALPHA')}, in a YAML beside pet_type: lora)"
+        f"training ({given('lora_alpha', 'ALPHA')}{where})"
     )
     document = read_object(path, AdapterError, remedy)
     if document.get("peft_type") != "LORA":

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
+from glm_ms import spelling
 from glm_ms.peft.adapter import StoredAdapter, base_remark, read_adapter
 from glm_ms.serve.engine import Engine, engine_of
 from glm_ms.serve.errors import APIError
@@ -48,13 +49,14 @@ async def load(body: LoadRequest, engine: Annotated[Engine, Depends(engine_of)])
     """Reads an adapter, LoRA or P-Tuning, and serves it under its name. Running answers do not change."""
     try:
         check_name(body.lora_name, engine)
-        stored = await run_in_threadpool(read_adapter, body.lora_path, body.lora_alpha)
+        with spelling.of_request():
+            stored = await run_in_threadpool(read_adapter, body.lora_path, body.lora_alpha)
         # An adapter that is on its way stays on it when the client leaves: nobody else could tell whether it is there.
         await asyncio.shield(run_in_threadpool(add, engine, body.lora_name, stored))
     except FileError as error:
         raise APIError(400, str(error), "lora_path") from None
-    remark = base_remark(stored.path, engine.base) if engine.base is not None else ""
-    return {"status": "loaded", "model": body.lora_name, **({"note": remark.removeprefix("note: ")} if remark else {})}
+    note = await run_in_threadpool(note_on_base, engine, stored)
+    return {"status": "loaded", "model": body.lora_name, **({"note": note} if note else {})}
 
 
 @router.post("/v1/unload_lora_adapter", summary="Unload an adapter", dependencies=[Depends(with_key)])
@@ -64,6 +66,16 @@ async def unload(body: UnloadRequest, engine: Annotated[Engine, Depends(engine_o
         raise APIError(400, f"{body.lora_name} is the model itself, not an adapter", "lora_name")
     await asyncio.shield(run_in_threadpool(remove, engine, body.lora_name))
     return {"status": "unloaded", "model": body.lora_name}
+
+
+def note_on_base(engine: Engine, stored: StoredAdapter) -> str:
+    """Whether an adapter was trained on other weights; empty also if the files of the weights are gone meanwhile."""
+    if engine.base is None:
+        return ""
+    try:
+        return base_remark(stored.path, engine.base).removeprefix("note: ")
+    except (FileError, OSError):
+        return ""
 
 
 def check_name(name: str, engine: Engine) -> None:

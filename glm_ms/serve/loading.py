@@ -14,7 +14,7 @@ from glm_ms.generation.graph_choice import GraphMaker
 from glm_ms.generation.paged import PagedDecoder
 from glm_ms.kernels.choice import use_kernels
 from glm_ms.kernels.run_checks import Use
-from glm_ms.peft.adapter import StoredAdapter, base_remark, lacks_alpha, read_adapter
+from glm_ms.peft.adapter import StoredAdapter, base_remark, kind_of, lacks_alpha, read_adapter
 from glm_ms.peft.rows import bounds_for
 from glm_ms.pretrained import check_vocabulary
 from glm_ms.serve.adapters import add
@@ -38,7 +38,7 @@ def adapters_with_alpha(
         model: the weights.
         adapters: name for clients -> path.
         alphas: see `glm_ms.serve.names.lora_alphas`. One without a name is for the adapters whose files do not have
-            their own; if all have it, for all, which must agree with it.
+            their own; if all have it, for all LoRA adapters, which must agree with it.
 
     Raises:
         FileError: an adapter cannot be read.
@@ -50,7 +50,8 @@ def adapters_with_alpha(
     base = resolve_checkpoint(model)
     if has_adapter(base):
         paths[None] = base
-    takers = [name for name, path in paths.items() if lacks_alpha(path)] or list(paths)
+    takers = [name for name, path in paths.items() if lacks_alpha(path)]
+    takers = takers or [name for name, path in paths.items() if kind_of(path) == "lora"] or list(paths)
     named = {name: (path, alphas.get(name, shared if name in takers else None)) for name, path in adapters.items()}
     # Without an adapter that could take it `load_pretrained` refuses the alpha.
     return shared if None in takers or not paths else None, named
@@ -72,12 +73,13 @@ def load_engine(
         FileError: a file cannot be used, or files do not fit each other.
     """
     stored = {label: read_adapter(path, alpha) for label, (path, alpha) in adapters.items()}
+    base = resolve_checkpoint(arguments.model)  # of a run that goes on: a later one is not what the server has
     model, tokenizer = load_model(arguments, say=say)
     for adapter in stored.values():
-        if remark := base_remark(adapter.path, arguments.model):
+        if remark := base_remark(adapter.path, base):
             say(remark)
     engine = build_engine(model, tokenizer, name or Path(arguments.model).resolve().name, stored, settings, say)
-    engine.base = Path(arguments.model)
+    engine.base = base
     return engine
 
 

@@ -37,8 +37,8 @@ FLAGS_GONE = {
     "profile": "there is no profiler; remove it",
     "remote_save_url": "nothing is uploaded; remove it",
     "auto_trans_ckpt": "whole checkpoints are loaded and need no transformation; remove it",
-    "src_strategy_path_or_dir": "whole checkpoints are loaded; merge slices first with tools/transform_ckpt.py",
-    "strategy_load_checkpoint": "whole checkpoints are loaded; merge slices first with tools/transform_ckpt.py",
+    "src_strategy_path_or_dir": "whole checkpoints are loaded; merge slices first with {tools[transform_ckpt]}",
+    "strategy_load_checkpoint": "whole checkpoints are loaded; merge slices first with {tools[transform_ckpt]}",
     "only_save_strategy": "there is no run that only writes strategies",
 }
 _OVERRIDES = "--key.sub"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from glm_ms.spelling import tool
+from glm_ms.spelling import tool_call
 from glm_ms.storage.errors import CheckpointError
 from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import read_object
@@ -102,8 +102,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return path
     if list((path / SLICES).glob("rank_*")):
         raise CheckpointError(
-            f"{path}: is the output of a sharded run, which has slices of every rank; merge them first: python "
-            f"{tool('transform_ckpt')} --src_ckpt_strategy {path / STRATEGIES} --src_ckpt_dir {path / SLICES} "
+            f"{path}: is the output of a sharded run, which has slices of every rank; merge them first: "
+            f"{tool_call('transform_ckpt')} --src_ckpt_strategy {path / STRATEGIES} --src_ckpt_dir {path / SLICES} "
             f"--dst_ckpt_dir {path}_merged"
         )
     if list((path / CHECKPOINTS).glob("rank_*")) or _weights_in(path / CHECKPOINTS):

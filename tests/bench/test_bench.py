@@ -143,6 +143,8 @@ def test_training_batches() -> None:
     ("line", "words"),
     [
         ("decode --length 8", "--length: has no effect here; it is for prefill, train, train-lora"),
+        ("schedule --weights int4", "--weights: has no effect here; it is for modes with a network"),
+        ("decode --peer-python x", "--peer-python: has no effect without --against"),
         ("start --threads 1", "--threads: has no effect here; it is for modes with a network"),
         ("decode --used 0.5", "--used, --labelled: are for train and train-lora"),
         ("train --used 0.5", "padding has no labels"),

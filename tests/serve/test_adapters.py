@@ -9,6 +9,7 @@ import pytest
 from serve.fakes import FakeDecoder
 from serve.service import PADDING, client_of, running_engine
 
+from glm_ms import spelling
 from glm_ms.peft.adapter import AdapterError
 from glm_ms.serve.auth import Keys
 from glm_ms.serve.loading import adapters_with_alpha
@@ -96,6 +97,18 @@ def test_one_of_another_base_is_remarked_on(client, engine, adapter, tmp_path, g
     write_manifest_values(folder, {"format_version": 1, "position": position, "files": describe_files(folder)})
     engine.base = golden / "models" / "glm3_tiny"
     assert "was trained on other weights than" in load(client, "ads", folder).json()["note"]
+    engine.base = tmp_path / "moved meanwhile"
+    assert load(client, "more", folder).json() == {"status": "loaded", "model": "more"}
+
+
+def test_fields_of_a_request_have_their_own_names(client, adapter, tmp_path):
+    """Though the program has flags for them."""
+    shutil.copyfile(adapter / "adapter_model.safetensors", tmp_path / "adapter_model.safetensors")
+    with spelling.of_program():
+        spelling.register_flags({"lora_alpha": "--lora-alpha"})
+        message = load(client, "bare", tmp_path).json()["error"]["message"]
+    assert "lora_alpha=ALPHA" in message
+    assert "--lora-alpha" not in message
 
 
 def test_what_cannot_be_loaded(client, adapter, tmp_path):
@@ -158,6 +171,8 @@ def test_an_alpha_without_a_name_is_for_adapters_without_their_own(golden, adapt
         "own": None, "bare": 16.0, "named": 8.0, "prefix": None,
     }  # fmt: skip
     assert adapters_with_alpha(base, {"own": adapter}, {None: 16.0}) == (None, {"own": (adapter, 16.0)})
+    both = adapters_with_alpha(base, {"own": adapter, "prefix": prefix}, {None: 16.0})[1]
+    assert [alpha for _, alpha in both.values()] == [16.0, None]
     assert adapters_with_alpha(base, {}, {None: 16.0}) == (16.0, {})
     assert adapters_with_alpha(base, mixed, {})[1]["bare"] == (bare, None)
 
