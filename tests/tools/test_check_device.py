@@ -68,11 +68,11 @@ def test_a_cpu_as_a_user_checks_it(tmp_path: Path) -> None:
     assert lines[0] == f"device: CPU, MindSpore {ms.__version__}"
     assert lines[1] == f"C++ kernels: {library.description()}"
     assert lines[2].startswith("Fused kernels are NOT run: the device is CPU")
-    assert lines[-1] == "9 of 9 passed"
+    assert lines[-1] == "11 of 11 passed"
     rows = table(lines)
     assert [row[0] for row in rows] == [
         "RMS norm", "rotary embedding", "attention", "attention, one token",
-        "attention over pages", "attention over pages, one token",
+        "attention over pages", "attention over pages, one token", "int8 product", "int4 product",
         "portable training: loss", "portable training: gradient", "portable generation: tokens",
     ]  # fmt: skip
     for _, shape, dtype, difference, allowed, fused, portable, verdict in rows:
