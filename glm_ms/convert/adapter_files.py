@@ -13,7 +13,6 @@ from glm_ms.storage.integrity import differing_keys
 from glm_ms.storage.readers import read_object
 
 CONFIG = "config.json"
-OPTIMIZER = "optimizer.safetensors"
 # Paths of base weights may differ between servers and do not describe the tensors.
 _PATHS = ("base_model_name_or_path", "_name_or_path")
 

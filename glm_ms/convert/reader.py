@@ -9,7 +9,7 @@ from typing import Any, Callable
 
 import numpy as np
 
-from glm_ms.convert.adapter_files import LORA, OPTIMIZER, PREFIX_POSITIONS, owner_of
+from glm_ms.convert.adapter_files import LORA, PREFIX_POSITIONS, owner_of
 from glm_ms.convert.dtypes import DTYPES, check_finite, check_float_type, convert_dtype, is_floating
 from glm_ms.convert.mindspore_file import MindSporeFile
 from glm_ms.convert.names import INV_FREQ, expected_shapes, is_training_state, joint_of, part_names, to_glm_name
@@ -23,6 +23,7 @@ from glm_ms.storage.errors import CheckpointError, capped
 from glm_ms.storage.integrity import check_all_listed, check_listed
 from glm_ms.storage.paths import path_problem
 from glm_ms.storage.readers import read_object
+from glm_ms.storage.run_folder import OPTIMIZER
 from glm_ms.storage.suggest import did_you_mean, misspelled
 
 _BY_ENDING: dict[str, Callable[[Path], TensorFile]] = {

@@ -200,7 +200,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool = True) -> n
 
 def _check_num_samples(num_samples: int | None) -> None:
     if num_samples is not None and num_samples < 1:
-        raise DataError(f"{given('num_samples', num_samples)}: must be at least 1")
+        raise DataError(f"{given('num_samples', num_samples)}: must be at least 1; leave it out for all records")
 
 
 def _within(index: int, length: int) -> int:

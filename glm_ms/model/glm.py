@@ -231,7 +231,11 @@ class GLMTransformer(nn.Cell):
         return self.encoder.finish(x)
 
     def run_blocks(self, input_ids: Tensor, position_ids: Tensor, bias: Tensor, seeds: Seeds = None) -> Tensor:
-        """As `construct`, for a given attention bias [B, 1, S, S] and no prefix."""
+        """As `construct`, for a given attention bias [B, 1, S, S] and no prefix.
+
+        Of packed rows ids and positions are int32 [T, 1], in place of the bias are the numbers of the rows, int32 [T],
+        and seeds have their places, int32 [T, 2]; see `glm_ms.engine.step.packing`. The result is [T, 1, H].
+        """
         cos, sin = self.rotation(position_ids)
         x = self.embedding(input_ids)
         for layer in self.encoder.layers:

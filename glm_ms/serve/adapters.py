@@ -69,13 +69,13 @@ async def unload(body: UnloadRequest, engine: Annotated[Engine, Depends(engine_o
 
 
 def note_on_base(engine: Engine, stored: StoredAdapter) -> str:
-    """Whether an adapter was trained on other weights; empty also if the files of the weights are gone meanwhile."""
+    """Whether an adapter was trained on other weights; empty if it was not, or if there is nothing to compare."""
     if engine.base is None:
         return ""
     try:
         return base_remark(stored.path, engine.base).removeprefix("note: ")
-    except (FileError, OSError):
-        return ""
+    except (FileError, OSError) as error:  # the adapter is served all the same
+        return f"not compared with the weights that it was trained on: {error}"
 
 
 def check_name(name: str, engine: Engine) -> None:

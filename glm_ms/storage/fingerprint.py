@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from glm_ms.storage.integrity import file_sha256
-from glm_ms.storage.run_folder import WEIGHT_ENDINGS
+from glm_ms.storage.run_folder import OPTIMIZER, WEIGHT_ENDINGS
 
 # Of a file above this size only some blocks are read.
 _WHOLE, _BLOCKS, _BLOCK = 1 << 26, 64, 1 << 16
@@ -38,4 +38,4 @@ def weights_fingerprint(path: Path) -> str:
 
 def is_weight_file(path: Path) -> bool:
     """Whether a file has weights, and not the state of an optimizer."""
-    return path.suffix in WEIGHT_ENDINGS and path.name != "optimizer.safetensors"
+    return path.suffix in WEIGHT_ENDINGS and path.name != OPTIMIZER

@@ -21,6 +21,7 @@ from glm_ms.storage.readers import read_object
 CHECKPOINTS = "checkpoint"
 BEST = "best"
 SLICES, STRATEGIES = "slices", "strategy"
+OPTIMIZER = "optimizer.safetensors"  # beside weights: the state of a run, not weights
 WEIGHT_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pth", ".pt")
 SETTINGS_FILE = "settings.yaml"
 METRICS_FILE, EVAL_METRICS_FILE, TENSORBOARD = "metrics.jsonl", "eval_metrics.jsonl", "tensorboard"

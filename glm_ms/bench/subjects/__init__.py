@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,3 +99,12 @@ def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     with open(f"/proc/{os.getpid()}/status", encoding="ascii") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
+
+
+def timed_load(build: Callable[[], object], run: Callable[[], object]) -> dict[str, float]:
+    """What `load` returns: seconds of loading, and of the first logits."""
+    start = time.perf_counter()
+    build()
+    loaded = time.perf_counter()
+    run()
+    return {"load": loaded - start, "first_logits": time.perf_counter() - loaded}

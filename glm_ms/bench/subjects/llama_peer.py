@@ -10,7 +10,7 @@ import llama_cpp as cpp
 import numpy as np
 
 from glm_ms.bench.random_weights import random_ids, random_weights
-from glm_ms.bench.subjects import Setup
+from glm_ms.bench.subjects import Setup, timed_load
 from glm_ms.convert.gguf_model import ENDING, write_gguf_model
 from glm_ms.convert.names import expected_shapes
 from glm_ms.model.config import GLMConfig
@@ -73,11 +73,7 @@ class LlamaPeer:
         return self._run_prompt(np.array(ids), 0)
 
     def load(self, setup: Setup) -> dict[str, float]:
-        start = time.perf_counter()
-        self.build(setup)
-        loaded = time.perf_counter()
-        self.logits([5])
-        return {"load": loaded - start, "first_logits": time.perf_counter() - loaded}
+        return timed_load(lambda: self.build(setup), lambda: self.logits([5]))
 
     def _new_context(self, rows: int, tokens: int) -> None:
         """A cache for `rows` sequences of so many tokens; its types are llama.cpp's defaults."""

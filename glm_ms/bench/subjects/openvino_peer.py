@@ -15,7 +15,7 @@ import openvino as ov
 from openvino import opset15 as op
 
 from glm_ms.bench.random_weights import random_ids, random_weights
-from glm_ms.bench.subjects import Setup
+from glm_ms.bench.subjects import Setup, timed_load
 from glm_ms.convert.hf_glm import check_network, qkv_parts
 from glm_ms.model.config import GLMConfig
 
@@ -75,11 +75,7 @@ class OpenVinoPeer:
         return self._run_prompt(np.array([ids]))[0]
 
     def load(self, setup: Setup) -> dict[str, float]:
-        start = time.perf_counter()
-        self.build(setup)
-        loaded = time.perf_counter()
-        self.logits([5])
-        return {"load": loaded - start, "first_logits": time.perf_counter() - loaded}
+        return timed_load(lambda: self.build(setup), lambda: self.logits([5]))
 
     def _run_prompt(self, ids: np.ndarray) -> np.ndarray:
         """Logits [rows, V] after prompts [rows, n] in empty states."""

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from glm_ms.convert import mindspore_file, safetensors_file
-from glm_ms.convert.adapter_files import OPTIMIZER, AdapterFiles
+from glm_ms.convert.adapter_files import AdapterFiles
 from glm_ms.convert.dtypes import DTYPES
 from glm_ms.convert.names import is_training_state
 from glm_ms.convert.tensor_file import TensorInfo, slice_metadata
 from glm_ms.storage.errors import CheckpointError
+from glm_ms.storage.run_folder import OPTIMIZER
 
 FORMATS = ("ckpt", "safetensors")
 

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.nn import Optimizer
 
-from glm_ms.convert.adapter_files import CONFIG, OPTIMIZER
+from glm_ms.convert.adapter_files import CONFIG
 from glm_ms.convert.dtypes import convert_dtype
 from glm_ms.convert.reader import load_parameters, open_checkpoint
 from glm_ms.convert.safetensors_file import SafetensorsFile, write_safetensors
@@ -27,7 +27,14 @@ from glm_ms.model.config import GLMConfig
 from glm_ms.settings import Settings
 from glm_ms.storage.atomic import atomic_output, remove_folder, replace_text, sync
 from glm_ms.storage.errors import CheckpointError, WriteError, not_written
-from glm_ms.storage.run_folder import CHECKPOINTS, best_file, list_checkpoints, resolve_checkpoint, step_folder
+from glm_ms.storage.run_folder import (
+    CHECKPOINTS,
+    OPTIMIZER,
+    best_file,
+    list_checkpoints,
+    resolve_checkpoint,
+    step_folder,
+)
 
 WEIGHTS = "model.safetensors"
 Metadata = Mapping[str, str]

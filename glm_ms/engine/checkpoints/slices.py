@@ -12,7 +12,6 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore.communication import get_group_size
 
-from glm_ms.convert.adapter_files import OPTIMIZER
 from glm_ms.convert.cluster.layout import Layout
 from glm_ms.convert.names import split_joint
 from glm_ms.convert.reader import load_parameters, open_checkpoint
@@ -29,7 +28,7 @@ from glm_ms.peft import ADAPTERS
 from glm_ms.peft.adapter import AdapterConfig
 from glm_ms.settings import Settings
 from glm_ms.storage.errors import CheckpointError
-from glm_ms.storage.run_folder import SLICES, list_checkpoints, step_folder
+from glm_ms.storage.run_folder import OPTIMIZER, SLICES, list_checkpoints, step_folder
 
 
 class SliceCheckpoints(Checkpoints):
